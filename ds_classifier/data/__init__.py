@@ -1,0 +1,1 @@
+"""Pictures on disk -> shards -> the sample at position q -> batches."""

@@ -1,0 +1,77 @@
+"""Bytes of a picture -> uint8 pixels: decode, halve, resize, crop, flip; the reference's pixels.
+
+guided-diffusion `image_datasets.py`: halve with a box filter while the short side is at least twice
+the target, then one bicubic resize, then crop. Its rounding is kept: sides are halved with //, and
+resized to round(side * target / short side).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow plugins that may open a sample
+MAX_PIXELS = 2**27  # 134 megapixels; larger pictures are refused before they are decoded
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode of a picture with so many channels
+MIN_CROP_FRAC = 0.8  # the random crop keeps at least this much of the short side
+
+
+def decode(data: bytes, channels: int = 3) -> Image.Image:
+    """Decode a picture to `channels` channels, by content whatever its name says.
+
+    Raises ValueError for what is not a whole picture in one of FORMATS, or one over MAX_PIXELS.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+        return image.convert(MODES[channels])
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins let struct, zlib and other errors through
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
+    """Shrink or enlarge so that the shorter side has `short_side` pixels, aspect ratio kept."""
+    while min(image.size) >= 2 * short_side:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = short_side / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, resample=Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, size: int, top: int, left: int) -> np.ndarray:
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def resize_and_crop(
+    image: Image.Image, short_side: int, size: int, top: int, left: int
+) -> np.ndarray:
+    """Resize to the short side, then cut a square: uint8 [size, size, channels]."""
+    return _crop(resize_short_side(image, short_side), size, top, left)
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Resize so that the short side is `size`, then cut the middle: uint8 [size, size, channels]."""
+    image = resize_short_side(image, size)
+    return _crop(image, size, (image.height - size) // 2, (image.width - size) // 2)
+
+
+def random_crop(image: Image.Image, size: int, randrange: Callable[[int], int]) -> np.ndarray:
+    """A random square of size/target of the picture: uint8 [size, size, channels].
+
+    Draws, in the reference's order: target short side in [size, ceil(size / 0.8)], top, left.
+    randrange(n): a random whole number in [0, n).
+    """
+    short_side = size + randrange(math.ceil(size / MIN_CROP_FRAC) - size + 1)
+    image = resize_short_side(image, short_side)
+    top = randrange(image.height - size + 1)
+    left = randrange(image.width - size + 1)
+    return _crop(image, size, top, left)

@@ -1,0 +1,423 @@
+"""Shards: plain tars that any WebDataset reader opens, with a manifest and an index beside them.
+
+A split is a directory:
+
+    train-000000.tar ...  members KEY.jpg (or .png ...) and KEY.cls (class index in ASCII), mtime 0
+    index.npy             [N] INDEX_DTYPE: where each picture lies, and its label; memory-mapped
+    manifest.json         class names, counts, what is stored; per shard name, samples, bytes,
+                          sha256; and a fingerprint of it all
+
+Formats: POSIX.1-1988 ustar; WebDataset (keys group members up to the first dot of the base name).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ds_classifier.data.sources import IMAGE_SUFFIXES, Sample, Source
+from ds_classifier.keyed_random import permutation, stream_key
+
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+VERSION = 1
+TAR_BLOCK = 512
+CONVERT = "python launch/make_shards.py convert"
+
+# 20 bytes a sample: a billion fit in 20 GB of mapped file.
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
+
+_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def convert(
+    source: Source,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    shuffle_seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
+) -> dict[str, Manifest]:
+    """Write every split of a source as shards under out/SPLIT; pictures are copied untouched.
+
+    The training split is shuffled once, so that every shard holds all kinds of classes; the order
+    follows from shuffle_seed alone, and so do the bytes written. A split appears under its final
+    name when it is complete. Returns the manifest of each split.
+    Raises ValueError where out holds something else already.
+    """
+    planned = {}
+    for split, samples in source.splits.items():
+        order = range(len(samples))
+        if split == "train":
+            order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
+        planned[split] = [samples[i] for i in order]
+    plans = {split: _plan_digest(source.classes, samples) for split, samples in planned.items()}
+    done = {split: _already_written(out / split, plan) for split, plan in plans.items()}
+    for split, samples in planned.items():
+        if done[split] is None:
+            partial = out / f"{split}.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+            partial.mkdir(parents=True)
+            _write_split(
+                partial,
+                split,
+                source,
+                samples,
+                plans[split],
+                samples_per_shard,
+                lambda n, split=split, total=len(samples): progress(split, n, total),
+            )
+    for split in planned:
+        if done[split] is None:
+            os.rename(out / f"{split}.partial", out / split)
+    return {split: open_shards(out / split).manifest for split in planned}
+
+
+def _plan_digest(classes: list[str], samples: list[Sample]) -> str:
+    """A hash of what will be written, from names, labels and sizes; no picture is read."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for sample in samples:
+        digest.update(f"{sample.name}\0{sample.label}\0{sample.size()}\n".encode())
+    return digest.hexdigest()
+
+
+def _already_written(folder: Path, plan: str) -> Manifest | None:
+    if not folder.exists():
+        return None
+    if (folder / MANIFEST).is_file():
+        manifest = open_shards(folder).manifest
+        if manifest.plan == plan:
+            return manifest
+    raise ValueError(
+        f"OUT: got {folder}, which holds something else already; need a free place; do: remove it, "
+        "or choose another OUT"
+    )
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    source: Source,
+    samples: list[Sample],
+    plan: str,
+    samples_per_shard: int,
+    progress: Callable[[int], None],
+) -> None:
+    from webdataset import TarWriter  # heavy: brings torch
+
+    count = -(-len(samples) // samples_per_shard)
+    shards, index = [], []
+    written = 0
+    for number in range(count):
+        # Shards differ by at most one sample.
+        last = len(samples) * (number + 1) // count
+        path = folder / f"{split}-{number:06d}.tar"
+        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for i in range(written, last):
+                data = samples[i].read()
+                label = str(samples[i].label).encode()
+                key = _key(i, samples[i].name)
+                tar.write({"__key__": key, _suffix(data, samples[i].name): data, "cls": label})
+                progress(i + 1)
+        rows = np.array([row.entry for row in scan_shard(path)], dtype=INDEX_DTYPE)
+        rows["shard"] = number
+        index.append(rows)
+        shards.append(Shard(path.name, last - written, path.stat().st_size, file_sha256(path)))
+        written = last
+    np.save(folder / INDEX, np.concatenate(index))
+    manifest = Manifest(
+        split=split,
+        source=source.name,
+        plan=plan,
+        classes=source.classes,
+        samples=len(samples),
+        stored="original",
+        shards=shards,
+        index_sha256=file_sha256(folder / INDEX),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def _key(number: int, name: str) -> str:
+    """A key without dots, unique by its number, that still tells the source file."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[-60:]
+    return f"{number:09d}_{stem}"
+
+
+def _suffix(data: bytes, name: str) -> str:
+    """The member's suffix by content: a PNG named .JPEG is stored as .png."""
+    for signature, suffix in _SIGNATURES.items():
+        if data.startswith(signature):
+            return suffix
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise ValueError(
+        f"{name}: got {data[:8]!r}..., which no picture format begins with; need JPEG, PNG, WebP, "
+        "GIF or BMP; do: remove the file, or replace it with a whole one"
+    )
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a split holds. stored: "original" when pictures are the source's bytes, untouched.
+
+    plan: hash of the classes, names and labels it was made from.
+    """
+
+    split: str
+    source: str
+    plan: str
+    classes: list[str]
+    samples: int
+    stored: str
+    shards: list[Shard]
+    index_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything the data consists of; equal where training sees equal data."""
+        facts = [self.classes, self.stored, [s.sha256 for s in self.shards], self.index_sha256]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        fields = dict(vars(self), shards=[vars(shard) for shard in self.shards])
+        return json.dumps(
+            {"format": "ds_classifier shards", "version": VERSION}
+            | fields
+            | {"fingerprint": self.fingerprint},
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError for what is not a manifest of this version."""
+        fields = json.loads(text)
+        if (fields.pop("format"), fields.pop("version")) != ("ds_classifier shards", VERSION):
+            raise ValueError("another format or version")
+        fingerprint = fields.pop("fingerprint")
+        fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
+        manifest = cls(**fields)
+        if manifest.fingerprint != fingerprint:
+            raise ValueError("its fingerprint does not match its content")
+        return manifest
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A split opened for reading. index: [N] INDEX_DTYPE, memory-mapped."""
+
+    folder: Path
+    manifest: Manifest
+    index: np.ndarray
+
+    def path(self, shard: int) -> Path:
+        return self.folder / self.manifest.shards[shard].name
+
+    def key(self, sample: int) -> str:
+        """The sample's key, read from the tar header before its picture."""
+        row = self.index[sample]
+        with open(self.path(int(row["shard"])), "rb") as file:
+            file.seek(int(row["offset"]) - TAR_BLOCK)
+            name = file.read(100).split(b"\0")[0]
+        return os.path.splitext(name.decode("utf-8", "replace"))[0]
+
+
+def open_shards(folder: Path | str) -> ShardSet:
+    """Open a split by its manifest and index.
+
+    Raises ValueError that says what to run where there are no shards, or names what is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(_no_shards(folder))
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_text())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST}: not a manifest of this program ({error}); do: convert again"
+        ) from None
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if os.path.basename(shard.name) != shard.name:
+            raise ValueError(f"{folder / MANIFEST}: shard name {shard.name!r} leaves the directory")
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise ValueError(
+                f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as the "
+                "manifest says; do: restore the shard, or convert again"
+            )
+    try:
+        index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / INDEX}: {error}; do: convert again") from None
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
+        raise ValueError(
+            f"{folder / INDEX}: got {len(index)} samples; need the manifest's {manifest.samples}; "
+            "do: convert again"
+        )
+    return ShardSet(folder, manifest, index)
+
+
+def _no_shards(folder: Path) -> str:
+    if not folder.is_dir():
+        return (
+            f"got {folder}, which does not exist; need a directory of shards; do: "
+            f"{CONVERT} PICTURES {folder.parent}"
+        )
+    tars = any(folder.glob("*.tar"))
+    if (folder / "train" / MANIFEST).is_file():
+        return f"got {folder}; its shards are one level down; do: pass {folder / 'train'}"
+    if tars:
+        return f"got {folder}: tars without {MANIFEST}; do: {CONVERT} the pictures they came from"
+    files = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
+        return f"got {folder}, a folder of pictures; need shards; do: {CONVERT} {folder} data"
+    return f"got {folder}, which holds no shards; do: {CONVERT} PICTURES {folder.parent}"
+
+
+# ------------------------------------------------------------------------------------- checking
+
+
+@dataclass(frozen=True)
+class ScannedSample:
+    """A sample found in a tar: its key, and (offset, length, label, 0) as an index row."""
+
+    key: str
+    entry: tuple[int, int, int, int]
+
+
+def scan_shard(path: Path) -> Iterator[ScannedSample]:
+    """Walk a tar and yield its samples in order, trusting nothing.
+
+    Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
+    last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
+    Raises ValueError that names the shard and the place.
+    """
+    size = path.stat().st_size
+    picture: tuple[str, int, int] | None = None  # of the sample being read: key, offset, length
+    label: int | None = None
+    end = 0
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if not member.isreg() or member.name.startswith("/") or ".." in key.split("/"):
+                    raise ValueError(f"{path}: member {member.name!r} is no plain file inside it")
+                end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
+                if end > size:
+                    raise ValueError(
+                        f"{path}: cut short: {member.name} needs {end} bytes, there are {size}"
+                    )
+                if picture is not None and picture[0] != key:
+                    raise ValueError(f"{path}: {picture[0]} has a picture but no .cls")
+                if suffix == "cls":
+                    label = _read_label(path, member.name, tar.extractfile(member).read(16))
+                elif f".{suffix}" in IMAGE_SUFFIXES:
+                    picture = (key, member.offset_data, member.size)
+                if picture is not None and label is not None:
+                    yield ScannedSample(key, (picture[1], picture[2], label, 0))
+                    picture = label = None
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a tar ({error})") from None
+    with open(path, "rb") as file:
+        file.seek(end)
+        trailer = file.read()
+    if len(trailer) < 2 * TAR_BLOCK or trailer.strip(b"\0"):
+        raise ValueError(
+            f"{path}: damaged or cut at byte {end}: no end-of-archive mark follows the last readable "
+            "member"
+        )
+    if picture is not None or label is not None:
+        raise ValueError(f"{path}: its last sample lacks its picture or its .cls")
+
+
+def _read_label(path: Path, member: str, text: bytes) -> int:
+    if not text.strip().isdigit():
+        raise ValueError(f"{path}: {member} holds {text!r}; need a class index in digits")
+    return int(text)
+
+
+def verify(
+    folder: Path,
+    *,
+    check_hash: bool = False,
+    check_decode: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Compare every shard of a split with its manifest and index; return what is wrong.
+
+    check_hash: read all bytes and compare sha256. check_decode: decode every picture too.
+    """
+    from ds_classifier.data import images
+
+    shards = open_shards(folder)
+    manifest, problems = shards.manifest, []
+    if file_sha256(folder / INDEX) != manifest.index_sha256:
+        problems.append(f"{folder / INDEX}: its sha256 is not the manifest's")
+    seen_keys: set[str] = set()
+    for number, shard in enumerate(manifest.shards):
+        path = folder / shard.name
+        try:
+            found = list(scan_shard(path))
+        except ValueError as error:
+            problems.append(f"{error} (expected {shard.samples} samples)")
+            continue
+        rows = shards.index[shards.index["shard"] == number]
+        expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
+        if [sample.entry for sample in found] != expected:
+            problems.append(
+                f"{path}: its {len(found)} samples are not the {len(expected)} of the index"
+            )
+        for sample in found:
+            if sample.key in seen_keys:
+                problems.append(f"{path}: key {sample.key} appears twice")
+            seen_keys.add(sample.key)
+            if sample.entry[2] >= len(manifest.classes):
+                problems.append(
+                    f"{path}: {sample.key} has label {sample.entry[2]}; there are "
+                    f"{len(manifest.classes)} classes"
+                )
+        if check_hash and file_sha256(path) != shard.sha256:
+            problems.append(f"{path}: its sha256 is not the manifest's")
+        if check_decode:
+            with open(path, "rb") as file:
+                for sample in found:
+                    file.seek(sample.entry[0])
+                    try:
+                        images.decode(file.read(sample.entry[1]))
+                    except ValueError as error:
+                        problems.append(f"{path}: {sample.key} does not decode ({error})")
+        progress(number + 1, len(manifest.shards))
+    return problems

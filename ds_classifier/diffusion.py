@@ -1,0 +1,257 @@
+"""The forward diffusion process: noise schedules, respacing, q_sample; and how timesteps are drawn.
+
+Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (Improved DDPM). Tables are float64 numpy, as in
+guided-diffusion; q_sample computes in fp32.
+
+t / timesteps: index of a noise level of the (respaced) process, 0 .. num_timesteps - 1; 0 is almost
+clean, the last almost pure noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_classifier import keyed_random
+
+NOISE_SCHEDULES = ("linear", "cosine")
+SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
+
+
+def get_betas(noise_schedule: str, steps: int) -> np.ndarray:
+    """beta_1 .. beta_T, [steps] float64.
+
+    linear: DDPM section 4, 1e-4 to 0.02 at 1000 steps, scaled for other numbers of steps.
+    cosine: Improved DDPM Eq. 17, alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), beta <= 0.999.
+    """
+    if noise_schedule == "linear":
+        scale = 1000 / steps
+        return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    if noise_schedule == "cosine":
+
+        def alpha_bar(u: float) -> float:
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        ratio = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
+        return np.minimum(1.0 - np.array(ratio, dtype=np.float64), 0.999)
+    raise ValueError(
+        f"noise_schedule: got {noise_schedule!r}; need one of {', '.join(NOISE_SCHEDULES)}"
+    )
+
+
+def space_timesteps(steps: int, respacing: str) -> list[int]:
+    """Which timesteps of a process of `steps` a respaced one keeps, ascending.
+
+    "": all. "250": that many, evenly. "10,15,20": the process cut in equal sections, so many from
+    each. "ddim25": every k-th, k the whole number that gives exactly 25 (Song et al. 2021).
+    """
+    if not respacing:
+        return list(range(steps))
+    problem = ValueError(
+        f"timestep_respacing: got {respacing!r} for {steps} steps; need counts that fit, like 250 or "
+        "10,15,20, or ddimN where N steps come of a whole stride; do: choose other counts"
+    )
+    try:
+        if respacing.startswith("ddim"):
+            wanted = int(respacing[len("ddim") :])
+            for stride in range(1, steps):
+                if len(range(0, steps, stride)) == wanted:
+                    return list(range(0, steps, stride))
+            raise problem
+        counts = [int(part) for part in respacing.split(",")]
+    except ValueError:
+        raise problem from None
+    kept: set[int] = set()
+    start = 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if not 1 <= count <= size:
+            raise problem
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        # The stride is added up, not multiplied: its rounding error decides ties, as recorded.
+        at = 0.0
+        for _ in range(count):
+            kept.add(start + round(at))
+            at += stride
+        start += size
+    return sorted(kept)
+
+
+class GaussianDiffusion:
+    """q(x_t | x_0) of a process that may keep only some timesteps of the one it was defined by.
+
+    num_timesteps: T of the respaced process. betas, alphas_cumprod: [T] float64 numpy.
+    timestep_map: [T] the timestep of the original process that each t stands for.
+    """
+
+    def __init__(self, *, original_betas: np.ndarray, kept: list[int], rescale_timesteps: bool):
+        original_alphas_cumprod = np.cumprod(1.0 - original_betas)
+        alphas_cumprod = original_alphas_cumprod[kept]
+        # The betas whose products pass through the kept alpha_bars.
+        self.betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        self.alphas_cumprod = np.cumprod(1.0 - self.betas)
+        self.timestep_map = list(kept)
+        self.num_timesteps = len(kept)
+        self.original_num_timesteps = len(original_betas)
+        self.rescale_timesteps = rescale_timesteps
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar) fp32 and timestep_map int64, each [T], on a device."""
+        if device not in self._tables:
+            signal = torch.from_numpy(np.sqrt(self.alphas_cumprod)).float()
+            noise = torch.from_numpy(np.sqrt(1.0 - self.alphas_cumprod)).float()
+            mapped = torch.tensor(self.timestep_map)
+            self._tables[device] = (signal.to(device), noise.to(device), mapped.to(device))
+        return self._tables[device]
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (DDPM Eq. 4), fp32.
+
+        x_start, noise: [N, ...]; t: [N] int64 in 0 .. T-1.
+        """
+        signal_scale, noise_scale, _ = self._tables_on(x_start.device)
+        shape = (-1,) + (1,) * (x_start.dim() - 1)
+        return signal_scale[t].view(shape) * x_start + noise_scale[t].view(shape) * noise
+
+    def scale_timesteps(self, t: Tensor) -> Tensor:
+        """t as the reference's respaced process hands it on: unchanged, since it maps and rescales
+        only around the network (`SpacedDiffusion`); kept so that the two can be compared."""
+        return t
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """What the network is called with at t: the original process's timestep, [N] int64; if
+        rescale_timesteps, that times 1000 / original T, [N] fp32."""
+        mapped = self._tables_on(t.device)[2][t]
+        if self.rescale_timesteps:
+            return mapped.float() * (1000.0 / self.original_num_timesteps)
+        return mapped
+
+
+def create_gaussian_diffusion(
+    *,
+    diffusion_steps: int = 1000,
+    noise_schedule: str = "linear",
+    timestep_respacing: str = "",
+    rescale_timesteps: bool = False,
+) -> GaussianDiffusion:
+    """Build the diffusion process that the reference's flags of the same names describe.
+
+    Raises ValueError for a schedule or respacing that does not exist.
+    """
+    if diffusion_steps < 1:
+        raise ValueError(f"diffusion_steps: got {diffusion_steps}; need at least 1; do: use 1000")
+    return GaussianDiffusion(
+        original_betas=get_betas(noise_schedule, diffusion_steps),
+        kept=space_timesteps(diffusion_steps, timestep_respacing),
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+class UniformSampler:
+    """Every timestep equally likely; all losses count alike."""
+
+    needs_losses = False
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
+
+    def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """uniform [N] in [0, 1) -> timesteps [N] int64, loss weights [N] fp32."""
+        t = (uniform * self.num_timesteps).long()
+        return t, torch.ones_like(t, dtype=torch.float32)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        assert not state
+
+
+class LossSecondMomentSampler:
+    """p(t) proportional to sqrt(E[L_t^2]) over the last losses seen at t (Improved DDPM Eq. 18).
+
+    Uniform until every t has `history` losses. Losses are weighted by 1 / (T p(t)), so that the
+    objective's mean stays that of uniform t and only its variance changes. The reference has this
+    sampler too, but neither feeds it losses nor uses its weights in classifier training.
+    """
+
+    needs_losses = True
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        *,
+        device: torch.device | str = "cpu",
+        history: int = 10,
+        uniform_share: float = 0.001,
+    ):
+        self.num_timesteps, self.history, self.uniform_share = num_timesteps, history, uniform_share
+        self._losses = torch.zeros(num_timesteps, history, device=device)
+        self._counts = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
+
+    def probabilities(self) -> Tensor:
+        """p(t), [T] fp32, sums to 1."""
+        rms = self._losses.square().mean(dim=1).sqrt()
+        learnt = rms / rms.sum().clamp_min(1e-12) * (1 - self.uniform_share)
+        learnt = learnt + self.uniform_share / self.num_timesteps
+        warm = (self._counts >= self.history).all()
+        return torch.where(warm, learnt, torch.full_like(learnt, 1 / self.num_timesteps))
+
+    def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """uniform [N] in [0, 1) -> timesteps [N] int64 by inverse CDF, loss weights [N] fp32."""
+        p = self.probabilities()
+        cdf = p.double().cumsum(0)
+        t = torch.searchsorted(cdf, uniform * cdf[-1], right=True).clamp_max(self.num_timesteps - 1)
+        return t, 1.0 / (self.num_timesteps * p[t])
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Take in one step's losses: t, losses [B], all ranks' in the order of their positions."""
+        finite = losses.isfinite()
+        t, losses = t[finite], losses[finite].float()
+        t, order = t.sort(stable=True)
+        seen = torch.bincount(t, minlength=self.num_timesteps)  # [T] losses of this step at each t
+        nth = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
+        last = nth >= seen[t] - self.history  # of very many at one t, only the last fit
+        slot = (self._counts[t] + nth) % self.history
+        self._losses[t[last], slot[last]] = losses[order][last]
+        self._counts += seen
+
+    def state(self) -> dict[str, Tensor]:
+        return {"losses": self._losses, "counts": self._counts}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._losses.copy_(state["losses"])
+        self._counts.copy_(state["counts"])
+
+
+def create_schedule_sampler(
+    name: str, num_timesteps: int, device: torch.device | str
+) -> UniformSampler | LossSecondMomentSampler:
+    """The sampler of timesteps by the reference's name for it."""
+    makers: dict[str, Callable] = {
+        "uniform": lambda: UniformSampler(num_timesteps),
+        "loss-second-moment": lambda: LossSecondMomentSampler(num_timesteps, device=device),
+    }
+    if name not in makers:
+        raise ValueError(
+            f"schedule_sampler: got {name!r}; need one of {', '.join(SCHEDULE_SAMPLERS)}"
+        )
+    return makers[name]()
+
+
+def keyed_uniform(seed: int, stream: str, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each position of the training stream, [N] float64."""
+    return keyed_random.uniform(
+        keyed_random.sample_keys(keyed_random.stream_key(seed, stream), positions)
+    )
+
+
+def keyed_noise(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian noise [N, *shape] fp32 that depends on (seed, stream, position) alone."""
+    keys = keyed_random.sample_keys(keyed_random.stream_key(seed, stream), positions)
+    return keyed_random.normal(keys, math.prod(shape)).view(len(positions), *shape)

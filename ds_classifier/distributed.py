@@ -1,0 +1,166 @@
+"""The process group: who this process is, one door for printing, agreement between ranks.
+
+Ranks are started by the deepspeed launcher or torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
+by nobody: then this process is rank 0 of 1. No MPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Ranks on this node: LOCAL_SIZE from deepspeed, LOCAL_WORLD_SIZE from torchrun."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def say(message: str = "") -> None:
+    """Print a line, on rank 0 alone."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def complain(message: str) -> None:
+    """Print an error once a node, whichever rank finds it first in its own files."""
+    if local_rank() == 0:
+        host = f"{socket.gethostname()}: " if world_size() > local_world_size() else ""
+        print(f"{host}error: {message}", file=sys.stderr, flush=True)
+
+
+def init():
+    """Join the process group and pick this rank's device; returns the torch.device.
+
+    nccl where there are GPUs, gloo elsewhere. On CPUs the ranks of a node share its cores.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        # DeepSpeed warns about a choice that is no user's business.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // local_world_size()))
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    return device
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish() -> None:
+    """Leave the process group."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def all_reduce_sum(tensor):
+    """The elementwise sum over all ranks, in place; returns the tensor."""
+    import torch.distributed
+
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor):
+    """Every rank's tensor of this shape, stacked: [W, ...]."""
+    import torch
+    import torch.distributed
+
+    gathered = torch.empty((world_size(), *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+    torch.distributed.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+def broadcast(tensor):
+    """Rank 0's tensor on every rank, in place; returns it."""
+    import torch.distributed
+
+    torch.distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def broadcast_json(value: Any, device) -> Any:
+    """Rank 0's value on every rank; JSON travels, so nothing received can run code."""
+    import torch
+
+    text = json.dumps(value).encode() if rank() == 0 else b""
+    length = broadcast(torch.tensor([len(text)], device=device))
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if rank() == 0:
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    return json.loads(bytes(broadcast(buffer).cpu().tolist()))
+
+
+def on_rank_0(task: Callable[[], Any], device) -> Any:
+    """Run a task on rank 0; every rank gets its JSON-able result, or raises its ValueError/OSError.
+
+    So that one rank's trouble with a file ends all ranks with the same message, at once.
+    """
+    outcome: dict[str, Any] = {}
+    if rank() == 0:
+        try:
+            outcome["result"] = task()
+        except (ValueError, OSError) as error:
+            outcome["error"] = str(error)
+    outcome = broadcast_json(outcome, device)
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome.get("result")
+
+
+def raise_together(problem: str | None, device) -> None:
+    """Every rank names its problem, or None; if any has one, all raise ValueError with all of them."""
+    import torch
+
+    width = 2000
+    row = torch.zeros(width, dtype=torch.uint8, device=device)
+    if problem is not None:
+        text = torch.tensor(list(problem.encode()[:width]), dtype=torch.uint8)
+        row[: len(text)] = text.to(device)
+    problems: dict[str, list[int]] = {}
+    for number, other in enumerate(all_gather(row).cpu().tolist()):
+        message = bytes(other).rstrip(b"\0").decode("utf-8", "replace")
+        if message:
+            problems.setdefault(message, []).append(number)
+    if problems:
+        everywhere = [*problems.values()] == [list(range(world_size()))]
+        raise ValueError(
+            "\n".join(
+                message if everywhere else f"rank {', '.join(map(str, ranks))}: {message}"
+                for message, ranks in problems.items()
+            )
+        )

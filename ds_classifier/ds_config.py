@@ -1,0 +1,432 @@
+"""The DeepSpeed JSON: read, checked against what works here, completed from the settings.
+
+DeepSpeed passes over unknown keys, "auto" and half a micro-batch without a word, so every name and
+type is checked here first and all problems are told at once, each as: got, need, do.
+Keys: DeepSpeed 0.19's configuration, less what a 70 M parameter classifier has no use for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_classifier.config import SHIPPED_CONFIGS, CommandLine, Settings, check_settings
+
+AUTO = "auto"
+AUTO_MICRO_BATCH = 32  # the most that "auto" takes at a time; a number in the JSON may be any
+
+_INT, _NUMBER, _BOOL, _STR, _ANY = "a whole number", "a number", "true or false", "a string", "any"
+_COUNT = "a whole number"  # may be written 5e8
+
+# Section -> key -> type; a dict is a section of its own.
+SCHEMA: dict[str, Any] = {
+    "train_batch_size": _INT,
+    "train_micro_batch_size_per_gpu": _INT,
+    "gradient_accumulation_steps": _INT,
+    "gradient_clipping": _NUMBER,
+    "prescale_gradients": _BOOL,
+    "gradient_predivide_factor": _NUMBER,
+    "communication_data_type": _STR,
+    "steps_per_print": _INT,
+    "wall_clock_breakdown": _BOOL,
+    "memory_breakdown": _BOOL,
+    "dump_state": _BOOL,
+    "data_types": {"grad_accum_dtype": _STR},
+    "optimizer": {
+        "type": _STR,
+        "params": {
+            "lr": _NUMBER,
+            "betas": _ANY,
+            "eps": _NUMBER,
+            "weight_decay": _NUMBER,
+            "torch_adam": _BOOL,
+        },
+    },
+    "scheduler": {
+        "type": _STR,
+        "params": {
+            "total_num_steps": _INT,
+            "warmup_min_lr": _NUMBER,
+            "warmup_max_lr": _NUMBER,
+            "warmup_num_steps": _INT,
+            "warmup_type": _STR,
+        },
+    },
+    "fp16": {
+        "enabled": _BOOL,
+        "loss_scale": _NUMBER,
+        "initial_scale_power": _INT,
+        "loss_scale_window": _INT,
+        "hysteresis": _INT,
+        "consecutive_hysteresis": _BOOL,
+        "min_loss_scale": _NUMBER,
+    },
+    "bf16": {"enabled": _BOOL, "immediate_grad_update": _BOOL, "check_grad_overflow": _BOOL},
+    "zero_optimization": {
+        "stage": _INT,
+        "contiguous_gradients": _BOOL,
+        "reduce_scatter": _BOOL,
+        "reduce_bucket_size": _COUNT,
+        "use_multi_rank_bucket_allreduce": _BOOL,
+        "allgather_partitions": _BOOL,
+        "allgather_bucket_size": _COUNT,
+        "overlap_comm": _BOOL,
+        "round_robin_gradients": _BOOL,
+    },
+    "comms_logger": _ANY,
+    "flops_profiler": _ANY,
+}
+
+# Where "auto" may stand, and the setting that owns the number (None: it is derived).
+AUTO_KEYS: dict[tuple[str, ...], str | None] = {
+    ("train_batch_size",): "global_batch",
+    ("train_micro_batch_size_per_gpu",): "microbatch",
+    ("gradient_accumulation_steps",): None,
+    ("optimizer", "params", "lr"): "lr",
+    ("optimizer", "params", "weight_decay"): "weight_decay",
+    ("scheduler", "params", "total_num_steps"): "iterations",
+    ("scheduler", "params", "warmup_max_lr"): "lr",
+    ("scheduler", "params", "warmup_num_steps"): "warmup_steps",
+    ("zero_optimization", "reduce_bucket_size"): None,
+    ("zero_optimization", "allgather_bucket_size"): None,
+}
+
+# What DeepSpeed has and this program refuses, with the reason.
+REFUSED = {
+    "amp": "apex is not supported; use fp16 or bf16",
+    "torch_autocast": "its fp16 is broken under ZeRO; use fp16 or bf16",
+    "checkpoint": "checkpoints are written by this program",
+    "tensorboard": "logs go to the run directory's tb/ already",
+    "wandb": "logs go to the run directory already",
+    "csv_monitor": "logs go to the run directory's progress.csv already",
+    "elasticity": "the global batch stays the same on any number of ranks already",
+    "zero_optimization.offload_optimizer": "the optimizer state is under 1 GB; it needs no offload",
+    "zero_optimization.offload_param": "the parameters are under 0.3 GB; they need no offload",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a global batch comes about: micro x accumulation x world_size pictures a step."""
+
+    micro: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def total(self) -> int:
+        return self.micro * self.accumulation * self.world_size
+
+    def __str__(self) -> str:
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return (
+            f"global batch {self.total} = {self.micro} micro-batch x {self.accumulation} "
+            f"accumulation x {ranks}"
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings and JSON with every number filled in and no two of them at odds."""
+
+    settings: Settings
+    ds_config: dict[str, Any]
+    batch: Batch
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read the JSON. Raises ValueError for a missing file, broken JSON or a key given twice."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        shipped = Path(__file__).resolve().parents[1] / "ds_configs"
+        where = f"{shipped}/" if shipped.is_dir() else "ds_configs/ of the source tree"
+        raise ValueError(
+            f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: take one "
+            f"of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"
+        ) from None
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{path}: key {key!r} is given twice; do: remove one")
+        return dict(pairs)
+
+    try:
+        raw = json.loads(text, object_pairs_hook=no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: got {type(raw).__name__}; need a JSON object")
+    return raw
+
+
+def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Resolved:
+    """Complete settings and JSON from each other for a number of ranks.
+
+    Raises ValueError with every problem found, a line each.
+    """
+    problems = check_settings(command.settings) + _check_keys(raw)
+    if problems:
+        raise ValueError(_all(problems, command.deepspeed_config))
+    ds = json.loads(json.dumps(raw))  # a deep copy
+    problems += _check_values(ds, command)
+    settings = _settle_numbers(ds, command, problems)
+    batch = _settle_batch(ds, settings, command, world_size, problems)
+    if problems:
+        raise ValueError(_all(problems, command.deepspeed_config))
+    assert batch is not None
+    ds.update(
+        train_batch_size=batch.total,
+        train_micro_batch_size_per_gpu=batch.micro,
+        gradient_accumulation_steps=batch.accumulation,
+    )
+    if batch.accumulation > 1:
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if settings.anneal_lr is not None:
+        ds.pop("scheduler", None)  # the settings asked for the reference's schedule
+    # DeepSpeed's own progress lines say less than ours and cost device syncs.
+    ds.setdefault("steps_per_print", 2**31)
+    return Resolved(settings.replace(global_batch=batch.total), ds, batch)
+
+
+def _all(problems: list[str], path: Path) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems ({path} and flags):\n" + "\n".join(
+        f"  {i}. {problem}" for i, problem in enumerate(problems, 1)
+    )
+
+
+def _check_keys(raw: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+
+    def walk(values: dict[str, Any], schema: dict[str, Any], path: tuple[str, ...]) -> None:
+        for key, value in values.items():
+            name = ".".join((*path, key))
+            if name in REFUSED:
+                problems.append(f"{name}: not supported here: {REFUSED[name]}; do: remove it")
+            elif key not in schema:
+                near = difflib.get_close_matches(key, schema, n=1, cutoff=0.6)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(schema)}"
+                problems.append(f"{name}: unknown key; {hint}")
+            elif isinstance(schema[key], dict):
+                if isinstance(value, dict):
+                    walk(value, schema[key], (*path, key))
+                else:
+                    problems.append(f"{name}: got {value!r}; need a section {{...}}")
+            elif value == AUTO:
+                if (*path, key) not in AUTO_KEYS:
+                    problems.append(f'{name}: got "auto"; need {schema[key]}: no setting owns it')
+            elif not _has_type(value, schema[key]):
+                problems.append(f"{name}: got {json.dumps(value)}; need {schema[key]}")
+
+    walk(raw, SCHEMA, ())
+    return problems
+
+
+def _has_type(value: Any, wanted: str) -> bool:
+    if wanted == _ANY:
+        return True
+    if wanted == _BOOL:
+        return isinstance(value, bool)
+    if wanted == _STR:
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return wanted == _NUMBER or float(value).is_integer()
+
+
+def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
+    """Values of the right type that cannot work, or that contradict the flags and the recipe."""
+    problems = []
+    zero = ds.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", 1) not in (1, 2):
+        problems.append(
+            f"zero_optimization.stage: got {zero['stage']}; need 1 or 2, on one rank too (stage 0 "
+            "keeps no fp32 master weights to save; stage 3 has nothing to gain at this size)"
+        )
+    fp16 = ds.get("fp16", {}).get("enabled", False)
+    bf16 = ds.get("bf16", {}).get("enabled", False)
+    if fp16 and bf16:
+        problems.append("fp16.enabled, bf16.enabled: got both; need one at most")
+    if command.classifier_use_fp16 is not None and command.classifier_use_fp16 != fp16:
+        problems.append(
+            f"--classifier_use_fp16: got {command.classifier_use_fp16}, but {command.deepspeed_config} "
+            f"says fp16 {'on' if fp16 else 'off'}; do: drop the flag; the JSON owns the precision"
+        )
+    grad_accum = ds.get("data_types", {}).get("grad_accum_dtype")
+    if grad_accum not in (None, "fp32", "bf16", "fp16"):
+        problems.append(
+            f"data_types.grad_accum_dtype: got {grad_accum!r}; need fp32, bf16 or fp16"
+        )
+    if "gradient_clipping" not in ds:
+        problems.append(
+            "gradient_clipping: missing; need a number, since DeepSpeed would clip at 1.0 unasked; "
+            "do: set it to 0.0 for none"
+        )
+    optimizer = ds.setdefault("optimizer", {})
+    if optimizer.setdefault("type", "AdamW") != "AdamW":
+        problems.append(f"optimizer.type: got {optimizer['type']!r}; need AdamW")
+    params = optimizer.setdefault("params", {})
+    if not params.setdefault("torch_adam", True):
+        problems.append(
+            "optimizer.params.torch_adam: got false; need true: DeepSpeed's own kernels must be "
+            "compiled first and are no faster on ZeRO's flat tensors"
+        )
+    betas = params.setdefault("betas", [0.9, 0.999])
+    if not (
+        isinstance(betas, list)
+        and len(betas) == 2
+        and all(_has_type(b, _NUMBER) and 0 <= b < 1 for b in betas)
+    ):
+        problems.append(f"optimizer.params.betas: got {betas}; need two numbers in [0, 1)")
+    params.setdefault("eps", 1e-8)
+    scheduler = ds.get("scheduler")
+    if scheduler is not None:
+        if scheduler.get("type") != "WarmupDecayLR":
+            problems.append(
+                f"scheduler.type: got {scheduler.get('type')!r}; need WarmupDecayLR; do: or drop the "
+                "section and use --anneal_lr True (linear to 0) or False (constant)"
+            )
+        scheduler.setdefault("params", {}).setdefault("warmup_type", "linear")
+        scheduler["params"].setdefault("warmup_min_lr", 0.0)
+        if scheduler["params"]["warmup_type"] not in ("linear", "log"):
+            problems.append(
+                f"scheduler.params.warmup_type: got {scheduler['params']['warmup_type']!r}; need "
+                "linear or log"
+            )
+    if command.recipe == "reference":
+        wanted = {"gradient_clipping": (ds.get("gradient_clipping"), 0)}
+        if fp16:
+            wanted["fp16.hysteresis"] = (ds["fp16"].get("hysteresis"), 1)
+        for name, (got, need) in wanted.items():
+            if got is not None and got != need:
+                problems.append(f"{name}: got {got}; need {need} with --recipe reference")
+    return problems
+
+
+def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str]) -> Settings:
+    """Give each number that both may hold one value, in both; disagreements become problems."""
+    settings, given = command.settings, command.given
+    if settings.warmup_steps < 0:
+        derived = min(1000, settings.iterations // 50)
+        settings = settings.replace(warmup_steps=max(1, derived))
+
+    def settle(path: tuple[str, ...], name: str) -> None:
+        nonlocal settings
+        section = ds
+        for part in path[:-1]:
+            section = section[part]
+        value = section.get(path[-1], AUTO)
+        if value == AUTO:
+            section[path[-1]] = getattr(settings, name)
+        elif name in given and getattr(settings, name) != value:
+            problems.append(
+                f"{'.'.join(path)}: got {value}, but --{name} (flag or recipe) is "
+                f"{getattr(settings, name)}; need one number; do: write \"auto\" in the JSON"
+            )
+        else:
+            settings = settings.replace(**{name: value})
+
+    settle(("optimizer", "params", "lr"), "lr")
+    settle(("optimizer", "params", "weight_decay"), "weight_decay")
+    if "scheduler" in ds and settings.anneal_lr is None:
+        settle(("scheduler", "params", "total_num_steps"), "iterations")
+        settle(("scheduler", "params", "warmup_num_steps"), "warmup_steps")
+        settle(("scheduler", "params", "warmup_max_lr"), "lr")
+    return settings
+
+
+def _settle_batch(
+    ds: dict[str, Any],
+    settings: Settings,
+    command: CommandLine,
+    world_size: int,
+    problems: list[str],
+) -> Batch | None:
+    """Resolve global batch = micro-batch x accumulation x ranks; the one place where that is done."""
+
+    def number(key: str) -> int | None:
+        value = ds.get(key, AUTO)
+        return None if value == AUTO else int(value)
+
+    total, micro = number("train_batch_size"), number("train_micro_batch_size_per_gpu")
+    accumulation = number("gradient_accumulation_steps")
+    for key, value in (
+        ("train_batch_size", total),
+        ("train_micro_batch_size_per_gpu", micro),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if value is not None and value < 1:
+            problems.append(f"{key}: got {value}; need at least 1")
+            return None
+
+    asked = settings.global_batch or settings.batch_size * world_size
+    if settings.global_batch and settings.batch_size:
+        if settings.global_batch != settings.batch_size * world_size:
+            problems.append(
+                f"--global_batch {settings.global_batch}, --batch_size {settings.batch_size}: they "
+                f"disagree on {world_size} ranks; do: give one of them"
+            )
+            return None
+    if not asked:
+        # Nobody named a batch: the JSON's numbers do, else the reference's 4 a rank.
+        asked = total or (micro or 4) * (accumulation or 1) * world_size
+    if total is not None and total != asked:
+        problems.append(
+            f"train_batch_size: got {total}, but the settings' global batch is {asked}; need one "
+            'number; do: write "auto" in the JSON'
+        )
+        return None
+    if settings.microbatch > 0:
+        if micro is not None and micro != settings.microbatch:
+            problems.append(
+                f"train_micro_batch_size_per_gpu: got {micro}, but --microbatch is "
+                f'{settings.microbatch}; need one number; do: write "auto" in the JSON'
+            )
+            return None
+        micro = settings.microbatch
+    if asked % world_size:
+        fits = [n for n in range(1, asked + 1) if asked % n == 0]
+        near = [n for n in fits if n <= world_size][-1:] + [n for n in fits if n > world_size][:1]
+        problems.append(
+            f"global batch: got {asked} on {world_size} ranks; need a multiple of the ranks; do: run "
+            f"on {' or '.join(map(str, near))} ranks, or choose another --global_batch"
+        )
+        return None
+    per_rank = asked // world_size
+    if micro is None and accumulation is not None and per_rank % accumulation == 0:
+        micro = per_rank // accumulation
+    elif micro is None:
+        micro = max(n for n in range(1, min(per_rank, AUTO_MICRO_BATCH) + 1) if per_rank % n == 0)
+    if per_rank % micro or accumulation not in (None, per_rank // micro):
+        got = f"{micro} micro-batch"
+        got += f" x {accumulation} accumulation" if accumulation is not None else ""
+        fits = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - micro))[:3])
+        problems.append(
+            f"train_micro_batch_size_per_gpu: got {got} x {world_size} ranks for a global batch of "
+            f"{asked}; need micro-batch x accumulation = {per_rank}; do: use a micro-batch of "
+            f"{' or '.join(map(str, near))} and accumulation \"auto\""
+        )
+        return None
+    return Batch(micro, per_rank // micro, world_size)
+
+
+def fill_bucket_sizes(ds_config: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """Give ZeRO's buckets a size near a quarter of the parameters where none is set.
+
+    DeepSpeed's default, 5e8 elements, is allocated in full at every backward pass.
+    """
+    zero = dict(ds_config["zero_optimization"])
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(key, AUTO) == AUTO:
+            zero[key] = max(parameters // 4, 1_000_000)
+    return {**ds_config, "zero_optimization": zero}

@@ -1,0 +1,141 @@
+"""Where a run's numbers go: the console, log.jsonl, progress.csv and tensorboardX.
+
+Key names are the reference's (step, samples, train_loss, train_acc@1_q0, val_..., grad_norm,
+lg_loss_scale), and ours beside them. A row appears once per step, also after resuming.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ds_classifier import distributed
+
+QUARTILE_SUFFIXES = ("", "_q0", "_q1", "_q2", "_q3")
+
+
+class RunLogger:
+    """Writes on rank 0; the other ranks' calls do nothing.
+
+    run_dir: of the run. first_step: rows of later steps are what a killed run wrote after its last
+    checkpoint; they will be computed again, so they are dropped.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int):
+        self._jsonl = self._tb = None
+        if distributed.rank() != 0:
+            return
+        self._jsonl_path, self._csv_path = run_dir / "log.jsonl", run_dir / "progress.csv"
+        self._rows = self._kept_rows(first_step)
+        self._jsonl = open(self._jsonl_path, "a")
+        self._write_csv()
+        from tensorboardX import SummaryWriter
+
+        self._tb = SummaryWriter(str(run_dir / "tb"), purge_step=first_step + 1)
+
+    def _kept_rows(self, first_step: int) -> list[dict[str, Any]]:
+        if not self._jsonl_path.exists():
+            return []
+        rows = []
+        for line in self._jsonl_path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # a line cut by a kill
+                continue
+            if row["step"] <= first_step:
+                rows.append(row)
+        staging = self._jsonl_path.with_suffix(".staging")
+        staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(staging, self._jsonl_path)
+        return rows
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row of numbers; `step` is among them. Not-a-number is written as null."""
+        if self._jsonl is None:
+            return
+        row = {key: _finite(value) for key, value in row.items()}
+        self._jsonl.write(json.dumps(row) + "\n")
+        self._jsonl.flush()
+        new_columns = any(key not in self._columns for key in row)
+        self._rows.append(row)
+        if new_columns:
+            self._write_csv()
+        else:
+            self._append_csv(row)
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._tb.add_scalar(key, value, row["step"])
+
+    def _write_csv(self) -> None:
+        """The whole table anew, when a column is added: validation starts later than training."""
+        self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        staging = self._csv_path.with_suffix(".staging")
+        with open(staging, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(staging, self._csv_path)
+
+    def _append_csv(self, row: dict[str, Any]) -> None:
+        with open(self._csv_path, "a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def close(self) -> None:
+        if self._jsonl is not None:
+            self._jsonl.close()
+            self._tb.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+CONSOLE_HEADER = (
+    f"{'step':>7} {'eta':>8} {'loss':>6}{'q0':>5}{'q1':>5}{'q2':>5}{'q3':>5} "
+    f"{'acc@1':>5}{'q0':>4}{'q1':>4}{'q2':>4}{'q3':>4} {'acc@5':>5}{'q0':>4}{'q1':>4}{'q2':>4}{'q3':>4} "
+    f"{'gnorm':>6} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
+)
+
+
+def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) -> str:
+    """One line under CONSOLE_HEADER, of a training row. Accuracies in per cent."""
+
+    def cell(key: str, scale: float, width: int, decimals: int) -> str:
+        value = row.get(key)
+        if value is None:
+            return "-".rjust(width)
+        return f"{scale * value:{width}.{decimals}f}"
+
+    def quartiles(name: str, scale: float, width: int, decimals: int) -> str:
+        return "".join(cell(name + s, scale, width, decimals) for s in QUARTILE_SUFFIXES[1:])
+
+    return (
+        f"{row['step']:>7} {duration(eta_seconds):>8} "
+        f"{cell('train_loss', 1, 6, 3)}{quartiles('train_loss', 1, 5, 2)} "
+        f"{cell('train_acc@1', 100, 5, 1)}{quartiles('train_acc@1', 100, 4, 0)} "
+        f"{cell('train_acc@5', 100, 5, 1)}{quartiles('train_acc@5', 100, 4, 0)} "
+        f"{cell('grad_norm', 1, 6, 2)} {row['lr']:7.1e} {'2^%g' % row['lg_loss_scale']:>5} "
+        f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
+        f"{memory_bytes / 2**30:4.1f}G"
+    )
+
+
+def duration(seconds: float) -> str:
+    """1:02:03; days only when there are any."""
+    seconds = int(seconds)
+    hours, rest = divmod(seconds, 3600)
+    if hours >= 100:
+        return f"{hours / 24:.1f}d"
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def validation_line(row: dict[str, Any]) -> str:
+    accuracies = " ".join(f"{100 * row[f'val_acc@1_q{q}']:.0f}" for q in range(4) if f"val_acc@1_q{q}" in row)
+    return (
+        f"{row['step']:>7} validation: loss {row['val_loss']:.3f}, acc@1 {100 * row['val_acc@1']:.1f} % "
+        f"(by quartile of t: {accuracies}), acc@5 {100 * row['val_acc@5']:.1f} %"
+    )

@@ -1,0 +1,56 @@
+"""Sums of loss and accuracy by quartile of t, kept on the device until somebody asks.
+
+Keys and meaning are the reference's: loss, acc@1, acc@5, and the same with _q0 .. _q3, the quarters
+of the timesteps from nearly clean (q0) to nearly pure noise (q3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_classifier import distributed
+
+QUARTILES = 4
+NAMES = ("loss", "acc@1", "acc@5")
+
+
+class Meter:
+    """Weighted sums over batches; all ranks' together when read."""
+
+    def __init__(self, num_timesteps: int, device: torch.device | str):
+        self.num_timesteps = num_timesteps
+        # [quartile, (loss, acc@1, acc@5, weight)] fp64: counts stay exact.
+        self._sums = torch.zeros(QUARTILES, len(NAMES) + 1, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(
+        self, *, losses: Tensor, logits: Tensor, labels: Tensor, t: Tensor, weights: Tensor
+    ) -> None:
+        """losses [N], logits [N, K], labels [N], t [N] in 0 .. T-1, weights [N] (0: not counted)."""
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
+        hits = top == labels[:, None]
+        ones = torch.ones_like(losses)
+        values = torch.stack([losses, hits[:, 0].float(), hits.any(dim=1).float(), ones], dim=1)
+        # A bad sample's loss means nothing, and 0 * nan is nan: leave it out, do not weigh it.
+        counted = torch.where(weights[:, None] > 0, values * weights[:, None], 0.0).double()
+        quartile = t * QUARTILES // self.num_timesteps
+        self._sums.index_add_(0, quartile, counted)
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Means over all ranks since the last reading, and the weight they rest on; starts anew.
+
+        Waits for the device. Quartiles without samples are left out.
+        """
+        sums = distributed.all_reduce_sum(self._sums.clone()).cpu()
+        self._sums.zero_()
+        total = sums.sum(dim=0)
+        weight = float(total[-1])
+        means: dict[str, float] = {}
+        for i, name in enumerate(NAMES):
+            if weight > 0:
+                means[name] = float(total[i] / weight)
+            for q in range(QUARTILES):
+                if sums[q, -1] > 0:
+                    means[f"{name}_q{q}"] = float(sums[q, i] / sums[q, -1])
+        return means, weight

@@ -1,0 +1,372 @@
+"""Train a noise-aware classifier: `deepspeed launch/train.py --deepspeed_config JSON [flags]`.
+
+The same command again continues the run. Where training starts, the first that applies:
+1. --resume_checkpoint PATH;
+2. the newest checkpoint in the run directory that verifies (all damaged: an error);
+3. --init_from PATH, weights only;
+4. fresh weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: use the source tree it lies in
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_classifier import distributed
+from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
+from ds_classifier.data.shards import ShardSet, open_shards
+from ds_classifier.ds_config import Resolved, read_ds_config, resolve
+
+DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parse_training_command(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(command)
+    except ValueError as error:
+        distributed.complain(str(error))
+        return 2
+    except FloatingPointError as error:
+        distributed.complain(str(error))
+        return 1
+
+
+def run(command: CommandLine) -> int:
+    """Train as the command says; returns the exit code. Raises ValueError for wrong use."""
+    world_size = distributed.world_size()
+    if command.settings.expect_world not in (0, world_size):
+        raise ValueError(
+            f"--expect_world: got {world_size} ranks; need {command.settings.expect_world}; do: look "
+            "at the hostfile's path, which the launcher forgives if it is wrong"
+        )
+    resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
+    shards, val_shards, resolved = open_data(resolved)
+    run_dir = Path(resolved.settings.run_dir)
+    if (run_dir / DONE).exists():
+        distributed.say(
+            f"{run_dir} is finished ({(run_dir / DONE).read_text().strip()}). To train again, choose "
+            "another --run_dir."
+        )
+        return 0
+    return train_on(resolved, shards, val_shards, run_dir)
+
+
+def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
+    """Open the shards, and settle the number of classes by them."""
+    settings = resolved.settings
+    shards = _open("--data_dir", settings.data_dir)
+    val_shards = _open("--val_data_dir", settings.val_data_dir) if settings.val_data_dir else None
+    classes = shards.manifest.classes
+    if val_shards is not None and val_shards.manifest.classes != classes:
+        raise ValueError(
+            f"--val_data_dir: got {len(val_shards.manifest.classes)} classes in "
+            f"{settings.val_data_dir}; need the same list as the {len(classes)} in "
+            f"{settings.data_dir}; do: convert both in one call, with --val"
+        )
+    if settings.num_classes not in (0, len(classes)):
+        raise ValueError(
+            f"--num_classes: got {settings.num_classes}; need {len(classes)}, as many as "
+            f"{settings.data_dir} has; do: drop the flag"
+        )
+    settings = settings.replace(num_classes=len(classes))
+    return shards, val_shards, dataclasses.replace(resolved, settings=settings)
+
+
+def _open(flag: str, folder: str) -> ShardSet:
+    try:
+        return open_shards(folder)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def train_on(
+    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, run_dir: Path
+) -> int:
+    """Build everything, find where to start, train; returns the exit code."""
+    quiet_libraries()
+    import torch
+
+    from ds_classifier import checkpoint
+    from ds_classifier import engine as engines
+    from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
+    from ds_classifier.evaluation import evaluate
+    from ds_classifier.export import load_initial_weights
+    from ds_classifier.logger import RunLogger
+    from ds_classifier.model import create_classifier
+    from ds_classifier.noised_classifier import NoisedClassifier
+    from ds_classifier.shutdown import STOPPED, StopVote
+    from ds_classifier.training import Cadence, train
+
+    settings, ds_config, batch = resolved.settings, resolved.ds_config, resolved.batch
+    # Everything that can be wrong is built before the ranks meet, so that errors come at once.
+    torch.manual_seed(settings.seed)
+    classifier = create_classifier(**settings.model_kwargs())
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    device = distributed.init()
+    engines.check_precision(ds_config, device)
+    sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
+
+    found, state = find_checkpoint(settings, run_dir, device)
+    facts = {
+        "settings": dataclasses.asdict(settings),
+        "classes": shards.manifest.classes,
+        "data": shards.manifest.fingerprint,
+    }
+    if state is not None:
+        refuse_changes(state, settings, facts)
+    origin = f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"
+    if state is None and settings.init_from:
+        source = Path(settings.init_from)
+        origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
+    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved), device)
+
+    module = NoisedClassifier(classifier, diffusion)
+    factor = None
+    if settings.anneal_lr is not None:
+        factor = engines.linear_anneal(settings.iterations) if settings.anneal_lr else constant
+    engine = engines.create_engine(module, ds_config, factor)
+    if state is not None:
+        checkpoint.load(found, state, engine=engine, sampler=sampler)
+    first_step = engine.global_steps
+
+    loader, val_loader = create_loaders(resolved, shards, val_shards, first_step)
+    announce(resolved, shards, val_shards, run_dir, origin, engine)
+
+    def checkpoint_state(bad_samples: int) -> dict:
+        samples = engine.global_steps * batch.total
+        return facts | {"samples": samples, "bad_samples": bad_samples, "world_size": batch.world_size}
+
+    def validate() -> dict[str, float]:
+        means, bad = evaluate(
+            module,
+            val_loader,
+            samples=val_shards.manifest.samples,
+            device=device,
+            noised=settings.noised,
+        )
+        return means | ({"bad_samples": bad} if bad else {})
+
+    logger = RunLogger(run_dir, first_step=first_step)
+    finished = train(
+        engine,
+        iter(loader),
+        cadence=Cadence(
+            iterations=settings.iterations,
+            log=settings.log_interval,
+            save=settings.save_interval,
+            evaluate=settings.eval_interval,
+        ),
+        run_dir=run_dir,
+        seed=settings.seed,
+        noised=settings.noised,
+        sampler=sampler,
+        num_timesteps=diffusion.num_timesteps,
+        keep_last=settings.keep_last,
+        max_bad_samples=settings.max_bad_samples,
+        max_skipped_steps=settings.max_skipped_steps,
+        bad_samples=state["bad_samples"] if state else 0,
+        checkpoint_state=checkpoint_state,
+        validate=validate if val_loader is not None else None,
+        stop=StopVote(),
+        logger=logger,
+    )
+    logger.close()
+    step = engine.global_steps
+    if finished:
+        distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
+        distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
+    else:
+        distributed.say(f"stopped on request after step {step}; run the same command to go on")
+    distributed.finish()
+    return 0 if finished else STOPPED
+
+
+def constant(step: int) -> float:
+    """--anneal_lr False: the learning rate stays at its peak."""
+    return 1.0
+
+
+def quiet_libraries() -> None:
+    """Keep off the screen what no user can act on."""
+    import logging
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:
+    """The checkpoint to continue from and its state.json, on all ranks; (None, None) for none."""
+    from ds_classifier import checkpoint
+
+    def find() -> list | None:
+        if settings.resume_checkpoint:
+            found = checkpoint.resolve_checkpoint(Path(settings.resume_checkpoint))
+        else:
+            found = checkpoint.newest_valid(run_dir / "checkpoints", distributed.say)
+        return None if found is None else [str(found), checkpoint.read_state(found)]
+
+    answer = distributed.on_rank_0(find, device)
+    return (None, None) if answer is None else (Path(answer[0]), answer[1])
+
+
+def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
+    """Raise ValueError if the checkpoint is of another training than the one asked for."""
+    changes = changed_settings(state["settings"], settings)
+    if state["classes"] != facts["classes"]:
+        changes.append(f"classes: {len(state['classes'])} in the checkpoint, others in the data now")
+    elif state["data"] != facts["data"]:
+        changes.append(f"data: {settings.data_dir} is not the data that the checkpoint was trained on")
+    if changes:
+        raise ValueError(
+            f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
+            + "\n  ".join(changes)
+            + "\ndo: give the settings as they were, or choose another --run_dir"
+        )
+
+
+def write_run_files(run_dir: Path, resolved: Resolved) -> None:
+    """What this start of the run was made of: settings, JSON, environment, command."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(resolved.settings)
+    (run_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (run_dir / "deepspeed.json").write_text(json.dumps(resolved.ds_config, indent=1) + "\n")
+    (run_dir / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    command = shlex.join([sys.executable, *sys.argv])
+    with open(run_dir / "command.sh", "a") as file:
+        file.write(f"# {resolved.batch.world_size} ranks\n{command}\n")
+
+
+def environment() -> dict[str, object]:
+    """Versions, host, and the state of the source tree."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import ds_classifier
+
+    packages = {}
+    for name in ("torch", "deepspeed", "webdataset", "torchvision", "numpy", "pillow", "safetensors"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    tree = Path(__file__).resolve().parents[1]
+    git = {}
+    for fact, arguments in (("commit", ["rev-parse", "HEAD"]), ("changes", ["status", "--short"])):
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10
+            )
+            git[fact] = answer.stdout.strip() if answer.returncode == 0 else None
+        except (OSError, subprocess.TimeoutExpired):
+            git[fact] = None
+    return {
+        "ds_classifier": ds_classifier.__version__,
+        "python": platform.python_version(),
+        "packages": packages,
+        "host": platform.node(),
+        "git": git,
+    }
+
+
+def create_loaders(
+    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, first_step: int
+):
+    """This rank's training batches from a step on, and the validation batches if there are any."""
+    from ds_classifier.data.loader import (
+        ShardDataset,
+        TrainingPositions,
+        ValidationPositions,
+        create_loader,
+        default_workers,
+    )
+    from ds_classifier.data.order import SampleOrder
+
+    settings, batch = resolved.settings, resolved.batch
+    rank, world_size = distributed.rank(), batch.world_size
+    workers = settings.workers
+    if workers < 0:
+        workers = default_workers(distributed.local_world_size())
+    pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
+    order = SampleOrder(
+        [shard.samples for shard in shards.manifest.shards],
+        seed=settings.seed,
+        lanes=settings.lanes,
+        block=settings.block,
+    )
+    dataset = ShardDataset(
+        shards,
+        order=order,
+        seed=settings.seed,
+        random_crop=settings.random_crop,
+        random_flip=settings.random_flip,
+        **pixels,
+    )
+    positions = TrainingPositions(
+        first_step=first_step,
+        steps=settings.iterations,
+        global_batch=batch.total,
+        micro_batch=batch.micro,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader = create_loader(dataset, positions, workers=workers)
+    if val_shards is None:
+        return loader, None
+    val_positions = ValidationPositions(
+        val_shards.manifest.samples, batch=batch.micro, rank=rank, world_size=world_size
+    )
+    return loader, create_loader(
+        ShardDataset(val_shards, **pixels), val_positions, workers=min(workers, 1)
+    )
+
+
+def announce(
+    resolved: Resolved,
+    shards: ShardSet,
+    val_shards: ShardSet | None,
+    run_dir: Path,
+    origin: str,
+    engine,
+) -> None:
+    """The header of a run: what is trained on what, and how the numbers came about."""
+    from ds_classifier import engine as engines
+
+    settings, batch = resolved.settings, resolved.batch
+    parameters = sum(p.numel() for p in engine.module.parameters())
+    epoch_steps = shards.manifest.samples / batch.total
+    held_out = f", {val_shards.manifest.samples} held out" if val_shards else ", no validation"
+    schedule = {None: "the JSON's WarmupDecayLR", True: "linear to 0", False: "constant"}
+    if settings.anneal_lr is None and "scheduler" not in resolved.ds_config:
+        schedule[None] = "constant"
+    say = distributed.say
+    say(
+        f"classifier  {parameters:,} parameters, {settings.image_size} px, {settings.num_classes} "
+        f"classes; {settings.noise_schedule} noise, {settings.diffusion_steps} steps"
+    )
+    say(
+        f"data        {settings.data_dir}: {shards.manifest.samples:,} pictures in "
+        f"{len(shards.manifest.shards)} shards{held_out}"
+    )
+    say(f"batch       {batch}; {epoch_steps:.1f} steps an epoch")
+    say(
+        f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "
+        f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, {schedule[settings.anneal_lr]}"
+    )
+    say(f"start       from {origin}; {settings.iterations} steps in all")
+    say(f"run         {run_dir}/ (log.jsonl, progress.csv, tb/, checkpoints/)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
