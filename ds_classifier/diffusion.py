@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_classifier import keyed_random
+from ds_classifier import device_random
+from ds_classifier.keyed_random import stream_key
 
 NOISE_SCHEDULES = ("linear", "cosine")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
@@ -246,12 +247,10 @@ def create_schedule_sampler(
 
 def keyed_uniform(seed: int, stream: str, positions: Tensor) -> Tensor:
     """One number in [0, 1) for each position of the training stream, [N] float64."""
-    return keyed_random.uniform(
-        keyed_random.sample_keys(keyed_random.stream_key(seed, stream), positions)
-    )
+    return device_random.uniform(device_random.sample_keys(stream_key(seed, stream), positions))
 
 
 def keyed_noise(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Gaussian noise [N, *shape] fp32 that depends on (seed, stream, position) alone."""
-    keys = keyed_random.sample_keys(keyed_random.stream_key(seed, stream), positions)
-    return keyed_random.normal(keys, math.prod(shape)).view(len(positions), *shape)
+    keys = device_random.sample_keys(stream_key(seed, stream), positions)
+    return device_random.normal(keys, math.prod(shape)).view(len(positions), *shape)

@@ -7,9 +7,11 @@ by nobody: then this process is rank 0 of 1. No MPI.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +67,22 @@ def init():
     device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    import deepspeed
-
-    deepspeed.init_distributed(
+    _import_deepspeed_quietly().init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
     return device
+
+
+def _import_deepspeed_quietly():
+    """DeepSpeed without its remarks that no user can act on, and without compiling at start-up."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # No op of DeepSpeed's own is used: without this it probes for compilers, and on a CPU compiles
+    # a collective for 40 s that only inference would call.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed
 
 
 def _free_port() -> int:

@@ -5,32 +5,24 @@ the i-th number of the stream with key k is mix(k + (i + 1) * GOLDEN). The key o
 run's seed, the name of the use ("crop", "noise", ...) and the sample's position in the training
 stream, so it does not matter which rank, worker, device or micro-batch asks.
 
-numpy serves the loader's order and crops (uint64), torch the device's timesteps and noise (int64:
-two's complement wraps the same way, only right shifts must be masked). Both give the same integers.
+This is the loader's half, in numpy; `device_random.py` gives the same numbers as tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 
 import numpy as np
-import torch
-from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
-_MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def stream_key(seed: int, stream: str) -> int:
     """A 64-bit key for one use of a run's seed, e.g. stream_key(0, "noise")."""
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-# ---------------------------------------------------------------------------------------- numpy
 
 
 def mix(z: np.ndarray) -> np.ndarray:
@@ -67,46 +59,3 @@ class Draws:
         number = int(numbers(self._key, self._drawn, 1)[0])
         self._drawn += 1
         return number * stop >> 64
-
-
-# ---------------------------------------------------------------------------------------- torch
-
-
-def _signed(value: int) -> int:
-    value &= _MASK
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift_right(z, 30)) * _signed(MIX_1)
-    z = (z ^ _shift_right(z, 27)) * _signed(MIX_2)
-    return z ^ _shift_right(z, 31)
-
-
-def sample_keys(key: int, positions: Tensor) -> Tensor:
-    """A key for every position: [N] int64 -> [N] int64, `fold(key, position)` as signed bits."""
-    return _mix((positions + 1) * _signed(GOLDEN) + _signed(key))
-
-
-def uniform(keys: Tensor) -> Tensor:
-    """One number in [0, 1) a key, [N] float64, of 53 random bits."""
-    return _shift_right(_mix(keys + _signed(GOLDEN)), 11).double() * 2.0**-53
-
-
-def normal(keys: Tensor, count: int) -> Tensor:
-    """Standard normal numbers, [N, count] float32: row n depends on keys[n] alone.
-
-    Box & Muller 1958 on the two halves of each 64-bit number; at most 6.8 standard deviations.
-    The integers are the same on every device, the normals up to its rounding of log and cos.
-    """
-    pairs = (count + 1) // 2
-    index = torch.arange(1, pairs + 1, device=keys.device) * _signed(GOLDEN)
-    z = _mix(keys[:, None] + index)  # [N, pairs]
-    radius = ((_shift_right(z, 32).float() + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = (z & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
-    both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)  # [N, 2 * pairs]
-    return both[:, :count]

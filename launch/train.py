@@ -196,14 +196,12 @@ def constant(step: int) -> float:
 
 def quiet_libraries() -> None:
     """Keep off the screen what no user can act on."""
-    import logging
     import os
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:

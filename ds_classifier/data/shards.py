@@ -332,8 +332,10 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
-                key, _, suffix = member.name.partition(".")
-                if not member.isreg() or member.name.startswith("/") or ".." in key.split("/"):
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = folder + slash + stem
+                if not member.isreg() or folder.startswith("/") or ".." in member.name.split("/"):
                     raise ValueError(f"{path}: member {member.name!r} is no plain file inside it")
                 end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
                 if end > size:

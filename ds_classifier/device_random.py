@@ -1,0 +1,53 @@
+"""The keyed random numbers of `keyed_random.py` as tensors, on whatever device trains.
+
+int64 arithmetic: two's complement wraps as uint64 does, only right shifts must be masked. The
+integers equal numpy's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_classifier.keyed_random import GOLDEN, MIX_1, MIX_2
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * _signed(MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(MIX_2)
+    return z ^ _shift_right(z, 31)
+
+
+def sample_keys(key: int, positions: Tensor) -> Tensor:
+    """A key for every position: [N] int64 -> [N] int64, `fold(key, position)` as signed bits."""
+    return _mix((positions + 1) * _signed(GOLDEN) + _signed(key))
+
+
+def uniform(keys: Tensor) -> Tensor:
+    """One number in [0, 1) a key, [N] float64, of 53 random bits."""
+    return _shift_right(_mix(keys + _signed(GOLDEN)), 11).double() * 2.0**-53
+
+
+def normal(keys: Tensor, count: int) -> Tensor:
+    """Standard normal numbers, [N, count] float32: row n depends on keys[n] alone.
+
+    Box & Muller 1958 on the two halves of each 64-bit number; at most 6.8 standard deviations.
+    The integers are the same on every device, the normals up to its rounding of log and cos.
+    """
+    pairs = (count + 1) // 2
+    index = torch.arange(1, pairs + 1, device=keys.device) * _signed(GOLDEN)
+    z = _mix(keys[:, None] + index)  # [N, pairs]
+    radius = ((_shift_right(z, 32).float() + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = (z & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
+    both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)  # [N, 2 * pairs]
+    return both[:, :count]

@@ -1,0 +1,81 @@
+"""The house: imports point one way, and only config knows the command line."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "ds_classifier"
+
+# Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
+LAYERS = [
+    ["keyed_random", "model", "distributed", "data.sources", "data.images", "config", "shutdown"],
+    ["device_random", "data.order", "data.shards", "ds_config"],
+    ["diffusion", "metrics", "logger", "data.loader", "engine"],
+    ["noised_classifier", "checkpoint"],
+    ["evaluation"],
+    ["training", "export"],
+]
+RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(p): p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ds_classifier"):
+            base = node.module.removeprefix("ds_classifier").strip(".")
+            for alias in node.names:
+                both = f"{base}.{alias.name}".strip(".")
+                found.add(both if both in MODULES else base)
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("ds_classifier.")
+                for alias in node.names
+                if alias.name.startswith("ds_classifier.")
+            }
+    return found - {""}
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    for imported in own_imports(MODULES[name]):
+        assert RANK[imported] < RANK[name] or imported == name, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"config"}))
+def test_only_config_parses_a_command_line(name):
+    tree = ast.parse(MODULES[name].read_text())
+    imported = {
+        alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names
+    }
+    assert "argparse" not in imported
+    assert "sys.argv" not in MODULES[name].read_text()
+
+
+def test_help_imports_nothing_heavy():
+    """launch/train.py --help answers at once: what it imports before parsing is light."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv = ['train.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('launch/train.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'deepspeed', 'webdataset', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

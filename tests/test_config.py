@@ -1,0 +1,301 @@
+"""The command line, the recipes, and the DeepSpeed JSON: completed, checked, all problems at once."""
+
+import json
+
+import pytest
+from conftest import ROOT, run_python
+
+from ds_classifier import config, ds_config
+from ds_classifier.config import RECIPES, parse_training_command
+from ds_classifier.ds_config import read_ds_config, resolve
+
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+ZERO2 = json.loads((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
+
+
+def command(*flags: str, path="ds_configs/zero2_bf16.json"):
+    return parse_training_command(["--deepspeed_config", path, *flags])
+
+
+def changed(**keys):
+    """The shipped JSON with some values replaced; a key a.b.c goes into its section."""
+    raw = json.loads(json.dumps(ZERO2))
+    for name, value in keys.items():
+        *sections, key = name.split("__")
+        section = raw
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[key] = value
+    return raw
+
+
+def resolved(*flags: str, raw=None, world_size=2):
+    return resolve(command(*flags), raw or changed(), world_size=world_size)
+
+
+def problems(*flags: str, raw=None, world_size=2) -> str:
+    with pytest.raises(ValueError) as error:
+        resolved(*flags, raw=raw, world_size=world_size)
+    return str(error.value)
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def test_defaults_are_the_references():
+    settings = command().settings
+    reference = dict(
+        noised=True,
+        iterations=150000,
+        lr=3e-4,
+        weight_decay=0.0,
+        microbatch=-1,
+        schedule_sampler="uniform",
+        resume_checkpoint="",
+        log_interval=10,
+        save_interval=10000,
+        image_size=64,
+        classifier_width=128,
+        classifier_depth=2,
+        classifier_attention_resolutions="32,16,8",
+        classifier_use_scale_shift_norm=True,
+        classifier_resblock_updown=True,
+        classifier_pool="attention",
+        diffusion_steps=1000,
+        noise_schedule="linear",
+        timestep_respacing="",
+        rescale_timesteps=False,
+    )
+    assert {name: getattr(settings, name) for name in reference} == reference
+    assert resolved(world_size=3).batch.total == 12  # 4 a rank
+    assert settings.eval_interval == settings.save_interval
+
+
+def test_a_command_line_written_for_the_reference_runs():
+    """The flags of guided-diffusion's README for the 128 px classifier."""
+    flags = (
+        "--data_dir imagenet --iterations 300000 --anneal_lr True --batch_size 256 --lr 3e-4 "
+        "--save_interval 10000 --weight_decay 0.05 --image_size 128 "
+        "--classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
+        "--classifier_pool attention --classifier_resblock_updown True "
+        "--classifier_use_scale_shift_norm True --classifier_use_fp16 False --learn_sigma False"
+    ).split()
+    result = resolved(*flags, world_size=8)
+    assert result.batch.total == 2048
+    assert result.settings.anneal_lr is True
+    assert "scheduler" not in result.ds_config
+    assert result.ds_config["optimizer"]["params"]["weight_decay"] == 0.05
+
+
+def test_recipes_then_flags(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command("--recipe", "imagenet64").settings.lr == 6e-4
+    assert command("--recipe", "imagenet64", "--lr", "1e-4").settings.lr == 1e-4
+    assert command("--recipe", "imagenet64").settings.run_dir == "runs/imagenet64"
+    assert resolved("--recipe", "imagenet64", world_size=8).batch.total == 1024
+    assert resolved("--recipe", "imagenet64", "--batch_size", "8", world_size=8).batch.total == 64
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    assert command().settings.val_data_dir == "data/val"
+    assert command("--data_dir", "elsewhere").settings.val_data_dir == ""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds(recipe):
+    import torch
+
+    from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.model import create_classifier
+
+    settings = resolved("--recipe", recipe, world_size=1).settings.replace(num_classes=10)
+    with torch.device("meta"):
+        create_classifier(**settings.model_kwargs())
+    assert create_gaussian_diffusion(**settings.diffusion_kwargs()).num_timesteps == 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nosuch", "1"], "--nosuch"),
+        (["--noised", "maybe"], "'maybe'"),
+        (["--iterations", "1.5"], "1.5"),
+        (["--recipe", "imagenet65"], "imagenet65"),
+    ],
+)
+def test_malformed_flags_end_with_code_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command(*flags)
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_is_complete(tmp_path):
+    done = run_python(ROOT / "launch" / "train.py", "--help", cwd=tmp_path)
+    assert done.code == 0
+    for word in ("--data_dir", "--resume_checkpoint", "Exit codes", "digits32", "zero2_fp16.json"):
+        assert word in done.output
+
+
+# -------------------------------------------------------------------------------- the JSON
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_whole(path):
+    assert {p.stem for p in CONFIGS} == set(config.SHIPPED_CONFIGS)
+    result = resolve(command("--recipe", "digits32"), read_ds_config(path), world_size=2)
+    assert "auto" not in json.dumps({k: v for k, v in result.ds_config.items() if k[0] != "z"})
+    assert result.ds_config["zero_optimization"]["stage"] == int(path.stem[4])
+    precision = path.stem.split("_")[1]
+    enabled = {p for p in ("fp16", "bf16") if result.ds_config.get(p, {}).get("enabled")}
+    assert enabled == ({precision} - {"fp32"})
+    filled = ds_config.fill_bucket_sizes(result.ds_config, 40_000_000)
+    assert filled["zero_optimization"]["reduce_bucket_size"] == 10_000_000
+    if precision == "fp16":
+        assert result.ds_config["fp16"]["initial_scale_power"] == 16
+
+
+def test_schema_names_are_deepspeeds():
+    """The sections taken over from DeepSpeed hold only keys that DeepSpeed has."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for section, model in (
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("fp16", DeepSpeedFP16Config),
+        ("bf16", DeepSpeedBF16Config),
+    ):
+        assert set(ds_config.SCHEMA[section]) <= set(model.model_fields)
+
+
+def test_auto_is_filled_from_the_settings():
+    ds = resolved("--lr", "2e-4", "--iterations", "5000", "--batch_size", "16").ds_config
+    assert ds["optimizer"]["params"]["lr"] == 2e-4
+    assert ds["scheduler"]["params"] == {
+        "total_num_steps": 5000,
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": 2e-4,
+        "warmup_num_steps": 100,
+        "warmup_type": "linear",
+    }
+    assert ds["train_batch_size"] == 32
+
+
+def test_a_number_in_the_json_counts_where_no_flag_speaks():
+    result = resolved(raw=changed(optimizer__params__lr=0.01, train_micro_batch_size_per_gpu=6))
+    assert (result.settings.lr, result.batch.total) == (0.01, 12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "json_keys", "world_size", "expected"),
+    [
+        (["--global_batch", "64"], {}, 2, (32, 1, 2)),
+        (["--global_batch", "64"], {}, 4, (16, 1, 4)),
+        (["--global_batch", "256"], {}, 2, (32, 4, 2)),
+        (["--global_batch", "256", "--microbatch", "8"], {}, 2, (8, 16, 2)),
+        (["--global_batch", "256"], {"gradient_accumulation_steps": 2}, 2, (64, 2, 2)),
+        (["--global_batch", "256"], {"train_micro_batch_size_per_gpu": 128}, 2, (128, 1, 2)),
+        ([], {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}, 2, (8, 3, 2)),
+        ([], {"train_batch_size": 10}, 2, (5, 1, 2)),
+        (["--batch_size", "7"], {}, 3, (7, 1, 3)),
+    ],
+)
+def test_the_batch_comes_about(flags, json_keys, world_size, expected):
+    batch = resolved(*flags, raw=changed(**json_keys), world_size=world_size).batch
+    assert (batch.micro, batch.accumulation, batch.world_size) == expected
+    micro, accumulation, _ = expected
+    assert f"= {micro} micro-batch x {accumulation} accumulation x {world_size} ranks" in str(batch)
+
+
+def test_accumulation_sums_in_fp32():
+    assert "data_types" not in resolved("--global_batch", "8").ds_config
+    ds = resolved("--global_batch", "8", "--microbatch", "2").ds_config
+    assert ds["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (dict(train_batchsize=4), ["train_batchsize: unknown key", "'train_batch_size'"]),
+        (dict(fp16__enable=True), ["fp16.enable: unknown key", "'enabled'"]),
+        (dict(train_micro_batch_size_per_gpu=4.5), ["4.5", "a whole number"]),
+        (dict(train_micro_batch_size_per_gpu=True), ["true", "a whole number"]),
+        (dict(train_batch_size=0), ["train_batch_size: got 0"]),
+        (dict(gradient_clipping="auto"), ["gradient_clipping", '"auto"']),
+        (dict(zero_optimization__stage="auto"), ["stage", '"auto"']),
+        (dict(zero_optimization__stage=3), ["stage: got 3", "1 or 2"]),
+        (dict(zero_optimization__stage=0), ["stage: got 0", "1 or 2"]),
+        (dict(zero_optimization__offload_optimizer={}), ["offload_optimizer", "not supported"]),
+        (dict(optimizer__type="Adam"), ["optimizer.type", "AdamW"]),
+        (dict(optimizer__params__torch_adam=False), ["torch_adam"]),
+        (dict(optimizer__params__betas=[0.9]), ["betas"]),
+        (dict(scheduler__type="OneCycle"), ["scheduler.type", "WarmupDecayLR"]),
+        (dict(scheduler__params__warmup_type="cubic"), ["warmup_type", "linear or log"]),
+        (dict(fp16__enabled=True), ["fp16.enabled, bf16.enabled: got both"]),
+        (dict(bf16__enabled="yes"), ["bf16.enabled", '"yes"', "true or false"]),
+        (dict(optimizer="AdamW"), ["optimizer", "section"]),
+        (dict(amp={}), ["amp", "not supported"]),
+        (dict(data_types__grad_accum_dtype="fp8"), ["grad_accum_dtype", "fp8"]),
+    ],
+)
+def test_refuses_in_one_message(keys, words):
+    message = problems(raw=changed(**keys))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys", "world_size", "words"),
+    [
+        (["--global_batch", "10"], {}, 4, ["got 10 on 4 ranks", "2 or 5 ranks"]),
+        (["--lr", "1e-3"], dict(optimizer__params__lr=1e-4), 2, ["0.0001", "--lr", "0.001"]),
+        (["--batch_size", "8"], dict(train_batch_size=8), 2, ["got 8", "is 16"]),
+        (["--microbatch", "8"], dict(train_micro_batch_size_per_gpu=4), 2, ["got 4", "is 8"]),
+        (["--batch_size", "8"], dict(train_micro_batch_size_per_gpu=3), 2, ["got 3", "= 8"]),
+        (["--batch_size", "8", "--global_batch", "8"], {}, 2, ["--global_batch 8", "disagree"]),
+        (["--classifier_use_fp16", "True"], {}, 2, ["classifier_use_fp16", "JSON owns"]),
+        (["--recipe", "reference"], dict(gradient_clipping=1.0), 2, ["gradient_clipping", "need 0"]),
+        (["--iterations", "0"], {}, 2, ["--iterations: got 0"]),
+        (["--lr", "-1"], {}, 2, ["--lr: got -1"]),
+    ],
+)
+def test_disagreements(flags, keys, world_size, words):
+    message = problems(*flags, raw=changed(**keys), world_size=world_size)
+    for word in words:
+        assert word in message
+
+
+def test_all_problems_come_in_one_message():
+    raw = changed(train_batchsize=4, optimizer__params__lr="fast", zero_optimization__stage="auto")
+    message = problems(raw=raw)
+    assert message.startswith("3 problems")
+    for word in ("train_batchsize", "optimizer.params.lr", "zero_optimization.stage"):
+        assert word in message
+
+
+def test_clipping_must_be_said():
+    raw = changed()
+    del raw["gradient_clipping"]
+    assert "clip at 1.0 unasked" in problems(raw=raw)
+
+
+def test_files_that_are_no_json(tmp_path):
+    bad = tmp_path / "bad.json"
+    for text, words in (
+        ("{", "line 1"),
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ("[]", "got list"),
+    ):
+        bad.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_ds_config(bad)
+    with pytest.raises(ValueError, match="zero2_fp16.json"):
+        read_ds_config(tmp_path / "absent.json")
+
+
+def test_what_a_resumed_run_may_change():
+    before = config.dataclasses.asdict(resolved("--lr", "1e-3").settings)
+    same = resolved("--lr", "1e-3", "--log_interval", "1", "--keep_last", "9").settings
+    assert config.changed_settings(before, same) == []
+    other = resolved("--lr", "2e-3", "--image_size", "128").settings
+    changes = config.changed_settings(before, other)
+    assert len(changes) == 2
+    assert "lr: 0.001 in the checkpoint, 0.002 now" in changes

@@ -1,0 +1,44 @@
+"""SplitMix64 against its published numbers; numpy and torch against each other."""
+
+import numpy as np
+import torch
+
+from ds_classifier import device_random, keyed_random
+
+
+def test_is_splitmix64():
+    """First outputs for seed 1234567, as published with the reference C code."""
+    assert keyed_random.numbers(1234567, 0, 5).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_numpy_and_torch_agree():
+    positions = [0, 1, 2, 10**6, 2**40]
+    key = keyed_random.stream_key(7, "noise")
+    in_torch = device_random.sample_keys(key, torch.tensor(positions))
+    in_numpy = [keyed_random.fold(key, position) for position in positions]
+    assert [int(value) % 2**64 for value in in_torch] == in_numpy
+
+
+def test_draws_are_in_range_and_even():
+    draws = keyed_random.Draws(3)
+    counts = np.bincount([draws.randrange(7) for _ in range(7000)], minlength=7)
+    assert counts.sum() == 7000
+    assert counts.min() > 850
+    assert keyed_random.Draws(3).randrange(1) == 0
+
+
+def test_permutation_is_one():
+    for length in (1, 2, 1000):
+        assert sorted(keyed_random.permutation(length, 5).tolist()) == list(range(length))
+    assert keyed_random.permutation(1000, 5).tolist() != keyed_random.permutation(1000, 6).tolist()
+
+
+def test_streams_differ_by_seed_and_name():
+    keys = {keyed_random.stream_key(s, n) for s in range(10) for n in ("crop", "noise", "t")}
+    assert len(keys) == 30

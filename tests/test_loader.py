@@ -1,0 +1,185 @@
+"""Batches: the same for any number of ranks, workers and accumulation steps; bad samples; validation."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from PIL import Image
+
+from ds_classifier.data import images
+from ds_classifier.data.loader import (
+    ShardDataset,
+    TrainingPositions,
+    ValidationPositions,
+    create_loader,
+)
+from ds_classifier.data.order import SampleOrder
+from ds_classifier.data.shards import convert, open_shards
+from ds_classifier.data.sources import Sample, Source
+
+GLOBAL_BATCH = 12
+
+
+def training_loader(split, *, rank=0, world_size=1, micro=GLOBAL_BATCH, first=0, last=6, workers=0):
+    shards = open_shards(split)
+    order = SampleOrder(
+        [s.samples for s in shards.manifest.shards], seed=4, lanes=8, block=16
+    )
+    dataset = ShardDataset(
+        shards, image_size=16, order=order, seed=4, random_crop=True, random_flip=True
+    )
+    positions = TrainingPositions(
+        first_step=first,
+        steps=last,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=micro,
+        rank=rank,
+        world_size=world_size,
+    )
+    return create_loader(dataset, positions, workers=workers)
+
+
+def global_batches(split, *, world_size, micro, workers=0, first=0, last=6):
+    """Every step's samples of all ranks, in the order of their positions."""
+    steps = {}
+    for rank in range(world_size):
+        loader = training_loader(
+            split,
+            rank=rank,
+            world_size=world_size,
+            micro=micro,
+            workers=workers,
+            first=first,
+            last=last,
+        )
+        for batch in loader:
+            for i, position in enumerate(batch.positions.tolist()):
+                steps[position] = (batch.labels[i].item(), batch.images[i].numpy().tobytes())
+    assert sorted(steps) == list(range(first * GLOBAL_BATCH, last * GLOBAL_BATCH))
+    return [steps[q] for q in sorted(steps)]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro", "workers"),
+    [(1, 4, 0), (2, 6, 0), (2, 3, 0), (3, 4, 0), (12, 1, 0), (1, 12, 1), (1, 3, 2), (2, 3, 3)],
+)
+def test_same_global_batches_however_they_are_cut(digits, world_size, micro, workers):
+    expected = global_batches(digits / "train", world_size=1, micro=GLOBAL_BATCH)
+    got = global_batches(digits / "train", world_size=world_size, micro=micro, workers=workers)
+    assert got == expected
+
+
+def test_resuming_gives_the_suffix_on_other_ranks_too(digits):
+    whole = global_batches(digits / "val", world_size=1, micro=12, first=0, last=40)
+    # 360 samples: step 30 is the epoch's edge.
+    resumed = global_batches(digits / "val", world_size=3, micro=2, workers=1, first=29, last=40)
+    assert resumed == whole[29 * GLOBAL_BATCH :]
+    assert whole[: 30 * GLOBAL_BATCH] != whole[30 * GLOBAL_BATCH :][: 30 * GLOBAL_BATCH]
+
+
+def test_each_epoch_trains_on_every_picture_once(digits):
+    shards = open_shards(digits / "val")
+    order = SampleOrder([360], seed=0, lanes=8, block=16)
+    dataset = ShardDataset(shards, image_size=8, order=order)
+    positions = TrainingPositions(
+        first_step=0, steps=60, global_batch=12, micro_batch=12, rank=0, world_size=1
+    )
+    seen = [batch.images for batch in create_loader(dataset, positions, workers=2)]
+    plain = ShardDataset(shards, image_size=8)[np.arange(360)].images
+    expected = sorted(picture.numpy().tobytes() for picture in plain)
+    for epoch in (torch.cat(seen[:30]), torch.cat(seen[30:])):
+        assert sorted(picture.numpy().tobytes() for picture in epoch) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 2, 5, 6, 7, 12, 13])
+def test_validation_counts_every_sample_once_in_equal_steps(samples, world_size):
+    parts = [
+        list(ValidationPositions(samples, batch=2, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    assert {len(positions) for part in parts for positions in part} == {2}
+    seen = np.concatenate([positions for part in parts for positions in part])
+    assert sorted(seen[seen >= 0].tolist()) == list(range(samples))
+
+
+def test_padding_has_no_weight(digits):
+    dataset = ShardDataset(open_shards(digits / "val"), image_size=8)
+    batch = dataset[np.array([3, -1, 4])]
+    assert batch.weights.tolist() == [1.0, 0.0, 1.0]
+    assert batch.images[1].max() == 0
+    assert batch.bad == []
+
+
+def test_pixels_are_those_of_the_decoder(digits):
+    """Against the shard's bytes decoded by hand; draws repeat for the same seed and position."""
+    shards = open_shards(digits / "val")
+    row = shards.index[17]
+    data = shards.path(row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["length"]]
+    by_hand = images.center_crop(images.decode(data), 32)
+    batch = ShardDataset(shards, image_size=32)[np.array([17])]
+    assert np.array_equal(batch.images[0].numpy(), by_hand)
+    assert batch.labels.tolist() == [row["label"]]
+    crops = [
+        ShardDataset(shards, image_size=32, seed=seed, random_crop=True)[np.array([17])].images
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+
+
+def test_flips_are_half_of_all_and_mirror(digits):
+    shards = open_shards(digits / "val")
+    plain = ShardDataset(shards, image_size=8)[np.arange(300)].images
+    flipped = ShardDataset(shards, image_size=8, random_flip=True)[np.arange(300)].images
+    mirrored = [bool((f == p.flip(1)).all()) for f, p in zip(flipped, plain, strict=True)]
+    same = [bool((f == p).all()) for f, p in zip(flipped, plain, strict=True)]
+    assert all(m or s for m, s in zip(mirrored, same, strict=True))
+    assert 110 < sum(m and not s for m, s in zip(mirrored, same, strict=True)) < 190
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_keeps_its_place_with_weight_zero(tmp_path, workers):
+    pixels = Image.fromarray(np.load(GOLDEN / "images.npz")["pixels"])
+    pixels.save(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    samples = [Sample(f"s{i}", i, good if i != 3 else good[:200]) for i in range(6)]
+    source = Source("made", [str(i) for i in range(6)], {"val": samples})
+    convert(source, tmp_path / "data")
+    dataset = ShardDataset(open_shards(tmp_path / "data" / "val"), image_size=8)
+    positions = ValidationPositions(6, batch=6, rank=0, world_size=1)
+    (batch,) = create_loader(dataset, positions, workers=workers)
+    assert batch.weights.tolist() == [1, 1, 1, 0, 1, 1]
+    assert batch.labels.tolist() == list(range(6))
+    assert [(b.position, b.key) for b in batch.bad] == [(3, "000000003_s3")]
+
+
+def test_a_shard_cut_while_training_is_named(digits, tmp_path):
+    import shutil
+
+    shutil.copytree(digits / "val", tmp_path / "val")
+    dataset = ShardDataset(open_shards(tmp_path / "val"), image_size=8)
+    os.truncate(tmp_path / "val" / "val-000000.tar", 2048)
+    with pytest.raises(OSError, match="val-000000.tar.*cut while training"):
+        dataset[np.array([300])]
+
+
+def test_workers_do_not_hear_the_signals_that_stop_a_run(digits):
+    loader = training_loader(digits / "train", micro=4, last=40, workers=2)
+    batches = iter(loader)
+    next(batches)
+    for worker in batches._workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    assert len(list(batches)) == 40 * 3 - 1
+
+
+def test_the_manifest_says_how_pictures_are_stored(digits):
+    manifest = json.loads((digits / "train" / "manifest.json").read_text())
+    assert (manifest["stored"], manifest["samples"]) == ("original", 1437)
+    assert len(manifest["fingerprint"]) == 64

@@ -1,0 +1,151 @@
+"""The classifier against numbers recorded from guided-diffusion, and what it refuses."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+
+from ds_classifier.model import create_classifier
+
+DEFAULT = dict(
+    image_size=16,
+    classifier_width=32,
+    classifier_depth=1,
+    classifier_attention_resolutions="8",
+    classifier_use_scale_shift_norm=True,
+    classifier_resblock_updown=True,
+    classifier_pool="attention",
+    classifier_channel_mult="1,2",
+    num_classes=7,
+)
+RELATIVE = 1e-4  # of the largest value, in float32
+
+
+def filled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights made from their names, as those of the recorded cases were."""
+    weights = {}
+    for name, value in state.items():
+        seed = zlib.crc32(name.encode()) & 0x7FFFFFFF
+        n = np.random.RandomState(seed).standard_normal(tuple(value.shape))
+        if value.dim() > 1:
+            n = n / np.sqrt(np.prod(value.shape[1:]))
+        else:
+            n = 1 + 0.1 * n if name.endswith("weight") else 0.1 * n
+        weights[name] = torch.from_numpy(n.astype(np.float32))
+    return weights
+
+
+def logits_and_gradient(model, size, t, y):
+    """Logits and d sum(log p(y|x)) / dx of the recorded input."""
+    x = np.random.RandomState(7).standard_normal((2, 3, size, size)).astype(np.float32)
+    x = torch.from_numpy(x).requires_grad_()
+    logits = model(x, torch.from_numpy(t))
+    logits.log_softmax(dim=-1)[range(2), torch.from_numpy(y)].sum().backward()
+    return logits.detach().numpy(), x.grad.numpy()
+
+
+def relative_error(got, recorded):
+    return np.abs(got - recorded).max() / np.abs(recorded).max()
+
+
+def check_against(model, size, recorded):
+    model.load_state_dict(filled(model.state_dict()))
+    logits, gradient = logits_and_gradient(model, size, recorded["t"], recorded["y"])
+    assert relative_error(logits, recorded["logits"]) < RELATIVE
+    assert relative_error(gradient, recorded["input_grad"]) < RELATIVE
+
+
+def test_agrees_with_the_golden_case():
+    check_against(create_classifier(**DEFAULT), 16, np.load(GOLDEN / "model.npz"))
+
+
+@pytest.mark.parametrize("name", ["attention64", "adaptive64_plain", "spatial64"])
+def test_agrees_with_the_recorded_cases(reference, name):
+    case = json.loads((reference / "cases.json").read_text())["models"][name]
+    flags = {k: v for k, v in case["classifier"].items() if k != "classifier_use_fp16"}
+    model = create_classifier(**flags)
+    shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
+    assert shapes == case["state"]
+    assert list(shapes) == list(case["state"])  # optimizer states go by order
+    check_against(model, flags["image_size"], np.load(reference / f"model_{name}.npz"))
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "parameters"),
+    [
+        (64, 4, 65_438_568),
+        (64, 2, 41_287_016),
+        (128, 2, 42_568_040),
+        (256, 2, 54_096_360),
+        (512, 2, 54_448_360),
+    ],
+)
+def test_published_parameter_counts(size, depth, parameters):
+    with torch.device("meta"):
+        model = create_classifier(
+            image_size=size,
+            classifier_width=128,
+            classifier_depth=depth,
+            classifier_attention_resolutions="32,16,8",
+            classifier_use_scale_shift_norm=True,
+            classifier_resblock_updown=True,
+            classifier_pool="attention",
+        )
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_any_pool_channels_and_classes(pool, channels):
+    model = create_classifier(
+        **DEFAULT | dict(classifier_pool=pool, in_channels=channels, num_classes=3)
+    )
+    logits = model(torch.randn(5, channels, 16, 16), torch.tensor([0, 1, 2, 998, 999]))
+    assert logits.shape == (5, 3)
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("size", "mult"), [(32, ""), (24, "1,2,4"), (48, ""), (512, "0.5,1,1")])
+def test_other_sizes_and_levels(size, mult):
+    flags = DEFAULT | dict(image_size=size, classifier_channel_mult=mult, classifier_width=64)
+    with torch.device("meta"):
+        logits = create_classifier(**flags)(
+            torch.randn(2, 3, size, size), torch.zeros(2, dtype=torch.long)
+        )
+    assert logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_fp32(dtype):
+    model = create_classifier(**DEFAULT)
+    model.load_state_dict(filled(model.state_dict()))
+    x, t = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    exact = model(x, t)
+    low = model.to(dtype)(x, t)
+    assert low.dtype == torch.float32
+    assert (low - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (dict(image_size=30, classifier_channel_mult=""), ["image_size", "30", "28 or 32"]),
+        (dict(image_size=4, classifier_channel_mult=""), ["image_size", "4", "8"]),
+        (dict(classifier_width=40), ["classifier_width", "40", "32"]),
+        (dict(classifier_attention_resolutions="16"), ["attention", "32 channels", "64"]),
+        (dict(classifier_attention_resolutions="a"), ["attention_resolutions", "'a'"]),
+        (dict(classifier_pool="max"), ["classifier_pool", "'max'", "spatial_v2"]),
+        (dict(classifier_channel_mult="1,x"), ["classifier_channel_mult", "'1,x'"]),
+        (dict(num_classes=1), ["num_classes", "1"]),
+        (dict(in_channels=5), ["in_channels", "5"]),
+        (dict(classifier_depth=0), ["classifier_depth", "0"]),
+    ],
+)
+def test_refuses_what_cannot_be_built(change, names):
+    with pytest.raises(ValueError) as error:
+        create_classifier(**DEFAULT | change)
+    for name in names:
+        assert name in str(error.value)

@@ -1,0 +1,320 @@
+"""Shards as stock WebDataset reads them; sources; conversion; and what verify finds."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_python
+from PIL import Image
+
+from ds_classifier.data import shards
+from ds_classifier.data.shards import convert, open_shards, scan_shard, verify
+from ds_classifier.data.sources import Sample, Source, image_folder, open_source
+
+
+def pictures(folder: Path, names: list[str]) -> Path:
+    """A folder of small different pictures, in the format of their suffix."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(i).randint(0, 256, (12, 10, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    names = [f"{c}/{c}_{i}.png" for c in ("cat", "dog", "emu") for i in range(5)]
+    return pictures(tmp_path / "pictures", names)
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_stock_webdataset_reads_the_same_samples(folder, tmp_path):
+    import webdataset
+
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=4)
+    opened = open_shards(tmp_path / "data" / "train")
+    urls = [str(opened.path(i)) for i in range(len(opened.manifest.shards))]
+    assert len(urls) == 4
+    by_webdataset = {}
+    for sample in webdataset.WebDataset(urls, shardshuffle=False):
+        by_webdataset[sample["__key__"]] = (sample["png"], int(sample["cls"]))
+    assert len(by_webdataset) == 15
+    for i, row in enumerate(opened.index):
+        data = opened.path(row["shard"]).read_bytes()
+        picture = data[row["offset"] : row["offset"] + row["length"]]
+        assert by_webdataset[opened.key(i)] == (picture, row["label"])
+    originals = {p.read_bytes(): p.parent.name for p in folder.rglob("*.png")}
+    for picture, label in by_webdataset.values():
+        assert originals.pop(picture) == opened.manifest.classes[label]
+    assert not originals
+
+
+def test_conversion_is_deterministic(folder, tmp_path):
+    for out in ("one", "two"):
+        convert(image_folder(folder), tmp_path / out, samples_per_shard=4)
+    assert tree_digest(tmp_path / "one" / "train") == tree_digest(tmp_path / "two" / "train")
+    convert(image_folder(folder), tmp_path / "other", samples_per_shard=4, shuffle_seed=1)
+    assert tree_digest(tmp_path / "one" / "train") != tree_digest(tmp_path / "other" / "train")
+
+
+def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_path):
+    convert(image_folder(folder), tmp_path / "data")
+    before = os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns
+    convert(image_folder(folder), tmp_path / "data")
+    assert os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns == before
+    pictures(folder, ["cat/new.png"])
+    with pytest.raises(ValueError, match="something else already"):
+        convert(image_folder(folder), tmp_path / "data")
+
+
+def test_a_killed_conversion_leaves_nothing_under_a_final_name(folder, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(split, done, total):
+        if done == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(image_folder(folder), tmp_path / "data", samples_per_shard=4, progress=kill)
+    assert not (tmp_path / "data" / "train").exists()
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=4)
+    convert(image_folder(folder), tmp_path / "undisturbed", samples_per_shard=4)
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["train"]
+    assert tree_digest(tmp_path / "data" / "train") == tree_digest(tmp_path / "undisturbed/train")
+
+
+def test_one_class_list_for_both_splits(folder, tmp_path):
+    val = pictures(tmp_path / "val", ["emu/a.png", "cat/b.png"])
+    convert(image_folder(folder, val), tmp_path / "data")
+    train, held_out = (open_shards(tmp_path / "data" / split) for split in ("train", "val"))
+    assert train.manifest.classes == held_out.manifest.classes == ["cat", "dog", "emu"]
+    assert sorted(held_out.index["label"].tolist()) == [0, 2]
+    pictures(val, ["fox/c.png"])
+    with pytest.raises(ValueError, match="'fox'"):
+        image_folder(folder, val)
+
+
+def test_classes_by_file_prefix_as_the_reference_names_files(tmp_path):
+    source = image_folder(pictures(tmp_path / "flat", ["b_1.png", "a_2.png", "a_1_x.png"]))
+    assert source.classes == ["a", "b"]
+    found = [(Path(s.name).name, s.label) for s in source.splits["train"]]
+    assert found == [("a_1_x.png", 0), ("a_2.png", 0), ("b_1.png", 1)]
+
+
+def test_linked_roots_and_deep_folders(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert image_folder(tmp_path / "link").classes == ["cat", "dog", "emu"]
+    deep = image_folder(pictures(tmp_path / "deep", ["a/x/1.png", "a/y/1.png", "b/1.png"]))
+    assert [s.label for s in deep.splits["train"]] == [0, 0, 1]
+
+
+def test_format_by_content_not_by_name(tmp_path):
+    mixed = pictures(tmp_path / "mixed", ["a/1.png", "b/1.jpg"])
+    (mixed / "a/1.png").rename(mixed / "a/1.JPEG")
+    convert(image_folder(mixed), tmp_path / "data")
+    import tarfile
+
+    with tarfile.open(tmp_path / "data/train/train-000000.tar") as tar:
+        suffixes = {name.partition(".")[2] for name in tar.getnames()}
+        assert all(member.mtime == 0 for member in tar)
+    assert suffixes == {"png", "jpg", "cls"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "without any picture"),
+        (["a/1.png", "2_b.png"], "both directly"),
+        (["nounderscore.png"], "before the first underscore"),
+    ],
+)
+def test_folders_that_cannot_be_read_as_classes(tmp_path, names, message):
+    (tmp_path / "odd").mkdir()
+    with pytest.raises(ValueError, match=message):
+        image_folder(pictures(tmp_path / "odd", names))
+
+
+def test_a_file_that_is_no_picture_stops_the_conversion(folder, tmp_path):
+    (folder / "cat" / "page.jpg").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match="page.jpg"):
+        convert(image_folder(folder), tmp_path / "data")
+    assert not (tmp_path / "data" / "train").exists()
+
+
+def test_digits_are_the_ones_of_scikit_learn(digits):
+    import io
+
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    for split, first, count in (("train", 0, 1437), ("val", 1437, 360)):
+        opened = open_shards(digits / split)
+        assert opened.manifest.samples == count
+        seen = set()
+        for i, row in enumerate(opened.index):
+            with open(opened.path(row["shard"]), "rb") as file:
+                file.seek(row["offset"])
+                picture = np.asarray(Image.open(io.BytesIO(file.read(row["length"]))))
+            number = int(opened.key(i).split("_")[-1])
+            assert np.array_equal(picture, np.round(bunch.images[number] * 255 / 16))
+            assert row["label"] == bunch.target[number]
+            seen.add(number)
+        assert seen == set(range(first, first + count))
+    with pytest.raises(ValueError, match="its own validation"):
+        open_source("digits", "val")
+
+
+# ------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def split(folder, tmp_path) -> Path:
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=20)
+    return tmp_path / "data" / "train"
+
+
+def member_offsets(tar: Path) -> list[int]:
+    return [sample.entry[0] for sample in scan_shard(tar)]
+
+
+def damaged_shards() -> dict:
+    """Ways a shard breaks; stock WebDataset reads most of them short without an error."""
+
+    def cut_at_member(tar, data, offsets):
+        return data[: offsets[7] - 512]
+
+    def cut_in_header(tar, data, offsets):
+        return data[: offsets[7] - 100]
+
+    def cut_in_payload(tar, data, offsets):
+        return data[: offsets[7] + 100]
+
+    def flip_header_byte(tar, data, offsets):
+        at = offsets[7] - 512 + 3
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+    def zero_a_block(tar, data, offsets):
+        at = offsets[7] - 512
+        return data[:at] + bytes(512) + data[at + 512 :]
+
+    def empty(tar, data, offsets):
+        return b""
+
+    def html(tar, data, offsets):
+        return b"<html><body>404 not found</body></html>" * 100
+
+    ways = (cut_at_member, cut_in_header, cut_in_payload, flip_header_byte, zero_a_block, empty, html)
+    return {way.__name__: way for way in ways}
+
+
+@pytest.mark.parametrize("way", damaged_shards())
+def test_scan_names_a_damaged_shard(split, way):
+    tar = split / "train-000000.tar"
+    whole = tar.read_bytes()
+    offsets = member_offsets(tar)
+    assert len(offsets) == 15
+    tar.write_bytes(damaged_shards()[way](tar, whole, offsets))
+    with pytest.raises(ValueError, match="train-000000.tar"):
+        list(scan_shard(tar))
+
+
+def test_verify_finds_what_the_structure_does_not_show(split):
+    tar = split / "train-000000.tar"
+    assert verify(split, check_hash=True, check_decode=True) == []
+    data = bytearray(tar.read_bytes())
+    at = member_offsets(tar)[3] + 60
+    data[at] ^= 0xFF
+    tar.write_bytes(data)
+    assert verify(split) == []
+    assert any("sha256" in problem for problem in verify(split, check_hash=True))
+    key = open_shards(split).key(3)
+    assert any(key in problem for problem in verify(split, check_decode=True))
+
+
+def test_verify_compares_labels_with_the_index(split):
+    tar = split / "train-000000.tar"
+    data = tar.read_bytes()
+    cls = data.index(b".cls\0")
+    block = (cls // 512 + 1) * 512
+    tar.write_bytes(data[:block] + b"9" + data[block + 1 :])
+    problems = verify(split)
+    assert any("has label 9" in problem for problem in problems)
+    assert any("index" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "/etc/x.jpg", "a/../../x.jpg"])
+def test_members_that_leave_the_directory_are_refused(tmp_path, name):
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    with pytest.raises(ValueError, match="no plain file"):
+        list(scan_shard(tmp_path / "x.tar"))
+
+
+def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
+    for place, words in (
+        (folder, ["folder of pictures", "make_shards.py convert"]),
+        (tmp_path / "nowhere", ["does not exist", "make_shards.py convert"]),
+        (split.parent, ["one level down", str(split)]),
+    ):
+        with pytest.raises(ValueError) as error:
+            open_shards(place)
+        for word in words:
+            assert word in str(error.value)
+    copy = tmp_path / "copy"
+
+    def after(change) -> str:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(split, copy)
+        change()
+        with pytest.raises(ValueError) as error:
+            open_shards(copy)
+        return str(error.value)
+
+    assert "no such file" in after(lambda: (copy / "train-000000.tar").unlink())
+    assert "need" in after(lambda: os.truncate(copy / "train-000000.tar", 5000))
+    assert "not a manifest" in after(lambda: (copy / "manifest.json").write_text("{}"))
+    assert "index.npy" in after(lambda: (copy / "index.npy").unlink())
+    assert "samples" in after(lambda: np.save(copy / "index.npy", open_shards(split).index[:3]))
+    manifest = json.loads((split / "manifest.json").read_text())
+    manifest["classes"] = ["changed", "by", "hand"]
+    assert "fingerprint" in after(lambda: (copy / "manifest.json").write_text(json.dumps(manifest)))
+    assert "without manifest.json" in after(lambda: (copy / "manifest.json").unlink())
+
+
+def test_keys_have_no_dots_and_stay_unique():
+    assert shards._key(3, "dir/some.pic.v2.JPEG") == "000000003_some_pic_v2"
+    assert "." not in shards._key(4, "ünïcode..png")
+
+
+def test_the_command_line(folder, tmp_path):
+    script = ROOT / "launch" / "make_shards.py"
+    done = run_python(script, "convert", folder, tmp_path / "out", cwd=tmp_path)
+    assert (done.code, len(done.lines)) == (0, 1), done.output
+    assert "15 pictures of 3 classes in 1 shards" in done.output
+    done = run_python(script, "verify", tmp_path / "out/train", "--hash", "--decode", cwd=tmp_path)
+    assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
+    os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
+    done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
+    assert done.code == 2
+    assert "train-000000.tar: got 5120 bytes" in done.output
+    done = run_python(script, "convert", tmp_path / "absent", "data", cwd=tmp_path)
+    assert (done.code, len(done.lines)) == (2, 1), done.output
+    assert "not a directory" in done.output
+
+
+def test_a_sample_reads_bytes_or_a_file(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"abc")
+    assert Sample("x", 0, tmp_path / "x.png").read() == Sample("x", 0, b"abc").read() == b"abc"
+    assert Source("s", ["a"], {}).classes == ["a"]
