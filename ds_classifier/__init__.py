@@ -1,3 +1,3 @@
-"""Training of noise-aware image classifiers for classifier guidance, on DeepSpeed and WebDataset."""
+"""Training of noise-aware image classifiers, on DeepSpeed and WebDataset."""
 
 __version__ = "0.1.0"

@@ -2,8 +2,8 @@
 
     checkpoints/step-00010000/
       model.safetensors      fp32 master weights under the reference's parameter names
-      optimizer.safetensors  Adam's exp_avg.NAME and exp_avg_sq.NAME, fp32; schedule_sampler.* if any
-      state.json             step, skipped steps, schedule, loss scaler, settings, classes, data
+      optimizer.safetensors  Adam's exp_avg.NAME and exp_avg_sq.NAME, fp32; schedule_sampler.* if
+      any state.json             step, skipped steps, schedule, loss scaler, settings, classes, data
       manifest.json          size and sha256 of each file; written last
     checkpoints/latest       the name of the newest, for people and scripts
 
@@ -105,8 +105,8 @@ def _commit(final: Path, *, model, optimizer, state) -> None:
     bad = [name for name, value in model.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"weights are not finite ({bad[0]} and {len(bad) - 1} more at step {state['step']}): not "
-            "saved; do: run the same command again, it continues from the last good checkpoint"
+            f"weights are not finite ({bad[0]} and {len(bad) - 1} more at step {state['step']}): "
+            "not saved; do: run the same command again, it continues from the last good checkpoint"
         )
     staging = final.parent / f".{final.name}.staging"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed at this very step
@@ -155,7 +155,7 @@ def _prune(checkpoints: Path, keep_last: int) -> None:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Directories named as checkpoints, newest step first; whether they are whole is not checked."""
+    """Directories named as checkpoints, newest step first, whole or not."""
     if not checkpoints.is_dir():
         return []
     named = [p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)]
@@ -195,7 +195,9 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
         reasons.append(f"{checkpoint}: {problem}")
     if reasons:
         raise ValueError(
-            "no checkpoint is whole: " + "; ".join(reasons) + "; do: restore one, or start afresh in "
+            "no checkpoint is whole: "
+            + "; ".join(reasons)
+            + "; do: restore one, or start afresh in "
             "another --run_dir"
         )
     return None
@@ -222,7 +224,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / STATE).read_text())
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         raise ValueError(
-            f"{checkpoint}: got {state.get('format')} version {state.get('version')}; need {FORMAT} "
+            f"{checkpoint}: got {state.get('format')} version {state.get('version')}; need "
+            f"{FORMAT} "
             f"version {VERSION}"
         )
     return state

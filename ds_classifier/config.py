@@ -30,7 +30,10 @@ class Settings:
 
     data_dir: str = _setting("data/train", "data", "shards to train on", fixed=False)
     val_data_dir: str = _setting(
-        "", "data", "shards to validate on (default: data/val if data_dir is not given)", fixed=False
+        "",
+        "data",
+        "shards to validate on (default: data/val if data_dir is not given)",
+        fixed=False,
     )
     random_crop: bool = _setting(True, "data", "random crops of 80 to 100 %% of the short side")
     random_flip: bool = _setting(True, "data", "mirror half of the training pictures")
@@ -94,12 +97,13 @@ class Settings:
     )
     seed: int = _setting(0, "training", "of weights, order, crops, timesteps and noise")
     max_skipped_steps: int = _setting(
-        50, "training", "steps skipped in a row for non-finite gradients before giving up", fixed=False
+        50,
+        "training",
+        "steps skipped in a row for non-finite gradients before giving up",
+        fixed=False,
     )
 
-    run_dir: str = _setting(
-        "", "run", "where everything goes (default: runs/RECIPE)", fixed=False
-    )
+    run_dir: str = _setting("", "run", "where everything goes (default: runs/RECIPE)", fixed=False)
     resume_checkpoint: str = _setting(
         "", "run", "a checkpoint to continue from (default: the newest in run_dir)", fixed=False
     )
@@ -183,14 +187,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         image_size=32,
         classifier_width=32,
         classifier_depth=1,
-        classifier_attention_resolutions="16,8",
+        classifier_attention_resolutions="8",
         noise_schedule="cosine",
         random_flip=False,
         global_batch=64,
-        iterations=600,
+        iterations=500,
         lr=1e-3,
         weight_decay=0.05,
-        save_interval=200,
+        log_interval=50,
+        save_interval=250,
     ),
 }
 
@@ -210,7 +215,7 @@ class CommandLine:
 
 
 def parse_training_command(argv: list[str]) -> CommandLine:
-    """Parse train.py's arguments; unknown flags and malformed values end the process with code 2."""
+    """Parse train.py's arguments; malformed ones end the process with code 2."""
     parser = _training_parser()
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe")
@@ -253,7 +258,8 @@ def _training_parser() -> argparse.ArgumentParser:
 
             A command line written for guided-diffusion's classifier_train.py works behind
             --deepspeed_config. The same command again continues a stopped run.
-            Exit codes: 0 finished; 75 stopped on request, run it again; 2 wrong use; 1 failure."""),
+            Exit codes: 0 finished; 75 stopped on request, run it again; 2 wrong use; 1 failure.
+            """),
     )
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="JSON", help="how to train; see below"
@@ -300,7 +306,7 @@ def _boolean(text: str) -> bool:
 
 
 def check_settings(settings: Settings) -> list[str]:
-    """What is wrong with the settings by themselves; the model and the diffusion check their own."""
+    """What is wrong with the settings; model and diffusion check their own."""
     problems = []
     least = dict(
         iterations=1,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_classifier.keyed_random import GOLDEN, MIX_1, MIX_2
 
+
 def _signed(value: int) -> int:
     value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >> 63 else value

@@ -53,8 +53,8 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
     if not respacing:
         return list(range(steps))
     problem = ValueError(
-        f"timestep_respacing: got {respacing!r} for {steps} steps; need counts that fit, like 250 or "
-        "10,15,20, or ddimN where N steps come of a whole stride; do: choose other counts"
+        f"timestep_respacing: got {respacing!r} for {steps} steps; need counts that fit, like 250 "
+        "or 10,15,20, or ddimN where N steps come of a whole stride; do: choose other counts"
     )
     try:
         if respacing.startswith("ddim"):
@@ -102,7 +102,7 @@ class GaussianDiffusion:
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """sqrt(alpha_bar), sqrt(1 - alpha_bar) fp32 and timestep_map int64, each [T], on a device."""
+        """On a device: sqrt(alpha_bar), sqrt(1 - alpha_bar) fp32, timestep_map int64, each [T]."""
         if device not in self._tables:
             signal = torch.from_numpy(np.sqrt(self.alphas_cumprod)).float()
             noise = torch.from_numpy(np.sqrt(1.0 - self.alphas_cumprod)).float()

@@ -112,9 +112,10 @@ def all_gather(tensor):
     import torch
     import torch.distributed
 
-    gathered = torch.empty((world_size(), *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-    torch.distributed.all_gather_into_tensor(gathered, tensor.contiguous())
-    return gathered
+    flat = tensor.reshape(-1)
+    gathered = torch.empty(world_size() * len(flat), dtype=tensor.dtype, device=tensor.device)
+    torch.distributed.all_gather_into_tensor(gathered, flat)
+    return gathered.view(world_size(), *tensor.shape)
 
 
 def broadcast(tensor):
@@ -155,7 +156,7 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
 
 
 def raise_together(problem: str | None, device) -> None:
-    """Every rank names its problem, or None; if any has one, all raise ValueError with all of them."""
+    """Every rank names its problem or None; if any has one, all raise ValueError."""
     import torch
 
     width = 2000

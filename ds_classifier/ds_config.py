@@ -145,8 +145,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         shipped = Path(__file__).resolve().parents[1] / "ds_configs"
         where = f"{shipped}/" if shipped.is_dir() else "ds_configs/ of the source tree"
         raise ValueError(
-            f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: take one "
-            f"of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"
+            f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: take "
+            f"one of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"
         ) from None
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -258,14 +258,13 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
         problems.append("fp16.enabled, bf16.enabled: got both; need one at most")
     if command.classifier_use_fp16 is not None and command.classifier_use_fp16 != fp16:
         problems.append(
-            f"--classifier_use_fp16: got {command.classifier_use_fp16}, but {command.deepspeed_config} "
-            f"says fp16 {'on' if fp16 else 'off'}; do: drop the flag; the JSON owns the precision"
+            f"--classifier_use_fp16: got {command.classifier_use_fp16}, but "
+            f"{command.deepspeed_config} says fp16 {'on' if fp16 else 'off'}; do: drop the flag, "
+            "since the JSON owns the precision"
         )
     grad_accum = ds.get("data_types", {}).get("grad_accum_dtype")
     if grad_accum not in (None, "fp32", "bf16", "fp16"):
-        problems.append(
-            f"data_types.grad_accum_dtype: got {grad_accum!r}; need fp32, bf16 or fp16"
-        )
+        problems.append(f"data_types.grad_accum_dtype: got {grad_accum!r}; need fp32, bf16 or fp16")
     if "gradient_clipping" not in ds:
         problems.append(
             "gradient_clipping: missing; need a number, since DeepSpeed would clip at 1.0 unasked; "
@@ -292,8 +291,8 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
     if scheduler is not None:
         if scheduler.get("type") != "WarmupDecayLR":
             problems.append(
-                f"scheduler.type: got {scheduler.get('type')!r}; need WarmupDecayLR; do: or drop the "
-                "section and use --anneal_lr True (linear to 0) or False (constant)"
+                f"scheduler.type: got {scheduler.get('type')!r}; need WarmupDecayLR; do: or drop "
+                "the section and use --anneal_lr True (linear to 0) or False (constant)"
             )
         scheduler.setdefault("params", {}).setdefault("warmup_type", "linear")
         scheduler["params"].setdefault("warmup_min_lr", 0.0)
@@ -330,7 +329,7 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
         elif name in given and getattr(settings, name) != value:
             problems.append(
                 f"{'.'.join(path)}: got {value}, but --{name} (flag or recipe) is "
-                f"{getattr(settings, name)}; need one number; do: write \"auto\" in the JSON"
+                f'{getattr(settings, name)}; need one number; do: write "auto" in the JSON'
             )
         else:
             settings = settings.replace(**{name: value})
@@ -351,7 +350,7 @@ def _settle_batch(
     world_size: int,
     problems: list[str],
 ) -> Batch | None:
-    """Resolve global batch = micro-batch x accumulation x ranks; the one place where that is done."""
+    """Resolve global batch = micro-batch x accumulation x ranks, in this one place."""
 
     def number(key: str) -> int | None:
         value = ds.get(key, AUTO)
@@ -368,14 +367,14 @@ def _settle_batch(
             problems.append(f"{key}: got {value}; need at least 1")
             return None
 
-    asked = settings.global_batch or settings.batch_size * world_size
-    if settings.global_batch and settings.batch_size:
-        if settings.global_batch != settings.batch_size * world_size:
-            problems.append(
-                f"--global_batch {settings.global_batch}, --batch_size {settings.batch_size}: they "
-                f"disagree on {world_size} ranks; do: give one of them"
-            )
-            return None
+    of_ranks = settings.batch_size * world_size
+    asked = settings.global_batch or of_ranks
+    if of_ranks not in (0, asked):
+        problems.append(
+            f"--global_batch {settings.global_batch}, --batch_size {settings.batch_size}: they "
+            f"disagree on {world_size} ranks; do: give one of them"
+        )
+        return None
     if not asked:
         # Nobody named a batch: the JSON's numbers do, else the reference's 4 a rank.
         asked = total or (micro or 4) * (accumulation or 1) * world_size
@@ -397,8 +396,8 @@ def _settle_batch(
         fits = [n for n in range(1, asked + 1) if asked % n == 0]
         near = [n for n in fits if n <= world_size][-1:] + [n for n in fits if n > world_size][:1]
         problems.append(
-            f"global batch: got {asked} on {world_size} ranks; need a multiple of the ranks; do: run "
-            f"on {' or '.join(map(str, near))} ranks, or choose another --global_batch"
+            f"global batch: got {asked} on {world_size} ranks; need a multiple of the ranks; do: "
+            f"run on {' or '.join(map(str, near))} ranks, or choose another --global_batch"
         )
         return None
     per_rank = asked // world_size
@@ -414,7 +413,7 @@ def _settle_batch(
         problems.append(
             f"train_micro_batch_size_per_gpu: got {got} x {world_size} ranks for a global batch of "
             f"{asked}; need micro-batch x accumulation = {per_rank}; do: use a micro-batch of "
-            f"{' or '.join(map(str, near))} and accumulation \"auto\""
+            f'{" or ".join(map(str, near))} and accumulation "auto"'
         )
         return None
     return Batch(micro, per_rank // micro, world_size)

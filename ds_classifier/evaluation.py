@@ -21,8 +21,8 @@ GOLDEN_RATIO = 0.6180339887498949
 def spread_timesteps(positions: Tensor, num_timesteps: int) -> Tensor:
     """A fixed t for each validation sample, [N] int64: multiples of the golden ratio mod 1.
 
-    Any run of samples, such as a class, covers all noise levels evenly (Weyl's sequence); a set of a
-    few hundred gives a steadier number than independent draws.
+    Any run of samples, such as a class, covers all noise levels evenly (Weyl's sequence); a set of
+    a few hundred gives a steadier number than independent draws.
     """
     share = ((positions + 0.5).double() * GOLDEN_RATIO) % 1.0
     return (share * num_timesteps).long().clamp_max(num_timesteps - 1)
@@ -60,9 +60,7 @@ def evaluate(
             shape = tuple(batch.images.shape[1:])
             noise = keyed_noise(VALIDATION_SEED, "validation", batch.positions, shape)
         losses, logits = module(batch.images, batch.labels, steps, noise)
-        meter.add(
-            losses=losses, logits=logits, labels=batch.labels, t=steps, weights=batch.weights
-        )
+        meter.add(losses=losses, logits=logits, labels=batch.labels, t=steps, weights=batch.weights)
     module.train(training)
     means, weight = meter.read()
     bad_samples = int(distributed.all_reduce_sum(torch.tensor(bad, device=device)))

@@ -56,14 +56,14 @@ def reference_obstacles(settings: Settings) -> list[str]:
     obstacles = []
     if settings.num_classes != REFERENCE_CLASSES:
         obstacles.append(
-            f"{settings.num_classes} classes: create_classifier has out_channels={REFERENCE_CLASSES}"
+            f"{settings.num_classes} classes: create_classifier has {REFERENCE_CLASSES} wired in"
         )
     if settings.in_channels != 3:
         obstacles.append(f"{settings.in_channels} channels: create_classifier has in_channels=3")
     mult = parse_channel_mult(settings.classifier_channel_mult, settings.image_size)
     if settings.image_size not in REFERENCE_SIZES or mult != CHANNEL_MULT[settings.image_size]:
         obstacles.append(
-            f"image_size {settings.image_size} with multipliers {','.join(f'{m:g}' for m in mult)}: "
+            f"image_size {settings.image_size}, multipliers {', '.join(f'{m:g}' for m in mult)}: "
             f"create_classifier knows sizes {', '.join(map(str, REFERENCE_SIZES))} and theirs"
         )
     return obstacles
@@ -104,7 +104,9 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
             weights: Any = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling raises whatever the file makes it
             first_line = str(error).strip().splitlines()[0]
-            raise ValueError(f"--init_from: {source} is no plain state dict: {first_line}") from None
+            raise ValueError(
+                f"--init_from: {source} is no plain state dict: {first_line}"
+            ) from None
         if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
             raise ValueError(f"--init_from: got {source}; need a state dict of tensors")
         return weights

@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of (seed, stream, position): nothing to save, seek free.
 
 SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", OOPSLA):
-the i-th number of the stream with key k is mix(k + (i + 1) * GOLDEN). The key of a sample hashes the
-run's seed, the name of the use ("crop", "noise", ...) and the sample's position in the training
+the i-th number of the stream with key k is mix(k + (i + 1) * GOLDEN). The key of a sample hashes
+the run's seed, the name of the use ("crop", "noise", ...) and the sample's position in the training
 stream, so it does not matter which rank, worker, device or micro-batch asks.
 
 This is the loader's half, in numpy; `device_random.py` gives the same numbers as tensors.

@@ -94,9 +94,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_QUARTILE_HEADS = "  q0  q1  q2  q3"
 CONSOLE_HEADER = (
-    f"{'step':>7} {'eta':>8} {'loss':>6}{'q0':>5}{'q1':>5}{'q2':>5}{'q3':>5} "
-    f"{'acc@1':>5}{'q0':>4}{'q1':>4}{'q2':>4}{'q3':>4} {'acc@5':>5}{'q0':>4}{'q1':>4}{'q2':>4}{'q3':>4} "
+    f"{'step':>7} {'eta':>8} {'loss':>6}   q0   q1   q2   q3 "
+    f"{'acc@1':>5}{_QUARTILE_HEADS} {'acc@5':>5}{_QUARTILE_HEADS} "
     f"{'gnorm':>6} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
 )
 
@@ -113,12 +114,13 @@ def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) 
     def quartiles(name: str, scale: float, width: int, decimals: int) -> str:
         return "".join(cell(name + s, scale, width, decimals) for s in QUARTILE_SUFFIXES[1:])
 
+    lg_scale = f"2^{row['lg_loss_scale']:g}"
     return (
         f"{row['step']:>7} {duration(eta_seconds):>8} "
         f"{cell('train_loss', 1, 6, 3)}{quartiles('train_loss', 1, 5, 2)} "
         f"{cell('train_acc@1', 100, 5, 1)}{quartiles('train_acc@1', 100, 4, 0)} "
         f"{cell('train_acc@5', 100, 5, 1)}{quartiles('train_acc@5', 100, 4, 0)} "
-        f"{cell('grad_norm', 1, 6, 2)} {row['lr']:7.1e} {'2^%g' % row['lg_loss_scale']:>5} "
+        f"{cell('grad_norm', 1, 6, 2)} {row['lr']:7.1e} {lg_scale:>5} "
         f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
         f"{memory_bytes / 2**30:4.1f}G"
     )
@@ -126,16 +128,17 @@ def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) 
 
 def duration(seconds: float) -> str:
     """1:02:03; days only when there are any."""
-    seconds = int(seconds)
-    hours, rest = divmod(seconds, 3600)
+    hours, rest = divmod(int(seconds), 3600)
     if hours >= 100:
         return f"{hours / 24:.1f}d"
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def validation_line(row: dict[str, Any]) -> str:
-    accuracies = " ".join(f"{100 * row[f'val_acc@1_q{q}']:.0f}" for q in range(4) if f"val_acc@1_q{q}" in row)
+    quartiles = [row.get(f"val_acc@1_q{q}") for q in range(4)]
+    accuracies = " ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
     return (
-        f"{row['step']:>7} validation: loss {row['val_loss']:.3f}, acc@1 {100 * row['val_acc@1']:.1f} % "
-        f"(by quartile of t: {accuracies}), acc@5 {100 * row['val_acc@5']:.1f} %"
+        f"{row['step']:>7} validation: loss {row['val_loss']:.3f}, "
+        f"acc@1 {100 * row['val_acc@1']:.1f} % (quartiles of t {accuracies}; "
+        f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %"
     )

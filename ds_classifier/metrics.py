@@ -27,7 +27,7 @@ class Meter:
     def add(
         self, *, losses: Tensor, logits: Tensor, labels: Tensor, t: Tensor, weights: Tensor
     ) -> None:
-        """losses [N], logits [N, K], labels [N], t [N] in 0 .. T-1, weights [N] (0: not counted)."""
+        """losses, t, weights, labels [N]; logits [N, K]. A sample of weight 0 is not counted."""
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
         hits = top == labels[:, None]
         ones = torch.ones_like(losses)

@@ -95,8 +95,8 @@ def create_classifier(
         resolutions = [int(part) for part in classifier_attention_resolutions.split(",") if part]
     except ValueError:
         raise ValueError(
-            f"classifier_attention_resolutions: got {classifier_attention_resolutions!r}; need whole "
-            "numbers separated by commas; do: write it like 32,16,8"
+            f"classifier_attention_resolutions: got {classifier_attention_resolutions!r}; need "
+            "whole numbers separated by commas; do: write it like 32,16,8"
         ) from None
     attention_ds = {image_size // resolution for resolution in resolutions if resolution > 0}
     _check_architecture(
@@ -131,8 +131,8 @@ def _check_architecture(
         below = image_size // factor * factor
         nearest = f"{below} or {below + factor}" if below else f"{factor}"
         raise ValueError(
-            f"image_size: got {image_size}; need a multiple of {factor}, since {levels} levels halve "
-            f"the picture {levels - 1} times; do: use {nearest}, or give fewer levels with "
+            f"image_size: got {image_size}; need a multiple of {factor}, since {levels} levels "
+            f"halve the picture {levels - 1} times; do: use {nearest}, or give fewer levels with "
             "--classifier_channel_mult"
         )
     for width in channels:
@@ -292,9 +292,7 @@ class AttentionPool2d(nn.Module):
     def __init__(self, side: int, channels: int, num_classes: int):
         super().__init__()
         self.num_heads = channels // HEAD_CHANNELS
-        self.positional_embedding = nn.Parameter(
-            torch.randn(channels, side**2 + 1) / channels**0.5
-        )
+        self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, num_classes, 1)
 
@@ -382,9 +380,7 @@ class EncoderUNetModel(nn.Module):
             mean = nn.AdaptiveAvgPool2d((1, 1))
             return nn.Sequential(GroupNorm(c), nn.SiLU(), mean, conv, nn.Flatten())
         if pool == "spatial":
-            return nn.Sequential(
-                nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, num_classes)
-            )
+            return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, num_classes))
         assert pool == "spatial_v2", pool
         return nn.Sequential(
             nn.Linear(features, 2048), GroupNorm(2048), nn.SiLU(), nn.Linear(2048, num_classes)

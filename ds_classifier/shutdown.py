@@ -7,7 +7,9 @@ import signal
 import torch
 import torch.distributed
 
-STOPPED = 75  # exit code: stopped on request, run the same command again (EX_TEMPFAIL of sysexits.h)
+STOPPED = (
+    75  # exit code: stopped on request, run the same command again (EX_TEMPFAIL of sysexits.h)
+)
 
 
 class StopVote:

@@ -1,7 +1,7 @@
 """The training loop: step s trains on positions [sB, (s+1)B) of the stream, on all ranks together.
 
-Nothing inside a step waits for the device on our account (DeepSpeed asks it once for overflow); sums
-are read when a log line is due.
+Nothing inside a step waits for the device on our account (DeepSpeed asks it once for overflow);
+sums are read when a log line is due.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def train_step(
 
 
 def sampler_update(sampler, seen: list[torch.Tensor]) -> None:
-    """Show the timestep sampler a step's (t, loss) of all ranks, in the order of their positions."""
+    """Show the timestep sampler a step's (t, loss) of all ranks, by position."""
     if not sampler.needs_losses:
         return
     everyone = distributed.all_gather(torch.stack(seen))  # [W, accumulation, 2, micro-batch]
@@ -110,7 +110,8 @@ def train(
     accumulation = engine.gradient_accumulation_steps()
     meter = Meter(num_timesteps, device)
     clock = _Clock()
-    skipped_in_a_row, new_bad, saved_at = 0, 0, engine.global_steps
+    skipped_in_a_row, skipped_before = 0, engine.skipped_steps
+    new_bad, saved_at = 0, engine.global_steps
     distributed.say(CONSOLE_HEADER)
 
     def save() -> None:
@@ -166,12 +167,15 @@ def train(
             logger.write(row)
             eta = (cadence.iterations - step) * clock.seconds() / clock.steps
             distributed.say(console_line(row, eta_seconds=eta, memory_bytes=memory_in_use(device)))
+            if engine.skipped_steps > skipped_before:
+                report_skipped(engine, engine.skipped_steps - skipped_before)
+            skipped_before = engine.skipped_steps
             clock = _Clock()
             if bad_samples > max_bad_samples:
                 raise ValueError(
                     f"{bad_samples} samples could not be decoded, more than --max_bad_samples "
-                    f"{max_bad_samples}; they stand in {run_dir}/bad_samples.rank*.jsonl; do: repair "
-                    "the data, or raise the limit"
+                    f"{max_bad_samples}; they stand in {run_dir}/bad_samples.rank*.jsonl; do: "
+                    "repair the data, or raise the limit"
                 )
         if validate is not None and (last or step % cadence.evaluate == 0):
             began = time.perf_counter()
@@ -188,6 +192,13 @@ def train(
             save()
             return False
     return True
+
+
+def report_skipped(engine, count: int) -> None:
+    """Say that steps were skipped; in fp16 it is how the loss scale finds its place."""
+    scale = f"; loss scale now {engines.loss_scale(engine):g}" if engine.fp16_enabled() else ""
+    steps = "1 step" if count == 1 else f"{count} steps"
+    distributed.say(f"{'':>7} {steps} skipped: the gradient was not finite{scale}")
 
 
 class _Clock:

@@ -13,7 +13,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export.py",
-        description="Write a classifier as the reference's modelNNNNNN.pt, a plain fp32 state dict.",
+        description="Write a classifier as guided-diffusion's file, a plain fp32 state dict.",
     )
     parser.add_argument("source", type=Path, help="a run directory, or one of its checkpoints")
     parser.add_argument("--out", type=Path, help="a directory [the run's export/]")

@@ -44,16 +44,16 @@ def run(command: CommandLine) -> int:
     world_size = distributed.world_size()
     if command.settings.expect_world not in (0, world_size):
         raise ValueError(
-            f"--expect_world: got {world_size} ranks; need {command.settings.expect_world}; do: look "
-            "at the hostfile's path, which the launcher forgives if it is wrong"
+            f"--expect_world: got {world_size} ranks; need {command.settings.expect_world}; do: "
+            "look at the hostfile's path, which the launcher forgives if it is wrong"
         )
     resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
     shards, val_shards, resolved = open_data(resolved)
     run_dir = Path(resolved.settings.run_dir)
     if (run_dir / DONE).exists():
         distributed.say(
-            f"{run_dir} is finished ({(run_dir / DONE).read_text().strip()}). To train again, choose "
-            "another --run_dir."
+            f"{run_dir} is finished ({(run_dir / DONE).read_text().strip()}). To train again, "
+            "choose another --run_dir."
         )
         return 0
     return train_on(resolved, shards, val_shards, run_dir)
@@ -142,16 +142,18 @@ def train_on(
 
     def checkpoint_state(bad_samples: int) -> dict:
         samples = engine.global_steps * batch.total
-        return facts | {"samples": samples, "bad_samples": bad_samples, "world_size": batch.world_size}
+        return facts | {
+            "samples": samples,
+            "bad_samples": bad_samples,
+            "world_size": batch.world_size,
+        }
 
     def validate() -> dict[str, float]:
-        means, bad = evaluate(
-            module,
-            val_loader,
-            samples=val_shards.manifest.samples,
-            device=device,
-            noised=settings.noised,
-        )
+        """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
+        keywords = dict(samples=val_shards.manifest.samples, device=device)
+        means, bad = evaluate(module, val_loader, noised=settings.noised, **keywords)
+        at_0, _ = evaluate(module, val_loader, noised=settings.noised, t=0, **keywords)
+        means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
         return means | ({"bad_samples": bad} if bad else {})
 
     logger = RunLogger(run_dir, first_step=first_step)
@@ -223,9 +225,13 @@ def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
     """Raise ValueError if the checkpoint is of another training than the one asked for."""
     changes = changed_settings(state["settings"], settings)
     if state["classes"] != facts["classes"]:
-        changes.append(f"classes: {len(state['classes'])} in the checkpoint, others in the data now")
+        changes.append(
+            f"classes: {len(state['classes'])} in the checkpoint, others in the data now"
+        )
     elif state["data"] != facts["data"]:
-        changes.append(f"data: {settings.data_dir} is not the data that the checkpoint was trained on")
+        changes.append(
+            f"data: {settings.data_dir} is not the data that the checkpoint was trained on"
+        )
     if changes:
         raise ValueError(
             f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
@@ -254,7 +260,15 @@ def environment() -> dict[str, object]:
     import ds_classifier
 
     packages = {}
-    for name in ("torch", "deepspeed", "webdataset", "torchvision", "numpy", "pillow", "safetensors"):
+    for name in (
+        "torch",
+        "deepspeed",
+        "webdataset",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "safetensors",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -360,7 +374,8 @@ def announce(
     say(f"batch       {batch}; {epoch_steps:.1f} steps an epoch")
     say(
         f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "
-        f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, {schedule[settings.anneal_lr]}"
+        f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, "
+        f"{schedule[settings.anneal_lr]}"
     )
     say(f"start       from {origin}; {settings.iterations} steps in all")
     say(f"run         {run_dir}/ (log.jsonl, progress.csv, tb/, checkpoints/)")

@@ -1,6 +1,7 @@
-"""The command line, the recipes, and the DeepSpeed JSON: completed, checked, all problems at once."""
+"""The command line, the recipes, and the DeepSpeed JSON completed and checked."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, run_python
@@ -73,13 +74,40 @@ def test_defaults_are_the_references():
 
 def test_a_command_line_written_for_the_reference_runs():
     """The flags of guided-diffusion's README for the 128 px classifier."""
-    flags = (
-        "--data_dir imagenet --iterations 300000 --anneal_lr True --batch_size 256 --lr 3e-4 "
-        "--save_interval 10000 --weight_decay 0.05 --image_size 128 "
-        "--classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
-        "--classifier_pool attention --classifier_resblock_updown True "
-        "--classifier_use_scale_shift_norm True --classifier_use_fp16 False --learn_sigma False"
-    ).split()
+    flags = [
+        "--data_dir",
+        "imagenet",
+        "--iterations",
+        "300000",
+        "--anneal_lr",
+        "True",
+        "--batch_size",
+        "256",
+        "--lr",
+        "3e-4",
+        "--save_interval",
+        "10000",
+        "--weight_decay",
+        "0.05",
+        "--image_size",
+        "128",
+        "--classifier_attention_resolutions",
+        "32,16,8",
+        "--classifier_depth",
+        "2",
+        "--classifier_width",
+        "128",
+        "--classifier_pool",
+        "attention",
+        "--classifier_resblock_updown",
+        "True",
+        "--classifier_use_scale_shift_norm",
+        "True",
+        "--classifier_use_fp16",
+        "False",
+        "--learn_sigma",
+        "False",
+    ]
     result = resolved(*flags, world_size=8)
     assert result.batch.total == 2048
     assert result.settings.anneal_lr is True
@@ -131,7 +159,13 @@ def test_malformed_flags_end_with_code_2(flags, words, capsys):
 def test_help_is_complete(tmp_path):
     done = run_python(ROOT / "launch" / "train.py", "--help", cwd=tmp_path)
     assert done.code == 0
-    for word in ("--data_dir", "--resume_checkpoint", "Exit codes", "digits32", "zero2_fp16.json"):
+    for word in (
+        "--data_dir",
+        "--resume_checkpoint",
+        "Exit codes",
+        "digits32",
+        r"zero2_fp16\.json",
+    ):
         assert word in done.output
 
 
@@ -252,7 +286,12 @@ def test_refuses_in_one_message(keys, words):
         (["--batch_size", "8"], dict(train_micro_batch_size_per_gpu=3), 2, ["got 3", "= 8"]),
         (["--batch_size", "8", "--global_batch", "8"], {}, 2, ["--global_batch 8", "disagree"]),
         (["--classifier_use_fp16", "True"], {}, 2, ["classifier_use_fp16", "JSON owns"]),
-        (["--recipe", "reference"], dict(gradient_clipping=1.0), 2, ["gradient_clipping", "need 0"]),
+        (
+            ["--recipe", "reference"],
+            dict(gradient_clipping=1.0),
+            2,
+            ["gradient_clipping", "need 0"],
+        ),
         (["--iterations", "0"], {}, 2, ["--iterations: got 0"]),
         (["--lr", "-1"], {}, 2, ["--lr: got -1"]),
     ],
@@ -285,9 +324,9 @@ def test_files_that_are_no_json(tmp_path):
         ("[]", "got list"),
     ):
         bad.write_text(text)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=re.escape(words)):
             read_ds_config(bad)
-    with pytest.raises(ValueError, match="zero2_fp16.json"):
+    with pytest.raises(ValueError, match=r"zero2_fp16\.json"):
         read_ds_config(tmp_path / "absent.json")
 
 

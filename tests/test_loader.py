@@ -1,4 +1,4 @@
-"""Batches: the same for any number of ranks, workers and accumulation steps; bad samples; validation."""
+"""Batches: the same on any ranks and workers; bad samples; validation."""
 
 import json
 import os
@@ -26,9 +26,7 @@ GLOBAL_BATCH = 12
 
 def training_loader(split, *, rank=0, world_size=1, micro=GLOBAL_BATCH, first=0, last=6, workers=0):
     shards = open_shards(split)
-    order = SampleOrder(
-        [s.samples for s in shards.manifest.shards], seed=4, lanes=8, block=16
-    )
+    order = SampleOrder([s.samples for s in shards.manifest.shards], seed=4, lanes=8, block=16)
     dataset = ShardDataset(
         shards, image_size=16, order=order, seed=4, random_crop=True, random_flip=True
     )
@@ -165,7 +163,7 @@ def test_a_shard_cut_while_training_is_named(digits, tmp_path):
     shutil.copytree(digits / "val", tmp_path / "val")
     dataset = ShardDataset(open_shards(tmp_path / "val"), image_size=8)
     os.truncate(tmp_path / "val" / "val-000000.tar", 2048)
-    with pytest.raises(OSError, match="val-000000.tar.*cut while training"):
+    with pytest.raises(OSError, match=r"val-000000\.tar.*cut while training"):
         dataset[np.array([300])]
 
 

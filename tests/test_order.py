@@ -33,7 +33,9 @@ def test_any_position_can_be_asked_for_alone(layout, start, length):
     """Resuming at q gives the suffix of the uninterrupted stream, across epoch edges too."""
     stream = SampleOrder(**layout).samples(np.arange(start, start + length))
     fresh = SampleOrder(**layout)
-    backwards = [int(fresh.samples(np.array([q]))[0]) for q in range(start + length - 1, start - 1, -1)]
+    backwards = [
+        int(fresh.samples(np.array([q]))[0]) for q in range(start + length - 1, start - 1, -1)
+    ]
     assert backwards[::-1] == stream.tolist()
 
 

@@ -145,7 +145,7 @@ def test_folders_that_cannot_be_read_as_classes(tmp_path, names, message):
 
 def test_a_file_that_is_no_picture_stops_the_conversion(folder, tmp_path):
     (folder / "cat" / "page.jpg").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match="page.jpg"):
+    with pytest.raises(ValueError, match=r"page\.jpg"):
         convert(image_folder(folder), tmp_path / "data")
     assert not (tmp_path / "data" / "train").exists()
 
@@ -212,7 +212,15 @@ def damaged_shards() -> dict:
     def html(tar, data, offsets):
         return b"<html><body>404 not found</body></html>" * 100
 
-    ways = (cut_at_member, cut_in_header, cut_in_payload, flip_header_byte, zero_a_block, empty, html)
+    ways = (
+        cut_at_member,
+        cut_in_header,
+        cut_in_payload,
+        flip_header_byte,
+        zero_a_block,
+        empty,
+        html,
+    )
     return {way.__name__: way for way in ways}
 
 
@@ -223,7 +231,7 @@ def test_scan_names_a_damaged_shard(split, way):
     offsets = member_offsets(tar)
     assert len(offsets) == 15
     tar.write_bytes(damaged_shards()[way](tar, whole, offsets))
-    with pytest.raises(ValueError, match="train-000000.tar"):
+    with pytest.raises(ValueError, match=r"train-000000\.tar"):
         list(scan_shard(tar))
 
 

@@ -59,7 +59,7 @@ def resize_and_crop(
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resize so that the short side is `size`, then cut the middle: uint8 [size, size, channels]."""
+    """The middle square at short side `size`: uint8 [size, size, channels]."""
     image = resize_short_side(image, size)
     return _crop(image, size, (image.height - size) // 2, (image.width - size) // 2)
 

@@ -1,11 +1,13 @@
 """Positions -> batches: read, decode and crop in worker processes that keep no state.
 
-A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32, and bad,
-the samples that could not be decoded: they keep their place with weight 0.
+A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32; and
+bad, the samples that could not be decoded: they keep their place with weight 0.
 """
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import warnings
@@ -196,6 +198,14 @@ def create_loader(
         collate_fn=_as_is,
         **in_workers,
     )
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Deaf workers would not hear multiprocessing's own request to end with this process."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _as_is(batch: Batch) -> Batch:

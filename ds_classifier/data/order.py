@@ -3,7 +3,7 @@
 N samples lie in shards; L lanes and blocks of K are fixed for a run. With perm(n; ...) a keyed
 permutation of range(n):
 
-1. Shard order: perm(shards; seed, epoch). The shards so concatenated number the samples v in [0, N).
+1. Shard order: perm(shards; seed, epoch). So concatenated, they number the samples v in [0, N).
 2. g = q mod N, lane l = g mod L, depth j = g // L. Lane l owns a contiguous run of v, of length
    N // L + (l < N mod L). (l, j) <-> g is a bijection: nothing is padded, nothing dropped.
 3. Block k = j // K of the lane is permuted within itself: perm(block length; seed, epoch, l, k).
@@ -115,6 +115,6 @@ def micro_batch_positions(
     rank: int,
     world_size: int,
 ) -> np.ndarray:
-    """Positions [micro_batch] int64 that a rank trains on in one micro-step of an optimizer step."""
+    """Positions [micro_batch] int64 of one rank in one micro-step."""
     first = step * global_batch + micro_step * micro_batch * world_size
     return first + rank + world_size * np.arange(micro_batch, dtype=np.int64)

@@ -63,7 +63,10 @@ def convert(
         if split == "train":
             order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
         planned[split] = [samples[i] for i in order]
-    plans = {split: _plan_digest(source.classes, samples) for split, samples in planned.items()}
+    plans = {
+        split: _plan_digest(source.classes, samples, samples_per_shard)
+        for split, samples in planned.items()
+    }
     done = {split: _already_written(out / split, plan) for split, plan in plans.items()}
     for split, samples in planned.items():
         if done[split] is None:
@@ -72,12 +75,12 @@ def convert(
             partial.mkdir(parents=True)
             _write_split(
                 partial,
-                split,
-                source,
                 samples,
-                plans[split],
-                samples_per_shard,
-                lambda n, split=split, total=len(samples): progress(split, n, total),
+                split=split,
+                source=source,
+                plan=plans[split],
+                samples_per_shard=samples_per_shard,
+                progress=progress,
             )
     for split in planned:
         if done[split] is None:
@@ -85,9 +88,9 @@ def convert(
     return {split: open_shards(out / split).manifest for split in planned}
 
 
-def _plan_digest(classes: list[str], samples: list[Sample]) -> str:
+def _plan_digest(classes: list[str], samples: list[Sample], samples_per_shard: int) -> str:
     """A hash of what will be written, from names, labels and sizes; no picture is read."""
-    digest = hashlib.sha256(json.dumps(classes).encode())
+    digest = hashlib.sha256(json.dumps([classes, samples_per_shard]).encode())
     for sample in samples:
         digest.update(f"{sample.name}\0{sample.label}\0{sample.size()}\n".encode())
     return digest.hexdigest()
@@ -108,12 +111,13 @@ def _already_written(folder: Path, plan: str) -> Manifest | None:
 
 def _write_split(
     folder: Path,
+    samples: list[Sample],
+    *,
     split: str,
     source: Source,
-    samples: list[Sample],
     plan: str,
     samples_per_shard: int,
-    progress: Callable[[int], None],
+    progress: Callable[[str, int, int], None],
 ) -> None:
     from webdataset import TarWriter  # heavy: brings torch
 
@@ -130,7 +134,7 @@ def _write_split(
                 label = str(samples[i].label).encode()
                 key = _key(i, samples[i].name)
                 tar.write({"__key__": key, _suffix(data, samples[i].name): data, "cls": label})
-                progress(i + 1)
+                progress(split, i + 1, len(samples))
         rows = np.array([row.entry for row in scan_shard(path)], dtype=INDEX_DTYPE)
         rows["shard"] = number
         index.append(rows)
@@ -275,8 +279,8 @@ def open_shards(folder: Path | str) -> ShardSet:
         if size != shard.bytes:
             found = "no such file" if size is None else f"{size} bytes"
             raise ValueError(
-                f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as the "
-                "manifest says; do: restore the shard, or convert again"
+                f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as "
+                "the manifest says; do: restore the shard, or convert again"
             )
     try:
         index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
@@ -358,8 +362,8 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
         trailer = file.read()
     if len(trailer) < 2 * TAR_BLOCK or trailer.strip(b"\0"):
         raise ValueError(
-            f"{path}: damaged or cut at byte {end}: no end-of-archive mark follows the last readable "
-            "member"
+            f"{path}: damaged or cut at byte {end}: no end-of-archive mark follows the last "
+            "readable member"
         )
     if picture is not None or label is not None:
         raise ValueError(f"{path}: its last sample lacks its picture or its .cls")

@@ -1,4 +1,4 @@
-"""What people have on disk -> samples (name, picture bytes, class), ready to be written as shards."""
+"""What people have on disk -> samples (name, picture bytes, class)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Sample:
 
     def size(self) -> int:
         """Bytes of the picture, without reading it."""
-        return len(self.content) if isinstance(self.content, bytes) else os.stat(self.content).st_size
+        return (
+            len(self.content) if isinstance(self.content, bytes) else os.stat(self.content).st_size
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
     if loose and sorted_by_class:
         raise ValueError(
             f"source: got pictures both directly in {root} ({loose[0][0].name}) and in class "
-            f"directories ({sorted_by_class[0][1]}/); need one or the other; do: move the loose ones"
+            f"directories ({sorted_by_class[0][1]}/); need one or the other; do: move the loose "
+            "ones"
         )
     found = loose or sorted_by_class
     if not found:
@@ -111,8 +114,8 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
     if loose and any("_" not in file.name for file, _ in loose):
         bare = next(file.name for file, _ in loose if "_" not in file.name)
         raise ValueError(
-            f"source: got {bare} directly in {root}; need CLASS_picture.jpg there, the class before "
-            "the first underscore, or one directory a class"
+            f"source: got {bare} directly in {root}; need CLASS_picture.jpg there, the class "
+            "before the first underscore, or one directory a class"
         )
     return found
 

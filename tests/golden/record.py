@@ -48,7 +48,10 @@ def main(checkout: str) -> None:
         pool="attention",
     )
     model.load_state_dict(
-        {name: torch.from_numpy(fill(name, value.shape)) for name, value in model.state_dict().items()}
+        {
+            name: torch.from_numpy(fill(name, value.shape))
+            for name, value in model.state_dict().items()
+        }
     )
     x = np.random.RandomState(7).standard_normal((2, 3, 16, 16)).astype(np.float32)
     x_in = torch.from_numpy(x).requires_grad_()

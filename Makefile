@@ -1,0 +1,27 @@
+# make install     everything into .venv, made once
+# make quickstart  digits -> shards -> two ranks -> validation -> export, in a few minutes
+# make test        the whole suite; needs no GPU
+# make lint        ruff, as CI runs it
+
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: install quickstart test lint
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	@echo "installing into $(VENV) (some minutes the first time: torch is large)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+quickstart: install
+	@$(VENV)/bin/python launch/quickstart.py
+
+test: install
+	@$(VENV)/bin/python -m pytest
+
+lint: install
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .

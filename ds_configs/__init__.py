@@ -1,0 +1,1 @@
+"""DeepSpeed configurations, shipped as data."""

@@ -1,0 +1,381 @@
+"""Whole runs through the deepspeed launcher, compared with each other and the uninterrupted run."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launch, read_log, run_python
+from safetensors.torch import load_file
+
+CONFIGS = ROOT / "ds_configs"
+TRAIN = ROOT / "launch" / "train.py"
+TRACED = ROOT / "tests" / "traced_train.py"
+TINY = shlex.split(
+    "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "
+    "--classifier_attention_resolutions 4 --noise_schedule cosine --random_flip False --lr 1e-3 "
+    "--log_interval 1 --workers 1"
+)
+CLOCKS = ("images_per_sec", "data_wait_frac", "val_seconds")
+
+
+def train(ranks, config, digits, run, *flags, script=TRACED, environment=(), expect=0):
+    """Train the tiny classifier on the digits; returns the finished command."""
+    os.environ.update(environment)
+    try:
+        done = launch(
+            ranks,
+            "--deepspeed_config",
+            CONFIGS / f"{config}.json",
+            "--data_dir",
+            digits / "train",
+            "--run_dir",
+            run,
+            *TINY,
+            *flags,
+            script=script,
+            cwd=run.parent,
+        )
+    finally:
+        for name in dict(environment):
+            del os.environ[name]
+    assert done.code == expect, done.output
+    return done
+
+
+def losses(run: Path) -> list[float]:
+    return [row["train_loss"] for row in read_log(run) if "train_loss" in row]
+
+
+def traced(folder: Path) -> list:
+    """What every sample of the stream was trained with, by position."""
+    rows = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
+    return sorted(rows, key=lambda row: row[1])
+
+
+def without_clocks(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, Adam moments, schedule and loss scaler of two checkpoints, bit by bit."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), key
+    a, b = (json.loads((c / "state.json").read_text()) for c in (one, other))
+    for key in ("step", "skipped_steps", "adam_step", "loss_scaler", "samples", "classes", "data"):
+        assert a[key] == b[key], key
+
+
+# ------------------------------------------------------------------------- same run, other ranks
+
+
+def test_ranks_and_accumulation_do_not_change_the_run(digits, tmp_path):
+    """30 steps: 1 rank, 2 ranks, 2 ranks with accumulation 2; fp32, one global batch."""
+    cuts = {"one": (1, "24"), "two": (2, "12"), "accumulated": (2, "6")}
+    for name, (ranks, micro) in cuts.items():
+        done = train(
+            ranks,
+            "zero1_fp32",
+            digits,
+            tmp_path / name,
+            *["--global_batch", "24", "--microbatch", micro, "--iterations", "30"],
+            environment={"TRACE": str(tmp_path / f"trace_{name}")}.items(),
+        )
+        accumulation = 24 // (ranks * int(micro))
+        derivation = (
+            f"global batch 24 = {micro} micro-batch x {accumulation} accumulation x {ranks}"
+        )
+        assert derivation in done.output
+    expected, expected_trace = losses(tmp_path / "one"), traced(tmp_path / "trace_one")
+    assert len(expected) == 30
+    assert [row[1] for row in expected_trace] == list(range(30 * 24))
+    for name in ("two", "accumulated"):
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5)
+        assert traced(tmp_path / f"trace_{name}") == expected_trace
+    assert expected[-1] < expected[0]
+
+
+# ------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    ("config", "extra"), [("zero1_bf16", {}), ("zero2_fp16", {"EMULATE_FP16": "1"})]
+)
+def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
+    flags = ["--global_batch", "16", "--iterations", "30", "--save_interval", "15"]
+    flags += ["--val_data_dir", digits / "val", "--schedule_sampler", "loss-second-moment"]
+    flags += ["--diffusion_steps", "20"]  # few levels: the sampler is warm at step 15
+    golden, killed = tmp_path / "golden", tmp_path / "killed"
+    train(2, config, digits, golden, *flags, environment=extra.items())
+    done = train(
+        2,
+        config,
+        digits,
+        killed,
+        *flags,
+        environment=(extra | {"KILL_AT": "18:0"}).items(),
+        expect=247,
+    )
+    assert (killed / "checkpoints" / "latest").read_text() == "step-00000015\n"
+    assert not (killed / "DONE").exists()
+    done = train(2, config, digits, killed, *flags, environment=extra.items())
+    assert "checkpoints/step-00000015, step 15" in done.output
+    assert_same_state(
+        golden / "checkpoints" / "step-00000030", killed / "checkpoints" / "step-00000030"
+    )
+    assert without_clocks(read_log(killed)) == without_clocks(read_log(golden))
+    steps = [row["step"] for row in read_log(killed) if "train_loss" in row]
+    assert steps == list(range(1, 31))
+    assert len((killed / "progress.csv").read_text().splitlines()) == 1 + 30 + 2
+    if config == "zero2_fp16":
+        state = json.loads((golden / "checkpoints/step-00000030/state.json").read_text())
+        assert state["loss_scaler"]["cur_scale"] <= 2**16
+
+
+def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
+    flags = ["--global_batch", "16", "--iterations", "20", "--schedule_sampler", "uniform"]
+    golden, stopped = tmp_path / "golden", tmp_path / "stopped"
+    train(2, "zero1_fp32", digits, golden, *flags)
+    done = train(
+        2, "zero1_fp32", digits, stopped, *flags, environment={"TERM_AT": "7:1"}.items(), expect=75
+    )
+    assert "stopped on request after step 8" in done.output
+    train(2, "zero1_fp32", digits, stopped, *flags)
+    assert_same_state(
+        golden / "checkpoints" / "step-00000020", stopped / "checkpoints" / "step-00000020"
+    )
+    assert (stopped / "DONE").read_text() == "step 20\n"
+    again = train(2, "zero1_fp32", digits, stopped, *flags)
+    assert "is finished (step 20)" in again.output
+    changed = train(
+        1, "zero1_fp32", digits, golden.rename(tmp_path / "moved"), *flags, "--lr", "2e-3"
+    )
+    assert "is finished" in changed.output
+
+
+def test_world_size_precision_and_stage_may_change(digits, tmp_path):
+    """The same samples and noise; losses near those of the uninterrupted run."""
+    flags = ["--global_batch", "16", "--iterations", "16", "--save_interval", "8"]
+    golden, moved = tmp_path / "golden", tmp_path / "moved"
+    trace = {"TRACE": str(tmp_path / "trace")}
+    train(1, "zero1_fp32", digits, golden, *flags)
+    train(
+        2, "zero1_fp32", digits, moved, *flags, environment={"KILL_AT": "10:1"}.items(), expect=247
+    )
+    done = train(1, "zero2_bf16", digits, moved, *flags, environment=trace.items())
+    assert "step-00000008, step 8" in done.output
+    assert [row[1] for row in traced(tmp_path / "trace")] == list(range(8 * 16, 16 * 16))
+    assert losses(moved)[:8] == pytest.approx(losses(golden)[:8], rel=1e-5)
+    assert losses(moved)[8:] == pytest.approx(losses(golden)[8:], rel=0.02)
+
+
+def test_changed_settings_are_refused_with_a_diff(digits, tmp_path):
+    flags = ["--global_batch", "4", "--iterations", "4", "--save_interval", "2"]
+    run = tmp_path / "run"
+    train(1, "zero1_fp32", digits, run, *flags, environment={"KILL_AT": "4:0"}.items(), expect=247)
+    done = train(1, "zero1_fp32", digits, run, *flags, "--lr", "2e-3", "--seed", "1", expect=2)
+    for line in ("lr: 0.001 in the checkpoint, 0.002 now", "seed: 0 in the checkpoint, 1 now"):
+        assert line in done.output
+    done = train(1, "zero1_fp32", digits, run, *flags, "--global_batch", "8", expect=2)
+    assert "global_batch: 4 in the checkpoint, 8 now" in done.output
+    for file in (run / "checkpoints").glob("step-*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    done = train(1, "zero1_fp32", digits, run, *flags, expect=2)
+    assert "no checkpoint is whole" in done.output
+
+
+# ------------------------------------------------------------------------- numbers
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_on_all_ranks(digits, tmp_path):
+    for config in ("zero1_fp32", "zero2_bf16"):
+        run = tmp_path / config
+        flags = ["--global_batch", "8", "--iterations", "5"]
+        done = train(2, config, digits, run, *flags, environment={"NAN_AT": "3:1"}.items())
+        rows = [row for row in read_log(run) if "train_loss" in row]
+        assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
+        assert rows[2]["train_loss"] is None  # not hidden: null stands for not-a-number
+        assert "1 step skipped" in done.output
+        state = json.loads((run / "checkpoints/step-00000005/state.json").read_text())
+        assert (state["step"], state["adam_step"]) == (5, 4)
+
+
+def test_a_run_that_only_skips_gives_up(digits, tmp_path):
+    flags = ["--global_batch", "8", "--iterations", "9", "--max_skipped_steps", "1"]
+    done = train(
+        1,
+        "zero1_fp32",
+        digits,
+        tmp_path / "run",
+        *flags,
+        environment={"NAN_AT": "3:0"}.items(),
+        expect=1,
+    )
+    assert "are not finite" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_clean_pictures_with_the_references_anneal(digits, tmp_path):
+    """--noised False trains at t = 0 alone; --anneal_lr True runs step k at lr * (1 - k / n)."""
+    flags = ["--global_batch", "8", "--iterations", "8", "--noised", "False", "--anneal_lr", "True"]
+    train(
+        1,
+        "zero1_fp32",
+        digits,
+        tmp_path / "run",
+        *flags,
+        environment={"TRACE": str(tmp_path / "trace")}.items(),
+    )
+    rows = read_log(tmp_path / "run")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * (1 - k / 8) for k in range(8)])
+    assert all("train_loss_q0" in row and "train_loss_q1" not in row for row in rows)
+    assert all(t == 0 and noise is None for _, _, _, t, _, noise in traced(tmp_path / "trace"))
+
+
+# ------------------------------------------------------------------------- what a user meets
+
+
+def test_the_screen_of_a_run(digits, tmp_path):
+    """Nothing is printed that a user cannot act on, and every line fits 120 columns."""
+    flags = ["--global_batch", "16", "--iterations", "4", "--val_data_dir", digits / "val"]
+    done = train(2, "zero2_bf16", digits, tmp_path / "run", *flags, script=TRAIN)
+    kinds = ["classifier", "data", "batch", "engine", "start", "run", "step"]
+    for line, kind in zip(done.lines, kinds, strict=False):
+        assert line.split()[0] == kind
+    rows = done.lines[len(kinds) :]
+    assert [line.split()[0] for line in rows] == ["1", "2", "3", "4", "4", "finished:"]
+    assert max(map(len, done.lines)) <= 120, done.output
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        *("checkpoints", "command.sh", "config.json", "deepspeed.json", "env.json", "DONE"),
+        *("log.jsonl", "progress.csv", "tb"),
+    }
+    assert json.loads((run / "config.json").read_text())["num_classes"] == 10
+    validation = read_log(run)[-1]
+    assert {"val_loss", "val_acc@1", "val_acc@5", "val_acc@1_q0", "val_loss_q3"} <= set(validation)
+
+
+def test_validation_does_not_depend_on_ranks(digits, tmp_path):
+    """One checkpoint's numbers on 1 and 3 ranks, 360 samples: the counts are equal."""
+    rows = []
+    for ranks in (1, 3):
+        run = tmp_path / f"on_{ranks}"
+        flags = ["--global_batch", "21", "--iterations", "1", "--lr", "1e-9"]
+        train(ranks, "zero1_fp32", digits, run, *flags, "--val_data_dir", digits / "val")
+        rows.append(read_log(run)[-1])
+    assert rows[0].keys() == rows[1].keys()
+    for key in rows[0]:
+        if "acc" in key:
+            assert rows[0][key] == rows[1][key]
+        elif "loss" in key:
+            assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-6)
+
+
+def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
+    """--init_from: the exported .pt starts a run at the same weights; another head starts anew."""
+    first = tmp_path / "first"
+    train(1, "zero1_fp32", digits, first, "--global_batch", "4", "--iterations", "2")
+    done = run_python(ROOT / "launch" / "export.py", first, cwd=tmp_path)
+    assert done.code == 0, done.output
+    exported = first / "export" / "model000002.pt"
+    weights = torch.load(exported, weights_only=True)
+    for name, value in load_file(first / "checkpoints/step-00000002/model.safetensors").items():
+        assert torch.equal(weights[name], value)
+    for source in (exported, first):
+        run = tmp_path / f"from_{source.name}"
+        flags = ["--global_batch", "4", "--iterations", "1", "--lr", "1e-12"]
+        done = train(2, "zero1_fp32", digits, run, *flags, "--init_from", source)
+        assert f"start       from weights from {source}" in done.output.replace("from from", "from")
+        after = load_file(run / "checkpoints/step-00000001/model.safetensors")
+        assert all(torch.allclose(after[k], v, atol=1e-9) for k, v in weights.items())
+    other_head = {
+        k: torch.zeros(5, *v.shape[1:]) if "c_proj" in k else v for k, v in weights.items()
+    }
+    torch.save(other_head, tmp_path / "five.pt")
+    flags = ["--global_batch", "4", "--iterations", "1", "--init_from", tmp_path / "five.pt"]
+    done = train(1, "zero1_fp32", digits, tmp_path / "five", *flags)
+    assert "another number of classes" in done.output
+    torch.save({"model": print}, tmp_path / "evil.pt")
+    flags[-1] = tmp_path / "evil.pt"
+    done = train(1, "zero1_fp32", digits, tmp_path / "evil", *flags, expect=2)
+    assert "no plain state dict" in done.output
+    assert "Traceback" not in done.output
+
+
+ZERO2 = CONFIGS / "zero2_bf16.json"
+BAD_INPUT = {
+    "no data": (["--deepspeed_config", ZERO2], ["data/train", "make_shards.py convert"]),
+    "a folder of pictures": (
+        ["--deepspeed_config", ZERO2, "--data_dir", "pictures"],
+        ["folder of pictures", "make_shards.py convert pictures"],
+    ),
+    "no such config": (["--deepspeed_config", "x.json"], ["x.json", "zero2_fp16.json"]),
+    "an unknown key": (["--deepspeed_config", "unknown.json"], ["fp61", "'fp16'"]),
+    "a wrong type": (["--deepspeed_config", "type.json"], ["4.5", "whole number"]),
+    "misplaced auto": (["--deepspeed_config", "auto.json"], ["stage", '"auto"']),
+    "batch sizes": (["--deepspeed_config", "batch.json"], ["train_micro_batch_size_per_gpu"]),
+    "classes": (
+        ["--deepspeed_config", ZERO2, "--data_dir", "DIGITS", "--num_classes", "1000"],
+        ["--num_classes", "1000", "need 10"],
+    ),
+    "image size": (
+        ["--deepspeed_config", ZERO2, "--data_dir", "DIGITS", "--image_size", "100"],
+        ["image_size: got 100", "96 or 104"],
+    ),
+    "wrong world": (["--deepspeed_config", ZERO2, "--expect_world", "8"], ["--expect_world", "8"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_message(case, digits, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/cat/1.png")
+    base = json.loads(ZERO2.read_text())
+    batches = {"train_micro_batch_size_per_gpu": 3, "train_batch_size": 8}
+    for name, change in (
+        ("unknown", {"fp61": {}}),
+        ("type", {"train_micro_batch_size_per_gpu": 4.5}),
+        ("auto", {"zero_optimization": {"stage": "auto"}}),
+        ("batch", batches),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(base | change))
+    flags, words = BAD_INPUT[case]
+    flags = [digits / "train" if flag == "DIGITS" else flag for flag in flags]
+    done = run_python(TRAIN, *flags, cwd=tmp_path)
+    assert done.code == 2
+    assert done.output.startswith("error: ")
+    assert len(done.lines) == 1, done.output
+    for word in words:
+        assert word in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_world_that_does_not_divide_the_batch_is_told_once(digits, tmp_path):
+    done = train(
+        2, "zero2_bf16", digits, tmp_path / "run", "--global_batch", "9", script=TRAIN, expect=2
+    )
+    errors = [line for line in done.lines if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "got 9 on 2 ranks" in errors[0]
+    assert "1 or 3 ranks" in errors[0]
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    reason="this device has fp16",
+)
+def test_fp16_where_there_is_none(digits, tmp_path):
+    done = train(1, "zero2_fp16", digits, tmp_path / "run", script=TRAIN, expect=2)
+    error = next(line for line in done.lines if line.startswith("error:"))
+    assert "fp16" in error
+    assert "ds_configs/zero" in error
+    assert not (tmp_path / "run").exists()
