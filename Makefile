@@ -13,7 +13,8 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.cfg pyproject.toml
 	@echo "installing into $(VENV) (some minutes the first time: torch is large)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(VENV)/bin/pip install --disable-pip-version-check --editable ".[dev]" \
+		> $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 quickstart: install

@@ -142,8 +142,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
-        shipped = Path(__file__).resolve().parents[1] / "ds_configs"
-        where = f"{shipped}/" if shipped.is_dir() else "ds_configs/ of the source tree"
+        package = Path(__file__).resolve().parent  # beside it in a checkout, in it where installed
+        folders = [package.parent / "ds_configs", package / "ds_configs"]
+        where = next((f"{folder}/" for folder in folders if folder.is_dir()), "ds_configs/")
         raise ValueError(
             f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: take "
             f"one of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"

@@ -1,1 +1,0 @@
-"""DeepSpeed configurations, shipped as data."""

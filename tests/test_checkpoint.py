@@ -1,0 +1,141 @@
+"""Commit, damage, and which checkpoint is found; the engine's part is in test_training.py."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from ds_classifier import checkpoint
+
+
+def commit(folder, step, value=1.0):
+    final = folder / checkpoint.step_name(step)
+    checkpoint._commit(
+        final,
+        model={"a": torch.full((4,), value), "b": torch.zeros(2, 3)},
+        optimizer={"exp_avg.a": torch.zeros(4)},
+        state={"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step},
+    )
+    return final
+
+
+def find(folder):
+    """The newest valid checkpoint's name, and what was said about the others."""
+    said = []
+    found = checkpoint.newest_valid(folder, said.append)
+    return (found.name if found else None), said
+
+
+def test_a_commit_is_whole_and_named_by_latest(tmp_path):
+    final = commit(tmp_path, 10)
+    assert checkpoint.damage(final) is None
+    assert (tmp_path / "latest").read_text() == "step-00000010\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000010"]
+    assert torch.equal(checkpoint.read_model(final)["a"], torch.ones(4))
+    assert checkpoint.read_state(final)["step"] == 10
+
+
+def test_there_is_no_pickle_in_it(tmp_path):
+    import pickletools
+
+    for file in commit(tmp_path, 1).iterdir():
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        else:
+            with pytest.raises((ValueError, OverflowError, UnicodeDecodeError)):
+                list(pickletools.genops(file.read_bytes()))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("way", ["flip", "cut", "zeros", "gone"])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, file, way):
+    commit(tmp_path, 10)
+    path = commit(tmp_path, 20) / file
+    data = path.read_bytes()
+    if way == "gone":
+        path.unlink()
+    else:
+        middle = len(data) // 2
+        damaged = {
+            "flip": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
+            "cut": data[: len(data) * 7 // 10],
+            "zeros": bytes(len(data)),
+        }
+        path.write_bytes(damaged[way])
+    name, said = find(tmp_path)
+    assert name == "step-00000010"
+    assert len(said) == 1
+    assert "step-00000020" in said[0]
+    assert file in said[0]
+
+
+def test_a_damaged_manifest_counts_as_damage(tmp_path):
+    commit(tmp_path, 10)
+    for text in ("", "{}", '{"files": {}}', "[1]"):
+        (commit(tmp_path, 20) / "manifest.json").write_text(text)
+        assert find(tmp_path)[0] == "step-00000010"
+
+
+def test_latest_is_never_trusted(tmp_path):
+    commit(tmp_path, 10)
+    commit(tmp_path, 20)
+    for text in ("", "../x", "step-00000099", "step-00000010"):
+        (tmp_path / "latest").write_text(text)
+        assert find(tmp_path) == ("step-00000020", [])
+    (tmp_path / "latest").unlink()
+    assert find(tmp_path) == ("step-00000020", [])
+
+
+def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path):
+    assert find(tmp_path / "absent") == (None, [])
+    assert find(tmp_path) == (None, [])
+    for step in (10, 20):
+        os.truncate(commit(tmp_path, step) / "model.safetensors", 5)
+    with pytest.raises(ValueError, match="no checkpoint is whole") as error:
+        find(tmp_path)
+    assert "step-00000010" in str(error.value)
+    assert "step-00000020" in str(error.value)
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_overwritten(tmp_path):
+    commit(tmp_path, 10)
+    for name in (".step-00000020.staging", "step-00000020"):  # before and after no rename
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    assert find(tmp_path)[0] == "step-00000010"
+    final = commit(tmp_path, 20)
+    assert checkpoint.damage(final) is None
+    assert not (tmp_path / ".step-00000020.staging").exists()
+
+
+def test_weights_that_are_not_finite_are_never_committed(tmp_path):
+    commit(tmp_path, 10)
+    with pytest.raises(ValueError, match="not finite"):
+        commit(tmp_path, 20, value=float("nan"))
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000010"]
+
+
+def test_keep_last(tmp_path):
+    for step in (1, 2, 3, 10, 100_000_000):
+        commit(tmp_path, step)
+    checkpoint._prune(tmp_path, keep_last=2)
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
+    assert names == ["step-100000000", "step-00000010"]
+
+
+def test_what_a_user_names(tmp_path):
+    run = tmp_path / "run"
+    step_10 = commit(run / "checkpoints", 10)
+    step_20 = commit(run / "checkpoints", 20)
+    assert checkpoint.resolve_checkpoint(run) == step_20
+    assert checkpoint.resolve_checkpoint(run / "checkpoints") == step_20
+    assert checkpoint.resolve_checkpoint(step_10) == step_10
+    os.truncate(step_20 / "model.safetensors", 5)
+    assert checkpoint.resolve_checkpoint(run) == step_10
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        checkpoint.resolve_checkpoint(step_20)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        checkpoint.resolve_checkpoint(run)
