@@ -67,6 +67,9 @@ def create_engine(
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=parameters, config=config, **schedule
     )
+    if engine.fp16_enabled() and engine.dynamic_loss_scale():
+        # At its floor DeepSpeed would raise on every rank; the loop counts skipped steps instead.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
