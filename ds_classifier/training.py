@@ -6,16 +6,18 @@ sums are read when a log line is due.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_classifier import checkpoint, distributed
+from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
@@ -55,11 +57,11 @@ def train_step(
         losses = losses.detach()
         meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
         seen.append(torch.stack([t.float(), losses.masked_fill(batch.weights == 0, math.nan)]))
-    sampler_update(sampler, seen)
+    update_sampler(sampler, seen)
     return bad, waited
 
 
-def sampler_update(sampler, seen: list[torch.Tensor]) -> None:
+def update_sampler(sampler, seen: list[torch.Tensor]) -> None:
     """Show the timestep sampler a step's (t, loss) of all ranks, by position."""
     if not sampler.needs_losses:
         return
@@ -83,16 +85,13 @@ def train(
     batches: Iterator[Batch],
     *,
     cadence: Cadence,
-    run_dir: Path,
-    seed: int,
-    noised: bool,
     sampler,
     num_timesteps: int,
-    keep_last: int,
-    max_bad_samples: int,
+    seed: int,
+    noised: bool,
     max_skipped_steps: int,
-    bad_samples: int,
-    checkpoint_state: Callable[[int], dict[str, Any]],
+    bad_samples: BadSamples,
+    save: Callable[[], None],
     validate: Callable[[], dict[str, float]] | None,
     stop: StopVote,
     logger: RunLogger,
@@ -100,123 +99,157 @@ def train(
     """Train from the engine's step to the last; returns whether it got there (else: stopped).
 
     batches: this rank's micro-batches from the engine's step on.
-    bad_samples: undecodable ones met so far, over all ranks.
-    checkpoint_state: the caller's facts for a checkpoint, given the bad samples so far.
-    validate: means over the validation set, or None where there is none.
+    save: commits a checkpoint. validate: means over the validation set; None: there is none.
     Raises FloatingPointError after max_skipped_steps steps without a finite gradient, ValueError
-    after more than max_bad_samples bad samples, or when a checkpoint cannot be written.
+    for too many bad samples or when a checkpoint cannot be written.
     """
-    device, global_batch = engine.device, engine.train_batch_size()
-    accumulation = engine.gradient_accumulation_steps()
-    meter = Meter(num_timesteps, device)
-    clock = _Clock()
-    skipped_in_a_row, skipped_before = 0, engine.skipped_steps
-    new_bad, saved_at = 0, engine.global_steps
+    meter, clock = Meter(num_timesteps, engine.device), Clock()
+    skipped = SkippedSteps(engine, limit=max_skipped_steps)
     distributed.say(CONSOLE_HEADER)
-
-    def save() -> None:
-        nonlocal saved_at
-        if saved_at != engine.global_steps:
-            checkpoint.save(
-                run_dir / "checkpoints",
-                engine=engine,
-                sampler=sampler,
-                state=checkpoint_state(bad_samples),
-                keep_last=keep_last,
-            )
-            saved_at = engine.global_steps
-
     while engine.global_steps < cadence.iterations:
         lr = engines.learning_rate(engine)
         bad, waited = train_step(
             engine,
             batches,
-            accumulation=accumulation,
+            accumulation=engine.gradient_accumulation_steps(),
             sampler=sampler,
             meter=meter,
             seed=seed,
             noised=noised,
         )
         clock.stepped(waited)
+        bad_samples.add(bad)
+        skipped.check()
         step = engine.global_steps
-        report_bad_samples(run_dir, bad)
-        new_bad += len(bad)
-        skipped_in_a_row = 0 if engine.was_step_applied() else skipped_in_a_row + 1
-        if skipped_in_a_row >= max_skipped_steps:
-            raise FloatingPointError(
-                f"the gradients of {skipped_in_a_row} steps in a row, up to step {step}, are not "
-                "finite; the last good checkpoint stays; do: lower --lr, or use a bf16 config"
-            )
         last = step == cadence.iterations
         if last or step % cadence.log == 0:
-            bad_samples += int(distributed.all_reduce_sum(torch.tensor(new_bad, device=device)))
-            new_bad = 0
-            means, _ = meter.read()
             row = {
-                "step": step,
-                "samples": step * global_batch,
-                **{f"train_{name}": value for name, value in means.items()},
-                "grad_norm": engines.grad_norm(engine),
+                **training_row(engine, meter=meter, clock=clock),
                 "lr": lr,
-                "lg_loss_scale": math.log2(engines.loss_scale(engine)),
-                "images_per_sec": clock.steps * global_batch / clock.seconds(),
-                "data_wait_frac": clock.waited / clock.seconds(),
-                "skipped_steps": engine.skipped_steps,
-                "bad_samples": bad_samples,
+                "bad_samples": bad_samples.total(),
             }
             logger.write(row)
             eta = (cadence.iterations - step) * clock.seconds() / clock.steps
-            distributed.say(console_line(row, eta_seconds=eta, memory_bytes=memory_in_use(device)))
-            if engine.skipped_steps > skipped_before:
-                report_skipped(engine, engine.skipped_steps - skipped_before)
-            skipped_before = engine.skipped_steps
-            clock = _Clock()
-            if bad_samples > max_bad_samples:
-                raise ValueError(
-                    f"{bad_samples} samples could not be decoded, more than --max_bad_samples "
-                    f"{max_bad_samples}; they stand in {run_dir}/bad_samples.rank*.jsonl; do: "
-                    "repair the data, or raise the limit"
-                )
-        if validate is not None and (last or step % cadence.evaluate == 0):
-            began = time.perf_counter()
-            row = {"step": step, **{f"val_{name}": value for name, value in validate().items()}}
-            row["val_seconds"] = time.perf_counter() - began
-            logger.write(row)
-            distributed.say(validation_line(row))
-            clock.exclude(time.perf_counter() - began)
-        if last or step % cadence.save == 0:
-            began = time.perf_counter()
-            save()
-            clock.exclude(time.perf_counter() - began)
+            distributed.say(
+                console_line(row, eta_seconds=eta, memory_bytes=memory_in_use(engine.device))
+            )
+            skipped.report()
+            bad_samples.check()
+            clock = Clock()
+        with clock.paused():
+            if validate is not None and (last or step % cadence.evaluate == 0):
+                began = time.perf_counter()
+                row = {f"val_{name}": value for name, value in validate().items()}
+                row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
+                logger.write(row)
+                distributed.say(validation_line(row))
+            saved = last or step % cadence.save == 0
+            if saved:
+                save()
         if not last and stop.decide():
-            save()
+            if not saved:
+                save()
             return False
     return True
 
 
-def report_skipped(engine, count: int) -> None:
-    """Say that steps were skipped; in fp16 it is how the loss scale finds its place."""
-    scale = f"; loss scale now {engines.loss_scale(engine):g}" if engine.fp16_enabled() else ""
-    steps = "1 step" if count == 1 else f"{count} steps"
-    distributed.say(f"{'':>7} {steps} skipped: the gradient was not finite{scale}")
+def training_row(engine, *, meter: Meter, clock: Clock) -> dict[str, Any]:
+    """The numbers of the steps since the last row, over all ranks. Waits for the device."""
+    means, _ = meter.read()
+    samples = engine.train_batch_size()
+    return {
+        "step": engine.global_steps,
+        "samples": engine.global_steps * samples,
+        **{f"train_{name}": value for name, value in means.items()},
+        "grad_norm": engines.grad_norm(engine),
+        "lg_loss_scale": math.log2(engines.loss_scale(engine)),
+        "images_per_sec": clock.steps * samples / clock.seconds(),
+        "data_wait_frac": clock.waited / clock.seconds(),
+        "skipped_steps": engine.skipped_steps,
+    }
 
 
-class _Clock:
-    """Time spent training since it was made: validation and saving are excluded."""
+class SkippedSteps:
+    """Steps that DeepSpeed skipped on all ranks, because a gradient was not finite."""
+
+    def __init__(self, engine, *, limit: int):
+        self._engine, self._limit = engine, limit
+        self._in_a_row, self._reported = 0, engine.skipped_steps
+
+    def check(self) -> None:
+        """Call after every step. Raises FloatingPointError after `limit` skipped in a row."""
+        self._in_a_row = 0 if self._engine.was_step_applied() else self._in_a_row + 1
+        if self._in_a_row >= self._limit:
+            raise FloatingPointError(
+                f"the gradients of {self._in_a_row} steps in a row, up to step "
+                f"{self._engine.global_steps}, are not finite; the last good checkpoint stays; do: "
+                "lower --lr, or use a bf16 config"
+            )
+
+    def report(self) -> None:
+        """Say how many were skipped since the last report; fp16's loss scale finds its place so."""
+        engine, count = self._engine, self._engine.skipped_steps - self._reported
+        self._reported = engine.skipped_steps
+        if count:
+            steps = "1 step" if count == 1 else f"{count} steps"
+            scale = f"; loss scale {engines.loss_scale(engine):g}" if engine.fp16_enabled() else ""
+            distributed.say(f"{'':>7} {steps} skipped: the gradient was not finite{scale}")
+
+
+class BadSamples:
+    """Undecodable samples of a run: listed by the rank that met them, counted over all ranks.
+
+    known: those met before this start. limit: how many a run may meet.
+    """
+
+    def __init__(self, run_dir: Path, *, device: torch.device, known: int, limit: int):
+        self._run_dir, self._device, self._limit = run_dir, device, limit
+        self._known, self._new = known, 0
+
+    def add(self, bad: list[BadSample]) -> None:
+        """Append this rank's bad samples to its list: position, key and the decoder's words."""
+        self._new += len(bad)
+        if bad:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            with open(self._run_dir / f"bad_samples.rank{distributed.rank()}.jsonl", "a") as file:
+                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
+
+    def total(self) -> int:
+        """All ranks' so far; every rank must call it."""
+        new = torch.tensor(self._new, device=self._device)
+        self._known += int(distributed.all_reduce_sum(new))
+        self._new = 0
+        return self._known
+
+    def check(self) -> None:
+        """Raises ValueError when the last total is over the limit."""
+        if self._known > self._limit:
+            raise ValueError(
+                f"{self._known} samples could not be decoded, more than --max_bad_samples "
+                f"{self._limit}; they stand in {self._run_dir}/bad_samples.rank*.jsonl; do: repair "
+                "the data, or raise the limit"
+            )
+
+
+class Clock:
+    """Seconds spent training since it was made, less the pauses for validation and saving."""
 
     def __init__(self):
-        self._began, self._excluded = time.perf_counter(), 0.0
+        self._began, self._paused = time.perf_counter(), 0.0
         self.steps, self.waited = 0, 0.0
 
     def stepped(self, waited: float) -> None:
         self.steps += 1
         self.waited += waited
 
-    def exclude(self, seconds: float) -> None:
-        self._excluded += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def seconds(self) -> float:
-        return time.perf_counter() - self._began - self._excluded
+        return time.perf_counter() - self._began - self._paused
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -226,15 +259,3 @@ def memory_in_use(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def report_bad_samples(run_dir: Path, bad: list[BadSample]) -> None:
-    """Append undecodable samples to this rank's list: position, key and the decoder's words."""
-    if not bad:
-        return
-    import json
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / f"bad_samples.rank{distributed.rank()}.jsonl", "a") as file:
-        for sample in bad:
-            file.write(json.dumps(sample._asdict()) + "\n")

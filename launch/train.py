@@ -103,7 +103,7 @@ def train_on(
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
     from ds_classifier.shutdown import STOPPED, StopVote
-    from ds_classifier.training import Cadence, train
+    from ds_classifier.training import BadSamples, Cadence, train
 
     settings, ds_config, batch = resolved.settings, resolved.ds_config, resolved.batch
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
@@ -140,13 +140,26 @@ def train_on(
     loader, val_loader = create_loaders(resolved, shards, val_shards, first_step)
     announce(resolved, shards, val_shards, run_dir, origin, engine)
 
-    def checkpoint_state(bad_samples: int) -> dict:
-        samples = engine.global_steps * batch.total
-        return facts | {
-            "samples": samples,
-            "bad_samples": bad_samples,
+    bad_samples = BadSamples(
+        run_dir,
+        device=device,
+        known=state["bad_samples"] if state else 0,
+        limit=settings.max_bad_samples,
+    )
+
+    def save() -> None:
+        counts = {
+            "samples": engine.global_steps * batch.total,
+            "bad_samples": bad_samples.total(),
             "world_size": batch.world_size,
         }
+        checkpoint.save(
+            run_dir / "checkpoints",
+            engine=engine,
+            sampler=sampler,
+            state=facts | counts,
+            keep_last=settings.keep_last,
+        )
 
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
@@ -166,16 +179,13 @@ def train_on(
             save=settings.save_interval,
             evaluate=settings.eval_interval,
         ),
-        run_dir=run_dir,
-        seed=settings.seed,
-        noised=settings.noised,
         sampler=sampler,
         num_timesteps=diffusion.num_timesteps,
-        keep_last=settings.keep_last,
-        max_bad_samples=settings.max_bad_samples,
+        seed=settings.seed,
+        noised=settings.noised,
         max_skipped_steps=settings.max_skipped_steps,
-        bad_samples=state["bad_samples"] if state else 0,
-        checkpoint_state=checkpoint_state,
+        bad_samples=bad_samples,
+        save=save,
         validate=validate if val_loader is not None else None,
         stop=StopVote(),
         logger=logger,
