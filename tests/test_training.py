@@ -379,3 +379,39 @@ def test_fp16_where_there_is_none(digits, tmp_path):
     assert "fp16" in error
     assert "ds_configs/zero" in error
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------- bad samples
+
+
+def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
+    """40 digits as a training split; some of them cut short."""
+    from ds_classifier.data.shards import convert
+    from ds_classifier.data.sources import Sample, Source, digits
+
+    whole = digits().splits["train"][:40]
+    cut = [
+        Sample(s.name, s.label, s.content[:60] if i in bad else s.content)
+        for i, s in enumerate(whole)
+    ]
+    convert(Source("cut", [str(n) for n in range(10)], {"train": cut}), folder)
+    return folder
+
+
+def test_bad_samples_are_counted_listed_and_limited(tmp_path):
+    """Two epochs over 40 pictures, 3 of them bad: 6 in all, on whichever rank they fell."""
+    data = shards_with_bad_pictures(tmp_path / "data", {5, 6, 30})
+    flags = ["--global_batch", "8", "--iterations", "10", "--max_bad_samples", "6"]
+    train(2, "zero1_fp32", data, tmp_path / "run", *flags)
+    assert read_log(tmp_path / "run")[-1]["bad_samples"] == 6
+    lists = [p.read_text().splitlines() for p in (tmp_path / "run").glob("bad_samples.rank*.jsonl")]
+    listed = [json.loads(line) for lines in lists for line in lines]
+    assert sorted(row["key"].split("_")[-1] for row in listed) == sorted(
+        2 * ["0005", "0006", "0030"]
+    )
+    assert all(0 <= row["position"] < 80 and row["error"] for row in listed)
+    done = train(
+        2, "zero1_fp32", data, tmp_path / "limited", *flags[:-1], "2", script=TRAIN, expect=2
+    )
+    assert "3 samples could not be decoded" in done.output
+    assert "Traceback" not in done.output
