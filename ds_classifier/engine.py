@@ -17,16 +17,17 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def check_precision(ds_config: dict[str, Any], device: torch.device) -> None:
-    """Raises ValueError where the device cannot compute what the JSON asks for."""
+def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | None:
+    """Why the device cannot compute in the precision that the JSON asks for, or None."""
     from deepspeed.accelerator import get_accelerator
 
     if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         instead = "zero2_bf16.json" if has_fast_bf16(device) else "zero1_fp32.json"
-        raise ValueError(
+        return (
             f"fp16.enabled: got true on {describe_device(device)}, which has no fp16 arithmetic "
             f"(a CPU needs AVX512-FP16); do: use ds_configs/{instead}"
         )
+    return None
 
 
 def has_fast_bf16(device: torch.device) -> bool:

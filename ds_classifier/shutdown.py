@@ -16,7 +16,8 @@ class StopVote:
     """Whether any rank was asked to stop, known to all ranks at the same step.
 
     The vote is a reduction on the CPU that is waited for one step later, so no step waits for it.
-    SIGTERM, SIGINT and SIGUSR1 ask; a second signal of a kind ends the process at once.
+    SIGTERM, SIGINT and SIGUSR1 ask. SIGTERM may come twice, from the scheduler to all processes and
+    from the launcher to its children; only a second Ctrl-C ends the process at once.
     """
 
     def __init__(self):
@@ -28,7 +29,8 @@ class StopVote:
 
     def _ask(self, number: int, frame) -> None:
         self._asked.fill_(1)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def decide(self) -> bool:
         """Call on every rank after every step; True on all ranks after the same one."""

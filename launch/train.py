@@ -111,7 +111,7 @@ def train_on(
     classifier = create_classifier(**settings.model_kwargs())
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
     device = distributed.init()
-    engines.check_precision(ds_config, device)
+    check_ranks(ds_config, shards, device)
     sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
 
     found, state = find_checkpoint(settings, run_dir, device)
@@ -199,6 +199,21 @@ def train_on(
         distributed.say(f"stopped on request after step {step}; run the same command to go on")
     distributed.finish()
     return 0 if finished else STOPPED
+
+
+def check_ranks(ds_config: dict, shards: ShardSet, device) -> None:
+    """Raise ValueError on all ranks if one cannot do the precision or holds other shards."""
+    from ds_classifier import engine as engines
+
+    problem = engines.precision_problem(ds_config, device)
+    if (
+        distributed.broadcast_json(shards.manifest.fingerprint, device)
+        != shards.manifest.fingerprint
+    ):
+        problem = (
+            f"{shards.folder} holds other shards here than on rank 0's node; do: copy them anew"
+        )
+    distributed.raise_together(problem, device)
 
 
 def constant(step: int) -> float:

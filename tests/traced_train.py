@@ -2,7 +2,8 @@
 
 TRACE: a directory; each rank appends what every micro-batch trained on: position, label, t, and
 hashes of its pixels and noise. EMULATE_FP16: let DeepSpeed run fp16 on a CPU without its
-instructions. KILL_AT, TERM_AT "STEP:RANK": that rank gets SIGKILL or SIGTERM when the step begins.
+instructions. KILL_AT, TERM_AT "STEP:RANK": that rank gets SIGKILL, or SIGTERM twice, as from a
+scheduler and a launcher, when the step begins.
 NAN_AT "STEP:RANK": that rank's loss of the step is not a number.
 """
 
@@ -38,9 +39,11 @@ def trace(step, positions, labels, t, pixels, noise) -> None:
 
 def traced_step(engine, batches, **keywords):
     step = engine.global_steps + 1
-    for name, number in (("KILL_AT", signal.SIGKILL), ("TERM_AT", signal.SIGTERM)):
-        if due(name, step):
-            os.kill(os.getpid(), number)
+    if due("KILL_AT", step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if due("TERM_AT", step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
     module, forward = engine.module, engine.module.forward
     positions = []
 

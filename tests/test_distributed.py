@@ -1,0 +1,71 @@
+"""Agreement between ranks, through the launcher: everybody's problem is everybody's error."""
+
+import json
+
+import pytest
+from conftest import launch
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch
+from ds_classifier import distributed
+
+device = distributed.init()
+rank, out = distributed.rank(), {{}}
+
+def attempt(name, call):
+    try:
+        out[name] = call()
+    except ValueError as error:
+        out[name] = f"ValueError: {{error}}"
+
+def fail():
+    raise OSError("disk full")
+
+attempt("result", lambda: distributed.on_rank_0(lambda: {{"answer": [1, "ü"]}}, device))
+attempt("failure", lambda: distributed.on_rank_0(fail, device))
+attempt("nobody", lambda: distributed.raise_together(None, device))
+attempt("one", lambda: distributed.raise_together("no GPU" if rank == 1 else None, device))
+attempt("all", lambda: distributed.raise_together("no data", device))
+out["gathered"] = distributed.all_gather(torch.tensor([[rank, 7]])).tolist()
+distributed.say(f"rank {{rank}} speaks")
+distributed.complain(f"rank {{rank}} complains")
+with open(f"rank{{rank}}.json", "w") as file:
+    json.dump(out, file)
+distributed.finish()
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    from conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
+    done = launch(3, "", script=folder / "script.py", cwd=folder)
+    assert done.code == 0, done.output
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(3)], done
+
+
+def test_rank_0s_result_and_failure_reach_all(answers):
+    for out in answers[0]:
+        assert out["result"] == {"answer": [1, "ü"]}
+        assert out["failure"] == "ValueError: disk full"
+
+
+def test_one_ranks_problem_is_raised_by_all_with_its_number(answers):
+    for out in answers[0]:
+        assert out["nobody"] is None
+        assert out["one"] == "ValueError: rank 1: no GPU"
+        assert out["all"] == "ValueError: no data"
+
+
+def test_gather_is_in_rank_order(answers):
+    assert all(out["gathered"] == [[[0, 7]], [[1, 7]], [[2, 7]]] for out in answers[0])
+
+
+def test_one_voice(answers):
+    lines = answers[1].lines
+    assert [line for line in lines if "speaks" in line] == ["rank 0 speaks"]
+    assert [line for line in lines if "complains" in line] == ["error: rank 0 complains"]
