@@ -14,7 +14,6 @@ A checkpoint appears under its name by one rename, complete: what has no valid m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_classifier import distributed
+from ds_classifier import distributed, files
 from ds_classifier import engine as engines
 
 FORMAT = "ds_classifier checkpoint"
@@ -114,36 +113,20 @@ def _commit(final: Path, *, model, optimizer, state) -> None:
     save_file(model, staging / MODEL)
     save_file(optimizer, staging / OPTIMIZER)
     (staging / STATE).write_text(json.dumps(state, indent=1))
-    files = {}
+    described = {}
     for name in (MODEL, OPTIMIZER, STATE):
-        _fsync(staging / name)
-        files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _sha256(staging / name)}
-    (staging / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _fsync(staging / MANIFEST)
-    _fsync(staging)
+        files.fsync(staging / name)
+        described[name] = {
+            "bytes": (staging / name).stat().st_size,
+            "sha256": files.sha256(staging / name),
+        }
+    (staging / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
+    files.fsync(staging / MANIFEST)
+    files.fsync(staging)
     shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a run continued from before it
     os.rename(staging, final)
-    _fsync(final.parent)
-    pointer = final.parent / ".latest.staging"
-    pointer.write_text(final.name + "\n")
-    _fsync(pointer)
-    os.replace(pointer, final.parent / "latest")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    files.fsync(final.parent)
+    files.replace_text(final.parent / "latest", final.name + "\n")
 
 
 def _prune(checkpoints: Path, keep_last: int) -> None:
@@ -165,12 +148,12 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None if every byte is as it was written."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        described = json.loads((checkpoint / MANIFEST).read_text())["files"]
         for name in (MODEL, OPTIMIZER, STATE):
             size = (checkpoint / name).stat().st_size
-            if size != files[name]["bytes"]:
-                return f"{name} has {size} bytes of {files[name]['bytes']}"
-            if _sha256(checkpoint / name) != files[name]["sha256"]:
+            if size != described[name]["bytes"]:
+                return f"{name} has {size} bytes of {described[name]['bytes']}"
+            if files.sha256(checkpoint / name) != described[name]["sha256"]:
                 return f"{name} is damaged: its sha256 is not the manifest's"
     except OSError as error:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
@@ -250,14 +233,14 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from safetensors import safe_open
 
-    files = []
+    opened = []
     if distributed.rank() == 0:
-        files = [safe_open(checkpoint / name, framework="pt") for name in (MODEL, OPTIMIZER)]
+        opened = [safe_open(checkpoint / name, framework="pt") for name in (MODEL, OPTIMIZER)]
 
     def tensor(file: int, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         full = torch.empty(like.shape, dtype=dtype, device=engine.device)
         if distributed.rank() == 0:
-            full.copy_(files[file].get_tensor(name))
+            full.copy_(opened[file].get_tensor(name))
         return distributed.broadcast(full)
 
     for adam_state in engines.ensure_adam_state(engine):

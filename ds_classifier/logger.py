@@ -7,13 +7,13 @@ lg_loss_scale), and ours beside them. A row appears once per step, also after re
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed
+from ds_classifier import distributed, files
 
 QUARTILE_SUFFIXES = ("", "_q0", "_q1", "_q2", "_q3")
 
@@ -48,9 +48,7 @@ class RunLogger:
                 continue
             if row["step"] <= first_step:
                 rows.append(row)
-        staging = self._jsonl_path.with_suffix(".staging")
-        staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(staging, self._jsonl_path)
+        files.replace_text(self._jsonl_path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
@@ -73,12 +71,11 @@ class RunLogger:
     def _write_csv(self) -> None:
         """The whole table anew, when a column is added: validation starts later than training."""
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        staging = self._csv_path.with_suffix(".staging")
-        with open(staging, "w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(staging, self._csv_path)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self._columns)
+        writer.writeheader()
+        writer.writerows(self._rows)
+        files.replace_text(self._csv_path, table.getvalue())
 
     def _append_csv(self, row: dict[str, Any]) -> None:
         with open(self._csv_path, "a", newline="") as file:

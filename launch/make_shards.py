@@ -9,7 +9,8 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier.data.shards import convert, verify
+from ds_classifier.data.convert import convert
+from ds_classifier.data.shards import verify
 from ds_classifier.data.sources import open_source
 
 

@@ -39,7 +39,7 @@ def imagenet_sample() -> Path:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """Shards of the digits: a directory with train/ and val/."""
-    from ds_classifier.data.shards import convert
+    from ds_classifier.data.convert import convert
     from ds_classifier.data.sources import open_source
 
     out = tmp_path_factory.mktemp("digits")

@@ -10,9 +10,18 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
-    ["keyed_random", "model", "distributed", "data.sources", "data.images", "config", "shutdown"],
+    [
+        "files",
+        "keyed_random",
+        "model",
+        "distributed",
+        "data.sources",
+        "data.images",
+        "config",
+        "shutdown",
+    ],
     ["device_random", "data.order", "data.shards", "ds_config"],
-    ["diffusion", "metrics", "logger", "data.loader", "engine"],
+    ["diffusion", "metrics", "logger", "data.loader", "data.convert", "engine"],
     ["noised_classifier", "checkpoint"],
     ["evaluation"],
     ["training", "export"],

@@ -11,6 +11,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from ds_classifier.data import images
+from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
@@ -18,7 +19,7 @@ from ds_classifier.data.loader import (
     create_loader,
 )
 from ds_classifier.data.order import SampleOrder
-from ds_classifier.data.shards import convert, open_shards
+from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import Sample, Source
 
 GLOBAL_BATCH = 12

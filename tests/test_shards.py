@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, run_python
 from PIL import Image
 
-from ds_classifier.data import shards
-from ds_classifier.data.shards import convert, open_shards, scan_shard, verify
+from ds_classifier.data import convert as conversion
+from ds_classifier.data.convert import convert
+from ds_classifier.data.shards import open_shards, scan_shard, verify
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
 
 
@@ -302,8 +303,8 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
 
 
 def test_keys_have_no_dots_and_stay_unique():
-    assert shards._key(3, "dir/some.pic.v2.JPEG") == "000000003_some_pic_v2"
-    assert "." not in shards._key(4, "ünïcode..png")
+    assert conversion._key(3, "dir/some.pic.v2.JPEG") == "000000003_some_pic_v2"
+    assert "." not in conversion._key(4, "ünïcode..png")
 
 
 def test_the_command_line(folder, tmp_path):

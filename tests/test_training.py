@@ -386,7 +386,7 @@ def test_fp16_where_there_is_none(digits, tmp_path):
 
 def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
     """40 digits as a training split; some of them cut short."""
-    from ds_classifier.data.shards import convert
+    from ds_classifier.data.convert import convert
     from ds_classifier.data.sources import Sample, Source, digits
 
     whole = digits().splits["train"][:40]

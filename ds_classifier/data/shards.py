@@ -1,4 +1,4 @@
-"""Shards: plain tars that any WebDataset reader opens, with a manifest and an index beside them.
+"""Shards as they lie on disk: plain tars, with a manifest and an index beside them; checking them.
 
 A split is a directory:
 
@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier.data.sources import IMAGE_SUFFIXES, Sample, Source
-from ds_classifier.keyed_random import permutation, stream_key
+from ds_classifier import files
+from ds_classifier.data.sources import IMAGE_SUFFIXES
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -35,153 +33,6 @@ CONVERT = "python launch/make_shards.py convert"
 
 # 20 bytes a sample: a billion fit in 20 GB of mapped file.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
-
-_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
-
-
-# ------------------------------------------------------------------------------------- writing
-
-
-def convert(
-    source: Source,
-    out: Path,
-    *,
-    samples_per_shard: int = 1000,
-    shuffle_seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
-) -> dict[str, Manifest]:
-    """Write every split of a source as shards under out/SPLIT; pictures are copied untouched.
-
-    The training split is shuffled once, so that every shard holds all kinds of classes; the order
-    follows from shuffle_seed alone, and so do the bytes written. A split appears under its final
-    name when it is complete. Returns the manifest of each split.
-    Raises ValueError where out holds something else already.
-    """
-    planned = {}
-    for split, samples in source.splits.items():
-        order = range(len(samples))
-        if split == "train":
-            order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
-        planned[split] = [samples[i] for i in order]
-    plans = {
-        split: _plan_digest(source.classes, samples, samples_per_shard)
-        for split, samples in planned.items()
-    }
-    done = {split: _already_written(out / split, plan) for split, plan in plans.items()}
-    for split, samples in planned.items():
-        if done[split] is None:
-            partial = out / f"{split}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-            partial.mkdir(parents=True)
-            _write_split(
-                partial,
-                samples,
-                split=split,
-                source=source,
-                plan=plans[split],
-                samples_per_shard=samples_per_shard,
-                progress=progress,
-            )
-    for split in planned:
-        if done[split] is None:
-            os.rename(out / f"{split}.partial", out / split)
-    return {split: open_shards(out / split).manifest for split in planned}
-
-
-def _plan_digest(classes: list[str], samples: list[Sample], samples_per_shard: int) -> str:
-    """A hash of what will be written, from names, labels and sizes; no picture is read."""
-    digest = hashlib.sha256(json.dumps([classes, samples_per_shard]).encode())
-    for sample in samples:
-        digest.update(f"{sample.name}\0{sample.label}\0{sample.size()}\n".encode())
-    return digest.hexdigest()
-
-
-def _already_written(folder: Path, plan: str) -> Manifest | None:
-    if not folder.exists():
-        return None
-    if (folder / MANIFEST).is_file():
-        manifest = open_shards(folder).manifest
-        if manifest.plan == plan:
-            return manifest
-    raise ValueError(
-        f"OUT: got {folder}, which holds something else already; need a free place; do: remove it, "
-        "or choose another OUT"
-    )
-
-
-def _write_split(
-    folder: Path,
-    samples: list[Sample],
-    *,
-    split: str,
-    source: Source,
-    plan: str,
-    samples_per_shard: int,
-    progress: Callable[[str, int, int], None],
-) -> None:
-    from webdataset import TarWriter  # heavy: brings torch
-
-    count = -(-len(samples) // samples_per_shard)
-    shards, index = [], []
-    written = 0
-    for number in range(count):
-        # Shards differ by at most one sample.
-        last = len(samples) * (number + 1) // count
-        path = folder / f"{split}-{number:06d}.tar"
-        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for i in range(written, last):
-                data = samples[i].read()
-                label = str(samples[i].label).encode()
-                key = _key(i, samples[i].name)
-                tar.write({"__key__": key, _suffix(data, samples[i].name): data, "cls": label})
-                progress(split, i + 1, len(samples))
-        rows = np.array([row.entry for row in scan_shard(path)], dtype=INDEX_DTYPE)
-        rows["shard"] = number
-        index.append(rows)
-        shards.append(Shard(path.name, last - written, path.stat().st_size, file_sha256(path)))
-        written = last
-    np.save(folder / INDEX, np.concatenate(index))
-    manifest = Manifest(
-        split=split,
-        source=source.name,
-        plan=plan,
-        classes=source.classes,
-        samples=len(samples),
-        stored="original",
-        shards=shards,
-        index_sha256=file_sha256(folder / INDEX),
-    )
-    (folder / MANIFEST).write_text(manifest.to_json())
-
-
-def _key(number: int, name: str) -> str:
-    """A key without dots, unique by its number, that still tells the source file."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[-60:]
-    return f"{number:09d}_{stem}"
-
-
-def _suffix(data: bytes, name: str) -> str:
-    """The member's suffix by content: a PNG named .JPEG is stored as .png."""
-    for signature, suffix in _SIGNATURES.items():
-        if data.startswith(signature):
-            return suffix
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    raise ValueError(
-        f"{name}: got {data[:8]!r}..., which no picture format begins with; need JPEG, PNG, WebP, "
-        "GIF or BMP; do: remove the file, or replace it with a whole one"
-    )
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -305,8 +156,8 @@ def _no_shards(folder: Path) -> str:
         return f"got {folder}; its shards are one level down; do: pass {folder / 'train'}"
     if tars:
         return f"got {folder}: tars without {MANIFEST}; do: {CONVERT} the pictures they came from"
-    files = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
-    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
+    names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
         return f"got {folder}, a folder of pictures; need shards; do: {CONVERT} {folder} data"
     return f"got {folder}, which holds no shards; do: {CONVERT} PICTURES {folder.parent}"
 
@@ -390,7 +241,7 @@ def verify(
 
     shards = open_shards(folder)
     manifest, problems = shards.manifest, []
-    if file_sha256(folder / INDEX) != manifest.index_sha256:
+    if files.sha256(folder / INDEX) != manifest.index_sha256:
         problems.append(f"{folder / INDEX}: its sha256 is not the manifest's")
     seen_keys: set[str] = set()
     for number, shard in enumerate(manifest.shards):
@@ -415,7 +266,7 @@ def verify(
                     f"{path}: {sample.key} has label {sample.entry[2]}; there are "
                     f"{len(manifest.classes)} classes"
                 )
-        if check_hash and file_sha256(path) != shard.sha256:
+        if check_hash and files.sha256(path) != shard.sha256:
             problems.append(f"{path}: its sha256 is not the manifest's")
         if check_decode:
             with open(path, "rb") as file:
