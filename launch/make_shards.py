@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier.data.convert import convert
-from ds_classifier.data.shards import verify
+from ds_classifier.data.convert import FORMATS, Store, convert, merge
+from ds_classifier.data.shards import Manifest, open_shards, verify
 from ds_classifier.data.sources import open_source
 
 
@@ -31,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="write a source as shards under OUT/train and OUT/val",
         description="Write pictures as shards under OUT/train (and OUT/val), with one class list. "
-        "Pictures are copied untouched; the training split is shuffled once.",
+        "Pictures are copied untouched unless --image_size is given; the training split is "
+        "shuffled once. A killed conversion goes on where it was when called again.",
     )
     command.add_argument(
         "source",
@@ -41,10 +43,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path, help="where train/ and val/ are written")
     command.add_argument("--val", help="a second folder, for validation, of the same classes")
     command.add_argument(
+        "--image_size",
+        type=int,
+        help="store pictures halved as far as every crop at this size begins with [untouched]",
+    )
+    command.add_argument(
+        "--form",
+        choices=FORMATS,
+        default="jpg",
+        help="of halved pictures: png, the very pixels, or jpg, quality 95 without chroma "
+        "subsampling, a third of the size [jpg]",
+    )
+    command.add_argument(
         "--samples_per_shard", type=int, default=1000, help="at most so many [1000]"
     )
     command.add_argument("--shuffle_seed", type=int, default=0, help="of the one shuffle [0]")
+    command.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="write every N-th shard from the I-th on (0 <= I < N), for N machines; then merge",
+    )
+    _add_workers(command)
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        "merge",
+        help="finish what convert --part wrote",
+        description="Write index and manifest when the shards of all parts are in one place.",
+    )
+    command.add_argument("out", type=Path, help="the OUT of the parts")
+    command.set_defaults(run=_merge)
 
     command = commands.add_parser(
         "verify",
@@ -54,29 +84,73 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, nargs="+", help="a split, such as data/train")
     command.add_argument("--hash", action="store_true", help="also read all bytes and compare them")
     command.add_argument("--decode", action="store_true", help="also decode all pictures")
+    _add_workers(command)
     command.set_defaults(run=_verify)
     return parser
 
 
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    command.add_argument("--workers", type=int, default=cores, help=f"processes [{cores}]")
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        i = n = -1
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need I/N with 0 <= I < N, like 0/4")
+    return i, n
+
+
 def _convert(arguments: argparse.Namespace) -> int:
-    if arguments.samples_per_shard < 1:
-        raise ValueError(f"--samples_per_shard: got {arguments.samples_per_shard}; need at least 1")
+    for name in ("samples_per_shard", "workers", "image_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: got {value}; need at least 1")
     source = open_source(arguments.source, arguments.val)
     with _Progress() as progress:
         manifests = convert(
             source,
             arguments.out,
+            store=Store(arguments.image_size, arguments.form),
+            workers=arguments.workers,
+            part=arguments.part,
             samples_per_shard=arguments.samples_per_shard,
             shuffle_seed=arguments.shuffle_seed,
             progress=progress,
         )
+    if arguments.part[1] > 1:
+        i, n = arguments.part
+        print(f"part {i} of {n} is written; when all are: make_shards.py merge {arguments.out}")
+        return 0
     for split, manifest in manifests.items():
-        megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-        print(
-            f"{arguments.out / split}: {manifest.samples:,} pictures of {len(manifest.classes)} "
-            f"classes in {len(manifest.shards)} shards, {megabytes:.1f} MB"
-        )
+        _describe(arguments.out / split, manifest)
     return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    merged = merge(arguments.out)
+    if not merged:
+        raise ValueError(f"OUT: got {arguments.out}, where no part of a conversion lies")
+    for split in merged:
+        _describe(arguments.out / split, open_shards(arguments.out / split).manifest)
+    return 0
+
+
+def _describe(folder: Path, manifest: Manifest) -> None:
+    megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
+    store = Store(manifest.image_size, manifest.form)
+    print(
+        f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
+        f"{len(manifest.shards)} shards, {megabytes:.1f} MB, {store}"
+    )
+    if manifest.undecodable:
+        print(
+            f"  {len(manifest.undecodable)} pictures do not decode, such as "
+            f"{manifest.undecodable[0]}: stored untouched, they will count as bad samples"
+        )
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -87,6 +161,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 folder,
                 check_hash=arguments.hash,
                 check_decode=arguments.decode,
+                workers=arguments.workers,
                 progress=lambda done, total, progress=progress: progress("verify", done, total),
             )
         for problem in problems:
@@ -109,7 +184,7 @@ class _Progress:
         if self._phase != phase:
             self.__exit__()
             self._phase = phase
-            self._bar = tqdm(total=total, desc=phase, disable=None, leave=False)
+            self._bar = tqdm(total=total, desc=phase, unit=" pictures", disable=None, leave=False)
         self._bar.update(done - self._bar.n)
 
     def __exit__(self, *_) -> None:

@@ -76,6 +76,14 @@ def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
             f"--num_classes: got {settings.num_classes}; need {len(classes)}, as many as "
             f"{settings.data_dir} has; do: drop the flag"
         )
+    for split in filter(None, (shards, val_shards)):
+        stored = split.manifest.image_size
+        if stored is not None and settings.image_size > stored:
+            raise ValueError(
+                f"--image_size: got {settings.image_size}, but the pictures in {split.folder} are "
+                f"stored halved for {stored} px; need that size or less; do: convert the originals "
+                f"with --image_size {settings.image_size}"
+            )
     settings = settings.replace(num_classes=len(classes))
     return shards, val_shards, dataclasses.replace(resolved, settings=settings)
 

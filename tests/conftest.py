@@ -9,7 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -45,6 +47,22 @@ def digits(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("digits")
     convert(open_source("digits"), out)
     return out
+
+
+def pictures(folder: Path, names: list[str]) -> Path:
+    """A folder of small different pictures, in the format of their suffix."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(i).randint(0, 256, (12, 10, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    names = [f"{c}/{c}_{i}.png" for c in ("cat", "dog", "emu") for i in range(5)]
+    return pictures(tmp_path / "pictures", names)
 
 
 @dataclass

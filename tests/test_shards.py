@@ -1,6 +1,5 @@
 """Shards as stock WebDataset reads them; sources; conversion; and what verify finds."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,33 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, pictures, run_python
 from PIL import Image
 
-from ds_classifier.data import convert as conversion
 from ds_classifier.data.convert import convert
 from ds_classifier.data.shards import open_shards, scan_shard, verify
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
-
-
-def pictures(folder: Path, names: list[str]) -> Path:
-    """A folder of small different pictures, in the format of their suffix."""
-    for i, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.RandomState(i).randint(0, 256, (12, 10, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(path)
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    names = [f"{c}/{c}_{i}.png" for c in ("cat", "dog", "emu") for i in range(5)]
-    return pictures(tmp_path / "pictures", names)
-
-
-def tree_digest(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 def test_stock_webdataset_reads_the_same_samples(folder, tmp_path):
@@ -56,41 +34,6 @@ def test_stock_webdataset_reads_the_same_samples(folder, tmp_path):
     for picture, label in by_webdataset.values():
         assert originals.pop(picture) == opened.manifest.classes[label]
     assert not originals
-
-
-def test_conversion_is_deterministic(folder, tmp_path):
-    for out in ("one", "two"):
-        convert(image_folder(folder), tmp_path / out, samples_per_shard=4)
-    assert tree_digest(tmp_path / "one" / "train") == tree_digest(tmp_path / "two" / "train")
-    convert(image_folder(folder), tmp_path / "other", samples_per_shard=4, shuffle_seed=1)
-    assert tree_digest(tmp_path / "one" / "train") != tree_digest(tmp_path / "other" / "train")
-
-
-def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_path):
-    convert(image_folder(folder), tmp_path / "data")
-    before = os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns
-    convert(image_folder(folder), tmp_path / "data")
-    assert os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns == before
-    pictures(folder, ["cat/new.png"])
-    with pytest.raises(ValueError, match="something else already"):
-        convert(image_folder(folder), tmp_path / "data")
-
-
-def test_a_killed_conversion_leaves_nothing_under_a_final_name(folder, tmp_path):
-    class Killed(BaseException):
-        pass
-
-    def kill(split, done, total):
-        if done == 7:
-            raise Killed
-
-    with pytest.raises(Killed):
-        convert(image_folder(folder), tmp_path / "data", samples_per_shard=4, progress=kill)
-    assert not (tmp_path / "data" / "train").exists()
-    convert(image_folder(folder), tmp_path / "data", samples_per_shard=4)
-    convert(image_folder(folder), tmp_path / "undisturbed", samples_per_shard=4)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["train"]
-    assert tree_digest(tmp_path / "data" / "train") == tree_digest(tmp_path / "undisturbed/train")
 
 
 def test_one_class_list_for_both_splits(folder, tmp_path):
@@ -118,18 +61,6 @@ def test_linked_roots_and_deep_folders(folder, tmp_path):
     assert [s.label for s in deep.splits["train"]] == [0, 0, 1]
 
 
-def test_format_by_content_not_by_name(tmp_path):
-    mixed = pictures(tmp_path / "mixed", ["a/1.png", "b/1.jpg"])
-    (mixed / "a/1.png").rename(mixed / "a/1.JPEG")
-    convert(image_folder(mixed), tmp_path / "data")
-    import tarfile
-
-    with tarfile.open(tmp_path / "data/train/train-000000.tar") as tar:
-        suffixes = {name.partition(".")[2] for name in tar.getnames()}
-        assert all(member.mtime == 0 for member in tar)
-    assert suffixes == {"png", "jpg", "cls"}
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -142,13 +73,6 @@ def test_folders_that_cannot_be_read_as_classes(tmp_path, names, message):
     (tmp_path / "odd").mkdir()
     with pytest.raises(ValueError, match=message):
         image_folder(pictures(tmp_path / "odd", names))
-
-
-def test_a_file_that_is_no_picture_stops_the_conversion(folder, tmp_path):
-    (folder / "cat" / "page.jpg").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"page\.jpg"):
-        convert(image_folder(folder), tmp_path / "data")
-    assert not (tmp_path / "data" / "train").exists()
 
 
 def test_digits_are_the_ones_of_scikit_learn(digits):
@@ -300,11 +224,6 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
     manifest["classes"] = ["changed", "by", "hand"]
     assert "fingerprint" in after(lambda: (copy / "manifest.json").write_text(json.dumps(manifest)))
     assert "without manifest.json" in after(lambda: (copy / "manifest.json").unlink())
-
-
-def test_keys_have_no_dots_and_stay_unique():
-    assert conversion._key(3, "dir/some.pic.v2.JPEG") == "000000003_some_pic_v2"
-    assert "." not in conversion._key(4, "ünïcode..png")
 
 
 def test_the_command_line(folder, tmp_path):

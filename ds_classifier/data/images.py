@@ -46,6 +46,30 @@ def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize(size, resample=Image.Resampling.BICUBIC)
 
 
+def halve(image: Image.Image, size: int) -> Image.Image | None:
+    """The halvings that every crop at `size` pixels, or fewer, begins with; None if there are none.
+
+    The random crop's largest target is ceil(size / 0.8): while the short side is at least twice
+    that, `resize_short_side` would halve it first whatever it draws.
+    """
+    largest = math.ceil(size / MIN_CROP_FRAC)
+    if min(image.size) < 2 * largest:
+        return None
+    while min(image.size) >= 2 * largest:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    return image
+
+
+def encode(image: Image.Image, form: str) -> bytes:
+    """A picture's bytes: "png", lossless, or "jpg", quality 95 without chroma subsampling."""
+    data = io.BytesIO()
+    if form == "png":
+        image.save(data, format="PNG")
+    else:
+        image.save(data, format="JPEG", quality=95, subsampling=0)
+    return data.getvalue()
+
+
 def _crop(image: Image.Image, size: int, top: int, left: int) -> np.ndarray:
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

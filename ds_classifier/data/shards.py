@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -45,9 +46,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a split holds. stored: "original" when pictures are the source's bytes, untouched.
+    """What a split holds.
 
-    plan: hash of the classes, names and labels it was made from.
+    plan: hash of the classes, names, labels and store it was made from.
+    stored: "original", the source's bytes untouched; or "halved", as far as every crop at
+    image_size pixels begins with, in `form` ("png" or "jpg"): see `images.halve`.
+    undecodable: names of pictures that could not be halved and are stored untouched.
     """
 
     split: str
@@ -56,13 +60,16 @@ class Manifest:
     classes: list[str]
     samples: int
     stored: str
+    image_size: int | None
+    form: str
+    undecodable: list[str]
     shards: list[Shard]
     index_sha256: str
 
     @property
     def fingerprint(self) -> str:
         """sha256 of everything the data consists of; equal where training sees equal data."""
-        facts = [self.classes, self.stored, [s.sha256 for s in self.shards], self.index_sha256]
+        facts = [self.classes, self.image_size, [s.sha256 for s in self.shards], self.index_sha256]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -231,50 +238,67 @@ def verify(
     *,
     check_hash: bool = False,
     check_decode: bool = False,
+    workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Compare every shard of a split with its manifest and index; return what is wrong.
 
     check_hash: read all bytes and compare sha256. check_decode: decode every picture too.
+    progress: called with pictures checked and pictures in all.
     """
-    from ds_classifier.data import images
-
     shards = open_shards(folder)
     manifest, problems = shards.manifest, []
     if files.sha256(folder / INDEX) != manifest.index_sha256:
         problems.append(f"{folder / INDEX}: its sha256 is not the manifest's")
-    seen_keys: set[str] = set()
-    for number, shard in enumerate(manifest.shards):
-        path = folder / shard.name
-        try:
-            found = list(scan_shard(path))
-        except ValueError as error:
-            problems.append(f"{error} (expected {shard.samples} samples)")
-            continue
-        rows = shards.index[shards.index["shard"] == number]
-        expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
-        if [sample.entry for sample in found] != expected:
-            problems.append(
-                f"{path}: its {len(found)} samples are not the {len(expected)} of the index"
-            )
-        for sample in found:
-            if sample.key in seen_keys:
-                problems.append(f"{path}: key {sample.key} appears twice")
-            seen_keys.add(sample.key)
-            if sample.entry[2] >= len(manifest.classes):
-                problems.append(
-                    f"{path}: {sample.key} has label {sample.entry[2]}; there are "
-                    f"{len(manifest.classes)} classes"
-                )
-        if check_hash and files.sha256(path) != shard.sha256:
-            problems.append(f"{path}: its sha256 is not the manifest's")
-        if check_decode:
-            with open(path, "rb") as file:
-                for sample in found:
-                    file.seek(sample.entry[0])
-                    try:
-                        images.decode(file.read(sample.entry[1]))
-                    except ValueError as error:
-                        problems.append(f"{path}: {sample.key} does not decode ({error})")
-        progress(number + 1, len(manifest.shards))
+    jobs = [(shards, number, check_hash, check_decode) for number in range(len(manifest.shards))]
+    done, seen_keys = 0, set()
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for number, (found, keys) in enumerate(pool.imap(_verify_one, jobs)):
+            problems += found
+            repeated = seen_keys.intersection(keys)
+            problems += [f"{shards.path(number)}: key {key} appears twice" for key in repeated]
+            seen_keys.update(keys)
+            done += manifest.shards[number].samples
+            progress(done, manifest.samples)
+    return problems
+
+
+def _verify_one(job: tuple[ShardSet, int, bool, bool]) -> tuple[list[str], list[str]]:
+    """The problems of one shard, and its keys."""
+    shards, number, check_hash, check_decode = job
+    shard, path, problems = shards.manifest.shards[number], shards.path(number), []
+    try:
+        found = list(scan_shard(path))
+    except ValueError as error:
+        return [f"{error} (expected {shard.samples} samples)"], []
+    rows = shards.index[shards.index["shard"] == number]
+    expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
+    if [sample.entry for sample in found] != expected:
+        problems.append(
+            f"{path}: its {len(found)} samples are not the {len(expected)} of the index"
+        )
+    classes = len(shards.manifest.classes)
+    problems += [
+        f"{path}: {sample.key} has label {sample.entry[2]}; there are {classes} classes"
+        for sample in found
+        if sample.entry[2] >= classes
+    ]
+    if check_hash and files.sha256(path) != shard.sha256:
+        problems.append(f"{path}: its sha256 is not the manifest's")
+    if check_decode:
+        problems += _undecodable(path, found)
+    return problems, [sample.key for sample in found]
+
+
+def _undecodable(path: Path, samples: list[ScannedSample]) -> list[str]:
+    from ds_classifier.data import images
+
+    problems = []
+    with open(path, "rb") as file:
+        for sample in samples:
+            file.seek(sample.entry[0])
+            try:
+                images.decode(file.read(sample.entry[1]))
+            except ValueError as error:
+                problems.append(f"{path}: {sample.key} does not decode ({error})")
     return problems

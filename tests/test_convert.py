@@ -1,0 +1,219 @@
+"""Conversion: the same bytes however it is run, whole or not there, and the stores' pixels."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment, pictures, run_python
+from PIL import Image
+
+from ds_classifier.data import convert as conversion
+from ds_classifier.data import images
+from ds_classifier.data.convert import Store, convert, merge
+from ds_classifier.data.loader import ShardDataset
+from ds_classifier.data.shards import open_shards, verify
+from ds_classifier.data.sources import Sample, Source, image_folder
+
+MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_conversion_is_deterministic(folder, tmp_path):
+    for out in ("one", "two"):
+        convert(image_folder(folder), tmp_path / out, samples_per_shard=4)
+    assert tree_digest(tmp_path / "one" / "train") == tree_digest(tmp_path / "two" / "train")
+    convert(image_folder(folder), tmp_path / "other", samples_per_shard=4, shuffle_seed=1)
+    assert tree_digest(tmp_path / "one" / "train") != tree_digest(tmp_path / "other" / "train")
+
+
+def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_path):
+    convert(image_folder(folder), tmp_path / "data")
+    before = os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns
+    convert(image_folder(folder), tmp_path / "data")
+    assert os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns == before
+    pictures(folder, ["cat/new.png"])
+    with pytest.raises(ValueError, match="something else already"):
+        convert(image_folder(folder), tmp_path / "data")
+
+
+def test_a_killed_conversion_leaves_nothing_under_a_final_name(folder, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(split, done, total):
+        if done == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        convert(image_folder(folder), tmp_path / "data", samples_per_shard=4, progress=kill)
+    assert not (tmp_path / "data" / "train").exists()
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=4)
+    convert(image_folder(folder), tmp_path / "undisturbed", samples_per_shard=4)
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["train"]
+    assert tree_digest(tmp_path / "data" / "train") == tree_digest(tmp_path / "undisturbed/train")
+
+
+def test_format_by_content_not_by_name(tmp_path):
+    mixed = pictures(tmp_path / "mixed", ["a/1.png", "b/1.jpg"])
+    (mixed / "a/1.png").rename(mixed / "a/1.JPEG")
+    convert(image_folder(mixed), tmp_path / "data")
+    import tarfile
+
+    with tarfile.open(tmp_path / "data/train/train-000000.tar") as tar:
+        suffixes = {name.partition(".")[2] for name in tar.getnames()}
+        assert all(member.mtime == 0 for member in tar)
+    assert suffixes == {"png", "jpg", "cls"}
+
+
+def test_a_file_that_is_no_picture_stops_the_conversion(folder, tmp_path):
+    (folder / "cat" / "page.jpg").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match=r"page\.jpg"):
+        convert(image_folder(folder), tmp_path / "data")
+    assert not (tmp_path / "data" / "train").exists()
+
+
+def test_keys_have_no_dots_and_stay_unique():
+    assert conversion._key(3, "dir/some.pic.v2.JPEG") == "000000003_some_pic_v2"
+    assert "." not in conversion._key(4, "ünïcode..png")
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """120 pictures of 6 classes."""
+    return pictures(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
+
+
+def test_same_bytes_for_any_number_of_processes_and_machines(many, tmp_path):
+    source = image_folder(many)
+    convert(source, tmp_path / "one", samples_per_shard=9)
+    convert(source, tmp_path / "three", samples_per_shard=9, workers=3)
+    for i in (2, 0, 1):
+        convert(source, tmp_path / "parts", samples_per_shard=9, workers=2, part=(i, 3))
+        assert not (tmp_path / "parts" / "train").exists()
+    assert merge(tmp_path / "parts") == ["train"]
+    expected = tree_digest(tmp_path / "one" / "train")
+    assert len(expected) == 14 + 2
+    for other in ("three", "parts"):
+        assert tree_digest(tmp_path / other / "train") == expected
+
+
+def test_merging_names_the_shards_that_are_missing(many, tmp_path):
+    convert(image_folder(many), tmp_path / "out", samples_per_shard=30, part=(0, 2))
+    with pytest.raises(ValueError, match="2 of 4 shards are missing, such as train-000001"):
+        merge(tmp_path / "out")
+
+
+def test_a_killed_conversion_goes_on_where_it_was(many, tmp_path):
+    """SIGKILL in the midst; the second call writes only what is missing; the bytes are the same."""
+    arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "2"]
+    command = [sys.executable, *map(str, arguments), "--workers", "2"]
+    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    partial, deadline = tmp_path / "out" / "train.partial", time.monotonic() + 30
+    while len(list(partial.glob("*.tar"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "train").exists()
+    written = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.tar")}
+    assert 5 <= len(written) < 60
+    assert run_python(*arguments, cwd=tmp_path).code == 0
+    for name, when in written.items():
+        assert (tmp_path / "out" / "train" / name).stat().st_mtime_ns == when
+    convert(image_folder(many), tmp_path / "undisturbed", samples_per_shard=2)
+    assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "undisturbed/train")
+    assert verify(tmp_path / "out" / "train", check_hash=True, check_decode=True) == []
+
+
+def large_pictures() -> Source:
+    """Colour pictures of several sizes with structure, as JPEG and PNG."""
+    samples = []
+    for i, (width, height) in enumerate([(500, 375), (320, 480), (161, 170), (90, 70), (640, 200)]):
+        y, x = np.mgrid[:height, :width]
+        waves = [np.sin(x / (3 + i)) * np.cos(y / 7), np.sin((x + y) / 11), np.cos(x / 5 - y / 3)]
+        pixels = (127.5 + 127 * np.stack(waves, axis=-1)).astype(np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, format="JPEG" if i % 2 else "PNG")
+        samples.append(Sample(f"p{i}", i, data.getvalue()))
+    return Source("made", [str(i) for i in range(5)], {"train": samples, "val": samples})
+
+
+def crops(folder: Path, size: int) -> np.ndarray:
+    """Pixels of two epochs of random crops, and of the centre crops."""
+    dataset = ShardDataset(open_shards(folder), image_size=size, random_crop=True, seed=3)
+    centre = ShardDataset(open_shards(folder), image_size=size)
+    parts = [dataset[np.arange(5)], centre[np.arange(5)]]
+    return np.concatenate([part.images.numpy() for part in parts])
+
+
+def test_halved_png_trains_on_the_very_pixels(tmp_path):
+    convert(large_pictures(), tmp_path / "original")
+    convert(large_pictures(), tmp_path / "halved", store=Store(32, "png"))
+    original, halved = (tmp_path / name / "val" for name in ("original", "halved"))
+    for size in (32, 24):  # and any smaller size
+        assert np.array_equal(crops(halved, size), crops(original, size))
+    sizes = [row["length"] for row in open_shards(halved).index]
+    assert sizes[3] == len(large_pictures().splits["val"][3].content)  # too small to be halved
+    assert sum(sizes) < sum(len(s.content) for s in large_pictures().splits["val"]) / 2
+
+
+def test_halved_jpeg_stays_near_the_pixels(tmp_path):
+    convert(large_pictures(), tmp_path / "original")
+    convert(large_pictures(), tmp_path / "halved", store=Store(32, "jpg"))
+    difference = crops(tmp_path / "halved/val", 32).astype(float) - crops(
+        tmp_path / "original/val", 32
+    )
+    decibels = 10 * np.log10(255**2 / np.mean(difference**2))
+    assert decibels > 35
+    manifest = open_shards(tmp_path / "halved" / "val").manifest
+    assert (manifest.stored, manifest.image_size, manifest.form) == ("halved", 32, "jpg")
+
+
+def test_a_picture_that_cannot_be_halved_is_kept_and_told(tmp_path):
+    source = large_pictures()
+    cut = Sample("cut", 0, source.splits["train"][0].content[:3000])
+    convert(Source("made", source.classes, {"val": [cut]}), tmp_path / "out", store=Store(32))
+    manifest = open_shards(tmp_path / "out" / "val").manifest
+    assert manifest.undecodable == ["cut"]
+    batch = ShardDataset(open_shards(tmp_path / "out" / "val"), image_size=32)[np.arange(1)]
+    assert batch.weights.tolist() == [0.0]
+
+
+def test_halving_is_what_every_crop_begins_with():
+    for size in (16, 64, 100):
+        largest = -(-size * 10 // 8)
+        for side in (largest, 2 * largest - 1, 2 * largest, 3 * largest, 4 * largest, 9 * largest):
+            halved = images.halve(Image.new("RGB", (side + 7, side)), size)
+            left = min(halved.size) if halved else side
+            assert (halved is None) == (side < 2 * largest)
+            assert largest <= left < 2 * largest
+
+
+def test_the_command_line_of_parts(many, tmp_path):
+    for i in range(2):
+        flags = ["--part", f"{i}/2", "--samples_per_shard", "50", "--image_size", "8"]
+        done = run_python(MAKE_SHARDS, "convert", many, "out", *flags, cwd=tmp_path)
+        assert (done.code, done.lines) == (
+            0,
+            [f"part {i} of 2 is written; when all are: make_shards.py merge out"],
+        )
+    done = run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path)
+    assert done.code == 0
+    assert "120 pictures of 6 classes in 3 shards" in done.output
+    assert "halved for 8 px, jpg" in done.output
+    assert run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path).code == 2
+    done = run_python(MAKE_SHARDS, "convert", many, "o", "--part", "2/2", cwd=tmp_path)
+    assert done.code == 2
+    assert "'2/2'" in done.output
+    manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
+    assert manifest["samples"] == 120
