@@ -37,10 +37,16 @@ def decode(data: bytes, channels: int = 3) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
-    """Shrink or enlarge so that the shorter side has `short_side` pixels, aspect ratio kept."""
+def _halve_to(image: Image.Image, short_side: int) -> Image.Image:
+    """Halve with a box filter while the short side is at least twice as long as asked."""
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    return image
+
+
+def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
+    """Shrink or enlarge so that the shorter side has `short_side` pixels, aspect ratio kept."""
+    image = _halve_to(image, short_side)
     scale = short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     return image.resize(size, resample=Image.Resampling.BICUBIC)
@@ -53,11 +59,7 @@ def halve(image: Image.Image, size: int) -> Image.Image | None:
     that, `resize_short_side` would halve it first whatever it draws.
     """
     largest = math.ceil(size / MIN_CROP_FRAC)
-    if min(image.size) < 2 * largest:
-        return None
-    while min(image.size) >= 2 * largest:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    return image
+    return None if min(image.size) < 2 * largest else _halve_to(image, largest)
 
 
 def encode(image: Image.Image, form: str) -> bytes:
