@@ -17,6 +17,7 @@ import numpy as np
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+_MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def stream_key(seed: int, stream: str) -> int:
@@ -38,9 +39,17 @@ def numbers(key: int, start: int, count: int) -> np.ndarray:
     return mix(np.uint64(key) + index * np.uint64(GOLDEN))
 
 
+def number(key: int, index: int) -> int:
+    """One number of the stream, `numbers(key, index, 1)[0]`; ten times quicker than an array."""
+    z = (key + (index + 1) * GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * MIX_2) & _MASK
+    return z ^ (z >> 31)
+
+
 def fold(key: int, value: int) -> int:
     """A key for `value` within the stream of `key`, e.g. fold(stream_key(0, "crop"), position)."""
-    return int(numbers(key, value, 1)[0])
+    return number(key, value)
 
 
 def permutation(length: int, key: int) -> np.ndarray:
@@ -56,6 +65,6 @@ class Draws:
 
     def randrange(self, stop: int) -> int:
         """A whole number in [0, stop)."""
-        number = int(numbers(self._key, self._drawn, 1)[0])
+        drawn = number(self._key, self._drawn)
         self._drawn += 1
-        return number * stop >> 64
+        return drawn * stop >> 64

@@ -17,6 +17,12 @@ def test_is_splitmix64():
     ]
 
 
+def test_one_number_is_that_of_the_array():
+    for key in (0, 7, 2**64 - 1):
+        for index in (0, 1, 12345, 2**40):
+            assert keyed_random.number(key, index) == keyed_random.numbers(key, index, 1)[0]
+
+
 def test_numpy_and_torch_agree():
     positions = [0, 1, 2, 10**6, 2**40]
     key = keyed_random.stream_key(7, "noise")
