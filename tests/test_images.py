@@ -22,6 +22,8 @@ def test_agrees_with_the_golden_picture():
     golden = np.load(GOLDEN / "images.npz")
     image = Image.fromarray(golden["pixels"])
     assert np.array_equal(images.center_crop(image, 16), golden["center_16"])
+    tall = Image.fromarray(golden["pixels"].transpose(1, 0, 2))
+    assert np.array_equal(images.center_crop(tall, 16), golden["center_16_tall"])
     for seed in range(3):
         random.seed(seed)
         crop = images.random_crop(image, 16, random.randrange)

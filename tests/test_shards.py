@@ -117,6 +117,13 @@ def damaged_shards() -> dict:
     def cut_at_member(tar, data, offsets):
         return data[: offsets[7] - 512]
 
+    def cut_between_samples(tar, data, offsets):
+        return data[: offsets[7] - 3 * 512]
+
+    def zero_between_samples(tar, data, offsets):
+        at = offsets[7] - 3 * 512
+        return data[:at] + bytes(512) + data[at + 512 :]
+
     def cut_in_header(tar, data, offsets):
         return data[: offsets[7] - 100]
 
@@ -138,6 +145,8 @@ def damaged_shards() -> dict:
         return b"<html><body>404 not found</body></html>" * 100
 
     ways = (
+        cut_between_samples,
+        zero_between_samples,
         cut_at_member,
         cut_in_header,
         cut_in_payload,

@@ -76,6 +76,8 @@ def main(checkout: str) -> None:
     pixels = np.random.RandomState(5).randint(0, 256, (47, 61, 3)).astype(np.uint8)
     image = Image.fromarray(pixels)
     images = {"pixels": pixels, "center_16": center_crop_arr(image, 16)}
+    tall = Image.fromarray(pixels.transpose(1, 0, 2))
+    images["center_16_tall"] = center_crop_arr(tall, 16)
     for seed in range(3):
         random.seed(seed)
         images[f"random_16_{seed}"] = random_crop_arr(image, 16)
