@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier import files
+from ds_classifier.data.samples import Sample, Source
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -22,7 +23,6 @@ from ds_classifier.data.shards import (
     open_shards,
     scan_shard,
 )
-from ds_classifier.data.sources import Sample, Source
 from ds_classifier.keyed_random import permutation, stream_key
 
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
