@@ -35,11 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "source",
-        help="a folder with a directory a class, or with CLASS_picture.jpg files; or the word "
-        "digits, the handwritten digits that scikit-learn carries",
+        help="a folder with a directory a class, or with CLASS_picture.jpg files; "
+        "ILSVRC2012_img_train.tar, as downloaded; a .csv with columns path and label, or a .jsonl "
+        "with these keys; Hugging Face .parquet, a file or a folder; shards; or the word digits, "
+        "the handwritten digits that scikit-learn carries",
     )
     command.add_argument("out", type=Path, help="where train/ and val/ are written")
-    command.add_argument("--val", help="a second folder, for validation, of the same classes")
+    command.add_argument("--val", help="a second source, for validation, of the same classes")
+    command.add_argument(
+        "--val_labels",
+        metavar="FILE",
+        help="classes of --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
+        "or Kaggle's LOC_val_solution.csv",
+    )
     command.add_argument(
         "--samples_per_shard", type=int, default=1000, help="at most so many [1000]"
     )
@@ -61,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.samples_per_shard < 1:
         raise ValueError(f"--samples_per_shard: got {arguments.samples_per_shard}; need at least 1")
-    source = open_source(arguments.source, arguments.val)
+    source = open_source(arguments.source, arguments.val, arguments.val_labels)
     with _Progress() as progress:
         manifests = convert(
             source,
