@@ -37,11 +37,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "source",
-        help="a folder with a directory a class, or with CLASS_picture.jpg files; or the word "
-        "digits, the handwritten digits that scikit-learn carries",
+        help="a folder with a directory a class, or with CLASS_picture.jpg files; "
+        "ILSVRC2012_img_train.tar, as downloaded; a .csv with columns path and label, or a .jsonl "
+        "with these keys; Hugging Face .parquet, a file or a folder; shards; or the word digits, "
+        "the handwritten digits that scikit-learn carries",
     )
     command.add_argument("out", type=Path, help="where train/ and val/ are written")
-    command.add_argument("--val", help="a second folder, for validation, of the same classes")
+    command.add_argument("--val", help="a second source, for validation, of the same classes")
+    command.add_argument(
+        "--val_labels",
+        metavar="FILE",
+        help="classes of --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
+        "or Kaggle's LOC_val_solution.csv",
+    )
     command.add_argument(
         "--image_size",
         type=int,
@@ -109,7 +117,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: got {value}; need at least 1")
-    source = open_source(arguments.source, arguments.val)
+    source = open_source(arguments.source, arguments.val, arguments.val_labels)
     with _Progress() as progress:
         manifests = convert(
             source,

@@ -23,6 +23,7 @@ import numpy as np
 
 from ds_classifier import files
 from ds_classifier.data import images
+from ds_classifier.data.samples import Sample, Source
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -32,7 +33,6 @@ from ds_classifier.data.shards import (
     open_shards,
     scan_shard,
 )
-from ds_classifier.data.sources import Sample, Source
 from ds_classifier.keyed_random import permutation, stream_key
 
 PLAN = "plan.json"

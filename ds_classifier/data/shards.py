@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier import files
-from ds_classifier.data.sources import IMAGE_SUFFIXES
+from ds_classifier.data.samples import IMAGE_SUFFIXES
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"

@@ -1,56 +1,126 @@
-"""What people have on disk -> samples (name, picture bytes, class)."""
+"""What people have on disk -> samples (name, picture, class); light until a source needs more."""
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from ds_classifier.data.samples import (
+    IMAGE_SUFFIXES,
+    Named,
+    Sample,
+    Slice,
+    Source,
+    files_under,
+    share_classes,
+)
+
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360  # the last pictures of scikit-learn's digits: other writers than the first
+LISTS = (".csv", ".jsonl")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that int() and str() leave alone; 01 is a name
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One labelled picture. name: where it came from; content: its file, or its bytes."""
+def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> Source:
+    """Open what holds pictures and classes; what it is shows in its suffix and content.
 
-    name: str
-    label: int
-    content: Path | bytes
+    source, val (for validation):
+    - an image folder, classes as directories or as file prefixes
+    - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its pictures, with
+      val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
+    - a .csv with columns path and label, or a .jsonl of objects with these keys
+    - parquet files as Hugging Face writes them, one or a folder
+    - shards: a split, or the directory above train/ and val/
+    - the word digits
 
-    def read(self) -> bytes:
-        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-
-    def size(self) -> int:
-        """Bytes of the picture, without reading it."""
-        return (
-            len(self.content) if isinstance(self.content, bytes) else os.stat(self.content).st_size
-        )
-
-
-@dataclass(frozen=True)
-class Source:
-    """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples."""
-
-    name: str
-    classes: list[str]
-    splits: dict[str, list[Sample]]
-
-
-def open_source(source: str, val: str | None = None) -> Source:
-    """`digits`, or an image folder with perhaps a second one for validation.
-
-    Raises ValueError where there is nothing to convert or the classes do not fit together.
+    Of these the first three mix. Raises ValueError where there is nothing to convert or the classes
+    do not fit together; no picture is read.
     """
+    if val_labels is not None and val is None:
+        raise ValueError(
+            f"--val_labels: got {val_labels!r} without --val; need the pictures that it labels"
+        )
     if source == DIGITS and not Path(source).exists():
         if val is not None:
             raise ValueError(
                 f"--val: got {val!r}; need nothing: digits brings its own validation split"
             )
         return digits()
-    return image_folder(Path(source), Path(val) if val else None)
+    train = Path(source)
+    for flag, place in (("--val", val), ("--val_labels", val_labels)):
+        if place is not None and not Path(place).exists():
+            raise ValueError(f"{flag}: got {place}, which does not exist; need a file or a folder")
+    kind = _kind(train)
+    val_kind = None if val is None else _kind(Path(val))
+    if val is not None and (kind != val_kind) and {"parquet", "shards"} & {kind, val_kind}:
+        raise ValueError(
+            f"--val: got {val} ({val_kind}) beside {source} ({kind}); need the same kind; do: name "
+            f"the validation split as {kind}"
+        )
+    if kind in ("parquet", "shards") and val_labels is not None:
+        raise ValueError(
+            f"--val_labels: got {val_labels} beside {kind}, which carry their labels; do: drop it"
+        )
+    if kind == "shards":
+        return shards(train, None if val is None else Path(val))
+    if kind == "parquet":
+        return parquet(train, None if val is None else Path(val))
+    if val is None:
+        return share_classes(source, _pictures(train, kind))
+    return share_classes(
+        source, _pictures(train, kind), _val_pictures(Path(val), val_kind, val_labels)
+    )
+
+
+def _kind(place: Path) -> str:
+    """What lies at a place: folder, tar, list, parquet or shards."""
+    if place.is_dir():
+        if any((place / split / "manifest.json").is_file() for split in (".", "train", "val")):
+            return "shards"
+        first = next(files_under(place, (*IMAGE_SUFFIXES, ".parquet")), place)
+        return "parquet" if first.suffix.lower() == ".parquet" else "folder"
+    kinds = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LISTS, "list")
+    kind = kinds.get(place.suffix.lower())
+    if kind is None or not place.is_file():
+        raise ValueError(
+            f"source: got {place}, which is not a directory{'' if kind is None else ' or a file'}; "
+            f"need a folder of pictures, a .tar of ImageNet, a .csv or .jsonl of path and label, "
+            f".parquet, shards, or the word {DIGITS!r} for the built-in handwritten digits"
+        )
+    return kind
+
+
+def _pictures(place: Path, kind: str) -> list[Named]:
+    if kind == "tar":
+        from ds_classifier.data import imagenet
+
+        return imagenet.train_pictures(place)
+    return _listed_files(place) if kind == "list" else _labelled_files(place)
+
+
+def _val_pictures(place: Path, kind: str, labels: str | None) -> list[Named]:
+    if labels is not None:
+        if kind == "list":
+            raise ValueError(
+                f"--val_labels: got {labels} beside the list {place}, which has labels; do: drop it"
+            )
+        from ds_classifier.data import imagenet
+
+        return imagenet.val_pictures(place, Path(labels))
+    if kind == "tar":
+        raise ValueError(
+            f"--val: got {place} without labels; do: add --val_labels, with the devkit "
+            "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
+        )
+    return _pictures(place, kind)
+
+
+# --------------------------------------------------------------------------------------- folders
 
 
 def image_folder(train: Path, val: Path | None = None) -> Source:
@@ -58,26 +128,12 @@ def image_folder(train: Path, val: Path | None = None) -> Source:
 
     Train and validation share one class list, the sorted names of the training classes.
     """
-    named = {"train": _labelled_files(train)}
-    if val is not None:
-        named["val"] = _labelled_files(val)
-    classes = sorted({class_name for _, class_name in named["train"]})
-    if val is not None:
-        unknown = sorted({class_name for _, class_name in named["val"]} - set(classes))
-        if unknown:
-            raise ValueError(
-                f"--val: got {len(unknown)} classes that {train} lacks, such as {unknown[0]!r}; "
-                "need validation pictures of training classes only; do: name or move them alike"
-            )
-    label = {class_name: i for i, class_name in enumerate(classes)}
-    splits = {
-        split: [Sample(str(file), label[class_name], file) for file, class_name in files]
-        for split, files in named.items()
-    }
-    return Source(str(train), classes, splits)
+    return share_classes(
+        str(train), _labelled_files(train), None if val is None else _labelled_files(val)
+    )
 
 
-def _labelled_files(root: Path) -> list[tuple[Path, str]]:
+def _labelled_files(root: Path) -> list[Named]:
     """Every picture under root with its class name, in the order of their paths."""
     if not root.is_dir():
         raise ValueError(
@@ -85,20 +141,13 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
             f"{DIGITS!r} for the built-in handwritten digits"
         )
 
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"source: cannot read {error.filename}: {error.strerror}") from None
-
     loose, sorted_by_class = [], []
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
-        folders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                file = Path(folder, name)
-                parts = file.relative_to(root).parts
-                if len(parts) == 1:
-                    loose.append((file, name.split("_")[0]))
-                else:
-                    sorted_by_class.append((file, parts[0]))
+    for file in files_under(root, IMAGE_SUFFIXES):
+        parts = file.relative_to(root).parts
+        if len(parts) == 1:
+            loose.append((file, file.name.split("_")[0]))
+        else:
+            sorted_by_class.append((file, parts[0]))
     if loose and sorted_by_class:
         raise ValueError(
             f"source: got pictures both directly in {root} ({loose[0][0].name}) and in class "
@@ -117,7 +166,130 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
             f"source: got {bare} directly in {root}; need CLASS_picture.jpg there, the class "
             "before the first underscore, or one directory a class"
         )
-    return found
+    return [Named(str(file), class_name, file) for file, class_name in found]
+
+
+# ----------------------------------------------------------------------------------------- lists
+
+
+def _listed_files(path: Path) -> list[Named]:
+    """The pictures of a .csv or .jsonl of path and label; integers where all labels are such."""
+    rows = list(_rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_jsonl(path))
+    first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
+    for line, picture, label in rows:
+        if not isinstance(picture, str) or not picture:
+            raise ValueError(f"{path}:{line}: got no path; need the file of a picture")
+        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+            raise ValueError(
+                f"{path}:{line}: got label {label!r} for {picture}; need a class name or an "
+                "integer; do: label the picture, or remove its line"
+            )
+        if not os.path.isfile(path.parent / picture):
+            raise ValueError(
+                f"{path}:{line}: got {picture}, but there is no file {path.parent / picture}; need "
+                "a path from the list's own folder, or an absolute one; do: correct or remove it"
+            )
+        earlier, other = first.setdefault(picture, (line, label))
+        if other != label:
+            raise ValueError(
+                f"{path}:{line}: got label {label!r} for {picture}, and {other!r} in line "
+                f"{earlier}; need one class a picture; do: remove one of the lines"
+            )
+    if not rows:
+        raise ValueError(f"{path}: got no picture; need a path and a label in every line")
+    labels = [str(label).strip() for _, _, label in rows]
+    if all(_INTEGER.fullmatch(label) for label in labels):
+        labels = [int(label) for label in labels]
+    return [
+        Named(str(path.parent / picture), label, path.parent / picture)
+        for (_, picture, _), label in zip(rows, labels, strict=True)
+    ]
+
+
+def _rows_of_csv(path: Path) -> Iterator[tuple[int, object, object]]:
+    """(line, path, label) of a CSV with a header (RFC 4180, UTF-8)."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
+            if not {"path", "label"} <= set(rows.fieldnames or ()):
+                raise ValueError(
+                    f"{path}: got columns {rows.fieldnames}; need a first line that names the "
+                    "columns, path and label among them; do: add or rename them"
+                )
+            for row in rows:
+                if None in row:
+                    raise ValueError(
+                        f"{path}:{rows.line_num}: got {len(row[None])} values more than columns; "
+                        'need "quotes" around a value with a comma'
+                    )
+                yield rows.line_num, row["path"], row["label"]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got no CSV in UTF-8 ({error}); do: write it anew") from None
+
+
+def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
+    """(line, path, label) of a file with one JSON object a line; empty lines are passed."""
+    with open(path, "rb") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: got no JSON ({error}); need an object") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{line}: got {row!r}; need an object, path and label")
+            yield line, row.get("path"), row.get("label")
+
+
+# ---------------------------------------------------------------- sources that bring their classes
+
+
+def parquet(train: Path, val: Path | None = None) -> Source:
+    """Hugging Face's parquet files; a folder may bring its own validation split."""
+    from ds_classifier.data.parquet import read_parquet
+
+    opened = read_parquet(train, "train")
+    if opened is None:
+        raise ValueError(f"source: got {train} without train-*.parquet; do: name the files' folder")
+    pictures, classes = opened
+    held_out = read_parquet(train if val is None else val, "val") if val or train.is_dir() else None
+    if val is not None and held_out is None:
+        raise ValueError(
+            f"--val: got {val} without validation-*.parquet; do: name the file of the split"
+        )
+    return share_classes(str(train), pictures, held_out and held_out[0], classes)
+
+
+def shards(train: Path, val: Path | None = None) -> Source:
+    """Shards of this program, class list and labels as they are."""
+    from ds_classifier.data.shards import open_shards
+
+    def split_of(place: Path, split: str) -> Path:
+        return place if (place / "manifest.json").is_file() else place / split
+
+    folders = {"train": split_of(train, "train")}
+    if val is not None:
+        folders["val"] = split_of(val, "val")
+    elif (train / "val" / "manifest.json").is_file():
+        folders["val"] = train / "val"
+    opened = {split: open_shards(folder) for split, folder in folders.items()}
+    classes = opened["train"].manifest.classes
+    splits = {}
+    for split, part in opened.items():
+        if part.manifest.classes != classes:
+            raise ValueError(
+                f"--val: got {part.folder} with another class list than {opened['train'].folder}; "
+                "need the same; do: convert both splits from their source at once"
+            )
+        splits[split] = samples = []
+        for i, row in enumerate(part.index.tolist()):
+            offset, length, label, shard = row
+            name = f"{part.path(shard)}/{part.key(i)}"
+            if not 0 <= label < len(classes):
+                raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
+            samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
+    return Source(str(train), classes, splits)
 
 
 def digits() -> Source:

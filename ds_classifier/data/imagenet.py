@@ -1,0 +1,285 @@
+"""ImageNet as it is handed out: tars read in place by offset, and the labels of its validation.
+
+    ILSVRC2012_img_train.tar       nXXXXXXXX.tar, one a class (a WordNet id), with its pictures
+    ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ..., without classes
+    ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (not in the order of the
+                                   sorted WNIDs); data/ILSVRC2012_validation_ground_truth.txt: line
+                                   i is the ILSVRC2012_ID of picture i, from 1
+    LOC_val_solution.csv           Kaggle's labels: ImageId,PredictionString; WNID, then boxes
+
+Formats: POSIX.1-1988 ustar, with pax and GNU headers; the devkit's readme.txt; MATLAB 5.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ds_classifier.data.samples import IMAGE_SUFFIXES, Named, Slice, files_under
+
+TAR_BLOCK = 512
+LARGEST_HEADER = 1 << 20  # bytes: of a long name or a pax record; real ones stay under 10 KB
+LARGEST_DEVKIT = 1 << 26  # bytes, unpacked; the real one has a few million
+META = "data/meta.mat"
+GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+NEED_LABELS = (
+    "the devkit ILSVRC2012_devkit_t12.tar.gz, its folder, or Kaggle's LOC_val_solution.csv"
+)
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its bytes are [offset, offset + size) of the outermost file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def train_pictures(tar: Path) -> list[Named]:
+    """The pictures of a tar of tars, each inner one named by its class; nothing is unpacked.
+
+    Raises ValueError for another tar, for one cut short or damaged, and for members that are links,
+    devices, outside of it, or there twice.
+    """
+    pictures = []
+    with open(tar, "rb") as file:
+        inner_tars = list(tar_members(file, tar, 0, os.fstat(file.fileno()).st_size))
+        for inner in inner_tars:
+            if not inner.name.endswith(".tar"):
+                raise ValueError(
+                    f"{tar}: got member {inner.name}; need a tar of tars, one a class, such as "
+                    "ILSVRC2012_img_train.tar; do: unpack other tars and convert the folder"
+                )
+        for inner in inner_tars:
+            where = f"{tar}/{inner.name}"
+            class_name = os.path.basename(inner.name).removesuffix(".tar")
+            found = [
+                Named(f"{where}/{name}", class_name, Slice(tar, offset, size))
+                for name, offset, size in tar_members(
+                    file, where, inner.offset, inner.offset + inner.size
+                )
+                if name.lower().endswith(IMAGE_SUFFIXES)
+            ]
+            if not found:
+                raise ValueError(f"{where}: got no picture; need one at least; do: download again")
+            pictures += found
+    if not pictures:
+        raise ValueError(f"{tar}: got an empty tar; need one tar a class in it; do: download again")
+    return pictures
+
+
+def val_pictures(place: Path, labels: Path) -> list[Named]:
+    """The pictures of a tar, or of a folder, with classes from a devkit or Kaggle's CSV.
+
+    Raises ValueError where a picture has no label, or a label no picture: one of them is not whole.
+    """
+    if place.is_dir():
+        found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES)]
+    else:
+        with open(place, "rb") as file:
+            found = [
+                (f"{place}/{name}", Slice(place, offset, size))
+                for name, offset, size in tar_members(
+                    file, place, 0, os.fstat(file.fileno()).st_size
+                )
+                if name.lower().endswith(IMAGE_SUFFIXES)
+            ]
+    wnids = kaggle_labels(labels) if labels.suffix.lower() == ".csv" else devkit_labels(labels)
+    seen = set()
+    pictures = []
+    for name, content in found:
+        stem = os.path.splitext(os.path.basename(name))[0]
+        if stem not in wnids:
+            raise ValueError(
+                f"{name}: got no label for {stem} in {labels}; need one for every picture; do: "
+                "give the --val_labels that belong to --val"
+            )
+        if stem in seen:
+            raise ValueError(f"{name}: got a second picture called {stem}; need each name once")
+        seen.add(stem)
+        pictures.append(Named(name, wnids[stem], content))
+    if len(seen) != len(wnids):
+        lacking = next(stem for stem in wnids if stem not in seen)
+        raise ValueError(
+            f"--val: got {len(seen)} pictures in {place}, without {lacking}; need the {len(wnids)} "
+            f"that {labels} labels; do: download the pictures again"
+        )
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------- labels
+
+
+def kaggle_labels(path: Path) -> dict[str, str]:
+    """Picture name without suffix -> WNID, from LOC_val_solution.csv.
+
+    Raises ValueError that names the line where there is no picture, no WNID, or two of them.
+    """
+    wnids: dict[str, str] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
+                raise ValueError(
+                    f"{path}: got columns {rows.fieldnames}; need ImageId and PredictionString, as "
+                    "in Kaggle's LOC_val_solution.csv; do: give that file or the devkit"
+                )
+            for row in rows:
+                stem, tokens = row["ImageId"], (row["PredictionString"] or "").split()
+                if not stem or not tokens or stem in wnids:
+                    raise ValueError(
+                        f"{path}:{rows.line_num}: got {stem!r} with {tokens[:1]}"
+                        f"{' for the second time' if stem in wnids else ''}; need each picture "
+                        "once, with its class first; do: download the file again"
+                    )
+                wnids[stem] = tokens[0]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got no CSV ({error}); need LOC_val_solution.csv") from None
+    return wnids
+
+
+def devkit_labels(devkit: Path) -> dict[str, str]:
+    """Picture name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
+
+    Raises ValueError where a file is missing or damaged, or an id has no WNID.
+    """
+    meta, ground_truth = _devkit_files(devkit)
+    wnid_of = _wnid_of_id(meta, f"{devkit}: {META}")
+    labels = {}
+    for line, text in enumerate(ground_truth.decode("ascii", "replace").splitlines(), start=1):
+        if not text.strip().isdigit() or int(text) not in wnid_of:
+            raise ValueError(
+                f"{devkit}: {GROUND_TRUTH}:{line}: got {text!r}; need an ILSVRC2012_ID of {META}; "
+                "do: download the devkit again"
+            )
+        labels[f"ILSVRC2012_val_{line:08d}"] = wnid_of[int(text)]
+    return labels
+
+
+def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ValueError(
+            "--val_labels: got a devkit, whose meta.mat needs scipy; do: pip install scipy, or "
+            "give Kaggle's LOC_val_solution.csv"
+        ) from None
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"].reshape(-1)
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    except Exception as error:  # scipy raises what its parser stumbles over
+        raise ValueError(
+            f"{name}: got no MATLAB 5 table of synsets ({type(error).__name__}: {error}); need "
+            "ILSVRC2012_ID and WNID; do: download the devkit again"
+        ) from None
+
+
+def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
+    """What META and GROUND_TRUTH hold, at the top or one folder down."""
+    contents: dict[str, bytes] = {}
+    if devkit.is_dir():
+        for name in (META, GROUND_TRUTH):
+            for file in (devkit / name, *sorted(devkit.glob(f"*/{name}"))):
+                if name not in contents and file.is_file():
+                    contents[name] = file.read_bytes()
+    else:
+        tar = _unzipped(devkit)
+        for member in tar_members(io.BytesIO(tar), devkit, 0, len(tar)):
+            for name in (META, GROUND_TRUTH):
+                if f"/{member.name}".endswith(f"/{name}"):
+                    contents[name] = tar[member.offset : member.offset + member.size]
+    missing = [name for name in (META, GROUND_TRUTH) if name not in contents]
+    if missing:
+        raise ValueError(
+            f"--val_labels: got {devkit} without {' and '.join(missing)}; need {NEED_LABELS}"
+        )
+    return contents[META], contents[GROUND_TRUTH]
+
+
+def _unzipped(devkit: Path) -> bytes:
+    try:
+        with gzip.open(devkit) as file:
+            tar = file.read(LARGEST_DEVKIT + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"--val_labels: got {devkit}, no whole .tar.gz ({error}); need {NEED_LABELS}"
+        ) from None
+    if len(tar) > LARGEST_DEVKIT:
+        raise ValueError(
+            f"--val_labels: got {devkit}, more than {LARGEST_DEVKIT} bytes when unpacked; need "
+            f"{NEED_LABELS}"
+        )
+    return tar
+
+
+# ------------------------------------------------------------------------------------------ tars
+
+
+class _Headers:
+    """An open file up to `end`, as tarfile walks it: headers only, so every read is small."""
+
+    def __init__(self, file: BinaryIO, end: int):
+        self._file, self._end = file, end
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(max(0, min(size, self._end - self._file.tell())))
+
+
+def tar_members(file: BinaryIO, name: Path | str, start: int, end: int) -> Iterator[Member]:
+    """The regular files of the tar that lies at [start, end) of a file; directories are passed.
+
+    Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
+    last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
+    Raises ValueError for what is no plain tar, cut short, damaged, or has links, devices, names
+    that lead outside, or one name twice.
+    """
+    names = set()
+    position = start
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=_Headers(file, end), mode="r:") as tar:
+            for member in tar:
+                blocks = -(-member.size // TAR_BLOCK)
+                position = member.offset_data + (0 if member.isdir() else blocks * TAR_BLOCK)
+                if member.size < 0 or position > end:
+                    raise ValueError(
+                        f"{name}: cut short: got {end - member.offset_data} bytes of member "
+                        f"{member.name}; need {member.size}; do: download it again"
+                    )
+                outside = member.name.startswith("/") or ".." in member.name.split("/")
+                plain = member.isdir() or (member.isreg() and not member.issparse())
+                if outside or not plain or member.name in names:
+                    raise ValueError(
+                        f"{name}: got member {member.name!r}, "
+                        + ("outside of it" if outside else "there twice" if plain else "no file")
+                        + "; need regular files within it, each once; do: pack it anew"
+                    )
+                names.add(member.name)
+                if member.isreg():
+                    yield Member(member.name, member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{name}: got no plain tar ({error}) or a damaged one at byte {position - start}; need "
+            "one that is not compressed; do: download it again"
+        ) from None
+    file.seek(position)
+    zeros = 0
+    while chunk := file.read(min(LARGEST_HEADER, end - position - zeros)):
+        if chunk.strip(b"\0"):
+            break
+        zeros += len(chunk)
+    if chunk or zeros < 2 * TAR_BLOCK:
+        raise ValueError(
+            f"{name}: cut short or damaged at byte {position - start}: got no end-of-archive mark "
+            "after the last readable member; need a whole tar; do: download it again"
+        )

@@ -1,0 +1,230 @@
+"""Parquet files as Hugging Face's datasets writes them: `image` and `label` in every row.
+
+image: struct{bytes, path}, or binary. label: integer. The names of the classes come from the
+ClassLabel in the schema's metadata, key "huggingface", where there is one.
+Formats: Apache Parquet, read by pyarrow; https://huggingface.co/docs/datasets/about_arrow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+from ds_classifier.data.samples import IMAGE_SUFFIXES, Named, files_under
+
+PARQUET = ".parquet"
+_SPLIT_WORD = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+_PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """The picture in one row. Reading takes its whole row group, of which a process keeps one."""
+
+    file: Path
+    row_group: int
+    row: int  # within the row group
+
+    def read(self) -> bytes:
+        return _row_group(self.file, self.row_group)[self.row].as_py()
+
+    def size(self) -> int:
+        """Bytes of the picture. Parquet has no such list: the first call reads the file once."""
+        return int(_lengths(self.file)[self.row_group][self.row])
+
+
+def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None] | None:
+    """The rows of a file, or of a split of a folder, and its class names if it has them.
+
+    split: "train" or "val". Where the files of a folder, or the folders they lie in, are called
+    train, validation and test, those of the split are taken; None where there are none. Labels are
+    class names where there are such, else integers.
+    Raises ValueError for files that are missing, damaged, or unlike each other, and for null cells.
+    """
+    files = [place] if place.is_file() else _files_of_split(place, split)
+    if not files:
+        return None
+    pictures: list[Named] = []
+    classes = None
+    for i, file in enumerate(files):
+        rows, own_classes = _read_file(file)
+        if i and own_classes != classes:
+            raise ValueError(
+                f"{file}: got other class names than {files[0]}; need the same in all; do: convert "
+                "one data set at a time"
+            )
+        classes = own_classes
+        pictures += rows
+    if not pictures:
+        raise ValueError(f"{place}: got no row; need pictures; do: download it again")
+    return pictures, classes
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    found = list(files_under(folder, (*IMAGE_SUFFIXES, PARQUET)))
+    by_word = defaultdict(list)
+    parts = defaultdict(set)
+    for file in found:
+        if file.suffix.lower() != PARQUET:
+            raise ValueError(
+                f"source: got parquet files and a picture ({file}) under {folder}; need one or the "
+                "other; do: name the folder of one of them"
+            )
+        *parents, name = file.relative_to(folder).parts
+        words = (_SPLIT_WORD.match(part) for part in (name, *reversed(parents)))
+        word = next((match[1].lower() for match in words if match), "")
+        by_word["val" if word.startswith("val") else word].append(file)
+        if part := _PART.fullmatch(name):
+            parts[file.parent, part[1], part[3], part[4]].add(int(part[2]))
+    for (parent, prefix, total, _), numbers in parts.items():
+        if numbers != set(range(int(total))):
+            lacking = min(set(range(int(total))) - numbers, default=None)
+            raise ValueError(
+                f"source: got {len(numbers)} files {prefix}*-of-{total} in {parent}, without "
+                f"number {lacking}; need all {int(total)}; do: download the rest"
+            )
+    if "" not in by_word:
+        return by_word[split]
+    if len(by_word) > 1:
+        raise ValueError(
+            f"source: got {by_word[''][0]} beside files of the splits {sorted(by_word)[1:]}; need "
+            "the split in every name, such as train-00000.parquet; do: name or move it"
+        )
+    return by_word[""]
+
+
+def _pyarrow_parquet():
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            "source: got parquet files, which need pyarrow; do: pip install pyarrow"
+        ) from None
+    return pyarrow.parquet
+
+
+def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
+    """Labels and names of the rows; no picture is read."""
+    parquet = _pyarrow_parquet()
+    import pyarrow
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            image = schema.field("image").type if "image" in schema.names else None
+            if image is None or "label" not in schema.names:
+                raise _unlike(path, f"columns {schema.names}")
+            if not _is_bytes(image) and not (_fields(image) and _is_bytes(_fields(image)["bytes"])):
+                raise _unlike(path, f"image of type {image}")
+            if not pyarrow.types.is_integer(schema.field("label").type):
+                raise _unlike(path, f"label of type {schema.field('label').type}")
+            columns = ["label", "image.path"] if "path" in _fields(image) else ["label"]
+            classes = _class_names(path, schema.metadata or {})
+            rows = []
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=columns, use_threads=False)
+                labels = table["label"].to_pylist()
+                names = [cell["path"] for cell in table["image"].to_pylist()] if columns[1:] else []
+                for i, label in enumerate(labels):
+                    name = f"{path}/{len(rows)}" + (f"_{names[i]}" if names and names[i] else "")
+                    if label is None or not 0 <= label < len(classes or range(label + 1)):
+                        raise ValueError(
+                            f"{name}: got label {label}; need a class from 0"
+                            + (f" to {len(classes) - 1}" if classes else "")
+                            + "; do: remove the row"
+                        )
+                    class_name = classes[label] if classes else label
+                    rows.append(Named(name, class_name, ParquetCell(path, group, i)))
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, error) from None
+    return rows, classes
+
+
+def _is_bytes(kind) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _fields(kind) -> dict:
+    """The fields of a struct that has bytes among them; else none."""
+    import pyarrow
+
+    fields = {field.name: field.type for field in kind} if pyarrow.types.is_struct(kind) else {}
+    return fields if "bytes" in fields else {}
+
+
+def _class_names(path: Path, metadata: dict[bytes, bytes]) -> list[str] | None:
+    """The names of the label column's ClassLabel, if the file has one."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))
+        names = features.get("info", {}).get("features", {}).get("label", {}).get("names")
+    except (ValueError, AttributeError) as error:
+        raise _unlike(path, f"metadata 'huggingface' that cannot be read ({error})") from None
+    if names is None:
+        return None
+    if not isinstance(names, list) or len({str(name) for name in names}) != len(names):
+        raise _unlike(path, "class names that are no list, or one of them twice")
+    return [str(name) for name in names]
+
+
+def _unlike(path: Path, got: str) -> ValueError:
+    return ValueError(
+        f"{path}: got {got}; need image (struct with bytes, or binary) and label (integer), as "
+        "Hugging Face's datasets writes them; do: rename or cast the columns"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: got no whole parquet file ({error}); do: download it again")
+
+
+def _pictures(file, group: int):
+    """The bytes column of a row group, a pyarrow.ChunkedArray."""
+    import pyarrow.compute
+
+    flat = _is_bytes(file.schema_arrow.field("image").type)
+    column = file.read_row_group(
+        group, columns=["image" if flat else "image.bytes"], use_threads=False
+    )["image"]
+    return column if flat else pyarrow.compute.struct_field(column, "bytes")
+
+
+def _cells(path: Path, first: int = 0, last: int | None = None):
+    """The bytes column of each row group from first to before last, or to the end.
+
+    Raises ValueError for a null and for a damaged file.
+    """
+    parquet = _pyarrow_parquet()
+    import pyarrow
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for group in range(first, file.num_row_groups if last is None else last):
+                column = _pictures(file, group)
+                if column.null_count:
+                    row = column.is_null().index(True).as_py()
+                    raise ValueError(
+                        f"{path}: got no bytes in row {row} of row group {group}; need the picture "
+                        "itself; do: embed the pictures in the file, or remove the row"
+                    )
+                yield column
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, error) from None
+
+
+@lru_cache(maxsize=1)
+def _row_group(path: Path, group: int):
+    return next(_cells(path, group, group + 1))
+
+
+@cache
+def _lengths(path: Path) -> list:
+    """Bytes of every picture, [row group][row]; one pass over the file."""
+    import pyarrow.compute
+
+    return [pyarrow.compute.binary_length(c).to_numpy() for c in _cells(path)]

@@ -1,0 +1,154 @@
+"""A sample, wherever its bytes lie; and the one class list that training and validation share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+class Content(Protocol):
+    """Where a picture's bytes lie, when that is neither a file nor memory; small, picklable."""
+
+    def read(self) -> bytes: ...
+
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of bytes in a file, such as a member of a tar."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """The bytes. Raises ValueError where the file has become shorter, OSError as open does."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.length)
+        if len(data) != self.length:
+            raise ValueError(
+                f"{self.path}: got {len(data)} bytes at {self.offset}; need {self.length}; do: "
+                "restore the file, it has changed since it was listed"
+            )
+        return data
+
+    def size(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One labelled picture. name: where it came from; content: its file, bytes, or their place."""
+
+    name: str
+    label: int
+    content: Path | bytes | Content
+
+    def read(self) -> bytes:
+        """The picture's bytes, as they are at the source."""
+        if isinstance(self.content, bytes):
+            return self.content
+        return self.content.read_bytes() if isinstance(self.content, Path) else self.content.read()
+
+    def size(self) -> int:
+        """Bytes of the picture, without reading it where the source knows them."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        if isinstance(self.content, Path):
+            return os.stat(self.content).st_size
+        return self.content.size()
+
+
+@dataclass(frozen=True)
+class Source:
+    """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples."""
+
+    name: str
+    classes: list[str]
+    splits: dict[str, list[Sample]]
+
+
+class Named(NamedTuple):
+    """A picture that knows its class by name, or by a number of the user's."""
+
+    name: str
+    class_name: str | int
+    content: Path | bytes | Content
+
+
+def share_classes(
+    name: str,
+    train: Sequence[Named],
+    val: Sequence[Named] | None = None,
+    classes: list[str] | None = None,
+) -> Source:
+    """Number the classes by the training split alone; validation is looked up in that list.
+
+    classes: their names in order, where the source brings them. Otherwise the sorted names; or,
+    where all are integers, 0 to the largest, named so.
+    Raises ValueError for a validation class that training lacks, and for a gap in integers.
+    """
+    if classes is None:
+        classes = _class_list(name, {picture.class_name for picture in train})
+    label = {class_name: i for i, class_name in enumerate(classes)}
+    if val is not None:
+        unknown = sorted({str(picture.class_name) for picture in val} - set(label))
+        if unknown:
+            raise ValueError(
+                f"--val: got {len(unknown)} classes that {name} lacks, such as {unknown[0]!r}; "
+                "need validation pictures of training classes only; do: name or move them alike"
+            )
+    splits = {
+        split: [Sample(p.name, label[str(p.class_name)], p.content) for p in pictures]
+        for split, pictures in (("train", train), ("val", val))
+        if pictures is not None
+    }
+    return Source(name, classes, splits)
+
+
+def _class_list(name: str, found: set[str | int]) -> list[str]:
+    if not all(isinstance(class_name, int) for class_name in found):
+        return sorted(map(str, found))
+    if min(found) < 0:
+        raise ValueError(
+            f"{name}: got label {min(found)}; need integers from 0; do: remove its pictures, or "
+            "number the classes anew"
+        )
+    gap = next(i for i in range(len(found) + 1) if i not in found)
+    if gap != len(found):
+        raise ValueError(
+            f"{name}: got integer labels up to {max(found)} but none is {gap}; need 0, 1, 2, ... "
+            "without a gap; do: number the classes anew, or name them"
+        )
+    return [str(i) for i in range(len(found))]
+
+
+def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Every file with one of the suffixes, links followed: those of a folder, then its folders'.
+
+    Both by name. Raises ValueError for a folder that cannot be read or that contains itself.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"source: cannot read {error.filename}: {error.strerror}") from None
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        folders.sort()
+        here = os.path.join(os.path.realpath(folder), "")
+        for inner in folders:
+            link = os.path.join(folder, inner)
+            if os.path.islink(link) and here.startswith(os.path.join(os.path.realpath(link), "")):
+                raise ValueError(
+                    f"source: got {link}, a link to a folder that it lies in; need each picture "
+                    "once; do: remove the link"
+                )
+        for name in sorted(names):
+            if name.lower().endswith(tuple(suffixes)):
+                yield Path(folder, name)
