@@ -72,6 +72,7 @@ def save(
 
     def write() -> None:
         _commit(final, model=model, optimizer=optimizer, state=state)
+        _set_later_aside(final)
         _prune(checkpoints, keep_last)
 
     distributed.on_rank_0(write, engine.device)
@@ -99,8 +100,6 @@ def _gather(engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _commit(final: Path, *, model, optimizer, state) -> None:
-    from safetensors.torch import save_file
-
     bad = [name for name, value in model.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
@@ -110,8 +109,8 @@ def _commit(final: Path, *, model, optimizer, state) -> None:
     staging = final.parent / f".{final.name}.staging"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed at this very step
     staging.mkdir(parents=True)
-    save_file(model, staging / MODEL)
-    save_file(optimizer, staging / OPTIMIZER)
+    _save_tensors(model, staging / MODEL)
+    _save_tensors(optimizer, staging / OPTIMIZER)
     (staging / STATE).write_text(json.dumps(state, indent=1))
     described = {}
     for name in (MODEL, OPTIMIZER, STATE):
@@ -129,9 +128,40 @@ def _commit(final: Path, *, model, optimizer, state) -> None:
     files.replace_text(final.parent / "latest", final.name + "\n")
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        needed = sum(value.numel() * value.element_size() for value in tensors.values())
+        free = shutil.disk_usage(path.parent).free
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise ValueError(
+            f"{path}: cannot write: {error}; need {needed:,} bytes, {free:,} are free; the "
+            "checkpoints before it stand; do: make room and run the same command again"
+        ) from None
+
+
+def _set_later_aside(final: Path) -> None:
+    """Rename checkpoints of later steps: damaged ones that were passed over, or of a run that was
+    taken up again from before them. They are not this run's any more, and must not be found."""
+    for checkpoint in list_checkpoints(final.parent):
+        if _step(checkpoint) > _step(final):
+            aside = final.parent / f"abandoned-{checkpoint.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint, aside)
+
+
 def _prune(checkpoints: Path, keep_last: int) -> None:
-    for old in list_checkpoints(checkpoints)[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Delete what is older than the keep_last newest checkpoints that look whole."""
+    kept = 0
+    for checkpoint in list_checkpoints(checkpoints):
+        if kept >= keep_last:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        elif damage(checkpoint, hashes=False) is None:
+            kept += 1
 
 
 # ------------------------------------------------------------------------------------- finding
@@ -142,18 +172,25 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     named = [p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(named, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(named, key=_step, reverse=True)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every byte is as it was written."""
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, or None if every byte is as it was written.
+
+    hashes: False compares sizes alone.
+    """
     try:
         described = json.loads((checkpoint / MANIFEST).read_text())["files"]
         for name in (MODEL, OPTIMIZER, STATE):
             size = (checkpoint / name).stat().st_size
             if size != described[name]["bytes"]:
                 return f"{name} has {size} bytes of {described[name]['bytes']}"
-            if files.sha256(checkpoint / name) != described[name]["sha256"]:
+            if hashes and files.sha256(checkpoint / name) != described[name]["sha256"]:
                 return f"{name} is damaged: its sha256 is not the manifest's"
     except OSError as error:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
@@ -188,6 +225,12 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
 
 def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint directory from what a user names: it, its run directory, or its checkpoints/."""
+    path = path.resolve()
+    if path.is_file():
+        raise ValueError(
+            f"got {path}, a file; need a run directory or a checkpoint in it; do: give "
+            "weights alone, such as guided-diffusion's .pt, to --init_from"
+        )
     for candidate in (path, path / "checkpoints"):
         if (candidate / MANIFEST).is_file() and (candidate / MODEL).is_file():
             problem = damage(candidate)

@@ -41,7 +41,7 @@ class Settings:
     block: int = _setting(4096, "data", "samples of a lane shuffled together")
     workers: int = _setting(-1, "data", "loader processes a rank (default: by cores)", fixed=False)
     max_bad_samples: int = _setting(
-        100, "data", "undecodable samples after which training stops", fixed=False
+        100, "data", "undecodable samples an epoch after which training stops", fixed=False
     )
 
     image_size: int = _setting(64, "classifier", "pixels of a side")

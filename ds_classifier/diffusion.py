@@ -146,8 +146,14 @@ def create_gaussian_diffusion(
     """
     if diffusion_steps < 1:
         raise ValueError(f"diffusion_steps: got {diffusion_steps}; need at least 1; do: use 1000")
+    betas = get_betas(noise_schedule, diffusion_steps)
+    if betas.max() > 1:
+        raise ValueError(
+            f"diffusion_steps: got {diffusion_steps} with the linear schedule, whose betas then "
+            "exceed 1; need at least 20; do: use 1000"
+        )
     return GaussianDiffusion(
-        original_betas=get_betas(noise_schedule, diffusion_steps),
+        original_betas=betas,
         kept=space_timesteps(diffusion_steps, timestep_respacing),
         rescale_timesteps=rescale_timesteps,
     )

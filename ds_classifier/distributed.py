@@ -149,6 +149,10 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
             outcome["result"] = task()
         except (ValueError, OSError) as error:
             outcome["error"] = str(error)
+        except Exception as error:
+            # A bug: the others must not wait for a result that will not come.
+            broadcast_json({"error": f"rank 0: {type(error).__name__}: {error}"}, device)
+            raise
     outcome = broadcast_json(outcome, device)
     if "error" in outcome:
         raise ValueError(outcome["error"])

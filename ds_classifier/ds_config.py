@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ds_classifier.config import SHIPPED_CONFIGS, CommandLine, Settings, check_s
 AUTO = "auto"
 AUTO_MICRO_BATCH = 32  # the most that "auto" takes at a time; a number in the JSON may be any
 
-_INT, _NUMBER, _BOOL, _STR, _ANY = "a whole number", "a number", "true or false", "a string", "any"
-_COUNT = "a whole number"  # may be written 5e8
+_INT, _NUMBER, _BOOL, _STR = "a whole number", "a number", "true or false", "a string"
+_PAIR = "a list of two numbers"
 
 # Section -> key -> type; a dict is a section of its own.
 SCHEMA: dict[str, Any] = {
@@ -39,7 +40,7 @@ SCHEMA: dict[str, Any] = {
         "type": _STR,
         "params": {
             "lr": _NUMBER,
-            "betas": _ANY,
+            "betas": _PAIR,
             "eps": _NUMBER,
             "weight_decay": _NUMBER,
             "torch_adam": _BOOL,
@@ -69,15 +70,13 @@ SCHEMA: dict[str, Any] = {
         "stage": _INT,
         "contiguous_gradients": _BOOL,
         "reduce_scatter": _BOOL,
-        "reduce_bucket_size": _COUNT,
+        "reduce_bucket_size": _INT,
         "use_multi_rank_bucket_allreduce": _BOOL,
         "allgather_partitions": _BOOL,
-        "allgather_bucket_size": _COUNT,
+        "allgather_bucket_size": _INT,
         "overlap_comm": _BOOL,
         "round_robin_gradients": _BOOL,
     },
-    "comms_logger": _ANY,
-    "flops_profiler": _ANY,
 }
 
 # Where "auto" may stand, and the setting that owns the number (None: it is derived).
@@ -94,6 +93,23 @@ AUTO_KEYS: dict[tuple[str, ...], str | None] = {
     ("zero_optimization", "allgather_bucket_size"): None,
 }
 
+# The smallest value of numbers that DeepSpeed would take smaller, and fail later or not at all.
+LEAST: dict[tuple[str, ...], float] = {
+    ("gradient_clipping",): 0,
+    ("gradient_predivide_factor",): 1,
+    ("steps_per_print",): 1,
+    ("optimizer", "params", "eps"): 0,
+    ("scheduler", "params", "warmup_min_lr"): 0,
+    ("scheduler", "params", "warmup_num_steps"): 1,
+    ("fp16", "loss_scale"): 0,
+    ("fp16", "initial_scale_power"): 0,
+    ("fp16", "loss_scale_window"): 1,
+    ("fp16", "hysteresis"): 1,
+    ("fp16", "min_loss_scale"): 0,
+    ("zero_optimization", "reduce_bucket_size"): 1,
+    ("zero_optimization", "allgather_bucket_size"): 1,
+}
+
 # What DeepSpeed has and this program refuses, with the reason.
 REFUSED = {
     "amp": "apex is not supported; use fp16 or bf16",
@@ -102,6 +118,8 @@ REFUSED = {
     "tensorboard": "logs go to the run directory's tb/ already",
     "wandb": "logs go to the run directory already",
     "csv_monitor": "logs go to the run directory's progress.csv already",
+    "flops_profiler": "it prints over the log; use a profiler of your own",
+    "comms_logger": "it prints over the log; use a profiler of your own",
     "elasticity": "the global batch stays the same on any number of ranks already",
     "zero_optimization.offload_optimizer": "the optimizer state is under 1 GB; it needs no offload",
     "zero_optimization.offload_param": "the parameters are under 0.3 GB; they need no offload",
@@ -176,9 +194,10 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     problems = check_settings(command.settings) + _check_keys(raw)
     if problems:
         raise ValueError(_all(problems, command.deepspeed_config))
-    ds = json.loads(json.dumps(raw))  # a deep copy
+    ds = _whole_numbers_as_int(raw, SCHEMA)
     problems += _check_values(ds, command)
     settings = _settle_numbers(ds, command, problems)
+    problems += check_settings(settings)  # again: the JSON's numbers are among them now
     batch = _settle_batch(ds, settings, command, world_size, problems)
     if problems:
         raise ValueError(_all(problems, command.deepspeed_config))
@@ -232,21 +251,48 @@ def _check_keys(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _whole_numbers_as_int(values: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy in which 5e8 is 500000000 where a whole number is meant."""
+    copy: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            copy[key] = _whole_numbers_as_int(value, schema[key])
+        else:
+            copy[key] = int(value) if schema[key] == _INT and value != AUTO else value
+    return copy
+
+
 def _has_type(value: Any, wanted: str) -> bool:
-    if wanted == _ANY:
-        return True
+    if wanted == _PAIR:
+        return (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(_has_type(number, _NUMBER) for number in value)
+        )
     if wanted == _BOOL:
         return isinstance(value, bool)
     if wanted == _STR:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return wanted == _NUMBER or float(value).is_integer()
+    return math.isfinite(value) and (wanted == _NUMBER or float(value).is_integer())
 
 
 def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
     """Values of the right type that cannot work, or that contradict the flags and the recipe."""
     problems = []
+    for path, least in LEAST.items():
+        section: Any = ds
+        for part in path[:-1]:
+            section = section.get(part, {})
+        value = section.get(path[-1], AUTO)
+        if value != AUTO and value < least:
+            problems.append(f"{'.'.join(path)}: got {value}; need at least {least}")
+    if ds.get("communication_data_type", "fp32") not in ("fp32", "fp16", "bf16"):
+        problems.append(
+            f"communication_data_type: got {ds['communication_data_type']!r}; need fp32, fp16 or "
+            "bf16"
+        )
     zero = ds.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 1) not in (1, 2):
         problems.append(
@@ -281,11 +327,7 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
             "compiled first and are no faster on ZeRO's flat tensors"
         )
     betas = params.setdefault("betas", [0.9, 0.999])
-    if not (
-        isinstance(betas, list)
-        and len(betas) == 2
-        and all(_has_type(b, _NUMBER) and 0 <= b < 1 for b in betas)
-    ):
+    if not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optimizer.params.betas: got {betas}; need two numbers in [0, 1)")
     params.setdefault("eps", 1e-8)
     scheduler = ds.get("scheduler")
@@ -305,7 +347,7 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
     if command.recipe == "reference":
         wanted = {"gradient_clipping": (ds.get("gradient_clipping"), 0)}
         if fp16:
-            wanted["fp16.hysteresis"] = (ds["fp16"].get("hysteresis"), 1)
+            wanted["fp16.hysteresis"] = (ds["fp16"].get("hysteresis", 2), 1)  # DeepSpeed's default
         for name, (got, need) in wanted.items():
             if got is not None and got != need:
                 problems.append(f"{name}: got {got}; need {need} with --recipe reference")
@@ -314,10 +356,12 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
 
 def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str]) -> Settings:
     """Give each number that both may hold one value, in both; disagreements become problems."""
-    settings, given = command.settings, command.given
+    settings = command.settings
     if settings.warmup_steps < 0:
         derived = min(1000, settings.iterations // 50)
         settings = settings.replace(warmup_steps=max(1, derived))
+
+    said = {name: f"--{name} (flag or recipe)" for name in command.given}  # who named a number
 
     def settle(path: tuple[str, ...], name: str) -> None:
         nonlocal settings
@@ -327,13 +371,14 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
         value = section.get(path[-1], AUTO)
         if value == AUTO:
             section[path[-1]] = getattr(settings, name)
-        elif name in given and getattr(settings, name) != value:
+        elif name in said and getattr(settings, name) != value:
             problems.append(
-                f"{'.'.join(path)}: got {value}, but --{name} (flag or recipe) is "
-                f'{getattr(settings, name)}; need one number; do: write "auto" in the JSON'
+                f"{'.'.join(path)}: got {value}, but {said[name]} is {getattr(settings, name)}; "
+                'need one number; do: write "auto" in the JSON'
             )
         else:
             settings = settings.replace(**{name: value})
+            said.setdefault(name, ".".join(path))
 
     settle(("optimizer", "params", "lr"), "lr")
     settle(("optimizer", "params", "weight_decay"), "weight_decay")
@@ -385,6 +430,7 @@ def _settle_batch(
             'number; do: write "auto" in the JSON'
         )
         return None
+    from_flag = False
     if settings.microbatch > 0:
         if micro is not None and micro != settings.microbatch:
             problems.append(
@@ -393,6 +439,7 @@ def _settle_batch(
             )
             return None
         micro = settings.microbatch
+        from_flag = True
     if asked % world_size:
         fits = [n for n in range(1, asked + 1) if asked % n == 0]
         near = [n for n in fits if n <= world_size][-1:] + [n for n in fits if n > world_size][:1]
@@ -402,10 +449,12 @@ def _settle_batch(
         )
         return None
     per_rank = asked // world_size
+    if from_flag:
+        micro = min(micro, per_rank)  # as the reference: a larger one means all at once
     if micro is None and accumulation is not None and per_rank % accumulation == 0:
         micro = per_rank // accumulation
     elif micro is None:
-        micro = max(n for n in range(1, min(per_rank, AUTO_MICRO_BATCH) + 1) if per_rank % n == 0)
+        micro = _auto_micro_batch(per_rank)
     if per_rank % micro or accumulation not in (None, per_rank // micro):
         got = f"{micro} micro-batch"
         got += f" x {accumulation} accumulation" if accumulation is not None else ""
@@ -418,6 +467,14 @@ def _settle_batch(
         )
         return None
     return Batch(micro, per_rank // micro, world_size)
+
+
+def _auto_micro_batch(per_rank: int) -> int:
+    """The largest divisor up to AUTO_MICRO_BATCH; where those are tiny, the next above it."""
+    divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+    below = max(n for n in divisors if n <= AUTO_MICRO_BATCH)
+    above = min((n for n in divisors if n > AUTO_MICRO_BATCH), default=below)
+    return above if 4 * below < AUTO_MICRO_BATCH and above <= 4 * AUTO_MICRO_BATCH else below
 
 
 def fill_bucket_sizes(ds_config: dict[str, Any], parameters: int) -> dict[str, Any]:

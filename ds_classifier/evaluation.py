@@ -42,7 +42,7 @@ def evaluate(
 
     loader: batches at `ValidationPositions`, on every rank. samples: in the whole set.
     noised: False shows clean pictures at t = 0. t: one noise level, 0 .. T-1, for all; None spreads
-    them. Raises RuntimeError unless every sample was counted once.
+    them. Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     num_timesteps = module.diffusion.num_timesteps
     meter = Meter(num_timesteps, device)
@@ -67,5 +67,10 @@ def evaluate(
     if weight + bad_samples != samples:
         raise RuntimeError(
             f"validation counted {weight:.0f} of {samples} samples, and {bad_samples} bad ones"
+        )
+    if weight == 0:
+        raise ValueError(
+            f"validation: none of its {samples} pictures decodes; do: make_shards.py verify "
+            "--decode names them"
         )
     return means, bad_samples

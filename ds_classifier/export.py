@@ -81,8 +81,14 @@ def load_initial_weights(classifier: nn.Module, source: Path) -> str:
         name for name, value in weights.items() if name in own and own[name].shape != value.shape
     ]
     missing = sorted(set(own) ^ set(weights))
-    if missing or any(not name.startswith(HEAD) for name in other_shape):
-        example = (missing or other_shape)[0]
+    # A head of another class count differs in its outputs alone, not in what it reads.
+    misfit = [
+        name
+        for name in other_shape
+        if not name.startswith(HEAD) or own[name].shape[1:] != weights[name].shape[1:]
+    ]
+    if missing or misfit:
+        example = (missing or misfit)[0]
         raise ValueError(
             f"--init_from: got {source}, whose parameters are those of another classifier (such as "
             f"{example}); need the same classifier_* settings and image_size"

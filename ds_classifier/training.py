@@ -134,7 +134,7 @@ def train(
                 console_line(row, eta_seconds=eta, memory_bytes=memory_in_use(engine.device))
             )
             skipped.report()
-            bad_samples.check()
+            bad_samples.check(row["samples"])
             clock = Clock()
         with clock.paused():
             if validate is not None and (last or step % cadence.evaluate == 0):
@@ -199,11 +199,21 @@ class SkippedSteps:
 class BadSamples:
     """Undecodable samples of a run: listed by the rank that met them, counted over all ranks.
 
-    known: those met before this start. limit: how many a run may meet.
+    known: those met before this start. limit: how many an epoch of epoch_samples may hold; a bad
+    picture is met again in every epoch.
     """
 
-    def __init__(self, run_dir: Path, *, device: torch.device, known: int, limit: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        device: torch.device,
+        known: int,
+        limit: int,
+        epoch_samples: int,
+    ):
         self._run_dir, self._device, self._limit = run_dir, device, limit
+        self._epoch_samples = epoch_samples
         self._known, self._new = known, 0
 
     def add(self, bad: list[BadSample]) -> None:
@@ -221,13 +231,14 @@ class BadSamples:
         self._new = 0
         return self._known
 
-    def check(self) -> None:
-        """Raises ValueError when the last total is over the limit."""
-        if self._known > self._limit:
+    def check(self, samples: int) -> None:
+        """Raises ValueError when the last total is over the limit; samples: trained on so far."""
+        epochs = max(1, -(-samples // self._epoch_samples))
+        if self._known > self._limit * epochs:
             raise ValueError(
-                f"{self._known} samples could not be decoded, more than --max_bad_samples "
-                f"{self._limit}; they stand in {self._run_dir}/bad_samples.rank*.jsonl; do: repair "
-                "the data, or raise the limit"
+                f"{self._known} samples could not be decoded in {epochs} epochs, more than "
+                f"--max_bad_samples {self._limit} each; they stand in "
+                f"{self._run_dir}/bad_samples.rank*.jsonl; do: repair the data, or raise the limit"
             )
 
 

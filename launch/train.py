@@ -24,6 +24,9 @@ from ds_classifier.config import CommandLine, Settings, changed_settings, parse_
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.ds_config import Resolved, read_ds_config, resolve
 
+# What of the JSON shapes the training; precision, ZeRO and micro-batch may change on resume.
+SHAPING_KEYS = ("gradient_clipping", "optimizer", "scheduler")
+
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
 
 
@@ -34,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         distributed.complain(str(error))
         return 2
-    except FloatingPointError as error:
-        distributed.complain(str(error))
+    except (FloatingPointError, OSError) as error:
+        # A loader worker's error comes with its traceback; the last line says what is wrong.
+        distributed.complain(str(error).strip().splitlines()[-1])
         return 1
 
 
@@ -49,14 +53,7 @@ def run(command: CommandLine) -> int:
         )
     resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
     shards, val_shards, resolved = open_data(resolved)
-    run_dir = Path(resolved.settings.run_dir)
-    if (run_dir / DONE).exists():
-        distributed.say(
-            f"{run_dir} is finished ({(run_dir / DONE).read_text().strip()}). To train again, "
-            "choose another --run_dir."
-        )
-        return 0
-    return train_on(resolved, shards, val_shards, run_dir)
+    return train_on(resolved, shards, val_shards, Path(resolved.settings.run_dir))
 
 
 def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
@@ -119,7 +116,14 @@ def train_on(
     classifier = create_classifier(**settings.model_kwargs())
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
     device = distributed.init()
-    check_ranks(ds_config, shards, device)
+    finished = distributed.on_rank_0(lambda: read_done(run_dir), device)
+    if finished is not None:
+        distributed.say(
+            f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
+        )
+        distributed.finish()
+        return 0
+    check_ranks(ds_config, shards, val_shards, device)
     sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
 
     found, state = find_checkpoint(settings, run_dir, device)
@@ -127,6 +131,7 @@ def train_on(
         "settings": dataclasses.asdict(settings),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,
+        "deepspeed": {key: ds_config.get(key) for key in SHAPING_KEYS},
     }
     if state is not None:
         refuse_changes(state, settings, facts)
@@ -153,6 +158,7 @@ def train_on(
         device=device,
         known=state["bad_samples"] if state else 0,
         limit=settings.max_bad_samples,
+        epoch_samples=shards.manifest.samples,
     )
 
     def save() -> None:
@@ -191,7 +197,7 @@ def train_on(
         num_timesteps=diffusion.num_timesteps,
         seed=settings.seed,
         noised=settings.noised,
-        max_skipped_steps=settings.max_skipped_steps,
+        max_skipped_steps=min(settings.max_skipped_steps, settings.iterations),
         bad_samples=bad_samples,
         save=save,
         validate=validate if val_loader is not None else None,
@@ -209,17 +215,22 @@ def train_on(
     return 0 if finished else STOPPED
 
 
-def check_ranks(ds_config: dict, shards: ShardSet, device) -> None:
+def read_done(run_dir: Path) -> str | None:
+    """What a finished run left in DONE, or None."""
+    return (run_dir / DONE).read_text().strip() if (run_dir / DONE).exists() else None
+
+
+def check_ranks(ds_config: dict, shards: ShardSet, val_shards: ShardSet | None, device) -> None:
     """Raise ValueError on all ranks if one cannot do the precision or holds other shards."""
     from ds_classifier import engine as engines
 
     problem = engines.precision_problem(ds_config, device)
-    if (
-        distributed.broadcast_json(shards.manifest.fingerprint, device)
-        != shards.manifest.fingerprint
-    ):
+    data = [split and split.manifest.fingerprint for split in (shards, val_shards)]
+    if distributed.broadcast_json(data, device) != data:
         problem = (
-            f"{shards.folder} holds other shards here than on rank 0's node; do: copy them anew"
+            "the training or validation shards here are not those of rank 0's node "
+            f"({shards.folder}, {val_shards.folder if val_shards else 'no validation'}); do: copy "
+            "them anew"
         )
     distributed.raise_together(problem, device)
 
@@ -257,6 +268,11 @@ def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | N
 def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
     """Raise ValueError if the checkpoint is of another training than the one asked for."""
     changes = changed_settings(state["settings"], settings)
+    changes += [
+        f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
+        for key, value in facts["deepspeed"].items()
+        if state["deepspeed"][key] != value
+    ]
     if state["classes"] != facts["classes"]:
         changes.append(
             f"classes: {len(state['classes'])} in the checkpoint, others in the data now"

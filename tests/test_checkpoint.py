@@ -125,6 +125,38 @@ def test_keep_last(tmp_path):
     assert names == ["step-100000000", "step-00000010"]
 
 
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
+    for step in (1, 2, 3):
+        commit(tmp_path, step)
+    os.truncate(tmp_path / "step-00000003" / "model.safetensors", 5)
+    checkpoint._prune(tmp_path, keep_last=1)
+    assert find(tmp_path)[0] == "step-00000002"
+
+
+def test_later_checkpoints_of_before_are_set_aside(tmp_path):
+    """A run taken up again from step 10 must not be overtaken by what lay at 20."""
+    for step in (10, 20, 12):
+        final = commit(tmp_path, step)
+    checkpoint._set_later_aside(final)
+    assert find(tmp_path) == ("step-00000012", [])
+    assert (tmp_path / "abandoned-step-00000020" / "manifest.json").exists()
+
+
+def test_a_write_that_fails_is_told_and_leaves_what_stood(tmp_path, monkeypatch):
+    import resource
+
+    commit(tmp_path, 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"step-00000020.*cannot write.*bytes"):
+            commit(tmp_path, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert find(tmp_path) == ("step-00000010", [])
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_what_a_user_names(tmp_path):
     run = tmp_path / "run"
     step_10 = commit(run / "checkpoints", 10)
@@ -132,6 +164,8 @@ def test_what_a_user_names(tmp_path):
     assert checkpoint.resolve_checkpoint(run) == step_20
     assert checkpoint.resolve_checkpoint(run / "checkpoints") == step_20
     assert checkpoint.resolve_checkpoint(step_10) == step_10
+    with pytest.raises(ValueError, match="--init_from"):
+        checkpoint.resolve_checkpoint(step_20 / "model.safetensors")
     os.truncate(step_20 / "model.safetensors", 5)
     assert checkpoint.resolve_checkpoint(run) == step_10
     with pytest.raises(ValueError, match=r"model\.safetensors"):

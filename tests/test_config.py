@@ -225,6 +225,8 @@ def test_a_number_in_the_json_counts_where_no_flag_speaks():
         (["--global_batch", "64"], {}, 4, (16, 1, 4)),
         (["--global_batch", "256"], {}, 2, (32, 4, 2)),
         (["--global_batch", "256", "--microbatch", "8"], {}, 2, (8, 16, 2)),
+        (["--global_batch", "74"], {}, 2, (37, 1, 2)),
+        (["--batch_size", "4", "--microbatch", "8"], {}, 2, (4, 1, 2)),
         (["--global_batch", "256"], {"gradient_accumulation_steps": 2}, 2, (64, 2, 2)),
         (["--global_batch", "256"], {"train_micro_batch_size_per_gpu": 128}, 2, (128, 1, 2)),
         ([], {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}, 2, (8, 3, 2)),
@@ -237,6 +239,17 @@ def test_the_batch_comes_about(flags, json_keys, world_size, expected):
     assert (batch.micro, batch.accumulation, batch.world_size) == expected
     micro, accumulation, _ = expected
     assert f"= {micro} micro-batch x {accumulation} accumulation x {world_size} ranks" in str(batch)
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    result = resolved(raw=changed(scheduler__params__total_num_steps=1e3))
+    assert isinstance(result.settings.iterations, int)
+    assert isinstance(result.ds_config["scheduler"]["params"]["total_num_steps"], int)
+
+
+def test_the_reference_recipe_needs_hysteresis_said():
+    raw = changed(bf16__enabled=False, fp16__enabled=True)
+    assert "fp16.hysteresis: got 2; need 1" in problems("--recipe", "reference", raw=raw)
 
 
 def test_accumulation_sums_in_fp32():
@@ -267,6 +280,17 @@ def test_accumulation_sums_in_fp32():
         (dict(bf16__enabled="yes"), ["bf16.enabled", '"yes"', "true or false"]),
         (dict(optimizer="AdamW"), ["optimizer", "section"]),
         (dict(amp={}), ["amp", "not supported"]),
+        (dict(flops_profiler=5), ["flops_profiler", "not supported"]),
+        (dict(communication_data_type="foo"), ["communication_data_type", "foo"]),
+        (dict(gradient_clipping=-1.0), ["gradient_clipping: got -1"]),
+        (dict(gradient_clipping=float("nan")), ["gradient_clipping: got NaN"]),
+        (dict(zero_optimization__reduce_bucket_size=0), ["reduce_bucket_size: got 0"]),
+        (dict(optimizer__params__lr=-1), ["--lr: got -1"]),
+        (dict(scheduler__params__total_num_steps=0), ["--iterations: got 0"]),
+        (
+            dict(optimizer__params__lr=5e-4, scheduler__params__warmup_max_lr=1e-3),
+            ["warmup_max_lr: got 0.001", "optimizer.params.lr is 0.0005"],
+        ),
         (dict(data_types__grad_accum_dtype="fp8"), ["grad_accum_dtype", "fp8"]),
     ],
 )

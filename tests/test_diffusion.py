@@ -61,6 +61,7 @@ def test_the_network_sees_the_original_timesteps():
         dict(timestep_respacing="2000"),
         dict(timestep_respacing="ten"),
         dict(diffusion_steps=0),
+        dict(diffusion_steps=4),
     ],
 )
 def test_refuses_schedules_that_do_not_exist(flags):

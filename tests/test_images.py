@@ -79,6 +79,11 @@ def test_damaged_files_are_value_errors():
             images.decode(damaged)
 
 
+def test_a_sliver_is_not_blown_up():
+    with pytest.raises(ValueError, match="too many"):
+        images.center_crop(images.decode(png("L", (1, 200_000))), 64)
+
+
 def test_huge_pictures_are_refused_before_decoding():
     header = png("1", (20_000, 20_000))  # 400 megapixels in a few kilobytes
     with pytest.raises(ValueError, match="pixels"):

@@ -75,6 +75,19 @@ def test_folders_that_cannot_be_read_as_classes(tmp_path, names, message):
         image_folder(pictures(tmp_path / "odd", names))
 
 
+def test_folders_without_pictures_do_not_vanish(folder):
+    (folder / "fox").mkdir()
+    (folder / ".cache").mkdir()
+    with pytest.raises(ValueError, match=r"fox.*without any picture"):
+        image_folder(folder)
+
+
+def test_splits_are_not_taken_for_classes(tmp_path):
+    both = pictures(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"])
+    with pytest.raises(ValueError, match=r"splits \(train, val\)"):
+        image_folder(both)
+
+
 def test_digits_are_the_ones_of_scikit_learn(digits):
     import io
 

@@ -181,6 +181,10 @@ def test_changed_settings_are_refused_with_a_diff(digits, tmp_path):
     done = train(1, "zero1_fp32", digits, run, *flags, "--lr", "2e-3", "--seed", "1", expect=2)
     for line in ("lr: 0.001 in the checkpoint, 0.002 now", "seed: 0 in the checkpoint, 1 now"):
         assert line in done.output
+    clipped = json.loads((CONFIGS / "zero1_fp32.json").read_text()) | {"gradient_clipping": 0.5}
+    (tmp_path / "clipped.json").write_text(json.dumps(clipped))
+    done = train(1, tmp_path / "clipped", digits, run, *flags, expect=2)
+    assert "gradient_clipping of the JSON: 0.0 in the checkpoint, 0.5 now" in done.output
     done = train(1, "zero1_fp32", digits, run, *flags, "--global_batch", "8", expect=2)
     assert "global_batch: 4 in the checkpoint, 8 now" in done.output
     for file in (run / "checkpoints").glob("step-*/model.safetensors"):
@@ -399,9 +403,12 @@ def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
 
 
 def test_bad_samples_are_counted_listed_and_limited(tmp_path):
-    """Two epochs over 40 pictures, 3 of them bad: 6 in all, on whichever rank they fell."""
+    """Two epochs over 40 pictures, 3 of them bad: 6 in all, on whichever rank they fell.
+
+    The limit is per epoch: 3 bad pictures, met again and again, stay 3.
+    """
     data = shards_with_bad_pictures(tmp_path / "data", {5, 6, 30})
-    flags = ["--global_batch", "8", "--iterations", "10", "--max_bad_samples", "6"]
+    flags = ["--global_batch", "8", "--iterations", "10", "--max_bad_samples", "3"]
     train(2, "zero1_fp32", data, tmp_path / "run", *flags)
     assert read_log(tmp_path / "run")[-1]["bad_samples"] == 6
     lists = [p.read_text().splitlines() for p in (tmp_path / "run").glob("bad_samples.rank*.jsonl")]

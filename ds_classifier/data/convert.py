@@ -152,7 +152,7 @@ def _plan(
     ends = [len(samples) * (n + 1) // count for n in range(count)]  # they differ by one at most
     facts = dict(
         split=split,
-        source=source.name,
+        source=Path(source.name).name,
         classes=source.classes,
         samples=len(samples),
         shard_samples=np.diff([0, *ends]).tolist(),
@@ -161,7 +161,9 @@ def _plan(
     )
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
-        digest.update(f"{sample.name}\0{sample.label}\0{sample.size()}\n".encode())
+        digest.update(
+            f"{sample.name}\0{sample.label}\0{sample.size()}\n".encode(errors="surrogateescape")
+        )
     return Plan(digest=digest.hexdigest(), **facts)
 
 
@@ -180,8 +182,10 @@ def _partial(out: Path, plan: Plan) -> Path:
     """The directory being filled; one of another plan is emptied first."""
     partial = out / f"{plan.split}.partial"
     text = json.dumps(asdict(plan), indent=1)
-    if partial.exists() and (not (partial / PLAN).exists() or (partial / PLAN).read_text() != text):
-        shutil.rmtree(partial)
+    if partial.exists():
+        before = partial / PLAN
+        if not before.exists() or json.loads(before.read_text())["digest"] != plan.digest:
+            shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     files.replace_text(partial / PLAN, text)
     return partial

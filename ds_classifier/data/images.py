@@ -49,6 +49,10 @@ def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     image = _halve_to(image, short_side)
     scale = short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels at short side {short_side} are too many"
+        )
     return image.resize(size, resample=Image.Resampling.BICUBIC)
 
 

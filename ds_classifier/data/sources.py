@@ -21,6 +21,7 @@ from ds_classifier.data.samples import (
 )
 
 DIGITS = "digits"
+SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # never taken for classes alone
 DIGITS_HELD_OUT = 360  # the last pictures of scikit-learn's digits: other writers than the first
 LISTS = (".csv", ".jsonl")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that int() and str() leave alone; 01 is a name
@@ -166,7 +167,25 @@ def _labelled_files(root: Path) -> list[Named]:
             f"source: got {bare} directly in {root}; need CLASS_picture.jpg there, the class "
             "before the first underscore, or one directory a class"
         )
-    return [Named(str(file), class_name, file) for file, class_name in found]
+    classes = {class_name for _, class_name in found}
+    if sorted_by_class and "train" in classes and classes <= SPLIT_FOLDERS:
+        raise ValueError(
+            f"source: got {root}, whose folders are splits ({', '.join(sorted(classes))}), not "
+            f"classes; do: convert {root / 'train'} with --val on the held-out one"
+        )
+    empty = [] if loose else sorted(_class_folders(root) - classes)
+    if empty:
+        raise ValueError(
+            f"source: got {root / empty[0]} ({len(empty)} such) without any picture "
+            f"({' '.join(IMAGE_SUFFIXES)}); a class needs one; do: remove the folder, or convert "
+            "its pictures to one of these formats"
+        )
+    return [Named(str(file.relative_to(root)), class_name, file) for file, class_name in found]
+
+
+def _class_folders(root: Path) -> set[str]:
+    """Folders directly under root, less hidden ones."""
+    return {entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] not in "._"}
 
 
 # ----------------------------------------------------------------------------------------- lists
@@ -201,7 +220,7 @@ def _listed_files(path: Path) -> list[Named]:
     if all(_INTEGER.fullmatch(label) for label in labels):
         labels = [int(label) for label in labels]
     return [
-        Named(str(path.parent / picture), label, path.parent / picture)
+        Named(str(picture), label, path.parent / picture)
         for (_, picture, _), label in zip(rows, labels, strict=True)
     ]
 
