@@ -170,9 +170,10 @@ def _insist(
             failures = 1 if further >= furthest + PROGRESS else failures + 1
             furthest = max(furthest, further)
             if failure.final or failures > patience.retries:
+                times = "1 try" if tries == 1 else f"{tries} tries"
                 raise OSError(
-                    f"{shown(url)}: got no whole file in {tries} tries; the last: {failure}; do: "
-                    "check the address and the server, then run the same command again"
+                    f"{shown(url)}: got no whole file in {times}; the last: {failure}; do: check "
+                    "the address and the server, then run the same command again"
                 ) from None
         pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
         # Not from the global generator: its state belongs to the training, and forks share it.
