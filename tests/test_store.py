@@ -250,8 +250,9 @@ def test_what_goes_wrong_and_then_right_is_recovered(served, faults, no_ranges):
     server, _, store = served
     server.no_ranges = no_ranges
     server.faults["s-1.tar"] = list(faults)
-    ours = store()
+    ours, began = store(), time.monotonic()
     assert correct(ours, 1)
+    assert time.monotonic() - began < 10  # a drip would take 15 s
     assert not part(ours, 1).exists()
     assert server.count("s-1.tar") == len(faults) + 1
     cut = {"reset", "close", "stall", "drip"} & set(faults)
@@ -549,6 +550,30 @@ def changed(split: Path, copy: Path, change) -> Path:
     fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
     (copy / "manifest.json").write_text(Manifest(**fields).to_json())
     return copy
+
+
+def test_a_newer_index_is_not_taken_from_the_cache(many_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "far"
+    shutil.copytree(many_shards, folder)
+    with serving(folder) as server:
+        old = open_remote(server.url, cache_dir=tmp_path / "cache", **FAST)
+        index = np.load(folder / "index.npy")
+        index["label"] = 1
+        np.save(folder / "index.npy", index)
+        sha256 = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+        newer = changed(folder, tmp_path / "newer", lambda f: f.update(index_sha256=sha256))
+        shutil.copy(newer / "manifest.json", folder / "manifest.json")
+        new = open_remote(server.url, cache_dir=tmp_path / "cache", **FAST)
+    assert set(new.index["label"]) == {1} != set(old.index["label"])
+
+
+def test_dead_processes_leave_nothing_that_grows(served, tmp_path):
+    _, _, store = served
+    for _ in range(5):
+        assert outcomes(lambda: correct(store(), 0), 1) == [True]
+    assert correct(store(), 0)
+    assert len(list((tmp_path / "cache" / ".users").iterdir())) == 1
 
 
 def _rename(name):

@@ -70,6 +70,7 @@ class FileCache:
             self._user_file = folder / ".users" / f"{uuid.uuid4().hex}.json"
             self._user = _lock(self._user_file, wait=True)
             self._publish()
+            self._needs()  # sweeps away what dead processes left
 
     def close(self) -> None:
         """This process needs nothing any more."""

@@ -63,7 +63,8 @@ class ShardStore:
     ):
         self.location, self.shards = str(location), list(shards)
         self.remote = scheme(self.location) != ""
-        self._cache_dir, self._budget_bytes = cache_dir, budget_bytes
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._budget_bytes = budget_bytes
         self._patience = Patience(stall_timeout_s, retries, pause_s)
         if self.remote:
             self._check_remote(allow_pipe)
@@ -178,8 +179,9 @@ class ShardStore:
         sizes: the least and the most bytes that it may have. sha256: in hex.
         """
         self._enter()
-        os.close(self._fetched(self._cache, name, sizes, sha256))
-        return self.folder / name
+        stored = f"{sha256[:16]}-{name}"  # another version at the same address is another file
+        os.close(self._fetched(self._cache, name, stored, sizes, sha256))
+        return self.folder / stored
 
     def _enter(self) -> None:
         if self._pid == os.getpid():
@@ -189,22 +191,22 @@ class ShardStore:
         self._forget()
         self._pid = os.getpid()
         if self.remote:
-            self._cache = FileCache(Path(self._cache_dir), budget_bytes=self._budget_bytes)
+            self._cache = FileCache(self._cache_dir, budget_bytes=self._budget_bytes)
 
     def _open(self, shard: int, cache: FileCache | None, *, wait: bool = True) -> int | None:
         facts = self.shards[shard]
         if not self.remote:
             return os.open(self.folder / facts.name, os.O_RDONLY)
         sizes = (facts.bytes, facts.bytes)
-        return self._fetched(cache, facts.name, sizes, facts.sha256, wait=wait)
+        return self._fetched(cache, facts.name, facts.name, sizes, facts.sha256, wait=wait)
 
-    def _fetched(self, cache, name, sizes, sha256, *, wait=True) -> int | None:
+    def _fetched(self, cache, name, stored, sizes, sha256, *, wait=True) -> int | None:
         def fetch(part: Path) -> None:
             url = url_of(self.location, name)
             fetch_file(url, part, sizes=sizes, sha256=sha256, patience=self._patience)
 
         size = sizes[0] if sizes[0] == sizes[1] else None
-        return cache.open(self._cached_name(name), size=size, fetch=fetch, wait=wait)
+        return cache.open(self._cached_name(stored), size=size, fetch=fetch, wait=wait)
 
     def _cached_name(self, name: str) -> str:
         return f"{self.folder.name}/{name}"
