@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ds_classifier.data import images
 from ds_classifier.data.order import SampleOrder, micro_batch_positions
 from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import store_of
 from ds_classifier.keyed_random import Draws, fold, stream_key
-
-OPEN_SHARDS = 64  # file handles a worker keeps
 
 
 class BadSample(NamedTuple):
@@ -44,27 +43,6 @@ class Batch(NamedTuple):
         """The same batch on a device; the copies do not wait when the memory is pinned."""
         moved = [tensor.to(device, non_blocking=True) for tensor in self[:4]]
         return Batch(*moved, self.bad)
-
-
-class _ShardFiles:
-    """Reads ranges of shards, a few file handles kept open."""
-
-    def __init__(self, shards: ShardSet):
-        self._shards = shards
-        self._open: dict[int, int] = {}  # shard -> file descriptor, least recently opened first
-
-    def read(self, shard: int, offset: int, length: int) -> bytes:
-        if shard not in self._open:
-            if len(self._open) >= OPEN_SHARDS:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self._shards.path(shard), os.O_RDONLY)
-        data = os.pread(self._open[shard], length, offset)
-        if len(data) != length:
-            raise OSError(
-                f"{self._shards.path(shard)}: got {len(data)} of {length} bytes at {offset}; the "
-                "shard was cut while training; do: restore it and run the same command again"
-            )
-        return data
 
 
 class ShardDataset(Dataset):
@@ -89,11 +67,9 @@ class ShardDataset(Dataset):
         self.image_size, self.channels = image_size, channels
         self.random_crop, self.random_flip = random_crop, random_flip
         self._crop_key = stream_key(seed, "crop")
-        self._files: _ShardFiles | None = None  # opened in the process that reads
+        self._store = store_of(shards)
 
     def __getitem__(self, positions: np.ndarray) -> Batch:
-        if self._files is None:
-            self._files = _ShardFiles(self.shards)
         positions = np.asarray(positions, dtype=np.int64)
         inside = positions >= 0  # padding stands at -1
         samples = np.where(inside, positions, 0)
@@ -105,7 +81,7 @@ class ShardDataset(Dataset):
         bad = []
         for i in np.flatnonzero(inside):
             row = rows[i]
-            data = self._files.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
+            data = self._store.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
             try:
                 pixels[i] = self._pixels(data, int(positions[i]))
             except ValueError as error:

@@ -109,10 +109,13 @@ class ShardSet:
     def key(self, sample: int) -> str:
         """The sample's key, read from the tar header before its picture."""
         row = self.index[sample]
-        with open(self.path(int(row["shard"])), "rb") as file:
-            file.seek(int(row["offset"]) - TAR_BLOCK)
-            name = file.read(100).split(b"\0")[0]
-        return os.path.splitext(name.decode("utf-8", "replace"))[0]
+        header = self._header(int(row["shard"]), int(row["offset"]) - TAR_BLOCK, 100)
+        return os.path.splitext(header.split(b"\0")[0].decode("utf-8", "replace"))[0]
+
+    def _header(self, shard: int, offset: int, length: int) -> bytes:
+        with open(self.path(shard), "rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
 
 def open_shards(folder: Path | str) -> ShardSet:
@@ -123,16 +126,9 @@ def open_shards(folder: Path | str) -> ShardSet:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise ValueError(_no_shards(folder))
-    try:
-        manifest = Manifest.from_json((folder / MANIFEST).read_text())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / MANIFEST}: not a manifest of this program ({error}); do: convert again"
-        ) from None
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
     for shard in manifest.shards:
         path = folder / shard.name
-        if os.path.basename(shard.name) != shard.name:
-            raise ValueError(f"{folder / MANIFEST}: shard name {shard.name!r} leaves the directory")
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
             found = "no such file" if size is None else f"{size} bytes"
@@ -140,16 +136,44 @@ def open_shards(folder: Path | str) -> ShardSet:
                 f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as "
                 "the manifest says; do: restore the shard, or convert again"
             )
+    return ShardSet(folder, manifest, read_index(folder / INDEX, manifest))
+
+
+def parse_manifest(text: bytes, where: Path | str) -> Manifest:
+    """The manifest in a file's bytes; ValueError, naming `where`, for what is none.
+
+    Nothing in it is trusted: shards have names without directories, and sizes that are sizes.
+    """
     try:
-        index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+        manifest = Manifest.from_json(text.decode())
+        sizes = [manifest.samples, *(n for s in manifest.shards for n in (s.samples, s.bytes))]
+        names = [manifest.index_sha256, *(n for s in manifest.shards for n in (s.name, s.sha256))]
+        if any(type(n) is not int or n < 0 for n in sizes) or any(
+            type(n) is not str for n in names
+        ):
+            raise ValueError("a name or a size is none")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: not a manifest of this program ({error}); do: convert again"
+        ) from None
+    for shard in manifest.shards:
+        if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
+            raise ValueError(f"{where}: shard name {shard.name!r} leaves the directory")
+    return manifest
+
+
+def read_index(path: Path, manifest: Manifest) -> np.ndarray:
+    """The index of a split, [N] INDEX_DTYPE, memory-mapped; ValueError where it is another's."""
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / INDEX}: {error}; do: convert again") from None
+        raise ValueError(f"{path}: {error}; do: convert again") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
         raise ValueError(
-            f"{folder / INDEX}: got {len(index)} samples; need the manifest's {manifest.samples}; "
+            f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "
             "do: convert again"
         )
-    return ShardSet(folder, manifest, index)
+    return index
 
 
 def _no_shards(folder: Path) -> str:

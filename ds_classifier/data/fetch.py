@@ -1,0 +1,278 @@
+"""Bytes of a URL: resumed where a try broke off, tried again after a pause, checked at the end.
+
+http(s) goes through the standard library, every other scheme (gs, hf, sftp, file, pipe ...)
+through webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests).
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import select
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ds_classifier import files
+
+CHUNK = 1 << 20  # bytes asked for at a time
+SLOWEST = 1024  # bytes a second; a slower stream is a stalled one
+PROGRESS = 1 << 20  # new bytes that make a broken try no failure
+LONGEST_PAUSE_S = 60.0
+WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # of the HTTP statuses 4xx
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to insist.
+
+    stall_timeout_s: seconds without bytes, or below SLOWEST, after which a try is broken off.
+    retries: tries after a first that may fail in a row. pause_s: seconds before the second try;
+    doubles up to LONGEST_PAUSE_S, and a random part of up to a half is taken off.
+    """
+
+    stall_timeout_s: float = 30.0
+    retries: int = 5
+    pause_s: float = 1.0
+
+
+PATIENCE = Patience()
+
+
+class _Failed(Exception):
+    """One try failed. final: another will not help. restart: what it brought is of no use."""
+
+    def __init__(self, reason: str, *, final: bool = False, restart: bool = False):
+        super().__init__(reason)
+        self.final, self.restart = final, restart
+
+
+@dataclass
+class _Stream:
+    """An answer. read() gives some bytes, b"" at the end; start: where in the file they begin;
+    total: bytes of the whole file, None where the server does not say."""
+
+    read: Callable[[], bytes]
+    start: int = 0
+    total: int | None = None
+
+
+def scheme(location: str) -> str:
+    """ "http", "pipe" ... of a URL in lower case; "" of a local path."""
+    found = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe|file):", location, re.IGNORECASE)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def shown(url: str) -> str:
+    """The URL without what may be secret: user and password, and an http query."""
+    url = re.sub(r"//[^/@]*@", "//", url)
+    return url.split("?")[0] if scheme(url) in ("http", "https") else url
+
+
+def refuse_pipe(url: str, allow_pipe: bool) -> None:
+    """ValueError for a pipe: URL, which runs a program, unless the command line named it."""
+    if scheme(url) == "pipe" and not allow_pipe:
+        raise ValueError(f"got {url!r}, which runs a program; need a URL; do: pass it as a flag")
+
+
+def fetch_small(
+    url: str, *, limit_bytes: int, patience: Patience = PATIENCE, allow_pipe: bool = False
+) -> bytes:
+    """The content of a URL, into memory.
+
+    Raises ValueError for more than limit_bytes or a pipe that is not allowed; OSError after the
+    last try.
+    """
+    refuse_pipe(url, allow_pipe)
+
+    def attempt() -> bytes:
+        content = bytearray()
+        with _opened(url, 0, patience.stall_timeout_s) as stream:
+            for chunk in _chunks(stream, patience.stall_timeout_s):
+                content += chunk
+                if len(content) > limit_bytes:
+                    raise ValueError(f"{shown(url)}: got more than {limit_bytes} bytes")
+        if stream.total is not None and len(content) != stream.total:
+            raise _Failed(f"got {len(content)} of {stream.total} bytes")
+        return bytes(content)
+
+    return _insist(url, attempt, patience)
+
+
+def fetch_file(
+    url: str, part: Path, *, sizes: tuple[int, int], sha256: str, patience: Patience = PATIENCE
+) -> None:
+    """Complete the file `part`, going on from the bytes that it holds.
+
+    sizes: the least and the most bytes that it may have. sha256: in hex, of all of it.
+    Raises OSError after the last try; `part` then holds what a later call may resume.
+    """
+
+    def attempt() -> None:
+        try:
+            total = _append(url, part, sizes, patience.stall_timeout_s)
+            size = part.stat().st_size
+            if size < (total or sizes[0]):
+                raise _Failed(f"got {size} of {total or sizes[0]} bytes")
+            if (found := files.sha256(part)) != sha256:
+                raise _Failed(f"got sha256 {found}; need {sha256}", restart=True)
+        except _Failed as failure:
+            if failure.restart:
+                part.unlink(missing_ok=True)
+            raise
+
+    _insist(url, attempt, patience, reached=lambda: _size(part))
+
+
+def _append(url: str, part: Path, sizes: tuple[int, int], stall_timeout_s: float) -> int | None:
+    """Add what is missing; returns the server's word on the whole size."""
+    least, most = sizes
+    if _size(part) == least == most:
+        return most
+    with _opened(url, _size(part), stall_timeout_s) as stream:
+        if stream.total is not None and not least <= stream.total <= most:
+            need = most if least == most else f"{least} to {most}"
+            raise _Failed(f"got a file of {stream.total} bytes; need {need}", restart=True)
+        with open(part, "r+b" if stream.start else "wb") as file:
+            file.seek(stream.start)
+            for chunk in _chunks(stream, stall_timeout_s):
+                if file.tell() + len(chunk) > most:
+                    raise _Failed(f"got more than {most} bytes", restart=True)
+                file.write(chunk)
+        return stream.total
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _insist(
+    url: str, attempt: Callable[[], T], patience: Patience, reached: Callable[[], int] = lambda: 0
+) -> T:
+    """Try until it works, or has failed too often without getting further than ever before."""
+    tries = failures = furthest = 0
+    while True:
+        tries += 1
+        try:
+            return attempt()
+        except _Failed as failure:
+            further = reached()
+            failures = 1 if further >= furthest + PROGRESS else failures + 1
+            furthest = max(furthest, further)
+            if failure.final or failures > patience.retries:
+                times = "1 try" if tries == 1 else f"{tries} tries"
+                raise OSError(
+                    f"{shown(url)}: got no whole file in {times}; the last: {failure}; do: check "
+                    "the address and the server, then run the same command again"
+                ) from None
+        pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
+        # Not from the global generator: its state belongs to the training, and forks share it.
+        time.sleep(pause * random.SystemRandom().uniform(0.5, 1))
+
+
+def _chunks(stream: _Stream, stall_timeout_s: float) -> Iterator[bytes]:
+    since, got, at = time.monotonic(), 0, stream.start
+    while at != stream.total:  # some servers leave the connection open after the last byte
+        with _failures():
+            chunk = stream.read()
+        if not chunk:
+            return
+        yield chunk
+        at, got = at + len(chunk), got + len(chunk)
+        if (now := time.monotonic()) - since > stall_timeout_s:
+            if got < SLOWEST * stall_timeout_s:
+                raise _Failed(f"stalled: {got} bytes in {now - since:.1f} s")
+            since, got = now, 0
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What a network does to us is a failed try; what our own disk does is not."""
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        final = 400 <= error.code < 500 and error.code not in WORTH_TRYING_AGAIN
+        # 416: the part is as long as the server's file, or longer.
+        restart = error.code == 416
+        raise _Failed(f"HTTP {error.code} {error.reason}", final=final, restart=restart) from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise _Failed(str(error), final=True) from None
+    except TimeoutError:
+        raise _Failed("stalled: no answer within the time-out") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _Failed(f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def _opened(url: str, start: int, stall_timeout_s: float) -> Iterator[_Stream]:
+    opened = _opened_http if scheme(url) in ("http", "https") else _opened_by_gopen
+    with opened(url, start, stall_timeout_s) as stream:
+        yield stream
+
+
+@contextmanager
+def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[_Stream]:
+    headers = {"User-Agent": "ds_classifier", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with _failures():
+        request = urllib.request.Request(url, headers=headers)
+        response = urllib.request.urlopen(request, timeout=stall_timeout_s)
+    with response:
+        if response.status == 206:
+            word = response.headers.get("Content-Range", "")
+            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", word)
+            if not found or int(found[1]) != start:
+                raise _Failed(f"asked for bytes {start}-, got {word!r}", restart=True)
+            total = None if found[2] == "*" else int(found[2])
+        else:  # the whole file, whether or not a range was asked for
+            start, total = 0, response.length
+        yield _Stream(lambda: response.read1(CHUNK), start, total)
+
+
+@contextmanager
+def _opened_by_gopen(url: str, start: int, stall_timeout_s: float) -> Iterator[_Stream]:
+    """gopen knows no ranges: always the whole file."""
+    from webdataset.gopen import Pipe, gopen  # imports torch
+
+    try:
+        with _failures():
+            source = gopen(url, bufsize=0)
+    except (ValueError, ImportError) as error:
+        raise _Failed(f"gopen cannot open it: {error}", final=True) from None
+    if not isinstance(source, Pipe):
+        with source:
+            yield _Stream(lambda: source.read(CHUNK))
+        return
+    handle = source.stream.fileno()
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+
+    def read() -> bytes:
+        if not poll.poll(stall_timeout_s * 1000):
+            raise TimeoutError
+        return os.read(handle, CHUNK)
+
+    try:
+        yield _Stream(read)
+        source.timeout = stall_timeout_s
+        try:
+            with _failures():
+                source.close()  # raises when the program failed
+        except subprocess.TimeoutExpired:
+            raise _Failed("stalled: the program does not end") from None
+    finally:
+        source.proc.kill()
+        source.stream.close()
+        source.proc.wait()

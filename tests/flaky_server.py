@@ -1,0 +1,104 @@
+"""A real HTTP server for one directory, on 127.0.0.1, that misbehaves as it is told."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import threading
+import time
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+STEP = 16384  # bytes written at a time
+
+
+class FlakyServer:
+    """faults[name]: what the next requests of a file meet, one each; then all is well.
+
+    500: that status. "reset": half of it, then a connection reset. "close": half of it, then the
+    end. "stall": half of it, then silence. "drip": half of it, then a byte now and then. "long",
+    "short": a Content-Length that is not the file's. "wrong": one byte is another. "slow": in
+    small steps. no_ranges: Range is ignored. requests: (name, Range header or None), in order.
+    """
+
+    def __init__(self, folder: Path):
+        self.faults: dict[str, list] = defaultdict(list)
+        self.no_ranges = False
+        self.requests: list[tuple[str, str | None]] = []
+        self.released = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer._answer(self, folder)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def count(self, name: str) -> int:
+        return sum(requested == name for requested, _ in self.requests)
+
+    def close(self) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _answer(self, request: BaseHTTPRequestHandler, folder: Path) -> None:
+        name = request.path.lstrip("/")
+        asked = request.headers.get("Range")
+        self.requests.append((name, asked))
+        fault = self.faults[name].pop(0) if self.faults[name] else None
+        if not (folder / name).is_file():
+            fault = 404
+        if isinstance(fault, int):
+            request.send_error(fault)
+            return
+        content = (folder / name).read_bytes()
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        if asked and start >= len(content):
+            request.send_error(416)
+            return
+        if asked and not self.no_ranges:
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            content = content[start:]
+        else:
+            request.send_response(200)
+        if fault == "wrong":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        declared = len(content) + {"long": 1000, "short": -1000}.get(fault, 0)
+        request.send_header("Content-Length", str(declared))
+        request.end_headers()
+        try:
+            self._send(request, content, fault)
+        except OSError:  # the client has gone
+            request.close_connection = True
+
+    def _send(self, request: BaseHTTPRequestHandler, content: bytes, fault: str | None) -> None:
+        half = len(content) // 2
+        if fault in (None, "wrong", "long", "short"):
+            request.wfile.write(content)
+        elif fault == "slow":
+            for at in range(0, len(content), STEP):
+                request.wfile.write(content[at : at + STEP])
+                time.sleep(0.01)
+        else:
+            request.wfile.write(content[:half])
+        if fault == "reset":
+            time.sleep(0.05)  # else the reset overtakes the bytes
+            linger = struct.pack("ii", 1, 0)
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            request.connection.close()
+        elif fault == "stall":
+            self.released.wait(30)
+        elif fault == "drip":
+            for at in range(half, half + 300):
+                if self.released.wait(0.05):
+                    break
+                request.wfile.write(content[at : at + 1])
