@@ -28,12 +28,18 @@ def _setting(default: Any, group: str, help: str, fixed: bool = True) -> Any:
 class Settings:
     """What is trained. Every field is a flag of the same name; the help strings are the docs."""
 
-    data_dir: str = _setting("data/train", "data", "shards to train on", fixed=False)
+    data_dir: str = _setting("data/train", "data", "shards to train on, or their URL", fixed=False)
     val_data_dir: str = _setting(
         "",
         "data",
         "shards to validate on (default: data/val if data_dir is not given)",
         fixed=False,
+    )
+    cache_dir: str = _setting(
+        "~/.cache/ds_classifier", "data", "where a node keeps shards read by URL", fixed=False
+    )
+    cache_gb: float = _setting(
+        0.0, "data", "gigabytes of them at most (default: no limit)", fixed=False
     )
     random_crop: bool = _setting(True, "data", "random crops of 80 to 100 %% of the short side")
     random_flip: bool = _setting(True, "data", "mirror half of the training pictures")
@@ -317,6 +323,7 @@ def check_settings(settings: Settings) -> list[str]:
         lanes=1,
         block=1,
         max_bad_samples=0,
+        cache_gb=0,
         max_skipped_steps=1,
         global_batch=0,
         batch_size=0,

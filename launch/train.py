@@ -22,6 +22,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, open_shards
+from ds_classifier.data.store import is_url, open_remote
 from ds_classifier.ds_config import Resolved, read_ds_config, resolve
 
 # What of the JSON shapes the training; precision, ZeRO and micro-batch may change on resume.
@@ -59,8 +60,10 @@ def run(command: CommandLine) -> int:
 def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
     """Open the shards, and settle the number of classes by them."""
     settings = resolved.settings
-    shards = _open("--data_dir", settings.data_dir)
-    val_shards = _open("--val_data_dir", settings.val_data_dir) if settings.val_data_dir else None
+    shards = _open("--data_dir", settings.data_dir, settings)
+    val_shards = None
+    if settings.val_data_dir:
+        val_shards = _open("--val_data_dir", settings.val_data_dir, settings)
     classes = shards.manifest.classes
     if val_shards is not None and val_shards.manifest.classes != classes:
         raise ValueError(
@@ -85,9 +88,16 @@ def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
     return shards, val_shards, dataclasses.replace(resolved, settings=settings)
 
 
-def _open(flag: str, folder: str) -> ShardSet:
+def _open(flag: str, location: str, settings: Settings) -> ShardSet:
     try:
-        return open_shards(folder)
+        if not is_url(location):
+            return open_shards(location)
+        return open_remote(
+            location,
+            cache_dir=Path(settings.cache_dir).expanduser(),
+            budget_bytes=int(settings.cache_gb * 1e9) or None,
+            allow_pipe=True,  # the command line itself names it
+        )
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
 

@@ -385,6 +385,35 @@ def test_fp16_where_there_is_none(digits, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# ------------------------------------------------------------------------- shards by URL
+
+
+def test_shards_by_url_train_as_local_ones(digits, tmp_path):
+    """Two ranks of a node share one download of each shard, and see the same samples."""
+    import functools
+    import http.server
+    import threading
+
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(digits))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/train"
+        flags = ["--global_batch", "16", "--iterations", "6"]
+        train(2, "zero1_fp32", digits, tmp_path / "local", *flags)
+        flags += ["--data_dir", url, "--cache_dir", tmp_path / "cache", "--cache_gb", "1"]
+        train(2, "zero1_fp32", digits, tmp_path / "remote", *flags)
+        server.shutdown()
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    tars = [path for path in asked if path.endswith(".tar")]
+    assert len(tars) == len(set(tars)) == 2
+
+
 # ------------------------------------------------------------------------- bad samples
 
 

@@ -62,7 +62,7 @@ class ShardStore:
         allow_pipe: bool = False,
     ):
         self.location, self.shards = str(location), list(shards)
-        self.remote = scheme(self.location) != ""
+        self.remote = is_url(self.location)
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._budget_bytes = budget_bytes
         self._patience = Patience(stall_timeout_s, retries, pause_s)
@@ -257,6 +257,11 @@ class _Ahead:
             with self._changed:
                 if not self._stopped and not progress:
                     self._changed.wait(POLL_S if self._wanted else None)
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is to be fetched, not a directory of this node."""
+    return scheme(location) != ""
 
 
 def url_of(location: str, name: str) -> str:
