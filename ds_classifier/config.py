@@ -87,7 +87,10 @@ class Settings:
         "True: lr * (1 - step/iterations); False: constant (default: the JSON's scheduler)",
     )
     warmup_steps: int = _setting(
-        -1, "training", "steps of the JSON's warm-up (default: 2 %% of iterations, 1000 at most)"
+        -1,
+        "training",
+        "steps of the JSON's warm-up, in which the first two run at its warmup_min_lr (default: "
+        "2 %% of iterations, 1000 at most)",
     )
     global_batch: int = _setting(
         0, "training", "pictures a step over all ranks (default: batch_size x ranks)"

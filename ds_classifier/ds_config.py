@@ -153,6 +153,7 @@ class Resolved:
     settings: Settings
     ds_config: dict[str, Any]
     batch: Batch
+    shaping: dict[str, Any]  # what of the JSON, as written, a resumed run may not change
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -213,7 +214,8 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
         ds.pop("scheduler", None)  # the settings asked for the reference's schedule
     # DeepSpeed's own progress lines say less than ours and cost device syncs.
     ds.setdefault("steps_per_print", 2**31)
-    return Resolved(settings.replace(global_batch=batch.total), ds, batch)
+    shaping = {key: raw.get(key) for key in ("gradient_clipping", "optimizer", "scheduler")}
+    return Resolved(settings.replace(global_batch=batch.total), ds, batch, shaping)
 
 
 def _all(problems: list[str], path: Path) -> str:
@@ -357,10 +359,6 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
 def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str]) -> Settings:
     """Give each number that both may hold one value, in both; disagreements become problems."""
     settings = command.settings
-    if settings.warmup_steps < 0:
-        derived = min(1000, settings.iterations // 50)
-        settings = settings.replace(warmup_steps=max(1, derived))
-
     said = {name: f"--{name} (flag or recipe)" for name in command.given}  # who named a number
 
     def settle(path: tuple[str, ...], name: str) -> None:
@@ -383,8 +381,12 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
     settle(("optimizer", "params", "lr"), "lr")
     settle(("optimizer", "params", "weight_decay"), "weight_decay")
     if "scheduler" in ds and settings.anneal_lr is None:
+        params = ds["scheduler"]["params"]
         settle(("scheduler", "params", "total_num_steps"), "iterations")
-        settle(("scheduler", "params", "warmup_num_steps"), "warmup_steps")
+        if settings.warmup_steps < 0 and params.get("warmup_num_steps", AUTO) == AUTO:
+            params["warmup_num_steps"] = max(1, min(1000, settings.iterations // 50))
+        else:
+            settle(("scheduler", "params", "warmup_num_steps"), "warmup_steps")
         settle(("scheduler", "params", "warmup_max_lr"), "lr")
     return settings
 

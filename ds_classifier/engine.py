@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_classifier.ds_config import fill_bucket_sizes
-
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -40,7 +38,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"this CPU ({torch.get_num_threads()} threads a rank)"
+    threads = torch.get_num_threads()
+    return f"this CPU ({threads} {'thread' if threads == 1 else 'threads'} a rank)"
 
 
 def linear_anneal(iterations: int) -> Callable[[int], float]:
@@ -53,20 +52,20 @@ def create_engine(
 ):
     """Wrap the module in a DeepSpeed engine.
 
-    ds_config: completed by `ds_config.resolve`. lr_factor: the learning rate of step k as a share
-    of the peak, or None where the JSON's scheduler decides.
+    ds_config: completed by `ds_config.resolve` and `fill_bucket_sizes`.
+    lr_factor: the learning rate of step k as a share of the peak, or None where the JSON's
+    scheduler decides.
     Every rank must call it; rank 0's parameters are broadcast.
     """
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
 
     parameters = [p for p in module.parameters() if p.requires_grad]
-    config = fill_bucket_sizes(ds_config, sum(p.numel() for p in parameters))
     schedule = {}
     if lr_factor is not None:
         schedule["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, lr_factor)
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=parameters, config=config, **schedule
+        model=module, model_parameters=parameters, config=ds_config, **schedule
     )
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         # At its floor DeepSpeed would raise on every rank; the loop counts skipped steps instead.

@@ -15,8 +15,6 @@ from typing import Any
 
 from ds_classifier import distributed, files
 
-QUARTILE_SUFFIXES = ("", "_q0", "_q1", "_q2", "_q3")
-
 
 class RunLogger:
     """Writes on rank 0; the other ranks' calls do nothing.
@@ -93,9 +91,9 @@ def _finite(value: Any) -> Any:
 
 _QUARTILE_HEADS = "  q0  q1  q2  q3"
 CONSOLE_HEADER = (
-    f"{'step':>7} {'eta':>8} {'loss':>6}   q0   q1   q2   q3 "
+    f"{'step':>6} {'eta':>8} {'loss':>6}{_QUARTILE_HEADS} "
     f"{'acc@1':>5}{_QUARTILE_HEADS} {'acc@5':>5}{_QUARTILE_HEADS} "
-    f"{'gnorm':>6} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
+    f"{'gnorm':>5} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
 )
 
 
@@ -108,19 +106,27 @@ def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) 
             return "-".rjust(width)
         return f"{scale * value:{width}.{decimals}f}"
 
-    def quartiles(name: str, scale: float, width: int, decimals: int) -> str:
-        return "".join(cell(name + s, scale, width, decimals) for s in QUARTILE_SUFFIXES[1:])
+    def accuracies(name: str) -> str:
+        parts = [cell(f"{name}_q{q}", 100, 4, 0) for q in range(4)]
+        return cell(name, 100, 5, 1) + "".join(parts)
 
-    lg_scale = f"2^{row['lg_loss_scale']:g}"
+    losses = "".join(_short(row.get(f"train_loss_q{q}")).rjust(4) for q in range(4))
+    lg_scale = f"2^{row['lg_loss_scale']:g}" if row["lg_loss_scale"] else "-"
     return (
-        f"{row['step']:>7} {duration(eta_seconds):>8} "
-        f"{cell('train_loss', 1, 6, 3)}{quartiles('train_loss', 1, 5, 2)} "
-        f"{cell('train_acc@1', 100, 5, 1)}{quartiles('train_acc@1', 100, 4, 0)} "
-        f"{cell('train_acc@5', 100, 5, 1)}{quartiles('train_acc@5', 100, 4, 0)} "
-        f"{cell('grad_norm', 1, 6, 2)} {row['lr']:7.1e} {lg_scale:>5} "
+        f"{row['step']:>6} {duration(eta_seconds):>8} "
+        f"{cell('train_loss', 1, 6, 3)}{losses} "
+        f"{accuracies('train_acc@1')} {accuracies('train_acc@5')} "
+        f"{cell('grad_norm', 1, 5, 2)} {row['lr']:7.1e} {lg_scale:>5} "
         f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
         f"{memory_bytes / 2**30:4.1f}G"
     )
+
+
+def _short(value: float | None) -> str:
+    """A loss in three characters: .03, 2.3."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.2f}"[1:] if value < 0.995 else f"{value:.1f}"
 
 
 def duration(seconds: float) -> str:
@@ -135,7 +141,7 @@ def validation_line(row: dict[str, Any]) -> str:
     quartiles = [row.get(f"val_acc@1_q{q}") for q in range(4)]
     accuracies = " ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
     return (
-        f"{row['step']:>7} validation: loss {row['val_loss']:.3f}, "
+        f"{row['step']:>6} validation: loss {row['val_loss']:.3f}, "
         f"acc@1 {100 * row['val_acc@1']:.1f} % (quartiles of t {accuracies}; "
         f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %"
     )

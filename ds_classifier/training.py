@@ -193,7 +193,7 @@ class SkippedSteps:
         if count:
             steps = "1 step" if count == 1 else f"{count} steps"
             scale = f"; loss scale {engines.loss_scale(engine):g}" if engine.fp16_enabled() else ""
-            distributed.say(f"{'':>7} {steps} skipped: the gradient was not finite{scale}")
+            distributed.say(f"{'':>6} {steps} skipped: the gradient was not finite{scale}")
 
 
 class BadSamples:
@@ -226,9 +226,13 @@ class BadSamples:
 
     def total(self) -> int:
         """All ranks' so far; every rank must call it."""
-        new = torch.tensor(self._new, device=self._device)
-        self._known += int(distributed.all_reduce_sum(new))
-        self._new = 0
+        new = int(distributed.all_reduce_sum(torch.tensor(self._new, device=self._device)))
+        self._known, self._new = self._known + new, 0
+        if new:
+            distributed.say(
+                f"{'':>6} {new} samples could not be decoded ({self._known} so far); listed in "
+                f"{self._run_dir}/bad_samples.rank*.jsonl"
+            )
         return self._known
 
     def check(self, samples: int) -> None:

@@ -10,10 +10,6 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier.data.convert import FORMATS, Store, convert, merge
-from ds_classifier.data.shards import Manifest, open_shards, verify
-from ds_classifier.data.sources import open_source
-
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
@@ -57,8 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--form",
-        choices=FORMATS,
-        default="jpg",
+        choices=["jpg", "png"],
         help="of halved pictures: png, the very pixels, or jpg, quality 95 without chroma "
         "subsampling, a third of the size [jpg]",
     )
@@ -117,19 +112,27 @@ def _convert(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: got {value}; need at least 1")
+    if arguments.form and not arguments.image_size:
+        raise ValueError(
+            f"--form: got {arguments.form} without --image_size; need the size that pictures are "
+            "halved for; without it they are stored untouched"
+        )
+    from ds_classifier.data.convert import Store, convert
+    from ds_classifier.data.sources import open_source
+
     source = open_source(arguments.source, arguments.val, arguments.val_labels)
     with _Progress() as progress:
         manifests = convert(
             source,
             arguments.out,
-            store=Store(arguments.image_size, arguments.form),
+            store=Store(arguments.image_size, arguments.form or "jpg"),
             workers=arguments.workers,
             part=arguments.part,
             samples_per_shard=arguments.samples_per_shard,
             shuffle_seed=arguments.shuffle_seed,
             progress=progress,
         )
-    if arguments.part[1] > 1:
+    if arguments.part[1] > 1 and None in manifests.values():
         i, n = arguments.part
         print(f"part {i} of {n} is written; when all are: make_shards.py merge {arguments.out}")
         return 0
@@ -139,15 +142,20 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    from ds_classifier.data.convert import merge
+    from ds_classifier.data.shards import open_shards
+
     merged = merge(arguments.out)
     if not merged:
-        raise ValueError(f"OUT: got {arguments.out}, where no part of a conversion lies")
+        raise ValueError(f"OUT: got {arguments.out}, where no part of a conversion is left")
     for split in merged:
         _describe(arguments.out / split, open_shards(arguments.out / split).manifest)
     return 0
 
 
-def _describe(folder: Path, manifest: Manifest) -> None:
+def _describe(folder: Path, manifest) -> None:
+    from ds_classifier.data.convert import Store
+
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     store = Store(manifest.image_size, manifest.form)
     print(
@@ -162,6 +170,8 @@ def _describe(folder: Path, manifest: Manifest) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from ds_classifier.data.shards import verify
+
     damaged = False
     for folder in arguments.folder:
         with _Progress() as progress:

@@ -25,6 +25,7 @@ def main() -> int:
     print("1. shards of the 1,797 handwritten digits that scikit-learn carries", flush=True)
     if code := call([sys.executable, ROOT / "launch/make_shards.py", "convert", "digits", DATA]):
         return code
+    trained_before = (RUN / "DONE").exists()
     config, why, ranks = choose_config()
     print(f"2. training on {ranks} ranks with ds_configs/{config} ({why})", flush=True)
     began = time.monotonic()
@@ -34,7 +35,11 @@ def main() -> int:
     print("3. the classifier as guided-diffusion's file", flush=True)
     if code := call([sys.executable, ROOT / "launch/export.py", RUN]):
         return code
-    report(minutes)
+    if trained_before:
+        print(f"trained before; to train again: rm -r {RUN}")
+    else:
+        print(f"trained in {minutes:.1f} minutes, start-up included")
+    report()
     return 0
 
 
@@ -81,18 +86,19 @@ def call(command: list[object]) -> int:
     return code
 
 
-def report(minutes: float) -> None:
+def report() -> None:
+    """Accuracies of the last validation, and where things lie."""
     rows = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
     row = next(row for row in reversed(rows) if "val_acc@1" in row)
     quartiles = ", ".join(f"{100 * row[f'val_acc@1_q{q}']:.0f}" for q in range(4))
-    print(f"done in {minutes:.1f} minutes of training, start-up included")
     print(
         f"  held-out accuracy   {100 * row['val_acc@1_t0']:.1f} % on (almost) clean digits, t = 0"
     )
     print(f"                      {100 * row['val_acc@1']:.1f} % over all noise levels")
     print(f"                      {quartiles} % by quartile of t, from little noise to nearly all")
     print(f"  weights             {RUN}/export/")
-    print(f"  curves              {RUN}/progress.csv, log.jsonl; tensorboard --logdir {RUN}/tb")
+    print(f"  curves              {RUN}/progress.csv, log.jsonl, and tb/ for TensorBoard")
+    print("  next                . .venv/bin/activate, then the commands of the README")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,10 +24,7 @@ from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import is_url, open_remote
-from ds_classifier.ds_config import Resolved, read_ds_config, resolve
-
-# What of the JSON shapes the training; precision, ZeRO and micro-batch may change on resume.
-SHAPING_KEYS = ("gradient_clipping", "optimizer", "scheduler")
+from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
 
@@ -49,8 +47,8 @@ def run(command: CommandLine) -> int:
     world_size = distributed.world_size()
     if command.settings.expect_world not in (0, world_size):
         raise ValueError(
-            f"--expect_world: got {world_size} ranks; need {command.settings.expect_world}; do: "
-            "look at the hostfile's path, which the launcher forgives if it is wrong"
+            f"--expect_world: got world size {world_size}; need {command.settings.expect_world}; "
+            "do: look at the hostfile's path, which the launcher forgives if it is wrong"
         )
     resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
     shards, val_shards, resolved = open_data(resolved)
@@ -124,15 +122,10 @@ def train_on(
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
     torch.manual_seed(settings.seed)
     classifier = create_classifier(**settings.model_kwargs())
+    parameters = sum(p.numel() for p in classifier.parameters())
+    ds_config = fill_bucket_sizes(ds_config, parameters)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
     device = distributed.init()
-    finished = distributed.on_rank_0(lambda: read_done(run_dir), device)
-    if finished is not None:
-        distributed.say(
-            f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
-        )
-        distributed.finish()
-        return 0
     check_ranks(ds_config, shards, val_shards, device)
     sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
 
@@ -141,15 +134,22 @@ def train_on(
         "settings": dataclasses.asdict(settings),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,
-        "deepspeed": {key: ds_config.get(key) for key in SHAPING_KEYS},
+        "deepspeed": resolved.shaping,
     }
     if state is not None:
         refuse_changes(state, settings, facts)
+    finished = distributed.on_rank_0(lambda: read_done(run_dir), device)
+    if finished is not None:
+        distributed.say(
+            f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
+        )
+        distributed.finish()
+        return 0
     origin = f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"
     if state is None and settings.init_from:
         source = Path(settings.init_from)
         origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
-    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved), device)
+    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config), device)
 
     module = NoisedClassifier(classifier, diffusion)
     factor = None
@@ -252,7 +252,6 @@ def constant(step: int) -> float:
 
 def quiet_libraries() -> None:
     """Keep off the screen what no user can act on."""
-    import os
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -295,20 +294,32 @@ def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
         raise ValueError(
             f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
             + "\n  ".join(changes)
-            + "\ndo: give the settings as they were, or choose another --run_dir"
+            + "\ndo: give the settings as they were, or choose another --run_dir (with --init_from "
+            "to start it from these weights)"
         )
 
 
-def write_run_files(run_dir: Path, resolved: Resolved) -> None:
+def write_run_files(run_dir: Path, resolved: Resolved, ds_config: dict) -> None:
     """What this start of the run was made of: settings, JSON, environment, command."""
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(resolved.settings)
     (run_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (run_dir / "deepspeed.json").write_text(json.dumps(resolved.ds_config, indent=1) + "\n")
+    (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     (run_dir / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
-    command = shlex.join([sys.executable, *sys.argv])
     with open(run_dir / "command.sh", "a") as file:
-        file.write(f"# {resolved.batch.world_size} ranks\n{command}\n")
+        file.write(launched_as(resolved.batch.world_size))
+
+
+def launched_as(world_size: int) -> str:
+    """Shell lines that start the run again; several nodes need their hostfile added."""
+    arguments = [word for word in sys.argv if not word.startswith("--local_rank")]
+    launcher = [sys.executable]
+    if "LOCAL_RANK" in os.environ and world_size > 1:
+        launcher = ["deepspeed", "--num_gpus", str(distributed.local_world_size())]
+        if world_size > distributed.local_world_size():
+            launcher = ["deepspeed", "--hostfile", "HOSTS"]
+    folder = shlex.quote(os.getcwd())
+    return f"# world size {world_size}\ncd {folder}\n{shlex.join([*launcher, *arguments])}\n"
 
 
 def environment() -> dict[str, object]:

@@ -212,6 +212,8 @@ def test_the_command_line_of_parts(many, tmp_path):
     assert "120 pictures of 6 classes in 3 shards" in done.output
     assert "halved for 8 px, jpg" in done.output
     assert run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path).code == 2
+    done = run_python(MAKE_SHARDS, "convert", many, "o", "--form", "png", cwd=tmp_path)
+    assert (done.code, "without --image_size" in done.output) == (2, True)
     done = run_python(MAKE_SHARDS, "convert", many, "o", "--part", "2/2", cwd=tmp_path)
     assert done.code == 2
     assert "'2/2'" in done.output
