@@ -21,7 +21,9 @@ TINY = shlex.split(
 CLOCKS = ("images_per_sec", "data_wait_frac", "val_seconds")
 
 
-def train(ranks, config, digits, run, *flags, script=TRACED, environment=(), expect=0):
+def train(
+    ranks, config, digits, run, *flags, script=TRACED, environment=(), expect=0, launcher=False
+):
     """Train the tiny classifier on the digits; returns the finished command."""
     os.environ.update(environment)
     try:
@@ -36,6 +38,7 @@ def train(ranks, config, digits, run, *flags, script=TRACED, environment=(), exp
             *TINY,
             *flags,
             script=script,
+            launcher=launcher,
             cwd=run.parent,
         )
     finally:
@@ -120,10 +123,11 @@ def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
         *flags,
         environment=(extra | {"KILL_AT": "18:0"}).items(),
         expect=247,
+        launcher=True,
     )
     assert (killed / "checkpoints" / "latest").read_text() == "step-00000015\n"
     assert not (killed / "DONE").exists()
-    done = train(2, config, digits, killed, *flags, environment=extra.items())
+    done = train(2, config, digits, killed, *flags, environment=extra.items(), launcher=True)
     assert "checkpoints/step-00000015, step 15" in done.output
     assert_same_state(
         golden / "checkpoints" / "step-00000030", killed / "checkpoints" / "step-00000030"
@@ -142,15 +146,22 @@ def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
     golden, stopped = tmp_path / "golden", tmp_path / "stopped"
     train(2, "zero1_fp32", digits, golden, *flags)
     done = train(
-        2, "zero1_fp32", digits, stopped, *flags, environment={"TERM_AT": "7:1"}.items(), expect=75
+        2,
+        "zero1_fp32",
+        digits,
+        stopped,
+        *flags,
+        environment={"TERM_AT": "7:1"}.items(),
+        expect=75,
+        launcher=True,
     )
     assert "stopped on request after step 8" in done.output
-    train(2, "zero1_fp32", digits, stopped, *flags)
+    train(2, "zero1_fp32", digits, stopped, *flags, launcher=True)
     assert_same_state(
         golden / "checkpoints" / "step-00000020", stopped / "checkpoints" / "step-00000020"
     )
     assert (stopped / "DONE").read_text() == "step 20\n"
-    again = train(2, "zero1_fp32", digits, stopped, *flags)
+    again = train(2, "zero1_fp32", digits, stopped, *flags, launcher=True)
     assert "is finished (step 20)" in again.output
     changed = train(1, "zero1_fp32", digits, stopped, *flags, "--lr", "2e-3", expect=2)
     assert "lr: 0.001 in the checkpoint, 0.002 now" in changed.output
@@ -163,7 +174,14 @@ def test_world_size_precision_and_stage_may_change(digits, tmp_path):
     trace = {"TRACE": str(tmp_path / "trace")}
     train(1, "zero1_fp32", digits, golden, *flags)
     train(
-        2, "zero1_fp32", digits, moved, *flags, environment={"KILL_AT": "10:1"}.items(), expect=247
+        2,
+        "zero1_fp32",
+        digits,
+        moved,
+        *flags,
+        environment={"KILL_AT": "10:1"}.items(),
+        expect=247,
+        launcher=True,
     )
     done = train(1, "zero2_bf16", digits, moved, *flags, environment=trace.items())
     assert "step-00000008, step 8" in done.output
@@ -245,7 +263,7 @@ def test_clean_pictures_with_the_references_anneal(digits, tmp_path):
 def test_the_screen_of_a_run(digits, tmp_path):
     """Nothing is printed that a user cannot act on, and every line fits 120 columns."""
     flags = ["--global_batch", "16", "--iterations", "4", "--val_data_dir", digits / "val"]
-    done = train(2, "zero2_bf16", digits, tmp_path / "run", *flags, script=TRAIN)
+    done = train(2, "zero2_bf16", digits, tmp_path / "run", *flags, script=TRAIN, launcher=True)
     kinds = ["classifier", "data", "batch", "engine", "start", "run", "step"]
     for line, kind in zip(done.lines, kinds, strict=False):
         assert line.split()[0] == kind
@@ -361,7 +379,15 @@ def test_bad_input_is_one_clear_message(case, digits, tmp_path):
 
 def test_a_world_that_does_not_divide_the_batch_is_told_once(digits, tmp_path):
     done = train(
-        2, "zero2_bf16", digits, tmp_path / "run", "--global_batch", "9", script=TRAIN, expect=2
+        2,
+        "zero2_bf16",
+        digits,
+        tmp_path / "run",
+        "--global_batch",
+        "9",
+        script=TRAIN,
+        expect=2,
+        launcher=True,
     )
     errors = [line for line in done.lines if line.startswith("error:")]
     assert len(errors) == 1

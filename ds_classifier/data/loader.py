@@ -179,9 +179,11 @@ def create_loader(
 @atexit.register
 def _end_workers() -> None:
     """Deaf workers would not hear multiprocessing's own request to end with this process."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each as an accident
+    for worker in workers:
+        worker.kill()
 
 
 def _as_is(batch: Batch) -> Batch:
