@@ -20,6 +20,8 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 import numpy as np
 
+from ds_classifier.config import Settings
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.split(":")[0] + ".")
@@ -149,15 +151,15 @@ def _plain(source, size: int, count: int) -> Callable[[], int]:
 
 def _from_shards(folder: Path, size: int, count: int) -> Callable[[], int]:
     from ds_classifier.data.loader import ShardDataset
-    from ds_classifier.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
+    from ds_classifier.data.order import SampleOrder
     from ds_classifier.data.shards import open_shards
 
     shards = open_shards(folder)
     order = SampleOrder(
         [shard.samples for shard in shards.manifest.shards],
         seed=0,
-        lanes=DEFAULT_LANES,
-        block=DEFAULT_BLOCK,
+        lanes=Settings().lanes,
+        block=Settings().block,
     )
     dataset = ShardDataset(shards, image_size=size, order=order, random_crop=True, random_flip=True)
 
@@ -176,7 +178,7 @@ def _order(arguments: argparse.Namespace) -> list[dict]:
     """ImageNet in 1,024 shards, and a billion samples in 200,000."""
     import resource
 
-    from ds_classifier.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
+    from ds_classifier.data.order import SampleOrder
 
     rows = []
     for samples, count in ((1_281_167, 1024), (1_000_000_000, 200_000)):
@@ -185,7 +187,7 @@ def _order(arguments: argparse.Namespace) -> list[dict]:
         open_s, seek_s, batch_s = [], [], []
         for repeat in range(arguments.repeats):
             began = time.perf_counter()
-            order = SampleOrder(sizes, seed=repeat, lanes=DEFAULT_LANES, block=DEFAULT_BLOCK)
+            order = SampleOrder(sizes, seed=repeat, lanes=Settings().lanes, block=Settings().block)
             opened = time.perf_counter()
             order.samples(samples // 2 + np.arange(256))
             sought = time.perf_counter()

@@ -36,7 +36,6 @@ from ds_classifier.data.shards import (
 from ds_classifier.keyed_random import permutation, stream_key
 
 PLAN = "plan.json"
-FORMATS = ("jpg", "png")
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 

@@ -1,6 +1,6 @@
 """ImageNet as it is handed out: tars read in place by offset, and the labels of its validation.
 
-    ILSVRC2012_img_train.tar       nXXXXXXXX.tar, one a class (a WordNet id), with its pictures
+    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one a class (a WordNet id), with its pictures
     ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ..., without classes
     ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (not in the order of the
                                    sorted WNIDs); data/ILSVRC2012_validation_ground_truth.txt: line

@@ -24,9 +24,6 @@ import numpy as np
 
 from ds_classifier.keyed_random import fold, permutation, stream_key
 
-DEFAULT_LANES = 64
-DEFAULT_BLOCK = 4096
-
 
 class SampleOrder:
     """Maps positions of the training stream to samples, numbered shard after shard.
