@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,12 @@ class Settings:
     )
     random_crop: bool = _setting(True, "data", "random crops of 80 to 100 %% of the short side")
     random_flip: bool = _setting(True, "data", "mirror half of the training pictures")
-    lanes: int = _setting(64, "data", "places of the data set read side by side; see order.py")
-    block: int = _setting(4096, "data", "samples of a lane shuffled together")
+    lanes: int = _setting(
+        64, "data", "places of the data set read side by side, at most one a shard; see order.py"
+    )
+    shuffle_shards: str = _setting(
+        "1", "data", "shards of a lane shuffled together, or: lane, all of them (class-sorted data)"
+    )
     workers: int = _setting(-1, "data", "loader processes a rank (default: by cores)", fixed=False)
     max_bad_samples: int = _setting(
         100, "data", "undecodable samples an epoch after which training stops", fixed=False
@@ -128,6 +133,15 @@ class Settings:
     expect_world: int = _setting(
         0, "run", "ranks there must be, since the launcher forgives a wrong hostfile", fixed=False
     )
+
+    def order_kwargs(self) -> dict[str, Any]:
+        """The keywords of `data.order.SampleOrder`, but for the shards."""
+        lane = self.shuffle_shards == "lane"
+        return dict(
+            seed=self.seed,
+            lanes=self.lanes,
+            shuffle_shards=None if lane else int(self.shuffle_shards),
+        )
 
     def model_kwargs(self) -> dict[str, Any]:
         """The keywords of `model.create_classifier`."""
@@ -324,7 +338,6 @@ def check_settings(settings: Settings) -> list[str]:
         eval_interval=1,
         keep_last=1,
         lanes=1,
-        block=1,
         max_bad_samples=0,
         cache_gb=0,
         max_skipped_steps=1,
@@ -336,6 +349,12 @@ def check_settings(settings: Settings) -> list[str]:
     for name, minimum in least.items():
         if getattr(settings, name) < minimum:
             problems.append(f"--{name}: got {getattr(settings, name)}; need at least {minimum}")
+    if settings.shuffle_shards != "lane" and not re.fullmatch(
+        "[1-9][0-9]*", settings.shuffle_shards
+    ):
+        problems.append(
+            f"--shuffle_shards: got {settings.shuffle_shards!r}; need a number from 1, or lane"
+        )
     if not settings.lr > 0:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:

@@ -56,7 +56,9 @@ def train_step(
         engine.step()
         losses = losses.detach()
         meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
-        seen.append(torch.stack([t.float(), losses.masked_fill(batch.weights == 0, math.nan)]))
+        if sampler.needs_losses:
+            losses = losses.masked_fill(batch.weights == 0, math.nan)
+            seen.append(torch.stack([v.double() for v in (batch.positions, t, losses)]))
     update_sampler(sampler, seen)
     return bad, waited
 
@@ -65,9 +67,10 @@ def update_sampler(sampler, seen: list[torch.Tensor]) -> None:
     """Show the timestep sampler a step's (t, loss) of all ranks, by position."""
     if not sampler.needs_losses:
         return
-    everyone = distributed.all_gather(torch.stack(seen))  # [W, accumulation, 2, micro-batch]
-    t, losses = everyone.permute(2, 1, 3, 0).flatten(1)  # position = step, micro-step, place, rank
-    sampler.update(t.long(), losses)
+    everyone = distributed.all_gather(torch.stack(seen))  # [W, accumulation, 3, micro-batch]
+    positions, t, losses = everyone.transpose(0, 2).flatten(1)  # exact in fp64 up to 2^53
+    by_position = positions.argsort()
+    sampler.update(t[by_position].long(), losses[by_position].float())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Measure this machine: `python launch/benchmark.py data PICTURES`, `... order`.
+"""Measure this machine: `python launch/benchmark.py data PICTURES`, `... order`, `... cache`.
 
 Every figure is the median of several repeats; what is compared is interleaved, so that a machine
 whose speed drifts still gives ratios. Prints a table; --json FILE keeps the numbers.
@@ -35,6 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=_data)
     command = commands.add_parser("order", help="time and memory of the sample order")
     command.set_defaults(run=_order)
+    command = commands.add_parser(
+        "cache", help="simulate an epoch of ImageNet from afar: what a node's cache must hold"
+    )
+    command.add_argument("--lanes", type=int, nargs="+", default=[16, Settings().lanes, 256])
+    command.add_argument("--shuffle_shards", nargs="+", default=["1", "4"])
+    command.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="8 a node")
+    command.set_defaults(run=_cache)
     for command in commands.choices.values():
         command.add_argument("--repeats", type=int, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -156,10 +163,7 @@ def _from_shards(folder: Path, size: int, count: int) -> Callable[[], int]:
 
     shards = open_shards(folder)
     order = SampleOrder(
-        [shard.samples for shard in shards.manifest.shards],
-        seed=0,
-        lanes=Settings().lanes,
-        block=Settings().block,
+        [shard.samples for shard in shards.manifest.shards], **Settings().order_kwargs()
     )
     dataset = ShardDataset(shards, image_size=size, order=order, random_crop=True, random_flip=True)
 
@@ -187,7 +191,7 @@ def _order(arguments: argparse.Namespace) -> list[dict]:
         open_s, seek_s, batch_s = [], [], []
         for repeat in range(arguments.repeats):
             began = time.perf_counter()
-            order = SampleOrder(sizes, seed=repeat, lanes=Settings().lanes, block=Settings().block)
+            order = SampleOrder(sizes, **Settings(seed=repeat).order_kwargs())
             opened = time.perf_counter()
             order.samples(samples // 2 + np.arange(256))
             sought = time.perf_counter()
@@ -208,6 +212,75 @@ def _order(arguments: argparse.Namespace) -> list[dict]:
             }
         )
     return rows
+
+
+# ---------------------------------------------------------------------------------------- cache
+
+IMAGENET = dict(samples=1_281_167, shards=1024, gigabytes=138.0, global_batch=1024)
+
+
+def _cache(arguments: argparse.Namespace) -> list[dict]:
+    """A node's shards over an epoch: most read side by side, and how many it downloads.
+
+    Nothing is downloaded: the positions of a node's 8 ranks are followed through the order. Where
+    there are several nodes, four of them stand for all.
+    """
+    from ds_classifier.data.order import SampleOrder
+
+    samples, count = IMAGENET["samples"], IMAGENET["shards"]
+    sizes = np.diff(np.arange(count + 1) * samples // count)
+    gigabytes = IMAGENET["gigabytes"] / count
+    rows = []
+    for lanes in arguments.lanes:
+        for blocks in arguments.shuffle_shards:
+            settings = Settings(lanes=lanes, shuffle_shards=blocks)
+            order = SampleOrder(sizes, **settings.order_kwargs())
+            for ranks in arguments.ranks:
+                nodes = ranks // 8
+                some = sorted({node * nodes // 4 for node in range(4)})
+                followed = [_follow(order, np.cumsum(sizes), node, nodes) for node in some]
+                peak = max(most for most, _ in followed)
+                fetched = statistics.mean(visits for _, visits in followed)
+                rows.append(
+                    {
+                        "lanes": lanes,
+                        "shuffle_shards": blocks,
+                        "ranks": ranks,
+                        "shards side by side": peak,
+                        "GB": peak * gigabytes,
+                        "GB downloaded a node": fetched * gigabytes,
+                        "of the data over nodes": fetched * nodes / count,
+                    }
+                )
+    return rows
+
+
+def _follow(order, ends: np.ndarray, node: int, nodes: int) -> tuple[int, int]:
+    """The most shards a node reads side by side in an epoch, and how often it begins with one.
+
+    ends: [shards] one past each one's last sample. The node has ended with a shard when a tenth of
+    an epoch passes without it.
+    """
+    from ds_classifier.data.order import share_of_rank
+
+    batch, samples = IMAGENET["global_batch"], IMAGENET["samples"]
+    began, last, visits = {}, {}, []
+    steps = samples // batch
+    for step in range(steps):
+        # A node's ranks lie side by side, and so do their shares.
+        positions = share_of_rank(order, step, global_batch=batch, rank=node, world_size=nodes)
+        read = np.searchsorted(ends, order.samples(positions), side="right")
+        for shard in np.unique(read).tolist():
+            if shard in last and step - last[shard] > steps // 10:
+                visits.append((began.pop(shard), last[shard]))
+            began.setdefault(shard, step)
+            last[shard] = step
+    visits += [(first, last[shard]) for shard, first in began.items()]
+    change = np.zeros(steps + 1, dtype=int)
+    for first, end in visits:
+        change[first] += 1
+        change[end + 1] -= 1
+    return int(np.cumsum(change).max()), len(visits)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, open_shards
-from ds_classifier.data.store import is_url, open_remote
+from ds_classifier.data.store import RemoteShardSet, is_url, open_remote
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
@@ -160,7 +160,7 @@ def train_on(
         checkpoint.load(found, state, engine=engine, sampler=sampler)
     first_step = engine.global_steps
 
-    loader, val_loader = create_loaders(resolved, shards, val_shards, first_step)
+    loader, val_loader = create_loaders(resolved, shards, val_shards, first_step, device)
     announce(resolved, shards, val_shards, run_dir, origin, engine)
 
     bad_samples = BadSamples(
@@ -363,7 +363,7 @@ def environment() -> dict[str, object]:
 
 
 def create_loaders(
-    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, first_step: int
+    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, first_step: int, device
 ):
     """This rank's training batches from a step on, and the validation batches if there are any."""
     from ds_classifier.data.loader import (
@@ -382,26 +382,26 @@ def create_loaders(
         workers = default_workers(distributed.local_world_size())
     pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
     order = SampleOrder(
-        [shard.samples for shard in shards.manifest.shards],
-        seed=settings.seed,
-        lanes=settings.lanes,
-        block=settings.block,
-    )
-    dataset = ShardDataset(
-        shards,
-        order=order,
-        seed=settings.seed,
-        random_crop=settings.random_crop,
-        random_flip=settings.random_flip,
-        **pixels,
+        [shard.samples for shard in shards.manifest.shards], **settings.order_kwargs()
     )
     positions = TrainingPositions(
+        order,
         first_step=first_step,
         steps=settings.iterations,
         global_batch=batch.total,
         micro_batch=batch.micro,
         rank=rank,
         world_size=world_size,
+    )
+    distributed.raise_together(cache_problem(resolved, shards, order, first_step), device)
+    dataset = ShardDataset(
+        shards,
+        order=order,
+        batches=positions,
+        seed=settings.seed,
+        random_crop=settings.random_crop,
+        random_flip=settings.random_flip,
+        **pixels,
     )
     loader = create_loader(dataset, positions, workers=workers)
     if val_shards is None:
@@ -410,7 +410,34 @@ def create_loaders(
         val_shards.manifest.samples, batch=batch.micro, rank=rank, world_size=world_size
     )
     return loader, create_loader(
-        ShardDataset(val_shards, **pixels), val_positions, workers=min(workers, 1)
+        ShardDataset(val_shards, batches=val_positions, **pixels),
+        val_positions,
+        workers=min(workers, 1),
+    )
+
+
+def cache_problem(resolved: Resolved, shards: ShardSet, order, first_step: int) -> str | None:
+    """Why this node's cache cannot hold the shards that it reads side by side, or None."""
+    from ds_classifier.data.order import node_shards
+
+    settings, batch = resolved.settings, resolved.batch
+    if not isinstance(shards, RemoteShardSet) or not settings.cache_gb:
+        return None
+    first = distributed.rank() - distributed.local_rank()
+    side_by_side = node_shards(
+        order,
+        first_step,
+        global_batch=batch.total,
+        ranks=range(first, first + distributed.local_world_size()),
+        world_size=batch.world_size,
+    )
+    need = sum(shards.manifest.shards[shard].bytes for shard in side_by_side) / 1e9
+    if need <= settings.cache_gb:
+        return None
+    return (
+        f"--cache_gb: got {settings.cache_gb:g}; need at least {need:.3g} for the "
+        f"{len(side_by_side)} shards that a node reads side by side, better twice that; do: raise "
+        "it, or lower --lanes"
     )
 
 

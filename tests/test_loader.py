@@ -27,11 +27,14 @@ GLOBAL_BATCH = 12
 
 def training_loader(split, *, rank=0, world_size=1, micro=GLOBAL_BATCH, first=0, last=6, workers=0):
     shards = open_shards(split)
-    order = SampleOrder([s.samples for s in shards.manifest.shards], seed=4, lanes=8, block=16)
+    order = SampleOrder(
+        [s.samples for s in shards.manifest.shards], seed=4, lanes=8, shuffle_shards=1
+    )
     dataset = ShardDataset(
         shards, image_size=16, order=order, seed=4, random_crop=True, random_flip=True
     )
     positions = TrainingPositions(
+        order,
         first_step=first,
         steps=last,
         global_batch=GLOBAL_BATCH,
@@ -82,10 +85,10 @@ def test_resuming_gives_the_suffix_on_other_ranks_too(digits):
 
 def test_each_epoch_trains_on_every_picture_once(digits):
     shards = open_shards(digits / "val")
-    order = SampleOrder([360], seed=0, lanes=8, block=16)
+    order = SampleOrder([360], seed=0, lanes=8, shuffle_shards=1)
     dataset = ShardDataset(shards, image_size=8, order=order)
     positions = TrainingPositions(
-        first_step=0, steps=60, global_batch=12, micro_batch=12, rank=0, world_size=1
+        order, first_step=0, steps=60, global_batch=12, micro_batch=12, rank=0, world_size=1
     )
     seen = [batch.images for batch in create_loader(dataset, positions, workers=2)]
     plain = ShardDataset(shards, image_size=8)[np.arange(360)].images

@@ -1,23 +1,50 @@
 """The sample order: permutations, independence of ranks and batches, and that it never changes."""
 
+import itertools
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_classifier.data.order import SampleOrder, micro_batch_positions
+from ds_classifier.data.order import OPEN_LIMIT, SampleOrder, node_shards, share_of_rank
+from ds_classifier.keyed_random import fold, permutation, stream_key
 
 layouts = st.fixed_dictionaries(
     {
         "shard_samples": st.lists(st.integers(1, 30), min_size=1, max_size=12),
         "seed": st.integers(0, 2**40),
-        "lanes": st.integers(1, 40),
-        "block": st.integers(1, 50),
+        "lanes": st.integers(1, 15),
+        "shuffle_shards": st.none() | st.integers(1, 14),
     }
 )
+
+
+def by_hand(shard_samples, seed, lanes, shuffle_shards, epoch):
+    """An epoch's order by the five steps of order.py, with lists."""
+    names = [[(s, i) for i in range(n)] for s, n in enumerate(shard_samples)]
+    order = permutation(len(names), fold(stream_key(seed, "order/shards"), epoch))
+    stream = [(place, name) for place, s in enumerate(order) for name in names[s]]
+    lanes = min(lanes, len(names))
+    length, extra = divmod(len(stream), lanes)
+    read, start = [], 0
+    for lane in range(lanes):
+        end = start + length + (lane < extra)
+        mine = []
+        for _, block in itertools.groupby(
+            range(start, end), lambda v: stream[v][0] // (shuffle_shards or len(names))
+        ):
+            block = list(block)
+            key = fold(fold(stream_key(seed, "order/blocks"), epoch), block[0])
+            mine += [stream[block[i]][1] for i in permutation(len(block), key)]
+        read.append(mine)
+        start = end
+    first = np.cumsum([0, *shard_samples])
+    turns = itertools.zip_longest(*read)
+    return [int(first[name[0]]) + name[1] for turn in turns for name in turn if name]
 
 
 @given(layout=layouts, epoch=st.integers(0, 10**6))
@@ -26,6 +53,13 @@ def test_each_epoch_is_a_permutation(layout, epoch):
     n = order.num_samples
     samples = order.samples(np.arange(epoch * n, (epoch + 1) * n))
     assert sorted(samples.tolist()) == list(range(n))
+
+
+@given(layout=layouts, epoch=st.integers(0, 5))
+def test_the_five_steps_by_hand(layout, epoch):
+    order = SampleOrder(**layout)
+    positions = epoch * order.num_samples + np.arange(order.num_samples)
+    assert order.samples(positions).tolist() == by_hand(**layout, epoch=epoch)
 
 
 @given(layout=layouts, start=st.integers(0, 10**5), length=st.integers(1, 80))
@@ -40,51 +74,78 @@ def test_any_position_can_be_asked_for_alone(layout, start, length):
 
 
 @given(
-    micro=st.integers(1, 5),
-    accumulation=st.integers(1, 4),
+    layout=layouts,
+    share=st.integers(1, 12),
     world_size=st.integers(1, 6),
     step=st.integers(0, 1000),
 )
-def test_ranks_and_micro_batches_share_out_the_global_batch(micro, accumulation, world_size, step):
-    total = micro * accumulation * world_size
-    parts = [
-        micro_batch_positions(
-            step=step,
-            micro_step=m,
-            micro_batch=micro,
-            global_batch=total,
-            rank=r,
-            world_size=world_size,
-        )
+def test_ranks_share_out_the_global_batch_by_lane(layout, share, world_size, step):
+    order, total = SampleOrder(**layout), share * world_size
+    shares = [
+        share_of_rank(order, step, global_batch=total, rank=r, world_size=world_size)
         for r in range(world_size)
-        for m in range(accumulation)
     ]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(step * total, (step + 1) * total))
-    for r in range(world_size):
-        mine = np.concatenate(parts[r * accumulation : (r + 1) * accumulation])
-        assert (mine % world_size == r).all() or total % world_size
-        assert (np.diff(mine) > 0).all()
+    assert {len(positions) for positions in shares} == {share}
+    dealt = np.concatenate(shares)
+    assert sorted(dealt.tolist()) == list(range(step * total, (step + 1) * total))
+    assert (np.diff(order.lane(dealt)) >= 0).all()
+
+
+@given(layout=layouts, start=st.integers(0, 1000), length=st.integers(1, 300))
+def test_open_shards_are_those_that_may_be_read(layout, start, length):
+    order = SampleOrder(**layout)
+    positions = np.arange(start, start + length)
+    ends = np.cumsum(layout["shard_samples"])
+    read = np.searchsorted(ends, order.samples(positions), side="right").tolist()
+    announced = order.open_shards(positions)
+    assert len(set(announced)) == len(announced)
+    assert set(read) <= set(announced)
+    if layout["shuffle_shards"] == 1:  # then a block is in one shard, and all of them are read
+        assert announced == list(dict.fromkeys(read))
+
+
+@pytest.mark.parametrize(("nodes", "open_lanes"), [(1, 16), (2, 8), (16, 1), (32, 1)])
+def test_nodes_share_the_shards_out(nodes, open_lanes):
+    """A node of 4 ranks has as many shards open as it has lanes, and fetches few twice."""
+    order = SampleOrder([50] * 128, seed=3, lanes=16, shuffle_shards=1)
+    world_size = 4 * nodes
+    shape = dict(global_batch=world_size, world_size=world_size)
+    fetched, most = 0, 0
+    for node in range(nodes):
+        ranks, last = range(4 * node, 4 * node + 4), set()
+        for step in range(order.num_samples // world_size):
+            shares = [share_of_rank(order, step, rank=r, **shape) for r in ranks]
+            read = set((order.samples(np.concatenate(shares)) // 50).tolist())
+            window = set(node_shards(order, step, ranks=ranks, **shape))
+            assert read <= window
+            fetched += len(window - last)
+            most, last = max(most, len(window)), window
+    assert most <= 2 * open_lanes + 1  # at an edge between shards, both
+    if nodes <= 16:
+        assert fetched <= 1.1 * 128
+    else:
+        assert fetched <= 2.2 * 128  # two nodes read each lane
 
 
 def test_epochs_and_seeds_differ():
-    first = SampleOrder([50, 50], seed=0, lanes=4, block=10)
+    first = SampleOrder([50, 50], seed=0, lanes=4, shuffle_shards=1)
     epochs = first.samples(np.arange(300)).reshape(3, 100)
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-    other = SampleOrder([50, 50], seed=1, lanes=4, block=10)
+    other = SampleOrder([50, 50], seed=1, lanes=4, shuffle_shards=1)
     assert other.samples(np.arange(100)).tolist() != epochs[0].tolist()
 
 
 GOLDEN_ORDER = """
 import hashlib, numpy as np
 from ds_classifier.data.order import SampleOrder
-order = SampleOrder([300, 17, 1, 682], seed=11, lanes=16, block=20)
+order = SampleOrder([300, 17, 1, 682], seed=11, lanes=3, shuffle_shards=2)
 print(hashlib.sha256(order.samples(np.arange(2500)).astype("<i8").tobytes()).hexdigest())
 """
 
 
 def test_the_order_never_changes():
     """A change here would make every saved run continue on other data than it started on."""
-    expected = "619a40fdfed14c33924a8a338f5744c1ba3bda05f66fa73706d9cf66551bd1e5"
+    expected = "503310ce968df858f836d9a07c68a4244b0c021b4d4c72d5c00238ea0d794ac4"
     for hash_seed in ("0", "1"):
         done = subprocess.run(
             [sys.executable, "-c", GOLDEN_ORDER],
@@ -99,20 +160,46 @@ def test_the_order_never_changes():
 
 def test_a_lane_walks_through_its_shards_one_after_another():
     """Few shards are read at a time: lane 0's samples stay within its run of the shard order."""
-    order = SampleOrder([100] * 10, seed=0, lanes=5, block=25)
+    order = SampleOrder([100] * 10, seed=0, lanes=5, shuffle_shards=1)
     lane_0 = order.samples(np.arange(0, 1000, 5))  # 200 samples: two shards
     shards = lane_0 // 100
     assert len(set(shards.tolist())) == 2
     assert (np.diff(shards) != 0).sum() == 1  # the second begins when the first is read
 
 
+@pytest.mark.parametrize("shuffle_shards", [1, 4, None])
 @settings(deadline=None, max_examples=5)
-@given(seed=st.integers(0, 1000))
-def test_mixing_from_shuffled_shards(seed):
-    """Neighbours in the stream are no more alike in class than in a random order."""
-    n, classes = 8000, 20
-    labels = np.random.RandomState(seed).permutation(np.repeat(np.arange(classes), n // classes))
-    order = SampleOrder([500] * 16, seed=seed, lanes=64, block=4096)
+@given(seed=st.integers(0, 1000), sort=st.booleans())
+def test_neighbours_are_no_more_alike_than_in_a_random_order(shuffle_shards, seed, sort):
+    """Whether the shards are sorted by class or shuffled."""
+    n, classes = 16000, 100
+    labels = np.repeat(np.arange(classes), n // classes)
+    if not sort:
+        labels = np.random.RandomState(seed).permutation(labels)
+    order = SampleOrder([125] * 128, seed=seed, lanes=64, shuffle_shards=shuffle_shards)
     stream = labels[order.samples(np.arange(n))]
     alike = (stream[1:] == stream[:-1]).mean()
-    assert abs(alike - 1 / classes) < 4 * np.sqrt(1 / classes / n)
+    # Lanes read side by side lie in different shards: neighbours then share a class less often.
+    assert alike < 1 / classes + 4 * np.sqrt(1 / classes / n)
+
+
+def distinct_classes(shuffle_shards: int | None, seed: int) -> float:
+    """Classes in 64 batches of 64 of class-sorted shards, on average over them, of 64 possible."""
+    n, classes = 64 * 1024, 256
+    labels = np.repeat(np.arange(classes), n // classes)
+    order = SampleOrder([128] * 512, seed=seed, lanes=64, shuffle_shards=shuffle_shards)
+    stream = labels[order.samples(np.arange(64 * 64))]
+    return len(set(stream.tolist())) / classes
+
+
+def test_mixing_whole_lanes_brings_every_class_early():
+    """Of class-sorted shards the first sixteenth of an epoch shows all classes, as at random."""
+    chance = 1 - (1 - 1 / 256) ** (64 * 64)
+    assert distinct_classes(None, seed=0) == pytest.approx(chance, abs=0.02)
+    assert distinct_classes(1, seed=0) < 0.5
+
+
+def test_what_cannot_be_held_in_memory_is_refused():
+    with pytest.raises(ValueError, match="lower one of them"):
+        SampleOrder([OPEN_LIMIT // 4] * 5, seed=0, lanes=2, shuffle_shards=None)
+    SampleOrder([OPEN_LIMIT // 4] * 5, seed=0, lanes=2, shuffle_shards=1)

@@ -19,7 +19,13 @@ from flaky_server import FlakyServer
 
 from ds_classifier.data import fetch
 from ds_classifier.data.convert import convert
-from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
+from ds_classifier.data.loader import (
+    ShardDataset,
+    TrainingPositions,
+    ValidationPositions,
+    create_loader,
+)
+from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, Shard, open_shards
 from ds_classifier.data.sources import Source, open_source
 from ds_classifier.data.store import ShardStore, open_remote
@@ -148,11 +154,11 @@ def test_local_shards_use_no_cache(served, tmp_path):
 
 
 def test_few_handles_stay_open(tmp_path):
-    shards = make_shards(tmp_path / "many", 80, size=10)
+    shards = make_shards(tmp_path / "many", 300, size=10)
     store = ShardStore(tmp_path / "many", shards)
     before = len(os.listdir("/proc/self/fd"))
-    assert all(correct(store, i) for i in [*range(80), *range(80)])
-    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    assert all(correct(store, i) for i in [*range(300), *range(300)])
+    assert len(os.listdir("/proc/self/fd")) - before <= 256
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -441,8 +447,16 @@ def test_budgets_that_cannot_do_are_refused(served):
     _, _, store = served
     with pytest.raises(ValueError, match=r"need at least 300000, the\s+largest"):
         store(budget_bytes=SIZE - 1)
-    with pytest.raises(ValueError, match="need at least 900000 for the 3 shards"):
-        store(budget_bytes=2 * SIZE).prefetch([0, 1, 2])
+
+
+def test_a_window_beyond_the_budget_is_fetched_as_far_as_it_goes(served):
+    server, _, store = served
+    ours = store(budget_bytes=2 * SIZE)
+    ours.prefetch([4, 1, 2])
+    wait_until(lambda: cached(ours) == [1, 4])
+    time.sleep(0.3)
+    assert server.count("s-2.tar") == 0
+    assert correct(ours, 2)  # needed at once, it takes a place
 
 
 # ------------------------------------------------------------------------- schemes and manifests
@@ -537,6 +551,43 @@ def test_training_data_from_a_url_is_that_of_the_directory(
         open_remote(server.url, cache_dir=tmp_path, **FAST)
         assert {server.count(s.name) for s in near.manifest.shards} == {1}
         assert (server.count("index.npy"), server.count("manifest.json")) == (1, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_of_an_epoch_are_fetched_ahead_once_and_within_the_budget(
+    many_shards, tmp_path, workers, monkeypatch
+):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    near = open_shards(many_shards)
+    sizes = [shard.samples for shard in near.manifest.shards]
+    largest = max(shard.bytes for shard in near.manifest.shards)
+    order = SampleOrder(sizes, seed=0, lanes=2, shuffle_shards=1)
+    shape = dict(first_step=0, global_batch=12, micro_batch=12, rank=0, world_size=1)
+    batches = TrainingPositions(order, steps=order.num_samples // 12, **shape)
+    begins = order.open_shards(np.arange(order.num_samples))  # in the order of their first use
+    with serving(many_shards) as server:
+        budget = dict(budget_bytes=5 * largest)
+        far = open_remote(server.url, cache_dir=tmp_path, **budget, **FAST)
+        options = dict(image_size=8, order=order)
+        loader = create_loader(
+            ShardDataset(far, batches=batches, **options), batches, workers=workers, prefetch=1
+        )
+        local = iter(create_loader(ShardDataset(near, **options), batches, workers=0))
+        most, first = 0, {near.manifest.shards[shard].name for shard in begins[:4]}
+
+        def here() -> set[str]:
+            return {path.name for path in far.folder.glob("*.tar")}
+
+        for step, batch in enumerate(loader):
+            assert torch.equal(batch.images, next(local).images)
+            if step == 0:  # the blocks being read, and those after them
+                wait_until(lambda: first <= here())
+            most = max(most, sum(path.stat().st_size for path in far.folder.glob("*.tar")))
+            time.sleep(0.02)
+        assert 3 * largest < most <= budget["budget_bytes"]
+        requests = [name for name, _ in server.requests if name.endswith(".tar")]
+        assert set(requests) == {shard.name for shard in near.manifest.shards}
+        assert len(requests) <= len(sizes) + order.lanes  # a shard at a lane's edge may come twice
 
 
 def changed(split: Path, copy: Path, change) -> Path:

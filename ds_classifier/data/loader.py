@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ds_classifier.data import images
-from ds_classifier.data.order import SampleOrder, micro_batch_positions
+from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import store_of
 from ds_classifier.keyed_random import Draws, fold, stream_key
+
+AHEAD = 2**17  # positions a rank looks ahead at most, to name the shards it will need
 
 
 class BadSample(NamedTuple):
@@ -49,6 +51,7 @@ class ShardDataset(Dataset):
     """Samples by position. An item is a whole batch: dataset[positions] with positions [n] int64.
 
     order: which sample stands at a position, or None for the manifest's order.
+    batches: the rank's, so that shards behind a URL are fetched ahead of them.
     image_size: S, pixels. channels: 1 to 4. random_crop, random_flip: keyed by (seed, position).
     """
 
@@ -59,6 +62,7 @@ class ShardDataset(Dataset):
         image_size: int,
         channels: int = 3,
         order: SampleOrder | None = None,
+        batches: TrainingPositions | ValidationPositions | None = None,
         seed: int = 0,
         random_crop: bool = False,
         random_flip: bool = False,
@@ -68,10 +72,14 @@ class ShardDataset(Dataset):
         self.random_crop, self.random_flip = random_crop, random_flip
         self._crop_key = stream_key(seed, "crop")
         self._store = store_of(shards)
+        self._batches = batches if self._store.remote else None
+        self._looked = (0, 0)  # positions for which the shards ahead are named
 
     def __getitem__(self, positions: np.ndarray) -> Batch:
         positions = np.asarray(positions, dtype=np.int64)
         inside = positions >= 0  # padding stands at -1
+        if self._batches is not None and inside.any():
+            self._look_ahead(int(positions[inside].min()))
         samples = np.where(inside, positions, 0)
         samples = samples if self.order is None else self.order.samples(samples)
         rows = self.shards.index[samples]
@@ -96,6 +104,18 @@ class ShardDataset(Dataset):
             bad,
         )
 
+    def _look_ahead(self, position: int) -> None:
+        """Name the shards of the blocks being read, and of those after them, to the store."""
+        if self._looked[0] <= position < self._looked[1]:
+            return
+        ahead = self._batches.after(position)
+        if self.order is None:
+            shards = np.unique(self.shards.index["shard"][ahead]).tolist()
+        else:
+            shards = self.order.open_shards(ahead)
+        self._store.prefetch(shards)
+        self._looked = (position, int(ahead[len(ahead) // 8]))  # then again, a block further on
+
     def _pixels(self, data: bytes, position: int) -> np.ndarray:
         image = images.decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))
@@ -113,6 +133,7 @@ class TrainingPositions(Sampler):
 
     def __init__(
         self,
+        order: SampleOrder,
         *,
         first_step: int,
         steps: int,
@@ -121,10 +142,9 @@ class TrainingPositions(Sampler):
         rank: int,
         world_size: int,
     ):
-        self.first_step, self.steps = first_step, steps
-        self.shape = dict(
-            global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
-        )
+        self.order, self.first_step, self.steps = order, first_step, steps
+        self.micro_batch = micro_batch
+        self.shape = dict(global_batch=global_batch, rank=rank, world_size=world_size)
         self.accumulation = global_batch // (micro_batch * world_size)
 
     def __len__(self) -> int:
@@ -132,12 +152,18 @@ class TrainingPositions(Sampler):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for step in range(self.first_step, self.steps):
-            for micro_step in range(self.accumulation):
-                yield micro_batch_positions(step=step, micro_step=micro_step, **self.shape)
+            yield from share_of_rank(self.order, step, **self.shape).reshape(-1, self.micro_batch)
+
+    def after(self, position: int) -> np.ndarray:
+        """The rank's positions from a step on, until every open block is read and one more."""
+        step, share = position // self.shape["global_batch"], self.accumulation * self.micro_batch
+        count = min(-(-self.order.open_samples // self.shape["world_size"]), AHEAD)
+        steps = range(step, min(step + 1 + -(-count // share), self.steps))
+        return np.concatenate([share_of_rank(self.order, step, **self.shape) for step in steps])
 
 
 class ValidationPositions(Sampler):
-    """Every sample once over all ranks, in order; equal steps on each, padded with -1."""
+    """Every sample once over all ranks, each reading its own part; equal steps, padded with -1."""
 
     def __init__(self, samples: int, *, batch: int, rank: int, world_size: int):
         self.samples, self.batch = samples, batch
@@ -148,9 +174,14 @@ class ValidationPositions(Sampler):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for step in range(len(self)):
-            first = step * self.batch * self.world_size + self.rank
-            positions = first + self.world_size * np.arange(self.batch, dtype=np.int64)
+            first = (self.rank * len(self) + step) * self.batch
+            positions = np.arange(first, first + self.batch, dtype=np.int64)
             yield np.where(positions < self.samples, positions, -1)
+
+    def after(self, position: int) -> np.ndarray:
+        """The rank's next positions from one on."""
+        end = min((self.rank + 1) * len(self) * self.batch, self.samples)
+        return np.arange(position, min(position + AHEAD // 8, end), dtype=np.int64)
 
 
 def create_loader(

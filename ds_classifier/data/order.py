@@ -1,75 +1,132 @@
 """Which sample stands at position q of the endless training stream: a pure function, no state.
 
-N samples lie in shards; L lanes and blocks of K are fixed for a run. With perm(n; ...) a keyed
-permutation of range(n):
+N samples lie in shards; L lanes and blocks of K shards are fixed for a run. With perm(n; ...) a
+keyed permutation of range(n):
 
 1. Shard order: perm(shards; seed, epoch). So concatenated, they number the samples v in [0, N).
 2. g = q mod N, lane l = g mod L, depth j = g // L. Lane l owns a contiguous run of v, of length
-   N // L + (l < N mod L). (l, j) <-> g is a bijection: nothing is padded, nothing dropped.
-3. Block k = j // K of the lane is permuted within itself: perm(block length; seed, epoch, l, k).
+   N // L + (l < N mod L), and reads it from its start. (l, j) <-> g is a bijection: nothing is
+   padded, nothing dropped.
+3. A block is what K consecutive shards of the shard order hold of a lane; each block is permuted
+   within itself: perm(block length; seed, epoch, block).
 4. A search in the cumulated shard sizes gives shard and sample.
-5. Rank r of W takes the positions of a global batch with q mod W == r, cut into micro-batches.
+5. A global batch is dealt to the ranks by lane: rank r of W takes the r-th of W equal shares of its
+   positions, sorted by lane.
 
 So every epoch holds each sample exactly once, the global batches do not depend on the number of
-ranks, workers or accumulation steps, and a resumed run just starts at its q. A node reads from few
-shards at a time, since a lane walks through its shards one after another.
+ranks, workers or accumulation steps, and a resumed run just starts at its q. A lane walks through
+its shards one block after another, and neighbouring ranks read the same lanes: a node has few
+shards open at a time, and many nodes share the shards out instead of each reading most of them.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ds_classifier.keyed_random import fold, permutation, stream_key
+
+OPEN_LIMIT = 2**28  # samples in the blocks read side by side: 1 GB of permutations a process
+
+
+class _Blocks(NamedTuple):
+    """Where positions of one epoch lie: [n] int64 each."""
+
+    place: np.ndarray  # v before the block is permuted
+    start: np.ndarray  # v of the block's first sample
+    end: np.ndarray  # and one past its last
 
 
 class SampleOrder:
     """Maps positions of the training stream to samples, numbered shard after shard.
 
     shard_samples: samples in each shard, in the manifest's order. seed: of the run.
-    lanes, block: L and K above, in samples; larger ones mix more and touch more shards at a time.
+    lanes: L above, at most as many as there are shards. shuffle_shards: K above; None: a block is
+    the whole lane. Larger ones mix more and have more shards open at a time.
+    Raises ValueError where the open blocks would hold more than OPEN_LIMIT samples.
     """
 
-    def __init__(self, shard_samples: Sequence[int], *, seed: int, lanes: int, block: int):
+    def __init__(
+        self, shard_samples: Sequence[int], *, seed: int, lanes: int, shuffle_shards: int | None
+    ):
         sizes = np.asarray(shard_samples, dtype=np.int64)
         if sizes.ndim != 1 or len(sizes) == 0 or sizes.min() < 1:
             raise ValueError("shard_samples: need at least one shard, and a sample in each")
-        if lanes < 1 or block < 1:
-            raise ValueError(f"lanes, block: got {lanes}, {block}; need at least 1 each")
+        if lanes < 1 or (shuffle_shards is not None and shuffle_shards < 1):
+            raise ValueError(
+                f"lanes, shuffle_shards: got {lanes}, {shuffle_shards}; need 1 or more"
+            )
         self.num_samples = int(sizes.sum())
-        self.lanes, self.block = min(lanes, self.num_samples), block
+        self.lanes = min(lanes, len(sizes))
+        lane_length = -(-self.num_samples // self.lanes)
+        self._block_shards = len(sizes) if shuffle_shards is None else shuffle_shards
+        # Samples of the blocks read side by side, at most.
+        self.open_samples = self.lanes * min(self._block_shards * int(sizes.max()), lane_length)
+        if self.open_samples > OPEN_LIMIT:
+            raise ValueError(
+                f"lanes, shuffle_shards: got {self.lanes} lanes with {self.open_samples:,} samples "
+                f"in their open blocks; need at most {OPEN_LIMIT:,}; do: lower one of them"
+            )
         self._sizes = sizes
         self._first = np.cumsum(sizes) - sizes  # [shards] sample number of each shard's first
         self._shard_key = stream_key(seed, "order/shards")
         self._block_key = stream_key(seed, "order/blocks")
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """positions q [n] int64 -> sample numbers [n] int64, in manifest order from 0."""
         positions = np.asarray(positions, dtype=np.int64)
-        epochs = positions // self.num_samples
         samples = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            samples[here] = self._samples_of_epoch(int(epoch), positions[here] % self.num_samples)
+        for epoch, here, blocks in self._located(positions):
+            v = blocks.place.copy()
+            starts, which = np.unique(blocks.start, return_inverse=True)
+            for i, start in enumerate(starts.tolist()):
+                inside = which == i
+                length = int(blocks.end[inside][0]) - start
+                v[inside] = start + self._permutation(epoch, start, length)[v[inside] - start]
+            order, ends = self._shard_order(epoch)
+            at = np.searchsorted(ends, v, side="right")
+            shard = order[at]
+            samples[here] = self._first[shard] + v - (ends[at] - self._sizes[shard])
         return samples
 
-    def _samples_of_epoch(self, epoch: int, g: np.ndarray) -> np.ndarray:
-        lane, depth = g % self.lanes, g // self.lanes
-        block, within = depth // self.block, depth % self.block
-        v = self._lane_start(lane) + block * self.block
-        pairs, which = np.unique(np.stack([lane, block], axis=1), axis=0, return_inverse=True)
-        which = which.reshape(-1)
-        for i, (one_lane, one_block) in enumerate(pairs.tolist()):
-            here = which == i
-            v[here] += self._block_permutation(epoch, one_lane, one_block)[within[here]]
-        order, ends = self._shard_order(epoch)
-        at = np.searchsorted(ends, v, side="right")
-        shard = order[at]
-        return self._first[shard] + v - (ends[at] - self._sizes[shard])
+    def lane(self, positions: np.ndarray) -> np.ndarray:
+        """The lane of each position, [n] int64."""
+        return positions % self.num_samples % self.lanes
+
+    def open_shards(self, positions: np.ndarray) -> list[int]:
+        """Every shard that these positions may read, in the order in which they begin to."""
+        shards: dict[int, None] = {}
+        for epoch, _, blocks in self._located(np.asarray(positions, dtype=np.int64)):
+            order, ends = self._shard_order(epoch)
+            _, first = np.unique(blocks.start, return_index=True)
+            for i in np.sort(first).tolist():
+                at = np.searchsorted(ends, blocks.start[i], side="right")
+                until = np.searchsorted(ends, blocks.end[i] - 1, side="right")
+                shards |= dict.fromkeys(order[at : until + 1].tolist())
+        return list(shards)
+
+    def _located(self, positions: np.ndarray):
+        """By epoch: its number, which positions are its own, their blocks."""
+        epochs = positions // self.num_samples
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            yield epoch, here, self._blocks(epoch, positions[here] % self.num_samples)
+
+    def _blocks(self, epoch: int, g: np.ndarray) -> _Blocks:
+        lane = g % self.lanes
+        lane_start, lane_end = self._lane_start(lane), self._lane_start(lane + 1)
+        place = lane_start + g // self.lanes
+        _, ends = self._shard_order(epoch)
+        first = np.searchsorted(ends, place, side="right") // self._block_shards
+        first *= self._block_shards  # place of the block's first shard in the shard order
+        last = np.minimum(first + self._block_shards, len(ends)) - 1
+        begins = np.where(first > 0, ends[first - 1], 0)
+        return _Blocks(place, np.maximum(begins, lane_start), np.minimum(ends[last], lane_end))
 
     def _lane_start(self, lane):
         base, extra = divmod(self.num_samples, self.lanes)
@@ -84,14 +141,13 @@ class SampleOrder:
 
         return _remembered(self._epochs, epoch, make, limit=2)
 
-    def _block_permutation(self, epoch: int, lane: int, block: int) -> np.ndarray:
+    def _permutation(self, epoch: int, start: int, length: int) -> np.ndarray:
         def make():
-            lane_length = self.num_samples // self.lanes + (lane < self.num_samples % self.lanes)
-            length = min(self.block, lane_length - block * self.block)
-            return permutation(length, fold(fold(fold(self._block_key, epoch), lane), block))
+            key = fold(fold(self._block_key, epoch), start)
+            return permutation(length, key).astype(np.int32)
 
         # A batch that crosses a block's or an epoch's edge needs two blocks of each lane.
-        return _remembered(self._blocks, (epoch, lane, block), make, limit=2 * self.lanes)
+        return _remembered(self._permutations, (epoch, start), make, limit=2 * self.lanes)
 
 
 def _remembered(cache: OrderedDict, key, make, *, limit: int):
@@ -103,15 +159,21 @@ def _remembered(cache: OrderedDict, key, make, *, limit: int):
     return cache[key]
 
 
-def micro_batch_positions(
-    *,
-    step: int,
-    micro_step: int,
-    micro_batch: int,
-    global_batch: int,
-    rank: int,
-    world_size: int,
+def share_of_rank(
+    order: SampleOrder, step: int, *, global_batch: int, rank: int, world_size: int
 ) -> np.ndarray:
-    """Positions [micro_batch] int64 of one rank in one micro-step."""
-    first = step * global_batch + micro_step * micro_batch * world_size
-    return first + rank + world_size * np.arange(micro_batch, dtype=np.int64)
+    """Positions [global_batch / world_size] int64 that a rank trains on in a step."""
+    positions = step * global_batch + np.arange(global_batch, dtype=np.int64)
+    by_lane = positions[np.argsort(order.lane(positions), kind="stable")]
+    share = global_batch // world_size
+    return by_lane[rank * share : (rank + 1) * share]
+
+
+def node_shards(
+    order: SampleOrder, step: int, *, global_batch: int, ranks: range, world_size: int
+) -> list[int]:
+    """Shards that the ranks of a node have open side by side around a step."""
+    steps = range(step, step + -(-order.lanes // global_batch))  # until every lane has its turn
+    shape = dict(global_batch=global_batch, world_size=world_size)
+    shares = [share_of_rank(order, s, rank=rank, **shape) for s in steps for rank in ranks]
+    return order.open_shards(np.concatenate(shares))

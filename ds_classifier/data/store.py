@@ -11,9 +11,11 @@ import hashlib
 import os
 import re
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 from ds_classifier.data.cache import FileCache
@@ -28,7 +30,7 @@ from ds_classifier.data.shards import (
     read_index,
 )
 
-OPEN_SHARDS = 64  # file handles a process keeps
+OPEN_SHARDS = 256  # file handles a process keeps
 MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB
 POLL_S = 0.25  # between looks at what other processes of the node are fetching
 
@@ -141,22 +143,19 @@ class ShardStore:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Name the open window: the shards needed from now on, in the order they will be.
 
-        They are fetched in the background, and no process removes them until the next call here or
-        the end of this process. Returns at once; does nothing for local shards.
-        Raises ValueError where the window is larger than the budget.
+        They are fetched in the background as far as the budget goes, and no process removes them
+        until the next call here or the end of this process. Returns at once; does nothing for
+        local shards.
         """
         if not self.remote:
             return
         self._enter()
         window = list(dict.fromkeys(shards))
-        total = sum(self.shards[shard].bytes for shard in window)
-        if self._budget_bytes is not None and total > self._budget_bytes:
-            raise ValueError(
-                f"got a cache budget of {self._budget_bytes} bytes; need at least {total} for the "
-                f"{len(window)} shards read side by side; do: raise it, or use fewer lanes"
-            )
         for shard in set(self._handles) - set(window):  # a removed file is freed when closed
             os.close(self._handles.pop(shard))
+        if self._budget_bytes is not None:
+            total = list(accumulate(self.shards[shard].bytes for shard in window))
+            window = window[: bisect_right(total, self._budget_bytes)]
         self._cache.protect(self._cached_name(self.shards[shard].name) for shard in window)
         if self._ahead is None:
             self._ahead = _Ahead(partial(self._fetch_ahead, self._cache))
