@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import warnings
@@ -29,6 +30,7 @@ from ds_classifier.keyed_random import Draws, fold, stream_key
 
 
 MAX_RESTARTS = 3  # in a row, without a batch between: more is no accident
+DEATH_S = 1.0  # seconds until a process whose pipe broke counts as alive
 
 
 class BadSample(NamedTuple):
@@ -185,10 +187,10 @@ class Loader:
                     yield batch
                 return
             except Exception as error:  # torch tells of a lost worker in several ways
-                codes = [worker.exitcode for worker in workers if worker.exitcode]
-                if not codes:
+                death = _first_death(workers)
+                if death is None:
                     raise
-                lost = f"a loader worker died ({_death(codes[0])})"
+                lost = f"a loader worker died ({death})"
                 restarts += 1
                 if restarts > MAX_RESTARTS:
                     raise OSError(
@@ -239,8 +241,16 @@ class _Rest(Sampler):
         return itertools.islice(self._positions, self._first, None)
 
 
-def _death(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+def _first_death(workers: set[multiprocessing.Process]) -> str | None:
+    """What a worker died of, or None while all live; a pipe breaks a moment before its process."""
+    ended = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=DEATH_S)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if not codes:
+        return None
+    return signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit code {codes[0]}"
 
 
 def create_loader(
