@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, pictures, run_python
 from PIL import Image
 
+from ds_classifier import files
 from ds_classifier.data.convert import convert
+from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards, scan_shard, verify
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
 
@@ -172,14 +177,31 @@ def damaged_shards() -> dict:
 
 
 @pytest.mark.parametrize("way", damaged_shards())
-def test_scan_names_a_damaged_shard(split, way):
-    tar = split / "train-000000.tar"
+def test_a_damaged_shard_is_named_with_its_counts_or_loses_nothing(split, way):
+    """verify tells of every kind. Training refuses what changed a size; else it reads them all."""
+    tar, before = split / "train-000000.tar", ShardDataset(open_shards(split), image_size=8)
     whole = tar.read_bytes()
     offsets = member_offsets(tar)
     assert len(offsets) == 15
-    tar.write_bytes(damaged_shards()[way](tar, whole, offsets))
+    expected = before[np.arange(15)]
+    data = damaged_shards()[way](tar, whole, offsets)
+    tar.write_bytes(data)
     with pytest.raises(ValueError, match=r"train-000000\.tar"):
         list(scan_shard(tar))
+    (problem,) = verify(split)
+    found = 0 if way in ("empty", "html") else 7
+    assert problem.startswith(f"{tar}: ")
+    assert problem.endswith(f": got {found} whole samples; need 15")
+    if len(data) != len(whole):
+        with pytest.raises(ValueError, match=rf"got {len(data)} bytes; need {len(whole)} bytes wi"):
+            open_shards(split)
+    else:
+        batch = ShardDataset(open_shards(split), image_size=8)[np.arange(15)]
+        assert batch.weights.tolist() == 15 * [1.0]
+        assert torch.equal(batch.images, expected.images)
+    tar.write_bytes(whole + bytes(512))
+    (problem,) = verify(split)
+    assert problem.endswith(f"got {len(whole) + 512} bytes; need {len(whole)}, as the manifest says")
 
 
 def test_verify_finds_what_the_structure_does_not_show(split):
@@ -242,6 +264,20 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
     assert "not a manifest" in after(lambda: (copy / "manifest.json").write_text("{}"))
     assert "index.npy" in after(lambda: (copy / "index.npy").unlink())
     assert "samples" in after(lambda: np.save(copy / "index.npy", open_shards(split).index[:3]))
+    rows = np.array(open_shards(split).index)
+    assert "sha256" in after(lambda: np.save(copy / "index.npy", rows[::-1]))
+
+    def index_of(rows) -> None:
+        """An index that its manifest agrees with."""
+        np.save(copy / "index.npy", rows)
+        manifest = open_shards(split).manifest
+        manifest = replace(manifest, index_sha256=files.sha256(copy / "index.npy"))
+        (copy / "manifest.json").write_text(manifest.to_json())
+
+    for column, value in (("label", 3), ("label", -1), ("shard", 1), ("offset", 1 << 63)):
+        other = rows.copy()
+        other[column][5] = value
+        assert "for sample 5, outside of" in after(partial(index_of, other))
     manifest = json.loads((split / "manifest.json").read_text())
     manifest["classes"] = ["changed", "by", "hand"]
     assert "fingerprint" in after(lambda: (copy / "manifest.json").write_text(json.dumps(manifest)))
@@ -257,8 +293,12 @@ def test_the_command_line(folder, tmp_path):
     assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
-    assert done.code == 2
-    assert "train-000000.tar: got 5120 bytes" in done.output
+    assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problems")
+    assert "train-000000.tar: damaged or cut at byte" in done.output
+    assert done.lines[0].endswith(": got 2 whole samples; need 15")
+    (tmp_path / "out/train/train-000000.tar").unlink()
+    done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
+    assert done.lines[0].endswith("train-000000.tar: got no such file; need 15 samples")
     done = run_python(script, "convert", tmp_path / "absent", "data", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 1), done.output
     assert "not a directory" in done.output

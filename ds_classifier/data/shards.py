@@ -34,6 +34,7 @@ CONVERT = "python launch/make_shards.py convert"
 
 # 20 bytes a sample: a billion fit in 20 GB of mapped file.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
+INDEX_ROWS = 1 << 20  # looked at together
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,20 @@ class ShardSet:
             return file.read(length)
 
 
-def open_shards(folder: Path | str) -> ShardSet:
+def open_shards(folder: Path | str, *, check_sizes: bool = True) -> ShardSet:
     """Open a split by its manifest and index.
 
+    What is checked: that manifest and index belong together and are whole, and (check_sizes) that
+    every shard is there in its size. Pictures are read by the index, so a damaged header between
+    them loses none; a picture whose bytes changed is left to `verify` with its hash, and to the
+    decoder.
     Raises ValueError that says what to run where there are no shards, or names what is damaged.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise ValueError(_no_shards(folder))
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-    for shard in manifest.shards:
+    for shard in manifest.shards if check_sizes else ():
         path = folder / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
@@ -163,7 +168,10 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
 
 
 def read_index(path: Path, manifest: Manifest) -> np.ndarray:
-    """The index of a split, [N] INDEX_DTYPE, memory-mapped; ValueError where it is another's."""
+    """The index of a split, [N] INDEX_DTYPE, memory-mapped, each row checked.
+
+    Raises ValueError where it is damaged or another's, or points outside of shards or classes.
+    """
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -172,6 +180,31 @@ def read_index(path: Path, manifest: Manifest) -> np.ndarray:
         raise ValueError(
             f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "
             "do: convert again"
+        )
+    if (found := files.sha256(path)) != manifest.index_sha256:
+        raise ValueError(
+            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest beside it "
+            "says; do: bring both from the same conversion, or convert again"
+        )
+    sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
+    counts = np.zeros(len(sizes), dtype=np.int64)
+    for first in range(0, len(index), INDEX_ROWS):
+        rows = index[first : first + INDEX_ROWS]
+        inside = (rows["label"] >= 0) & (rows["label"] < len(manifest.classes))
+        inside &= rows["shard"] < len(sizes)
+        size = sizes[np.where(inside, rows["shard"], 0)]
+        inside &= (rows["offset"] <= size) & (rows["length"] <= size - rows["offset"])
+        if not inside.all():
+            row = int(np.argmin(inside))
+            raise ValueError(
+                f"{path}: got {rows[row]} for sample {first + row}, outside of the shards' bytes "
+                f"or of the {len(manifest.classes)} classes; do: convert again"
+            )
+        counts += np.bincount(rows["shard"].astype(np.int64), minlength=len(sizes))
+    if counts.tolist() != [shard.samples for shard in manifest.shards]:
+        raise ValueError(
+            f"{path}: got other numbers of samples in the shards than the manifest has; do: "
+            "convert again"
         )
     return index
 
@@ -267,13 +300,13 @@ def verify(
 ) -> list[str]:
     """Compare every shard of a split with its manifest and index; return what is wrong.
 
+    Finds what breaks a tar's structure: shards missing, cut, with damaged or zeroed headers, or
+    that are none. Raises ValueError where there is no manifest and index to compare with.
     check_hash: read all bytes and compare sha256. check_decode: decode every picture too.
     progress: called with pictures checked and pictures in all.
     """
-    shards = open_shards(folder)
+    shards = open_shards(folder, check_sizes=False)
     manifest, problems = shards.manifest, []
-    if files.sha256(folder / INDEX) != manifest.index_sha256:
-        problems.append(f"{folder / INDEX}: its sha256 is not the manifest's")
     jobs = [(shards, number, check_hash, check_decode) for number in range(len(manifest.shards))]
     done, seen_keys = 0, set()
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -290,11 +323,17 @@ def verify(
 def _verify_one(job: tuple[ShardSet, int, bool, bool]) -> tuple[list[str], list[str]]:
     """The problems of one shard, and its keys."""
     shards, number, check_hash, check_decode = job
-    shard, path, problems = shards.manifest.shards[number], shards.path(number), []
+    shard, path, problems, found = shards.manifest.shards[number], shards.path(number), [], []
     try:
-        found = list(scan_shard(path))
-    except ValueError as error:
-        return [f"{error} (expected {shard.samples} samples)"], []
+        for sample in scan_shard(path):
+            found.append(sample)
+    except FileNotFoundError:
+        return [f"{path}: got no such file; need {shard.samples} samples"], []
+    except (ValueError, OSError) as error:
+        whole = f"got {len(found)} whole samples; need {shard.samples}"
+        return [f"{path}: {str(error).removeprefix(f'{path}: ')}: {whole}"], []
+    if (size := path.stat().st_size) != shard.bytes:
+        problems.append(f"{path}: got {size} bytes; need {shard.bytes}, as the manifest says")
     rows = shards.index[shards.index["shard"] == number]
     expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
     if [sample.entry for sample in found] != expected:
