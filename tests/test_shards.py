@@ -201,7 +201,9 @@ def test_a_damaged_shard_is_named_with_its_counts_or_loses_nothing(split, way):
         assert torch.equal(batch.images, expected.images)
     tar.write_bytes(whole + bytes(512))
     (problem,) = verify(split)
-    assert problem.endswith(f"got {len(whole) + 512} bytes; need {len(whole)}, as the manifest says")
+    assert problem.endswith(
+        f"got {len(whole) + 512} bytes; need {len(whole)}, as the manifest says"
+    )
 
 
 def test_verify_finds_what_the_structure_does_not_show(split):

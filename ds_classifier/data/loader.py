@@ -28,7 +28,6 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import store_of
 from ds_classifier.keyed_random import Draws, fold, stream_key
 
-
 MAX_RESTARTS = 3  # in a row, without a batch between: more is no accident
 DEATH_S = 1.0  # seconds until a process whose pipe broke counts as alive
 

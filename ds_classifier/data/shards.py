@@ -325,8 +325,7 @@ def _verify_one(job: tuple[ShardSet, int, bool, bool]) -> tuple[list[str], list[
     shards, number, check_hash, check_decode = job
     shard, path, problems, found = shards.manifest.shards[number], shards.path(number), [], []
     try:
-        for sample in scan_shard(path):
-            found.append(sample)
+        found.extend(scan_shard(path))  # keeps what comes before an error
     except FileNotFoundError:
         return [f"{path}: got no such file; need {shard.samples} samples"], []
     except (ValueError, OSError) as error:
