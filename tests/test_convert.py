@@ -238,6 +238,64 @@ def test_shards_of_halved_shards_stay_halved(tmp_path):
         open_source(str(tmp_path / "a/train"), str(tmp_path / "c/val"))
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(many, tmp_path):
+    """Files may not grow beyond 8 KB, as if the disk were full; with room the same call goes on."""
+    arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "30"]
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
+    limit += (
+        f"sys.argv = {[str(a) for a in arguments]}; runpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    done = run_python("-c", limit, cwd=tmp_path)
+    assert done.code == 2
+    assert done.lines[-1].startswith("error: ")
+    assert "train.partial/train-00000" in done.lines[-1]
+    assert len(done.lines) == 1
+    assert not (tmp_path / "out" / "train").exists()
+    convert(image_folder(many), tmp_path / "out", samples_per_shard=30)
+    convert(image_folder(many), tmp_path / "undisturbed", samples_per_shard=30)
+    assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "undisturbed/train")
+
+
+BOMBS = """
+import resource, struct, sys, zlib
+from ds_classifier.data import images
+from PIL import Image
+Image.init()
+
+def png(width, height, *chunks):
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d))
+             for t, d in parts]
+    return b"\\x89PNG\\r\\n\\x1a\\n" + b"".join(parts)
+
+zeros = zlib.compressobj(1)
+bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB of zeros
+line = zlib.compress(bytes(31 * 10))
+pictures = {
+    "pixels": png(20000, 20000, (b"IDAT", bomb)),  # 400 megapixels
+    "data": png(10, 10, (b"IDAT", bomb)),  # more than its pixels
+    "text": png(10, 10, (b"zTXt", b"k\\0\\0" + bomb), (b"IDAT", line)),
+    "profile": png(10, 10, (b"iCCP", b"k\\0\\0" + bomb), (b"IDAT", line)),
+}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name, data in pictures.items():
+    try:
+        print(name, images.decode(data).size)
+    except ValueError as error:
+        print(name, "refused")
+print("grown by MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
+    (tmp_path / "bombs.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + BOMBS)
+    done = run_python(tmp_path / "bombs.py", cwd=tmp_path)
+    *lines, grown = done.lines
+    assert lines == ["pixels refused", "data (10, 10)", "text refused", "profile refused"]
+    assert int(grown.split()[-1]) < 100
+
+
 def test_a_file_too_large_for_a_picture_is_refused_unread(folder, tmp_path):
     (folder / "cat" / "huge.png").touch()
     os.truncate(folder / "cat" / "huge.png", 10 << 30)

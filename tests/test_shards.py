@@ -1,8 +1,11 @@
 """Shards as stock WebDataset reads them; sources; conversion; and what verify finds."""
 
+import io
 import json
 import os
+import pickle
 import shutil
+import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,8 +97,6 @@ def test_splits_are_not_taken_for_classes(tmp_path):
 
 
 def test_digits_are_the_ones_of_scikit_learn(digits):
-    import io
-
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -127,6 +128,14 @@ def split(folder, tmp_path) -> Path:
 
 def member_offsets(tar: Path) -> list[int]:
     return [sample.entry[0] for sample in scan_shard(tar)]
+
+
+def pack(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def damaged_shards() -> dict:
@@ -230,13 +239,66 @@ def test_verify_compares_labels_with_the_index(split):
     assert any("index" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("text", [b"", b"-1", b"x", b"1.0"])
+def test_labels_that_are_none_are_named(tmp_path, text):
+    pack(tmp_path / "x.tar", {"a/k1.png": b"", "a/k1.cls": b"0", "a/k2.png": b"", "a/k2.cls": text})
+    with pytest.raises(ValueError, match=r"x\.tar.*a/k2.*"):
+        list(scan_shard(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+def test_pictures_without_a_label_are_named(tmp_path, missing):
+    """In the midst, and at a shard's end, where the label may be the next shard's first member."""
+    members = {"k1.png": b"", "k1.cls": b"0", "k2.png": b"", "k2.cls": b"1"}
+    del members[list(members)[missing]]
+    pack(tmp_path / "x.tar", members)
+    with pytest.raises(ValueError, match=r"x\.tar: (k1 has a picture but|its last sample lacks)"):
+        list(scan_shard(tmp_path / "x.tar"))
+
+
+def test_keys_that_appear_twice_are_found(folder, tmp_path):
+    """In one shard, and in two."""
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=5)
+    split = tmp_path / "data" / "train"
+    first, second, third = sorted(split.glob("*.tar"))
+    third.write_bytes(first.read_bytes())
+    data = bytearray(second.read_bytes())
+    with tarfile.open(second) as tar:
+        members = tar.getmembers()
+        for member, like in zip(members[2:4], members[:2], strict=True):
+            header = tarfile.TarInfo(like.name)
+            header.size = member.size
+            data[member.offset : member.offset + 512] = header.tobuf(tarfile.USTAR_FORMAT)
+    second.write_bytes(data)
+    found = [p for p in verify(split) if p.endswith("appears twice")]
+    assert len(found) == 1 + 5
+    assert found[0].startswith(str(second))
+    assert all(problem.startswith(str(third)) for problem in found[1:])
+
+
+def test_no_member_but_the_picture_is_ever_decoded(tmp_path):
+    """A pickle beside a picture, and one that calls itself a picture, run nothing."""
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    evil = pickle.dumps(Evil())
+    source = Source("s", ["a"], {"train": [Sample("x", 0, b"GIF8" + evil)]})
+    convert(source, tmp_path / "data")
+    split = tmp_path / "data" / "train"
+    members = {"k.jpg": evil, "k.pkl": evil, "k.pyd": evil, "k.pt": evil, "k.cls": b"0"}
+    pack(tmp_path / "x.tar", members)
+    assert [sample.key for sample in scan_shard(tmp_path / "x.tar")] == ["k"]
+    batch = ShardDataset(open_shards(split), image_size=8)[np.arange(1)]
+    assert (batch.weights.tolist(), len(batch.bad)) == ([0.0], 1)
+    assert len(verify(split, check_decode=True)) == 1
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["../out.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_members_that_leave_the_directory_are_refused(tmp_path, name):
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    pack(tmp_path / "x.tar", {name: b""})
     with pytest.raises(ValueError, match="no plain file"):
         list(scan_shard(tmp_path / "x.tar"))
 

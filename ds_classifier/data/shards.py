@@ -312,9 +312,10 @@ def verify(
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for number, (found, keys) in enumerate(pool.imap(_verify_one, jobs)):
             problems += found
-            repeated = seen_keys.intersection(keys)
-            problems += [f"{shards.path(number)}: key {key} appears twice" for key in repeated]
-            seen_keys.update(keys)
+            for key in keys:
+                if key in seen_keys:
+                    problems.append(f"{shards.path(number)}: key {key} appears twice")
+                seen_keys.add(key)
             done += manifest.shards[number].samples
             progress(done, manifest.samples)
     return problems
