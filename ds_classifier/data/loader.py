@@ -222,7 +222,7 @@ class Loader:
         # without its handler it looks at the workers when a batch is due and does not come.
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)
-        if self.workers > 0:
+        if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler)
         return batches
 
@@ -242,7 +242,9 @@ class _Rest(Sampler):
 
 def _first_death(workers: set[multiprocessing.Process]) -> str | None:
     """What a worker died of, or None while all live; a pipe breaks a moment before its process."""
-    ended = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=DEATH_S)
+    ended = multiprocessing.connection.wait(
+        [w.sentinel for w in workers], timeout=DEATH_S if workers else 0
+    )
     for worker in workers:
         if worker.sentinel in ended:
             worker.join()
