@@ -270,7 +270,7 @@ def png(width, height, *chunks):
     return b"\\x89PNG\\r\\n\\x1a\\n" + b"".join(parts)
 
 zeros = zlib.compressobj(1)
-bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB of zeros
+bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB
 line = zlib.compress(bytes(31 * 10))
 pictures = {
     "pixels": png(20000, 20000, (b"IDAT", bomb)),  # 400 megapixels
