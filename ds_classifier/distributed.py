@@ -46,6 +46,11 @@ def complain(message: str) -> None:
         print(f"{host}error: {message}", file=sys.stderr, flush=True)
 
 
+def warn(message: str) -> None:
+    """Print a line about this rank alone, with its number; the run goes on."""
+    print(f"rank {rank()}: {message}", file=sys.stderr, flush=True)
+
+
 def init():
     """Join the process group and pick this rank's device; returns the torch.device.
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ds_classifier import distributed
+from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import keyed_noise
 from ds_classifier.metrics import Meter
 from ds_classifier.noised_classifier import NoisedClassifier
@@ -31,7 +31,7 @@ def spread_timesteps(positions: Tensor, num_timesteps: int) -> Tensor:
 @torch.no_grad()
 def evaluate(
     module: NoisedClassifier,
-    loader: DataLoader,
+    loader: Loader,
     *,
     samples: int,
     device: torch.device,

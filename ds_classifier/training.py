@@ -21,7 +21,13 @@ from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
-from ds_classifier.logger import CONSOLE_HEADER, RunLogger, console_line, validation_line
+from ds_classifier.logger import (
+    CONSOLE_HEADER,
+    RunLogger,
+    console_line,
+    counts_line,
+    validation_line,
+)
 from ds_classifier.metrics import Meter
 from ds_classifier.shutdown import StopVote
 
@@ -108,6 +114,7 @@ def train(
     """
     meter, clock = Meter(num_timesteps, engine.device), Clock()
     skipped = SkippedSteps(engine, limit=max_skipped_steps)
+    told = (0, 0)  # bad samples and skipped steps; a resumed run tells those before it
     distributed.say(CONSOLE_HEADER)
     while engine.global_steps < cadence.iterations:
         lr = engines.learning_rate(engine)
@@ -136,7 +143,10 @@ def train(
             distributed.say(
                 console_line(row, eta_seconds=eta, memory_bytes=memory_in_use(engine.device))
             )
-            skipped.report()
+            counts = (row["bad_samples"], row["skipped_steps"])
+            if counts != told:
+                distributed.say(counts_line(row))
+            told = counts
             bad_samples.check(row["samples"])
             clock = Clock()
         with clock.paused():
@@ -177,7 +187,7 @@ class SkippedSteps:
 
     def __init__(self, engine, *, limit: int):
         self._engine, self._limit = engine, limit
-        self._in_a_row, self._reported = 0, engine.skipped_steps
+        self._in_a_row = 0
 
     def check(self) -> None:
         """Call after every step. Raises FloatingPointError after `limit` skipped in a row."""
@@ -188,15 +198,6 @@ class SkippedSteps:
                 f"{self._engine.global_steps}, are not finite; the last good checkpoint stays; do: "
                 "lower --lr, or use a bf16 config"
             )
-
-    def report(self) -> None:
-        """Say how many were skipped since the last report; fp16's loss scale finds its place so."""
-        engine, count = self._engine, self._engine.skipped_steps - self._reported
-        self._reported = engine.skipped_steps
-        if count:
-            steps = "1 step" if count == 1 else f"{count} steps"
-            scale = f"; loss scale {engines.loss_scale(engine):g}" if engine.fp16_enabled() else ""
-            distributed.say(f"{'':>6} {steps} skipped: the gradient was not finite{scale}")
 
 
 class BadSamples:
@@ -231,11 +232,6 @@ class BadSamples:
         """All ranks' so far; every rank must call it."""
         new = int(distributed.all_reduce_sum(torch.tensor(self._new, device=self._device)))
         self._known, self._new = self._known + new, 0
-        if new:
-            distributed.say(
-                f"{'':>6} {new} samples could not be decoded ({self._known} so far); listed in "
-                f"{self._run_dir}/bad_samples.rank*.jsonl"
-            )
         return self._known
 
     def check(self, samples: int) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ds_classifier.data import images
 from ds_classifier.data.convert import Store, convert, merge
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards, verify
-from ds_classifier.data.sources import Sample, Source, image_folder
+from ds_classifier.data.sources import Sample, Source, image_folder, open_source
 
 MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 
@@ -48,15 +49,7 @@ def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_p
 
 
 def test_a_killed_conversion_leaves_nothing_under_a_final_name(folder, tmp_path):
-    class Killed(BaseException):
-        pass
-
-    def kill(split, done, total):
-        if done == 7:
-            raise Killed
-
-    with pytest.raises(Killed):
-        convert(image_folder(folder), tmp_path / "data", samples_per_shard=4, progress=kill)
+    convert_some(image_folder(folder), tmp_path / "data", 1)
     assert not (tmp_path / "data" / "train").exists()
     convert(image_folder(folder), tmp_path / "data", samples_per_shard=4)
     convert(image_folder(folder), tmp_path / "undisturbed", samples_per_shard=4)
@@ -68,8 +61,6 @@ def test_format_by_content_not_by_name(tmp_path):
     mixed = pictures(tmp_path / "mixed", ["a/1.png", "b/1.jpg"])
     (mixed / "a/1.png").rename(mixed / "a/1.JPEG")
     convert(image_folder(mixed), tmp_path / "data")
-    import tarfile
-
     with tarfile.open(tmp_path / "data/train/train-000000.tar") as tar:
         suffixes = {name.partition(".")[2] for name in tar.getnames()}
         assert all(member.mtime == 0 for member in tar)
@@ -133,6 +124,183 @@ def test_a_killed_conversion_goes_on_where_it_was(many, tmp_path):
     convert(image_folder(many), tmp_path / "undisturbed", samples_per_shard=2)
     assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "undisturbed/train")
     assert verify(tmp_path / "out" / "train", check_hash=True, check_decode=True) == []
+
+
+class Stopped(BaseException):
+    """As if killed."""
+
+
+def convert_some(source: Source, out: Path, shards: int, **keywords) -> None:
+    """A conversion that ends after so many shards of 4."""
+
+    def stop(split, done, total):
+        if split == "train" and done >= 4 * shards:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(source, out, samples_per_shard=4, progress=stop, **keywords)
+
+
+def test_going_on_rewrites_what_changed_in_between(tmp_path):
+    """A picture replaced by one of the same size, with an older date, before the second call."""
+    many = tmp_path / "bmp"
+    pictures(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of one size
+    source = image_folder(many)
+    convert_some(source, tmp_path / "out", 3)
+    partial = tmp_path / "out" / "train.partial"
+    before = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.tar")}
+    keys = {tar: tarfile.open(partial / tar).getnames()[0] for tar in before}
+    tar, first = min(keys.items())
+    old = next(p for p in many.rglob("*.bmp") if p.stem == first.split("_")[1].split(".")[0])
+    new = next(p for p in many.rglob("*.bmp") if p.read_bytes() != old.read_bytes())
+    data, stat = new.read_bytes(), old.stat()
+    assert len(data) == stat.st_size
+    old.write_bytes(data)
+    os.utime(old, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**12))
+    convert(image_folder(many), tmp_path / "out", samples_per_shard=4)
+    convert(image_folder(many), tmp_path / "undisturbed", samples_per_shard=4)
+    assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "undisturbed/train")
+    kept = {t for t in before if (tmp_path / "out/train" / t).stat().st_mtime_ns == before[t]}
+    assert kept == set(before) - {tar}
+
+
+def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
+    """Each row group once, for any number of processes, parts and kills; the same bytes."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    from ds_classifier.data import parquet
+
+    reads = tmp_path / "reads"
+    untouched = parquet._cells
+
+    def counted(path, first=0, last=None):
+        if last is not None:
+            with open(reads, "a") as file:
+                file.write(f"{first}\n")
+        return untouched(path, first, last)
+
+    monkeypatch.setattr(parquet, "_cells", counted)
+    cells = [b"GIF8" + np.random.RandomState(i).bytes(50 + i) for i in range(60)]
+    table = pa.table({"image": cells, "label": [i % 3 for i in range(60)]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=6)
+
+    def bytes_of(out: Path, **keywords) -> dict[str, str]:
+        reads.write_text("")
+        parquet._row_group.cache_clear()
+        convert(open_source(str(tmp_path / "t.parquet")), out, samples_per_shard=4, **keywords)
+        partial = out / "train.partial"
+        assert not list(partial.glob("spool-*"))
+        return {} if partial.exists() else tree_digest(out / "train")
+
+    def groups_read() -> int:
+        return len(reads.read_text().split())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "_gathered", lambda samples, *_: samples)
+        expected = bytes_of(tmp_path / "one_by_one")
+        assert groups_read() > 40
+    assert bytes_of(tmp_path / "one") == expected
+    assert groups_read() == 10
+    assert bytes_of(tmp_path / "three", workers=3) == expected
+    assert groups_read() <= 10 + 2
+    for i in (1, 0):
+        bytes_of(tmp_path / "parts", part=(i, 2))
+        assert groups_read() <= 10
+    leftover = tmp_path / "parts/train.partial/spool-1-2"
+    leftover.mkdir()
+    (leftover / "0.bytes").write_bytes(b"of a kill")
+    assert merge(tmp_path / "parts") == ["train"]
+    assert tree_digest(tmp_path / "parts" / "train") == expected
+    convert_some(open_source(str(tmp_path / "t.parquet")), tmp_path / "killed", 9)
+    assert bytes_of(tmp_path / "killed") == expected
+
+
+def test_shards_of_halved_shards_stay_halved(tmp_path):
+    """The mark goes along; other sizes only downwards, other forms only where nothing is lost."""
+    convert(large_pictures(), tmp_path / "a", store=Store(64, "png"))
+    convert(open_source(str(tmp_path / "a")), tmp_path / "b")
+    for split in ("train", "val"):
+        first, again = (open_shards(tmp_path / name / split) for name in "ab")
+        for key in ("stored", "image_size", "form"):
+            assert getattr(again.manifest, key) == getattr(first.manifest, key)
+    assert np.array_equal(crops(tmp_path / "b/val", 64), crops(tmp_path / "a/val", 64))
+    convert(open_source(str(tmp_path / "b")), tmp_path / "c", store=Store(32, "png"))
+    convert(large_pictures(), tmp_path / "direct", store=Store(32, "png"))
+    assert open_shards(tmp_path / "c/val").manifest.image_size == 32
+    assert np.array_equal(crops(tmp_path / "c/val", 32), crops(tmp_path / "direct/val", 32))
+    with pytest.raises(ValueError, match=r"got halved for 65 px.*are halved for 64 px, png"):
+        convert(open_source(str(tmp_path / "b")), tmp_path / "d", store=Store(65, "png"))
+    convert(large_pictures(), tmp_path / "jpg", store=Store(32))
+    with pytest.raises(ValueError, match="are halved for 32 px, jpg"):
+        convert(open_source(str(tmp_path / "jpg")), tmp_path / "d", store=Store(32, "png"))
+    with pytest.raises(ValueError, match="splits halved otherwise"):
+        open_source(str(tmp_path / "a/train"), str(tmp_path / "c/val"))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(many, tmp_path):
+    """Files may not grow beyond 8 KB, as if the disk were full; with room the same call goes on."""
+    arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "30"]
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
+    limit += (
+        f"sys.argv = {[str(a) for a in arguments]}; runpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    done = run_python("-c", limit, cwd=tmp_path)
+    assert done.code == 2
+    assert done.lines[-1].startswith("error: ")
+    assert "train.partial/train-00000" in done.lines[-1]
+    assert len(done.lines) == 1
+    assert not (tmp_path / "out" / "train").exists()
+    convert(image_folder(many), tmp_path / "out", samples_per_shard=30)
+    convert(image_folder(many), tmp_path / "undisturbed", samples_per_shard=30)
+    assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "undisturbed/train")
+
+
+BOMBS = """
+import resource, struct, sys, zlib
+from ds_classifier.data import images
+from PIL import Image
+Image.init()
+
+def png(width, height, *chunks):
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d))
+             for t, d in parts]
+    return b"\\x89PNG\\r\\n\\x1a\\n" + b"".join(parts)
+
+zeros = zlib.compressobj(1)
+bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB
+line = zlib.compress(bytes(31 * 10))
+pictures = {
+    "pixels": png(20000, 20000, (b"IDAT", bomb)),  # 400 megapixels
+    "data": png(10, 10, (b"IDAT", bomb)),  # more than its pixels
+    "text": png(10, 10, (b"zTXt", b"k\\0\\0" + bomb), (b"IDAT", line)),
+    "profile": png(10, 10, (b"iCCP", b"k\\0\\0" + bomb), (b"IDAT", line)),
+}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name, data in pictures.items():
+    try:
+        print(name, images.decode(data).size)
+    except ValueError as error:
+        print(name, "refused")
+print("grown by MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
+    (tmp_path / "bombs.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + BOMBS)
+    done = run_python(tmp_path / "bombs.py", cwd=tmp_path)
+    *lines, grown = done.lines
+    assert lines == ["pixels refused", "data (10, 10)", "text refused", "profile refused"]
+    assert int(grown.split()[-1]) < 100
+
+
+def test_a_file_too_large_for_a_picture_is_refused_unread(folder, tmp_path):
+    (folder / "cat" / "huge.png").touch()
+    os.truncate(folder / "cat" / "huge.png", 10 << 30)
+    with pytest.raises(ValueError, match=r"huge\.png: got 10737418240 bytes; need at most"):
+        convert(image_folder(folder), tmp_path / "data")
 
 
 def large_pictures() -> Source:

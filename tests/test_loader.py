@@ -1,7 +1,9 @@
 """Batches: the same on any ranks and workers; bad samples; validation."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -162,8 +164,6 @@ def test_a_bad_sample_keeps_its_place_with_weight_zero(tmp_path, workers):
 
 
 def test_a_shard_cut_while_training_is_named(digits, tmp_path):
-    import shutil
-
     shutil.copytree(digits / "val", tmp_path / "val")
     dataset = ShardDataset(open_shards(tmp_path / "val"), image_size=8)
     os.truncate(tmp_path / "val" / "val-000000.tar", 2048)
@@ -172,13 +172,59 @@ def test_a_shard_cut_while_training_is_named(digits, tmp_path):
 
 
 def test_workers_do_not_hear_the_signals_that_stop_a_run(digits):
-    loader = training_loader(digits / "train", micro=4, last=40, workers=2)
-    batches = iter(loader)
+    before = set(multiprocessing.active_children())
+    batches = iter(training_loader(digits / "train", micro=4, last=40, workers=2))
     next(batches)
-    for worker in batches._workers:
+    for worker in set(multiprocessing.active_children()) - before:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker.pid, number)
     assert len(list(batches)) == 40 * 3 - 1
+
+
+@pytest.fixture
+def quick_look(monkeypatch):
+    """torch looks after its workers every 5 s; here ten times a second."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
+
+    monkeypatch.setattr(Iterator._try_get_data, "__defaults__", (0.1,))
+
+
+def read_with_killings(split, at: dict[int, int]) -> tuple[list, int]:
+    """A run's batches where, before the n-th, at[n] of its 2 workers get SIGKILL; and the kills."""
+    before, killed, got = set(multiprocessing.active_children()), 0, []
+    batches = iter(training_loader(split, micro=4, last=30, workers=2))
+    for batch in batches:
+        got.append((batch.positions.tolist(), batch.images.numpy().tobytes()))
+        workers = list(set(multiprocessing.active_children()) - before)
+        for worker in workers[: at.get(len(got), 0)]:
+            os.kill(worker.pid, signal.SIGKILL)
+            killed += 1
+    return got, killed
+
+
+def test_a_killed_worker_loses_no_batch(digits, quick_look, capfd):
+    """One of two, both, and one so late that nothing is left to read but what is on its way."""
+    expected, _ = read_with_killings(digits / "train", {})
+    assert len(expected) == 90
+    got, killed = read_with_killings(digits / "train", {5: 1, 40: 2, 85: 1})
+    assert killed == 4
+    assert got == expected
+    said = capfd.readouterr().err
+    assert 2 <= said.count("rank 0: a loader worker died (SIGKILL); reading on") <= 3
+
+
+def test_workers_that_keep_dying_are_an_error(digits, quick_look, monkeypatch):
+    monkeypatch.setattr(ShardDataset, "__getitem__", lambda *_: os.kill(os.getpid(), 9))
+    with pytest.raises(OSError, match=r"SIGKILL\), 4 times in a row.*--workers \(now 2 a rank\)"):
+        list(training_loader(digits / "train", workers=2))
+
+
+def test_an_error_in_a_worker_is_no_death(digits, tmp_path):
+    shutil.copytree(digits / "val", tmp_path / "val")
+    loader = training_loader(tmp_path / "val", workers=1)
+    os.truncate(tmp_path / "val" / "val-000000.tar", 2048)
+    with pytest.raises(OSError, match=r"val-000000\.tar.*cut while training"):
+        list(loader)
 
 
 def test_the_manifest_says_how_pictures_are_stored(digits):

@@ -1,16 +1,24 @@
 """Shards as stock WebDataset reads them; sources; conversion; and what verify finds."""
 
+import io
 import json
 import os
+import pickle
 import shutil
+import tarfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, pictures, run_python
 from PIL import Image
 
+from ds_classifier import files
 from ds_classifier.data.convert import convert
+from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards, scan_shard, verify
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
 
@@ -89,8 +97,6 @@ def test_splits_are_not_taken_for_classes(tmp_path):
 
 
 def test_digits_are_the_ones_of_scikit_learn(digits):
-    import io
-
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -122,6 +128,14 @@ def split(folder, tmp_path) -> Path:
 
 def member_offsets(tar: Path) -> list[int]:
     return [sample.entry[0] for sample in scan_shard(tar)]
+
+
+def pack(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def damaged_shards() -> dict:
@@ -172,14 +186,33 @@ def damaged_shards() -> dict:
 
 
 @pytest.mark.parametrize("way", damaged_shards())
-def test_scan_names_a_damaged_shard(split, way):
-    tar = split / "train-000000.tar"
+def test_a_damaged_shard_is_named_with_its_counts_or_loses_nothing(split, way):
+    """verify tells of every kind. Training refuses what changed a size; else it reads them all."""
+    tar, before = split / "train-000000.tar", ShardDataset(open_shards(split), image_size=8)
     whole = tar.read_bytes()
     offsets = member_offsets(tar)
     assert len(offsets) == 15
-    tar.write_bytes(damaged_shards()[way](tar, whole, offsets))
+    expected = before[np.arange(15)]
+    data = damaged_shards()[way](tar, whole, offsets)
+    tar.write_bytes(data)
     with pytest.raises(ValueError, match=r"train-000000\.tar"):
         list(scan_shard(tar))
+    (problem,) = verify(split)
+    found = 0 if way in ("empty", "html") else 7
+    assert problem.startswith(f"{tar}: ")
+    assert problem.endswith(f": got {found} whole samples; need 15")
+    if len(data) != len(whole):
+        with pytest.raises(ValueError, match=rf"got {len(data)} bytes; need {len(whole)} bytes wi"):
+            open_shards(split)
+    else:
+        batch = ShardDataset(open_shards(split), image_size=8)[np.arange(15)]
+        assert batch.weights.tolist() == 15 * [1.0]
+        assert torch.equal(batch.images, expected.images)
+    tar.write_bytes(whole + bytes(512))
+    (problem,) = verify(split)
+    assert problem.endswith(
+        f"got {len(whole) + 512} bytes; need {len(whole)}, as the manifest says"
+    )
 
 
 def test_verify_finds_what_the_structure_does_not_show(split):
@@ -206,13 +239,66 @@ def test_verify_compares_labels_with_the_index(split):
     assert any("index" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("text", [b"", b"-1", b"x", b"1.0"])
+def test_labels_that_are_none_are_named(tmp_path, text):
+    pack(tmp_path / "x.tar", {"a/k1.png": b"", "a/k1.cls": b"0", "a/k2.png": b"", "a/k2.cls": text})
+    with pytest.raises(ValueError, match=r"x\.tar.*a/k2.*"):
+        list(scan_shard(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+def test_pictures_without_a_label_are_named(tmp_path, missing):
+    """In the midst, and at a shard's end, where the label may be the next shard's first member."""
+    members = {"k1.png": b"", "k1.cls": b"0", "k2.png": b"", "k2.cls": b"1"}
+    del members[list(members)[missing]]
+    pack(tmp_path / "x.tar", members)
+    with pytest.raises(ValueError, match=r"x\.tar: (k1 has a picture but|its last sample lacks)"):
+        list(scan_shard(tmp_path / "x.tar"))
+
+
+def test_keys_that_appear_twice_are_found(folder, tmp_path):
+    """In one shard, and in two."""
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=5)
+    split = tmp_path / "data" / "train"
+    first, second, third = sorted(split.glob("*.tar"))
+    third.write_bytes(first.read_bytes())
+    data = bytearray(second.read_bytes())
+    with tarfile.open(second) as tar:
+        members = tar.getmembers()
+        for member, like in zip(members[2:4], members[:2], strict=True):
+            header = tarfile.TarInfo(like.name)
+            header.size = member.size
+            data[member.offset : member.offset + 512] = header.tobuf(tarfile.USTAR_FORMAT)
+    second.write_bytes(data)
+    found = [p for p in verify(split) if p.endswith("appears twice")]
+    assert len(found) == 1 + 5
+    assert found[0].startswith(str(second))
+    assert all(problem.startswith(str(third)) for problem in found[1:])
+
+
+def test_no_member_but_the_picture_is_ever_decoded(tmp_path):
+    """A pickle beside a picture, and one that calls itself a picture, run nothing."""
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    evil = pickle.dumps(Evil())
+    source = Source("s", ["a"], {"train": [Sample("x", 0, b"GIF8" + evil)]})
+    convert(source, tmp_path / "data")
+    split = tmp_path / "data" / "train"
+    members = {"k.jpg": evil, "k.pkl": evil, "k.pyd": evil, "k.pt": evil, "k.cls": b"0"}
+    pack(tmp_path / "x.tar", members)
+    assert [sample.key for sample in scan_shard(tmp_path / "x.tar")] == ["k"]
+    batch = ShardDataset(open_shards(split), image_size=8)[np.arange(1)]
+    assert (batch.weights.tolist(), len(batch.bad)) == ([0.0], 1)
+    assert len(verify(split, check_decode=True)) == 1
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["../out.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_members_that_leave_the_directory_are_refused(tmp_path, name):
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    pack(tmp_path / "x.tar", {name: b""})
     with pytest.raises(ValueError, match="no plain file"):
         list(scan_shard(tmp_path / "x.tar"))
 
@@ -242,6 +328,20 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
     assert "not a manifest" in after(lambda: (copy / "manifest.json").write_text("{}"))
     assert "index.npy" in after(lambda: (copy / "index.npy").unlink())
     assert "samples" in after(lambda: np.save(copy / "index.npy", open_shards(split).index[:3]))
+    rows = np.array(open_shards(split).index)
+    assert "sha256" in after(lambda: np.save(copy / "index.npy", rows[::-1]))
+
+    def index_of(rows) -> None:
+        """An index that its manifest agrees with."""
+        np.save(copy / "index.npy", rows)
+        manifest = open_shards(split).manifest
+        manifest = replace(manifest, index_sha256=files.sha256(copy / "index.npy"))
+        (copy / "manifest.json").write_text(manifest.to_json())
+
+    for column, value in (("label", 3), ("label", -1), ("shard", 1), ("offset", 1 << 63)):
+        other = rows.copy()
+        other[column][5] = value
+        assert "for sample 5, outside of" in after(partial(index_of, other))
     manifest = json.loads((split / "manifest.json").read_text())
     manifest["classes"] = ["changed", "by", "hand"]
     assert "fingerprint" in after(lambda: (copy / "manifest.json").write_text(json.dumps(manifest)))
@@ -257,8 +357,12 @@ def test_the_command_line(folder, tmp_path):
     assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
-    assert done.code == 2
-    assert "train-000000.tar: got 5120 bytes" in done.output
+    assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problems")
+    assert "train-000000.tar: damaged or cut at byte" in done.output
+    assert done.lines[0].endswith(": got 2 whole samples; need 15")
+    (tmp_path / "out/train/train-000000.tar").unlink()
+    done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
+    assert done.lines[0].endswith("train-000000.tar: got no such file; need 15 samples")
     done = run_python(script, "convert", tmp_path / "absent", "data", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 1), done.output
     assert "not a directory" in done.output

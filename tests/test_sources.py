@@ -296,6 +296,26 @@ def test_a_devkit_that_swells_is_refused(plain):
     assert "when unpacked" in refused(train, val, bomb)
 
 
+def test_a_meta_mat_that_swells_is_refused(plain, tmp_path):
+    """A folder's file that is large, and one whose table unpacks to more than it may."""
+    import struct
+    import tracemalloc
+    import zlib
+
+    train, val = imagenet(plain)
+    devkit = devkit_folder(plain.parent)
+    meta = devkit / "data" / "meta.mat"
+    packed = zlib.compress(bytes(1 << 30), 1)
+    head = meta.read_bytes()[:128]
+    meta.write_bytes(head + struct.pack("<II", 15, len(packed)) + packed)
+    tracemalloc.start()
+    assert "when unpacked" in refused(train, val, devkit)
+    assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    tracemalloc.stop()
+    os.truncate(meta, 1 << 33)
+    assert "8589934592 bytes" in refused(train, val, devkit)
+
+
 # ----------------------------------------------------------------------------------------- lists
 
 

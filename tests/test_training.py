@@ -458,20 +458,37 @@ def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
 def test_bad_samples_are_counted_listed_and_limited(tmp_path):
     """Two epochs over 40 pictures, 3 of them bad: 6 in all, on whichever rank they fell.
 
-    The limit is per epoch: 3 bad pictures, met again and again, stay 3.
+    The limit is per epoch: 3 bad pictures, met again and again, stay 3. The counts of bad samples
+    and skipped steps, and all else, are the same where a loader worker and then a rank is killed.
     """
     data = shards_with_bad_pictures(tmp_path / "data", {5, 6, 30})
-    flags = ["--global_batch", "8", "--iterations", "10", "--max_bad_samples", "3"]
-    train(2, "zero1_fp32", data, tmp_path / "run", *flags)
-    assert read_log(tmp_path / "run")[-1]["bad_samples"] == 6
-    lists = [p.read_text().splitlines() for p in (tmp_path / "run").glob("bad_samples.rank*.jsonl")]
+    flags = ["--global_batch", "8", "--iterations", "10", "--save_interval", "6"]
+    flags += ["--max_bad_samples", "3"]
+    nan, run, killed = {"NAN_AT": "3:1"}, tmp_path / "run", tmp_path / "killed"
+    done = train(2, "zero1_fp32", data, run, *flags, environment=nan.items())
+    row = read_log(run)[-1]
+    assert (row["samples"], row["bad_samples"], row["skipped_steps"]) == (80, 6, 1)
+    counted = "80 samples seen so far, 6 bad ones (listed in bad_samples.rank*.jsonl), 1 step skip"
+    assert counted in done.output
+    lists = [p.read_text().splitlines() for p in run.glob("bad_samples.rank*.jsonl")]
     listed = [json.loads(line) for lines in lists for line in lines]
     assert sorted(row["key"].split("_")[-1] for row in listed) == sorted(
         2 * ["0005", "0006", "0030"]
     )
     assert all(0 <= row["position"] < 80 and row["error"] for row in listed)
+
+    faults = nan | {"KILL_WORKERS_AT": "4:1", "KILL_AT": "8:0"}
+    done = train(2, "zero1_fp32", data, killed, *flags, environment=faults.items(), expect=247)
+    assert "killed a worker" in done.output
+    assert "rank 1: a loader worker died (SIGKILL); reading on" in done.output
+    train(2, "zero1_fp32", data, killed, *flags)
+    assert without_clocks(read_log(killed)) == without_clocks(read_log(run))
+    last = "checkpoints/step-00000010"
+    assert_same_state(killed / last, run / last)
+
     done = train(
         2, "zero1_fp32", data, tmp_path / "limited", *flags[:-1], "2", script=TRAIN, expect=2
     )
     assert "3 samples could not be decoded" in done.output
+    assert done.output.count("error:") == 1
     assert "Traceback" not in done.output

@@ -3,12 +3,13 @@
 TRACE: a directory; each rank appends what every micro-batch trained on: position, label, t, and
 hashes of its pixels and noise. EMULATE_FP16: let DeepSpeed run fp16 on a CPU without its
 instructions. KILL_AT, TERM_AT "STEP:RANK": that rank gets SIGKILL, or SIGTERM twice, as from a
-scheduler and a launcher, when the step begins.
+scheduler and a launcher, when the step begins. KILL_WORKERS_AT: that rank's loader workers get it.
 NAN_AT "STEP:RANK": that rank's loss of the step is not a number.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -41,6 +42,10 @@ def traced_step(engine, batches, **keywords):
     step = engine.global_steps + 1
     if due("KILL_AT", step):
         os.kill(os.getpid(), signal.SIGKILL)
+    if due("KILL_WORKERS_AT", step):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+            print("killed a worker", flush=True)
     if due("TERM_AT", step):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -4,26 +4,31 @@ OUT/train.partial/ is filled shard by shard, each under its name when it is whol
 (samples, bytes, sha256, index rows) beside it. When no shard is missing, index and manifest are
 written and the directory becomes OUT/train by one rename. What a shard holds follows from the plan
 alone, so the bytes are the same for any number of processes or machines, and after a kill: the same
-command goes on with the shards that are missing.
+command goes on with the shards that are missing, and with those whose pictures changed since. A
+split that is finished is not compared with its source again, but by names, labels and sizes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ds_classifier import files
 from ds_classifier.data import images
-from ds_classifier.data.samples import Sample, Source
+from ds_classifier.data.samples import Sample, Slice, Source
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -36,6 +41,7 @@ from ds_classifier.data.shards import (
 from ds_classifier.keyed_random import permutation, stream_key
 
 PLAN = "plan.json"
+LARGEST_PICTURE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -98,6 +104,7 @@ def convert(
     Returns each split's manifest, None where shards of other parts are missing.
     Raises ValueError where out holds something else already, or a file is no picture.
     """
+    store = _settled(store, source)
     planned = {}
     for split, samples in source.splits.items():
         order = range(len(samples))
@@ -115,6 +122,21 @@ def convert(
         split: open_shards(out / split).manifest if (out / split).exists() else None
         for split in planned
     }
+
+
+def _settled(store: Store, source: Source) -> Store:
+    """The store that comes out: pictures that were halved stay so, and cannot grow again."""
+    if source.halved is None:
+        return store
+    size, form = source.halved
+    if store.image_size is None:
+        return Store(size, form)
+    if store.image_size > size or (form, store.form) == ("jpg", "png"):
+        raise ValueError(
+            f"--image_size, --form: got {store}, from pictures that are {Store(size, form)} in "
+            f"{source.name}; need what they still allow; do: convert the originals"
+        )
+    return store
 
 
 def merge(out: Path) -> list[str]:
@@ -160,9 +182,13 @@ def _plan(
     )
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
-        digest.update(
-            f"{sample.name}\0{sample.label}\0{sample.size()}\n".encode(errors="surrogateescape")
-        )
+        size = sample.size()
+        if size > LARGEST_PICTURE:
+            raise ValueError(
+                f"{sample.name}: got {size} bytes; need at most {LARGEST_PICTURE}; do: remove the "
+                "file, or replace it with a picture"
+            )
+        digest.update(f"{sample.name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
     return Plan(digest=digest.hexdigest(), **facts)
 
 
@@ -200,46 +226,124 @@ def _write_shards(
 ) -> None:
     first = np.cumsum([0, *plan.shard_samples]).tolist()
     numbers = range(part[0], len(plan.shard_samples), part[1])
-    total = sum(plan.shard_samples[n] for n in numbers)
-    todo = [n for n in numbers if not (partial / plan.shard_name(n)).exists()]
-    done = total - sum(plan.shard_samples[n] for n in todo)
-    progress(plan.split, done, total)
-    shared = (partial, plan, [(first[n], samples[first[n] : first[n + 1]]) for n in todo])
-    jobs = list(zip(todo, range(len(todo)), strict=True))
-    if workers > 1 and len(todo) > 1:
-        # Forked processes inherit the samples; only numbers travel.
-        with multiprocessing.get_context("fork").Pool(
-            workers, initializer=_share, initargs=(shared,)
-        ) as pool:
-            for number in pool.imap_unordered(_write_one, jobs):
-                done += plan.shard_samples[number]
-                progress(plan.split, done, total)
-        return
-    _share(shared)
-    for job in jobs:
-        done += plan.shard_samples[_write_one(job)]
+    shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
+    total = sum(map(len, shards.values()))
+    todo = [n for n in numbers if not _up_to_date(partial / plan.shard_name(n), shards[n])]
+    for n in todo:
+        (partial / plan.shard_name(n)).unlink(missing_ok=True)
+    spool = partial / f"spool-{part[0]}-{part[1]}"
+    try:
+        flat = _gathered([s for n in todo for s in shards[n]], spool, workers, plan.split, progress)
+        done = total - len(flat)
         progress(plan.split, done, total)
+        flat = iter(flat)
+        tasks = [(first[n], [next(flat) for _ in shards[n]]) for n in todo]
+        jobs = list(enumerate(todo))
+        for number in _in_processes(workers, _write_one, (partial, plan, tasks), jobs):
+            done += plan.shard_samples[number]
+            progress(plan.split, done, total)
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
 
 
-_shared: tuple[Path, Plan, list[tuple[int, list[Sample]]]]
+def _up_to_date(path: Path, samples: list[Sample]) -> bool:
+    """Whether a shard is written, and no file of its pictures has changed since it was begun."""
+    if not path.exists():
+        return False
+    began_ns = json.loads(path.with_suffix(".json").read_text())["began_ns"]
+    return all(sample.changed_ns() <= began_ns for sample in samples)
 
 
-def _share(shared: tuple[Path, Plan, list[tuple[int, list[Sample]]]]) -> None:
+def _gathered(
+    samples: list[Sample],
+    spool: Path,
+    workers: int,
+    split: str,
+    progress: Callable[[str, int, int], None],
+) -> list[Sample]:
+    """The same samples, each quick to read alone.
+
+    Pictures that lie in groups, such as a parquet file's row groups, and are wanted in another
+    order are written to files under `spool` once, group by group: as many bytes as they have.
+    """
+    shutil.rmtree(spool, ignore_errors=True)
+    groups: dict[Hashable, list[int]] = {}
+    changes, last = 0, None
+    for i, sample in enumerate(samples):
+        group = getattr(sample.content, "group", None)
+        if group is not None:
+            groups.setdefault(group, []).append(i)
+            changes, last = changes + (group != last), group
+    if changes == len(groups):
+        return samples
+    spool.mkdir()
+    wanted = [i for group in sorted(groups) for i in groups[group]]
+    cuts = np.linspace(0, len(wanted), workers + 1).astype(int).tolist()
+    jobs = list(itertools.pairwise(cuts))
+    gathered, done = list(samples), 0
+    for first, last, ends in _in_processes(workers, _spool_some, (samples, wanted, spool), jobs):
+        place = spool / f"{first}.bytes"
+        for i, start, end in zip(wanted[first:last], ends, ends[1:], strict=False):
+            gathered[i] = replace(samples[i], content=Slice(place, start, end - start))
+        done += last - first
+        progress(f"{split}, gathering", done, len(wanted))
+    return gathered
+
+
+def _spool_some(job: tuple[int, int]) -> tuple[int, int, list[int]]:
+    """Write some of the wanted pictures to one file; returns the job, and where each begins."""
+    first, last = job
+    samples, wanted, spool = _shared
+    ends = [0]
+    place = spool / f"{first}.bytes"
+    with open(place, "wb") as file, _naming(place):
+        for i in wanted[first:last]:
+            ends.append(ends[-1] + file.write(samples[i].read()))
+    return first, last, ends
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk does not tell which; say the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _in_processes(
+    workers: int, task: Callable[[Any], Any], shared: Any, jobs: list[Any]
+) -> Iterator[Any]:
+    """The results of a task on jobs, as they come. Forked processes inherit what is shared."""
     global _shared
     _shared = shared
+    if workers > 1 and len(jobs) > 1:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            yield from pool.imap_unordered(task, jobs)
+    else:
+        yield from map(task, jobs)
+
+
+_shared: Any = None
 
 
 def _write_one(job: tuple[int, int]) -> int:
     """Write one shard and its facts; returns its number."""
     from webdataset import TarWriter
 
-    number, at = job
+    at, number = job
     partial, plan, tasks = _shared
     first, samples = tasks[at]
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")
-    undecodable = []
-    with open(staging, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+    undecodable, began_ns = [], time.time_ns()
+    with (
+        _naming(staging),
+        open(staging, "wb") as file,
+        TarWriter(file, encoder=False, mtime=0) as tar,
+    ):
         for i, sample in enumerate(samples, first):
             data = sample.read()
             suffix = _suffix(data, sample.name)
@@ -258,7 +362,7 @@ def _write_one(job: tuple[int, int]) -> int:
     rows["shard"] = number
     np.save(path.with_suffix(".index.npy"), rows)
     shard = Shard(path.name, len(samples), staging.stat().st_size, files.sha256(staging))
-    facts = asdict(shard) | {"undecodable": undecodable}
+    facts = asdict(shard) | {"undecodable": undecodable, "began_ns": began_ns}
     files.replace_text(path.with_suffix(".json"), json.dumps(facts))
     os.rename(staging, path)
     return number
@@ -271,6 +375,7 @@ def _finish(partial: Path, plan: Plan) -> None:
         path = partial / plan.shard_name(number)
         facts = json.loads(path.with_suffix(".json").read_text())
         undecodable += facts.pop("undecodable")
+        del facts["began_ns"]
         shards.append(Shard(**facts))
         index.append(np.load(path.with_suffix(".index.npy")))
         sidecars += [path.with_suffix(".json"), path.with_suffix(".index.npy")]
@@ -291,6 +396,8 @@ def _finish(partial: Path, plan: Plan) -> None:
     files.replace_text(partial / MANIFEST, manifest.to_json())
     for sidecar in sidecars:
         sidecar.unlink()
+    for spool in partial.glob("spool-*"):  # of a part that was killed
+        shutil.rmtree(spool)
 
 
 def _key(number: int, name: str) -> str:

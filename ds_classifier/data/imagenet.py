@@ -16,6 +16,7 @@ import csv
 import gzip
 import io
 import os
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ds_classifier.data.samples import IMAGE_SUFFIXES, Named, Slice, files_under
 
 TAR_BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes: of a long name or a pax record; real ones stay under 10 KB
-LARGEST_DEVKIT = 1 << 26  # bytes, unpacked; the real one has a few million
+LARGEST_DEVKIT = 1 << 26  # bytes, unpacked, and of each file in it; the real one has a few million
 META = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 NEED_LABELS = (
@@ -171,6 +172,7 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
             "--val_labels: got a devkit, whose meta.mat needs scipy; do: pip install scipy, or "
             "give Kaggle's LOC_val_solution.csv"
         ) from None
+    _refuse_swelling(meta, name)
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"].reshape(-1)
         return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
@@ -181,6 +183,29 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
         ) from None
 
 
+def _refuse_swelling(meta: bytes, name: str) -> None:
+    """ValueError where a MATLAB 5 file is, or unpacks to, more than LARGEST_DEVKIT bytes.
+
+    After a header of 128 bytes come elements: type and bytes, u4 each; type 15 is a zlib stream.
+    """
+    order = ">" if meta[126:128] == b"MI" else "<"
+    at, total = 128, len(meta)
+    while at + 8 <= len(meta) and total <= LARGEST_DEVKIT:
+        kind, size = struct.unpack(f"{order}II", meta[at : at + 8])
+        at += 8
+        if kind == 15:
+            stream = zlib.decompressobj()
+            try:
+                total += len(stream.decompress(meta[at : at + size], LARGEST_DEVKIT + 1))
+            except zlib.error:  # scipy will tell
+                return
+        at += size
+    if total > LARGEST_DEVKIT:
+        raise ValueError(
+            f"{name}: got more than {LARGEST_DEVKIT} bytes when unpacked; need {NEED_LABELS}"
+        )
+
+
 def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
     """What META and GROUND_TRUTH hold, at the top or one folder down."""
     contents: dict[str, bytes] = {}
@@ -188,6 +213,11 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
         for name in (META, GROUND_TRUTH):
             for file in (devkit / name, *sorted(devkit.glob(f"*/{name}"))):
                 if name not in contents and file.is_file():
+                    if file.stat().st_size > LARGEST_DEVKIT:
+                        raise ValueError(
+                            f"--val_labels: got {file} of {file.stat().st_size} bytes; need "
+                            f"{NEED_LABELS}"
+                        )
                     contents[name] = file.read_bytes()
     else:
         tar = _unzipped(devkit)

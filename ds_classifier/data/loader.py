@@ -7,7 +7,9 @@ bad, the samples that could not be decoded: they keep their place with weight 0.
 from __future__ import annotations
 
 import atexit
+import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import warnings
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ds_classifier import distributed
 from ds_classifier.data import images
 from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
@@ -26,6 +29,8 @@ from ds_classifier.data.store import store_of
 from ds_classifier.keyed_random import Draws, fold, stream_key
 
 AHEAD = 2**17  # positions a rank looks ahead at most, to name the shards it will need
+MAX_RESTARTS = 3  # in a row, without a batch between: more is no accident
+DEATH_S = 1.0  # seconds until a process whose pipe broke counts as alive
 
 
 class BadSample(NamedTuple):
@@ -184,27 +189,109 @@ class ValidationPositions(Sampler):
         return np.arange(position, min(position + AHEAD // 8, end), dtype=np.int64)
 
 
+class Loader:
+    """Batches of the dataset at the given positions, in their order, however its workers fare.
+
+    A batch is a function of its positions alone. So where a worker is killed, say for want of
+    memory, all are started anew at the first batch not yet delivered, and nothing is lost.
+    """
+
+    def __init__(self, dataset: ShardDataset, positions: Sampler, *, workers: int, prefetch: int):
+        self.dataset, self.positions = dataset, positions
+        self.workers, self.prefetch = workers, prefetch
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises what a worker raises; OSError after MAX_RESTARTS restarts in a row."""
+        delivered = restarts = 0
+        while True:
+            children = set(multiprocessing.active_children())
+            batches = self._start(first=delivered)
+            workers = set(multiprocessing.active_children()) - children
+            try:
+                for batch in batches:
+                    delivered, restarts = delivered + 1, 0
+                    yield batch
+                return
+            except Exception as error:  # torch tells of a lost worker in several ways
+                death = _first_death(workers)
+                if death is None:
+                    raise
+                lost = f"a loader worker died ({death})"
+                restarts += 1
+                if restarts > MAX_RESTARTS:
+                    raise OSError(
+                        f"{lost}, {restarts} times in a row; do: see whether memory ran out, and "
+                        f"give fewer --workers (now {self.workers} a rank)"
+                    ) from error
+            for worker in workers:  # the others may wait for a lock that the dead one held
+                worker.kill()
+            del batches
+            distributed.warn(f"{lost}; reading on with new ones from the same position")
+
+    def _start(self, first: int) -> Iterator[Batch]:
+        in_workers = {}
+        if self.workers > 0:
+            in_workers = dict(
+                prefetch_factor=self.prefetch,
+                multiprocessing_context="fork",
+                worker_init_fn=_start_worker,
+            )
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,  # the sampler's item is a whole batch already
+            sampler=_Rest(self.positions, first),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_is,
+            **in_workers,
+        )
+        # torch would raise a worker's death wherever this process is, such as in a collective;
+        # without its handler it looks at the workers when a batch is due and does not come.
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        return batches
+
+
+class _Rest(Sampler):
+    """The positions without the first so many batches."""
+
+    def __init__(self, positions: Sampler, first: int):
+        self._positions, self._first = positions, first
+
+    def __len__(self) -> int:
+        return len(self._positions) - self._first
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return itertools.islice(self._positions, self._first, None)
+
+
+def _first_death(workers: set[multiprocessing.Process]) -> str | None:
+    """What a worker died of, or None while all live; a pipe breaks a moment before its process."""
+    ended = multiprocessing.connection.wait(
+        [w.sentinel for w in workers], timeout=DEATH_S if workers else 0
+    )
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if not codes:
+        return None
+    return signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit code {codes[0]}"
+
+
 def create_loader(
     dataset: ShardDataset, positions: Sampler, *, workers: int, prefetch: int = 4
-) -> DataLoader:
+) -> Loader:
     """Batches of the dataset at the given positions, in their order.
 
     workers: processes beside this one; 0 reads in this process. prefetch: batches ahead a worker.
     """
-    in_workers = {}
-    if workers > 0:
-        in_workers = dict(
-            prefetch_factor=prefetch, multiprocessing_context="fork", worker_init_fn=_start_worker
-        )
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the sampler's item is a whole batch already
-        sampler=positions,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=_as_is,
-        **in_workers,
-    )
+    return Loader(dataset, positions, workers=workers, prefetch=prefetch)
 
 
 @atexit.register

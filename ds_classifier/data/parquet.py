@@ -8,6 +8,7 @@ Formats: Apache Parquet, read by pyarrow; https://huggingface.co/docs/datasets/a
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class ParquetCell:
     def size(self) -> int:
         """Bytes of the picture. Parquet has no such list: the first call reads the file once."""
         return int(_lengths(self.file)[self.row_group][self.row])
+
+    def changed_ns(self) -> int:
+        return os.stat(self.file).st_ctime_ns
+
+    @property
+    def group(self) -> tuple[str, int]:
+        return str(self.file), self.row_group
 
 
 def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,6 +17,14 @@ class Content(Protocol):
     def read(self) -> bytes: ...
 
     def size(self) -> int: ...
+
+    def changed_ns(self) -> int: ...
+
+
+class Grouped(Content, Protocol):
+    """Content that is read together with that of its group, and slowly one at a time."""
+
+    group: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,9 @@ class Slice:
     def size(self) -> int:
         return self.length
 
+    def changed_ns(self) -> int:
+        return os.stat(self.path).st_ctime_ns
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -65,14 +76,29 @@ class Sample:
             return os.stat(self.content).st_size
         return self.content.size()
 
+    def changed_ns(self) -> int:
+        """When its file was last written or replaced, ns since 1970; 0 for what is in memory.
+
+        The inode's change time, which a copy with an older modification time moves too.
+        """
+        if isinstance(self.content, bytes):
+            return 0
+        if isinstance(self.content, Path):
+            return os.stat(self.content).st_ctime_ns
+        return self.content.changed_ns()
+
 
 @dataclass(frozen=True)
 class Source:
-    """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples."""
+    """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
+
+    halved: (pixels, form) where the pictures were halved already, as Store tells; None: originals.
+    """
 
     name: str
     classes: list[str]
     splits: dict[str, list[Sample]]
+    halved: tuple[int, str] | None = None
 
 
 class Named(NamedTuple):

@@ -34,6 +34,8 @@ CONVERT = "python launch/make_shards.py convert"
 
 # 20 bytes a sample: a billion fit in 20 GB of mapped file.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
+INDEX_ROWS = 1 << 20  # looked at together
+CHECKED_ROWS = 1 << 24  # of an index, at every start; 336 MB
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,20 @@ class ShardSet:
             return file.read(length)
 
 
-def open_shards(folder: Path | str) -> ShardSet:
+def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
     """Open a split by its manifest and index.
 
+    What is checked: that manifest and index belong together and are whole, and that every shard is
+    there in its size. to_verify: the index of any length, but no shard; `verify` will.
+    Pictures are read by the index, so a damaged header between them loses none; a picture whose
+    bytes changed is left to `verify` with its hash, and to the decoder.
     Raises ValueError that says what to run where there are no shards, or names what is damaged.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise ValueError(_no_shards(folder))
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-    for shard in manifest.shards:
+    for shard in () if to_verify else manifest.shards:
         path = folder / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
@@ -136,7 +142,7 @@ def open_shards(folder: Path | str) -> ShardSet:
                 f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as "
                 "the manifest says; do: restore the shard, or convert again"
             )
-    return ShardSet(folder, manifest, read_index(folder / INDEX, manifest))
+    return ShardSet(folder, manifest, read_index(folder / INDEX, manifest, thorough=to_verify))
 
 
 def parse_manifest(text: bytes, where: Path | str) -> Manifest:
@@ -162,8 +168,13 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
     return manifest
 
 
-def read_index(path: Path, manifest: Manifest) -> np.ndarray:
-    """The index of a split, [N] INDEX_DTYPE, memory-mapped; ValueError where it is another's."""
+def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.ndarray:
+    """The index of a split, [N] INDEX_DTYPE, memory-mapped.
+
+    Its hash and every row are compared with the manifest where it has at most CHECKED_ROWS, which
+    takes a second or less; or where that shall be thorough.
+    Raises ValueError where it is damaged or another's, or points outside of shards or classes.
+    """
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -173,7 +184,37 @@ def read_index(path: Path, manifest: Manifest) -> np.ndarray:
             f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "
             "do: convert again"
         )
+    if thorough or len(index) <= CHECKED_ROWS:
+        _check_index(path, index, manifest)
     return index
+
+
+def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
+    if (found := files.sha256(path)) != manifest.index_sha256:
+        raise ValueError(
+            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest beside it "
+            "says; do: bring both from the same conversion, or convert again"
+        )
+    sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
+    counts = np.zeros(len(sizes), dtype=np.int64)
+    for first in range(0, len(index), INDEX_ROWS):
+        rows = index[first : first + INDEX_ROWS]
+        inside = (rows["label"] >= 0) & (rows["label"] < len(manifest.classes))
+        inside &= rows["shard"] < len(sizes)
+        size = sizes[np.where(inside, rows["shard"], 0)]
+        inside &= (rows["offset"] <= size) & (rows["length"] <= size - rows["offset"])
+        if not inside.all():
+            row = int(np.argmin(inside))
+            raise ValueError(
+                f"{path}: got {rows[row]} for sample {first + row}, outside of the shards' bytes "
+                f"or of the {len(manifest.classes)} classes; do: convert again"
+            )
+        counts += np.bincount(rows["shard"].astype(np.int64), minlength=len(sizes))
+    if counts.tolist() != [shard.samples for shard in manifest.shards]:
+        raise ValueError(
+            f"{path}: got other numbers of samples in the shards than the manifest has; do: "
+            "convert again"
+        )
 
 
 def _no_shards(folder: Path) -> str:
@@ -267,21 +308,22 @@ def verify(
 ) -> list[str]:
     """Compare every shard of a split with its manifest and index; return what is wrong.
 
+    Finds what breaks a tar's structure: shards missing, cut, with damaged or zeroed headers, or
+    that are none. Raises ValueError where there is no manifest and index to compare with.
     check_hash: read all bytes and compare sha256. check_decode: decode every picture too.
     progress: called with pictures checked and pictures in all.
     """
-    shards = open_shards(folder)
+    shards = open_shards(folder, to_verify=True)
     manifest, problems = shards.manifest, []
-    if files.sha256(folder / INDEX) != manifest.index_sha256:
-        problems.append(f"{folder / INDEX}: its sha256 is not the manifest's")
     jobs = [(shards, number, check_hash, check_decode) for number in range(len(manifest.shards))]
     done, seen_keys = 0, set()
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for number, (found, keys) in enumerate(pool.imap(_verify_one, jobs)):
             problems += found
-            repeated = seen_keys.intersection(keys)
-            problems += [f"{shards.path(number)}: key {key} appears twice" for key in repeated]
-            seen_keys.update(keys)
+            for key in keys:
+                if key in seen_keys:
+                    problems.append(f"{shards.path(number)}: key {key} appears twice")
+                seen_keys.add(key)
             done += manifest.shards[number].samples
             progress(done, manifest.samples)
     return problems
@@ -290,11 +332,16 @@ def verify(
 def _verify_one(job: tuple[ShardSet, int, bool, bool]) -> tuple[list[str], list[str]]:
     """The problems of one shard, and its keys."""
     shards, number, check_hash, check_decode = job
-    shard, path, problems = shards.manifest.shards[number], shards.path(number), []
+    shard, path, problems, found = shards.manifest.shards[number], shards.path(number), [], []
     try:
-        found = list(scan_shard(path))
-    except ValueError as error:
-        return [f"{error} (expected {shard.samples} samples)"], []
+        found.extend(scan_shard(path))  # keeps what comes before an error
+    except FileNotFoundError:
+        return [f"{path}: got no such file; need {shard.samples} samples"], []
+    except (ValueError, OSError) as error:
+        whole = f"got {len(found)} whole samples; need {shard.samples}"
+        return [f"{path}: {str(error).removeprefix(f'{path}: ')}: {whole}"], []
+    if (size := path.stat().st_size) != shard.bytes:
+        problems.append(f"{path}: got {size} bytes; need {shard.bytes}, as the manifest says")
     rows = shards.index[shards.index["shard"] == number]
     expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
     if [sample.entry for sample in found] != expected:

@@ -281,7 +281,7 @@ def parquet(train: Path, val: Path | None = None) -> Source:
 
 
 def shards(train: Path, val: Path | None = None) -> Source:
-    """Shards of this program, class list and labels as they are."""
+    """Shards of this program, class list and labels as they are; halved ones are marked so."""
     from ds_classifier.data.shards import open_shards
 
     def split_of(place: Path, split: str) -> Path:
@@ -294,6 +294,12 @@ def shards(train: Path, val: Path | None = None) -> Source:
         folders["val"] = train / "val"
     opened = {split: open_shards(folder) for split, folder in folders.items()}
     classes = opened["train"].manifest.classes
+    stored = {(m.image_size, m.form) for m in (s.manifest for s in opened.values()) if m.image_size}
+    if len(stored) > 1:
+        raise ValueError(
+            f"--val: got splits halved otherwise, {sorted(stored)}; need the same; do: convert "
+            "both from their source at once"
+        )
     splits = {}
     for split, part in opened.items():
         if part.manifest.classes != classes:
@@ -308,7 +314,7 @@ def shards(train: Path, val: Path | None = None) -> Source:
             if not 0 <= label < len(classes):
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
-    return Source(str(train), classes, splits)
+    return Source(str(train), classes, splits, halved=next(iter(stored), None))
 
 
 def digits() -> Source:
