@@ -43,6 +43,11 @@ class Settings:
     )
     random_crop: bool = _setting(True, "data", "random crops of 80 to 100 %% of the short side")
     random_flip: bool = _setting(True, "data", "mirror half of the training pictures")
+    resize: str = _setting(
+        "exact",
+        "data",
+        "exact: guided-diffusion's pixels in training; fast: at most 2 of 255 beside them",
+    )
     lanes: int = _setting(64, "data", "places of the data set read side by side; see order.py")
     block: int = _setting(4096, "data", "samples of a lane shuffled together")
     workers: int = _setting(-1, "data", "loader processes a rank (default: by cores)", fixed=False)
@@ -149,6 +154,7 @@ class Settings:
 
 
 FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata["fixed"])
+RESIZES = ("exact", "fast")
 GROUPS = ("data", "classifier", "diffusion", "training", "run")
 
 
@@ -340,6 +346,8 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
+    if settings.resize not in RESIZES:
+        problems.append(f"--resize: got {settings.resize!r}; need {' or '.join(RESIZES)}")
     if settings.microbatch == 0 or settings.microbatch < -1:
         problems.append(f"--microbatch: got {settings.microbatch}; need a positive number, or -1")
     return problems
