@@ -78,20 +78,24 @@ def _cell(value: object) -> str:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], int]], repeats: int, before: Callable[[], None] = lambda: None
+    runs: dict[str, Callable[[], int]],
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Median of things done a second by each run, in turn: A B A B ..., after one warm-up.
 
-    before: called ahead of every run, not timed.
+    clock: its seconds. before: called ahead of every run, not timed.
     """
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
             before()
-            began = time.perf_counter()
+            began = clock()
             done = run()
             if repeat:
-                rates[name].append(done / (time.perf_counter() - began))
+                rates[name].append(done / (clock() - began))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -99,13 +103,16 @@ def interleaved(
 
 
 def _data(arguments: argparse.Namespace) -> list[dict]:
-    """One core each: the plain way (folder, Pillow, float32), and shards of every store.
+    """The plain way (folder, Pillow, float32), and shards of every store, by a core's own seconds.
 
     exact, fast: what `--resize` says. decode: the bytes to pixels of the stored size, no more.
     """
+    import torch
+
     from ds_classifier.data.convert import convert
     from ds_classifier.data.sources import open_source
 
+    torch.set_num_threads(1)
     source = open_source(str(arguments.pictures))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +127,7 @@ def _data(arguments: argparse.Namespace) -> list[dict]:
                     run = _from_shards(out / "train", size, arguments.count, fast=fast)
                     runs[name, "fast" if fast else "exact"] = run
                 runs[name, "decode"] = _decode_alone(out / "train", arguments.count)
-            rates = interleaved(runs, arguments.repeats)
+            rates = interleaved(runs, arguments.repeats, clock=time.process_time)
             plain = rates["plain", "exact"]
             for name in kilobytes:
                 row = {"px": size, "images/s a core": name, "KB each": kilobytes[name]}
@@ -187,7 +194,6 @@ def _plain(source, size: int, count: int) -> Callable[[], int]:
         return np.transpose(pixels.astype(np.float32) / 127.5 - 1, [2, 0, 1]), sample.label
 
     def run() -> int:
-        torch.set_num_threads(1)
         for first in range(0, count, 16):
             batch = [one(i) for i in range(first, min(first + 16, count))]
             torch.utils.data.default_collate(batch)
