@@ -130,13 +130,10 @@ def _data(arguments: argparse.Namespace) -> list[dict]:
             rates = interleaved(runs, arguments.repeats, clock=time.process_time)
             plain = rates["plain", "exact"]
             for name in kilobytes:
-                row = {"px": size, "images/s a core": name, "KB each": kilobytes[name]}
-                row |= {way: rate for (of, way), rate in rates.items() if of == name}
-                row |= {
-                    f"{way} / plain": rates[name, way] / plain
-                    for way in ("exact", "fast")
-                    if (name, way) in rates
-                }
+                rate = {way: rates.get((name, way), "") for way in ("exact", "fast", "decode")}
+                row = {"px": size, "images/s a core": name, "KB each": kilobytes[name], **rate}
+                for way in ("exact", "fast"):
+                    row[f"{way} / plain"] = rate[way] / plain if rate[way] else ""
                 rows.append(row)
     return rows
 
