@@ -50,6 +50,11 @@ class Settings:
     shuffle_shards: str = _setting(
         "1", "data", "shards of a lane shuffled together, or: lane, all of them (class-sorted data)"
     )
+    resize: str = _setting(
+        "exact",
+        "data",
+        "exact: guided-diffusion's pixels in training; fast: at most 2 of 255 beside them",
+    )
     workers: int = _setting(-1, "data", "loader processes a rank (default: by cores)", fixed=False)
     max_bad_samples: int = _setting(
         100, "data", "undecodable samples an epoch after which training stops", fixed=False
@@ -163,6 +168,7 @@ class Settings:
 
 
 FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata["fixed"])
+RESIZES = ("exact", "fast")
 GROUPS = ("data", "classifier", "diffusion", "training", "run")
 
 
@@ -359,6 +365,8 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
+    if settings.resize not in RESIZES:
+        problems.append(f"--resize: got {settings.resize!r}; need {' or '.join(RESIZES)}")
     if settings.microbatch == 0 or settings.microbatch < -1:
         problems.append(f"--microbatch: got {settings.microbatch}; need a positive number, or -1")
     return problems

@@ -1,4 +1,4 @@
-"""Measure this machine: `python launch/benchmark.py data PICTURES`, `... order`, `... cache`.
+"""Measure this machine: `launch/benchmark.py data PICTURES`, convert, order, cache, memory.
 
 Every figure is the median of several repeats; what is compared is interleaved, so that a machine
 whose speed drifts still gives ratios. Prints a table; --json FILE keeps the numbers.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,10 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser(
         "data", help="pictures a second and core, from shards and from a folder"
     )
-    command.add_argument("pictures", type=Path, help="an image folder, as make_shards.py takes it")
-    command.add_argument("--image_size", type=int, nargs="+", default=[64, 256])
+    _add_pictures(command)
     command.add_argument("--count", type=int, default=600, help="pictures a repeat [600]")
     command.set_defaults(run=_data)
+    command = commands.add_parser("convert", help="pictures a second and core written to shards")
+    _add_pictures(command)
+    command.set_defaults(run=_convert)
     command = commands.add_parser("order", help="time and memory of the sample order")
     command.set_defaults(run=_order)
     command = commands.add_parser(
@@ -42,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--shuffle_shards", nargs="+", default=["1", "4"])
     command.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="8 a node")
     command.set_defaults(run=_cache)
+    command = commands.add_parser("memory", help="memory of 8 loader workers, for large data sets")
+    command.set_defaults(run=_memory)
     for command in commands.choices.values():
         command.add_argument("--repeats", type=int, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -55,6 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
+
+
+def _add_pictures(command: argparse.ArgumentParser) -> None:
+    command.add_argument("pictures", type=Path, help="an image folder, as make_shards.py takes it")
+    command.add_argument("--image_size", type=int, nargs="+", default=[64, 256])
 
 
 def _print_table(rows: list[dict]) -> None:
@@ -71,15 +85,25 @@ def _cell(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def interleaved(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
-    """Median of things done a second by each run, in turn: A B A B ..., after one warm-up."""
+def interleaved(
+    runs: dict[str, Callable[[], int]],
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Median of things done a second by each run, in turn: A B A B ..., after one warm-up.
+
+    clock: its seconds. before: called ahead of every run, not timed.
+    """
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
+            before()
+            began = clock()
             done = run()
             if repeat:
-                rates[name].append(done / (time.perf_counter() - began))
+                rates[name].append(done / (clock() - began))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -87,43 +111,71 @@ def interleaved(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, f
 
 
 def _data(arguments: argparse.Namespace) -> list[dict]:
-    """One core each: the plain way (folder, Pillow, float32), and shards of every store."""
-    from ds_classifier.data.convert import Store, convert
+    """The plain way (folder, Pillow, float32), and shards of every store, by a core's own seconds.
+
+    exact, fast: what `--resize` says. decode: the bytes to pixels of the stored size, no more.
+    """
+    import torch
+
+    from ds_classifier.data.convert import convert
     from ds_classifier.data.sources import open_source
 
+    torch.set_num_threads(1)
     source = open_source(str(arguments.pictures))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.image_size:
-            stores = {
-                "original": Store(),
-                "halved jpg": Store(size, "jpg"),
-                "halved png": Store(size, "png"),
-            }
-            runs = {"plain": _plain(source, size, arguments.count)}
+            runs = {("plain", "exact"): _plain(source, size, arguments.count)}
             kilobytes = {"plain": _mean_kilobytes(source)}
-            for name, store in stores.items():
+            for name, store in _stores(size).items():
                 out = Path(folder, f"{size} {name}")
                 manifest = convert(source, out, store=store)["train"]
                 kilobytes[name] = sum(s.bytes for s in manifest.shards) / manifest.samples / 1e3
-                runs[name] = _from_shards(out / "train", size, arguments.count)
-            rates = interleaved(runs, arguments.repeats)
-            rows += [
-                {
-                    "px": size,
-                    "way": name,
-                    "images/s a core": rate,
-                    "against plain": rate / rates["plain"],
-                    "KB a picture": kilobytes[name],
-                }
-                for name, rate in rates.items()
-            ]
+                for fast in (False, True):
+                    run = _from_shards(out / "train", size, arguments.count, fast=fast)
+                    runs[name, "fast" if fast else "exact"] = run
+                runs[name, "decode"] = _decode_alone(out / "train", arguments.count)
+            rates = interleaved(runs, arguments.repeats, clock=time.process_time)
+            plain = rates["plain", "exact"]
+            for name in kilobytes:
+                rate = {way: rates.get((name, way), "") for way in ("exact", "fast", "decode")}
+                row = {"px": size, "images/s a core": name, "KB each": kilobytes[name], **rate}
+                for way in ("exact", "fast"):
+                    row[f"{way} / plain"] = rate[way] / plain if rate[way] else ""
+                rows.append(row)
     return rows
+
+
+def _stores(size: int) -> dict:
+    from ds_classifier.data.convert import Store
+
+    return {
+        "original": Store(),
+        "halved jpg": Store(size, "jpg"),
+        "halved png": Store(size, "png"),
+    }
 
 
 def _mean_kilobytes(source) -> float:
     samples = source.splits["train"]
     return sum(sample.size() for sample in samples) / len(samples) / 1e3
+
+
+def _decode_alone(folder: Path, count: int) -> Callable[[], int]:
+    from ds_classifier.data import images
+    from ds_classifier.data.shards import open_shards
+    from ds_classifier.data.store import store_of
+
+    shards = open_shards(folder)
+    store = store_of(shards)
+    data = [store.read(int(r["shard"]), int(r["offset"]), int(r["length"])) for r in shards.index]
+
+    def run() -> int:
+        for i in range(count):
+            images.decode(data[i % len(data)])
+        return count
+
+    return run
 
 
 def _plain(source, size: int, count: int) -> Callable[[], int]:
@@ -147,7 +199,6 @@ def _plain(source, size: int, count: int) -> Callable[[], int]:
         return np.transpose(pixels.astype(np.float32) / 127.5 - 1, [2, 0, 1]), sample.label
 
     def run() -> int:
-        torch.set_num_threads(1)
         for first in range(0, count, 16):
             batch = [one(i) for i in range(first, min(first + 16, count))]
             torch.utils.data.default_collate(batch)
@@ -156,7 +207,7 @@ def _plain(source, size: int, count: int) -> Callable[[], int]:
     return run
 
 
-def _from_shards(folder: Path, size: int, count: int) -> Callable[[], int]:
+def _from_shards(folder: Path, size: int, count: int, *, fast: bool) -> Callable[[], int]:
     from ds_classifier.data.loader import ShardDataset
     from ds_classifier.data.order import SampleOrder
     from ds_classifier.data.shards import open_shards
@@ -165,7 +216,9 @@ def _from_shards(folder: Path, size: int, count: int) -> Callable[[], int]:
     order = SampleOrder(
         [shard.samples for shard in shards.manifest.shards], **Settings().order_kwargs()
     )
-    dataset = ShardDataset(shards, image_size=size, order=order, random_crop=True, random_flip=True)
+    dataset = ShardDataset(
+        shards, image_size=size, order=order, random_crop=True, random_flip=True, fast=fast
+    )
 
     def run() -> int:
         for first in range(0, count, 16):
@@ -173,6 +226,53 @@ def _from_shards(folder: Path, size: int, count: int) -> Callable[[], int]:
         return count
 
     return run
+
+
+# -------------------------------------------------------------------------------------- convert
+
+
+def _convert(arguments: argparse.Namespace) -> list[dict]:
+    """Every store on one worker and on all cores; `cp -r` of the same files beside them."""
+    from ds_classifier.data.convert import convert
+    from ds_classifier.data.sources import open_source
+
+    source = open_source(str(arguments.pictures))
+    samples = source.splits["train"]
+    megabytes = sum(sample.size() for sample in samples) / 1e6
+    cores = len(os.sched_getaffinity(0))
+    per_shard = max(1, min(1000, len(samples) // (4 * cores)))
+    stores = {"original": _stores(0)["original"]}
+    for size in arguments.image_size:
+        halved = {name: store for name, store in _stores(size).items() if store.image_size}
+        stores |= {f"{name}, {size} px": store for name, store in halved.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+
+        def write(store, workers: int) -> int:
+            convert(source, out, store=store, samples_per_shard=per_shard, workers=workers)
+            return len(samples)
+
+        def copy() -> int:
+            subprocess.run(["cp", "-r", arguments.pictures, out], check=True)
+            return len(samples)
+
+        runs = {("cp -r", 1): copy} if arguments.pictures.is_dir() else {}
+        for name, store in stores.items():
+            for workers in sorted({1, cores}):
+                runs[name, workers] = lambda s=store, w=workers: write(s, w)
+        rates = interleaved(
+            runs, arguments.repeats, before=lambda: shutil.rmtree(out, ignore_errors=True)
+        )
+    return [
+        {
+            "store": name,
+            "workers": workers,
+            "images/s": rate,
+            "images/s a core": rate / workers,
+            "MB/s read": rate / len(samples) * megabytes,
+        }
+        for (name, workers), rate in rates.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------- order
@@ -281,6 +381,101 @@ def _follow(order, ends: np.ndarray, node: int, nodes: int) -> tuple[int, int]:
         change[first] += 1
         change[end + 1] -= 1
     return int(np.cumsum(change).max()), len(visits)
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def _memory(arguments: argparse.Namespace) -> list[dict]:
+    """8 workers on an index of ImageNet's size and on one of a billion; its rows name one picture.
+
+    own: what a worker shares with nobody, the index's cached pages not counted; the largest of 8.
+    """
+    from ds_classifier.data.loader import ShardDataset, create_loader
+    from ds_classifier.data.order import SampleOrder
+
+    warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
+    workers, batch = 8, 64
+    rows = []
+    for samples, count in ((1_281_167, 1024), (1_000_000_000, 200_000)):
+        positions = np.arange(arguments.repeats * 50 * workers * batch).reshape(-1, batch)
+        early, late = len(positions) // 10, len(positions) - 5 * workers  # all 8 are still alive
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = np.diff(np.arange(count + 1) * samples // count).tolist()
+            order = SampleOrder(sizes, **Settings().order_kwargs())
+            touched = np.concatenate([order.samples(some) for some in positions])
+            shards = made_up_shards(Path(folder), sizes, touched)
+            dataset = ShardDataset(shards, image_size=64, order=order, random_crop=True)
+            batches = iter(create_loader(dataset, positions, workers=workers))
+            largest = {}
+            for number, _ in enumerate(batches):
+                if number in (early, late):
+                    index = shards.index.filename
+                    facts = [
+                        memory_of(worker.pid, index) for worker in multiprocessing.active_children()
+                    ]
+                    largest[number] = [max(column) / 1e6 for column in zip(*facts, strict=True)]
+        rows.append(
+            {
+                "samples": f"{samples:,}",
+                "shards": f"{count:,}",
+                "index MB": samples * shards.index.itemsize / 1e6,
+                f"own MB a worker after {early * batch:,} pictures": largest[early][0],
+                f"after {late * batch:,}": largest[late][0],
+                "index copied, MB": largest[late][1],
+            }
+        )
+    return rows
+
+
+def made_up_shards(folder: Path, sizes: list[int], touched: np.ndarray):
+    """A split of `sizes` samples a shard, of which only rows `touched` may be read: one picture.
+
+    Its index is as long as a real one and takes no space on disk but for those rows.
+    """
+    from PIL import Image
+
+    from ds_classifier.data.images import encode
+    from ds_classifier.data.shards import INDEX, INDEX_DTYPE, Manifest, Shard, ShardSet
+
+    noise = np.random.RandomState(0).randint(0, 256, (80, 100, 3)).astype(np.uint8)
+    picture = encode(Image.fromarray(noise), "jpg")
+    shards = [Shard(f"train-{n:06d}.tar", k, len(picture), "0" * 64) for n, k in enumerate(sizes)]
+    (folder / shards[0].name).write_bytes(picture)
+    samples = sum(sizes)
+    rows = np.lib.format.open_memmap(folder / INDEX, "w+", dtype=INDEX_DTYPE, shape=(samples,))
+    rows["length"][touched] = len(picture)
+    rows.flush()
+    manifest = Manifest(
+        split="train",
+        source="made up",
+        plan="",
+        classes=["one"],
+        samples=samples,
+        stored="original",
+        image_size=None,
+        form="",
+        undecodable=[],
+        shards=shards,
+        index_sha256="",
+    )
+    return ShardSet(folder, manifest, np.load(folder / INDEX, mmap_mode="r"))
+
+
+def memory_of(pid: int, index: str | Path) -> tuple[int, int]:
+    """Bytes that a process shares with no other, without the index file's mapping; and bytes of
+    that mapping that are no longer the file's pages but copies."""
+    own = copied = 0
+    in_index = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if not name[0].isupper():  # a mapping begins: addresses, rights, ..., path
+            in_index = line.endswith(str(index))
+        elif name in ("Private_Clean", "Private_Dirty") and not in_index:
+            own += 1024 * int(rest.split()[0])
+        elif name == "Anonymous" and in_index:
+            copied += 1024 * int(rest.split()[0])
+    return own, copied
 
 
 if __name__ == "__main__":

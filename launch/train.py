@@ -401,6 +401,7 @@ def create_loaders(
         seed=settings.seed,
         random_crop=settings.random_crop,
         random_flip=settings.random_flip,
+        fast=settings.resize == "fast",
         **pixels,
     )
     loader = create_loader(dataset, positions, workers=workers)
@@ -409,6 +410,7 @@ def create_loaders(
     val_positions = ValidationPositions(
         val_shards.manifest.samples, batch=batch.micro, rank=rank, world_size=world_size
     )
+    # Validation is always exact: its figures stand beside those of other runs.
     return loader, create_loader(
         ShardDataset(val_shards, batches=val_positions, **pixels),
         val_positions,

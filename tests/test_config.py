@@ -318,6 +318,7 @@ def test_refuses_in_one_message(keys, words):
         ),
         (["--iterations", "0"], {}, 2, ["--iterations: got 0"]),
         (["--lr", "-1"], {}, 2, ["--lr: got -1"]),
+        (["--resize", "faster"], {}, 2, ["--resize: got 'faster'", "exact or fast"]),
     ],
 )
 def test_disagreements(flags, keys, world_size, words):

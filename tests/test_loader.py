@@ -23,6 +23,7 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import Sample, Source
+from launch.benchmark import made_up_shards, memory_of
 
 GLOBAL_BATCH = 12
 
@@ -147,15 +148,46 @@ def test_flips_are_half_of_all_and_mirror(digits):
     assert 110 < sum(m and not s for m, s in zip(mirrored, same, strict=True)) < 190
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_keeps_its_place_with_weight_zero(tmp_path, workers):
+def test_fast_is_the_same_crops_and_flips(digits):
+    shards = open_shards(digits / "val")
+    exact, fast = (
+        ShardDataset(
+            shards, image_size=32, channels=3, random_crop=True, random_flip=True, fast=fast
+        )[np.arange(300)].images.int()
+        for fast in (False, True)
+    )
+    difference = (exact - fast).abs()
+    assert 0 < difference.max() <= 2
+    assert difference.float().mean() < 0.01
+
+
+def test_workers_hold_one_index_and_do_not_grow(tmp_path):
+    """A 400 MB index, read all over, stays the file's pages; many epochs take no more than one."""
+    epoch = np.random.RandomState(0).randint(0, 20_000_000, (10, 32))
+    shards = made_up_shards(tmp_path, [20_000_000], np.unique(epoch))
+    assert shards.index.nbytes == 400_000_000
+    dataset = ShardDataset(shards, image_size=16, random_crop=True)
+    before, own = set(multiprocessing.active_children()), []
+    for number, batch in enumerate(create_loader(dataset, [*epoch] * 11, workers=1)):
+        assert batch.bad == []
+        if number in (10, 100):  # the worker is at most 4 ahead of it
+            (worker,) = set(multiprocessing.active_children()) - before
+            private, copied = memory_of(worker.pid, shards.index.filename)
+            own.append(private)
+            assert copied == 0
+    assert 0 < own[0] < 100e6
+    assert own[1] - own[0] < 3e6  # these pictures, were they kept, would be 6 MB an epoch
+
+
+@pytest.mark.parametrize(("workers", "fast"), [(0, False), (2, False), (0, True)])
+def test_a_bad_sample_keeps_its_place_with_weight_zero(tmp_path, workers, fast):
     pixels = Image.fromarray(np.load(GOLDEN / "images.npz")["pixels"])
     pixels.save(tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
     samples = [Sample(f"s{i}", i, good if i != 3 else good[:200]) for i in range(6)]
     source = Source("made", [str(i) for i in range(6)], {"val": samples})
     convert(source, tmp_path / "data")
-    dataset = ShardDataset(open_shards(tmp_path / "data" / "val"), image_size=8)
+    dataset = ShardDataset(open_shards(tmp_path / "data" / "val"), image_size=8, fast=fast)
     positions = ValidationPositions(6, batch=6, rank=0, world_size=1)
     (batch,) = create_loader(dataset, positions, workers=workers)
     assert batch.weights.tolist() == [1, 1, 1, 0, 1, 1]

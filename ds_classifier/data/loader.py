@@ -58,6 +58,7 @@ class ShardDataset(Dataset):
     order: which sample stands at a position, or None for the manifest's order.
     batches: the rank's, so that shards behind a URL are fetched ahead of them.
     image_size: S, pixels. channels: 1 to 4. random_crop, random_flip: keyed by (seed, position).
+    fast: the same crops, resized by torch; see `images.resize_and_crop`.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class ShardDataset(Dataset):
         seed: int = 0,
         random_crop: bool = False,
         random_flip: bool = False,
+        fast: bool = False,
     ):
         self.shards, self.order = shards, order
         self.image_size, self.channels = image_size, channels
-        self.random_crop, self.random_flip = random_crop, random_flip
+        self.random_crop, self.random_flip, self.fast = random_crop, random_flip, fast
         self._crop_key = stream_key(seed, "crop")
         self._store = store_of(shards)
         self._batches = batches if self._store.remote else None
@@ -125,9 +127,9 @@ class ShardDataset(Dataset):
         image = images.decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))
         if self.random_crop:
-            pixels = images.random_crop(image, self.image_size, draws.randrange)
+            pixels = images.random_crop(image, self.image_size, draws.randrange, fast=self.fast)
         else:
-            pixels = images.center_crop(image, self.image_size)
+            pixels = images.center_crop(image, self.image_size, fast=self.fast)
         if self.random_flip and draws.randrange(2):
             pixels = pixels[:, ::-1]
         return pixels
