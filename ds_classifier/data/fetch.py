@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -107,6 +107,50 @@ def fetch_small(
         return bytes(content)
 
     return _insist(url, attempt, patience)
+
+
+def stream(url: str, *, patience: Patience = PATIENCE) -> Iterator[bytes]:
+    """The bytes of a URL in order, kept nowhere; goes on where a try broke off.
+
+    Raises ValueError for a pipe; OSError after the last try.
+    """
+    refuse_pipe(url, False)
+    at, total = 0, None
+    chunks: Iterator[bytes] | None = None
+    with ExitStack() as connection:
+
+        def more() -> bytes:
+            nonlocal at, total, chunks
+            try:
+                if chunks is None:
+                    opened = connection.enter_context(_opened(url, at, patience.stall_timeout_s))
+                    if total not in (None, opened.total):
+                        raise _Failed(f"was {total} bytes, is {opened.total} now", final=True)
+                    total = opened.total
+                    chunks = _from(at - opened.start, _chunks(opened, patience.stall_timeout_s))
+                chunk = next(chunks, b"")
+                at += len(chunk)
+                if not chunk:
+                    if total is not None and at < total:
+                        raise _Failed(f"got {at} of {total} bytes")
+                    connection.close()  # tells whether a program failed
+                return chunk
+            except _Failed:
+                chunks = None
+                with suppress(_Failed):
+                    connection.close()
+                raise
+
+        while chunk := _insist(url, more, patience, reached=lambda: at):
+            yield chunk
+
+
+def _from(skipped: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Chunks without their first bytes: a server that knows no ranges sends them again."""
+    for chunk in chunks:
+        if skipped < len(chunk):
+            yield chunk[skipped:]
+        skipped = max(0, skipped - len(chunk))
 
 
 def fetch_file(

@@ -1,0 +1,732 @@
+"""Shards made by others -> a manifest and an index; the tars stay where and as they are.
+
+What is read beside the tars (facts from the sources named):
+
+    timm            _info.json or info.json: {"splits": {NAME: {"num_samples": n,
+                    "filenames": [...], "shard_lengths": [...], "alt_label": KEY}}}; members .jpg
+                    .cls .json; the validation split of imagenet-1k-wds is called "validation";
+                    alt_label names the field of .json that holds the label
+                    (timm/data/readers/reader_wds.py)
+    open_clip       sizes.json: {"00000.tar": n, ...} beside the shards
+                    (open_clip/src/open_clip_train/data.py, get_dataset_size)
+    img2dataset     NNNNN.tar with .jpg .txt .json, and NNNNN_stats.json, whose "successes" counts
+                    the samples written; .json holds the columns asked to be kept
+                    (img2dataset/writer.py, logger.py)
+    CLIP_benchmark  SPLIT/nshards.txt, a number n; SPLIT/0.tar ... SPLIT/(n-1).tar with .webp (or
+                    .png, .jpg) and .cls; classnames.txt above, a line a class; splits "train" and
+                    "test" (clip_benchmark/webdataset_builder.py)
+
+Every shard is read once from its first byte to its last, by several processes: what it holds, how
+long it is, its sha256. Nothing is kept of one behind a URL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ds_classifier import files
+from ds_classifier.data.fetch import Patience, fetch_small, scheme, stream
+from ds_classifier.data.shards import (
+    INDEX,
+    INDEX_DTYPE,
+    MANIFEST,
+    Manifest,
+    Shard,
+    class_numbers,
+    parse_manifest,
+    scan_samples,
+)
+from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
+from ds_classifier.data.tars import Sequential
+
+STATS = "NAME_stats.json"
+INFO = ("_info.json", "info.json")
+SIZES, NSHARDS, CLASSNAMES = "sizes.json", "nshards.txt", "classnames.txt"
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
+LARGEST_METADATA = 1 << 26  # bytes; sizes.json of 200,000 shards has 6 MB
+MOST_PROBLEMS = 20  # told of a shard, and in all
+CHUNK = 1 << 20
+OPTIONAL = Patience(retries=2, pause_s=0.5)  # for files that need not be there
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The shards of a split, and what lies beside them.
+
+    place: the tars' directory, absolute, or its URL. counts: shard -> samples, as `source` says.
+    stats: whether NAME_stats.json lie beside the shards. labels: where a label stands, if told.
+    classes: names, if told. problems: where the metadata does not fit itself or the directory.
+    """
+
+    place: str
+    names: list[str]
+    counts: dict[str, int] = field(default_factory=dict)
+    source: str | None = None
+    stats: bool = False
+    labels: str | None = None
+    classes: list[str] | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A split that was indexed.
+
+    checked_by: the metadata that its counts agree with, None where there is none. alike: share of
+    neighbours in the shards with one label; by_chance: that of a random order.
+    """
+
+    manifest: Manifest
+    checked_by: str | None
+    alike: float
+    by_chance: float
+
+    @property
+    def sorted_by_class(self) -> bool:
+        """Whether neighbours share their class far more often than by chance."""
+        return self.alike > 2 * self.by_chance + 0.05
+
+
+def index(
+    train: str,
+    out: Path,
+    *,
+    val: str | None = None,
+    labels: str | None = None,
+    classes: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[str, int, int | None], None] = lambda split, done, total: None,
+) -> dict[str, Indexed]:
+    """Write OUT/train/{manifest.json,index.npy}, and OUT/val/, for shards that stay where they are.
+
+    train, val: a directory; a pattern of paths or URLs as webdataset expands it; a URL of a
+    directory; or the path or URL of _info.json, sizes.json or nshards.txt. Without val, the
+    validation split that lies beside train, if there is one.
+    labels: "cls", or "json:KEY"; None: as the metadata says, else "cls".
+    classes: file with a class name a line; None: classnames.txt beside the shards, else numbers.
+    progress: called with split, pictures found, and pictures in all, None if unknown.
+    Raises ValueError that lists what is wrong; nothing is written then.
+    """
+    listings = {"train": find_shards(train, "train")}
+    held_out = find_shards(train, "val", beside=True) if val is None else find_shards(val, "val")
+    if held_out is not None:
+        listings["val"] = held_out
+    labels = labels or listings["train"].labels or "cls"
+    names = _class_names(listings, classes)
+    for split in listings:
+        _refuse_others_work(out / split)
+    scans: dict[str, list[_Scan]] = {}
+    problems: list[str] = []
+    for split, listing in listings.items():
+        job = _Job(listing, labels, names)
+        scans[split] = _scan_all(job, workers, functools.partial(progress, split))
+        problems += listing.problems + _problems(job, scans[split])
+        if split == "train" and names is None and not problems:
+            names, problems = _numbered_classes(job, scans[split])
+    if problems:
+        shown = problems[:MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"... and {len(problems) - len(shown)} problems more")
+        raise ValueError(
+            "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(shown)
+        )
+    return {
+        split: _write(out / split, split, listing, labels, names, scans[split])
+        for split, listing in listings.items()
+    }
+
+
+# ------------------------------------------------------------------------------ finding the shards
+
+
+class _Place:
+    """A directory of this machine, or a URL; files beside the shards are read by name."""
+
+    def __init__(self, location: str):
+        self.url = is_url(location)
+        self.location = location.rstrip("/") if self.url else os.path.abspath(location)
+
+    def __truediv__(self, name: str) -> _Place:
+        return _Place(f"{self.location}/{name}")
+
+    def read(self, name: str) -> bytes | None:
+        """A small file, or None where it is not there."""
+        where = url_of(self.location, name) if self.url else f"{self.location}/{name}"
+        if self.url:
+            try:
+                return fetch_small(where, limit_bytes=LARGEST_METADATA, patience=OPTIONAL)
+            except OSError:
+                return None
+        if not os.path.isfile(where):
+            return None
+        if os.path.getsize(where) > LARGEST_METADATA:
+            raise ValueError(f"{where}: got more than {LARGEST_METADATA} bytes")
+        return Path(where).read_bytes()
+
+    def read_json(self, name: str) -> dict | None:
+        text = self.read(name)
+        if text is None:
+            return None
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.location}/{name}: got no JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.location}/{name}: got no JSON object")
+        return content
+
+    def tars(self) -> list[str]:
+        """The tars of a directory, numbers in their names counted as such."""
+        if self.url or not os.path.isdir(self.location):
+            return []
+        return sorted(filter(_TAR.search, os.listdir(self.location)), key=_by_number)
+
+    def tars_with_stats(self) -> set[str]:
+        """The tars that img2dataset says it has written to a directory."""
+        names = os.listdir(self.location)
+        return {n.removesuffix(STATS[4:]) + ".tar" for n in names if n.endswith(STATS[4:])}
+
+
+_TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in _parts(name)]
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split("([0-9]+)", name) if part]
+
+
+def find_shards(location: str, split: str, *, beside: bool = False) -> Listing | None:
+    """The shards that a user's word means, as `index` takes it.
+
+    split: "train" or "val", where the place holds both. beside: only what the place itself calls a
+    validation split; None if it does not.
+    Raises ValueError where there is nothing, or shards that cannot be indexed in place.
+    """
+    _refuse_secrets(location)
+    location = location if is_url(location) else os.path.expanduser(location)
+    folder, _, base = location.rstrip("/").rpartition("/")
+    if base in (*INFO, SIZES, NSHARDS):
+        location = folder or ("/" if location.startswith("/") else ".")
+    elif "{" in location or "::" in location or _TAR.search(base):
+        return None if beside else _checked(_of_pattern(location))
+    place = _Place(location)
+    found = _of_info(place, split, beside) or _below(place, split)
+    if found is None and not beside:
+        found = _directly_in(place)
+    if found is not None:
+        return _checked(found)
+    if beside:
+        return None
+    flag = "TRAIN" if split == "train" else "--val"
+    if place.url:
+        raise ValueError(
+            f"{flag}: got {location}, where there is no {INFO[0]}, {SIZES}, {NSHARDS} nor "
+            f"{SPLITS[split][0]}/{NSHARDS}; a URL cannot be listed; do: name the shards, like "
+            f"{location}/name-{{0000..1023}}.tar"
+        )
+    missing = "which does not exist" if not os.path.exists(location) else "without any .tar"
+    raise ValueError(
+        f"{flag}: got {location}, {missing}; need a directory with shards, a pattern like "
+        "'/data/name-{0000..1023}.tar', or a URL"
+    )
+
+
+def _refuse_secrets(location: str) -> None:
+    """ValueError for what a manifest may not name: programs, and what is secret in a URL."""
+    for part in location.split("::"):
+        if scheme(part) == "pipe":
+            raise ValueError(
+                f"got {part!r}, which runs a program; a manifest may not name one; do: give a URL, "
+                "or download the shards"
+            )
+        if scheme(part) in ("http", "https") and ("?" in part or "@" in part.split("/")[2]):
+            raise ValueError(
+                f"got {part.split('?')[0].split('@')[-1]} with a query or a password, which the "
+                "manifest would hold in the open; do: give a plain URL, or download the shards"
+            )
+
+
+def _of_info(place: _Place, split: str, beside: bool) -> Listing | None:
+    """A split that timm's _info.json names."""
+    name, info = next(((n, i) for n in INFO if (i := place.read_json(n)) is not None), (None, None))
+    if info is None:
+        return None
+    where, splits = f"{place.location}/{name}", info.get("splits")
+    if not isinstance(splits, dict):
+        raise ValueError(f'{where}: got no "splits"; need them as timm writes them')
+    chosen = next((s for s in SPLITS[split] if s in splits), None)
+    if chosen is None:
+        if beside:
+            return None
+        raise ValueError(
+            f"{where}: got the splits {', '.join(map(str, splits))}; need one called "
+            f"{' or '.join(SPLITS[split])}; do: name its shards with a pattern"
+        )
+    counts, total, labels = _info_counts(splits[chosen], f"{where}: split {chosen}")
+    problems = []
+    if total != sum(counts.values()):
+        problems.append(
+            f"{where}: num_samples of {chosen} is {total}; its shard_lengths sum to "
+            f"{sum(counts.values())}"
+        )
+    return Listing(
+        place.location,
+        list(counts),
+        counts,
+        name,
+        labels=labels,
+        classes=_classnames(place),
+        problems=problems,
+    )
+
+
+def _info_counts(info: object, where: str) -> tuple[dict[str, int], int, str | None]:
+    """Shard -> samples, samples in all, and where labels stand, of a split of _info.json."""
+    try:
+        names, lengths, total = info["filenames"], info["shard_lengths"], info["num_samples"]
+        if any(type(n) is not int or n < 0 for n in (*lengths, total)) or len(names) != len(
+            lengths
+        ):
+            raise ValueError(f"{len(names)} filenames, {len(lengths)} shard_lengths")
+        if len(set(names)) != len(names):
+            raise ValueError("a filename twice")
+        labels = info.get("alt_label") or None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: got no filenames, shard_lengths and num_samples that fit together "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    counts = dict(zip(names, lengths, strict=True))
+    return counts, total, f"json:{labels}" if labels else None
+
+
+def _below(place: _Place, split: str) -> Listing | None:
+    """A split in a directory of its name, with class names above it, as CLIP_benchmark has them."""
+    for name in SPLITS[split]:
+        found = _directly_in(place / name)
+        if found is not None:
+            return found
+    return None
+
+
+def _directly_in(place: _Place) -> Listing | None:
+    """The shards of a directory or URL that holds one split."""
+    tars = place.tars()
+    sizes, nshards = place.read_json(SIZES), place.read(NSHARDS)
+    if nshards is not None:
+        if not re.fullmatch(rb"[0-9]{1,7}", nshards.strip()):
+            raise ValueError(
+                f"{place.location}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
+            )
+        names, source = [f"{i}.tar" for i in range(int(nshards))], NSHARDS
+    elif sizes is not None and place.url:
+        names, source = sorted(sizes, key=_by_number), SIZES
+    else:
+        names, source = tars, None
+    if not names and source is None:
+        return None
+    problems = []
+    if not place.url:
+        kinds = {re.sub("[0-9]+", "#", name) for name in names}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"got {place.location} with tars of {len(kinds)} kinds "
+                f"({', '.join(sorted(kinds)[:4])}); need those of one split; do: name them with a "
+                "pattern, such as 'DIR/name-train-{0000..1023}.tar', and the others as --val"
+            )
+        listed, said_by = set(names), source
+        if sizes is not None:
+            listed, said_by = listed | set(sizes), SIZES
+        elif source is None and not listed.isdisjoint(with_stats := place.tars_with_stats()):
+            listed, said_by = listed | with_stats, STATS
+        problems = [
+            f"{place.location}/{name} "
+            + ("is not here, but" if name in listed else "is here, but not")
+            + f" in {said_by}"
+            for name in sorted(listed ^ set(tars), key=_by_number)
+        ]
+        names = [name for name in names if name in tars]
+    listing = _with_counts(place, names, problems)
+    return listing if listing.source else dataclasses.replace(listing, source=source)
+
+
+def _of_pattern(pattern: str) -> Listing:
+    from webdataset.shardlists import expand_urls  # imports torch
+
+    try:
+        paths = list(expand_urls(pattern))
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"got {pattern!r}, which does not expand ({error})") from None
+    paths = paths if is_url(paths[0]) else [os.path.abspath(path) for path in paths]
+    folders = {path.rpartition("/")[0] for path in paths}
+    if len(folders) > 1:
+        raise ValueError(
+            f"got shards in {len(folders)} directories, {' and '.join(sorted(folders)[:2])}; need "
+            "all of a split in one; do: link them into one directory"
+        )
+    names = [path.rpartition("/")[2] for path in paths]
+    if len(set(names)) != len(names):
+        raise ValueError(f"got {pattern!r}, which names a shard twice; need each once")
+    place = _Place(folders.pop())
+    if place.url or any(name in names for name in place.tars()):
+        return _with_counts(place, names, [])
+    raise ValueError(f"got {pattern!r}; none of its {len(names)} shards exists, such as {paths[0]}")
+
+
+def _with_counts(place: _Place, names: list[str], problems: list[str]) -> Listing:
+    """The named shards of a place, with what its metadata says of them."""
+    counts: dict[str, int] = {}
+    source = labels = None
+    for name in INFO:
+        splits = (place.read_json(name) or {}).get("splits")
+        for split, info in (splits if isinstance(splits, dict) else {}).items():
+            of_split, _, of_labels = _info_counts(info, f"{place.location}/{name}: split {split}")
+            if not of_split.keys().isdisjoint(names):
+                counts |= of_split
+                source, labels = name, of_labels
+    if source is None and (sizes := place.read_json(SIZES)) and not sizes.keys().isdisjoint(names):
+        if any(type(n) is not int or n < 0 for n in sizes.values()):
+            raise ValueError(f"{place.location}/{SIZES}: got a count that is none")
+        counts, source = sizes, SIZES
+    missing = [] if source is None else [name for name in names if name not in counts]
+    problems = problems + [f"{place.location}/{n}: {source} does not name it" for n in missing]
+    stats = False
+    if source is None and place.url and names:
+        stats = _stats_of(place, names[0]) is not None
+    elif source is None:
+        stats = not place.tars_with_stats().isdisjoint(names)
+    return Listing(
+        place.location,
+        names,
+        counts,
+        STATS if stats else source,
+        stats=stats,
+        labels=labels,
+        classes=_classnames(place),
+        problems=problems,
+    )
+
+
+def _checked(listing: Listing) -> Listing:
+    """Refuse what no manifest could name or no offset could read."""
+    for name in listing.names:
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(
+                f"{listing.place}: got the shard name {name!r}; need names without directories"
+            )
+        if not name.lower().endswith(".tar"):
+            raise ValueError(
+                f"{listing.place}: got {name}; need plain .tar: members of a compressed one have "
+                "no place to be read at; do: decompress it"
+            )
+        if is_url(listing.place) and not REMOTE_NAME.fullmatch(name):
+            raise ValueError(
+                f"{listing.place}: got the shard name {name!r}; need letters, digits and _.+=@-, "
+                "ending in .tar; do: rename it"
+            )
+    return listing
+
+
+def _stats_name(name: str) -> str:
+    return f"{name.removesuffix('.tar')}_stats.json"
+
+
+def _stats_of(place: _Place, name: str) -> dict | None:
+    return place.read_json(_stats_name(name))
+
+
+def _classnames(place: _Place) -> list[str] | None:
+    """Names that lie beside the shards, or above a directory that is called like a split."""
+    folder, _, base = place.location.rpartition("/")
+    above = [_Place(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
+    for where in (place, *above):
+        text = where.read(CLASSNAMES)
+        if text is not None:
+            return _lines(text, f"{where.location}/{CLASSNAMES}")
+    return None
+
+
+def _lines(text: bytes, where: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in text.decode("utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: got no UTF-8 ({error})") from None
+    if not lines or "" in lines:
+        raise ValueError(f"{where}: got an empty line or nothing; need a class name in every line")
+    return lines
+
+
+def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
+    if classes is not None:
+        return _lines(classes.read_bytes(), f"--classes: {classes}")
+    told = [listing.classes for listing in listings.values() if listing.classes is not None]
+    if any(names != told[0] for names in told):
+        raise ValueError(
+            f"--val: got another {CLASSNAMES} than that of TRAIN; need one list; do: give the one "
+            "that counts as --classes FILE"
+        )
+    return told[0] if told else None
+
+
+# --------------------------------------------------------------------------------------- scanning
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A split to scan, the same for all its shards."""
+
+    listing: Listing
+    labels: str
+    classes: list[str] | None
+
+    def open(self, name: str) -> Iterator[bytes]:
+        if is_url(self.listing.place):
+            yield from stream(url_of(self.listing.place, name))
+            return
+        with open(f"{self.listing.place}/{name}", "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int] | None:
+        return None if self.classes is None else class_numbers(self.classes)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a shard, None where only its end will tell."""
+        return (
+            None if is_url(self.listing.place) else os.stat(f"{self.listing.place}/{name}").st_size
+        )
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What a shard holds. rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys."""
+
+    shard: Shard
+    rows: np.ndarray
+    keys: np.ndarray
+    problems: list[str]
+    more_problems: int
+
+
+def _scan_all(job: _Job, workers: int, progress: Callable[[int, int | None], None]) -> list[_Scan]:
+    counts, names = job.listing.counts, job.listing.names
+    total = sum(counts[name] for name in names) if counts.keys() >= set(names) else None
+    scans, done = [], 0
+    progress(0, total)
+    with multiprocessing.get_context("fork").Pool(
+        workers, initializer=_share, initargs=(job,)
+    ) as pool:
+        for scan in pool.imap(_scan_one, names):
+            scans.append(scan)
+            done += len(scan.rows)
+            progress(done, total)
+    return scans
+
+
+_job: _Job  # of this process, inherited by the fork: lists of shards are long
+
+
+def _share(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _scan_one(name: str) -> _Scan:
+    job = _job
+    where = f"{job.listing.place}/{name}"
+    problems, more = [], 0
+
+    def report(problem: str) -> None:
+        nonlocal more
+        if len(problems) < MOST_PROBLEMS:
+            problems.append(problem)
+        else:
+            more += 1
+
+    rows, keys = [], []
+    file = Sequential(job.open(name))
+    try:
+        for key, entry in _samples(job, file, name, report):
+            if job.classes is not None and entry[2] >= len(job.classes):
+                report(f"{where}: {key} has label {entry[2]}; there are {len(job.classes)} classes")
+            rows.append(entry)
+            keys.append(_hash(key))
+        file.drain()
+        expected = _expected(job, name)
+        if expected not in (None, len(rows)) and not problems:
+            report(f"{where}: got {len(rows)} samples; {job.listing.source} says {expected}")
+    except (ValueError, OSError) as error:
+        expected = job.listing.counts.get(name)
+        said = "" if expected is None else f"; {job.listing.source} says {expected}"
+        report(f"{error} (samples found before: {len(rows)}{said})")
+    return _Scan(
+        Shard(name, len(rows), file.arrived, file.digest.hexdigest()),
+        np.array(rows, dtype=INDEX_DTYPE),
+        np.array(keys, dtype=np.uint64),
+        problems,
+        more,
+    )
+
+
+def _samples(
+    job: _Job, file: Sequential, name: str, report: Callable[[str], None]
+) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """(key, index row) of a shard's samples."""
+    for sample in scan_samples(
+        file,
+        f"{job.listing.place}/{name}",
+        job.size(name),
+        labels=job.labels,
+        numbers=job.numbers,
+        report=report,
+    ):
+        yield sample.key, sample.entry
+
+
+def _expected(job: _Job, name: str) -> int | None:
+    """Samples that the metadata promises of a shard."""
+    if not job.listing.stats:
+        return job.listing.counts.get(name)
+    stats = _stats_of(_Place(job.listing.place), name)
+    if stats is None or type(stats.get("successes")) is not int:
+        raise ValueError(
+            f"{job.listing.place}/{name}: got no {_stats_name(name)} with successes, as the other "
+            "shards have; do: let img2dataset finish it, or remove it"
+        )
+    return stats["successes"]
+
+
+def _hash(key: str) -> int:
+    digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _problems(job: _Job, scans: list[_Scan]) -> list[str]:
+    """What is wrong with the shards, those that came through the scan compared with each other."""
+    problems = [problem for scan in scans for problem in scan.problems]
+    more = sum(scan.more_problems for scan in scans)
+    if more:
+        problems.append(f"... and {more} problems more in single shards")
+    if problems:
+        return problems
+    if not any(len(scan.rows) for scan in scans):
+        return [f"{job.listing.place}: got no sample in {len(scans)} shards"]
+    hashes = np.concatenate([scan.keys for scan in scans])
+    hashes.sort()
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MOST_PROBLEMS]
+    if not len(twice):
+        return []
+    holders: dict[str, list[str]] = {}  # key -> shards; hashes may be equal by chance
+    for scan in scans:
+        for key in _keys(job, scan, np.isin(scan.keys, twice)):
+            holders.setdefault(key, []).append(scan.shard.name)
+    return [
+        f"{job.listing.place}: key {key} is in {' and '.join(shards[:3])}; need each key once"
+        for key, shards in holders.items()
+        if len(shards) > 1
+    ]
+
+
+def _keys(job: _Job, scan: _Scan, wanted: np.ndarray) -> list[str]:
+    """The keys of some samples of a shard, which is read again. wanted: [n] bool."""
+    if not wanted.any():
+        return []
+    file = Sequential(job.open(scan.shard.name))
+    samples = _samples(job, file, scan.shard.name, lambda problem: None)
+    return [key for (key, _), yes in zip(samples, wanted, strict=True) if yes]
+
+
+def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, list[str]]:
+    """Names "0", "1" ... for the labels of training, and what is wrong with the labels."""
+    present = functools.reduce(np.union1d, (np.unique(scan.rows["label"]) for scan in scans))
+    if present[-1] == len(present) - 1:
+        return [str(i) for i in range(len(present))], []
+    gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
+    scan = next(scan for scan in scans if (scan.rows["label"] > gap).any())
+    wanted = np.zeros(len(scan.rows), dtype=bool)
+    wanted[np.argmax(scan.rows["label"])] = True
+    key = _keys(job, scan, wanted)[0]
+    label = scan.rows["label"].max()
+    return None, [
+        f"{job.listing.place}: no picture has label {gap}, but {key} in {scan.shard.name} has "
+        f"{label}; need 0, 1, 2, ... without a gap, or --classes FILE with a name for every label"
+    ]
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def _refuse_others_work(folder: Path) -> None:
+    """An older index may be replaced, it is made again from the shards; nothing else may."""
+    if not (folder / MANIFEST).exists():
+        return
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    if manifest.plan:
+        raise ValueError(
+            f"OUT: got {folder}, which holds converted shards; need another place; do: choose "
+            "another OUT, or train on them as they are"
+        )
+
+
+def _write(
+    folder: Path,
+    split: str,
+    listing: Listing,
+    labels: str,
+    classes: list[str],
+    scans: list[_Scan],
+) -> Indexed:
+    """Index and manifest of a split, the manifest last."""
+    scans = [scan for scan in scans if len(scan.rows)]  # img2dataset leaves empty shards
+    samples = sum(len(scan.rows) for scan in scans)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".{INDEX}.staging"
+    rows = np.lib.format.open_memmap(staging, "w+", dtype=INDEX_DTYPE, shape=(samples,))
+    at = alike = 0
+    for number, scan in enumerate(scans):
+        part = rows[at : at + len(scan.rows)]
+        part[:] = scan.rows
+        part["shard"] = number
+        alike += int((scan.rows["label"][1:] == scan.rows["label"][:-1]).sum())
+        at += len(scan.rows)
+    frequency = np.bincount(rows["label"], minlength=len(classes)) / samples
+    rows.flush()
+    del rows
+    files.fsync(staging)
+    (folder / MANIFEST).unlink(missing_ok=True)  # not that of another index
+    os.replace(staging, folder / INDEX)
+    here = not is_url(listing.place) and os.path.realpath(folder) == os.path.realpath(listing.place)
+    manifest = Manifest(
+        split=split,
+        source=os.path.basename(listing.place),
+        plan="",
+        classes=classes,
+        samples=samples,
+        stored="original",
+        image_size=None,
+        form="",
+        undecodable=[],
+        shards=[scan.shard for scan in scans],
+        index_sha256=files.sha256(folder / INDEX),
+        location=None if here else listing.place,
+        labels=labels,
+    )
+    files.replace_text(folder / MANIFEST, manifest.to_json())
+    files.fsync(folder)
+    pairs = max(samples - len(scans), 1)
+    return Indexed(manifest, listing.source, alike / pairs, float((frequency**2).sum()))
