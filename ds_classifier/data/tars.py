@@ -167,7 +167,7 @@ def _refuse_compressed(head: bytes, name: Path | str) -> None:
         if head.startswith(magic):
             raise ValueError(
                 f"{name}: got a compressed tar ({kind}), whose members have no place to be read "
-                "at; need a plain one; do: decompress it"
+                "at; need one that is not compressed; do: decompress it"
             )
 
 
