@@ -49,6 +49,10 @@ class Patience:
 PATIENCE = Patience()
 
 
+class NotServed(OSError):
+    """The other side answers that it has no such file, or none for us."""
+
+
 class _Failed(Exception):
     """One try failed. final: another will not help. restart: what it brought is of no use."""
 
@@ -91,7 +95,7 @@ def fetch_small(
     """The content of a URL, into memory.
 
     Raises ValueError for more than limit_bytes or a pipe that is not allowed; OSError after the
-    last try.
+    last try, NotServed where another would not help.
     """
     refuse_pipe(url, allow_pipe)
 
@@ -215,7 +219,7 @@ def _insist(
             furthest = max(furthest, further)
             if failure.final or failures > patience.retries:
                 times = "1 try" if tries == 1 else f"{tries} tries"
-                raise OSError(
+                raise (NotServed if failure.final else OSError)(
                     f"{shown(url)}: got no whole file in {times}; the last: {failure}; do: check "
                     "the address and the server, then run the same command again"
                 ) from None

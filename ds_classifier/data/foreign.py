@@ -36,11 +36,12 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier import files
-from ds_classifier.data.fetch import Patience, fetch_small, scheme, stream
+from ds_classifier.data.fetch import NotServed, Patience, fetch_small, scheme, shown, stream
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
     MANIFEST,
+    PLAIN_URL,
     Manifest,
     Shard,
     class_numbers,
@@ -48,7 +49,7 @@ from ds_classifier.data.shards import (
     scan_samples,
 )
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
-from ds_classifier.data.tars import Sequential
+from ds_classifier.data.tars import Sequential, printable
 
 STATS = "NAME_stats.json"
 INFO = ("_info.json", "info.json")
@@ -135,11 +136,12 @@ def index(
         if split == "train" and names is None and not problems:
             names, problems = _numbered_classes(job, scans[split])
     if problems:
-        shown = problems[:MOST_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"... and {len(problems) - len(shown)} problems more")
+        told = problems[:MOST_PROBLEMS]
+        more = sum(scan.more_problems for split in scans.values() for scan in split)
+        if untold := len(problems) - len(told) + more:
+            told.append(f"... and {untold} problems more")
         raise ValueError(
-            "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(shown)
+            "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(told)
         )
     return {
         split: _write(out / split, split, listing, labels, names, scans[split])
@@ -156,6 +158,11 @@ class _Place:
     def __init__(self, location: str):
         self.url = is_url(location)
         self.location = location.rstrip("/") if self.url else os.path.abspath(location)
+        if self.url and not PLAIN_URL.fullmatch(self.location):
+            raise ValueError(
+                f"got the URL {self.location!r}; need letters, digits and _.,:/@%+=~- in it; do: "
+                "write others as %XX"
+            )
 
     def __truediv__(self, name: str) -> _Place:
         return _Place(f"{self.location}/{name}")
@@ -166,8 +173,12 @@ class _Place:
         if self.url:
             try:
                 return fetch_small(where, limit_bytes=LARGEST_METADATA, patience=OPTIONAL)
-            except OSError:
+            except NotServed:
                 return None
+            except OSError:
+                if scheme(where) in ("http", "https"):
+                    raise
+                return None  # of a program all that is known is that it failed
         if not os.path.isfile(where):
             return None
         if os.path.getsize(where) > LARGEST_METADATA:
@@ -253,10 +264,10 @@ def _refuse_secrets(location: str) -> None:
                 f"got {part!r}, which runs a program; a manifest may not name one; do: give a URL, "
                 "or download the shards"
             )
-        if scheme(part) in ("http", "https") and ("?" in part or "@" in part.split("/")[2]):
+        if re.match("https?:.*[?]|[^/]*//[^/@]*:[^/@]*@", part, re.IGNORECASE):
             raise ValueError(
-                f"got {part.split('?')[0].split('@')[-1]} with a query or a password, which the "
-                "manifest would hold in the open; do: give a plain URL, or download the shards"
+                f"got {shown(part)} with a query or a password, which the manifest would hold in "
+                "the open; do: give a plain URL, or download the shards"
             )
 
 
@@ -328,7 +339,7 @@ def _directly_in(place: _Place) -> Listing | None:
     tars = place.tars()
     sizes, nshards = place.read_json(SIZES), place.read(NSHARDS)
     if nshards is not None:
-        if not re.fullmatch(rb"[0-9]{1,7}", nshards.strip()):
+        if not re.fullmatch(rb"[0-9]{1,6}", nshards.strip()):
             raise ValueError(
                 f"{place.location}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
             )
@@ -354,12 +365,13 @@ def _directly_in(place: _Place) -> Listing | None:
         elif source is None and not listed.isdisjoint(with_stats := place.tars_with_stats()):
             listed, said_by = listed | with_stats, STATS
         problems = [
-            f"{place.location}/{name} "
+            f"{place.location}/{printable(name)} "
             + ("is not here, but" if name in listed else "is here, but not")
             + f" in {said_by}"
             for name in sorted(listed ^ set(tars), key=_by_number)
         ]
-        names = [name for name in names if name in tars]
+        here = set(tars)
+        names = [name for name in names if name in here]
     listing = _with_counts(place, names, problems)
     return listing if listing.source else dataclasses.replace(listing, source=source)
 
@@ -382,7 +394,7 @@ def _of_pattern(pattern: str) -> Listing:
     if len(set(names)) != len(names):
         raise ValueError(f"got {pattern!r}, which names a shard twice; need each once")
     place = _Place(folders.pop())
-    if place.url or any(name in names for name in place.tars()):
+    if place.url or not set(names).isdisjoint(place.tars()):
         return _with_counts(place, names, [])
     raise ValueError(f"got {pattern!r}; none of its {len(names)} shards exists, such as {paths[0]}")
 
@@ -563,7 +575,10 @@ def _scan_one(name: str) -> _Scan:
     try:
         for key, entry in _samples(job, file, name, report):
             if job.classes is not None and entry[2] >= len(job.classes):
-                report(f"{where}: {key} has label {entry[2]}; there are {len(job.classes)} classes")
+                report(
+                    f"{where}: {printable(key)} has label {entry[2]}; there are "
+                    f"{len(job.classes)} classes"
+                )
             rows.append(entry)
             keys.append(_hash(key))
         file.drain()
@@ -619,9 +634,6 @@ def _hash(key: str) -> int:
 def _problems(job: _Job, scans: list[_Scan]) -> list[str]:
     """What is wrong with the shards, those that came through the scan compared with each other."""
     problems = [problem for scan in scans for problem in scan.problems]
-    more = sum(scan.more_problems for scan in scans)
-    if more:
-        problems.append(f"... and {more} problems more in single shards")
     if problems:
         return problems
     if not any(len(scan.rows) for scan in scans):
@@ -636,7 +648,8 @@ def _problems(job: _Job, scans: list[_Scan]) -> list[str]:
         for key in _keys(job, scan, np.isin(scan.keys, twice)):
             holders.setdefault(key, []).append(scan.shard.name)
     return [
-        f"{job.listing.place}: key {key} is in {' and '.join(shards[:3])}; need each key once"
+        f"{job.listing.place}: key {printable(key)} is in {' and '.join(shards[:3])}; need each "
+        "key once"
         for key, shards in holders.items()
         if len(shards) > 1
     ]
@@ -660,7 +673,7 @@ def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, 
     scan = next(scan for scan in scans if (scan.rows["label"] > gap).any())
     wanted = np.zeros(len(scan.rows), dtype=bool)
     wanted[np.argmax(scan.rows["label"])] = True
-    key = _keys(job, scan, wanted)[0]
+    key = printable(_keys(job, scan, wanted)[0])
     label = scan.rows["label"].max()
     return None, [
         f"{job.listing.place}: no picture has label {gap}, but {key} in {scan.shard.name} has "

@@ -36,6 +36,7 @@ from ds_classifier.data.tars import (
     Sequential,
     key_of,
     member_name,
+    printable,
     tar_members,
 )
 
@@ -47,7 +48,9 @@ LARGEST_PICTURE = (1 << 32) - 1  # bytes, as the index counts them
 CONVERT = "python launch/make_shards.py convert"
 
 # What may stand in a manifest for where its tars lie: some of gopen's schemes run a shell.
-_URL = re.compile(r"(?!pipe:)[a-z][a-z0-9+.-]*:(?!.*//-)[A-Za-z0-9_.,:/@%+=~{}-]+", re.IGNORECASE)
+PLAIN_URL = re.compile(
+    r"(?!pipe:)[a-z][a-z0-9+.-]*:(?!.*//-)[A-Za-z0-9_.,:/@%+=~{}-]+", re.IGNORECASE
+)
 
 # 20 bytes a sample: a billion fit in 20 GB of mapped file.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
@@ -188,7 +191,7 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
         ):
             raise ValueError("a name or a size is none")
         place = manifest.location
-        if place is not None and not (os.path.isabs(place) or _URL.fullmatch(place)):
+        if place is not None and not (os.path.isabs(place) or PLAIN_URL.fullmatch(place)):
             raise ValueError(f"location {place!r} is no absolute directory and no plain URL")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -305,7 +308,7 @@ def scan_samples(
             group.faults = ["comes twice; need its members side by side, and each key once"]
         seen.add(group.key)
         for fault in group.faults:
-            report(f"{where}: {_shown(group.key)} {fault}")
+            report(f"{where}: {printable(group.key)} {fault}")
         if not group.faults:
             entry = (group.picture.offset, group.picture.size, group.label, 0)
             yield ScannedSample(group.key, entry)
@@ -331,10 +334,6 @@ def scan_samples(
             except ValueError as error:
                 group.faults.append(f"has no usable label in .{suffix}: {error}")
     yield from end(group)
-
-
-def _shown(key: str) -> str:
-    return key if key.isprintable() else ascii(key)
 
 
 def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) -> int:

@@ -184,6 +184,11 @@ def key_of(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, suffix.lower()
 
 
+def printable(text: str) -> str:
+    """A name for a message: escaped where it would not show, or act on a terminal."""
+    return text if text.isprintable() else ascii(text)
+
+
 def member_name(before: bytes) -> str:
     """The name of the member whose headers end where `before` ends, of NAME_REACH bytes at most.
 
