@@ -61,12 +61,6 @@ class Sequential:
         self._at += len(data)
         return data
 
-    def drain(self) -> None:
-        """Let the rest come."""
-        self.seek(self.arrived)
-        while self._more():
-            self._at = self.arrived
-
     def _more(self) -> bool:
         chunk = next(self._chunks, b"")
         self.digest.update(chunk)
@@ -99,8 +93,8 @@ def tar_members(
 ) -> Iterator[Member]:
     """The regular files of the tar that lies at [start, end) of a file; directories are passed.
 
-    end None: wherever the file ends. Whoever reads a member does so before the next one is asked
-    for.
+    The file is read to its end. end None: wherever that is. Whoever reads a member does so before
+    the next one is asked for.
     Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
     last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
     Raises ValueError for what is no plain tar, cut short, damaged, or has links, devices, names
