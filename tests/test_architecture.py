@@ -23,6 +23,7 @@ LAYERS = [
     ],
     ["device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
+    ["data.layouts"],
     [
         "diffusion",
         "metrics",
