@@ -8,7 +8,7 @@ What is read beside the tars (facts from the sources named):
                     alt_label names the field of .json that holds the label
                     (timm/data/readers/reader_wds.py)
     open_clip       sizes.json: {"00000.tar": n, ...} beside the shards
-                    (open_clip/src/open_clip_train/data.py, get_dataset_size)
+                    (open_clip/src/training/data.py, get_dataset_size)
     img2dataset     NNNNN.tar with .jpg .txt .json, and NNNNN_stats.json, whose "successes" counts
                     the samples written; .json holds the columns asked to be kept
                     (img2dataset/writer.py, logger.py)
