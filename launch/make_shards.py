@@ -80,6 +80,38 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_merge)
 
     command = commands.add_parser(
+        "index",
+        help="use shards made by others, where and as they are",
+        description="Write OUT/train (and OUT/val) with a manifest and an index of WebDataset "
+        "shards that stay where they are: a directory, or a URL that training then fetches from. "
+        "Counts are compared with timm's _info.json, open_clip's sizes.json, img2dataset's stats "
+        "and CLIP_benchmark's nshards.txt where they lie beside the shards.",
+    )
+    command.add_argument(
+        "train",
+        help="a directory; a pattern of paths or URLs like 'DIR/name-{0000..1023}.tar'; a URL of a "
+        "directory with one of the files above; or such a file",
+    )
+    command.add_argument("out", type=Path, help="where train/ and val/ are written")
+    command.add_argument(
+        "--val", help="the same, for validation [what lies beside TRAIN and is called so]"
+    )
+    command.add_argument(
+        "--label",
+        type=_label,
+        help="where a sample's label stands: cls, or json:KEY for a field of its .json [cls, or "
+        "what _info.json says]",
+    )
+    command.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="class names, one a line [classnames.txt beside the shards, else numbers]",
+    )
+    _add_workers(command)
+    command.set_defaults(run=_index)
+
+    command = commands.add_parser(
         "verify",
         help="check shards against their manifest and index",
         description="Check the structure of every shard against the manifest and the index.",
@@ -105,6 +137,12 @@ def _part(text: str) -> tuple[int, int]:
     if not 0 <= i < n:
         raise argparse.ArgumentTypeError(f"got {text!r}; need I/N with 0 <= I < N, like 0/4")
     return i, n
+
+
+def _label(text: str) -> str:
+    if text != "cls" and not (text.startswith("json:") and text != "json:"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; need cls or json:KEY")
+    return text
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -153,6 +191,41 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _index(arguments: argparse.Namespace) -> int:
+    if arguments.workers < 1:
+        raise ValueError(f"--workers: got {arguments.workers}; need at least 1")
+    from ds_classifier.data.foreign import index
+
+    with _Progress() as progress:
+        splits = index(
+            arguments.train,
+            arguments.out,
+            val=arguments.val,
+            labels=arguments.label,
+            classes=arguments.classes,
+            workers=arguments.workers,
+            progress=progress,
+        )
+    for split, indexed in splits.items():
+        folder, manifest = arguments.out / split, indexed.manifest
+        megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
+        checked = "nothing beside them tells their counts"
+        if indexed.checked_by:
+            checked = f"counts agree with {indexed.checked_by}"
+        print(
+            f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
+            f"{len(manifest.shards)} shards, {megabytes:.1f} MB, at {manifest.location or folder}; "
+            + checked
+        )
+        if split == "train":
+            print(
+                f"  {indexed.alike:.1%} of neighbours share their class, {indexed.by_chance:.1%} "
+                "in a random order"
+                + ("; do: train with --shuffle_shards lane" if indexed.sorted_by_class else "")
+            )
+    return 0
+
+
 def _describe(folder: Path, manifest) -> None:
     from ds_classifier.data.convert import Store
 
@@ -196,7 +269,7 @@ class _Progress:
         self._bar, self._phase = None, None
         return self
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
         from tqdm import tqdm
 
         if self._phase != phase:

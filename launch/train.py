@@ -22,8 +22,8 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
-from ds_classifier.data.shards import ShardSet, open_shards
-from ds_classifier.data.store import RemoteShardSet, is_url, open_remote
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import RemoteShardSet, open_split
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
@@ -88,9 +88,7 @@ def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
 
 def _open(flag: str, location: str, settings: Settings) -> ShardSet:
     try:
-        if not is_url(location):
-            return open_shards(location)
-        return open_remote(
+        return open_split(
             location,
             cache_dir=Path(settings.cache_dir).expanduser(),
             budget_bytes=int(settings.cache_gb * 1e9) or None,

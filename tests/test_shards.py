@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -252,7 +253,7 @@ def test_pictures_without_a_label_are_named(tmp_path, missing):
     members = {"k1.png": b"", "k1.cls": b"0", "k2.png": b"", "k2.cls": b"1"}
     del members[list(members)[missing]]
     pack(tmp_path / "x.tar", members)
-    with pytest.raises(ValueError, match=r"x\.tar: (k1 has a picture but|its last sample lacks)"):
+    with pytest.raises(ValueError, match=r"x\.tar: k[12] has a picture but no \.cls"):
         list(scan_shard(tmp_path / "x.tar"))
 
 
@@ -270,10 +271,11 @@ def test_keys_that_appear_twice_are_found(folder, tmp_path):
             header.size = member.size
             data[member.offset : member.offset + 512] = header.tobuf(tarfile.USTAR_FORMAT)
     second.write_bytes(data)
-    found = [p for p in verify(split) if p.endswith("appears twice")]
-    assert len(found) == 1 + 5
-    assert found[0].startswith(str(second))
-    assert all(problem.startswith(str(third)) for problem in found[1:])
+    in_one, *in_two = verify(split)
+    assert re.match(rf"{second}: got member .* there twice", in_one)
+    in_two = [problem for problem in in_two if problem.endswith("appears twice")]
+    assert len(in_two) == 5
+    assert all(problem.startswith(str(third)) for problem in in_two)
 
 
 def test_no_member_but_the_picture_is_ever_decoded(tmp_path):
@@ -299,7 +301,7 @@ def test_no_member_but_the_picture_is_ever_decoded(tmp_path):
 @pytest.mark.parametrize("name", ["../out.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_members_that_leave_the_directory_are_refused(tmp_path, name):
     pack(tmp_path / "x.tar", {name: b""})
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="outside of it"):
         list(scan_shard(tmp_path / "x.tar"))
 
 
@@ -358,7 +360,7 @@ def test_the_command_line(folder, tmp_path):
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
     assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problems")
-    assert "train-000000.tar: damaged or cut at byte" in done.output
+    assert "train-000000.tar: cut short or damaged at byte" in done.output
     assert done.lines[0].endswith(": got 2 whole samples; need 15")
     (tmp_path / "out/train/train-000000.tar").unlink()
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)

@@ -28,7 +28,7 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, Shard, open_shards
 from ds_classifier.data.sources import Source, open_source
-from ds_classifier.data.store import ShardStore, open_remote
+from ds_classifier.data.store import ShardStore, open_split
 
 SIZE = 300_000
 FAST = dict(stall_timeout_s=0.5, retries=3, pause_s=0.02)
@@ -537,7 +537,7 @@ def test_training_data_from_a_url_is_that_of_the_directory(
     assert len(near.manifest.shards) > 3
     positions = ValidationPositions(near.manifest.samples, batch=50, rank=0, world_size=1)
     with serving(many_shards) as server:
-        far = open_remote(server.url, cache_dir=tmp_path, **FAST)
+        far = open_split(server.url, cache_dir=tmp_path, **FAST)
         assert far.manifest == near.manifest
         assert np.array_equal(far.index, near.index)
         assert far.key(100) == near.key(100)
@@ -548,7 +548,7 @@ def test_training_data_from_a_url_is_that_of_the_directory(
         ):
             assert torch.equal(ours.images, theirs.images)
             assert torch.equal(ours.labels, theirs.labels)
-        open_remote(server.url, cache_dir=tmp_path, **FAST)
+        open_split(server.url, cache_dir=tmp_path, **FAST)
         assert {server.count(s.name) for s in near.manifest.shards} == {1}
         assert (server.count("index.npy"), server.count("manifest.json")) == (1, 2)
 
@@ -567,7 +567,7 @@ def test_shards_of_an_epoch_are_fetched_ahead_once_and_within_the_budget(
     begins = order.open_shards(np.arange(order.num_samples))  # in the order of their first use
     with serving(many_shards) as server:
         budget = dict(budget_bytes=5 * largest)
-        far = open_remote(server.url, cache_dir=tmp_path, **budget, **FAST)
+        far = open_split(server.url, cache_dir=tmp_path, **budget, **FAST)
         options = dict(image_size=8, order=order)
         loader = create_loader(
             ShardDataset(far, batches=batches, **options), batches, workers=workers, prefetch=1
@@ -608,14 +608,14 @@ def test_a_newer_index_is_not_taken_from_the_cache(many_shards, tmp_path, monkey
     folder = tmp_path / "far"
     shutil.copytree(many_shards, folder)
     with serving(folder) as server:
-        old = open_remote(server.url, cache_dir=tmp_path / "cache", **FAST)
+        old = open_split(server.url, cache_dir=tmp_path / "cache", **FAST)
         index = np.load(folder / "index.npy")
         index["label"] = 1
         np.save(folder / "index.npy", index)
         sha256 = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
         newer = changed(folder, tmp_path / "newer", lambda f: f.update(index_sha256=sha256))
         shutil.copy(newer / "manifest.json", folder / "manifest.json")
-        new = open_remote(server.url, cache_dir=tmp_path / "cache", **FAST)
+        new = open_split(server.url, cache_dir=tmp_path / "cache", **FAST)
     assert set(new.index["label"]) == {1} != set(old.index["label"])
 
 
@@ -651,7 +651,7 @@ def test_hostile_manifests_are_refused(many_shards, tmp_path, monkeypatch, chang
         serving(folder) as server,
         pytest.raises((ValueError, OSError), match=reason),
     ):
-        open_remote(server.url, cache_dir=tmp_path / "cache", **FAST)
+        open_split(server.url, cache_dir=tmp_path / "cache", **FAST)
     assert not [path for path in (tmp_path / "cache").glob("**/*.tar")]
 
 

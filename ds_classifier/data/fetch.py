@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -47,6 +47,10 @@ class Patience:
 
 
 PATIENCE = Patience()
+
+
+class NotServed(OSError):
+    """The other side answers that it has no such file, or none for us."""
 
 
 class _Failed(Exception):
@@ -91,7 +95,7 @@ def fetch_small(
     """The content of a URL, into memory.
 
     Raises ValueError for more than limit_bytes or a pipe that is not allowed; OSError after the
-    last try.
+    last try, NotServed where another would not help.
     """
     refuse_pipe(url, allow_pipe)
 
@@ -107,6 +111,50 @@ def fetch_small(
         return bytes(content)
 
     return _insist(url, attempt, patience)
+
+
+def stream(url: str, *, patience: Patience = PATIENCE) -> Iterator[bytes]:
+    """The bytes of a URL in order, kept nowhere; goes on where a try broke off.
+
+    Raises ValueError for a pipe; OSError after the last try.
+    """
+    refuse_pipe(url, False)
+    at, total = 0, None
+    chunks: Iterator[bytes] | None = None
+    with ExitStack() as connection:
+
+        def more() -> bytes:
+            nonlocal at, total, chunks
+            try:
+                if chunks is None:
+                    opened = connection.enter_context(_opened(url, at, patience.stall_timeout_s))
+                    if total not in (None, opened.total):
+                        raise _Failed(f"was {total} bytes, is {opened.total} now", final=True)
+                    total = opened.total
+                    chunks = _from(at - opened.start, _chunks(opened, patience.stall_timeout_s))
+                chunk = next(chunks, b"")
+                at += len(chunk)
+                if not chunk:
+                    if total is not None and at < total:
+                        raise _Failed(f"got {at} of {total} bytes")
+                    connection.close()  # tells whether a program failed
+                return chunk
+            except _Failed:
+                chunks = None
+                with suppress(_Failed):
+                    connection.close()
+                raise
+
+        while chunk := _insist(url, more, patience, reached=lambda: at):
+            yield chunk
+
+
+def _from(skipped: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Chunks without their first bytes: a server that knows no ranges sends them again."""
+    for chunk in chunks:
+        if skipped < len(chunk):
+            yield chunk[skipped:]
+        skipped = max(0, skipped - len(chunk))
 
 
 def fetch_file(
@@ -171,7 +219,7 @@ def _insist(
             furthest = max(furthest, further)
             if failure.final or failures > patience.retries:
                 times = "1 try" if tries == 1 else f"{tries} tries"
-                raise OSError(
+                raise (NotServed if failure.final else OSError)(
                     f"{shown(url)}: got no whole file in {times}; the last: {failure}; do: check "
                     "the address and the server, then run the same command again"
                 ) from None

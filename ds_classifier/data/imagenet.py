@@ -17,30 +17,18 @@ import gzip
 import io
 import os
 import struct
-import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from ds_classifier.data.samples import IMAGE_SUFFIXES, Named, Slice, files_under
+from ds_classifier.data.tars import tar_members
 
-TAR_BLOCK = 512
-LARGEST_HEADER = 1 << 20  # bytes: of a long name or a pax record; real ones stay under 10 KB
 LARGEST_DEVKIT = 1 << 26  # bytes, unpacked, and of each file in it; the real one has a few million
 META = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 NEED_LABELS = (
     "the devkit ILSVRC2012_devkit_t12.tar.gz, its folder, or Kaggle's LOC_val_solution.csv"
 )
-
-
-class Member(NamedTuple):
-    """A regular file in a tar: its bytes are [offset, offset + size) of the outermost file."""
-
-    name: str
-    offset: int
-    size: int
 
 
 def train_pictures(tar: Path) -> list[Named]:
@@ -247,69 +235,3 @@ def _unzipped(devkit: Path) -> bytes:
             f"{NEED_LABELS}"
         )
     return tar
-
-
-# ------------------------------------------------------------------------------------------ tars
-
-
-class _Headers:
-    """An open file up to `end`, as tarfile walks it: headers only, so every read is small."""
-
-    def __init__(self, file: BinaryIO, end: int):
-        self._file, self._end = file, end
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int) -> bytes:
-        if size > LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(max(0, min(size, self._end - self._file.tell())))
-
-
-def tar_members(file: BinaryIO, name: Path | str, start: int, end: int) -> Iterator[Member]:
-    """The regular files of the tar that lies at [start, end) of a file; directories are passed.
-
-    Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
-    last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
-    Raises ValueError for what is no plain tar, cut short, damaged, or has links, devices, names
-    that lead outside, or one name twice.
-    """
-    names = set()
-    position = start
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=_Headers(file, end), mode="r:") as tar:
-            for member in tar:
-                blocks = -(-member.size // TAR_BLOCK)
-                position = member.offset_data + (0 if member.isdir() else blocks * TAR_BLOCK)
-                if member.size < 0 or position > end:
-                    raise ValueError(
-                        f"{name}: cut short: got {end - member.offset_data} bytes of member "
-                        f"{member.name}; need {member.size}; do: download it again"
-                    )
-                outside = member.name.startswith("/") or ".." in member.name.split("/")
-                plain = member.isdir() or (member.isreg() and not member.issparse())
-                if outside or not plain or member.name in names:
-                    raise ValueError(
-                        f"{name}: got member {member.name!r}, "
-                        + ("outside of it" if outside else "there twice" if plain else "no file")
-                        + "; need regular files within it, each once; do: pack it anew"
-                    )
-                names.add(member.name)
-                if member.isreg():
-                    yield Member(member.name, member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{name}: got no plain tar ({error}) or a damaged one at byte {position - start}; need "
-            "one that is not compressed; do: download it again"
-        ) from None
-    file.seek(position)
-    zeros = 0
-    while chunk := file.read(min(LARGEST_HEADER, end - position - zeros)):
-        if chunk.strip(b"\0"):
-            break
-        zeros += len(chunk)
-    if chunk or zeros < 2 * TAR_BLOCK:
-        raise ValueError(
-            f"{name}: cut short or damaged at byte {position - start}: got no end-of-archive mark "
-            "after the last readable member; need a whole tar; do: download it again"
-        )

@@ -7,6 +7,9 @@ A split is a directory:
     manifest.json         class names, counts, what is stored; per shard name, samples, bytes,
                           sha256; and a fingerprint of it all
 
+Shards made by others are indexed where they lie (data/foreign.py): index and manifest are then in
+a directory of their own, the manifest says where the tars are, and samples may have more members.
+
 Formats: POSIX.1-1988 ustar; WebDataset (keys group members up to the first dot of the base name).
 """
 
@@ -16,21 +19,38 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from ds_classifier import files
 from ds_classifier.data.samples import IMAGE_SUFFIXES
+from ds_classifier.data.tars import (
+    NAME_REACH,
+    Member,
+    Sequential,
+    key_of,
+    member_name,
+    printable,
+    tar_members,
+)
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 VERSION = 1
-TAR_BLOCK = 512
+LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's JSON has a few KB
+LARGEST_PICTURE = (1 << 32) - 1  # bytes, as the index counts them
 CONVERT = "python launch/make_shards.py convert"
+
+# What may stand in a manifest for where its tars lie: some of gopen's schemes run a shell.
+PLAIN_URL = re.compile(
+    r"(?!pipe:)[a-z][a-z0-9+.-]*:(?!.*//-)[A-Za-z0-9_.,:/@%+=~{}-]+", re.IGNORECASE
+)
 
 # 20 bytes a sample: a billion fit in 20 GB of mapped file.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
@@ -50,10 +70,13 @@ class Shard:
 class Manifest:
     """What a split holds.
 
-    plan: hash of the classes, names, labels and store it was made from.
+    plan: hash of the classes, names, labels and store it was made from; "" where the shards were
+    made by others and only indexed.
     stored: "original", the source's bytes untouched; or "halved", as far as every crop at
     image_size pixels begins with, in `form` ("png" or "jpg"): see `images.halve`.
     undecodable: names of pictures that could not be halved and are stored untouched.
+    location: where the tars lie: None, beside the manifest; an absolute directory; or a URL.
+    labels: where a sample's label stands: "cls", or "json:KEY".
     """
 
     split: str
@@ -67,6 +90,8 @@ class Manifest:
     undecodable: list[str]
     shards: list[Shard]
     index_sha256: str
+    location: str | None = None
+    labels: str = "cls"
 
     @property
     def fingerprint(self) -> str:
@@ -109,19 +134,23 @@ class ShardSet:
         return self.folder / self.manifest.shards[shard].name
 
     def key(self, sample: int) -> str:
-        """The sample's key, read from the tar header before its picture."""
+        """The sample's key, read from the tar headers before its picture."""
         row = self.index[sample]
-        header = self._header(int(row["shard"]), int(row["offset"]) - TAR_BLOCK, 100)
-        return os.path.splitext(header.split(b"\0")[0].decode("utf-8", "replace"))[0]
+        offset, reach = int(row["offset"]), min(int(row["offset"]), NAME_REACH)
+        try:
+            name = member_name(self._bytes(int(row["shard"]), offset - reach, reach))
+        except tarfile.TarError:  # damaged since it was indexed
+            return f"at byte {offset}"
+        return key_of(name)[0]
 
-    def _header(self, shard: int, offset: int, length: int) -> bytes:
+    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
         with open(self.path(shard), "rb") as file:
             file.seek(offset)
             return file.read(length)
 
 
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
-    """Open a split by its manifest and index.
+    """Open a split on this machine by its manifest and index.
 
     What is checked: that manifest and index belong together and are whole, and that every shard is
     there in its size. to_verify: the index of any length, but no shard; `verify` will.
@@ -133,8 +162,16 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
     if not (folder / MANIFEST).is_file():
         raise ValueError(_no_shards(folder))
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    tars = folder
+    if manifest.location is not None:
+        if not os.path.isabs(manifest.location):
+            raise ValueError(
+                f"{folder}: got shards that lie at {manifest.location}; need them on this machine; "
+                "do: download them and index them there"
+            )
+        tars = Path(manifest.location)
     for shard in () if to_verify else manifest.shards:
-        path = folder / shard.name
+        path = tars / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
             found = "no such file" if size is None else f"{size} bytes"
@@ -142,7 +179,7 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
                 f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as "
                 "the manifest says; do: restore the shard, or convert again"
             )
-    return ShardSet(folder, manifest, read_index(folder / INDEX, manifest, thorough=to_verify))
+    return ShardSet(tars, manifest, read_index(folder / INDEX, manifest, thorough=to_verify))
 
 
 def parse_manifest(text: bytes, where: Path | str) -> Manifest:
@@ -154,10 +191,14 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
         manifest = Manifest.from_json(text.decode())
         sizes = [manifest.samples, *(n for s in manifest.shards for n in (s.samples, s.bytes))]
         names = [manifest.index_sha256, *(n for s in manifest.shards for n in (s.name, s.sha256))]
+        names.append(manifest.labels)
         if any(type(n) is not int or n < 0 for n in sizes) or any(
             type(n) is not str for n in names
         ):
             raise ValueError("a name or a size is none")
+        place = manifest.location
+        if place is not None and not (os.path.isabs(place) or PLAIN_URL.fullmatch(place)):
+            raise ValueError(f"location {place!r} is no absolute directory and no plain URL")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where}: not a manifest of this program ({error}); do: convert again"
@@ -245,57 +286,144 @@ class ScannedSample:
     entry: tuple[int, int, int, int]
 
 
-def scan_shard(path: Path) -> Iterator[ScannedSample]:
-    """Walk a tar and yield its samples in order, trusting nothing.
+@dataclass
+class _Group:
+    """The members of one key, as they come."""
 
-    Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
-    last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
-    Raises ValueError that names the shard and the place.
-    """
-    size = path.stat().st_size
-    picture: tuple[str, int, int] | None = None  # of the sample being read: key, offset, length
+    key: str
+    picture: Member | None = None
     label: int | None = None
-    end = 0
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key = folder + slash + stem
-                if not member.isreg() or folder.startswith("/") or ".." in member.name.split("/"):
-                    raise ValueError(f"{path}: member {member.name!r} is no plain file inside it")
-                end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
-                if end > size:
-                    raise ValueError(
-                        f"{path}: cut short: {member.name} needs {end} bytes, there are {size}"
-                    )
-                if picture is not None and picture[0] != key:
-                    raise ValueError(f"{path}: {picture[0]} has a picture but no .cls")
-                if suffix == "cls":
-                    label = _read_label(path, member.name, tar.extractfile(member).read(16))
-                elif f".{suffix}" in IMAGE_SUFFIXES:
-                    picture = (key, member.offset_data, member.size)
-                if picture is not None and label is not None:
-                    yield ScannedSample(key, (picture[1], picture[2], label, 0))
-                    picture = label = None
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a tar ({error})") from None
+    faults: list[str] = field(default_factory=list)
+    label_seen: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.picture is not None and self.label is not None and not self.faults
+
+
+def scan_shard(
+    path: Path, *, labels: str = "cls", numbers: Mapping[str, int] | None = None
+) -> Iterator[ScannedSample]:
+    """Walk a tar on this machine and yield its samples in order, trusting nothing.
+
+    Raises ValueError that names the shard and the place, for the first thing that is wrong. The
+    keywords are those of scan_samples.
+    """
+
+    def refuse(problem: str) -> None:
+        raise ValueError(problem)
+
     with open(path, "rb") as file:
-        file.seek(end)
-        trailer = file.read()
-    if len(trailer) < 2 * TAR_BLOCK or trailer.strip(b"\0"):
-        raise ValueError(
-            f"{path}: damaged or cut at byte {end}: no end-of-archive mark follows the last "
-            "readable member"
-        )
-    if picture is not None or label is not None:
-        raise ValueError(f"{path}: its last sample lacks its picture or its .cls")
+        size = os.fstat(file.fileno()).st_size
+        yield from scan_samples(file, path, size, labels=labels, numbers=numbers, report=refuse)
 
 
-def _read_label(path: Path, member: str, text: bytes) -> int:
-    if not text.strip().isdigit():
-        raise ValueError(f"{path}: {member} holds {text!r}; need a class index in digits")
-    return int(text)
+def scan_samples(
+    file: BinaryIO | Sequential,
+    where: Path | str,
+    size: int | None,
+    *,
+    labels: str = "cls",
+    numbers: Mapping[str, int] | None = None,
+    report: Callable[[str], None],
+) -> Iterator[ScannedSample]:
+    """Walk a tar and yield its whole samples in order, trusting nothing.
+
+    A sample is a run of members with one key, in any order: one picture, and its label. Members of
+    other kinds are passed, never decoded.
+    size: bytes; None: wherever the file ends. labels: "cls", or "json:KEY" for a field of .json.
+    numbers: class name -> label, where labels may be names. report: called for every sample that
+    is not whole, with the shard and its key.
+    Raises ValueError for a damaged tar, see tar_members.
+    """
+    suffix_of_label = "json" if labels.startswith("json:") else labels
+    seen: set[str] = set()
+    group: _Group | None = None
+
+    def end(group: _Group | None) -> Iterator[ScannedSample]:
+        if group is None or (group.picture is None and not group.label_seen):
+            return
+        if group.picture is None:
+            group.faults.append("has a label but no picture")
+        elif not group.label_seen:
+            group.faults.append(f"has a picture but no .{suffix_of_label}")
+        elif group.picture.size > LARGEST_PICTURE:
+            group.faults.append(f"has a picture of {group.picture.size} bytes; need 4 GiB at most")
+        if group.key in seen:
+            group.faults = ["comes twice; need its members side by side, and each key once"]
+        seen.add(group.key)
+        for fault in group.faults:
+            report(f"{where}: {printable(group.key)} {fault}")
+        if not group.faults:
+            entry = (group.picture.offset, group.picture.size, group.label, 0)
+            yield ScannedSample(group.key, entry)
+
+    members = tar_members(file, where, 0, size)
+    while True:
+        try:
+            member = next(members, None)
+        except ValueError:
+            if group is not None and group.whole:
+                yield from end(group)  # the damage begins after it
+            raise
+        if member is None:
+            break
+        split = key_of(member.name)
+        if split is None:
+            continue
+        key, suffix = split
+        if group is None or group.key != key:
+            yield from end(group)
+            group = _Group(key)
+        if f".{suffix}" in IMAGE_SUFFIXES:
+            if group.picture is not None:
+                group.faults.append("has two pictures; need one")
+            group.picture = member
+        elif suffix == suffix_of_label:
+            group.label_seen = True
+            file.seek(member.offset)
+            content = file.read(min(member.size, LARGEST_LABEL + 1))
+            try:
+                group.label = _label_in(content, labels, numbers)
+            except ValueError as error:
+                group.faults.append(f"has no usable label in .{suffix}: {error}")
+    yield from end(group)
+
+
+def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) -> int:
+    """The label that a member holds; ValueError for what is none."""
+    if len(content) > LARGEST_LABEL:
+        raise ValueError(f"got more than {LARGEST_LABEL} bytes")
+    if labels.startswith("json:"):
+        name = labels.removeprefix("json:")
+        try:
+            fields = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"got no JSON ({error})") from None
+        if not isinstance(fields, dict) or name not in fields:
+            raise ValueError(f"got nothing called {name!r}")
+        value = fields[name]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        text = value if isinstance(value, str) else json.dumps(value)
+    else:
+        text = content.decode("ascii", "backslashreplace")
+    text = text.strip()
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) < 1 << 31:
+        return int(text)
+    if numbers is not None and text in numbers:
+        return numbers[text]
+    need = "a class index in digits" if numbers is None else "a class index, or a name of the list"
+    raise ValueError(f"got {text[:40]!r}; need {need}")
+
+
+def class_numbers(classes: list[str]) -> dict[str, int]:
+    """Class name -> label, of those names that stand in the list once and are no number."""
+    once = {name: i for i, name in enumerate(classes)}
+    for i, name in enumerate(classes):
+        if once.get(name, i) != i or name.isdigit():
+            once.pop(name, None)
+    return once
 
 
 def verify(
@@ -315,10 +443,14 @@ def verify(
     """
     shards = open_shards(folder, to_verify=True)
     manifest, problems = shards.manifest, []
-    jobs = [(shards, number, check_hash, check_decode) for number in range(len(manifest.shards))]
     done, seen_keys = 0, set()
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for number, (found, keys) in enumerate(pool.imap(_verify_one, jobs)):
+    firsts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    # Forked processes inherit the index; only numbers travel.
+    with multiprocessing.get_context("fork").Pool(
+        workers, initializer=_share, initargs=((shards, firsts, check_hash, check_decode),)
+    ) as pool:
+        numbers = range(len(manifest.shards))
+        for number, (found, keys) in enumerate(pool.imap(_verify_one, numbers)):
             problems += found
             for key in keys:
                 if key in seen_keys:
@@ -329,12 +461,22 @@ def verify(
     return problems
 
 
-def _verify_one(job: tuple[ShardSet, int, bool, bool]) -> tuple[list[str], list[str]]:
+_shared: tuple[ShardSet, np.ndarray, bool, bool]
+
+
+def _share(shared: tuple[ShardSet, np.ndarray, bool, bool]) -> None:
+    global _shared
+    _shared = shared
+
+
+def _verify_one(number: int) -> tuple[list[str], list[str]]:
     """The problems of one shard, and its keys."""
-    shards, number, check_hash, check_decode = job
+    shards, firsts, check_hash, check_decode = _shared
     shard, path, problems, found = shards.manifest.shards[number], shards.path(number), [], []
+    numbers = class_numbers(shards.manifest.classes)
     try:
-        found.extend(scan_shard(path))  # keeps what comes before an error
+        # Keeps what comes before an error.
+        found.extend(scan_shard(path, labels=shards.manifest.labels, numbers=numbers))
     except FileNotFoundError:
         return [f"{path}: got no such file; need {shard.samples} samples"], []
     except (ValueError, OSError) as error:
@@ -342,9 +484,9 @@ def _verify_one(job: tuple[ShardSet, int, bool, bool]) -> tuple[list[str], list[
         return [f"{path}: {str(error).removeprefix(f'{path}: ')}: {whole}"], []
     if (size := path.stat().st_size) != shard.bytes:
         problems.append(f"{path}: got {size} bytes; need {shard.bytes}, as the manifest says")
-    rows = shards.index[shards.index["shard"] == number]
+    rows = shards.index[firsts[number] : firsts[number + 1]]
     expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
-    if [sample.entry for sample in found] != expected:
+    if [sample.entry for sample in found] != expected or (rows["shard"] != number).any():
         problems.append(
             f"{path}: its {len(found)} samples are not the {len(expected)} of the index"
         )

@@ -26,6 +26,7 @@ from ds_classifier.data.shards import (
     MANIFEST,
     Shard,
     ShardSet,
+    open_shards,
     parse_manifest,
     read_index,
 )
@@ -281,7 +282,7 @@ class RemoteShardSet(ShardSet):
 
     store: ShardStore
 
-    def _header(self, shard: int, offset: int, length: int) -> bytes:
+    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
         return self.store.read(shard, offset, length)
 
 
@@ -292,7 +293,7 @@ def store_of(shards: ShardSet) -> ShardStore:
     return ShardStore(shards.folder, shards.manifest.shards)
 
 
-def open_remote(
+def open_split(
     location: str,
     *,
     cache_dir: Path,
@@ -301,27 +302,43 @@ def open_remote(
     retries: int = 5,
     pause_s: float = 1.0,
     allow_pipe: bool = False,
-) -> RemoteShardSet:
-    """Open a split that is served at a URL: its manifest and index are fetched, no shard yet.
+) -> ShardSet:
+    """Open a split by its directory or URL, wherever its manifest says that its tars lie.
 
-    The arguments are those of ShardStore. Raises ValueError for a location or a manifest that
-    cannot be trusted, OSError where something cannot be fetched.
+    Of a URL, manifest and index are fetched, no shard yet; tars at a URL are read through the
+    cache. The other arguments are those of ShardStore. allow_pipe holds for `location` alone: a
+    manifest may not name a program.
+    Raises ValueError for a location or a manifest that cannot be trusted, OSError where something
+    cannot be fetched.
     """
-    patience = Patience(stall_timeout_s, retries, pause_s)
-    refuse_pipe(location, allow_pipe)
-    url = url_of(location, MANIFEST)
-    text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
-    manifest = parse_manifest(text, shown(url))
-    store = ShardStore(
-        location,
-        manifest.shards,
+    options = dict(
         cache_dir=cache_dir,
         budget_bytes=budget_bytes,
         stall_timeout_s=stall_timeout_s,
         retries=retries,
         pause_s=pause_s,
-        allow_pipe=allow_pipe,
     )
+    if not is_url(location):
+        folder = Path(location)
+        manifest = None
+        if (folder / MANIFEST).is_file():
+            manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+        if manifest is None or manifest.location is None or not is_url(manifest.location):
+            return open_shards(folder)
+        store = ShardStore(manifest.location, manifest.shards, **options)
+        index = read_index(folder / INDEX, manifest)
+        return RemoteShardSet(store.folder, manifest, index, store)
+    patience = Patience(stall_timeout_s, retries, pause_s)
+    refuse_pipe(location, allow_pipe)
+    url = url_of(location, MANIFEST)
+    text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
+    manifest = parse_manifest(text, shown(url))
+    if manifest.location is not None:
+        raise ValueError(
+            f"{shown(url)}: got a manifest that points to {manifest.location}; need one beside its "
+            "shards, or on this machine; do: copy it and its index into a directory here"
+        )
+    store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
     rows = manifest.samples * INDEX_DTYPE.itemsize
     path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
     return RemoteShardSet(store.folder, manifest, read_index(path, manifest), store)

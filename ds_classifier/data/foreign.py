@@ -1,0 +1,375 @@
+"""Shards made by others -> a manifest and an index; the tars stay where and as they are.
+
+Every shard is read once from its first byte to its last, by several processes: what it holds, how
+long it is, its sha256. Nothing is kept of one behind a URL.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ds_classifier import files
+from ds_classifier.data.fetch import stream
+from ds_classifier.data.layouts import (
+    CLASSNAMES,
+    Listing,
+    Place,
+    class_lines,
+    find_shards,
+    stats_name,
+    stats_of,
+)
+from ds_classifier.data.shards import (
+    INDEX,
+    INDEX_DTYPE,
+    MANIFEST,
+    Manifest,
+    Shard,
+    class_numbers,
+    parse_manifest,
+    scan_samples,
+)
+from ds_classifier.data.store import is_url, url_of
+from ds_classifier.data.tars import Sequential, printable
+
+MOST_PROBLEMS = 20  # told of a shard, and in all
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A split that was indexed.
+
+    checked_by: the metadata that its counts agree with, None where there is none. alike: share of
+    neighbours in the shards with one label; by_chance: that of a random order.
+    """
+
+    manifest: Manifest
+    checked_by: str | None
+    alike: float
+    by_chance: float
+
+    @property
+    def sorted_by_class(self) -> bool:
+        """Whether neighbours share their class far more often than by chance."""
+        return self.alike > 2 * self.by_chance + 0.05
+
+
+def index(
+    train: str,
+    out: Path,
+    *,
+    val: str | None = None,
+    labels: str | None = None,
+    classes: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[str, int, int | None], None] = lambda split, done, total: None,
+) -> dict[str, Indexed]:
+    """Write OUT/train/{manifest.json,index.npy}, and OUT/val/, for shards that stay where they are.
+
+    train, val: a directory; a pattern of paths or URLs as webdataset expands it; a URL of a
+    directory; or the path or URL of _info.json, sizes.json or nshards.txt. Without val, the
+    validation split that lies beside train, if there is one.
+    labels: "cls", or "json:KEY"; None: as the metadata says, else "cls".
+    classes: file with a class name a line; None: classnames.txt beside the shards, else numbers.
+    progress: called with split, pictures found, and pictures in all, None if unknown.
+    Raises ValueError that lists what is wrong; nothing is written then.
+    """
+    listings = {"train": find_shards(train, "train")}
+    held_out = find_shards(train, "val", beside=True) if val is None else find_shards(val, "val")
+    if held_out is not None:
+        listings["val"] = held_out
+    labels = labels or listings["train"].labels or "cls"
+    names = _class_names(listings, classes)
+    for split in listings:
+        _refuse_others_work(out / split)
+    scans: dict[str, list[_Scan]] = {}
+    problems: list[str] = []
+    for split, listing in listings.items():
+        job = _Job(listing, labels, names)
+        scans[split] = _scan_all(job, workers, functools.partial(progress, split))
+        problems += listing.problems + _problems(job, scans[split])
+        if split == "train" and names is None and not problems:
+            names, problems = _numbered_classes(job, scans[split])
+    if problems:
+        told = problems[:MOST_PROBLEMS]
+        more = sum(scan.more_problems for split in scans.values() for scan in split)
+        if untold := len(problems) - len(told) + more:
+            told.append(f"... and {untold} problems more")
+        raise ValueError(
+            "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(told)
+        )
+    return {
+        split: _write(out / split, split, listing, labels, names, scans[split])
+        for split, listing in listings.items()
+    }
+
+
+def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
+    if classes is not None:
+        return class_lines(classes.read_bytes(), f"--classes: {classes}")
+    told = [listing.classes for listing in listings.values() if listing.classes is not None]
+    if any(names != told[0] for names in told):
+        raise ValueError(
+            f"--val: got another {CLASSNAMES} than that of TRAIN; need one list; do: give the one "
+            "that counts as --classes FILE"
+        )
+    return told[0] if told else None
+
+
+# --------------------------------------------------------------------------------------- scanning
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A split to scan, the same for all its shards."""
+
+    listing: Listing
+    labels: str
+    classes: list[str] | None
+
+    def open(self, name: str) -> Iterator[bytes]:
+        if is_url(self.listing.place):
+            yield from stream(url_of(self.listing.place, name))
+            return
+        with open(f"{self.listing.place}/{name}", "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int] | None:
+        return None if self.classes is None else class_numbers(self.classes)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a shard, None where only its end will tell."""
+        return (
+            None if is_url(self.listing.place) else os.stat(f"{self.listing.place}/{name}").st_size
+        )
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What a shard holds. rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys."""
+
+    shard: Shard
+    rows: np.ndarray
+    keys: np.ndarray
+    problems: list[str]
+    more_problems: int
+
+
+def _scan_all(job: _Job, workers: int, progress: Callable[[int, int | None], None]) -> list[_Scan]:
+    counts, names = job.listing.counts, job.listing.names
+    total = sum(counts[name] for name in names) if counts.keys() >= set(names) else None
+    scans, done = [], 0
+    progress(0, total)
+    with multiprocessing.get_context("fork").Pool(
+        workers, initializer=_share, initargs=(job,)
+    ) as pool:
+        for scan in pool.imap(_scan_one, names):
+            scans.append(scan)
+            done += len(scan.rows)
+            progress(done, total)
+    return scans
+
+
+_job: _Job  # of this process, inherited by the fork: lists of shards are long
+
+
+def _share(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _scan_one(name: str) -> _Scan:
+    job = _job
+    where = f"{job.listing.place}/{name}"
+    problems, more = [], 0
+
+    def report(problem: str) -> None:
+        nonlocal more
+        if len(problems) < MOST_PROBLEMS:
+            problems.append(problem)
+        else:
+            more += 1
+
+    rows, keys = [], []
+    file = Sequential(job.open(name))
+    try:
+        for key, entry in _samples(job, file, name, report):
+            if job.classes is not None and entry[2] >= len(job.classes):
+                report(
+                    f"{where}: {printable(key)} has label {entry[2]}; there are "
+                    f"{len(job.classes)} classes"
+                )
+            rows.append(entry)
+            keys.append(_hash(key))
+        expected = _expected(job, name)
+        if expected not in (None, len(rows)) and not problems:
+            report(f"{where}: got {len(rows)} samples; {job.listing.source} says {expected}")
+    except (ValueError, OSError) as error:
+        expected = job.listing.counts.get(name)
+        said = "" if expected is None else f"; {job.listing.source} says {expected}"
+        report(f"{error} (samples found before: {len(rows)}{said})")
+    return _Scan(
+        Shard(name, len(rows), file.arrived, file.digest.hexdigest()),
+        np.array(rows, dtype=INDEX_DTYPE),
+        np.array(keys, dtype=np.uint64),
+        problems,
+        more,
+    )
+
+
+def _samples(
+    job: _Job, file: Sequential, name: str, report: Callable[[str], None]
+) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """(key, index row) of a shard's samples."""
+    for sample in scan_samples(
+        file,
+        f"{job.listing.place}/{name}",
+        job.size(name),
+        labels=job.labels,
+        numbers=job.numbers,
+        report=report,
+    ):
+        yield sample.key, sample.entry
+
+
+def _expected(job: _Job, name: str) -> int | None:
+    """Samples that the metadata promises of a shard."""
+    if not job.listing.stats:
+        return job.listing.counts.get(name)
+    stats = stats_of(Place(job.listing.place), name)
+    if stats is None or type(stats.get("successes")) is not int:
+        raise ValueError(
+            f"{job.listing.place}/{name}: got no {stats_name(name)} with successes, as the other "
+            "shards have; do: let img2dataset finish it, or remove it"
+        )
+    return stats["successes"]
+
+
+def _hash(key: str) -> int:
+    digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _problems(job: _Job, scans: list[_Scan]) -> list[str]:
+    """What is wrong with the shards, those that came through the scan compared with each other."""
+    problems = [problem for scan in scans for problem in scan.problems]
+    if problems:
+        return problems
+    if not any(len(scan.rows) for scan in scans):
+        return [f"{job.listing.place}: got no sample in {len(scans)} shards"]
+    hashes = np.concatenate([scan.keys for scan in scans])
+    hashes.sort()
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MOST_PROBLEMS]
+    if not len(twice):
+        return []
+    holders: dict[str, list[str]] = {}  # key -> shards; hashes may be equal by chance
+    for scan in scans:
+        for key in _keys(job, scan, np.isin(scan.keys, twice)):
+            holders.setdefault(key, []).append(scan.shard.name)
+    return [
+        f"{job.listing.place}: key {printable(key)} is in {' and '.join(shards[:3])}; need each "
+        "key once"
+        for key, shards in holders.items()
+        if len(shards) > 1
+    ]
+
+
+def _keys(job: _Job, scan: _Scan, wanted: np.ndarray) -> list[str]:
+    """The keys of some samples of a shard, which is read again. wanted: [n] bool."""
+    if not wanted.any():
+        return []
+    file = Sequential(job.open(scan.shard.name))
+    samples = _samples(job, file, scan.shard.name, lambda problem: None)
+    return [key for (key, _), yes in zip(samples, wanted, strict=True) if yes]
+
+
+def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, list[str]]:
+    """Names "0", "1" ... for the labels of training, and what is wrong with the labels."""
+    present = functools.reduce(np.union1d, (np.unique(scan.rows["label"]) for scan in scans))
+    if present[-1] == len(present) - 1:
+        return [str(i) for i in range(len(present))], []
+    gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
+    scan = next(scan for scan in scans if (scan.rows["label"] > gap).any())
+    wanted = np.zeros(len(scan.rows), dtype=bool)
+    wanted[np.argmax(scan.rows["label"])] = True
+    key = printable(_keys(job, scan, wanted)[0])
+    label = scan.rows["label"].max()
+    return None, [
+        f"{job.listing.place}: no picture has label {gap}, but {key} in {scan.shard.name} has "
+        f"{label}; need 0, 1, 2, ... without a gap, or --classes FILE with a name for every label"
+    ]
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def _refuse_others_work(folder: Path) -> None:
+    """An older index may be replaced, it is made again from the shards; nothing else may."""
+    if not (folder / MANIFEST).exists():
+        return
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    if manifest.plan:
+        raise ValueError(
+            f"OUT: got {folder}, which holds converted shards; need another place; do: choose "
+            "another OUT, or train on them as they are"
+        )
+
+
+def _write(
+    folder: Path,
+    split: str,
+    listing: Listing,
+    labels: str,
+    classes: list[str],
+    scans: list[_Scan],
+) -> Indexed:
+    """Index and manifest of a split, the manifest last."""
+    scans = [scan for scan in scans if len(scan.rows)]  # img2dataset leaves empty shards
+    samples = sum(len(scan.rows) for scan in scans)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".{INDEX}.staging"
+    rows = np.lib.format.open_memmap(staging, "w+", dtype=INDEX_DTYPE, shape=(samples,))
+    at = alike = 0
+    for number, scan in enumerate(scans):
+        part = rows[at : at + len(scan.rows)]
+        part[:] = scan.rows
+        part["shard"] = number
+        alike += int((scan.rows["label"][1:] == scan.rows["label"][:-1]).sum())
+        at += len(scan.rows)
+    frequency = np.bincount(rows["label"], minlength=len(classes)) / samples
+    rows.flush()
+    del rows
+    files.fsync(staging)
+    (folder / MANIFEST).unlink(missing_ok=True)  # not that of another index
+    os.replace(staging, folder / INDEX)
+    here = not is_url(listing.place) and os.path.realpath(folder) == os.path.realpath(listing.place)
+    manifest = Manifest(
+        split=split,
+        source=os.path.basename(listing.place),
+        plan="",
+        classes=classes,
+        samples=samples,
+        stored="original",
+        image_size=None,
+        form="",
+        undecodable=[],
+        shards=[scan.shard for scan in scans],
+        index_sha256=files.sha256(folder / INDEX),
+        location=None if here else listing.place,
+        labels=labels,
+    )
+    files.replace_text(folder / MANIFEST, manifest.to_json())
+    files.fsync(folder)
+    pairs = max(samples - len(scans), 1)
+    return Indexed(manifest, listing.source, alike / pairs, float((frequency**2).sum()))

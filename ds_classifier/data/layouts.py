@@ -1,0 +1,388 @@
+"""Where shards made by others lie, and what lies beside them: timm, open_clip, img2dataset ...
+
+What is read beside the tars (facts from the sources named):
+
+    timm            _info.json or info.json: {"splits": {NAME: {"num_samples": n,
+                    "filenames": [...], "shard_lengths": [...], "alt_label": KEY}}}; members .jpg
+                    .cls .json; the validation split of imagenet-1k-wds is called "validation";
+                    alt_label names the field of .json that holds the label
+                    (timm/data/readers/reader_wds.py)
+    open_clip       sizes.json: {"00000.tar": n, ...} beside the shards
+                    (open_clip/src/training/data.py, get_dataset_size)
+    img2dataset     NNNNN.tar with .jpg .txt .json, and NNNNN_stats.json, whose "successes" counts
+                    the samples written; .json holds the columns asked to be kept
+                    (img2dataset/writer.py, logger.py)
+    CLIP_benchmark  SPLIT/nshards.txt, a number n; SPLIT/0.tar ... SPLIT/(n-1).tar with .webp (or
+                    .png, .jpg) and .cls; classnames.txt above, a line a class; splits "train" and
+                    "test" (clip_benchmark/webdataset_builder.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ds_classifier.data.fetch import NotServed, Patience, fetch_small, scheme, shown
+from ds_classifier.data.shards import PLAIN_URL
+from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
+from ds_classifier.data.tars import printable
+
+STATS = "NAME_stats.json"
+INFO = ("_info.json", "info.json")
+SIZES, NSHARDS, CLASSNAMES = "sizes.json", "nshards.txt", "classnames.txt"
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
+LARGEST_METADATA = 1 << 26  # bytes; sizes.json of 200,000 shards has 6 MB
+OPTIONAL = Patience(retries=2, pause_s=0.5)  # for files that need not be there
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The shards of a split, and what lies beside them.
+
+    place: the tars' directory, absolute, or its URL. counts: shard -> samples, as `source` says.
+    stats: whether NAME_stats.json lie beside the shards. labels: where a label stands, if told.
+    classes: names, if told. problems: where the metadata does not fit itself or the directory.
+    """
+
+    place: str
+    names: list[str]
+    counts: dict[str, int] = field(default_factory=dict)
+    source: str | None = None
+    stats: bool = False
+    labels: str | None = None
+    classes: list[str] | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+class Place:
+    """A directory of this machine, or a URL; files beside the shards are read by name."""
+
+    def __init__(self, location: str):
+        self.url = is_url(location)
+        self.location = location.rstrip("/") if self.url else os.path.abspath(location)
+        if self.url and not PLAIN_URL.fullmatch(self.location):
+            raise ValueError(
+                f"got the URL {self.location!r}; need letters, digits and _.,:/@%+=~- in it; do: "
+                "write others as %XX"
+            )
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(f"{self.location}/{name}")
+
+    def read(self, name: str) -> bytes | None:
+        """A small file, or None where it is not there."""
+        where = url_of(self.location, name) if self.url else f"{self.location}/{name}"
+        if self.url:
+            try:
+                return fetch_small(where, limit_bytes=LARGEST_METADATA, patience=OPTIONAL)
+            except NotServed:
+                return None
+            except OSError:
+                if scheme(where) in ("http", "https"):
+                    raise
+                return None  # of a program all that is known is that it failed
+        if not os.path.isfile(where):
+            return None
+        if os.path.getsize(where) > LARGEST_METADATA:
+            raise ValueError(f"{where}: got more than {LARGEST_METADATA} bytes")
+        return Path(where).read_bytes()
+
+    def read_json(self, name: str) -> dict | None:
+        text = self.read(name)
+        if text is None:
+            return None
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.location}/{name}: got no JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.location}/{name}: got no JSON object")
+        return content
+
+    def tars(self) -> list[str]:
+        """The tars of a directory, numbers in their names counted as such."""
+        if self.url or not os.path.isdir(self.location):
+            return []
+        return sorted(filter(_TAR.search, os.listdir(self.location)), key=_by_number)
+
+    def tars_with_stats(self) -> set[str]:
+        """The tars that img2dataset says it has written to a directory."""
+        names = os.listdir(self.location)
+        return {n.removesuffix(STATS[4:]) + ".tar" for n in names if n.endswith(STATS[4:])}
+
+
+_TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in _parts(name)]
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split("([0-9]+)", name) if part]
+
+
+def find_shards(location: str, split: str, *, beside: bool = False) -> Listing | None:
+    """The shards that a user's word means, as `index` takes it.
+
+    split: "train" or "val", where the place holds both. beside: only what the place itself calls a
+    validation split; None if it does not.
+    Raises ValueError where there is nothing, or shards that cannot be indexed in place.
+    """
+    _refuse_secrets(location)
+    location = location if is_url(location) else os.path.expanduser(location)
+    folder, _, base = location.rstrip("/").rpartition("/")
+    if base in (*INFO, SIZES, NSHARDS):
+        location = folder or ("/" if location.startswith("/") else ".")
+    elif "{" in location or "::" in location or _TAR.search(base):
+        return None if beside else _checked(_of_pattern(location))
+    place = Place(location)
+    found = _of_info(place, split, beside) or _below(place, split)
+    if found is None and not beside:
+        found = _directly_in(place)
+    if found is not None:
+        return _checked(found)
+    if beside:
+        return None
+    flag = "TRAIN" if split == "train" else "--val"
+    if place.url:
+        raise ValueError(
+            f"{flag}: got {location}, where there is no {INFO[0]}, {SIZES}, {NSHARDS} nor "
+            f"{SPLITS[split][0]}/{NSHARDS}; a URL cannot be listed; do: name the shards, like "
+            f"{location}/name-{{0000..1023}}.tar"
+        )
+    missing = "which does not exist" if not os.path.exists(location) else "without any .tar"
+    raise ValueError(
+        f"{flag}: got {location}, {missing}; need a directory with shards, a pattern like "
+        "'/data/name-{0000..1023}.tar', or a URL"
+    )
+
+
+def _refuse_secrets(location: str) -> None:
+    """ValueError for what a manifest may not name: programs, and what is secret in a URL."""
+    for part in location.split("::"):
+        if scheme(part) == "pipe":
+            raise ValueError(
+                f"got {part!r}, which runs a program; a manifest may not name one; do: give a URL, "
+                "or download the shards"
+            )
+        if re.match("https?:.*[?]|[^/]*//[^/@]*:[^/@]*@", part, re.IGNORECASE):
+            raise ValueError(
+                f"got {shown(part)} with a query or a password, which the manifest would hold in "
+                "the open; do: give a plain URL, or download the shards"
+            )
+
+
+def _of_info(place: Place, split: str, beside: bool) -> Listing | None:
+    """A split that timm's _info.json names."""
+    name, info = next(((n, i) for n in INFO if (i := place.read_json(n)) is not None), (None, None))
+    if info is None:
+        return None
+    where, splits = f"{place.location}/{name}", info.get("splits")
+    if not isinstance(splits, dict):
+        raise ValueError(f'{where}: got no "splits"; need them as timm writes them')
+    chosen = next((s for s in SPLITS[split] if s in splits), None)
+    if chosen is None:
+        if beside:
+            return None
+        raise ValueError(
+            f"{where}: got the splits {', '.join(map(str, splits))}; need one called "
+            f"{' or '.join(SPLITS[split])}; do: name its shards with a pattern"
+        )
+    counts, total, labels = _info_counts(splits[chosen], f"{where}: split {chosen}")
+    problems = []
+    if total != sum(counts.values()):
+        problems.append(
+            f"{where}: num_samples of {chosen} is {total}; its shard_lengths sum to "
+            f"{sum(counts.values())}"
+        )
+    return Listing(
+        place.location,
+        list(counts),
+        counts,
+        name,
+        labels=labels,
+        classes=_classnames(place),
+        problems=problems,
+    )
+
+
+def _info_counts(info: object, where: str) -> tuple[dict[str, int], int, str | None]:
+    """Shard -> samples, samples in all, and where labels stand, of a split of _info.json."""
+    try:
+        names, lengths, total = info["filenames"], info["shard_lengths"], info["num_samples"]
+        if any(type(n) is not int or n < 0 for n in (*lengths, total)) or len(names) != len(
+            lengths
+        ):
+            raise ValueError(f"{len(names)} filenames, {len(lengths)} shard_lengths")
+        if len(set(names)) != len(names):
+            raise ValueError("a filename twice")
+        labels = info.get("alt_label") or None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: got no filenames, shard_lengths and num_samples that fit together "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    counts = dict(zip(names, lengths, strict=True))
+    return counts, total, f"json:{labels}" if labels else None
+
+
+def _below(place: Place, split: str) -> Listing | None:
+    """A split in a directory of its name, with class names above it, as CLIP_benchmark has them."""
+    for name in SPLITS[split]:
+        found = _directly_in(place / name)
+        if found is not None:
+            return found
+    return None
+
+
+def _directly_in(place: Place) -> Listing | None:
+    """The shards of a directory or URL that holds one split."""
+    tars = place.tars()
+    sizes, nshards = place.read_json(SIZES), place.read(NSHARDS)
+    if nshards is not None:
+        if not re.fullmatch(rb"[0-9]{1,6}", nshards.strip()):
+            raise ValueError(
+                f"{place.location}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
+            )
+        names, source = [f"{i}.tar" for i in range(int(nshards))], NSHARDS
+    elif sizes is not None and place.url:
+        names, source = sorted(sizes, key=_by_number), SIZES
+    else:
+        names, source = tars, None
+    if not names and source is None:
+        return None
+    problems = []
+    if not place.url:
+        kinds = {re.sub("[0-9]+", "#", name) for name in names}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"got {place.location} with tars of {len(kinds)} kinds "
+                f"({', '.join(sorted(kinds)[:4])}); need those of one split; do: name them with a "
+                "pattern, such as 'DIR/name-train-{0000..1023}.tar', and the others as --val"
+            )
+        listed, said_by = set(names), source
+        if sizes is not None:
+            listed, said_by = listed | set(sizes), SIZES
+        elif source is None and not listed.isdisjoint(with_stats := place.tars_with_stats()):
+            listed, said_by = listed | with_stats, STATS
+        problems = [
+            f"{place.location}/{printable(name)} "
+            + ("is not here, but" if name in listed else "is here, but not")
+            + f" in {said_by}"
+            for name in sorted(listed ^ set(tars), key=_by_number)
+        ]
+        here = set(tars)
+        names = [name for name in names if name in here]
+    listing = _with_counts(place, names, problems)
+    return listing if listing.source else dataclasses.replace(listing, source=source)
+
+
+def _of_pattern(pattern: str) -> Listing:
+    from webdataset.shardlists import expand_urls  # imports torch
+
+    try:
+        paths = list(expand_urls(pattern))
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"got {pattern!r}, which does not expand ({error})") from None
+    paths = paths if is_url(paths[0]) else [os.path.abspath(path) for path in paths]
+    folders = {path.rpartition("/")[0] for path in paths}
+    if len(folders) > 1:
+        raise ValueError(
+            f"got shards in {len(folders)} directories, {' and '.join(sorted(folders)[:2])}; need "
+            "all of a split in one; do: link them into one directory"
+        )
+    names = [path.rpartition("/")[2] for path in paths]
+    if len(set(names)) != len(names):
+        raise ValueError(f"got {pattern!r}, which names a shard twice; need each once")
+    place = Place(folders.pop())
+    if place.url or not set(names).isdisjoint(place.tars()):
+        return _with_counts(place, names, [])
+    raise ValueError(f"got {pattern!r}; none of its {len(names)} shards exists, such as {paths[0]}")
+
+
+def _with_counts(place: Place, names: list[str], problems: list[str]) -> Listing:
+    """The named shards of a place, with what its metadata says of them."""
+    counts: dict[str, int] = {}
+    source = labels = None
+    for name in INFO:
+        splits = (place.read_json(name) or {}).get("splits")
+        for split, info in (splits if isinstance(splits, dict) else {}).items():
+            of_split, _, of_labels = _info_counts(info, f"{place.location}/{name}: split {split}")
+            if not of_split.keys().isdisjoint(names):
+                counts |= of_split
+                source, labels = name, of_labels
+    if source is None and (sizes := place.read_json(SIZES)) and not sizes.keys().isdisjoint(names):
+        if any(type(n) is not int or n < 0 for n in sizes.values()):
+            raise ValueError(f"{place.location}/{SIZES}: got a count that is none")
+        counts, source = sizes, SIZES
+    missing = [] if source is None else [name for name in names if name not in counts]
+    problems = problems + [f"{place.location}/{n}: {source} does not name it" for n in missing]
+    stats = False
+    if source is None and place.url and names:
+        stats = stats_of(place, names[0]) is not None
+    elif source is None:
+        stats = not place.tars_with_stats().isdisjoint(names)
+    return Listing(
+        place.location,
+        names,
+        counts,
+        STATS if stats else source,
+        stats=stats,
+        labels=labels,
+        classes=_classnames(place),
+        problems=problems,
+    )
+
+
+def _checked(listing: Listing) -> Listing:
+    """Refuse what no manifest could name or no offset could read."""
+    for name in listing.names:
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(
+                f"{listing.place}: got the shard name {name!r}; need names without directories"
+            )
+        if not name.lower().endswith(".tar"):
+            raise ValueError(
+                f"{listing.place}: got {name}; need plain .tar: members of a compressed one have "
+                "no place to be read at; do: decompress it"
+            )
+        if is_url(listing.place) and not REMOTE_NAME.fullmatch(name):
+            raise ValueError(
+                f"{listing.place}: got the shard name {name!r}; need letters, digits and _.+=@-, "
+                "ending in .tar; do: rename it"
+            )
+    return listing
+
+
+def stats_name(name: str) -> str:
+    return f"{name.removesuffix('.tar')}_stats.json"
+
+
+def stats_of(place: Place, name: str) -> dict | None:
+    return place.read_json(stats_name(name))
+
+
+def _classnames(place: Place) -> list[str] | None:
+    """Names that lie beside the shards, or above a directory that is called like a split."""
+    folder, _, base = place.location.rpartition("/")
+    above = [Place(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
+    for where in (place, *above):
+        text = where.read(CLASSNAMES)
+        if text is not None:
+            return class_lines(text, f"{where.location}/{CLASSNAMES}")
+    return None
+
+
+def class_lines(text: bytes, where: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in text.decode("utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: got no UTF-8 ({error})") from None
+    if not lines or "" in lines:
+        raise ValueError(f"{where}: got an empty line or nothing; need a class name in every line")
+    return lines

@@ -1,0 +1,209 @@
+"""Tars that nobody vouches for: their members by place, with bounded headers and a checked end.
+
+Formats: POSIX.1-1988 ustar, with pax (POSIX.1-2001) and GNU headers; WebDataset's keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+TAR_BLOCK = 512
+LARGEST_HEADER = 1 << 20  # bytes: of all headers of a member; real ones stay under 10 KB
+NAME_REACH = 1 << 14  # bytes before a member's content in which its headers are looked for
+_UNKNOWN_END = 1 << 62
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its bytes are [offset, offset + size) of the outermost file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Sequential:
+    """Bytes that come once, in order, as a file that can be read onwards.
+
+    seek goes forward, or back by a block at most. digest: sha256 of all bytes that have come.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks = chunks
+        self._buffer, self._start, self._at = b"", 0, 0
+        self.digest = hashlib.sha256()
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that have come."""
+        return self._start + len(self._buffer)
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, position: int) -> None:
+        assert position >= self._start, "bytes that have gone"
+        self._at = position
+        while self.arrived < position and self._more():
+            pass
+
+    def read(self, size: int) -> bytes:
+        while self.arrived < self._at + size and self._more():
+            pass
+        first = self._at - self._start
+        data = self._buffer[first : first + size]
+        self._at += len(data)
+        return data
+
+    def _more(self) -> bool:
+        chunk = next(self._chunks, b"")
+        self.digest.update(chunk)
+        kept = max(0, min(self._at - self._start, len(self._buffer)) - TAR_BLOCK)
+        self._buffer = self._buffer[kept:] + chunk
+        self._start += kept
+        return bool(chunk)
+
+
+class _Headers:
+    """An open file up to `end`, as tarfile walks it: headers only, so every read is small.
+
+    left: bytes that the next member's headers may still have.
+    """
+
+    def __init__(self, file: BinaryIO | Sequential, end: int):
+        self._file, self._end = file, end
+        self.seek, self.tell = file.seek, file.tell
+        self.left = LARGEST_HEADER
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"a header of {size} bytes; need {LARGEST_HEADER} at most")
+        return self._file.read(max(0, min(size, self._end - self._file.tell())))
+
+
+def tar_members(
+    file: BinaryIO | Sequential, name: Path | str, start: int, end: int | None
+) -> Iterator[Member]:
+    """The regular files of the tar that lies at [start, end) of a file; directories are passed.
+
+    The file is read to its end. end None: wherever that is. Whoever reads a member does so before
+    the next one is asked for.
+    Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
+    last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
+    Raises ValueError for what is no plain tar, cut short, damaged, or has links, devices, names
+    that lead outside, or one name twice.
+    """
+    end = _UNKNOWN_END if end is None else end
+    names = set()
+    position = start
+    file.seek(start)
+    _refuse_compressed(file.read(6), name)
+    file.seek(start)
+    headers, tar, member = _Headers(file, end), None, None
+    while True:
+        headers.left = LARGEST_HEADER
+        try:
+            tar = tar or tarfile.open(fileobj=headers, mode="r:")
+            member = tar.next()
+            if sum(map(len, tar.pax_headers.values())) > LARGEST_HEADER:
+                raise tarfile.ReadError("endless global headers")
+        except OSError:
+            raise
+        except Exception as error:  # tarfile raises what its parser stumbles over
+            place = "at its first header" if member is None else f"after member {member.name!r}"
+            raise ValueError(
+                f"{name}: got no plain tar ({error}), or one damaged or cut short {place}; need a "
+                "whole one that is not compressed; do: download it again"
+            ) from None
+        if member is None:
+            break
+        tar.members.clear()  # tarfile would keep every header
+        blocks = -(-member.size // TAR_BLOCK)
+        position = member.offset_data + (0 if member.isdir() else blocks * TAR_BLOCK)
+        if member.size < 0 or position > end:
+            raise ValueError(
+                f"{name}: cut short: got {end - member.offset_data} bytes of member "
+                f"{member.name!r}; need {member.size}; do: download it again"
+            )
+        outside = member.name.startswith("/") or ".." in member.name.split("/")
+        plain = member.isdir() or (member.isreg() and not member.issparse())
+        if outside or not plain or member.name in names:
+            raise ValueError(
+                f"{name}: got member {member.name!r}, "
+                + ("outside of it" if outside else "there twice" if plain else "no file")
+                + "; need regular files within it, each once; do: pack it anew"
+            )
+        if member.isreg():
+            names.add(member.name)
+            yield Member(member.name, member.offset_data, member.size)
+    file.seek(position)
+    zeros = 0
+    while chunk := file.read(min(LARGEST_HEADER, end - position - zeros)):
+        if chunk.strip(b"\0"):
+            break
+        zeros += len(chunk)
+    if chunk or zeros < 2 * TAR_BLOCK:
+        raise ValueError(
+            f"{name}: cut short or damaged at byte {position - start}: got no end-of-archive mark "
+            "after the last readable member; need a whole tar; do: download it again"
+        )
+
+
+def _refuse_compressed(head: bytes, name: Path | str) -> None:
+    for magic, kind in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ValueError(
+                f"{name}: got a compressed tar ({kind}), whose members have no place to be read "
+                "at; need one that is not compressed; do: decompress it"
+            )
+
+
+def key_of(name: str) -> tuple[str, str] | None:
+    """A member's key and its suffix in lower case, as WebDataset splits them; None for no sample's.
+
+    The key ends at the first dot of the base name; names that begin with one, and __NAME__, are
+    not of samples.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or not suffix or re.match(r"__[^/]*__($|/)", name):
+        return None
+    return folder + slash + stem, suffix.lower()
+
+
+def printable(text: str) -> str:
+    """A name for a message: escaped where it would not show, or act on a terminal."""
+    return text if text.isprintable() else ascii(text)
+
+
+def member_name(before: bytes) -> str:
+    """The name of the member whose headers end where `before` ends, of NAME_REACH bytes at most.
+
+    Names over 100 bytes stand in the ustar prefix, or in pax or GNU headers before the member's
+    own, which are found by their size. Raises tarfile.TarError where no header stands.
+    """
+    start = len(before) - TAR_BLOCK
+    found = True
+    while found:
+        found = False
+        for at in range(start - 2 * TAR_BLOCK, -1, -TAR_BLOCK):
+            if before[at + 156 : at + 157] not in (b"x", b"L", b"K"):
+                continue
+            try:
+                header = tarfile.TarInfo.frombuf(
+                    before[at : at + TAR_BLOCK], "utf-8", "surrogateescape"
+                )
+            except tarfile.TarError:
+                continue
+            if at + TAR_BLOCK * (1 - (-header.size // TAR_BLOCK)) == start:
+                start, found = at, True
+                break
+    with tarfile.open(fileobj=io.BytesIO(before[start:]), mode="r:") as tar:
+        return tar.next().name
