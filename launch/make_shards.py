@@ -218,10 +218,11 @@ def _index(arguments: argparse.Namespace) -> int:
             + checked
         )
         if split == "train":
+            found = indexed.neighbours
             print(
-                f"  {indexed.alike:.1%} of neighbours share their class, {indexed.by_chance:.1%} "
-                "in a random order"
-                + ("; do: train with --shuffle_shards lane" if indexed.sorted_by_class else "")
+                f"  {found.alike:.1%} of neighbours share their class, {found.by_chance:.1%} in a "
+                "random order"
+                + ("; do: train with --shuffle_shards lane" if found.sorted_by_class else "")
             )
     return 0
 

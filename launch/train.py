@@ -22,7 +22,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
-from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_split
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 
@@ -468,6 +468,8 @@ def announce(
         f"data        {settings.data_dir}: {shards.manifest.samples:,} pictures in "
         f"{len(shards.manifest.shards)} shards{held_out}"
     )
+    if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
+        say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
     say(f"batch       {batch}; {epoch_steps:.1f} steps an epoch")
     say(
         f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "

@@ -32,8 +32,10 @@ from ds_classifier.data.shards import (
     INDEX_DTYPE,
     MANIFEST,
     Manifest,
+    Neighbours,
     Shard,
     class_numbers,
+    neighbours,
     parse_manifest,
     scan_samples,
 )
@@ -48,19 +50,12 @@ CHUNK = 1 << 20
 class Indexed:
     """A split that was indexed.
 
-    checked_by: the metadata that its counts agree with, None where there is none. alike: share of
-    neighbours in the shards with one label; by_chance: that of a random order.
+    checked_by: the metadata that its counts agree with, None where there is none.
     """
 
     manifest: Manifest
     checked_by: str | None
-    alike: float
-    by_chance: float
-
-    @property
-    def sorted_by_class(self) -> bool:
-        """Whether neighbours share their class far more often than by chance."""
-        return self.alike > 2 * self.by_chance + 0.05
+    neighbours: Neighbours
 
 
 def index(
@@ -340,14 +335,13 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".{INDEX}.staging"
     rows = np.lib.format.open_memmap(staging, "w+", dtype=INDEX_DTYPE, shape=(samples,))
-    at = alike = 0
+    at = 0
     for number, scan in enumerate(scans):
         part = rows[at : at + len(scan.rows)]
         part[:] = scan.rows
         part["shard"] = number
-        alike += int((scan.rows["label"][1:] == scan.rows["label"][:-1]).sum())
         at += len(scan.rows)
-    frequency = np.bincount(rows["label"], minlength=len(classes)) / samples
+    side_by_side = neighbours(rows)
     rows.flush()
     del rows
     files.fsync(staging)
@@ -371,5 +365,4 @@ def _write(
     )
     files.replace_text(folder / MANIFEST, manifest.to_json())
     files.fsync(folder)
-    pairs = max(samples - len(scans), 1)
-    return Indexed(manifest, listing.source, alike / pairs, float((frequency**2).sum()))
+    return Indexed(manifest, listing.source, side_by_side)

@@ -24,7 +24,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -147,6 +147,30 @@ class ShardSet:
         with open(self.path(shard), "rb") as file:
             file.seek(offset)
             return file.read(length)
+
+
+class Neighbours(NamedTuple):
+    """How a split's samples lie: whether those side by side in a shard are of one class.
+
+    alike: share of neighbours that are. by_chance: that of a random order.
+    """
+
+    alike: float
+    by_chance: float
+
+    @property
+    def sorted_by_class(self) -> bool:
+        return self.alike > 2 * self.by_chance + 0.05
+
+
+def neighbours(index: np.ndarray) -> Neighbours:
+    """Of the first INDEX_ROWS samples, which tell enough."""
+    rows = index[:INDEX_ROWS]
+    labels, shards = rows["label"], rows["shard"]
+    beside = shards[1:] == shards[:-1]
+    alike = (labels[1:] == labels[:-1])[beside].mean() if beside.any() else 0.0
+    frequency = np.bincount(labels) / len(rows)
+    return Neighbours(float(alike), float((frequency**2).sum()))
 
 
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
