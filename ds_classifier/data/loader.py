@@ -96,6 +96,11 @@ class ShardDataset(Dataset):
             bad,
         )
 
+    def key(self, position: int) -> str:
+        """The key of the sample at a position."""
+        at = np.array([position])
+        return self.shards.key(int((at if self.order is None else self.order.samples(at))[0]))
+
     def _pixels(self, data: bytes, position: int) -> np.ndarray:
         image = images.decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))
