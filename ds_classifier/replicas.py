@@ -64,5 +64,4 @@ def describe_difference(rows: Tensor, names: list[str]) -> str | None:
     if 2 * count <= len(rows):
         return f"the ranks hold different parameters, and no majority alike ({where})"
     ranks = ", ".join(map(str, differing))
-    who = f"rank {ranks} differ" + ("s" if len(differing) == 1 else "")
-    return f"the parameters of {who} from those of the other ranks ({where})"
+    return f"the parameters of rank {ranks} differ from those of the other ranks ({where})"

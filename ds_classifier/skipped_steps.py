@@ -38,7 +38,8 @@ class SkippedSteps:
         """Call after every step, on every rank.
 
         losses: this rank's of the step, [accumulation, micro-batch]; bad samples' as 0.
-        Raises FloatingPointError on all ranks after `limit` skipped in a row, or at the floor.
+        Raises FloatingPointError on all ranks after `limit` skipped in a row, or at the floor
+        even with good steps between.
         """
         before, self._scale = self._scale, engines.loss_scale(self._engine)
         floor = engines.loss_scale_floor(self._engine)
@@ -52,10 +53,11 @@ class SkippedSteps:
         self._list(losses)
         step = self._engine.global_steps
         where = f"{self._path} lists them; the last good checkpoint stays"
-        if self._at_floor >= self._limit:
+        skipped = max(self._in_a_row, self._at_floor)
+        if skipped >= self._limit and floor is not None and self._scale <= floor:
             raise FloatingPointError(
-                f"fp16's loss scale is at its floor, {floor:g} (fp16.min_loss_scale), and the "
-                f"gradients of {_steps(self._at_floor)} there, the last {step}, are not finite; "
+                f"fp16's loss scale is at its floor, {floor:g} (fp16.min_loss_scale), and still "
+                f"the gradients are not finite: {_steps(skipped)} skipped, the last {step}; "
                 f"{where}; do: use a bf16 config, or lower --lr"
             )
         if self._in_a_row >= self._limit:
