@@ -77,7 +77,7 @@ class CheckpointWriter:
         self._keep = dict(keep_last=keep_last, keep_every=keep_every)
         self._max_failed = max_failed
         self._group = torch.distributed.new_group(backend="gloo")
-        self._under_way: int | None = None  # the step being written; known to all ranks
+        self.under_way: int | None = None  # the step being written; the same on all ranks
         self._failed, self._error = 0, ""  # writes in a row; known to all ranks
         self._news: tuple[Any, Tensor] | None = None  # (handle, 1 if rank 0's thread has ended)
         # Of rank 0:
@@ -96,11 +96,11 @@ class CheckpointWriter:
         Raises FloatingPointError on all ranks if weights are not finite or differ between ranks.
         """
         engine, sampler = self._engine, self._sampler
-        if self._under_way is not None:
+        if self.under_way is not None:
             if self._busy():
                 distributed.say(
                     f"{'':>6} step {engine.global_steps} waits for the checkpoint of step "
-                    f"{self._under_way}, which is still being written"
+                    f"{self.under_way}, which is still being written"
                 )
             self._settle()
         sampled = {checkpoint.SAMPLER + name: v for name, v in sampler.state().items()}
@@ -126,7 +126,7 @@ class CheckpointWriter:
         Costs nothing while none is under way; the news is waited for one step later.
         Raises OSError on all ranks when more than max_failed writes failed in a row.
         """
-        if self._under_way is None:
+        if self.under_way is None:
             return
         if self._news is not None:
             handle, ended = self._news
@@ -180,7 +180,7 @@ class CheckpointWriter:
         buffers[name].copy_(value, non_blocking=True)
 
     def _begin(self) -> None:
-        self._under_way = self._state["step"]
+        self.under_way = self._state["step"]
         if distributed.rank() == 0:
             # Not a daemon: a process that ends for whatever reason first finishes the write.
             self._thread = threading.Thread(target=self._write, name="checkpoint writer")
@@ -188,7 +188,7 @@ class CheckpointWriter:
 
     def _settle(self, *, final: bool = False) -> None:
         """Wait for the write under way and take in its outcome, on all ranks."""
-        if self._under_way is None:
+        if self.under_way is None:
             return
         if self._news is not None:
             self._news[0].wait()
@@ -199,7 +199,7 @@ class CheckpointWriter:
         # The wait for the disk happens here, on the CPU; no GPU kernel spins for it.
         torch.distributed.broadcast(torch.zeros(1), src=0, group=self._group)
         outcome = distributed.broadcast_json(self._outcome, self._engine.device)
-        self._under_way = None
+        self.under_way = None
         if "bug" in outcome:
             raise RuntimeError(outcome["bug"])
         self._failed = self._failed + 1 if outcome else 0

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +203,28 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     os.truncate(tmp_path / "step-00000003" / "model.safetensors", 5)
     checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
     assert find(tmp_path)[0] == "step-00000002"
+
+
+def test_tensors_of_another_classifier_are_refused_before_any_is_sent(tmp_path):
+    """Else rank 0 would fail in the middle, and the others wait for it."""
+    final = tmp_path / "step-00000001"
+    layer = torch.nn.Linear(3, 2)
+    model = {name: value.detach() for name, value in layer.named_parameters()}
+    moments = {f"{m}.{n}": v for m in ("exp_avg", "exp_avg_sq") for n, v in model.items()}
+    checkpoint.commit(
+        final, model=model, optimizer=moments | {"schedule_sampler.n": torch.ones(4)}, state={}
+    )
+    engine, sampler = (
+        SimpleNamespace(module=layer),
+        SimpleNamespace(state=lambda: {"n": torch.ones(4)}),
+    )
+    checkpoint._check_tensors(final, engine, sampler)
+    sampler.state = lambda: {"n": torch.ones(5)}
+    with pytest.raises(ValueError, match=r"got \[4\] for schedule_sampler.n; need the shape \[5\]"):
+        checkpoint._check_tensors(final, engine, sampler)
+    engine.module = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"model.safetensors: got \[2, 3\] for weight"):
+        checkpoint._check_tensors(final, engine, sampler)
 
 
 def test_later_checkpoints_of_before_are_set_aside(tmp_path):

@@ -63,7 +63,7 @@ def save(writer, step, **keywords):
 
 def settle(writer):
     """What the training loop does after steps, until the write has ended."""
-    while writer._under_way is not None:
+    while writer.under_way is not None:
         writer.check()
 
 
