@@ -368,6 +368,10 @@ BAD_INPUT = {
         ["--deepspeed_config", ZERO2, "--data_dir", "DIGITS", "--image_size", "100"],
         ["image_size: got 100", "96 or 104"],
     ),
+    "a run directory that cannot be": (
+        ["--deepspeed_config", ZERO2, "--data_dir", "DIGITS", "--run_dir", "pictures/cat/1.png"],
+        ["--run_dir", "pictures/cat/1.png", "nothing can be written", "choose another"],
+    ),
     "wrong world": (["--deepspeed_config", ZERO2, "--expect_world", "8"], ["--expect_world", "8"]),
 }
 
