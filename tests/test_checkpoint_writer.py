@@ -177,11 +177,11 @@ def test_weights_that_are_not_finite_are_never_saved(writer, tmp_path):
 
 
 def test_the_best_by_validation_is_kept(writer, tmp_path):
-    for step, val_loss in enumerate([0.4, 0.1, float("nan"), 0.3, 0.2], 1):
+    for step, val_loss in enumerate([0.1, 0.4, float("nan"), 0.3, 0.2], 1):
         save(writer, step, val_loss=val_loss)
     writer.finish()
-    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["5", "4", "2"]
-    assert (tmp_path / "best").read_text() == "step-00000002 val_loss 0.1\n"
+    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["5", "4", "1"]
+    assert (tmp_path / "best").read_text() == "step-00000001 val_loss 0.1\n"
 
 
 def test_pruning_that_fails_is_one_warning(writer, tmp_path, monkeypatch, capsys):
