@@ -18,8 +18,21 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor's bit patterns as integers, [] int64: exact, in whatever order summed."""
-    return value.detach().contiguous().view(_BITS[value.element_size()]).sum(dtype=torch.int64)
+    """The sum of a tensor's bits as integers modulo 2^64, [] int64: the same in whatever order.
+
+    Eight bytes at a time, which a CPU sums ten times as fast as smaller integers.
+    """
+    flat = value.detach().reshape(-1)
+    in_words = len(flat) - len(flat) % (8 // value.element_size())
+    words = flat[:in_words].clone().view(torch.int64)  # a view of its own storage starts aligned
+    rest = flat[in_words:].view(_BITS[value.element_size()])
+    return words.sum() + rest.sum(dtype=torch.int64)
+
+
+def not_finite(value: Tensor) -> Tensor:
+    """Whether any number is infinite or not a number, [] int64: 1 or 0."""
+    lowest, highest = value.detach().aminmax()  # either is nan if any number is
+    return (~(lowest.isfinite() & highest.isfinite())).long()
 
 
 def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
@@ -29,8 +42,8 @@ def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
     moments must be finite too. Reads each number once, sends two a tensor; waits for the device.
     Raises FloatingPointError on all ranks alike.
     """
-    infinite = [(~value.isfinite()).sum() for value in tensors.values()]
-    share = sum((~value.isfinite()).sum() for value in engines.optimizer_share(engine))
+    infinite = [not_finite(value) for value in tensors.values()]
+    share = sum(not_finite(value) for value in engines.optimizer_share(engine))
     sums = [bit_sum(value) for value in tensors.values()]
     everyone = distributed.all_gather(torch.stack([*sums, *infinite, share])).cpu()  # [W, 2n + 1]
     rows, infinite_rows = everyone[:, : len(sums)], everyone[:, len(sums) :]

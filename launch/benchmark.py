@@ -244,7 +244,8 @@ def _checkpoint(arguments: argparse.Namespace) -> list[dict]:
             for name, value in figures.items():
                 seconds[way].setdefault(name, []).append(value)
 
-        plain = [step() for _ in range(3)][1:]
+        step()  # the first is slower than any other
+        plain = [step()]
         for repeat in range(arguments.repeats + 1):
             began = time.perf_counter()
             writer.save({})
@@ -253,7 +254,7 @@ def _checkpoint(arguments: argparse.Namespace) -> list[dict]:
             ended = time.perf_counter()
             if repeat:  # the first save makes the buffers
                 note("waited for", snapshot=saved - began, write=ended - saved, slower=0.0)
-            plain += [step() for _ in range(3)]
+            plain.append(step())
             began = time.perf_counter()
             writer.save({})
             saved = time.perf_counter()
@@ -278,7 +279,7 @@ def _checkpoint(arguments: argparse.Namespace) -> list[dict]:
                 "parameters": f"{parameters:,}",
                 "step s": usual,
                 "snapshot s": medians["snapshot"],
-                "write s": medians["write"],
+                "written after s": medians["write"],
                 "training stands still s": stall,
                 "steps behind it lose s": medians["slower"],
                 "threads": torch.get_num_threads(),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_classifier.replicas import bit_sum, describe_difference
+from ds_classifier.replicas import bit_sum, describe_difference, not_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
@@ -17,6 +17,26 @@ def test_every_flipped_bit_shows(dtype):
         other.view(bits)[2] ^= flip
         sums.add(int(bit_sum(other)))
     assert len(sums) == 1 + 8 * value.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_one_number_that_is_not_finite_shows(dtype, bad):
+    value = torch.linspace(-3, 3, 1001).to(dtype)
+    assert not_finite(value) == 0
+    for place in (0, 499, 1000):
+        other = value.clone()
+        other[place] = float(bad)
+        assert not_finite(other) == 1
+
+
+def test_a_part_of_a_larger_tensor_sums_like_a_copy_of_it():
+    """Parameters are views into ZeRO's flat buffers, from any place on."""
+    flat = torch.randn(50).bfloat16()
+    for first in range(5):
+        part = flat[first : first + 21].view(3, 7)
+        assert bit_sum(part) == bit_sum(part.clone())
+    assert bit_sum(torch.tensor(1.5)) == torch.tensor(1.5).view(torch.int32)
 
 
 def test_the_odd_rank_out_is_named():
