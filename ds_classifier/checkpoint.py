@@ -6,10 +6,12 @@
       any state.json             step, skipped steps, schedule, loss scaler, settings, classes, data
       manifest.json          size and sha256 of each file; written last
     checkpoints/latest       the name of the newest, for people and scripts
+    checkpoints/best         the name of the one that validated best, and its val_loss; likewise
 
 It depends neither on the number of ranks nor on ZeRO stage or precision, and holds no pickle.
 Rank 0 alone touches the disk; the other ranks send and receive, so no shared file system is needed.
 A checkpoint appears under its name by one rename, complete: what has no valid manifest is none.
+Who takes the state from the engine and calls commit: checkpoint_writer.py.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ds_classifier import distributed, files
@@ -34,114 +39,77 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 PREFIX = "classifier."  # the engine's module is the NoisedClassifier
 SAMPLER = "schedule_sampler."
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.int64: "I64"}
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-# -------------------------------------------------------------------------------------- saving
+# ---------------------------------------------------------------------------------- committing
 
 
-def save(
-    checkpoints: Path,
-    *,
-    engine,
-    sampler,
-    state: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Commit the engine's state at a step boundary; every rank must call it.
+def commit(
+    final: Path, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Write a checkpoint and give it its name, `final`, by one rename; then name it in `latest`.
 
-    state: JSON-able facts of the caller, kept under their names in state.json.
-    Raises ValueError on all ranks if rank 0 cannot write; what was there before stays.
+    model, optimizer: contiguous CPU tensors, fp32 or int64. state: what state.json holds.
+    Raises OSError, which names the file, if something cannot be written; what stood still stands.
     """
-    model, optimizer = _gather(engine)
-    optimizer |= {SAMPLER + name: value.cpu() for name, value in sampler.state().items()}
-    adam_step = float(engines.ensure_adam_state(engine)[0]["step"])
-    state = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": engine.global_steps,
-        "skipped_steps": engine.skipped_steps,
-        "adam_step": adam_step,
-        "loss_scaler": engines.loss_scaler_state(engine),
-        **state,
-    }
-    final = checkpoints / step_name(engine.global_steps)
-
-    def write() -> None:
-        _commit(final, model=model, optimizer=optimizer, state=state)
-        _set_later_aside(final)
-        _prune(checkpoints, keep_last)
-
-    distributed.on_rank_0(write, engine.device)
-    return final
-
-
-def _gather(engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Full fp32 weights and Adam moments, on rank 0's CPU; empty dicts elsewhere."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    engines.ensure_adam_state(engine)
-    model: dict[str, Tensor] = {}
-    optimizer: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        name = name.removeprefix(PREFIX)
-        full = {name: safe_get_full_fp32_param(parameter)}
-        moments = {
-            f"{moment}.{name}": safe_get_full_optimizer_state(parameter, moment)
-            for moment in engines.ADAM_MOMENTS
-        }
-        if distributed.rank() == 0:
-            model |= {key: value.cpu().contiguous() for key, value in full.items()}
-            optimizer |= {key: value.cpu().contiguous() for key, value in moments.items()}
-    return model, optimizer
-
-
-def _commit(final: Path, *, model, optimizer, state) -> None:
-    bad = [name for name, value in model.items() if not value.isfinite().all()]
-    if bad:
-        raise ValueError(
-            f"weights are not finite ({bad[0]} and {len(bad) - 1} more at step {state['step']}): "
-            "not saved; do: run the same command again, it continues from the last good checkpoint"
-        )
     staging = final.parent / f".{final.name}.staging"
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed at this very step
-    staging.mkdir(parents=True)
-    _save_tensors(model, staging / MODEL)
-    _save_tensors(optimizer, staging / OPTIMIZER)
-    (staging / STATE).write_text(json.dumps(state, indent=1))
-    described = {}
-    for name in (MODEL, OPTIMIZER, STATE):
-        files.fsync(staging / name)
-        described[name] = {
-            "bytes": (staging / name).stat().st_size,
-            "sha256": files.sha256(staging / name),
-        }
-    (staging / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
-    files.fsync(staging / MANIFEST)
-    files.fsync(staging)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a run continued from before it
-    os.rename(staging, final)
-    files.fsync(final.parent)
+    try:
+        _write_files(staging, model, optimizer, state)
+        _set_later_aside(final)
+        replaced = final.parent / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():  # a damaged one, or of a run continued from before it
+            os.rename(final, replaced)
+        os.rename(staging, final)
+        files.fsync(final.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, for the others' sake
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
     files.replace_text(final.parent / "latest", final.name + "\n")
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _write_files(staging: Path, model, optimizer, state) -> None:
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed at this very step
+    staging.mkdir(parents=True)
+    contents = {
+        MODEL: _tensor_file(model),
+        OPTIMIZER: _tensor_file(optimizer),
+        STATE: [json.dumps(state, indent=1).encode()],
+    }
+    described = {}
+    for name, chunks in contents.items():
+        size, digest = files.write_hashed(staging / name, chunks)
+        described[name] = {"bytes": size, "sha256": digest}
+    manifest = json.dumps({"files": described}, indent=1).encode()
+    files.write_hashed(staging / MANIFEST, [manifest])
+    files.fsync(staging)
 
-    try:
-        save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        needed = sum(value.numel() * value.element_size() for value in tensors.values())
-        free = shutil.disk_usage(path.parent).free
-        shutil.rmtree(path.parent, ignore_errors=True)
-        raise ValueError(
-            f"{path}: cannot write: {error}; need {needed:,} bytes, {free:,} are free; the "
-            "checkpoints before it stand; do: make room and run the same command again"
-        ) from None
+
+def _tensor_file(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces, the tensors' own memory among them: nothing is copied.
+
+    Format: the header's length, 8 bytes little-endian; the header, JSON of dtype, shape and place
+    of each tensor, padded with spaces to a multiple of 8 bytes; the tensors' bytes.
+    """
+    header, end = {}, 0
+    for name, value in tensors.items():
+        begin, end = end, end + value.numel() * value.element_size()
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPE[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for value in tensors.values():
+        yield memoryview(value.reshape(-1).numpy()).cast("B")
 
 
 def _set_later_aside(final: Path) -> None:
@@ -154,14 +122,43 @@ def _set_later_aside(final: Path) -> None:
             os.rename(checkpoint, aside)
 
 
-def _prune(checkpoints: Path, keep_last: int) -> None:
-    """Delete what is older than the keep_last newest checkpoints that look whole."""
-    kept = 0
+def prune(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[str]:
+    """Delete what need not be kept; returns what could not be deleted, a line each.
+
+    Kept are the keep_last newest that look whole, those of every keep_every-th step (0: none), and
+    the best.
+    """
+    whole = 0
+    best = best_checkpoint(checkpoints)
+    problems = []
     for checkpoint in list_checkpoints(checkpoints):
-        if kept >= keep_last:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        elif damage(checkpoint, hashes=False) is None:
-            kept += 1
+        looks_whole = damage(checkpoint, hashes=False) is None
+        if whole < keep_last or checkpoint == best:
+            whole += looks_whole
+        elif not (keep_every and looks_whole and _step(checkpoint) % keep_every == 0):
+            try:
+                # Out of sight at once: a kill in the middle leaves no half of it under its name.
+                doomed = checkpoints / f".{checkpoint.name}.pruned"
+                os.rename(checkpoint, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                problems.append(str(error))
+    return problems
+
+
+def name_best(checkpoints: Path) -> None:
+    """Say in `best` which checkpoint validated best, as `latest` says which is the newest."""
+    best = best_checkpoint(checkpoints)
+    if best is not None:
+        text = f"{best.name} val_loss {_val_loss(best):.6g}\n"
+        files.replace_text(checkpoints / "best", text)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what killed saves and prunings left; call when no other process writes here."""
+    for suffix in ("staging", "replaced", "pruned"):
+        for leftover in checkpoints.glob(f".step-*.{suffix}"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------- finding
@@ -179,10 +176,28 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def best_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint of the lowest val_loss, of those that look whole and were validated."""
+    losses = {
+        checkpoint: _val_loss(checkpoint)
+        for checkpoint in list_checkpoints(checkpoints)
+        if damage(checkpoint, hashes=False) is None
+    }
+    validated = [checkpoint for checkpoint, loss in losses.items() if loss is not None]
+    return min(validated, key=losses.__getitem__, default=None)
+
+
+def _val_loss(checkpoint: Path) -> float | None:
+    try:
+        return json.loads((checkpoint / STATE).read_text()).get("val_loss")
+    except (OSError, ValueError):
+        return None
+
+
 def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint's files, or None if every byte is as it was written.
 
-    hashes: False compares sizes alone.
+    hashes: False compares sizes alone, and reads no tensors.
     """
     try:
         described = json.loads((checkpoint / MANIFEST).read_text())["files"]
@@ -192,6 +207,10 @@ def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
                 return f"{name} has {size} bytes of {described[name]['bytes']}"
             if hashes and files.sha256(checkpoint / name) != described[name]["sha256"]:
                 return f"{name} is damaged: its sha256 is not the manifest's"
+        if hashes:
+            _names(checkpoint)
+    except SafetensorError as error:
+        return f"a file of tensors is no safetensors file: {error}"
     except OSError as error:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
@@ -259,9 +278,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_model(checkpoint: Path) -> dict[str, Tensor]:
     """The classifier's fp32 weights by the reference's names."""
-    from safetensors.torch import load_file
-
     return load_file(checkpoint / MODEL)
+
+
+def _names(checkpoint: Path) -> list[dict[str, list[int]]]:
+    """Name -> shape of the tensors in MODEL and OPTIMIZER. Raises SafetensorError."""
+    shapes = []
+    for file in (MODEL, OPTIMIZER):
+        with safe_open(checkpoint / file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            shapes.append({name: tensors.get_slice(name).get_shape() for name in names})
+    return shapes
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -272,10 +299,11 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
 
     checkpoint: read on rank 0 alone, may be None elsewhere. state: its `read_state`, on all ranks.
     The steps that follow are bit-equal to those of the run that wrote it, on as many ranks.
+    Raises ValueError on all ranks if tensors are missing or of other shapes.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-    from safetensors import safe_open
 
+    distributed.on_rank_0(lambda: _check_tensors(checkpoint, engine, sampler), engine.device)
     opened = []
     if distributed.rank() == 0:
         opened = [safe_open(checkpoint / name, framework="pt") for name in (MODEL, OPTIMIZER)]
@@ -306,3 +334,20 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     engine.global_samples = state["step"] * engine.train_batch_size()
     engines.set_schedule(engine, state["step"] - state["skipped_steps"])
     engines.set_loss_scaler_state(engine, state["loss_scaler"])
+
+
+def _check_tensors(checkpoint: Path, engine, sampler) -> None:
+    """Raise ValueError unless the files hold each tensor that load will ask for."""
+    wanted: tuple[dict, dict] = ({}, {})
+    for name, parameter in engine.module.named_parameters():
+        name = name.removeprefix(PREFIX)
+        wanted[0][name] = list(parameter.shape)
+        wanted[1].update({f"{m}.{name}": list(parameter.shape) for m in engines.ADAM_MOMENTS})
+    wanted[1].update({SAMPLER + name: list(v.shape) for name, v in sampler.state().items()})
+    for file, need, got in zip((MODEL, OPTIMIZER), wanted, _names(checkpoint), strict=True):
+        for name, shape in need.items():
+            if got.get(name) != shape:
+                raise ValueError(
+                    f"{checkpoint / file}: got {got.get(name, 'nothing')} for {name}; need the "
+                    f"shape {shape}; do: continue from a checkpoint of this classifier"
+                )

@@ -118,7 +118,7 @@ class Settings:
     max_skipped_steps: int = _setting(
         50,
         "training",
-        "steps skipped in a row for non-finite gradients before giving up",
+        "steps skipped in a row for non-finite losses or gradients before giving up",
         fixed=False,
     )
 
@@ -134,7 +134,18 @@ class Settings:
     eval_interval: int = _setting(
         0, "run", "steps between validations (default: save_interval)", fixed=False
     )
-    keep_last: int = _setting(3, "run", "checkpoints kept", fixed=False)
+    keep_last: int = _setting(
+        3, "run", "checkpoints kept, and the one that validated best", fixed=False
+    )
+    keep_every: int = _setting(
+        0, "run", "checkpoints of every N-th step are kept for good (0: none)", fixed=False
+    )
+    max_failed_saves: int = _setting(
+        1,
+        "run",
+        "checkpoints in a row that may fail to be written before training stops; the last may not",
+        fixed=False,
+    )
     expect_world: int = _setting(
         0, "run", "ranks there must be, since the launcher forgives a wrong hostfile", fixed=False
     )
@@ -343,6 +354,8 @@ def check_settings(settings: Settings) -> list[str]:
         save_interval=1,
         eval_interval=1,
         keep_last=1,
+        keep_every=0,
+        max_failed_saves=0,
         lanes=1,
         max_bad_samples=0,
         cache_gb=0,

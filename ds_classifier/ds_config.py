@@ -283,6 +283,11 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
     bf16 = ds.get("bf16", {}).get("enabled", False)
     if fp16 and bf16:
         problems.append("fp16.enabled, bf16.enabled: got both; need one at most")
+    if bf16 and not ds["bf16"].get("check_grad_overflow", True):
+        problems.append(
+            "bf16.check_grad_overflow: got false; need true: one gradient that is not finite would "
+            "end up in the weights; do: remove it"
+        )
     if command.classifier_use_fp16 is not None and command.classifier_use_fp16 != fp16:
         problems.append(
             f"--classifier_use_fp16: got {command.classifier_use_fp16}, but "

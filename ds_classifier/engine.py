@@ -5,7 +5,7 @@ The rest of the program asks this module for what DeepSpeed keeps in places of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def create_engine(
         model=module, model_parameters=parameters, config=ds_config, **schedule
     )
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
-        # At its floor DeepSpeed would raise on every rank; the loop counts skipped steps instead.
+        # At its floor DeepSpeed would raise at once, of one step too; see skipped_steps.py.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
@@ -80,6 +80,14 @@ def precision(engine) -> str:
 def loss_scale(engine) -> float:
     """fp16's current loss scale; 1 in the other precisions."""
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0
+
+
+def loss_scale_floor(engine) -> float | None:
+    """The least that fp16's dynamic loss scale may become; None where there is none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not engine.fp16_enabled() or not engine.dynamic_loss_scale():
+        return None
+    return float(scaler.min_scale)
 
 
 def grad_norm(engine) -> float:
@@ -111,6 +119,16 @@ def ensure_adam_state(engine) -> list[dict[str, Any]]:
             states.append(state)
     engine.optimizer._lazy_init_hp_params_optimizer_state()
     return states
+
+
+def optimizer_share(engine) -> Iterator[torch.Tensor]:
+    """This rank's flat partitions of the fp32 master weights and of the Adam moments."""
+    optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for partition in group["params"]:
+            yield partition.detach()
+            state = optimizer.state.get(partition, {})
+            yield from (state[moment] for moment in ADAM_MOMENTS if moment in state)
 
 
 def set_schedule(engine, applied_steps: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -14,6 +15,25 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file and have it on the disk; returns its size and sha256, of what was to be written.
+
+    Raises OSError with the path in it.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return size, digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -122,14 +122,14 @@ def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) 
     )
 
 
-def counts_line(row: dict[str, Any]) -> str:
+def counts_line(row: dict[str, Any], why_skipped: str) -> str:
     """What was seen and what was lost since the run's first start, of a training row."""
     steps = row["skipped_steps"]
     parts = [f"{row['samples']:,} samples seen so far"]
     if row["bad_samples"]:
         parts.append(f"{row['bad_samples']:,} bad ones (listed in bad_samples.rank*.jsonl)")
     if steps:
-        parts.append(f"{steps:,} step{'s' * (steps > 1)} skipped (gradient not finite)")
+        parts.append(f"{steps:,} step{'s' * (steps > 1)} skipped ({why_skipped})")
     return f"{'':>6} {', '.join(parts)}"
 
 

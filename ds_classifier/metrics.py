@@ -54,3 +54,15 @@ class Meter:
                 if sums[q, -1] > 0:
                     means[f"{name}_q{q}"] = float(sums[q, i] / sums[q, -1])
         return means, weight
+
+
+def by_position(trained: Tensor) -> Tensor:
+    """All ranks' positions, t and losses of a step, [3, n] fp64, without the bad samples.
+
+    In the order of the stream, so that it does not depend on the number of ranks; positions are
+    exact up to 2^53. trained: this rank's, as train_step returns it. Every rank must call it.
+    """
+    everyone = distributed.all_gather(trained)  # [W, accumulation, 3, micro-batch]
+    samples = everyone.transpose(0, 2).flatten(1)  # [3, global batch]
+    samples = samples[:, samples[0].argsort()]
+    return samples[:, samples[0] >= 0]

@@ -28,8 +28,9 @@ from ds_classifier.logger import (
     counts_line,
     validation_line,
 )
-from ds_classifier.metrics import Meter
+from ds_classifier.metrics import Meter, by_position
 from ds_classifier.shutdown import StopVote
+from ds_classifier.skipped_steps import SkippedSteps
 
 
 def train_step(
@@ -41,9 +42,10 @@ def train_step(
     meter: Meter,
     seed: int,
     noised: bool,
-) -> tuple[list[BadSample], float]:
-    """One optimizer step. Returns the bad samples met, and the seconds spent waiting for data."""
-    seen, bad, waited = [], [], 0.0
+) -> tuple[list[BadSample], float, torch.Tensor]:
+    """One optimizer step. Returns the bad samples met, the seconds spent waiting for data, and what
+    this rank trained on: [accumulation, 3, micro-batch] fp64, position (-1: bad), t and loss."""
+    trained, bad, waited = [], [], 0.0
     for _ in range(accumulation):
         began = time.perf_counter()
         batch = next(batches)
@@ -58,25 +60,18 @@ def train_step(
         losses, logits = engine(batch.images, batch.labels, t, noise)
         # A bad sample adds nothing; dividing by all keeps the step the same on any number of ranks.
         loss = torch.where(batch.weights > 0, importance * losses, 0.0).mean()
-        engine.backward(loss)
+        # Times 1; if the loss is not finite, times nan, so that its gradient is seen not to be.
+        engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
         engine.step()
         losses = losses.detach()
         meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
-        if sampler.needs_losses:
-            losses = losses.masked_fill(batch.weights == 0, math.nan)
-            seen.append(torch.stack([v.double() for v in (batch.positions, t, losses)]))
-    update_sampler(sampler, seen)
-    return bad, waited
-
-
-def update_sampler(sampler, seen: list[torch.Tensor]) -> None:
-    """Show the timestep sampler a step's (t, loss) of all ranks, by position."""
-    if not sampler.needs_losses:
-        return
-    everyone = distributed.all_gather(torch.stack(seen))  # [W, accumulation, 3, micro-batch]
-    positions, t, losses = everyone.transpose(0, 2).flatten(1)  # exact in fp64 up to 2^53
-    by_position = positions.argsort()
-    sampler.update(t[by_position].long(), losses[by_position].float())
+        positions = batch.positions.masked_fill(batch.weights == 0, -1)
+        trained.append(torch.stack([v.double() for v in (positions, t, losses)]))
+    trained = torch.stack(trained)
+    if sampler.needs_losses:
+        _, t, losses = by_position(trained)
+        sampler.update(t.long(), losses.float())
+    return bad, waited, trained
 
 
 @dataclass(frozen=True)
@@ -98,9 +93,10 @@ def train(
     num_timesteps: int,
     seed: int,
     noised: bool,
-    max_skipped_steps: int,
+    skipped: SkippedSteps,
     bad_samples: BadSamples,
-    save: Callable[[], None],
+    save: Callable[[float | None], None],
+    check_saves: Callable[[], None],
     validate: Callable[[], dict[str, float]] | None,
     stop: StopVote,
     logger: RunLogger,
@@ -108,17 +104,18 @@ def train(
     """Train from the engine's step to the last; returns whether it got there (else: stopped).
 
     batches: this rank's micro-batches from the engine's step on.
-    save: commits a checkpoint. validate: means over the validation set; None: there is none.
-    Raises FloatingPointError after max_skipped_steps steps without a finite gradient, ValueError
-    for too many bad samples or when a checkpoint cannot be written.
+    save: takes a checkpoint, given the step's validation loss if there is one; it may be written
+    behind the following steps. check_saves: after every step, whether that went well.
+    validate: means over the validation set; None: there is none.
+    Raises FloatingPointError after too many steps without a finite gradient, ValueError for too
+    many bad samples, OSError when checkpoints cannot be written.
     """
     meter, clock = Meter(num_timesteps, engine.device), Clock()
-    skipped = SkippedSteps(engine, limit=max_skipped_steps)
     told = (0, 0)  # bad samples and skipped steps; a resumed run tells those before it
     distributed.say(CONSOLE_HEADER)
     while engine.global_steps < cadence.iterations:
         lr = engines.learning_rate(engine)
-        bad, waited = train_step(
+        bad, waited, trained = train_step(
             engine,
             batches,
             accumulation=engine.gradient_accumulation_steps(),
@@ -129,7 +126,8 @@ def train(
         )
         clock.stepped(waited)
         bad_samples.add(bad)
-        skipped.check()
+        skipped.check(trained)
+        check_saves()
         step = engine.global_steps
         last = step == cadence.iterations
         if last or step % cadence.log == 0:
@@ -145,10 +143,11 @@ def train(
             )
             counts = (row["bad_samples"], row["skipped_steps"])
             if counts != told:
-                distributed.say(counts_line(row))
+                distributed.say(counts_line(row, skipped.news()))
             told = counts
             bad_samples.check(row["samples"])
             clock = Clock()
+        val_loss = None
         with clock.paused():
             if validate is not None and (last or step % cadence.evaluate == 0):
                 began = time.perf_counter()
@@ -156,12 +155,13 @@ def train(
                 row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
                 logger.write(row)
                 distributed.say(validation_line(row))
+                val_loss = row["val_loss"]
             saved = last or step % cadence.save == 0
             if saved:
-                save()
+                save(val_loss)
         if not last and stop.decide():
             if not saved:
-                save()
+                save(val_loss)
             return False
     return True
 
@@ -180,24 +180,6 @@ def training_row(engine, *, meter: Meter, clock: Clock) -> dict[str, Any]:
         "data_wait_frac": clock.waited / clock.seconds(),
         "skipped_steps": engine.skipped_steps,
     }
-
-
-class SkippedSteps:
-    """Steps that DeepSpeed skipped on all ranks, because a gradient was not finite."""
-
-    def __init__(self, engine, *, limit: int):
-        self._engine, self._limit = engine, limit
-        self._in_a_row = 0
-
-    def check(self) -> None:
-        """Call after every step. Raises FloatingPointError after `limit` skipped in a row."""
-        self._in_a_row = 0 if self._engine.was_step_applied() else self._in_a_row + 1
-        if self._in_a_row >= self._limit:
-            raise FloatingPointError(
-                f"the gradients of {self._in_a_row} steps in a row, up to step "
-                f"{self._engine.global_steps}, are not finite; the last good checkpoint stays; do: "
-                "lower --lr, or use a bf16 config"
-            )
 
 
 class BadSamples:

@@ -1,4 +1,4 @@
-"""Measure this machine: `launch/benchmark.py data PICTURES`, convert, order, cache, memory.
+"""Measure this machine: `python launch/benchmark.py data PICTURES` and its other commands.
 
 Every figure is the median of several repeats; what is compared is interleaved, so that a machine
 whose speed drifts still gives ratios. Prints a table; --json FILE keeps the numbers.
@@ -51,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=_cache)
     command = commands.add_parser("memory", help="memory of 8 loader workers, for large data sets")
     command.set_defaults(run=_memory)
+    command = commands.add_parser(
+        "checkpoint", help="how long a save holds up training, written behind it or waited for"
+    )
+    command.add_argument("--classifier_width", type=int, default=Settings().classifier_width)
+    command.add_argument("--batch_size", type=int, default=4, help="pictures a step [4]")
+    command.add_argument("--deepspeed_config", type=Path, default="ds_configs/zero1_fp32.json")
+    command.add_argument("--folder", type=Path, help="on the disk to measure [a temporary one]")
+    command.set_defaults(run=_checkpoint)
     for command in commands.choices.values():
         command.add_argument("--repeats", type=int, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -476,6 +484,131 @@ def memory_of(pid: int, index: str | Path) -> tuple[int, int]:
         elif name == "Anonymous" and in_index:
             copied += 1024 * int(rest.split()[0])
     return own, copied
+
+
+# ----------------------------------------------------------------------------------- checkpoint
+
+
+def _checkpoint(arguments: argparse.Namespace) -> list[dict]:
+    """One rank, random pictures of 64 px: saves that are waited for and saves behind, in turn."""
+    import torch
+
+    from ds_classifier.checkpoint_writer import CheckpointWriter
+    from ds_classifier.diffusion import UniformSampler
+
+    step, engine = _training_steps(arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        writer = CheckpointWriter(
+            Path(folder),
+            engine=engine,
+            sampler=UniformSampler(1000),
+            keep_last=1,
+            keep_every=0,
+            max_failed=0,
+        )
+        seconds: dict[str, dict[str, list[float]]] = {"waited for": {}, "behind": {}}
+
+        def note(way: str, **figures: float) -> None:
+            for name, value in figures.items():
+                seconds[way].setdefault(name, []).append(value)
+
+        step()  # the first is slower than any other
+        plain = [step()]
+        for repeat in range(arguments.repeats + 1):
+            began = time.perf_counter()
+            writer.save({})
+            saved = time.perf_counter()
+            writer.finish()
+            ended = time.perf_counter()
+            if repeat:  # the first save makes the buffers
+                note("waited for", snapshot=saved - began, write=ended - saved, slower=0.0)
+            plain.append(step())
+            began = time.perf_counter()
+            writer.save({})
+            saved = time.perf_counter()
+            behind = []
+            while writer.under_way is not None:
+                behind.append(step())
+                writer.check()
+            if repeat:
+                usual = statistics.median(plain)
+                written = time.perf_counter() - saved
+                slower = sum(behind) - len(behind) * usual
+                note("behind", snapshot=saved - began, write=written, slower=slower)
+    parameters = sum(p.numel() for p in engine.module.parameters())
+    usual = statistics.median(plain)
+    rows = []
+    for way, figures in seconds.items():
+        medians = {name: statistics.median(values) for name, values in figures.items()}
+        stall = medians["snapshot"] + (medians["write"] if way == "waited for" else 0.0)
+        rows.append(
+            {
+                "checkpoint": way,
+                "parameters": f"{parameters:,}",
+                "step s": usual,
+                "snapshot s": medians["snapshot"],
+                "written after s": medians["write"],
+                "training stands still s": stall,
+                "steps behind it lose s": medians["slower"],
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return rows
+
+
+def _training_steps(arguments: argparse.Namespace):
+    """A function that does one training step and returns its seconds, and its engine."""
+    import torch
+
+    from ds_classifier import distributed
+    from ds_classifier.config import parse_training_command
+    from ds_classifier.data.loader import Batch
+    from ds_classifier.diffusion import UniformSampler, create_gaussian_diffusion
+    from ds_classifier.ds_config import fill_bucket_sizes, read_ds_config, resolve
+    from ds_classifier.engine import create_engine
+    from ds_classifier.metrics import Meter
+    from ds_classifier.model import create_classifier
+    from ds_classifier.noised_classifier import NoisedClassifier
+    from ds_classifier.training import train_step
+
+    words = ["--deepspeed_config", str(arguments.deepspeed_config), "--num_classes", "1000"]
+    words += ["--classifier_width", str(arguments.classifier_width)]
+    words += ["--batch_size", str(arguments.batch_size)]
+    command = parse_training_command(words)
+    resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=1)
+    settings = resolved.settings
+    device = distributed.init()
+    classifier = create_classifier(**settings.model_kwargs())
+    parameters = sum(p.numel() for p in classifier.parameters())
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    module = NoisedClassifier(classifier, diffusion)
+    engine = create_engine(module, fill_bucket_sizes(resolved.ds_config, parameters), None)
+    count, size = arguments.batch_size, settings.image_size
+    batch = Batch(
+        images=torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8),
+        labels=torch.randint(0, 1000, (count,)),
+        positions=torch.arange(count),
+        weights=torch.ones(count),
+        bad=[],
+    )
+    meter, sampler = Meter(diffusion.num_timesteps, device), UniformSampler(1000)
+
+    def step() -> float:
+        began = time.perf_counter()
+        train_step(
+            engine,
+            iter([batch] * engine.gradient_accumulation_steps()),
+            accumulation=engine.gradient_accumulation_steps(),
+            sampler=sampler,
+            meter=meter,
+            seed=0,
+            noised=True,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return step, engine
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def train_on(
 
     from ds_classifier import checkpoint
     from ds_classifier import engine as engines
+    from ds_classifier.checkpoint_writer import CheckpointWriter, check_room
     from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
     from ds_classifier.evaluation import evaluate
     from ds_classifier.export import load_initial_weights
@@ -114,6 +115,7 @@ def train_on(
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
     from ds_classifier.shutdown import STOPPED, StopVote
+    from ds_classifier.skipped_steps import SkippedSteps
     from ds_classifier.training import BadSamples, Cadence, train
 
     settings, ds_config, batch = resolved.settings, resolved.ds_config, resolved.batch
@@ -147,6 +149,7 @@ def train_on(
     if state is None and settings.init_from:
         source = Path(settings.init_from)
         origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
+    distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
     distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config), device)
 
     module = NoisedClassifier(classifier, diffusion)
@@ -169,19 +172,22 @@ def train_on(
         epoch_samples=shards.manifest.samples,
     )
 
-    def save() -> None:
+    writer = CheckpointWriter(
+        run_dir / "checkpoints",
+        engine=engine,
+        sampler=sampler,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        max_failed=settings.max_failed_saves,
+    )
+
+    def save(val_loss: float | None) -> None:
         counts = {
             "samples": engine.global_steps * batch.total,
             "bad_samples": bad_samples.total(),
             "world_size": batch.world_size,
         }
-        checkpoint.save(
-            run_dir / "checkpoints",
-            engine=engine,
-            sampler=sampler,
-            state=facts | counts,
-            keep_last=settings.keep_last,
-        )
+        writer.save(facts | counts, val_loss=val_loss)
 
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
@@ -205,13 +211,20 @@ def train_on(
         num_timesteps=diffusion.num_timesteps,
         seed=settings.seed,
         noised=settings.noised,
-        max_skipped_steps=min(settings.max_skipped_steps, settings.iterations),
+        skipped=SkippedSteps(
+            engine,
+            run_dir=run_dir,
+            limit=min(settings.max_skipped_steps, settings.iterations),
+            key_of=loader.dataset.key,
+        ),
         bad_samples=bad_samples,
         save=save,
+        check_saves=writer.check,
         validate=validate if val_loader is not None else None,
         stop=StopVote(),
         logger=logger,
     )
+    writer.finish()
     logger.close()
     step = engine.global_steps
     if finished:

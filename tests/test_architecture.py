@@ -34,8 +34,8 @@ LAYERS = [
         "data.foreign",
         "engine",
     ],
-    ["noised_classifier", "checkpoint"],
-    ["evaluation"],
+    ["noised_classifier", "checkpoint", "replicas", "skipped_steps"],
+    ["evaluation", "checkpoint_writer"],
     ["training", "export"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,22 +1,26 @@
 """Commit, damage, and which checkpoint is found; the engine's part is in test_training.py."""
 
+import hashlib
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ds_classifier import checkpoint
 
 
-def commit(folder, step, value=1.0):
+def commit(folder, step, value=1.0, val_loss=None):
     final = folder / checkpoint.step_name(step)
-    checkpoint._commit(
+    checkpoint.commit(
         final,
         model={"a": torch.full((4,), value), "b": torch.zeros(2, 3)},
         optimizer={"exp_avg.a": torch.zeros(4)},
-        state={"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step},
+        state={"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step}
+        | {"val_loss": val_loss},
     )
     return final
 
@@ -35,6 +39,42 @@ def test_a_commit_is_whole_and_named_by_latest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000010"]
     assert torch.equal(checkpoint.read_model(final)["a"], torch.ones(4))
     assert checkpoint.read_state(final)["step"] == 10
+
+
+def test_stock_safetensors_reads_what_is_written(tmp_path):
+    model = {"a.weight": torch.randn(5, 3), "b": torch.randn(7, 1, 2, 2), "none": torch.zeros(0, 3)}
+    optimizer = {"moment": torch.randn(9), "counts": torch.arange(5), "one": torch.tensor(2.5)}
+    checkpoint.commit(tmp_path / "step-00000001", model=model, optimizer=optimizer, state={})
+    for name, tensors in (("model", model), ("optimizer", optimizer)):
+        read = load_file(tmp_path / "step-00000001" / f"{name}.safetensors")
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[key], value) for key, value in tensors.items())
+        assert all(read[key].dtype == value.dtype for key, value in tensors.items())
+
+
+def test_a_pickle_under_a_good_hash_is_refused_and_never_run(tmp_path):
+    """Whoever can write the manifest can make the hashes agree; still nothing is unpickled."""
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    commit(tmp_path, 10)
+    final = commit(tmp_path, 20)
+    torch.save({"a": Evil()}, final / "model.safetensors")
+    manifest = json.loads((final / "manifest.json").read_text())
+    data = (final / "model.safetensors").read_bytes()
+    manifest["files"]["model.safetensors"] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    (final / "manifest.json").write_text(json.dumps(manifest))
+    name, said = find(tmp_path)
+    assert name == "step-00000010"
+    assert "no safetensors file" in said[0]
+    with pytest.raises(ValueError, match="no safetensors file"):
+        checkpoint.resolve_checkpoint(final)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_there_is_no_pickle_in_it(tmp_path):
@@ -110,27 +150,81 @@ def test_leftovers_of_a_killed_save_are_ignored_and_overwritten(tmp_path):
     assert not (tmp_path / ".step-00000020.staging").exists()
 
 
-def test_weights_that_are_not_finite_are_never_committed(tmp_path):
-    commit(tmp_path, 10)
-    with pytest.raises(ValueError, match="not finite"):
-        commit(tmp_path, 20, value=float("nan"))
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000010"]
-
-
 def test_keep_last(tmp_path):
     for step in (1, 2, 3, 10, 100_000_000):
         commit(tmp_path, step)
-    checkpoint._prune(tmp_path, keep_last=2)
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=0)
     names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
     assert names == ["step-100000000", "step-00000010"]
+
+
+def test_every_nth_and_the_best_are_never_pruned(tmp_path):
+    losses = {1: None, 2: 0.5, 3: 0.2, 4: 0.7, 5: None, 6: 0.2000001, 7: 0.3, 8: 0.4}
+    for step, val_loss in losses.items():
+        commit(tmp_path, step, val_loss=val_loss)
+        checkpoint.name_best(tmp_path)
+        checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
+    names = [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)]
+    assert names == ["8", "7", "4", "3"]
+    assert (tmp_path / "best").read_text() == "step-00000003 val_loss 0.2\n"
+    os.truncate(tmp_path / "step-00000003" / "model.safetensors", 5)
+    assert checkpoint.best_checkpoint(tmp_path).name == "step-00000007"
+
+
+def test_what_cannot_be_deleted_is_told_and_the_rest_goes(tmp_path, monkeypatch):
+    for step in (1, 2, 3, 4):
+        commit(tmp_path, step)
+    rename = os.rename
+
+    def stubborn(source, target):
+        if source.name == "step-00000002":
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", stubborn)
+    (problem,) = checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
+    assert "step-00000002" in problem
+    names = [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)]
+    assert names == ["4", "2"]
+
+
+def test_leftovers_of_any_step_are_removed(tmp_path):
+    commit(tmp_path, 10)
+    for name in (".step-00000007.staging", ".step-00000010.replaced", ".step-00000003.pruned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000010"]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     for step in (1, 2, 3):
         commit(tmp_path, step)
     os.truncate(tmp_path / "step-00000003" / "model.safetensors", 5)
-    checkpoint._prune(tmp_path, keep_last=1)
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
     assert find(tmp_path)[0] == "step-00000002"
+
+
+def test_tensors_of_another_classifier_are_refused_before_any_is_sent(tmp_path):
+    """Else rank 0 would fail in the middle, and the others wait for it."""
+    final = tmp_path / "step-00000001"
+    layer = torch.nn.Linear(3, 2)
+    model = {name: value.detach() for name, value in layer.named_parameters()}
+    moments = {f"{m}.{n}": v for m in ("exp_avg", "exp_avg_sq") for n, v in model.items()}
+    checkpoint.commit(
+        final, model=model, optimizer=moments | {"schedule_sampler.n": torch.ones(4)}, state={}
+    )
+    engine, sampler = (
+        SimpleNamespace(module=layer),
+        SimpleNamespace(state=lambda: {"n": torch.ones(4)}),
+    )
+    checkpoint._check_tensors(final, engine, sampler)
+    sampler.state = lambda: {"n": torch.ones(5)}
+    with pytest.raises(ValueError, match=r"got \[4\] for schedule_sampler.n; need the shape \[5\]"):
+        checkpoint._check_tensors(final, engine, sampler)
+    engine.module = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"model.safetensors: got \[2, 3\] for weight"):
+        checkpoint._check_tensors(final, engine, sampler)
 
 
 def test_later_checkpoints_of_before_are_set_aside(tmp_path):
@@ -149,7 +243,7 @@ def test_a_write_that_fails_is_told_and_leaves_what_stood(tmp_path, monkeypatch)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"step-00000020.*cannot write.*bytes"):
+        with pytest.raises(OSError, match=r"File too large.*step-00000020"):
             commit(tmp_path, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -277,6 +277,7 @@ def test_accumulation_sums_in_fp32():
         (dict(scheduler__type="OneCycle"), ["scheduler.type", "WarmupDecayLR"]),
         (dict(scheduler__params__warmup_type="cubic"), ["warmup_type", "linear or log"]),
         (dict(fp16__enabled=True), ["fp16.enabled, bf16.enabled: got both"]),
+        (dict(bf16__check_grad_overflow=False), ["bf16.check_grad_overflow: got false; need true"]),
         (dict(bf16__enabled="yes"), ["bf16.enabled", '"yes"', "true or false"]),
         (dict(optimizer="AdamW"), ["optimizer", "section"]),
         (dict(amp={}), ["amp", "not supported"]),

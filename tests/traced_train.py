@@ -4,20 +4,29 @@ TRACE: a directory; each rank appends what every micro-batch trained on: positio
 hashes of its pixels and noise. EMULATE_FP16: let DeepSpeed run fp16 on a CPU without its
 instructions. KILL_AT, TERM_AT "STEP:RANK": that rank gets SIGKILL, or SIGTERM twice, as from a
 scheduler and a launcher, when the step begins. KILL_WORKERS_AT: that rank's loader workers get it.
-NAN_AT "STEP:RANK": that rank's loss of the step is not a number.
+NAN_AT, INF_AT "STEP:RANK", or "STEP+:RANK" from that step on: that rank's loss is multiplied by
+nan; or infinity is added to it, which leaves the gradient as it is.
+SNAPSHOT_AT "STEP:RANK:DO": that rank is killed (DO: kill), waits (DO: seconds), or has a bit of a
+parameter flipped (DO: flip) when the step's checkpoint is due.
+FILE_FAULTS: a list, as JSON, of [CALL, PATH, DO, TIMES]: the first TIMES times that os.CALL (fsync,
+rename, replace) meets a path that has PATH in it, kill this process, sleep (DO: seconds), or raise
+an OSError (DO: EIO and such). FIRED: a file that gets a line for each of these that happened.
+CHDIR "RANK:PATH": that rank works in another directory.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_classifier import distributed, training
+from ds_classifier import checkpoint_writer, distributed, training
 from launch import train as program
 
 
@@ -26,7 +35,21 @@ def digest(rows) -> list[str]:
 
 
 def due(name: str, step: int) -> bool:
-    return os.environ.get(name) == f"{step}:{distributed.rank()}"
+    when, _, rank = os.environ.get(name, "").partition(":")
+    reached = step >= int(when[:-1]) if when.endswith("+") else when == str(step)
+    return reached and rank == str(distributed.rank())
+
+
+def happen(what: str, do: str) -> None:
+    """Let a fault happen, and leave word of it."""
+    with open(os.environ["FIRED"], "a") as file:
+        file.write(f"{what} {do}\n")
+    if do == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif do in vars(errno):
+        raise OSError(getattr(errno, do), os.strerror(getattr(errno, do)))
+    elif do != "flip":
+        time.sleep(float(do))
 
 
 def trace(step, positions, labels, t, pixels, noise) -> None:
@@ -61,7 +84,9 @@ def traced_step(engine, batches, **keywords):
         if "TRACE" in os.environ:
             trace(step, list(positions), labels, t, images, noise)
         losses, logits = forward(images, labels, t, noise)
-        return (losses * float("nan"), logits) if due("NAN_AT", step) else (losses, logits)
+        losses = losses * float("nan") if due("NAN_AT", step) else losses
+        losses = losses + float("inf") if due("INF_AT", step) else losses
+        return losses, logits
 
     module.forward = watched_forward
     try:
@@ -72,6 +97,51 @@ def traced_step(engine, batches, **keywords):
 
 untouched_step = training.train_step
 training.train_step = traced_step
+
+
+def faulty_save(writer, *arguments, **keywords):
+    engine = writer._engine
+    step, rank, do = os.environ["SNAPSHOT_AT"].split(":")
+    if (step, rank) == (str(engine.global_steps), str(distributed.rank())):
+        happen(f"snapshot {step}", do)
+        if do == "flip":
+            next(iter(engine.module.parameters())).data.view(-1)[3:4].view(
+                torch.int32
+            ).bitwise_xor_(1)
+    untouched_save(writer, *arguments, **keywords)
+
+
+if "SNAPSHOT_AT" in os.environ:
+    import torch
+
+    untouched_save = checkpoint_writer.CheckpointWriter.save
+    checkpoint_writer.CheckpointWriter.save = faulty_save
+
+
+def faulty(call: str, faults: list[list]):
+    """os.CALL with its faults; the last argument, or the file of a descriptor, is the path."""
+    untouched = getattr(os, call)
+
+    def wrapped(*arguments):
+        path = arguments[-1]
+        path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        for fault in faults:
+            if fault[1] in path and fault[3] > 0:
+                fault[3] -= 1
+                happen(f"{call} {path}", fault[2])
+        return untouched(*arguments)
+
+    setattr(os, call, wrapped)
+
+
+if "FILE_FAULTS" in os.environ:
+    checkpoint_writer.RETRY_SECONDS = (0.1, 0.2, 0.3)
+    every = json.loads(os.environ["FILE_FAULTS"])
+    for name in ("fsync", "rename", "replace"):
+        faulty(name, [fault for fault in every if fault[0] == name])
+
+if os.environ.get("CHDIR", "").partition(":")[0] == str(distributed.rank()):
+    os.chdir(os.environ["CHDIR"].partition(":")[2])
 
 if os.environ.get("EMULATE_FP16"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -123,6 +123,11 @@ class ShardDataset(Dataset):
         self._store.prefetch(shards)
         self._looked = (position, int(ahead[len(ahead) // 8]))  # then again, a block further on
 
+    def key(self, position: int) -> str:
+        """The key of the sample at a position."""
+        at = np.array([position])
+        return self.shards.key(int((at if self.order is None else self.order.samples(at))[0]))
+
     def _pixels(self, data: bytes, position: int) -> np.ndarray:
         image = images.decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))

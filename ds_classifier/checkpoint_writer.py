@@ -1,0 +1,280 @@
+"""Saving while training goes on: a snapshot at a step boundary, the disk behind the next steps.
+
+1. save(), all ranks: what must be equal on all ranks is compared; the state is gathered into rank
+   0's memory. Training waits for this much.
+2. A thread of rank 0 commits it, with retries, and prunes. One write at a time: a save that comes
+   due meanwhile waits.
+3. check(), all ranks, after every step: rank 0's outcome reaches all at the same step.
+4. finish(), all ranks: the last write is waited for, and must have succeeded.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from ds_classifier import checkpoint, distributed
+from ds_classifier import engine as engines
+from ds_classifier.replicas import check_replicas
+
+# What a network file system or a failing-over disk may say once and not again.
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOLCK)
+RETRY_SECONDS = (1.0, 3.0, 9.0)  # pauses between tries
+BYTES_A_PARAMETER = 12  # fp32 weight and two moments
+
+
+def check_room(checkpoints: Path, parameters: int) -> None:
+    """Raise ValueError if the directory cannot be written, or has no room for two checkpoints."""
+    probe = checkpoints / ".probe"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(checkpoints)
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--run_dir: got {checkpoints.parent}, where nothing can be written "
+            f"({_first_line(error)}); do: choose another"
+        ) from None
+    size = BYTES_A_PARAMETER * parameters
+    free = shutil.disk_usage(checkpoints).free
+    if free < 2 * size:
+        raise ValueError(
+            f"--run_dir: got {checkpoints.parent}, which has {free:,} bytes free; need "
+            f"{2 * size:,} for two checkpoints of {size:,}; do: make room, or choose another"
+        )
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one engine into one directory; every rank makes one.
+
+    keep_last, keep_every: see checkpoint.prune. max_failed: writes that may fail in a row before
+    check() raises OSError on all ranks; the last of a run may not fail at all.
+    Rank 0 keeps the snapshot, 12 bytes a parameter, in (on GPUs: pinned) memory of its own.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        engine,
+        sampler,
+        keep_last: int,
+        keep_every: int,
+        max_failed: int,
+    ):
+        self._checkpoints, self._engine, self._sampler = checkpoints, engine, sampler
+        self._keep = dict(keep_last=keep_last, keep_every=keep_every)
+        self._max_failed = max_failed
+        self._group = torch.distributed.new_group(backend="gloo")
+        self.under_way: int | None = None  # the step being written; the same on all ranks
+        self._failed, self._error = 0, ""  # writes in a row; known to all ranks
+        self._news: tuple[Any, Tensor] | None = None  # (handle, 1 if rank 0's thread has ended)
+        # Of rank 0:
+        self._thread: threading.Thread | None = None
+        self._outcome: dict[str, str] = {}  # empty: written; else the error, and its kind
+        self._model: dict[str, Tensor] = {}
+        self._optimizer: dict[str, Tensor] = {}
+        self._state: dict[str, Any] = {}
+        self._warned_of_pruning = False
+
+    def save(self, state: dict[str, Any], *, val_loss: float | None = None) -> None:
+        """Take the state of this step boundary and have it written; every rank must call it.
+
+        state: JSON-able facts of the caller, kept under their names in state.json.
+        val_loss: of this step, if it was validated.
+        Raises FloatingPointError on all ranks if weights are not finite or differ between ranks.
+        """
+        engine, sampler = self._engine, self._sampler
+        if self.under_way is not None:
+            if self._busy():
+                distributed.say(
+                    f"{'':>6} step {engine.global_steps} waits for the checkpoint of step "
+                    f"{self.under_way}, which is still being written"
+                )
+            self._settle()
+        sampled = {checkpoint.SAMPLER + name: v for name, v in sampler.state().items()}
+        names = {n.removeprefix(checkpoint.PREFIX): p for n, p in engine.module.named_parameters()}
+        check_replicas(engine, names | sampled)
+        self._snapshot(names, sampled)
+        finite = val_loss is not None and math.isfinite(val_loss)
+        self._state = {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "step": engine.global_steps,
+            "skipped_steps": engine.skipped_steps,
+            "adam_step": float(engines.ensure_adam_state(engine)[0]["step"]),
+            "loss_scaler": engines.loss_scaler_state(engine),
+            "val_loss": val_loss if finite else None,
+            **state,
+        }
+        self._begin()
+
+    def check(self) -> None:
+        """Call on every rank after every step: all learn at the same one that a write has ended.
+
+        Costs nothing while none is under way; the news is waited for one step later.
+        Raises OSError on all ranks when more than max_failed writes failed in a row.
+        """
+        if self.under_way is None:
+            return
+        if self._news is not None:
+            handle, ended = self._news
+            handle.wait()
+            self._news = None
+            if ended.item():
+                self._settle()
+                return
+        ended = torch.tensor([0.0 if self._busy() else 1.0])
+        self._news = (
+            torch.distributed.broadcast(ended, src=0, group=self._group, async_op=True),
+            ended,
+        )
+
+    def finish(self) -> None:
+        """Wait for the write under way, if any; every rank must call it.
+
+        Raises OSError on all ranks if the last snapshot cannot be written, tried once more.
+        """
+        self._settle(final=True)
+        if self._failed:
+            distributed.say(f"{'':>6} trying once more to write the checkpoint")
+            self._begin()
+            self._settle(final=True)
+        if self._failed:
+            raise OSError(f"the last checkpoint is not written: {self._error}")
+
+    # ------------------------------------------------------------------------- all ranks
+
+    def _snapshot(self, parameters: dict[str, Tensor], sampled: dict[str, Tensor]) -> None:
+        """Full fp32 weights and Adam moments into rank 0's buffers, which are used again."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        engines.ensure_adam_state(self._engine)
+        for name, parameter in parameters.items():
+            self._keep_copy(self._model, name, safe_get_full_fp32_param(parameter))
+            for moment in engines.ADAM_MOMENTS:
+                full = safe_get_full_optimizer_state(parameter, moment)
+                self._keep_copy(self._optimizer, f"{moment}.{name}", full)
+        for name, value in sampled.items():
+            self._keep_copy(self._optimizer, name, value)
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+
+    def _keep_copy(self, buffers: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if distributed.rank() != 0:
+            return
+        if name not in buffers:
+            pinned = value.device.type == "cuda"
+            buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        buffers[name].copy_(value, non_blocking=True)
+
+    def _begin(self) -> None:
+        self.under_way = self._state["step"]
+        if distributed.rank() == 0:
+            # Not a daemon: a process that ends for whatever reason first finishes the write.
+            self._thread = threading.Thread(target=self._write, name="checkpoint writer")
+            self._thread.start()
+
+    def _settle(self, *, final: bool = False) -> None:
+        """Wait for the write under way and take in its outcome, on all ranks."""
+        if self.under_way is None:
+            return
+        if self._news is not None:
+            self._news[0].wait()
+            self._news = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        # The wait for the disk happens here, on the CPU; no GPU kernel spins for it.
+        torch.distributed.broadcast(torch.zeros(1), src=0, group=self._group)
+        outcome = distributed.broadcast_json(self._outcome, self._engine.device)
+        self.under_way = None
+        if "bug" in outcome:
+            raise RuntimeError(outcome["bug"])
+        self._failed = self._failed + 1 if outcome else 0
+        self._error = outcome.get("error", "")
+        if self._failed > self._max_failed and not final:
+            times = "1 checkpoint" if self._failed == 1 else f"{self._failed} checkpoints in a row"
+            raise OSError(
+                f"{times} could not be written, more than --max_failed_saves {self._max_failed}: "
+                f"{self._error}"
+            )
+
+    def _busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    # ------------------------------------------------------------------------- rank 0's thread
+
+    def _write(self) -> None:
+        self._outcome = {}
+        final = self._checkpoints / checkpoint.step_name(self._state["step"])
+        try:
+            with_retries(
+                lambda: checkpoint.commit(
+                    final, model=self._model, optimizer=self._optimizer, state=self._state
+                )
+            )
+        except OSError as error:
+            values = [*self._model.values(), *self._optimizer.values()]
+            needed = sum(value.numel() * value.element_size() for value in values)
+            message = (
+                f"{error.filename or final}: cannot write: {error.strerror or error}; need "
+                f"{needed:,} bytes, {_free(final.parent)} are free; the checkpoints before it "
+                "stand; do: make room, or see to the disk"
+            )
+            self._outcome = {"error": message}
+            distributed.say(f"{'':>6} the checkpoint of step {self._state['step']}: {message}")
+            return
+        except Exception as error:
+            self._outcome = {"bug": f"while writing {final}: {type(error).__name__}: {error}"}
+            raise
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Name the best and prune. That this fails is no reason to stop."""
+        try:
+            checkpoint.name_best(self._checkpoints)
+            problems = checkpoint.prune(self._checkpoints, **self._keep)
+        except OSError as error:
+            problems = [str(error)]
+        if problems and not self._warned_of_pruning:
+            self._warned_of_pruning = True
+            distributed.say(
+                f"{'':>6} warning: old checkpoints in {self._checkpoints} cannot be deleted "
+                f"({problems[0]}); the disk will fill; do: delete them"
+            )
+
+
+def with_retries(task: Callable[[], None]) -> None:
+    """Do a task, again after a pause where the disk's error may pass; raises the last OSError."""
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            task()
+            return
+        except OSError as error:
+            if pause is None or error.errno not in TRANSIENT:
+                raise
+            distributed.say(f"{'':>6} {_first_line(error)}; trying again in {pause:g} s")
+            time.sleep(pause)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "unknown numbers"
+
+
+def _first_line(error: OSError) -> str:
+    return str(error).splitlines()[0]
