@@ -10,10 +10,8 @@ The same command again continues the run. Where training starts, the first that 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,12 +19,17 @@ if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import distributed
-from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
+from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import is_url, open_remote
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
-
-DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
+from ds_classifier.run_files import (
+    DONE,
+    find_checkpoint,
+    read_done,
+    refuse_changes,
+    write_run_files,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,7 +152,8 @@ def train_on(
     if state is None and settings.init_from:
         source = Path(settings.init_from)
         origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
-    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config), device)
+    command = launched_as(batch.world_size)
+    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, command), device)
 
     module = NoisedClassifier(classifier, diffusion)
     factor = None
@@ -225,11 +229,6 @@ def train_on(
     return 0 if finished else STOPPED
 
 
-def read_done(run_dir: Path) -> str | None:
-    """What a finished run left in DONE, or None."""
-    return (run_dir / DONE).read_text().strip() if (run_dir / DONE).exists() else None
-
-
 def check_ranks(ds_config: dict, shards: ShardSet, val_shards: ShardSet | None, device) -> None:
     """Raise ValueError on all ranks if one cannot do the precision or holds other shards."""
     from ds_classifier import engine as engines
@@ -259,57 +258,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:
-    """The checkpoint to continue from and its state.json, on all ranks; (None, None) for none."""
-    from ds_classifier import checkpoint
-
-    def find() -> list | None:
-        if settings.resume_checkpoint:
-            found = checkpoint.resolve_checkpoint(Path(settings.resume_checkpoint))
-        else:
-            found = checkpoint.newest_valid(run_dir / "checkpoints", distributed.say)
-        return None if found is None else [str(found), checkpoint.read_state(found)]
-
-    answer = distributed.on_rank_0(find, device)
-    return (None, None) if answer is None else (Path(answer[0]), answer[1])
-
-
-def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
-    """Raise ValueError if the checkpoint is of another training than the one asked for."""
-    changes = changed_settings(state["settings"], settings)
-    changes += [
-        f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
-        for key, value in facts["deepspeed"].items()
-        if state["deepspeed"][key] != value
-    ]
-    if state["classes"] != facts["classes"]:
-        changes.append(
-            f"classes: {len(state['classes'])} in the checkpoint, others in the data now"
-        )
-    elif state["data"] != facts["data"]:
-        changes.append(
-            f"data: {settings.data_dir} is not the data that the checkpoint was trained on"
-        )
-    if changes:
-        raise ValueError(
-            f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
-            + "\n  ".join(changes)
-            + "\ndo: give the settings as they were, or choose another --run_dir (with --init_from "
-            "to start it from these weights)"
-        )
-
-
-def write_run_files(run_dir: Path, resolved: Resolved, ds_config: dict) -> None:
-    """What this start of the run was made of: settings, JSON, environment, command."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(resolved.settings)
-    (run_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
-    (run_dir / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
-    with open(run_dir / "command.sh", "a") as file:
-        file.write(launched_as(resolved.batch.world_size))
-
-
 def launched_as(world_size: int) -> str:
     """Shell lines that start the run again; several nodes need their hostfile added."""
     arguments = [word for word in sys.argv if not word.startswith("--local_rank")]
@@ -320,46 +268,6 @@ def launched_as(world_size: int) -> str:
             launcher = ["deepspeed", "--hostfile", "HOSTS"]
     folder = shlex.quote(os.getcwd())
     return f"# world size {world_size}\ncd {folder}\n{shlex.join([*launcher, *arguments])}\n"
-
-
-def environment() -> dict[str, object]:
-    """Versions, host, and the state of the source tree."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import ds_classifier
-
-    packages = {}
-    for name in (
-        "torch",
-        "deepspeed",
-        "webdataset",
-        "torchvision",
-        "numpy",
-        "pillow",
-        "safetensors",
-    ):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    tree = Path(__file__).resolve().parents[1]
-    git = {}
-    for fact, arguments in (("commit", ["rev-parse", "HEAD"]), ("changes", ["status", "--short"])):
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10
-            )
-            git[fact] = answer.stdout.strip() if answer.returncode == 0 else None
-        except (OSError, subprocess.TimeoutExpired):
-            git[fact] = None
-    return {
-        "ds_classifier": ds_classifier.__version__,
-        "python": platform.python_version(),
-        "packages": packages,
-        "host": platform.node(),
-        "git": git,
-    }
 
 
 def create_loaders(
