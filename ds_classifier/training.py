@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
 from ds_classifier.logger import CONSOLE_HEADER, RunLogger, console_line, validation_line
+from ds_classifier.memory import memory_in_use
 from ds_classifier.metrics import Meter
-from ds_classifier.shutdown import StopVote
+from ds_classifier.shutdown import Stopped, StopVote
+from ds_classifier.watchdog import Watchdog
 
 
 def train_step(
@@ -94,19 +96,25 @@ def train(
     save: Callable[[], None],
     validate: Callable[[], dict[str, float]] | None,
     stop: StopVote,
+    watch: Watchdog,
     logger: RunLogger,
 ) -> bool:
     """Train from the engine's step to the last; returns whether it got there (else: stopped).
 
     batches: this rank's micro-batches from the engine's step on.
-    save: commits a checkpoint. validate: means over the validation set; None: there is none.
+    save: commits a checkpoint. validate: means over the validation set; None: there is none; it
+    may raise Stopped on all ranks.
     Raises FloatingPointError after max_skipped_steps steps without a finite gradient, ValueError
     for too many bad samples or when a checkpoint cannot be written.
     """
     meter, clock = Meter(num_timesteps, engine.device), Clock()
     skipped = SkippedSteps(engine, limit=max_skipped_steps)
+    if stop.decide(now=True):
+        return False
     distributed.say(CONSOLE_HEADER)
+    batches = watch.batches(batches)
     while engine.global_steps < cadence.iterations:
+        watch.stepping(engine.global_steps + 1)
         lr = engines.learning_rate(engine)
         bad, waited = train_step(
             engine,
@@ -139,16 +147,19 @@ def train(
         with clock.paused():
             if validate is not None and (last or step % cadence.evaluate == 0):
                 began = time.perf_counter()
-                row = {f"val_{name}": value for name, value in validate().items()}
-                row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
-                logger.write(row)
-                distributed.say(validation_line(row))
+                with watch.during("validation"), suppress(Stopped):
+                    row = {f"val_{name}": value for name, value in validate().items()}
+                    row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
+                    logger.write(row)
+                    distributed.say(validation_line(row))
             saved = last or step % cadence.save == 0
             if saved:
-                save()
+                with watch.during("save"):
+                    save()
         if not last and stop.decide():
             if not saved:
-                save()
+                with watch.during("save"):
+                    save()
             return False
     return True
 
@@ -239,7 +250,7 @@ class BadSamples:
         """Raises ValueError when the last total is over the limit; samples: trained on so far."""
         epochs = max(1, -(-samples // self._epoch_samples))
         if self._known > self._limit * epochs:
-            raise ValueError(
+            raise distributed.AgreedError(
                 f"{self._known} samples could not be decoded in {epochs} epochs, more than "
                 f"--max_bad_samples {self._limit} each; they stand in "
                 f"{self._run_dir}/bad_samples.rank*.jsonl; do: repair the data, or raise the limit"
@@ -265,12 +276,3 @@ class Clock:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._began - self._paused
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes of this rank: allocated on the GPU, or resident in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,12 +13,13 @@ import dataclasses
 import os
 import shlex
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed
+from ds_classifier import distributed, failures
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import is_url, open_remote
@@ -30,22 +31,22 @@ from ds_classifier.run_files import (
     refuse_changes,
     write_run_files,
 )
+from ds_classifier.run_lock import RunLock
+from ds_classifier.shutdown import STOPPED, StopRequests, StopVote
+from ds_classifier.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None) -> int:
-    command = parse_training_command(sys.argv[1:] if argv is None else argv)
-    try:
-        return run(command)
-    except ValueError as error:
-        distributed.complain(str(error))
-        return 2
-    except (FloatingPointError, OSError) as error:
-        # A loader worker's error comes with its traceback; the last line says what is wrong.
-        distributed.complain(str(error).strip().splitlines()[-1])
-        return 1
+    with StopRequests() as requests:
+        command = parse_training_command(sys.argv[1:] if argv is None else argv)
+        try:
+            return run(command, requests)
+        except (ValueError, OSError) as error:  # before the ranks met, or on all of them
+            distributed.complain(failures.summary(error))
+            return failures.exit_code(error)
 
 
-def run(command: CommandLine) -> int:
+def run(command: CommandLine, requests: StopRequests) -> int:
     """Train as the command says; returns the exit code. Raises ValueError for wrong use."""
     world_size = distributed.world_size()
     if command.settings.expect_world not in (0, world_size):
@@ -54,8 +55,11 @@ def run(command: CommandLine) -> int:
             "do: look at the hostfile's path, which the launcher forgives if it is wrong"
         )
     resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
+    run_dir = Path(resolved.settings.run_dir)
+    requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=run_dir)
     shards, val_shards, resolved = open_data(resolved)
-    return train_on(resolved, shards, val_shards, Path(resolved.settings.run_dir))
+    with Watchdog(run_dir, minutes=resolved.settings.time_outs()) as watch:
+        return train_on(resolved, shards, val_shards, run_dir, watch, requests)
 
 
 def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
@@ -104,7 +108,12 @@ def _open(flag: str, location: str, settings: Settings) -> ShardSet:
 
 
 def train_on(
-    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, run_dir: Path
+    resolved: Resolved,
+    shards: ShardSet,
+    val_shards: ShardSet | None,
+    run_dir: Path,
+    watch: Watchdog,
+    requests: StopRequests,
 ) -> int:
     """Build everything, find where to start, train; returns the exit code."""
     quiet_libraries()
@@ -116,9 +125,9 @@ def train_on(
     from ds_classifier.evaluation import evaluate
     from ds_classifier.export import load_initial_weights
     from ds_classifier.logger import RunLogger
+    from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
-    from ds_classifier.shutdown import STOPPED, StopVote
     from ds_classifier.training import BadSamples, Cadence, train
 
     settings, ds_config, batch = resolved.settings, resolved.ds_config, resolved.batch
@@ -128,8 +137,14 @@ def train_on(
     parameters = sum(p.numel() for p in classifier.parameters())
     ds_config = fill_bucket_sizes(ds_config, parameters)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
-    device = distributed.init()
+    # Longer than the watchdog's own time-outs, which tell more.
+    device = distributed.init(timedelta(minutes=5 + max(settings.time_outs().values())))
+    requests.defer()
+    watch.join()
     check_ranks(ds_config, shards, val_shards, device)
+    lock = RunLock(run_dir)
+    distributed.on_rank_0(lambda: lock.acquire(distributed.say), device)
+    watch.release_at_end(lock.release)
     sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
 
     found, state = find_checkpoint(settings, run_dir, device)
@@ -146,6 +161,7 @@ def train_on(
         distributed.say(
             f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
         )
+        watch.leave()
         distributed.finish()
         return 0
     origin = f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"
@@ -163,6 +179,8 @@ def train_on(
     if state is not None:
         checkpoint.load(found, state, engine=engine, sampler=sampler)
     first_step = engine.global_steps
+    watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
+    stop = StopVote(requests)
 
     loader, val_loader = create_loaders(resolved, shards, val_shards, first_step)
     announce(resolved, shards, val_shards, run_dir, origin, engine)
@@ -192,8 +210,12 @@ def train_on(
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
         keywords = dict(samples=val_shards.manifest.samples, device=device)
-        means, bad = evaluate(module, val_loader, noised=settings.noised, **keywords)
-        at_0, _ = evaluate(module, val_loader, noised=settings.noised, t=0, **keywords)
+
+        def batches():
+            return stop.batches(watch.batches(val_loader))
+
+        means, bad = evaluate(module, batches(), noised=settings.noised, **keywords)
+        at_0, _ = evaluate(module, batches(), noised=settings.noised, t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
         return means | ({"bad_samples": bad} if bad else {})
 
@@ -215,7 +237,8 @@ def train_on(
         bad_samples=bad_samples,
         save=save,
         validate=validate if val_loader is not None else None,
-        stop=StopVote(),
+        stop=stop,
+        watch=watch,
         logger=logger,
     )
     logger.close()
@@ -224,7 +247,10 @@ def train_on(
         distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
         distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
     else:
-        distributed.say(f"stopped on request after step {step}; run the same command to go on")
+        distributed.say(
+            f"stopped by {stop.reason} after step {step}; run the same command to go on"
+        )
+    watch.leave()
     distributed.finish()
     return 0 if finished else STOPPED
 

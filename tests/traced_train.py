@@ -5,6 +5,11 @@ hashes of its pixels and noise. EMULATE_FP16: let DeepSpeed run fp16 on a CPU wi
 instructions. KILL_AT, TERM_AT "STEP:RANK": that rank gets SIGKILL, or SIGTERM twice, as from a
 scheduler and a launcher, when the step begins.
 NAN_AT "STEP:RANK": that rank's loss of the step is not a number.
+PACE: seconds that every step takes longer.
+FAULT "STEP:RANK:KIND", with KIND one of: stop (SIGSTOP), raise, raise-validation, memory (an
+allocation that cannot succeed), or one that sleeps: data SECONDS (global batch 16), forward
+SECONDS, save SECONDS, validation SECONDS (every batch); the last two and raise-validation at any
+step. RANK may be all.
 """
 
 import hashlib
@@ -12,11 +17,15 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_classifier import distributed, training
+import torch
+
+from ds_classifier import checkpoint, distributed, evaluation, training
+from ds_classifier.data.loader import ShardDataset
 from launch import train as program
 
 
@@ -26,6 +35,14 @@ def digest(rows) -> list[str]:
 
 def due(name: str, step: int) -> bool:
     return os.environ.get(name) == f"{step}:{distributed.rank()}"
+
+
+def fault(kind: str, step: int | None = None) -> float:
+    """Seconds of the fault asked for, if it is this one: 0 for none, and any for a sudden one."""
+    when, rank, what = os.environ.get("FAULT", "::").split(":")
+    what, _, seconds = what.partition(" ")
+    here = (step is None or when == str(step)) and rank in ("all", str(distributed.rank()))
+    return float(seconds or 1) if here and what == kind else 0.0
 
 
 def trace(step, positions, labels, t, pixels, noise) -> None:
@@ -44,6 +61,13 @@ def traced_step(engine, batches, **keywords):
     if due("TERM_AT", step):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+    if fault("stop", step):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault("raise", step):
+        raise RuntimeError("a fault of the test")
+    if fault("memory", step):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    time.sleep(float(os.environ.get("PACE", 0)))
     module, forward = engine.module, engine.module.forward
     positions = []
 
@@ -53,6 +77,7 @@ def traced_step(engine, batches, **keywords):
             yield batch
 
     def watched_forward(images, labels, t, noise):
+        time.sleep(fault("forward", step))
         if "TRACE" in os.environ:
             trace(step, list(positions), labels, t, images, noise)
         losses, logits = forward(images, labels, t, noise)
@@ -67,6 +92,35 @@ def traced_step(engine, batches, **keywords):
 
 untouched_step = training.train_step
 training.train_step = traced_step
+untouched_commit, untouched_evaluate = checkpoint._commit, evaluation.evaluate
+untouched_getitem = ShardDataset.__getitem__
+
+
+def slow_commit(*arguments, **keywords):
+    time.sleep(fault("save"))
+    return untouched_commit(*arguments, **keywords)
+
+
+def slow_getitem(dataset, positions):
+    if dataset.order is not None:  # training's
+        time.sleep(fault("data", int(positions[0]) // 16 + 1))
+    return untouched_getitem(dataset, positions)
+
+
+def slow_evaluate(module, loader, **keywords):
+    if fault("raise-validation"):
+        raise RuntimeError("a fault of the test")
+
+    def batches():
+        for batch in loader:
+            time.sleep(fault("validation"))
+            yield batch
+
+    return untouched_evaluate(module, batches(), **keywords)
+
+
+checkpoint._commit, evaluation.evaluate = slow_commit, slow_evaluate
+ShardDataset.__getitem__ = slow_getitem
 
 if os.environ.get("EMULATE_FP16"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
