@@ -1,12 +1,13 @@
 # make install     everything into .venv, made once
 # make quickstart  digits -> shards -> two ranks -> validation -> export, in a few minutes
-# make test        the whole suite; needs no GPU
+# make test        the suite without the crash tests; needs no GPU
+# make test-faults the crash tests
 # make lint        ruff, as CI runs it
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test test-faults lint
 
 install: $(VENV)/installed
 
@@ -21,7 +22,10 @@ quickstart: install
 	@$(VENV)/bin/python launch/quickstart.py
 
 test: install
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -m "not faults"
+
+test-faults: install
+	@$(VENV)/bin/python -m pytest -m faults
 
 lint: install
 	@$(VENV)/bin/ruff check .

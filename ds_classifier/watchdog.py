@@ -175,6 +175,7 @@ class Watchdog:
         """End all ranks for an error of this one, unless it only followed from another's."""
         self._details = details = "".join(traceback.format_exception(error))
         if failures.broke_in_collective(error):
+            self._place = replace(self._place, phase=COLLECTIVE)
             self._await_cause()
         advice = self.advice(error)
         text = advice or failures.summary(error)
@@ -243,7 +244,8 @@ class Watchdog:
         waiting = [rank for rank in statuses if rank not in culprits]
         text = ", ".join(self._describe(rank, statuses[rank]) for rank in culprits)
         if waiting:
-            text += f" (rank {', '.join(map(str, waiting))} waiting for it)"
+            others = ", ".join(map(str, waiting))
+            text += f"; rank {others} waits" if len(waiting) == 1 else f"; ranks {others} wait"
         return text
 
     def _describe(self, rank: int, status: dict[str, Any]) -> str:
