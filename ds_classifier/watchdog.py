@@ -268,6 +268,12 @@ class Watchdog:
     def _end(self, verdict: dict[str, Any], why: str = "") -> None:
         """End this rank: its file, the word to the others, the screen if it is the first here."""
         self._ending.acquire()  # and never release: another thread's error comes too late
+        try:
+            self._tell(verdict, why)
+        finally:  # whatever the disk or the screen did
+            os._exit(verdict["code"])
+
+    def _tell(self, verdict: dict[str, Any], why: str) -> None:
         status = self._status()
         failures.record(
             self._errors,
@@ -283,4 +289,3 @@ class Watchdog:
         sys.stdout.flush()
         if distributed.rank() == 0 and distributed.world_size() > 1:
             time.sleep(3 * _TICK_SECONDS)  # the others read the verdict in this process's store
-        os._exit(verdict["code"])
