@@ -280,12 +280,14 @@ class Watchdog:
             f"{self._name(distributed.rank())}, step {status['step']}, phase {status['phase']} "
             f"since {status['seconds']} s\n\n{self._details or why}\n\n{failures.stacks()}",
         )
-        if failures.claim(self._errors, verdict):
-            print(verdict["message"], file=sys.stderr, flush=True)
+        speaks = failures.claim(self._errors, verdict)
         if self._peers is not None:
             self._peers.post(verdict)
         for release in self._releases:
             release()
         sys.stdout.flush()
-        if distributed.rank() == 0 and distributed.world_size() > 1:
-            time.sleep(3 * _TICK_SECONDS)  # the others read the verdict in this process's store
+        if distributed.world_size() > 1 and (speaks or distributed.rank() == 0):
+            # The others read the verdict in rank 0's store, and fall silent: this stands last.
+            time.sleep(2.5 * _TICK_SECONDS)
+        if speaks:
+            print(verdict["message"], file=sys.stderr, flush=True)
