@@ -97,6 +97,16 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def listening(environments: dict[int, dict[str, str]]) -> int:
+    """How many ranks have a handler for SIGUSR1, by the kernel's account."""
+    count = 0
+    for pid in (p for p, e in environments.items() if "RANK" in e):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+        count += bool(int(caught, 16) & 1 << (signal.SIGUSR1 - 1))
+    return count
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -196,8 +206,7 @@ def test_stops_at_awkward_moments(digits, tmp_path):
     golden, run = tmp_path / "golden", tmp_path / "run"
 
     job = Job(2, digits, run)
-    job.wait_for(lambda: any("RANK" in e for e in job.alive().values()))
-    time.sleep(1.5)
+    job.wait_for(lambda: listening(job.alive()) == 2)
     os.killpg(job.process.pid, signal.SIGINT)
     job.gone()
     output = job.output()
@@ -252,3 +261,27 @@ def test_one_ranks_error_and_too_little_memory(digits, tmp_path):
     assert "Traceback" not in done.output
     assert saved_step(run) == 5
     assert [p.name for p in (run / "checkpoints").glob(".*")] == []
+
+
+@pytest.mark.faults
+def test_killed_ranks_leave_nothing_and_the_run_goes_on(digits, tmp_path, capsys):
+    """Of 4 ranks, with their loader workers: {0}, {1, 2}, all; SIGKILL, as the kernel does it."""
+    golden, run = tmp_path / "golden", tmp_path / "run"
+    for victims in ([0], [1, 2], [0, 1, 2, 3]):
+        job = Job(4, digits, run, PACE="0.2")
+        job.wait_for_steps(6)
+        pids = [job.rank(number) for number in victims]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        seconds = job.gone()
+        with capsys.disabled():
+            print(f"\nkilled {victims}: gone in {seconds:.1f} s", end="")
+        assert job.code not in (0, 75)
+        errors = [line for line in job.output().splitlines() if line.startswith("error: ")]
+        assert len(errors) == (0 if len(victims) == 4 else 1), job.output()
+        for number, pid in zip(victims, pids, strict=True):
+            assert not errors or f"rank {number} (process {pid} on" in errors[0]
+        assert "Traceback" not in job.output()
+    train(4, "zero1_fp32", digits, run, *FLAGS)
+    train(4, "zero1_fp32", digits, golden, *FLAGS)
+    assert_same_state(*(folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (run, golden)))
