@@ -146,6 +146,15 @@ class Settings:
         "checkpoints in a row that may fail to be written before training stops; the last may not",
         fixed=False,
     )
+    max_minutes: float = _setting(
+        0.0, "run", "stop, and save, so long after the start (default: no limit)", fixed=False
+    )
+    start_timeout: float = _setting(
+        30.0, "run", "minutes until all ranks stand, and for the first step", fixed=False
+    )
+    step_timeout: float = _setting(10.0, "run", "minutes for a step, data included", fixed=False)
+    save_timeout: float = _setting(30.0, "run", "minutes for a checkpoint", fixed=False)
+    validation_timeout: float = _setting(120.0, "run", "minutes for a validation", fixed=False)
     expect_world: int = _setting(
         0, "run", "ranks there must be, since the launcher forgives a wrong hostfile", fixed=False
     )
@@ -173,6 +182,11 @@ class Settings:
         """The keywords of `diffusion.create_gaussian_diffusion`."""
         names = ["diffusion_steps", "noise_schedule", "timestep_respacing", "rescale_timesteps"]
         return {name: getattr(self, name) for name in names}
+
+    def time_outs(self) -> dict[str, float]:
+        """Minutes that a rank may spend in each activity before it counts as hung."""
+        activities = ("start", "step", "save", "validation")
+        return {name: getattr(self, f"{name}_timeout") for name in activities}
 
     def replace(self, **changes: Any) -> Settings:
         return dataclasses.replace(self, **changes)
@@ -298,7 +312,9 @@ def _training_parser() -> argparse.ArgumentParser:
 
             A command line written for guided-diffusion's classifier_train.py works behind
             --deepspeed_config. The same command again continues a stopped run.
-            Exit codes: 0 finished; 75 stopped on request, run it again; 2 wrong use; 1 failure.
+            Stop it with SIGTERM, Ctrl-C, SIGUSR1, or a file RUN/STOP: it saves and ends.
+            Exit codes of a rank: 0 finished; 75 stopped on request, run it again; 70 no progress
+            within a time-out; 2 wrong use; 1 failure; 130, 143 ended at once by a second signal.
             """),
     )
     parser.add_argument(
@@ -360,6 +376,7 @@ def check_settings(settings: Settings) -> list[str]:
         max_bad_samples=0,
         cache_gb=0,
         max_skipped_steps=1,
+        max_minutes=0,
         global_batch=0,
         batch_size=0,
         num_classes=0,
@@ -374,6 +391,9 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(
             f"--shuffle_shards: got {settings.shuffle_shards!r}; need a number from 1, or lane"
         )
+    for activity, minutes in settings.time_outs().items():
+        if not minutes > 0:
+            problems.append(f"--{activity}_timeout: got {minutes}; need a positive time in minutes")
     if not settings.lr > 0:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:

@@ -13,7 +13,12 @@ import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+
+
+class AgreedError(ValueError):
+    """What all ranks raise alike: each may leave by itself, and one of them tells."""
 
 
 def rank() -> int:
@@ -51,10 +56,11 @@ def warn(message: str) -> None:
     print(f"rank {rank()}: {message}", file=sys.stderr, flush=True)
 
 
-def init():
+def init(timeout: timedelta = timedelta(minutes=30)):
     """Join the process group and pick this rank's device; returns the torch.device.
 
     nccl where there are GPUs, gloo elsewhere. On CPUs the ranks of a node share its cores.
+    timeout: of a collective, longer than whatever a rank may do while the others wait for it.
     """
     import torch
 
@@ -73,7 +79,10 @@ def init():
     if on_gpu:
         torch.cuda.set_device(device)
     _import_deepspeed_quietly().init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timeout,
     )
     return device
 
@@ -144,7 +153,8 @@ def broadcast_json(value: Any, device) -> Any:
 
 
 def on_rank_0(task: Callable[[], Any], device) -> Any:
-    """Run a task on rank 0; every rank gets its JSON-able result, or raises its ValueError/OSError.
+    """Run a task on rank 0; every rank gets its JSON-able result, or raises AgreedError for its
+    ValueError or OSError.
 
     So that one rank's trouble with a file ends all ranks with the same message, at once.
     """
@@ -160,12 +170,12 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
             raise
     outcome = broadcast_json(outcome, device)
     if "error" in outcome:
-        raise ValueError(outcome["error"])
+        raise AgreedError(outcome["error"])
     return outcome.get("result")
 
 
 def raise_together(problem: str | None, device) -> None:
-    """Every rank names its problem or None; if any has one, all raise ValueError."""
+    """Every rank names its problem or None; if any has one, all raise AgreedError."""
     import torch
 
     width = 2000
@@ -180,7 +190,7 @@ def raise_together(problem: str | None, device) -> None:
             problems.setdefault(message, []).append(number)
     if problems:
         everywhere = [*problems.values()] == [list(range(world_size()))]
-        raise ValueError(
+        raise AgreedError(
             "\n".join(
                 message if everywhere else f"rank {', '.join(map(str, ranks))}: {message}"
                 for message, ranks in problems.items()

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from ds_classifier.logger import (
     counts_line,
     validation_line,
 )
+from ds_classifier.memory import memory_in_use
 from ds_classifier.metrics import Meter, by_position
-from ds_classifier.shutdown import StopVote
+from ds_classifier.shutdown import Stopped, StopVote
 from ds_classifier.skipped_steps import SkippedSteps
+from ds_classifier.watchdog import Watchdog
 
 
 def train_step(
@@ -99,6 +101,7 @@ def train(
     check_saves: Callable[[], None],
     validate: Callable[[], dict[str, float]] | None,
     stop: StopVote,
+    watch: Watchdog,
     logger: RunLogger,
 ) -> bool:
     """Train from the engine's step to the last; returns whether it got there (else: stopped).
@@ -106,14 +109,18 @@ def train(
     batches: this rank's micro-batches from the engine's step on.
     save: takes a checkpoint, given the step's validation loss if there is one; it may be written
     behind the following steps. check_saves: after every step, whether that went well.
-    validate: means over the validation set; None: there is none.
+    validate: means over the validation set; None: there is none; it may raise Stopped on all ranks.
     Raises FloatingPointError after too many steps without a finite gradient, ValueError for too
     many bad samples, OSError when checkpoints cannot be written.
     """
     meter, clock = Meter(num_timesteps, engine.device), Clock()
     told = (0, 0)  # bad samples and skipped steps; a resumed run tells those before it
+    if stop.decide(now=True):
+        return False
     distributed.say(CONSOLE_HEADER)
+    batches = watch.batches(batches)
     while engine.global_steps < cadence.iterations:
+        watch.stepping(engine.global_steps + 1)
         lr = engines.learning_rate(engine)
         bad, waited, trained = train_step(
             engine,
@@ -151,17 +158,20 @@ def train(
         with clock.paused():
             if validate is not None and (last or step % cadence.evaluate == 0):
                 began = time.perf_counter()
-                row = {f"val_{name}": value for name, value in validate().items()}
-                row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
-                logger.write(row)
-                distributed.say(validation_line(row))
-                val_loss = row["val_loss"]
+                with watch.during("validation"), suppress(Stopped):
+                    row = {f"val_{name}": value for name, value in validate().items()}
+                    row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
+                    logger.write(row)
+                    distributed.say(validation_line(row))
+                    val_loss = row["val_loss"]
             saved = last or step % cadence.save == 0
             if saved:
-                save(val_loss)
+                with watch.during("save"):
+                    save(val_loss)
         if not last and stop.decide():
             if not saved:
-                save(val_loss)
+                with watch.during("save"):
+                    save(val_loss)
             return False
     return True
 
@@ -220,7 +230,7 @@ class BadSamples:
         """Raises ValueError when the last total is over the limit; samples: trained on so far."""
         epochs = max(1, -(-samples // self._epoch_samples))
         if self._known > self._limit * epochs:
-            raise ValueError(
+            raise distributed.AgreedError(
                 f"{self._known} samples could not be decoded in {epochs} epochs, more than "
                 f"--max_bad_samples {self._limit} each; they stand in "
                 f"{self._run_dir}/bad_samples.rank*.jsonl; do: repair the data, or raise the limit"
@@ -246,12 +256,3 @@ class Clock:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._began - self._paused
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes of this rank: allocated on the GPU, or resident in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

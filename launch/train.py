@@ -10,39 +10,43 @@ The same command again continues the run. Where training starts, the first that 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
-import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed
-from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
+from ds_classifier import distributed, failures
+from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_split
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
-
-DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
+from ds_classifier.run_files import (
+    DONE,
+    find_checkpoint,
+    read_done,
+    refuse_changes,
+    write_run_files,
+)
+from ds_classifier.run_lock import RunLock
+from ds_classifier.shutdown import STOPPED, StopRequests, StopVote
+from ds_classifier.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None) -> int:
-    command = parse_training_command(sys.argv[1:] if argv is None else argv)
-    try:
-        return run(command)
-    except ValueError as error:
-        distributed.complain(str(error))
-        return 2
-    except (FloatingPointError, OSError) as error:
-        # A loader worker's error comes with its traceback; the last line says what is wrong.
-        distributed.complain(str(error).strip().splitlines()[-1])
-        return 1
+    with StopRequests() as requests:
+        command = parse_training_command(sys.argv[1:] if argv is None else argv)
+        try:
+            return run(command, requests)
+        except (ValueError, OSError) as error:  # before the ranks met, or on all of them
+            distributed.complain(failures.summary(error))
+            return failures.exit_code(error)
 
 
-def run(command: CommandLine) -> int:
+def run(command: CommandLine, requests: StopRequests) -> int:
     """Train as the command says; returns the exit code. Raises ValueError for wrong use."""
     world_size = distributed.world_size()
     if command.settings.expect_world not in (0, world_size):
@@ -51,8 +55,11 @@ def run(command: CommandLine) -> int:
             "do: look at the hostfile's path, which the launcher forgives if it is wrong"
         )
     resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
+    run_dir = Path(resolved.settings.run_dir)
+    requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=run_dir)
     shards, val_shards, resolved = open_data(resolved)
-    return train_on(resolved, shards, val_shards, Path(resolved.settings.run_dir))
+    with Watchdog(run_dir, minutes=resolved.settings.time_outs()) as watch:
+        return train_on(resolved, shards, val_shards, run_dir, watch, requests)
 
 
 def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
@@ -99,7 +106,12 @@ def _open(flag: str, location: str, settings: Settings) -> ShardSet:
 
 
 def train_on(
-    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, run_dir: Path
+    resolved: Resolved,
+    shards: ShardSet,
+    val_shards: ShardSet | None,
+    run_dir: Path,
+    watch: Watchdog,
+    requests: StopRequests,
 ) -> int:
     """Build everything, find where to start, train; returns the exit code."""
     quiet_libraries()
@@ -112,9 +124,9 @@ def train_on(
     from ds_classifier.evaluation import evaluate
     from ds_classifier.export import load_initial_weights
     from ds_classifier.logger import RunLogger
+    from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
-    from ds_classifier.shutdown import STOPPED, StopVote
     from ds_classifier.skipped_steps import SkippedSteps
     from ds_classifier.training import BadSamples, Cadence, train
 
@@ -125,8 +137,14 @@ def train_on(
     parameters = sum(p.numel() for p in classifier.parameters())
     ds_config = fill_bucket_sizes(ds_config, parameters)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
-    device = distributed.init()
+    # Longer than the watchdog's own time-outs, which tell more.
+    device = distributed.init(timedelta(minutes=5 + max(settings.time_outs().values())))
+    requests.defer()
+    watch.join()
     check_ranks(ds_config, shards, val_shards, device)
+    lock = RunLock(run_dir)
+    distributed.on_rank_0(lambda: lock.acquire(distributed.say), device)
+    watch.release_at_end(lock.release)
     sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
 
     found, state = find_checkpoint(settings, run_dir, device)
@@ -143,14 +161,16 @@ def train_on(
         distributed.say(
             f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
         )
+        watch.leave()
         distributed.finish()
         return 0
     origin = f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"
     if state is None and settings.init_from:
         source = Path(settings.init_from)
         origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
+    command = launched_as(batch.world_size)
     distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
-    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config), device)
+    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, command), device)
 
     module = NoisedClassifier(classifier, diffusion)
     factor = None
@@ -160,6 +180,8 @@ def train_on(
     if state is not None:
         checkpoint.load(found, state, engine=engine, sampler=sampler)
     first_step = engine.global_steps
+    watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
+    stop = StopVote(requests)
 
     loader, val_loader = create_loaders(resolved, shards, val_shards, first_step, device)
     announce(resolved, shards, val_shards, run_dir, origin, engine)
@@ -192,8 +214,12 @@ def train_on(
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
         keywords = dict(samples=val_shards.manifest.samples, device=device)
-        means, bad = evaluate(module, val_loader, noised=settings.noised, **keywords)
-        at_0, _ = evaluate(module, val_loader, noised=settings.noised, t=0, **keywords)
+
+        def batches():
+            return stop.batches(watch.batches(val_loader))
+
+        means, bad = evaluate(module, batches(), noised=settings.noised, **keywords)
+        at_0, _ = evaluate(module, batches(), noised=settings.noised, t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
         return means | ({"bad_samples": bad} if bad else {})
 
@@ -221,24 +247,24 @@ def train_on(
         save=save,
         check_saves=writer.check,
         validate=validate if val_loader is not None else None,
-        stop=StopVote(),
+        stop=stop,
+        watch=watch,
         logger=logger,
     )
-    writer.finish()
+    with watch.during("save"):
+        writer.finish()
     logger.close()
     step = engine.global_steps
     if finished:
         distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
         distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
     else:
-        distributed.say(f"stopped on request after step {step}; run the same command to go on")
+        distributed.say(
+            f"stopped by {stop.reason} after step {step}; run the same command to go on"
+        )
+    watch.leave()
     distributed.finish()
     return 0 if finished else STOPPED
-
-
-def read_done(run_dir: Path) -> str | None:
-    """What a finished run left in DONE, or None."""
-    return (run_dir / DONE).read_text().strip() if (run_dir / DONE).exists() else None
 
 
 def check_ranks(ds_config: dict, shards: ShardSet, val_shards: ShardSet | None, device) -> None:
@@ -270,57 +296,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:
-    """The checkpoint to continue from and its state.json, on all ranks; (None, None) for none."""
-    from ds_classifier import checkpoint
-
-    def find() -> list | None:
-        if settings.resume_checkpoint:
-            found = checkpoint.resolve_checkpoint(Path(settings.resume_checkpoint))
-        else:
-            found = checkpoint.newest_valid(run_dir / "checkpoints", distributed.say)
-        return None if found is None else [str(found), checkpoint.read_state(found)]
-
-    answer = distributed.on_rank_0(find, device)
-    return (None, None) if answer is None else (Path(answer[0]), answer[1])
-
-
-def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
-    """Raise ValueError if the checkpoint is of another training than the one asked for."""
-    changes = changed_settings(state["settings"], settings)
-    changes += [
-        f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
-        for key, value in facts["deepspeed"].items()
-        if state["deepspeed"][key] != value
-    ]
-    if state["classes"] != facts["classes"]:
-        changes.append(
-            f"classes: {len(state['classes'])} in the checkpoint, others in the data now"
-        )
-    elif state["data"] != facts["data"]:
-        changes.append(
-            f"data: {settings.data_dir} is not the data that the checkpoint was trained on"
-        )
-    if changes:
-        raise ValueError(
-            f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
-            + "\n  ".join(changes)
-            + "\ndo: give the settings as they were, or choose another --run_dir (with --init_from "
-            "to start it from these weights)"
-        )
-
-
-def write_run_files(run_dir: Path, resolved: Resolved, ds_config: dict) -> None:
-    """What this start of the run was made of: settings, JSON, environment, command."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(resolved.settings)
-    (run_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
-    (run_dir / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
-    with open(run_dir / "command.sh", "a") as file:
-        file.write(launched_as(resolved.batch.world_size))
-
-
 def launched_as(world_size: int) -> str:
     """Shell lines that start the run again; several nodes need their hostfile added."""
     arguments = [word for word in sys.argv if not word.startswith("--local_rank")]
@@ -331,46 +306,6 @@ def launched_as(world_size: int) -> str:
             launcher = ["deepspeed", "--hostfile", "HOSTS"]
     folder = shlex.quote(os.getcwd())
     return f"# world size {world_size}\ncd {folder}\n{shlex.join([*launcher, *arguments])}\n"
-
-
-def environment() -> dict[str, object]:
-    """Versions, host, and the state of the source tree."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import ds_classifier
-
-    packages = {}
-    for name in (
-        "torch",
-        "deepspeed",
-        "webdataset",
-        "torchvision",
-        "numpy",
-        "pillow",
-        "safetensors",
-    ):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    tree = Path(__file__).resolve().parents[1]
-    git = {}
-    for fact, arguments in (("commit", ["rev-parse", "HEAD"]), ("changes", ["status", "--short"])):
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10
-            )
-            git[fact] = answer.stdout.strip() if answer.returncode == 0 else None
-        except (OSError, subprocess.TimeoutExpired):
-            git[fact] = None
-    return {
-        "ds_classifier": ds_classifier.__version__,
-        "python": platform.python_version(),
-        "packages": packages,
-        "host": platform.node(),
-        "git": git,
-    }
 
 
 def create_loaders(

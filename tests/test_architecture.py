@@ -19,8 +19,11 @@ LAYERS = [
         "data.tars",
         "data.images",
         "config",
-        "shutdown",
+        "processes",
+        "memory",
     ],
+    ["failures", "peers", "run_lock", "shutdown"],
+    ["watchdog"],
     ["device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["data.layouts"],
@@ -35,7 +38,7 @@ LAYERS = [
         "engine",
     ],
     ["noised_classifier", "checkpoint", "replicas", "skipped_steps"],
-    ["evaluation", "checkpoint_writer"],
+    ["evaluation", "checkpoint_writer", "run_files"],
     ["training", "export"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -159,7 +159,7 @@ def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
         expect=75,
         launcher=True,
     )
-    assert "stopped on request after step 8" in done.output
+    assert "stopped by SIGTERM after step 8" in done.output
     train(2, "zero1_fp32", digits, stopped, *flags, launcher=True)
     assert_same_state(
         golden / "checkpoints" / "step-00000020", stopped / "checkpoints" / "step-00000020"

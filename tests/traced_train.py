@@ -12,6 +12,11 @@ FILE_FAULTS: a list, as JSON, of [CALL, PATH, DO, TIMES]: the first TIMES times 
 rename, replace) meets a path that has PATH in it, kill this process, sleep (DO: seconds), or raise
 an OSError (DO: EIO and such). FIRED: a file that gets a line for each of these that happened.
 CHDIR "RANK:PATH": that rank works in another directory.
+PACE: seconds that every step takes longer.
+FAULT "STEP:RANK:KIND", with KIND one of: stop (SIGSTOP), raise, raise-validation, memory (an
+allocation that cannot succeed), or one that sleeps: data SECONDS (global batch 16), forward
+SECONDS, save SECONDS, validation SECONDS (every batch); the last two and raise-validation at any
+step. RANK may be all.
 """
 
 import errno
@@ -26,7 +31,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_classifier import checkpoint_writer, distributed, training
+import torch
+
+from ds_classifier import checkpoint, checkpoint_writer, distributed, evaluation, training
+from ds_classifier.data.loader import ShardDataset
 from launch import train as program
 
 
@@ -52,6 +60,14 @@ def happen(what: str, do: str) -> None:
         time.sleep(float(do))
 
 
+def fault(kind: str, step: int | None = None) -> float:
+    """Seconds of the fault asked for, if it is this one: 0 for none, and any for a sudden one."""
+    when, rank, what = os.environ.get("FAULT", "::").split(":")
+    what, _, seconds = what.partition(" ")
+    here = (step is None or when == str(step)) and rank in ("all", str(distributed.rank()))
+    return float(seconds or 1) if here and what == kind else 0.0
+
+
 def trace(step, positions, labels, t, pixels, noise) -> None:
     folder = Path(os.environ["TRACE"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +88,13 @@ def traced_step(engine, batches, **keywords):
     if due("TERM_AT", step):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+    if fault("stop", step):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault("raise", step):
+        raise RuntimeError("a fault of the test")
+    if fault("memory", step):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    time.sleep(float(os.environ.get("PACE", 0)))
     module, forward = engine.module, engine.module.forward
     positions = []
 
@@ -81,6 +104,7 @@ def traced_step(engine, batches, **keywords):
             yield batch
 
     def watched_forward(images, labels, t, noise):
+        time.sleep(fault("forward", step))
         if "TRACE" in os.environ:
             trace(step, list(positions), labels, t, images, noise)
         losses, logits = forward(images, labels, t, noise)
@@ -97,6 +121,35 @@ def traced_step(engine, batches, **keywords):
 
 untouched_step = training.train_step
 training.train_step = traced_step
+untouched_commit, untouched_evaluate = checkpoint.commit, evaluation.evaluate
+untouched_getitem = ShardDataset.__getitem__
+
+
+def slow_commit(*arguments, **keywords):
+    time.sleep(fault("save"))
+    return untouched_commit(*arguments, **keywords)
+
+
+def slow_getitem(dataset, positions):
+    if dataset.order is not None:  # training's
+        time.sleep(fault("data", int(positions[0]) // 16 + 1))
+    return untouched_getitem(dataset, positions)
+
+
+def slow_evaluate(module, loader, **keywords):
+    if fault("raise-validation"):
+        raise RuntimeError("a fault of the test")
+
+    def batches():
+        for batch in loader:
+            time.sleep(fault("validation"))
+            yield batch
+
+    return untouched_evaluate(module, batches(), **keywords)
+
+
+checkpoint.commit, evaluation.evaluate = slow_commit, slow_evaluate
+ShardDataset.__getitem__ = slow_getitem
 
 
 def faulty_save(writer, *arguments, **keywords):
@@ -112,8 +165,6 @@ def faulty_save(writer, *arguments, **keywords):
 
 
 if "SNAPSHOT_AT" in os.environ:
-    import torch
-
     untouched_save = checkpoint_writer.CheckpointWriter.save
     checkpoint_writer.CheckpointWriter.save = faulty_save
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ds_classifier import distributed
+from ds_classifier import distributed, processes
 from ds_classifier.data import images
 from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
@@ -316,7 +316,11 @@ def _as_is(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    """Workers outlive the signals that stop a run, so that its last step gets its data."""
+    """Workers outlive the signals that stop a run, so that its last step gets its data.
+
+    They die with their rank, whatever it dies of.
+    """
+    processes.die_with(multiprocessing.parent_process().pid)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF; bad pictures are counted

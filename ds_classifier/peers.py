@@ -1,0 +1,154 @@
+"""What the ranks know of each other when a collective cannot tell them: who is where, who is gone.
+
+Each rank writes its status under its own key of torch's TCPStore, once a second, in a thread; rank
+0's process serves the store. Nothing here waits longer than told: the one who should answer may be
+dead, stopped, or cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from ds_classifier import distributed, processes
+
+BEAT_SECONDS = 1.0
+_START_SECONDS = 120  # for all ranks to have said who they are, once they are connected
+
+
+class Peers:
+    """Made on every rank after the process group; a single rank has none, and talks to nobody.
+
+    status: this rank's place, JSON-able; called in the thread.
+    attempt: when this start of the run was, the same text on all ranks.
+    verdict: what ended the run, once a rank has posted it: {"message": ..., "code": ...}.
+    lost: since when rank 0's store is unreachable (time.monotonic), or None.
+    """
+
+    def __init__(self, status: Callable[[], dict[str, Any]]):
+        self.attempt = time.strftime("%Y-%m-%d_%H-%M-%S")
+        self.verdict: dict[str, Any] | None = None
+        self.lost: float | None = None
+        self._status = status
+        self._outgoing: dict[str, Any] | None = None
+        self._statuses: dict[int, dict[str, Any]] | None = None
+        self._wanted, self._wake, self._closed = False, threading.Event(), threading.Event()
+        self._who: dict[int, dict[str, Any]] = {}
+        self._thread = threading.Thread(target=self._talk, name="peers", daemon=True)
+        if distributed.world_size() > 1:
+            self._connect()
+            self._thread.start()
+
+    def _connect(self) -> None:
+        from torch.distributed import PrefixStore, TCPStore
+
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=_START_SECONDS),
+        )
+        self._store = PrefixStore("ds_classifier", store)
+        if distributed.rank() == 0:
+            self._store.set("attempt", self.attempt)
+        pid = os.getpid()
+        me = dict(place=_pid_space(), host=socket.gethostname(), pid=pid)
+        self._store.set(
+            _who(distributed.rank()), json.dumps(me | {"start": processes.started(pid)})
+        )
+        self.attempt = self._store.get("attempt").decode()
+        for rank in range(distributed.world_size()):
+            self._who[rank] = json.loads(self._store.get(_who(rank)))
+
+    def _talk(self) -> None:
+        beat = 0
+        try:
+            while not self._closed.is_set():
+                beat += 1
+                mine = self._status() | {"beat": beat}
+                self._store.set(_status(distributed.rank()), json.dumps(mine))
+                if self._outgoing is not None:
+                    self._store.compare_set("verdict", "", json.dumps(self._outgoing))
+                if self._store.check(["verdict"]):
+                    self.verdict = json.loads(self._store.get("verdict"))
+                if self._wanted:
+                    self._wanted = False
+                    self._statuses = self._read_twice()
+                self._wake.wait(BEAT_SECONDS)
+                self._wake.clear()
+        except Exception:  # whatever the network did: the store is gone
+            self.lost = time.monotonic()
+
+    def _read_twice(self) -> dict[int, dict[str, Any]]:
+        """All ranks' statuses; silent: those that sent none for more than two beats."""
+        ranks = range(distributed.world_size())
+        keys = [_status(rank) for rank in ranks]
+        self._store.wait(keys, timedelta(seconds=2 * BEAT_SECONDS))
+        before = [json.loads(text) for text in self._store.multi_get(keys)]
+        time.sleep(2.5 * BEAT_SECONDS)
+        after = [json.loads(text) for text in self._store.multi_get(keys)]
+        mine = distributed.rank()
+        return {
+            rank: after[rank]
+            | {"silent": rank != mine and after[rank]["beat"] == before[rank]["beat"]}
+            for rank in ranks
+        }
+
+    def statuses(self, patience: float = 8.0) -> dict[int, dict[str, Any]]:
+        """Where each rank says it is; empty if rank 0's store does not answer in these seconds."""
+        self._statuses, self._wanted = None, True
+        self._wake.set()
+        self._wait(lambda: self._statuses is not None, patience)
+        return self._statuses or {}
+
+    def post(self, verdict: dict[str, Any], patience: float = 3.0) -> None:
+        """Tell all ranks what ended the run, if none did before."""
+        self._outgoing = verdict
+        self._wake.set()
+        self._wait(lambda: self.verdict is not None, patience)
+
+    def _wait(self, done: Callable[[], bool], patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while self._who and self.lost is None and not done() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def gone(self) -> list[int]:
+        """Ranks of this host whose process has ended."""
+        here = _pid_space()
+        return [
+            rank
+            for rank, who in self._who.items()
+            if who["place"] == here and processes.started(who["pid"]) != who["start"]
+        ]
+
+    def name(self, rank: int) -> str:
+        """A rank with host and process, as people look for it."""
+        who = self._who.get(rank)
+        return f"rank {rank} (process {who['pid']} on {who['host']})" if who else f"rank {rank}"
+
+    def close(self) -> None:
+        """Talk no more; the interpreter may not end while the thread is in torch's C++."""
+        self._closed.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5.0)
+
+
+def _who(rank: int) -> str:
+    return f"who/{rank}"
+
+
+def _status(rank: int) -> str:
+    return f"status/{rank}"
+
+
+def _pid_space() -> str:
+    """Where a process number means the same process: the host, and the container on it."""
+    return f"{socket.gethostname()} {processes.pid_space()}"

@@ -1,0 +1,96 @@
+"""Processes of this host as /proc shows them: alive or gone, who started whom, dying together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+LAUNCHER_PROGRAMS = ("deepspeed", "torchrun")
+LAUNCHER_MODULES = ("deepspeed.launcher.launch", "torch.distributed.run")
+_PR_SET_PDEATHSIG = 1
+
+
+def started(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 if it is gone, or dead and unburied.
+
+    A number may be given to another process later: number and start together name one for good.
+    """
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else 0
+
+
+def parent(pid: int) -> int:
+    """The process that started another, or adopted it when that one died; 0 if it is gone."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def launcher_chain(pid: int | None = None) -> list[tuple[int, int]]:
+    """(child, parent) from this process up to the launcher's first one.
+
+    On one node: (rank, launch.py), (launch.py, deepspeed). On others the chain ends at sshd, whose
+    end is that of the connection. A shell that started the launcher is not in it: one may log out.
+    Empty for a process that no launcher started.
+    """
+    chain = []
+    child = os.getpid() if pid is None else pid
+    while (above := parent(child)) > 1:
+        is_launcher = _is_launcher(above)
+        if not is_launcher and not (chain and _name(above).startswith("sshd")):
+            break
+        chain.append((child, above))
+        if not is_launcher:
+            break
+        child = above
+    return chain
+
+
+def broken(chain: list[tuple[int, int]]) -> bool:
+    """Whether a parent of the chain has died."""
+    return any(parent(child) != above for child, above in chain)
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether a process is deepspeed's or torchrun's, or the shell in which pdsh runs it."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:8]
+    except OSError:
+        return False
+    return any(
+        os.path.basename(word) in LAUNCHER_PROGRAMS
+        or any(module in word for module in LAUNCHER_MODULES)
+        for word in words
+    )
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, of whatever."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pid_space() -> str:
+    """Where process numbers mean the same: this boot of this host, and the container on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "unknown"

@@ -1,0 +1,142 @@
+"""One job a run directory: a lock file that tells who holds it, taken over when its owner is gone.
+
+The file RUN/LOCK appears by one hard link, which network file systems do atomically too (flock is
+not reliable there). Its owner touches it every few seconds. An owner on this host is gone when its
+process is; one elsewhere when it has not touched the file for some minutes, told by the file
+system's clock alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ds_classifier import processes
+
+LOCK = "LOCK"
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 180.0  # network file systems may show a file's time a minute late
+
+
+class RunLock:
+    """Held by rank 0 from `acquire` to `release`, and by nobody once its process is gone."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / LOCK
+        self._mine = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "start": processes.started(os.getpid()),
+                "space": processes.pid_space(),
+                "since": time.time(),
+            }
+        )
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+
+    def acquire(self, say: Callable[[str], None]) -> None:
+        """Take the lock; may wait STALE_SECONDS for a sign of life of an owner on another host.
+
+        Raises ValueError if another job holds it, OSError where nothing can be written.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        staging = self._path.with_name(f".{LOCK}.{socket.gethostname()}.{os.getpid()}")
+        staging.write_text(self._mine)
+        try:
+            while not self._linked(staging):
+                self._take_over(staging, say)
+        finally:
+            staging.unlink(missing_ok=True)
+        self._thread.start()
+
+    def _linked(self, staging: Path) -> bool:
+        try:
+            os.link(staging, self._path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, staging: Path, say: Callable[[str], None]) -> None:
+        """Remove the lock of an owner that is gone; raises ValueError if it lives."""
+        text = self._read(self._path)
+        if text is None:
+            return
+        try:
+            owner = json.loads(text)
+            who = f"process {owner['pid']} on {owner['host']}"
+            here = owner["space"] == processes.pid_space() != "unknown"
+            alive = here and processes.started(owner["pid"]) == owner["start"]
+            since = f", {_duration(time.time() - owner['since'])} ago"
+        except (ValueError, KeyError, TypeError):
+            who, here, alive, since = "a damaged lock", False, False, ""
+        if alive or (not here and self._beats(staging, who, say)):
+            raise ValueError(
+                f"{self._path.parent} is in use: got {who}, which started there{since}; need one "
+                "job a run directory; do: wait for it, or choose another --run_dir"
+            )
+        aside = staging.with_suffix(".stale")
+        try:
+            os.rename(self._path, aside)
+        except FileNotFoundError:
+            return
+        if self._read(aside) == text:
+            say(f"took over the run directory from {who}, which is gone")
+        else:  # another job was quicker, and this is its lock
+            self._linked(aside)
+        aside.unlink(missing_ok=True)
+
+    def _beats(self, staging: Path, who: str, say: Callable[[str], None]) -> bool:
+        """Whether the owner touches the lock before it counts as stale."""
+        first, waiting = self._touched(self._path), False
+        while first is not None:
+            staging.write_text(self._mine)  # its time is now, by the file system's clock
+            if self._touched(staging) - first > STALE_SECONDS:
+                return False
+            if not waiting:
+                say(f"waiting for a sign of life of {who}, {STALE_SECONDS:.0f} s at most")
+            waiting = True
+            time.sleep(BEAT_SECONDS / 4)
+            if self._touched(self._path) != first:
+                return True
+        return False
+
+    @staticmethod
+    def _touched(path: Path) -> float | None:
+        try:
+            with open(path) as file:  # opening makes NFS ask its server
+                return os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def _read(path: Path) -> str | None:
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            return None
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                os.utime(self._path)
+            except OSError:  # the disk is away for a while: others will think we are, too
+                continue
+
+    def release(self) -> None:
+        """Give the lock back, if it is still ours."""
+        self._released.set()
+        if self._thread.is_alive():
+            self._thread.join(BEAT_SECONDS)
+        if self._read(self._path) == self._mine:
+            self._path.unlink(missing_ok=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds // 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

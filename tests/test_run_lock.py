@@ -1,0 +1,101 @@
+"""One job a run directory: refusing while the owner lives, taking over when it is gone."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+
+from ds_classifier import run_lock
+from ds_classifier.run_lock import RunLock
+
+OWNER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from ds_classifier.run_lock import RunLock
+RunLock(Path(sys.argv[2])).acquire(print)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    command = [sys.executable, "-c", OWNER, str(ROOT), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_living_owner_is_named_and_a_dead_one_replaced(owner, tmp_path):
+    with pytest.raises(ValueError, match=rf"got process {owner.pid} on .*, 0 min ago"):
+        RunLock(tmp_path).acquire(print)
+    owner.kill()
+    owner.wait()
+    said = []
+    lock = RunLock(tmp_path)
+    lock.acquire(said.append)
+    assert said[0].startswith(f"took over the run directory from process {owner.pid} on ")
+    assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def elsewhere(folder, seconds_ago: float) -> None:
+    """A lock of a process on another host, last touched so long ago."""
+    owner = dict(host="node7", pid=1, start=5, space="another", since=time.time() - 7300)
+    (folder / "LOCK").write_text(json.dumps(owner))
+    os.utime(folder / "LOCK", (time.time() - seconds_ago,) * 2)
+
+
+def test_an_owner_on_another_host_is_gone_when_it_is_silent(tmp_path):
+    elsewhere(tmp_path, 200)
+    lock = RunLock(tmp_path)
+    lock.acquire(print)
+    lock.release()
+
+
+def test_an_owner_on_another_host_shows_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.4)
+    elsewhere(tmp_path, 20)
+    beat = threading.Timer(0.5, os.utime, [tmp_path / "LOCK"])
+    beat.start()
+    with pytest.raises(ValueError, match="process 1 on node7, which started there, 2 h 1 min ago"):
+        RunLock(tmp_path).acquire(print)
+    beat.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["LOCK"]
+
+
+def test_an_owner_on_another_host_that_fell_silent_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.4)
+    elsewhere(tmp_path, run_lock.STALE_SECONDS - 1)
+    said = []
+    RunLock(tmp_path).acquire(said.append)
+    assert "waiting for a sign of life" in said[0]
+    assert "took over" in said[1]
+
+
+def test_a_holder_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
+    lock = RunLock(tmp_path)
+    lock.acquire(print)
+    os.utime(tmp_path / "LOCK", (0, 0))
+    time.sleep(0.5)
+    assert (tmp_path / "LOCK").stat().st_mtime > 1
+    lock.release()
+
+
+def test_a_lock_that_was_taken_over_is_not_removed(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire(print)
+    elsewhere(tmp_path, 0)
+    lock.release()
+    assert (tmp_path / "LOCK").exists()

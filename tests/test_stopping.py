@@ -1,0 +1,287 @@
+"""Stopping whole jobs, through the deepspeed launcher: whatever is killed, nothing is left alive.
+
+Faults of one kind share a run: each interrupts it, the same command goes on, and at the end it must
+be bit-equal to the uninterrupted run.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import environment, read_log
+from test_training import CONFIGS, TINY, TRACED, assert_same_state, train
+
+STEPS = 60
+FLAGS = ["--global_batch", "16", "--iterations", str(STEPS), "--save_interval", "5"]
+ALIVE_SECONDS = 40  # what a job may take to be gone, of these 30 are the launcher's patience
+
+
+class Job:
+    """A training through the launcher, whose processes are found by a word in their environment."""
+
+    def __init__(self, ranks: int, digits: Path, run: Path, *flags: object, **extra: str):
+        from ds_classifier.distributed import _free_port
+
+        self.mark, self.run = uuid.uuid4().hex, run
+        self._output = open(run.parent / f"{self.mark}.out", "w+")
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        command = [sys.executable, deepspeed, "--quiet", "--master_port", _free_port()]
+        command += ["--num_gpus", ranks, TRACED, "--deepspeed_config", CONFIGS / "zero1_fp32.json"]
+        command += ["--data_dir", digits / "train", "--run_dir", run, *TINY, *FLAGS, *flags]
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            env=environment(JOB_MARK=self.mark, **extra),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def alive(self) -> dict[int, dict[str, str]]:
+        """Environments of the job's processes, by number."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                words = path.read_bytes().decode(errors="replace").split("\0")
+                zombie = (path.parent / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            except OSError:
+                continue
+            if f"JOB_MARK={self.mark}" in words and not zombie:
+                found[int(path.parent.name)] = dict(w.split("=", 1) for w in words if "=" in w)
+        return found
+
+    def launch_py(self) -> int:
+        return next(p for p in self.alive() if "deepspeed.launcher.launch" in command_line(p))
+
+    def rank(self, number: int) -> int:
+        """The process of a rank, not a loader worker's."""
+        ranks = {p: e for p, e in self.alive().items() if e.get("RANK") == str(number)}
+        return next(p for p in ranks if parent(p) not in ranks)
+
+    def wait_for(self, ready, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
+
+    def wait_for_steps(self, steps: int) -> None:
+        before = last_step(self.run)
+        self.wait_for(lambda: last_step(self.run) >= before + steps)
+
+    def gone(self) -> float:
+        """Wait until no process of the job is alive; the seconds it took."""
+        began = time.monotonic()
+        while left := self.alive():
+            self.process.poll()
+            lines = [command_line(p) for p in left]
+            assert time.monotonic() < began + ALIVE_SECONDS, (lines, self.output())
+            time.sleep(0.1)
+        self.code = self.process.wait()
+        return time.monotonic() - began
+
+    def output(self) -> str:
+        self._output.flush()
+        return (self.run.parent / f"{self.mark}.out").read_text()
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def listening(environments: dict[int, dict[str, str]]) -> int:
+    """How many ranks have a handler for SIGUSR1, by the kernel's account."""
+    count = 0
+    for pid in (p for p, e in environments.items() if "RANK" in e):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+        count += bool(int(caught, 16) & 1 << (signal.SIGUSR1 - 1))
+    return count
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def last_step(run: Path) -> int:
+    try:
+        return json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def saved_step(run: Path) -> int:
+    """The newest checkpoint; latest always names a whole one."""
+    name = (run / "checkpoints" / "latest").read_text().strip()
+    assert (run / "checkpoints" / name / "manifest.json").exists()
+    return int(name.removeprefix("step-"))
+
+
+def terminate_launch_py(job):
+    os.kill(job.launch_py(), signal.SIGTERM)
+
+
+def terminate_deepspeed(job):
+    job.process.terminate()
+
+
+def terminate_launch_py_twice(job):
+    target = job.launch_py()
+    os.kill(target, signal.SIGTERM)
+    time.sleep(1)
+    os.kill(target, signal.SIGTERM)
+
+
+def kill_deepspeed(job):
+    job.process.kill()
+
+
+def kill_launch_py(job):
+    os.kill(job.launch_py(), signal.SIGKILL)
+
+
+def ctrl_c(job):
+    os.killpg(job.process.pid, signal.SIGINT)
+
+
+def signal_rank_1(job):
+    os.kill(job.rank(1), signal.SIGUSR1)
+
+
+def stop_file(job):
+    (job.run / "STOP").touch()
+
+
+# What is done; how `deepspeed` ends; what the ranks say.
+STOPS = [
+    (terminate_launch_py, 1, "stopped by SIGTERM after step"),
+    (terminate_deepspeed, -15, "stopped by the launcher's death after step"),
+    (kill_launch_py, 0, "stopped by the launcher's death after step"),
+    (kill_deepspeed, -9, "stopped by the launcher's death after step"),
+    (terminate_launch_py_twice, 1, "stopped by SIGTERM after step"),
+    (ctrl_c, -signal.SIGINT, "after step"),
+    (signal_rank_1, 75, "stopped by SIGUSR1 after step"),
+    (stop_file, 75, "stopped by the file STOP after step"),
+]
+
+
+@pytest.mark.faults
+def test_every_way_to_stop_saves_the_step_and_leaves_nothing(digits, tmp_path, capsys):
+    golden, run = tmp_path / "golden", tmp_path / "run"
+    for stop, code, words in STOPS:
+        job = Job(2, digits, run, PACE="0.3")
+        job.wait_for_steps(2)
+        stop(job)
+        seconds = job.gone()
+        output = job.output()
+        with capsys.disabled():
+            print(f"\n{stop.__name__}: gone in {seconds:.1f} s, at step {last_step(run)}", end="")
+        # Python's own word on deepspeed's parent, after Ctrl-C, is not ours to silence.
+        assert job.code == code
+        assert words in output, output
+        if stop is not ctrl_c:
+            assert "Traceback" not in output, output
+        assert output.count("stopped by") == 1
+        assert saved_step(run) == last_step(run), "the step in hand was saved"
+        assert not (run / "STOP").exists()
+        assert not (run / "LOCK").exists()
+    train(2, "zero1_fp32", digits, run, *FLAGS)
+    train(2, "zero1_fp32", digits, golden, *FLAGS)
+    assert_same_state(*(folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (run, golden)))
+    steps = [row["step"] for row in read_log(run) if "train_loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.faults
+def test_stops_at_awkward_moments(digits, tmp_path):
+    """Ctrl-C in start-up, --max_minutes before step 1, SIGTERM in a validation and in a save."""
+    golden, run = tmp_path / "golden", tmp_path / "run"
+
+    job = Job(2, digits, run)
+    job.wait_for(lambda: listening(job.alive()) == 2)
+    os.killpg(job.process.pid, signal.SIGINT)
+    job.gone()
+    output = job.output()
+    assert output.count("before the first step") == 1, output
+    assert "traced_train.py" not in output, "a rank left a traceback"
+
+    job = Job(2, digits, run, "--max_minutes", "0.0001")
+    job.wait_for(lambda: any("RANK" in e for e in job.alive().values()))
+    job.gone()
+    assert job.code == 75, job.output()
+    assert not (run / "checkpoints").exists()
+
+    extra = ["--val_data_dir", digits / "val", "--eval_interval", "3"]
+    job = Job(2, digits, run, *extra, FAULT="0:all:validation 2")
+    job.wait_for(lambda: last_step(run) == 3)
+    time.sleep(1)
+    os.kill(job.launch_py(), signal.SIGTERM)
+    job.gone()
+    assert "stopped by SIGTERM after step 3" in job.output()
+    assert saved_step(run) == 3
+    assert not any("val_loss" in row for row in read_log(run))
+
+    job = Job(2, digits, run, FAULT="0:all:save 4")
+    job.wait_for(lambda: last_step(run) == 5)
+    time.sleep(1)
+    os.kill(job.launch_py(), signal.SIGTERM)
+    job.gone()
+    assert saved_step(run) in (5, 6)
+
+    train(2, "zero1_fp32", digits, run, *FLAGS)
+    train(2, "zero1_fp32", digits, golden, *FLAGS)
+    assert_same_state(*(folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (run, golden)))
+
+
+@pytest.mark.faults
+def test_one_ranks_error_and_too_little_memory(digits, tmp_path):
+    """The first error stands last on the screen, and no rank outlives it."""
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--val_data_dir", digits / "val", "--eval_interval", "2"]
+    fault = {"FAULT": "0:1:raise-validation"}.items()
+    done = train(2, "zero1_fp32", digits, run, *flags, environment=fault, expect=1)
+    assert done.lines[-1] == "error: RuntimeError: a fault of the test", done.output
+    assert done.lines[-2].startswith("rank 1 at step 2, validation; tracebacks in ")
+    assert done.output.count("Traceback") == 1
+    assert {p.name for p in run.glob("errors/*/rank*")} == {"rank0.txt", "rank1.txt"}
+
+    fault = {"FAULT": "7:0:memory"}.items()
+    done = train(1, "zero1_fp32", digits, run, *FLAGS, environment=fault, expect=1)
+    assert done.lines[-1].startswith("error: out of memory: got micro-batch 16 at 8 px"), done.lines
+    assert "MB an image" in done.lines[-1]
+    assert "set train_micro_batch_size_per_gpu in the JSON to 8 or less" in done.lines[-1]
+    assert "Traceback" not in done.output
+    assert saved_step(run) == 5
+    assert [p.name for p in (run / "checkpoints").glob(".*")] == []
+
+
+@pytest.mark.faults
+def test_killed_ranks_leave_nothing_and_the_run_goes_on(digits, tmp_path, capsys):
+    """Of 4 ranks, with their loader workers: {0}, {1, 2}, all; SIGKILL, as the kernel does it."""
+    golden, run = tmp_path / "golden", tmp_path / "run"
+    for victims in ([0], [1, 2], [0, 1, 2, 3]):
+        job = Job(4, digits, run, PACE="0.2")
+        job.wait_for_steps(6)
+        pids = [job.rank(number) for number in victims]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        seconds = job.gone()
+        with capsys.disabled():
+            print(f"\nkilled {victims}: gone in {seconds:.1f} s", end="")
+        assert job.code not in (0, 75)
+        errors = [line for line in job.output().splitlines() if line.startswith("error: ")]
+        assert len(errors) == (0 if len(victims) == 4 else 1), job.output()
+        for number, pid in zip(victims, pids, strict=True):
+            assert not errors or f"rank {number} (process {pid} on" in errors[0]
+        assert "Traceback" not in job.output()
+    train(4, "zero1_fp32", digits, run, *FLAGS)
+    train(4, "zero1_fp32", digits, golden, *FLAGS)
+    assert_same_state(*(folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (run, golden)))

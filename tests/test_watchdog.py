@@ -1,0 +1,117 @@
+"""Hangs and deaths of ranks: four gloo ranks that only reduce a number (tiny_ranks.py)."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+
+FAULTS = {
+    "peace": "9:none",
+    "killed0": "0:kill",
+    "killed12": "1,2:kill",
+    "raised": "1:raise",
+    "stopped": "2:stop",
+    "data": "1:data",
+    "compute": "3:compute",
+    "slow_start": "1:slow-first-step",
+}
+
+
+def run_tiny(folder: Path, faults: dict[str, str]) -> dict[str, dict]:
+    command = [sys.executable, ROOT / "tests" / "tiny_ranks.py", folder]
+    done = subprocess.run(
+        [*command, *(f"{name}={fault}" for name, fault in faults.items())],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    rows = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+    for name, row in rows.items():
+        row["screen"] = (folder / name / "screen").read_text().splitlines()
+        row["files"] = {p.name: p.read_text() for p in (folder / name).glob("errors/*/rank*.txt")}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, dict]:
+    return run_tiny(tmp_path_factory.mktemp("tiny"), FAULTS)
+
+
+def last_words(row: dict, *words: str) -> None:
+    """One error on the screen, at its end, with these words."""
+    assert [line[:7] for line in row["screen"]].count("error: ") == 1, row["screen"]
+    assert row["screen"][-1].startswith("error: ")
+    for word in words:
+        assert word in row["screen"][-1]
+
+
+@pytest.mark.faults
+def test_without_a_fault_nothing_is_said(ended):
+    assert set(ended["peace"]["codes"].values()) == {0}
+    assert ended["peace"]["screen"] == []
+    assert set(ended["slow_start"]["codes"].values()) == {0}, "the first step may be slow"
+    assert ended["slow_start"]["seconds"]["1"] > 7
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("name", "dead"), [("killed0", [0]), ("killed12", [1, 2])])
+def test_killed_ranks_end_the_others_in_seconds_and_are_named(ended, name, dead):
+    row = ended[name]
+    for rank in range(4):
+        assert row["codes"][str(rank)] == (-9 if rank in dead else 1)
+    assert max(row["seconds"].values()) < 15
+    last_words(row, *(f"rank {rank} (process" for rank in dead), "died")
+    assert set(row["files"]) == {f"rank{rank}.txt" for rank in range(4) if rank not in dead}
+    assert "all_reduce_sum" in "".join(row["files"].values())
+
+
+@pytest.mark.faults
+def test_the_first_error_stands_last(ended):
+    row = ended["raised"]
+    assert set(row["codes"].values()) == {1}
+    assert max(row["seconds"].values()) < 15
+    last_words(row, "RuntimeError: a fault of the test")
+    assert sum("Traceback" in line for line in row["screen"]) == 1
+    assert row["screen"][-2].startswith("rank 1 at step 5, forward/backward")
+    assert len(row["files"]) == 4
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "rank", "phase"), [("data", 1, "data"), ("compute", 3, "forward/backward")]
+)
+def test_a_rank_that_hangs_is_named_with_step_and_phase(ended, name, rank, phase):
+    row = ended[name]
+    assert set(row["codes"].values()) == {70}
+    last_words(row, f"rank {rank} (process", f"has been in {phase} at step 5", "--step_timeout")
+    waiting = ", ".join(str(r) for r in range(4) if r != rank)
+    assert f"ranks {waiting} wait" in row["screen"][-1]
+    assert len(row["files"]) == 4
+    stalled = "batches" if phase == "data" else "happen"
+    assert f"in {stalled}\n" in row["files"][f"rank{rank}.txt"]
+
+
+@pytest.mark.faults
+def test_a_stopped_rank_is_named(ended):
+    row = ended["stopped"]
+    assert row["codes"] == {"0": 70, "1": 70, "2": -9, "3": 70}
+    last_words(row, "rank 2 (process", "does not answer")
+    assert set(row["files"]) == {"rank0.txt", "rank1.txt", "rank3.txt"}
+
+
+@pytest.mark.faults
+def test_seconds_from_the_first_death_to_the_last_end(tmp_path, capsys):
+    """Ten times: one rank or two killed. The printed figures are those of the README."""
+    victims = ["0", "1", "2", "3", "0,1", "1,2", "2,3", "0,3", "1,3", "0,2"]
+    rows = run_tiny(tmp_path, {f"killed{i}": f"{who}:kill" for i, who in enumerate(victims)})
+    seconds = [max(row["seconds"].values()) for row in rows.values()]
+    with capsys.disabled():
+        print(f"\nfirst death to last end: median {statistics.median(seconds):.1f} s, ", end="")
+        print(f"worst of {len(seconds)} {max(seconds):.1f} s")
+    assert max(seconds) < 30
