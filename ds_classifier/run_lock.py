@@ -43,11 +43,17 @@ class RunLock:
     def acquire(self, say: Callable[[str], None]) -> None:
         """Take the lock; may wait STALE_SECONDS for a sign of life of an owner on another host.
 
-        Raises ValueError if another job holds it, OSError where nothing can be written.
+        Raises ValueError if another job holds it, or where nothing can be written.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         staging = self._path.with_name(f".{LOCK}.{socket.gethostname()}.{os.getpid()}")
-        staging.write_text(self._mine)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            staging.write_text(self._mine)
+        except OSError as error:
+            raise ValueError(
+                f"--run_dir: got {self._path.parent}, where nothing can be written "
+                f"({error.strerror}); do: choose another"
+            ) from None
         try:
             while not self._linked(staging):
                 self._take_over(staging, say)
