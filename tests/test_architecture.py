@@ -24,7 +24,7 @@ LAYERS = [
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["diffusion", "metrics", "logger", "data.loader", "data.sources", "data.convert", "engine"],
     ["noised_classifier", "checkpoint"],
-    ["evaluation"],
+    ["evaluation", "exact_denoiser"],
     ["training", "export"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
