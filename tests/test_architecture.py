@@ -23,8 +23,8 @@ LAYERS = [
     ["device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["diffusion", "metrics", "logger", "data.loader", "data.sources", "data.convert", "engine"],
-    ["noised_classifier", "checkpoint"],
-    ["evaluation"],
+    ["noised_classifier", "checkpoint", "level_metrics"],
+    ["evaluation", "weights", "evaluation_table", "evaluation_plots"],
     ["training", "export"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
