@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,13 @@ def complain(message: str) -> None:
     if local_rank() == 0:
         host = f"{socket.gethostname()}: " if world_size() > local_world_size() else ""
         print(f"{host}error: {message}", file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Keep off the screen what no user can act on; call before torch is imported."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def init():

@@ -97,8 +97,10 @@ def guide_scheduler_output(
     # grad log p(y | x_t) moves the score; in the output's own terms that is (alpha_bar = a):
     shift = {
         "epsilon": -(1.0 - alpha_bar).sqrt(),  # score = -noise / sqrt(1 - a)
-        "sample": (1.0 - alpha_bar) / alpha_bar.sqrt(),  # Tweedie: x_0 = (x_t + (1 - a) score) / sqrt(a)
-        "v_prediction": -((1.0 - alpha_bar) / alpha_bar).sqrt(),  # v = sqrt(a) noise - sqrt(1 - a) x_0
+        # Tweedie: x_0 = (x_t + (1 - a) score) / sqrt(a)
+        "sample": (1.0 - alpha_bar) / alpha_bar.sqrt(),
+        # v = sqrt(a) noise - sqrt(1 - a) x_0
+        "v_prediction": -((1.0 - alpha_bar) / alpha_bar).sqrt(),
     }
     kind = scheduler.config.prediction_type
     if kind not in shift:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_classifier import distributed
 from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
 from ds_classifier.exact_denoiser import ExactDenoiser
 
@@ -209,3 +210,46 @@ def keyed_steps(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Callabl
 def to_pixels(x: Tensor) -> Tensor:
     """[N, C, S, S] in [-1, 1] -> [N, S, S, C] uint8, cut off as guided-diffusion does."""
     return ((x + 1.0) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def sample_classes(
+    process: ReverseProcess,
+    denoiser: Denoiser,
+    cond_fn: CondFn | None,
+    labels: np.ndarray,
+    *,
+    shape: tuple[int, ...],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    ddim: bool = False,
+    clip_denoised: bool = True,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """A sample for every label, on all ranks together: uint8 [N, S, S, C], the same on each.
+
+    labels: [N] int64, the classes asked for. shape: (C, S, S). progress: called with samples done.
+    Sample n's noise depends on (seed, n) alone, and batches have the same samples on any number of
+    ranks, so pictures are those of one rank as far as its device rounds alike.
+    """
+    ranks, rank = distributed.world_size(), distributed.rank()
+    pixels = []
+    for first in range(0, len(labels), ranks * batch_size):
+        # A rank past the end repeats the last sample, so that all take part in the gathering.
+        start = first + rank * batch_size
+        positions = torch.arange(start, start + batch_size, device=device)
+        positions = positions.clamp_max(len(labels) - 1)
+        y = torch.from_numpy(labels).to(device)[positions]
+        noise = keyed_steps(seed, positions, shape)
+        x = sample(
+            process,
+            denoiser,
+            noise,
+            y,
+            cond_fn=cond_fn,
+            ddim=ddim,
+            clip_denoised=clip_denoised,
+        )
+        pixels.append(distributed.all_gather(to_pixels(x)).flatten(0, 1).cpu().numpy())
+        progress(min(first + ranks * batch_size, len(labels)))
+    return np.concatenate(pixels)[: len(labels)]

@@ -22,8 +22,8 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, changed_settings, parse_training_command
-from ds_classifier.data.shards import ShardSet, open_shards
-from ds_classifier.data.store import RemoteShardSet, is_url, open_remote
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import RemoteShardSet, open_split
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
@@ -74,27 +74,17 @@ def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
             f"--num_classes: got {settings.num_classes}; need {len(classes)}, as many as "
             f"{settings.data_dir} has; do: drop the flag"
         )
-    for split in filter(None, (shards, val_shards)):
-        stored = split.manifest.image_size
-        if stored is not None and settings.image_size > stored:
-            raise ValueError(
-                f"--image_size: got {settings.image_size}, but the pictures in {split.folder} are "
-                f"stored halved for {stored} px; need that size or less; do: convert the originals "
-                f"with --image_size {settings.image_size}"
-            )
     settings = settings.replace(num_classes=len(classes))
     return shards, val_shards, dataclasses.replace(resolved, settings=settings)
 
 
 def _open(flag: str, location: str, settings: Settings) -> ShardSet:
     try:
-        if not is_url(location):
-            return open_shards(location)
-        return open_remote(
+        return open_split(
             location,
-            cache_dir=Path(settings.cache_dir).expanduser(),
-            budget_bytes=int(settings.cache_gb * 1e9) or None,
-            allow_pipe=True,  # the command line itself names it
+            cache_dir=settings.cache_dir,
+            cache_gb=settings.cache_gb,
+            image_size=settings.image_size,
         )
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
@@ -104,7 +94,7 @@ def train_on(
     resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, run_dir: Path
 ) -> int:
     """Build everything, find where to start, train; returns the exit code."""
-    quiet_libraries()
+    distributed.quiet_libraries()
     import torch
 
     from ds_classifier import checkpoint
@@ -248,15 +238,6 @@ def check_ranks(ds_config: dict, shards: ShardSet, val_shards: ShardSet | None, 
 def constant(step: int) -> float:
     """--anneal_lr False: the learning rate stays at its peak."""
     return 1.0
-
-
-def quiet_libraries() -> None:
-    """Keep off the screen what no user can act on."""
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:

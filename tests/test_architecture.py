@@ -19,13 +19,15 @@ LAYERS = [
         "data.images",
         "config",
         "shutdown",
+        "sample_files",
     ],
-    ["device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
+    ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["diffusion", "metrics", "logger", "data.loader", "data.sources", "data.convert", "engine"],
-    ["noised_classifier", "checkpoint"],
-    ["evaluation", "exact_denoiser"],
-    ["training", "export"],
+    ["noised_classifier", "checkpoint", "level_metrics"],
+    ["evaluation", "weights", "evaluation_table", "evaluation_plots", "exact_denoiser"],
+    ["training", "export", "guidance", "sampling"],
+    ["fidelity"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -1,0 +1,137 @@
+"""Does the classifier guide? Measured on a small training set, where the right answer is known.
+
+The exact denoiser of the training set (`exact_denoiser.py`) stands in for a diffusion model, and
+its class posterior is that of the best possible classifier. Two measures:
+
+- at each noise level, how far the classifier's p(y | x_t) and its gradient are from the best ones;
+- of guided samples, the share that an independent classifier takes for the class asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
+from ds_classifier.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance import bayes_gradient, classifier_gradient
+
+# The gradient vanishes where x_t leaves no doubt of its class. Shorter ones, as a shift of the noise
+# that the denoiser sees, whose own length is the square root of its numbers, are not compared.
+LEAST_SHIFT = 0.01
+
+
+@dataclass(frozen=True)
+class LevelFidelity:
+    """A classifier beside the best possible one at a noise level; means over pictures.
+
+    t: of the original process. kl: KL(p_Bayes(y | x_t) || p(y | x_t)) in nats.
+    accuracy, bayes_accuracy: shares of pictures whose class comes first.
+    compared: share of pictures whose best gradient, of log p(own class | x_t), has not vanished;
+    over these: cosine of the two gradients, and length_ratio, the classifier's over the best one's;
+    None if there are none.
+    """
+
+    t: int
+    kl: float
+    accuracy: float
+    bayes_accuracy: float
+    compared: float
+    cosine: float | None
+    length_ratio: float | None
+
+
+@torch.no_grad()
+def compare_with_bayes(
+    classifier: nn.Module,
+    exact: ExactDenoiser,
+    diffusion: GaussianDiffusion,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    timesteps: Sequence[int],
+    seed: int,
+    batch_size: int = 128,
+) -> list[LevelFidelity]:
+    """The classifier against the Bayes-optimal one of a training set, at noise levels.
+
+    diffusion: the original process, not respaced. images: [M, C, S, S] uint8 of the training set,
+    or some of them, on the device; labels: [M].
+    """
+    model_gradient = classifier_gradient(classifier)
+    best_gradient = bayes_gradient(exact, diffusion.alphas_cumprod)
+    rows = []
+    for level in timesteps:
+        found = []  # for each batch [n, 6]: kl, right, right of Bayes, compared, cosine, ratio
+        for start in range(0, len(images), batch_size):
+            x_start = images[start : start + batch_size].float() / 127.5 - 1.0
+            y = labels[start : start + batch_size]
+            positions = torch.arange(start, start + len(y), device=y.device)
+            noise = keyed_noise(seed, f"fidelity {level}", positions, tuple(x_start.shape[1:]))
+            t = torch.full_like(y, level)
+            x = diffusion.q_sample(x_start, t, noise)
+            shown = diffusion.model_timesteps(t)
+            best = exact.posterior(x, torch.from_numpy(diffusion.alphas_cumprod).to(x.device)[t])
+            log_p = classifier(x, shown).double().log_softmax(dim=1)
+            p_best = best.log_class.exp()
+            gap = torch.where(p_best > 0, p_best * (best.log_class - log_p), 0.0)
+            own = model_gradient(x, shown, y=y).flatten(1).double()
+            ideal = best_gradient(x, t, y=y).flatten(1).double()
+            sigma = float(np.sqrt(1.0 - diffusion.alphas_cumprod[level]))
+            length = ideal.norm(dim=1)
+            cosine = torch.cosine_similarity(own, ideal, dim=1)
+            columns = [
+                gap.sum(dim=1),
+                log_p.argmax(dim=1) == y,
+                best.log_class.argmax(dim=1) == y,
+                length * sigma > LEAST_SHIFT,
+                cosine,
+                own.norm(dim=1) / length,
+            ]
+            found.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+        numbers = torch.cat(found)
+        kl, right, best_right, compared = numbers[:, :4].mean(dim=0).tolist()
+        kept = numbers[numbers[:, 3] > 0, 4:]
+        cosine, ratio = kept.mean(dim=0).tolist() if len(kept) else (None, None)
+        rows.append(LevelFidelity(level, kl, right, best_right, compared, cosine, ratio))
+    return rows
+
+
+class Judge:
+    """An independent classifier of clean pictures: a support vector machine on their pixels."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        """images: uint8 [M, ...]; labels: [M]. Raises ValueError without scikit-learn."""
+        try:
+            from sklearn.svm import SVC
+        except ImportError:
+            raise ValueError(
+                "measuring guidance needs scikit-learn; do: pip install scikit-learn"
+            ) from None
+        self._svc = SVC().fit(self._features(images), labels)
+
+    @staticmethod
+    def _features(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1).astype(np.float32) / 255.0
+
+    def share(self, samples: np.ndarray, asked: np.ndarray) -> float:
+        """The share of samples, uint8 [N, ...] laid out like `images`, taken for the class asked."""
+        return float((self._svc.predict(self._features(samples)) == asked).mean())
+
+
+def level_lines(rows: Sequence[LevelFidelity]) -> list[str]:
+    """A table of the levels, for the screen."""
+    lines = ["     t  KL(Bayes||model)  accuracy  Bayes's  gradients: compared  cosine  length"]
+    for row in rows:
+        gradients = "       -       -"
+        if row.cosine is not None:
+            gradients = f"{row.cosine:8.2f}{row.length_ratio:8.2f}"
+        lines.append(
+            f"{row.t:6d}{row.kl:18.3f}{100 * row.accuracy:9.1f}%{100 * row.bayes_accuracy:8.1f}%"
+            f"{100 * row.compared:19.0f}%{gradients}"
+        )
+    return lines
