@@ -20,8 +20,8 @@ from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
 from ds_classifier.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance import bayes_gradient, classifier_gradient
 
-# The gradient vanishes where x_t leaves no doubt of its class. Shorter ones, as a shift of the noise
-# that the denoiser sees, whose own length is the square root of its numbers, are not compared.
+# The gradient vanishes where x_t leaves no doubt of its class. Gradients that shift the noise in x_t
+# by less than this, of a length of sqrt(C*S*S), are not compared.
 LEAST_SHIFT = 0.01
 
 
@@ -119,7 +119,7 @@ class Judge:
         return images.reshape(len(images), -1).astype(np.float32) / 255.0
 
     def share(self, samples: np.ndarray, asked: np.ndarray) -> float:
-        """The share of samples, uint8 [N, ...] laid out like `images`, taken for the class asked."""
+        """The share of samples, uint8 [N, ...] like `images`, taken for the class asked for."""
         return float((self._svc.predict(self._features(samples)) == asked).mean())
 
 

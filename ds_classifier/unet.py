@@ -39,7 +39,7 @@ def create_unet(
     num_heads: int,
     num_head_channels: int,
     num_heads_upsample: int,
-    attention_resolutions: str,8",
+    attention_resolutions: str,
     class_cond: bool,
     use_scale_shift_norm: bool,
     resblock_updown: bool,
