@@ -9,6 +9,7 @@ its class posterior is that of the best possible classifier. Two measures:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
 from ds_classifier.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance import bayes_gradient, classifier_gradient
+from ds_classifier.guidance import classifier_gradient
 
-# The gradient vanishes where x_t leaves no doubt of its class. Gradients that shift the noise in x_t
-# by less than this, of a length of sqrt(C*S*S), are not compared.
-LEAST_SHIFT = 0.01
+# The gradient vanishes where x_t leaves no doubt of its class. Those that shift the noise in x_t by
+# less than this (it is sqrt(C*S*S) long) are not compared.
+LEAST_SHIFT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class LevelFidelity:
     t: of the original process. kl: KL(p_Bayes(y | x_t) || p(y | x_t)) in nats.
     accuracy, bayes_accuracy: shares of pictures whose class comes first.
     compared: share of pictures whose best gradient, of log p(own class | x_t), has not vanished;
-    over these: cosine of the two gradients, and length_ratio, the classifier's over the best one's;
-    None if there are none.
+    over these: mean cosine of the two gradients, and length_ratio, the root mean square length of the
+    classifier's over that of the best; None if there are none.
     """
 
     t: int
@@ -63,10 +64,11 @@ def compare_with_bayes(
     or some of them, on the device; labels: [M].
     """
     model_gradient = classifier_gradient(classifier)
-    best_gradient = bayes_gradient(exact, diffusion.alphas_cumprod)
+    alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
     rows = []
     for level in timesteps:
-        found = []  # for each batch [n, 6]: kl, right, right of Bayes, compared, cosine, ratio
+        sigma = (1.0 - alphas_cumprod[level]).sqrt()
+        found = []  # of each batch, [n, 7]
         for start in range(0, len(images), batch_size):
             x_start = images[start : start + batch_size].float() / 127.5 - 1.0
             y = labels[start : start + batch_size]
@@ -75,28 +77,29 @@ def compare_with_bayes(
             t = torch.full_like(y, level)
             x = diffusion.q_sample(x_start, t, noise)
             shown = diffusion.model_timesteps(t)
-            best = exact.posterior(x, torch.from_numpy(diffusion.alphas_cumprod).to(x.device)[t])
+            best = exact.posterior(x, alphas_cumprod[t], y)
             log_p = classifier(x, shown).double().log_softmax(dim=1)
             p_best = best.log_class.exp()
             gap = torch.where(p_best > 0, p_best * (best.log_class - log_p), 0.0)
             own = model_gradient(x, shown, y=y).flatten(1).double()
-            ideal = best_gradient(x, t, y=y).flatten(1).double()
-            sigma = float(np.sqrt(1.0 - diffusion.alphas_cumprod[level]))
-            length = ideal.norm(dim=1)
-            cosine = torch.cosine_similarity(own, ideal, dim=1)
+            ideal = best.gradient.flatten(1).double()
             columns = [
                 gap.sum(dim=1),
                 log_p.argmax(dim=1) == y,
                 best.log_class.argmax(dim=1) == y,
-                length * sigma > LEAST_SHIFT,
-                cosine,
-                own.norm(dim=1) / length,
+                ideal.norm(dim=1) * sigma > LEAST_SHIFT,
+                torch.cosine_similarity(own, ideal, dim=1),
+                own.square().sum(dim=1),
+                ideal.square().sum(dim=1),
             ]
             found.append(torch.stack([column.double() for column in columns], dim=1).cpu())
         numbers = torch.cat(found)
         kl, right, best_right, compared = numbers[:, :4].mean(dim=0).tolist()
         kept = numbers[numbers[:, 3] > 0, 4:]
-        cosine, ratio = kept.mean(dim=0).tolist() if len(kept) else (None, None)
+        cosine = ratio = None
+        if len(kept):
+            cosine, own_square, ideal_square = kept.mean(dim=0).tolist()
+            ratio = math.sqrt(own_square / ideal_square)
         rows.append(LevelFidelity(level, kl, right, best_right, compared, cosine, ratio))
     return rows
 

@@ -18,7 +18,7 @@ GAP = 2  # pixels between pictures
 SHEET_SIDE = 64  # pictures smaller than this are shown enlarged by a whole factor
 CLASS_PICTURES = 64  # of a class on its sheet, at most
 OVERVIEW_CLASSES, OVERVIEW_PICTURES = 10, 8  # rows, and columns of each scale, at most
-HEADER = 16  # pixels of an overview's line of text
+HEADER, MARGIN = 16, 30  # pixels of an overview's line of text, and of its column of class numbers
 
 
 def scale_folder(out: Path, scale: float) -> Path:
@@ -52,10 +52,13 @@ def write_overview(
         sheet([pixels[labels == label][:OVERVIEW_PICTURES] for label in classes])
         for pixels in samples
     ]
-    height = HEADER + max(block.shape[0] for block in blocks)
-    width = sum(block.shape[1] for block in blocks) + 4 * GAP * (len(blocks) - 1)
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, left = ImageDraw.Draw(canvas), 0
+    height = blocks[0].shape[0]
+    width = MARGIN + sum(block.shape[1] for block in blocks) + 4 * GAP * (len(blocks) - 1)
+    canvas = Image.new("RGB", (width, HEADER + height), "white")
+    draw, left = ImageDraw.Draw(canvas), MARGIN
+    for row, label in enumerate(classes):
+        middle = HEADER + height * (2 * row + 1) // (2 * len(classes))
+        draw.text((GAP, middle - HEADER // 2), str(label), fill="black")
     for scale, block in zip(scales, blocks, strict=True):
         draw.text((left + GAP, GAP), f"scale {scale:g}", fill="black")
         canvas.paste(_image(block), (left, HEADER))

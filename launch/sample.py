@@ -19,7 +19,7 @@ if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import distributed, files
-from ds_classifier.config import Settings, add_setting_flags, boolean
+from ds_classifier.config import RECIPES, Settings, add_setting_flags, boolean
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import GaussianDiffusion
@@ -44,7 +44,7 @@ UNET = dict(
 WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 PROCESS = ("diffusion_steps", "noise_schedule", "timestep_respacing", "rescale_timesteps")
 LEVELS = 20  # noise levels at which --measure compares with the Bayes-optimal classifier
-LEVEL_PICTURES = 512  # training pictures shown at each of them, at most
+LEVEL_PICTURES = 256  # training pictures shown at each of them, at most
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +74,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
               python launch/sample.py --classifier_path 64x64_classifier.pt --classifier_depth 4 \\
                   --model_path 64x64_diffusion.pt MODEL_FLAGS --timestep_respacing 250
 
-            A run or checkpoint brings its settings; for a .pt give guided-diffusion's MODEL_FLAGS.
+            A run or checkpoint brings its settings; a .pt needs guided-diffusion's MODEL_FLAGS, or
+            its recipe.
             """),
     )
     add = parser.add_argument
@@ -107,7 +108,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     own = {action.dest for action in parser._actions}
     add_setting_flags(parser, ("classifier", "diffusion"))
     arguments = parser.parse_args(argv)
-    given = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
+    flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
     if not arguments.classifier_path:
         parser.error("got no --classifier_path; need one; to sample unguided: --classifier_scale 0")
     if bool(arguments.model_path) == bool(arguments.data_dir):
@@ -120,7 +121,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.error("--predict_xstart: got True; need a UNet that predicts the noise")
     if arguments.num_samples < 1 or arguments.batch_size < 1:
         parser.error("--num_samples and --batch_size need at least 1")
-    return arguments, given
+    return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
 
 
 def run(arguments: argparse.Namespace, given: dict) -> None:
