@@ -1,5 +1,5 @@
 # make install     everything into .venv, made once
-# make quickstart  digits -> shards -> two ranks -> validation -> export, in a few minutes
+# make quickstart  digits -> shards -> two ranks -> validation -> export -> guided samples
 # make test        the whole suite; needs no GPU
 # make lint        ruff, as CI runs it
 

@@ -21,9 +21,8 @@ from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
 from ds_classifier.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance import classifier_gradient
 
-# The gradient vanishes where x_t leaves no doubt of its class. Those that shift the noise in x_t by
-# less than this (it is sqrt(C*S*S) long) are not compared.
-LEAST_SHIFT = 1e-4
+# Where x_t leaves less doubt of its class, log p(y | x_t) is flat: there is no gradient to compare.
+DOUBT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class LevelFidelity:
 
     t: of the original process. kl: KL(p_Bayes(y | x_t) || p(y | x_t)) in nats.
     accuracy, bayes_accuracy: shares of pictures whose class comes first.
-    compared: share of pictures whose best gradient, of log p(own class | x_t), has not vanished;
-    over these: mean cosine of the two gradients, and length_ratio, the root mean square length of the
-    classifier's over that of the best; None if there are none.
+    compared: share of pictures where the best classifier doubts their class. Over these: cosine,
+    the mean of the two gradients' of log p(own class | x_t), and length_ratio, the root mean square
+    length of the classifier's over that of the best; None if there are none.
     """
 
     t: int
@@ -67,7 +66,6 @@ def compare_with_bayes(
     alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
     rows = []
     for level in timesteps:
-        sigma = (1.0 - alphas_cumprod[level]).sqrt()
         found = []  # of each batch, [n, 7]
         for start in range(0, len(images), batch_size):
             x_start = images[start : start + batch_size].float() / 127.5 - 1.0
@@ -87,7 +85,7 @@ def compare_with_bayes(
                 gap.sum(dim=1),
                 log_p.argmax(dim=1) == y,
                 best.log_class.argmax(dim=1) == y,
-                ideal.norm(dim=1) * sigma > LEAST_SHIFT,
+                best.log_class.gather(1, y[:, None])[:, 0] < -DOUBT,
                 torch.cosine_similarity(own, ideal, dim=1),
                 own.square().sum(dim=1),
                 ideal.square().sum(dim=1),

@@ -25,7 +25,7 @@ class BayesModule(nn.Module):
         distances = (x.double().flatten(1)[:, None] - a.sqrt()[..., None] * self.clean).square()
         log_weights = -distances.sum(-1) / (2 * (1 - a))
         of_class = [log_weights[:, self.labels == k].logsumexp(1) for k in range(CLASSES)]
-        return self.sharper * torch.stack(of_class, dim=1)
+        return (self.sharper * torch.stack(of_class, dim=1)).log_softmax(dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,8 @@ def test_an_ignorant_and_an_inverted_classifier(world):
         **how,
     )
     # Against uniform answers KL is log K less the entropy of the best answers.
-    a = torch.full((40,), float(diffusion.alphas_cumprod[900]), dtype=torch.float64)
     assert 0 < ignorant.kl < np.log(CLASSES)
     assert ignorant.length_ratio < 1e-6
-    assert a.min() > 0
 
 
 def test_the_judge_knows_digits(digits):

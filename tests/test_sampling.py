@@ -1,5 +1,6 @@
 """DDPM and DDIM steps and whole guided loops against guided-diffusion's; the command."""
 
+import argparse
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_model import DEFAULT, filled, relative_error
 from test_unet import small_unet
 
 from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
 from ds_classifier.guidance import classifier_gradient
 from ds_classifier.model import create_classifier
 from ds_classifier.sampling import (
@@ -113,8 +115,8 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
     arguments += ["--classifier_scale", "0", "2"]
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        extra = ["--out_dir", out] + (["--measure"] if ranks == 2 else [])
-        done = launch(ranks, *arguments, *extra, cwd=tmp_path, script=ROOT / "launch/sample.py")
+        arguments += ["--out_dir", out]
+        done = launch(ranks, *arguments, cwd=tmp_path, script=ROOT / "launch/sample.py")
         assert done.code == 0, done.output
     for scale in ("scale_0", "scale_2"):
         one, two = (np.load(tmp_path / n / scale / "samples_7x16x16x3.npz") for n in "12")
@@ -128,9 +130,33 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
             np.asarray(Image.open(tmp_path / f"1/{scale}/class_0008.png"))[:64, :64], first
         )
     assert (tmp_path / "1/overview.png").is_file()
-    report = json.loads((tmp_path / "2/fidelity.json").read_text())
-    assert set(report["shares"]) == {"0", "2"}
-    assert len(report["levels"]) == 21
+
+
+def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
+    """Samples that are pictures of the asked class at one scale, of the next class at another."""
+    pytest.importorskip("sklearn")
+    from launch import sample as command
+
+    monkeypatch.setattr(command, "LEVELS", 2)
+    monkeypatch.setattr(command, "LEVEL_PICTURES", 6)
+    pictures = read_pictures(digits / "val", image_size=16)
+    images, labels, _ = pictures
+    pixels = images[:40].permute(0, 2, 3, 1).numpy()
+    classifier = create_classifier(**DEFAULT | dict(num_classes=10))
+    classifier.load_state_dict(filled(classifier.state_dict()))
+    report = command.measure(
+        argparse.Namespace(classifier_scale=[0.0, 2.0], seed=0),
+        classifier,
+        ExactDenoiser(*pictures),
+        create_gaussian_diffusion(),
+        pictures,
+        [pixels, pixels[(np.arange(40) + 1) % 40]],
+        labels[:40].numpy(),
+    )
+    assert report["shares"]["0"] > 0.95
+    assert report["shares"]["2"] < 0.5
+    assert [level["t"] for level in report["levels"]] == [0, 500, 999]
+    assert "scale     2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
