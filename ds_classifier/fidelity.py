@@ -10,7 +10,7 @@ its class posterior is that of the best possible classifier. Two measures:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,15 +56,14 @@ def compare_with_bayes(
     timesteps: Sequence[int],
     seed: int,
     batch_size: int = 128,
-) -> list[LevelFidelity]:
-    """The classifier against the Bayes-optimal one of a training set, at noise levels.
+) -> Iterator[LevelFidelity]:
+    """The classifier against the Bayes-optimal one of a training set, a row a noise level.
 
     diffusion: the original process, not respaced. images: [M, C, S, S] uint8 of the training set,
     or some of them, on the device; labels: [M].
     """
     model_gradient = classifier_gradient(classifier)
     alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
-    rows = []
     for level in timesteps:
         found = []  # of each batch, [n, 7]
         for start in range(0, len(images), batch_size):
@@ -98,8 +97,7 @@ def compare_with_bayes(
         if len(kept):
             cosine, own_square, ideal_square = kept.mean(dim=0).tolist()
             ratio = math.sqrt(own_square / ideal_square)
-        rows.append(LevelFidelity(level, kl, right, best_right, compared, cosine, ratio))
-    return rows
+        yield LevelFidelity(level, kl, right, best_right, compared, cosine, ratio)
 
 
 class Judge:
@@ -124,15 +122,15 @@ class Judge:
         return float((self._svc.predict(self._features(samples)) == asked).mean())
 
 
-def level_lines(rows: Sequence[LevelFidelity]) -> list[str]:
-    """A table of the levels, for the screen."""
-    lines = ["     t  KL(Bayes||model)  accuracy  Bayes's  gradients: compared  cosine  length"]
-    for row in rows:
-        gradients = "       -       -"
-        if row.cosine is not None:
-            gradients = f"{row.cosine:8.2f}{row.length_ratio:8.2f}"
-        lines.append(
-            f"{row.t:6d}{row.kl:18.3f}{100 * row.accuracy:9.1f}%{100 * row.bayes_accuracy:8.1f}%"
-            f"{100 * row.compared:19.0f}%{gradients}"
-        )
-    return lines
+HEADER = "     t  KL(Bayes||model)  accuracy  Bayes's  gradients: compared  cosine  length"
+
+
+def level_line(row: LevelFidelity) -> str:
+    """A row of the table that HEADER heads."""
+    gradients = "       -       -"
+    if row.cosine is not None:
+        gradients = f"{row.cosine:8.2f}{row.length_ratio:8.2f}"
+    return (
+        f"{row.t:6d}{row.kl:18.3f}{100 * row.accuracy:9.1f}%{100 * row.bayes_accuracy:8.1f}%"
+        f"{100 * row.compared:19.0f}%{gradients}"
+    )

@@ -318,7 +318,8 @@ def measure(
         last = original.num_timesteps - 1
         stride = max(1, len(images) // LEVEL_PICTURES)
         shown = slice(None, LEVEL_PICTURES * stride, stride)
-        levels = fidelity.compare_with_bayes(
+        print(f"beside the best possible classifier:\n{fidelity.HEADER}", flush=True)
+        for level in fidelity.compare_with_bayes(
             classifier,
             exact,
             original,
@@ -326,8 +327,9 @@ def measure(
             own_labels[shown].to(device),
             timesteps=torch.linspace(0, last, LEVELS + 1).round().long().tolist(),
             seed=arguments.seed,
-        )
-        print("\n".join(fidelity.level_lines(levels)), flush=True)
+        ):
+            print(fidelity.level_line(level), flush=True)
+            levels.append(level)
     return {"shares": shares, "levels": [dataclasses.asdict(level) for level in levels]}
 
 
