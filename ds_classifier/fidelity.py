@@ -122,7 +122,10 @@ class Judge:
         return float((self._svc.predict(self._features(samples)) == asked).mean())
 
 
-HEADER = "     t  KL(Bayes||model)  accuracy  Bayes's  gradients: compared  cosine  length"
+HEADER = (
+    f"{'t':>6s}{'KL(Bayes||model)':>18s}{'accuracy':>10s}{'Bayes':>9s}"
+    f"{'gradients: compared':>22s}{'cosine':>8s}{'length':>8s}"
+)
 
 
 def level_line(row: LevelFidelity) -> str:
@@ -132,5 +135,5 @@ def level_line(row: LevelFidelity) -> str:
         gradients = f"{row.cosine:8.2f}{row.length_ratio:8.2f}"
     return (
         f"{row.t:6d}{row.kl:18.3f}{100 * row.accuracy:9.1f}%{100 * row.bayes_accuracy:8.1f}%"
-        f"{100 * row.compared:19.0f}%{gradients}"
+        f"{100 * row.compared:21.0f}%{gradients}"
     )
