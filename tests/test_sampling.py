@@ -125,6 +125,8 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
         assert np.array_equal(one["arr_0"], two["arr_0"])
         assert one["arr_1"].tolist() == two["arr_1"].tolist() == [3, 8, 3, 8, 3, 8, 3]
         assert one["arr_1"].dtype == np.int64
+        # Each from its own noise, in whatever batch it stands.
+        assert len(np.unique(one["arr_0"].reshape(7, -1), axis=0)) == 7
         first = one["arr_0"][1].repeat(4, 0).repeat(4, 1)  # of class 8; sheets enlarge to 64 px
         assert np.array_equal(
             np.asarray(Image.open(tmp_path / f"1/{scale}/class_0008.png"))[:64, :64], first
@@ -174,3 +176,25 @@ def test_wrong_flags_are_told(flags, words, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--classifier_path", "c", *flags])
     assert words in capsys.readouterr().err
+
+
+def test_a_unet_file_is_read_with_its_flags(tmp_path):
+    from ds_classifier.config import Settings
+    from launch import sample as command
+
+    path = tmp_path / "diffusion.pt"
+    torch.save(small_unet("cond").state_dict(), path)
+    flags = ["--classifier_path", "c", "--model_path", path, "--image_size", "16"]
+    flags += ["--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1,2"]
+    flags += ["--attention_resolutions", "8", "--class_cond", "True", "--learn_sigma", "True"]
+    flags += ["--num_head_channels", "32", "--use_new_attention_order", "True", "--dropout", "0.1"]
+    for extra in (["--resblock_updown", "True"], []):
+        arguments, given = command.parse(list(map(str, flags + extra)))
+        settings = Settings(**given).replace(num_classes=7)
+        if extra:
+            unet = command.load_unet(arguments, settings, "cpu")
+            x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 750]), torch.tensor([1, 5])
+            assert torch.equal(unet(x, t, y), small_unet("cond")(x, t, y))
+        else:
+            with pytest.raises(ValueError, match="other flags"):
+                command.load_unet(arguments, settings, "cpu")
