@@ -284,6 +284,8 @@ def gradient_of(
     if scale == 0:
         return None
     if classifier is None:
+        if original.rescale_timesteps and original.num_timesteps != 1000:
+            raise ValueError("--classifier_path bayes: got --rescale_timesteps; do: drop it")
         return guidance.bayes_gradient(exact, original.alphas_cumprod, scale=scale)
     return guidance.classifier_gradient(
         classifier,
