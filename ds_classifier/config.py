@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,16 @@ def _training_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="JSON", help="how to train; see below"
     )
+    add_setting_flags(parser, GROUPS)
+    parser.add_argument("--classifier_use_fp16", type=boolean, default=None, help=argparse.SUPPRESS)
+    for name in WITHOUT_EFFECT:
+        parser.add_argument(f"--{name}", type=boolean, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    return parser
+
+
+def add_setting_flags(parser: argparse.ArgumentParser, groups: Sequence[str]) -> None:
+    """Add --recipe, and a flag for every setting of some groups; only those given get parsed."""
     parser.add_argument(
         "--recipe",
         default="",
@@ -327,31 +338,26 @@ def _training_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"settings that belong together: {', '.join(RECIPES)}; flags override them",
     )
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    shown_groups = {name: parser.add_argument_group(name) for name in groups}
     for field in dataclasses.fields(Settings):
+        if field.metadata["group"] not in groups:
+            continue
         kind = _flag_type(field)
         shown = f" [{field.default}]" if "(default" not in field.metadata["help"] else ""
-        groups[field.metadata["group"]].add_argument(
+        shown_groups[field.metadata["group"]].add_argument(
             f"--{field.name}",
             type=kind,
             default=argparse.SUPPRESS,
-            metavar={_boolean: "BOOL", str: "TEXT", int: "N", float: "X"}[kind],
+            metavar={boolean: "BOOL", str: "TEXT", int: "N", float: "X"}[kind],
             help=field.metadata["help"] + shown,
         )
-    parser.add_argument(
-        "--classifier_use_fp16", type=_boolean, default=None, help=argparse.SUPPRESS
-    )
-    for name in WITHOUT_EFFECT:
-        parser.add_argument(f"--{name}", type=_boolean, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
-    return parser
 
 
 def _flag_type(field: dataclasses.Field) -> Any:
-    return {"str": str, "int": int, "float": float}.get(str(field.type), _boolean)
+    return {"str": str, "int": int, "float": float}.get(str(field.type), boolean)
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
     """The reference's spelling of truth: yes, true, t, y, 1 and their opposites."""
     word = text.lower()
     if word in ("yes", "true", "t", "y", "1"):

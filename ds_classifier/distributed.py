@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
@@ -54,6 +55,13 @@ def complain(message: str) -> None:
 def warn(message: str) -> None:
     """Print a line about this rank alone, with its number; the run goes on."""
     print(f"rank {rank()}: {message}", file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Keep off the screen what no user can act on; call before torch is imported."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def init(timeout: timedelta = timedelta(minutes=30)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ds_classifier import checkpoint
 from ds_classifier.config import Settings
 from ds_classifier.model import CHANNEL_MULT, create_classifier, parse_channel_mult
+from ds_classifier.weights import read_weights
 
 REFERENCE_SIZES = (64, 128, 256, 512)
 REFERENCE_CLASSES = 1000
@@ -107,13 +107,7 @@ def load_initial_weights(classifier: nn.Module, source: Path) -> str:
 def _read_weights(source: Path) -> dict[str, Tensor]:
     if source.is_file():
         try:
-            weights: Any = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # unpickling raises whatever the file makes it
-            first_line = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"--init_from: {source} is no plain state dict: {first_line}"
-            ) from None
-        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-            raise ValueError(f"--init_from: got {source}; need a state dict of tensors")
-        return weights
+            return read_weights(source)
+        except ValueError as error:
+            raise ValueError(f"--init_from: {error}") from None
     return checkpoint.read_model(checkpoint.resolve_checkpoint(source))

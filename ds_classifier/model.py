@@ -209,6 +209,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return F.pad(embedding, (0, dim % 2))
 
 
+def double(x: Tensor) -> Tensor:
+    """Every pixel becomes a square of four: [N, C, H, W] -> [N, C, 2H, 2W]."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv; the timestep as scale and shift (or a shift); norm, SiLU, conv; plus x."""
 
@@ -220,10 +225,11 @@ class ResBlock(nn.Module):
         *,
         use_scale_shift_norm: bool,
         down: bool = False,
+        up: bool = False,
     ):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.down = down
+        self.down, self.up = down, up
         self.in_layers = nn.Sequential(
             GroupNorm(channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1)
         )
@@ -243,6 +249,8 @@ class ResBlock(nn.Module):
         h = act(norm(x))
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        if self.up:
+            h, x = double(h), double(x)
         h = conv(h)
         emb = self.emb_layers(emb)[:, :, None, None]
         norm, act, _, conv = self.out_layers
@@ -266,11 +274,16 @@ class Downsample(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a feature map, added to it."""
+    """Self-attention over the pixels of a feature map, added to it.
 
-    def __init__(self, channels: int):
+    new_order: of the qkv layer's outputs; q, k, v are split before the heads, else after them.
+    """
+
+    def __init__(
+        self, channels: int, *, head_channels: int = HEAD_CHANNELS, new_order: bool = False
+    ):
         super().__init__()
-        self.num_heads = channels // HEAD_CHANNELS
+        self.num_heads, self.new_order = channels // head_channels, new_order
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
@@ -278,9 +291,11 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
         n, c, height, width = x.shape
         qkv = project(tokens(self.norm(x)), self.qkv)  # [N, T, heads * 3 * c/heads]
-        # The reference splits heads before q, k, v ("legacy order"): each head's q, k, v adjoin.
-        qkv = qkv.view(n, height * width, self.num_heads, 3, HEAD_CHANNELS)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [N, heads, T, 64]
+        if self.new_order:
+            qkv = qkv.view(n, height * width, 3, self.num_heads, -1).transpose(2, 3)
+        else:  # the reference's "legacy order", of all its classifiers: each head's q, k, v adjoin
+            qkv = qkv.view(n, height * width, self.num_heads, 3, -1)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [N, heads, T, c/heads]
         h = F.scaled_dot_product_attention(q, k, v)
         h = project(h.transpose(1, 2).reshape(n, height * width, c), self.proj_out)
         return x + h.view(n, height, width, c).permute(0, 3, 1, 2)

@@ -1,4 +1,5 @@
-"""The whole way on the handwritten digits, in a few minutes: shards, training, validation, export.
+"""The whole way on the handwritten digits, in a few minutes: shards, training, validation,
+export, guided samples.
 
 `make quickstart` runs it. Everything lands in data/digits/ and runs/quickstart/.
 """
@@ -18,6 +19,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
 RANKS = 2
+GUIDANCE_SCALE = 10  # of 1, 3, 10, 30 the least that most samples follow
 
 
 def main() -> int:
@@ -34,6 +36,9 @@ def main() -> int:
     minutes = (time.monotonic() - began) / 60
     print("3. the classifier as guided-diffusion's file", flush=True)
     if code := call([sys.executable, ROOT / "launch/export.py", RUN]):
+        return code
+    print("4. digits guided by it, beside unguided ones", flush=True)
+    if code := call(sampling_command()):
         return code
     if trained_before:
         print(f"trained before; to train again: rm -r {RUN}")
@@ -67,6 +72,15 @@ def training_command(config: str, ranks: int) -> list[object]:
     return [*launcher, *script, *flags]
 
 
+def sampling_command() -> list[object]:
+    """Ten rows, one a class: eight digits unguided, and eight from the same noise guided."""
+    script = [sys.executable, ROOT / "launch/sample.py", "--classifier_path", RUN]
+    flags = ["--data_dir", DATA / "train", "--classifier_scale", 0, GUIDANCE_SCALE]
+    # DDPM: in as few steps, DDIM's samples follow the classifier less.
+    flags += ["--num_samples", 80, "--batch_size", 40, "--timestep_respacing", 25]
+    return [*script, *flags, "--out_dir", RUN / "samples"]
+
+
 def call(command: list[object]) -> int:
     """Run a command; show its lines and keep them all, less what libraries say of themselves."""
     process = subprocess.Popen(
@@ -97,6 +111,7 @@ def report() -> None:
     print(f"                      {100 * row['val_acc@1']:.1f} % over all noise levels")
     print(f"                      {quartiles} % by quartile of t, from little noise to nearly all")
     print(f"  weights             {RUN}/export/")
+    print(f"  guided digits       {RUN}/samples/overview.png")
     print(f"  curves              {RUN}/progress.csv, log.jsonl, and tb/ for TensorBoard")
     print("  next                . .venv/bin/activate, then the commands of the README")
 

@@ -22,7 +22,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier import distributed, failures
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
-from ds_classifier.data.store import RemoteShardSet, open_split
+from ds_classifier.data.store import RemoteShardSet, open_named
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 from ds_classifier.run_files import (
     DONE,
@@ -81,25 +81,17 @@ def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
             f"--num_classes: got {settings.num_classes}; need {len(classes)}, as many as "
             f"{settings.data_dir} has; do: drop the flag"
         )
-    for split in filter(None, (shards, val_shards)):
-        stored = split.manifest.image_size
-        if stored is not None and settings.image_size > stored:
-            raise ValueError(
-                f"--image_size: got {settings.image_size}, but the pictures in {split.folder} are "
-                f"stored halved for {stored} px; need that size or less; do: convert the originals "
-                f"with --image_size {settings.image_size}"
-            )
     settings = settings.replace(num_classes=len(classes))
     return shards, val_shards, dataclasses.replace(resolved, settings=settings)
 
 
 def _open(flag: str, location: str, settings: Settings) -> ShardSet:
     try:
-        return open_split(
+        return open_named(
             location,
-            cache_dir=Path(settings.cache_dir).expanduser(),
-            budget_bytes=int(settings.cache_gb * 1e9) or None,
-            allow_pipe=True,  # the command line itself names it
+            cache_dir=settings.cache_dir,
+            cache_gb=settings.cache_gb,
+            image_size=settings.image_size,
         )
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
@@ -114,7 +106,7 @@ def train_on(
     requests: StopRequests,
 ) -> int:
     """Build everything, find where to start, train; returns the exit code."""
-    quiet_libraries()
+    distributed.quiet_libraries()
     import torch
 
     from ds_classifier import checkpoint
@@ -285,15 +277,6 @@ def check_ranks(ds_config: dict, shards: ShardSet, val_shards: ShardSet | None, 
 def constant(step: int) -> float:
     """--anneal_lr False: the learning rate stays at its peak."""
     return 1.0
-
-
-def quiet_libraries() -> None:
-    """Keep off the screen what no user can act on."""
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def launched_as(world_size: int) -> str:

@@ -21,10 +21,11 @@ LAYERS = [
         "config",
         "processes",
         "memory",
+        "sample_files",
     ],
     ["failures", "peers", "run_lock", "shutdown"],
     ["watchdog"],
-    ["device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
+    ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["data.layouts"],
     [
@@ -37,9 +38,18 @@ LAYERS = [
         "data.foreign",
         "engine",
     ],
-    ["noised_classifier", "checkpoint", "replicas", "skipped_steps"],
-    ["evaluation", "checkpoint_writer", "run_files"],
-    ["training", "export"],
+    ["noised_classifier", "checkpoint", "replicas", "skipped_steps", "level_metrics"],
+    [
+        "evaluation",
+        "checkpoint_writer",
+        "run_files",
+        "weights",
+        "evaluation_table",
+        "evaluation_plots",
+        "exact_denoiser",
+    ],
+    ["training", "export", "guidance", "sampling"],
+    ["fidelity"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

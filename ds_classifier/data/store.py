@@ -342,3 +342,25 @@ def open_split(
     rows = manifest.samples * INDEX_DTYPE.itemsize
     path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
     return RemoteShardSet(store.folder, manifest, read_index(path, manifest), store)
+
+
+def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:
+    """Open a split that the command line names, by a path or a URL, for pictures of image_size.
+
+    cache_dir, cache_gb: of the node, for shards behind a URL; 0 gigabytes: no limit.
+    Raises ValueError where there is none, or where its pictures are stored smaller than that.
+    """
+    split = open_split(
+        location,
+        cache_dir=Path(cache_dir).expanduser(),
+        budget_bytes=int(cache_gb * 1e9) or None,
+        allow_pipe=True,  # the command line itself names it
+    )
+    stored = split.manifest.image_size
+    if stored is not None and image_size > stored:
+        raise ValueError(
+            f"the pictures in {split.folder} are stored halved for {stored} px, got --image_size "
+            f"{image_size}; need that size or less; do: convert the originals with --image_size "
+            f"{image_size}"
+        )
+    return split

@@ -82,6 +82,88 @@ def main(checkout: str) -> None:
         random.seed(seed)
         images[f"random_16_{seed}"] = random_crop_arr(image, 16)
     np.savez_compressed(HERE / "images.npz", **images)
+    record_sampling()
+
+
+UNETS = {
+    "cond": dict(
+        num_classes=7, num_head_channels=32, resblock_updown=True, use_new_attention_order=True
+    ),
+    "uncond": dict(num_heads=4, num_heads_upsample=2, use_scale_shift_norm=False),
+}
+
+
+def filled(model):
+    state = model.state_dict()
+    model.load_state_dict({k: torch.from_numpy(fill(k, v.shape)) for k, v in state.items()})
+    return model.eval()
+
+
+def record_sampling() -> None:
+    """Outputs of two small UNets, and what guided DDPM and DDIM loops end in."""
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+    common = dict(
+        image_size=16,
+        in_channels=3,
+        model_channels=32,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+    )
+    x = torch.from_numpy(np.random.RandomState(7).standard_normal((2, 3, 16, 16))).float()
+    t, y = torch.tensor([3, 750]), torch.tensor([1, 5])
+    numbers = {"t": t.numpy(), "y": y.numpy()}
+    unets = {}
+    for name, settings in UNETS.items():
+        channels = 6 if name == "cond" else 3
+        own = {"use_scale_shift_norm": True} | settings
+        unets[name] = filled(UNetModel(out_channels=channels, **common, **own))
+        with torch.no_grad():
+            output = unets[name](x, t, y if name == "cond" else None)
+        numbers[f"output_{name}"] = output.numpy()
+    classifier = filled(
+        EncoderUNetModel(
+            out_channels=7,
+            num_head_channels=64,
+            use_scale_shift_norm=True,
+            resblock_updown=True,
+            pool="attention",
+            **common,
+        )
+    )
+
+    def cond_fn(x, t, y=None):  # as in classifier_sample.py
+        with torch.enable_grad():
+            x_in = x.detach().requires_grad_(True)
+            selected = classifier(x_in, t).log_softmax(dim=-1)[range(len(x)), y]
+            return torch.autograd.grad(selected.sum(), x_in)[0] * 3.0
+
+    plain = torch.randn_like
+    for name, unet in unets.items():
+        for loop, respacing in (("p_sample_loop", "10"), ("ddim_sample_loop", "ddim5")):
+            diffusion = create_gaussian_diffusion(
+                noise_schedule="linear", timestep_respacing=respacing, learn_sigma=name == "cond"
+            )
+            draws = np.random.RandomState(19)
+            torch.randn_like = lambda x, draws=draws: torch.from_numpy(
+                draws.standard_normal(tuple(x.shape))
+            ).float()
+
+            def model_fn(x, t, y=None, unet=unet):
+                return unet(x, t, y if unet.num_classes else None)
+
+            numbers[f"{loop}_{name}"] = getattr(diffusion, loop)(
+                model_fn,
+                tuple(x.shape),
+                noise=torch.randn_like(x),
+                model_kwargs={"y": y},
+                cond_fn=cond_fn,
+                device="cpu",
+            ).numpy()
+    torch.randn_like = plain
+    np.savez_compressed(HERE / "sampling.npz", **numbers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Samples on disk: guided-diffusion's npz, and PNG sheets to look at.
+
+scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: pictures and classes
+scale_3/class_0007.png        the samples of a class
+overview.png                  a row a class, a block of columns a scale
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+GAP = 2  # pixels between pictures
+SHEET_SIDE = 64  # pictures smaller than this are shown enlarged by a whole factor
+CLASS_PICTURES = 64  # of a class on its sheet, at most
+OVERVIEW_CLASSES, OVERVIEW_PICTURES = 10, 8  # rows, and columns of each scale, at most
+HEADER, MARGIN = 16, 30  # pixels of an overview's line of text, and of its column of class numbers
+
+
+def scale_folder(out: Path, scale: float) -> Path:
+    return out / f"scale_{scale:g}"
+
+
+def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
+    """Write the npz and a sheet a class. pixels: uint8 [N, H, W, C]; labels: int64 [N]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
+    staging = path.with_suffix(".staging.npz")
+    np.savez(staging, pixels, labels)  # unnamed arrays are called arr_0, arr_1
+    os.replace(staging, path)
+    for label in np.unique(labels):
+        shown = pixels[labels == label][:CLASS_PICTURES]
+        columns = min(8, len(shown))
+        rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+        _save(sheet(rows), folder / f"class_{label:04d}.png")
+    return path
+
+
+def write_overview(
+    path: Path, scales: Sequence[float], samples: Sequence[np.ndarray], labels: np.ndarray
+) -> None:
+    """The first classes, a row each, at every scale, side by side under their scales' names.
+
+    samples: for each scale uint8 [N, H, W, C]; labels: int64 [N], the same for all.
+    """
+    classes = np.unique(labels)[:OVERVIEW_CLASSES]
+    blocks = [
+        sheet([pixels[labels == label][:OVERVIEW_PICTURES] for label in classes])
+        for pixels in samples
+    ]
+    height = blocks[0].shape[0]
+    width = MARGIN + sum(block.shape[1] for block in blocks) + 4 * GAP * (len(blocks) - 1)
+    canvas = Image.new("RGB", (width, HEADER + height), "white")
+    draw, left = ImageDraw.Draw(canvas), MARGIN
+    for row, label in enumerate(classes):
+        middle = HEADER + height * (2 * row + 1) // (2 * len(classes))
+        draw.text((GAP, middle - HEADER // 2), str(label), fill="black")
+    for scale, block in zip(scales, blocks, strict=True):
+        draw.text((left + GAP, GAP), f"scale {scale:g}", fill="black")
+        canvas.paste(_image(block), (left, HEADER))
+        left += block.shape[1] + 4 * GAP
+    canvas.save(path)
+
+
+def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures in rows, white between them: rows of uint8 [n, H, W, C] -> uint8 [h, w, C]."""
+    height, width, channels = rows[0].shape[1:]
+    factor = max(1, SHEET_SIDE // max(height, width))
+    tile = (height * factor + GAP, width * factor + GAP)
+    columns = max(map(len, rows))
+    canvas = np.full((len(rows) * tile[0] - GAP, columns * tile[1] - GAP, channels), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+            top, left = i * tile[0], j * tile[1]
+            canvas[top : top + large.shape[0], left : left + large.shape[1]] = large
+    return canvas
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    _image(pixels).save(path)

@@ -1,0 +1,207 @@
+"""guided-diffusion's UNet: the noise in x_t, and its learned variance; for sampling from its files.
+
+Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3. Parameter names
+and shapes are those of guided-diffusion's `UNetModel`, so that its published models of all sizes
+load here unchanged. Its first half is the classifier's (`model.py`). Dropout is left out: it does
+nothing in sampling.
+
+Shapes: N images, C channels, S x S pixels, E = 4 * width embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_classifier.model import (
+    NORM_GROUPS,
+    AttentionBlock,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    TimestepSequential,
+    default_channel_mult,
+    double,
+    timestep_embedding,
+    zero_init,
+)
+
+
+def create_unet(
+    *,
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    class_cond: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_new_attention_order: bool,
+    learn_sigma: bool,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+) -> UNetModel:
+    """Build the UNet that the reference's flags of the same names describe.
+
+    num_channels: channels at multiplier 1. num_res_blocks: residual blocks a level.
+    channel_mult: "1,2,3,4", a multiplier a level; "" means the image size's default.
+    num_heads: of each attention, num_heads_upsample (-1: as many) in the second half; both count
+        only where num_head_channels, the channels of a head, is -1.
+    class_cond: it is told the class, one of num_classes. learn_sigma: it tells its variance too.
+
+    Returns a module: forward(x [N, C, S, S], timesteps [N], y [N] or None) -> [N, C or 2C, S, S].
+    Raises ValueError for what the architecture cannot be built with.
+    """
+    try:
+        mult = (
+            tuple(int(part) for part in channel_mult.split(","))
+            if channel_mult
+            else default_channel_mult(image_size)
+        )
+        sides = [int(part) for part in attention_resolutions.split(",") if part]
+    except ValueError as error:
+        raise ValueError(
+            f"channel_mult {channel_mult!r}, attention_resolutions {attention_resolutions!r}, "
+            f"image_size {image_size}: {error}"
+        ) from None
+    factor = 2 ** (len(mult) - 1)
+    if image_size % factor:
+        raise ValueError(
+            f"image_size: got {image_size}; need a multiple of {factor} for {len(mult)} levels"
+        )
+    channels = [int(m * num_channels) for m in mult]
+    heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+    attention_ds = {image_size // side for side in sides if side > 0}
+    attended = {c for level, c in enumerate(channels) if 2**level in attention_ds}
+    for c in channels:
+        if c % NORM_GROUPS:
+            raise ValueError(f"num_channels: got {c} at a level; need a multiple of {NORM_GROUPS}")
+    for c in attended | {channels[-1]}:
+        if c % num_head_channels if num_head_channels != -1 else c % num_heads or c % heads_up:
+            raise ValueError(
+                f"num_heads, num_head_channels: got {num_heads}, {num_head_channels}, which do not "
+                f"divide the {c} channels of a level that attends"
+            )
+    return UNetModel(
+        in_channels=in_channels,
+        out_channels=2 * in_channels if learn_sigma else in_channels,
+        width=num_channels,
+        channels=channels,
+        depth=num_res_blocks,
+        attention_ds=attention_ds,
+        heads=(num_heads, heads_up),
+        head_channels=None if num_head_channels == -1 else num_head_channels,
+        new_order=use_new_attention_order,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        num_classes=num_classes if class_cond else None,
+    )
+
+
+class Upsample(nn.Module):
+    """Doubling and a convolution between levels, where the residual blocks do not double."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(double(x))
+
+
+class UNetModel(nn.Module):
+    """forward(x [N, C, S, S], timesteps [N], y [N] or None) -> noise, and variance if learned."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        channels: Sequence[int],
+        depth: int,
+        attention_ds: set[int],
+        heads: tuple[int, int],
+        head_channels: int | None,
+        new_order: bool,
+        use_scale_shift_norm: bool,
+        resblock_updown: bool,
+        num_classes: int | None,
+    ):
+        super().__init__()
+        self.width, self.num_classes = width, num_classes
+        emb_channels = 4 * width
+
+        def block(c: int, out: int, *, down: bool = False, up: bool = False) -> ResBlock:
+            return ResBlock(
+                c, emb_channels, out, use_scale_shift_norm=use_scale_shift_norm, down=down, up=up
+            )
+
+        def attention(c: int, heads: int) -> AttentionBlock:
+            return AttentionBlock(c, head_channels=head_channels or c // heads, new_order=new_order)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+        c = channels[0]
+        self.input_blocks = nn.ModuleList(
+            [TimestepSequential(Conv2d(in_channels, c, 3, padding=1))]
+        )
+        kept = [c]  # channels of every block's output; the second half reads them, last first
+        for level, level_channels in enumerate(channels):
+            for _ in range(depth):
+                layers: list[nn.Module] = [block(c, level_channels)]
+                c = level_channels
+                if 2**level in attention_ds:
+                    layers.append(attention(c, heads[0]))
+                self.input_blocks.append(TimestepSequential(*layers))
+                kept.append(c)
+            if level < len(channels) - 1:
+                halve = block(c, c, down=True) if resblock_updown else Downsample(c)
+                self.input_blocks.append(TimestepSequential(halve))
+                kept.append(c)
+        self.middle_block = TimestepSequential(block(c, c), attention(c, heads[0]), block(c, c))
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            for i in range(depth + 1):
+                layers = [block(c + kept.pop(), channels[level])]
+                c = channels[level]
+                if 2**level in attention_ds:
+                    layers.append(attention(c, heads[1]))
+                if level > 0 and i == depth:
+                    layers.append(block(c, c, up=True) if resblock_updown else Upsample(c))
+                self.output_blocks.append(TimestepSequential(*layers))
+        self.out = nn.Sequential(
+            GroupNorm(c), nn.SiLU(), zero_init(Conv2d(c, out_channels, 3, padding=1))
+        )
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Compute the blocks in fp16 or bf16; embeddings and the last layers stay fp32."""
+        for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
+            blocks.to(dtype)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = self.time_embed(timestep_embedding(timesteps, self.width))  # [N, E] fp32
+        if self.num_classes is not None:
+            emb = emb + self.label_emb(y)
+        dtype = self.input_blocks[0][0].weight.dtype
+        emb = emb.to(dtype)
+        layout = torch.channels_last if x.is_cuda else torch.contiguous_format
+        h = x.to(dtype).contiguous(memory_format=layout)
+        kept = []
+        for module in self.input_blocks:
+            h = module(h, emb)
+            kept.append(h)
+        h = self.middle_block(h, emb)
+        for module in self.output_blocks:
+            h = module(torch.cat([h, kept.pop()], dim=1), emb)
+        return self.out(h.float())

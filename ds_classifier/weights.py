@@ -1,0 +1,186 @@
+"""A classifier's weights, wherever they lie: a run, one of its checkpoints, or a file of weights.
+
+A checkpoint brings its settings. A file, such as guided-diffusion's published ones, holds tensors
+alone: the settings come with it, and what of them does not fit its tensors is named.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_classifier import checkpoint
+from ds_classifier.config import Settings
+from ds_classifier.model import create_classifier, parse_channel_mult
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose weights: their settings and place. step, classes: None where a file does not tell."""
+
+    path: Path
+    settings: Settings
+    step: int | None = None
+    classes: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of files made from it: the checkpoint's, or the file's without its suffix."""
+        return self.path.stem
+
+    @property
+    def home(self) -> Path:
+        """The run of a checkpoint; the directory of a file."""
+        return self.path.parent if self.step is None else self.path.parents[1]
+
+
+def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]]:
+    """Find weights and read them, on the CPU.
+
+    path: a run (its newest checkpoint), a checkpoint, or a .pt or .safetensors file. given: the
+    settings for a file, where num_classes 0 means as many as it has; a checkpoint has its own.
+    Raises ValueError for what holds no weights, or for settings that do not fit a file.
+    """
+    if not path.is_file():
+        found = checkpoint.resolve_checkpoint(path)
+        state = checkpoint.read_state(found)
+        settings = Settings(**state["settings"])
+        source = Source(found, settings, step=state["step"], classes=state["classes"])
+        return source, checkpoint.read_model(found)
+    weights = read_weights(path)
+    fitting = fitting_settings(weights, given)
+    if fitting is None:
+        raise ValueError(
+            f"got {path}, whose tensors ({', '.join(list(weights)[:2])}, ...) are no classifier's; "
+            "need those of guided-diffusion's EncoderUNetModel"
+        )
+    misfits = [
+        f"--{name}: got {value!r}; need {getattr(fitting, name)!r}"
+        for name, value in vars(given).items()
+        if value != getattr(fitting, name) and (name, value) != ("num_classes", 0)
+    ]
+    if misfits:
+        raise ValueError(
+            f"the classifier in {path} was built with other settings:\n  "
+            + "\n  ".join(misfits)
+            + "\ndo: give these flags; its noise schedule cannot be seen in it"
+        )
+    return Source(path.resolve(), fitting), weights
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pt or .safetensors file; no code in it is run.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever the file makes it
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no plain state dict: {first_line}") from None
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(f"got {path}; need a state dict of tensors")
+    return weights
+
+
+def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | None:
+    """The settings that build a classifier of exactly these tensors, as near to `given` as can be.
+
+    None if no setting does.
+    """
+    if _fits(weights, given):
+        return given
+    for candidate in _candidates(weights, given):
+        if not _fits(weights, candidate):
+            continue
+        # What the tensors do not decide stays as given.
+        for name, value in vars(given).items():
+            nearer = candidate.replace(**{name: value})
+            if nearer != candidate and _fits(weights, nearer):
+                candidate = nearer
+        return candidate
+    return None
+
+
+def _fits(weights: dict[str, Tensor], settings: Settings) -> bool:
+    try:
+        with torch.device("meta"):
+            own = create_classifier(**settings.model_kwargs()).state_dict()
+    except ValueError:
+        return False
+    return {name: value.shape for name, value in own.items()} == {
+        name: value.shape for name, value in weights.items()
+    }
+
+
+def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
+    """Settings read off the tensors; several where levels and depth can be told apart only so far
+    as that halving residual blocks look like others."""
+    try:
+        width = weights["time_embed.0.weight"].shape[1]
+        in_channels = weights["input_blocks.0.0.weight"].shape[1]
+        pool, num_classes, side = _head_of(weights)
+        first_norm = weights["input_blocks.1.0.out_layers.0.weight"].shape[0]
+        first_emb = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+    except (KeyError, IndexError):
+        return []
+    blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("input_blocks"))
+    strided = sum(f"input_blocks.{i}.0.op.weight" in weights for i in range(blocks))
+    found = []
+    for levels in [strided + 1] if strided else range(1, blocks):
+        # Of `blocks`, one is the first convolution and levels - 1 halve: levels * (depth + 1) all.
+        if blocks % levels:
+            continue
+        depth = blocks // levels - 1
+        image_size = side * 2 ** (levels - 1) if side else given.image_size
+        firsts = [1 + level * (depth + 1) for level in range(levels)]
+        norms = [weights.get(f"input_blocks.{i}.0.out_layers.0.weight") for i in firsts]
+        if any(norm is None for norm in norms):
+            continue
+        mult = tuple(norm.shape[0] / width for norm in norms)
+        attended = [
+            str(image_size // 2**level)
+            for level, i in enumerate(firsts)
+            if f"input_blocks.{i}.1.qkv.weight" in weights
+        ]
+        settings = given.replace(
+            image_size=image_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            classifier_width=width,
+            classifier_depth=depth,
+            classifier_attention_resolutions=",".join(attended),
+            classifier_use_scale_shift_norm=first_emb == 2 * first_norm,
+            classifier_resblock_updown=not strided,
+            classifier_pool=pool,
+            classifier_channel_mult="",
+        )
+        try:
+            usual = parse_channel_mult("", image_size) == mult
+        except ValueError:
+            usual = False
+        if not usual:
+            settings = settings.replace(classifier_channel_mult=",".join(f"{m:g}" for m in mult))
+        # Levels as wide as the size's default come first: the published classifiers'.
+        found.insert(0 if usual else len(found), settings)
+    return found
+
+
+def _head_of(weights: dict[str, Tensor]) -> tuple[str, int, int | None]:
+    """The pool, the classes, and the side of the last feature map where the head tells it."""
+    if "out.2.positional_embedding" in weights:
+        tokens = weights["out.2.positional_embedding"].shape[1]
+        return "attention", weights["out.2.c_proj.weight"].shape[0], math.isqrt(tokens - 1)
+    if "out.3.weight" in weights:
+        head = weights["out.3.weight"]
+        return "adaptive" if head.dim() == 4 else "spatial_v2", head.shape[0], None
+    return "spatial", weights["out.2.weight"].shape[0], None

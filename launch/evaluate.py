@@ -1,0 +1,344 @@
+"""Measure a classifier at a grid of noise levels: `python launch/evaluate.py RUN`.
+
+Also through the deepspeed launcher or torchrun, on any number of ranks: the numbers are the same.
+What is read: a run (its newest checkpoint), a checkpoint, or a file of weights such as
+guided-diffusion's published .pt, whose settings the flags then tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+if not __package__:  # run by its path: use the source tree it lies in
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_classifier import distributed, files
+from ds_classifier.config import RECIPES, Settings, add_setting_flags
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import open_named
+
+FORMAT, VERSION = "ds_classifier evaluation", 1
+BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
+OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, given = parse(sys.argv[1:] if argv is None else argv)
+    distributed.quiet_libraries()
+    try:
+        run(arguments, given)
+    except ValueError as error:
+        distributed.complain(str(error))
+        return 2
+    except OSError as error:
+        distributed.complain(str(error).strip().splitlines()[-1])
+        return 1
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """The arguments, and the settings that the recipe and flags give."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Measure a classifier on a whole validation set at a grid of noise levels.",
+        epilog="Writes RUN/eval/NAME.json and NAME.png, and series.json and series.png of several.",
+    )
+    add = parser.add_argument
+    add("source", nargs="?", type=Path, help="a run, a checkpoint, or a .pt or .safetensors file")
+    add("--checkpoints", nargs="+", default=[], metavar="PATH", help="several; or all, of the run")
+    add("--val_data_dir", default="", help="shards, or their URL (default: those of the run)")
+    add("--levels", type=int, default=20, metavar="N", help="noise levels beside t = 0 [20]")
+    add("--timesteps", type=_timesteps, metavar="T,T", help="these levels instead, like 0,100,500")
+    add("--class_timesteps", type=_timesteps, metavar="T,T", help=_CLASS_HELP)
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="[fp32]")
+    add("--batch_size", type=int, default=0, metavar="N", help="pictures at a time (default: 64, "
+        "fewer from 256 px on); the same for numbers to compare to the last digit")  # fmt: skip
+    add("--out", type=Path, help="a directory (default: eval/ of the run)")
+    add("--cache_dir", help="where a node keeps shards read by URL (default: as in training)")
+    add("--cache_gb", type=float, help="gigabytes of them at most (default: as in training)")
+    add("--workers", type=int, default=-1, metavar="N", help="loader processes a rank")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    own = {action.dest for action in parser._actions}
+    add_setting_flags(parser, OF_MODEL)
+    arguments = parser.parse_args(argv)
+    flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
+    if not arguments.source and not arguments.checkpoints:
+        parser.error("got nothing to evaluate; need a run, a checkpoint or a file of weights")
+    if arguments.levels < 1 or arguments.batch_size < 0:
+        parser.error("--levels needs at least 1, --batch_size at least 0")
+    return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
+
+
+_CLASS_HELP = "levels with numbers per class (default: 0, and where signal equals noise)"
+
+
+def _timesteps(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need numbers like 0,100,500") from None
+
+
+def run(arguments: argparse.Namespace, given: dict) -> None:
+    """Evaluate every source; files and tables on rank 0. Raises ValueError for wrong use."""
+    from ds_classifier import evaluation_plots, evaluation_table
+
+    device = distributed.init()
+    same_numbers_every_time()
+    records = []
+    paths = distributed.on_rank_0(lambda: find_sources(arguments), device)
+    for path in paths:
+        record, home = evaluate_source(Path(path), arguments, given, device)
+        folder = arguments.out or home / "eval"
+
+        def write(record=record, folder=folder) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.replace_text(folder / f"{record['name']}.json", json.dumps(record, indent=1))
+            evaluation_plots.plot_evaluation(record, folder / f"{record['name']}.png")
+
+        distributed.on_rank_0(write, device)
+        distributed.say("\n".join(evaluation_table.level_table(record)))
+        if len(paths) == 1:
+            distributed.say("\n" + "\n".join(evaluation_table.class_table(record)))
+        distributed.say(f"\nwritten: {folder}/{record['name']}.json and .png")
+        records.append(record)
+    if len(records) > 1:
+
+        def write_series() -> None:
+            files.replace_text(folder / "series.json", json.dumps(records, indent=1))
+            evaluation_plots.plot_series(records, folder / "series.png")
+
+        distributed.on_rank_0(write_series, device)
+        distributed.say("\n" + "\n".join(evaluation_table.series_table(records)))
+        distributed.say(f"\nwritten: {folder}/series.json and .png")
+    distributed.finish()
+
+
+def find_sources(arguments: argparse.Namespace) -> list[str]:
+    """What to evaluate, in order; the checkpoints of a run from the oldest on."""
+    from ds_classifier import checkpoint
+
+    if arguments.checkpoints != ["all"]:
+        named = [arguments.source] if arguments.source else []
+        return list(map(str, [*named, *arguments.checkpoints]))
+    if arguments.source is None:
+        raise ValueError("--checkpoints: got all; need the run too; do: evaluate.py RUN ...")
+    found = []
+    for path in reversed(checkpoint.list_checkpoints(arguments.source / "checkpoints")):
+        problem = checkpoint.damage(path)
+        if problem:
+            distributed.say(f"passed over {path}: {problem}")
+        else:
+            found.append(str(path))
+    if not found:
+        raise ValueError(f"--checkpoints: got all; need a whole one in {arguments.source}")
+    return found
+
+
+def evaluate_source(
+    path: Path, arguments: argparse.Namespace, given: dict, device
+) -> tuple[dict, Path]:
+    """One classifier's record, and the directory that its eval/ belongs into."""
+    import torch
+
+    from ds_classifier import engine as engines
+    from ds_classifier import evaluation
+    from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.model import create_classifier
+    from ds_classifier.weights import Source, open_weights
+
+    weights: dict[str, torch.Tensor] = {}  # on rank 0
+
+    def read() -> dict:
+        source, tensors = open_weights(path, Settings(**given))
+        weights.update(tensors)
+        if given and source.step is not None:
+            raise ValueError(
+                f"got --{next(iter(given))}; need none for {path}, whose settings stand in it; do: "
+                "drop it"
+            )
+        return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}
+
+    answer = distributed.on_rank_0(read, device)
+    source = Source(
+        **answer | {"path": Path(answer["path"]), "settings": Settings(**answer["settings"])}
+    )
+    settings = source.settings
+    shards = open_validation_data(source, arguments, device)
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    levels = arguments.timesteps or evaluation.level_grid(diffusion, arguments.levels)
+    chosen = arguments.class_timesteps
+    if chosen is None:
+        chosen = sorted({levels[0], evaluation.middle_level(diffusion, levels)})
+    levels = sorted({*levels, *chosen})
+    if levels[0] < 0 or levels[-1] >= diffusion.num_timesteps:
+        raise ValueError(
+            f"--timesteps: got {levels[0]} to {levels[-1]}; need 0 to {diffusion.num_timesteps - 1}"
+        )
+
+    classifier = create_classifier(**settings.model_kwargs())
+    if weights:
+        classifier.load_state_dict(weights)
+    classifier.to(device).eval().requires_grad_(False)
+    for tensor in classifier.state_dict().values():
+        distributed.broadcast(tensor)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    classifier.to(dtype[arguments.precision])
+
+    samples = shards.manifest.samples
+    side_by_side = max(1, min(64, BATCH_PIXELS // settings.image_size**2))
+    batch_size = min(arguments.batch_size or side_by_side, samples)
+    distributed.say(
+        f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
+        f"{settings.image_size} px, {settings.num_classes} classes"
+    )
+    distributed.say(
+        f"{samples:,} pictures at {len(levels)} noise levels and under uniform t, "
+        f"{arguments.precision}, on {distributed.world_size()} x {engines.describe_device(device)}"
+    )
+    progress = Progress(samples, 1 + len(levels))
+    (numbers,), bad = evaluation.evaluate_levels(
+        [evaluation.classifier_posterior(classifier, diffusion)],
+        diffusion,
+        create_validation_loader(shards, settings, batch_size, arguments.workers),
+        levels=levels,
+        num_classes=settings.num_classes,
+        samples=samples,
+        device=device,
+        progress=progress.add,
+    )
+    seconds = progress.end()
+    if bad:
+        distributed.say(
+            f"{bad} pictures could not be decoded and are not counted; "
+            "make_shards.py verify --decode names them"
+        )
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": source.name,
+        "weights": str(source.path),
+        "step": source.step,
+        "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
+        "classes": shards.manifest.classes,
+        "data": {
+            "location": arguments.val_data_dir or settings.val_data_dir,
+            "fingerprint": shards.manifest.fingerprint,
+            "samples": samples,
+            "bad_samples": bad,
+        },
+        "precision": arguments.precision,
+        "batch_size": batch_size,
+        "noise": f"keyed by ({evaluation.VALIDATION_SEED}, 'validation', position)",
+        "classifier": evaluation.describe_levels(numbers, diffusion, levels, chosen=chosen),
+        "machine": {
+            "world_size": distributed.world_size(),
+            "device": engines.describe_device(device),
+            "torch": torch.__version__,
+            "seconds": round(seconds, 3),
+            "samples_per_sec": round(samples / seconds, 3),
+        },
+    }
+    return record, source.home
+
+
+def open_validation_data(source, arguments: argparse.Namespace, device) -> ShardSet:
+    """The shards to evaluate on, the same on all ranks and with the classifier's classes."""
+    settings = source.settings
+    location = arguments.val_data_dir or (settings.val_data_dir if source.step is not None else "")
+    problem = shards = None
+    if not location:
+        raise ValueError(f"--val_data_dir: got none; need it, since {source.path} names no data")
+    try:
+        shards = open_named(
+            location,
+            cache_dir=arguments.cache_dir or settings.cache_dir,
+            cache_gb=settings.cache_gb if arguments.cache_gb is None else arguments.cache_gb,
+            image_size=settings.image_size,
+        )
+    except (ValueError, OSError) as error:
+        problem = f"--val_data_dir: {error}"
+    distributed.raise_together(problem, device)
+    classes = shards.manifest.classes
+    if source.classes not in (None, classes) or len(classes) != settings.num_classes:
+        raise ValueError(
+            f"--val_data_dir: got {len(classes)} classes in {location}; need the same list as the "
+            f"{settings.num_classes} of {source.path}; do: convert both splits in one call, with "
+            "--val"
+        )
+    fingerprint = shards.manifest.fingerprint
+    if distributed.broadcast_json(fingerprint, device) != fingerprint:
+        problem = f"the shards in {location} here are not those of rank 0's node"
+    distributed.raise_together(problem, device)
+    return shards
+
+
+def create_validation_loader(shards: ShardSet, settings: Settings, batch_size: int, workers: int):
+    """This rank's batches; which pictures share one does not hang on the number of ranks."""
+    from ds_classifier.data import loader
+
+    positions = loader.ValidationPositions(
+        shards.manifest.samples,
+        batch=batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    if workers < 0:
+        workers = loader.default_workers(distributed.local_world_size())
+    pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
+    dataset = loader.ShardDataset(shards, batches=positions, **pixels)
+    return loader.create_loader(dataset, positions, workers=min(workers, len(positions)))
+
+
+def same_numbers_every_time() -> None:
+    """Have the device compute in full fp32, and in the same order in every run."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.fp32_precision = "ieee"
+
+
+class Progress:
+    """How far rank 0 is: a line that is written over on a screen, a line every half minute else."""
+
+    def __init__(self, samples: int, passes: int):
+        self._samples, self._passes = samples, passes
+        self._began = self._shown = time.perf_counter()
+        self._done = 0
+        self._screen = sys.stdout.isatty()
+
+    def add(self, positions: int) -> None:
+        """Rank 0 has done some positions; the others, as many each."""
+        self._done += positions
+        now = time.perf_counter()
+        if distributed.rank() or now - self._shown < (0.5 if self._screen else 30):
+            return
+        self._shown = now
+        done = min(self._done * distributed.world_size(), self._samples)
+        rate = done / (now - self._began)
+        line = (
+            f"  {done:,} of {self._samples:,} pictures, {rate:,.1f}/s "
+            f"({rate * self._passes:,.0f}/s through the network), "
+            f"{(self._samples - done) / rate:,.0f} s to go"
+        )
+        print("\r" + line.ljust(98) if self._screen else line, end="" if self._screen else "\n")
+        sys.stdout.flush()
+
+    def end(self) -> float:
+        """The seconds it took, also on the screen."""
+        seconds = time.perf_counter() - self._began
+        if self._screen and distributed.rank() == 0:
+            print("\r" + " " * 98, end="\r")
+        distributed.say(f"{self._samples:,} pictures in {seconds:.1f} s, "
+                        f"{self._samples / seconds:,.1f}/s\n")  # fmt: skip
+        return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

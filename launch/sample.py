@@ -1,0 +1,355 @@
+"""Draw guided samples, and measure guidance: `python launch/sample.py --classifier_path RUN ...`.
+
+Flags have the names and defaults of guided-diffusion's classifier_sample.py. Also through the
+deepspeed launcher or torchrun, on any number of ranks: the pictures are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run by its path: use the source tree it lies in
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_classifier import distributed, files
+from ds_classifier.config import RECIPES, Settings, add_setting_flags, boolean
+
+if TYPE_CHECKING:
+    from ds_classifier.diffusion import GaussianDiffusion
+
+BAYES = "bayes"  # instead of a classifier's path: the best possible one of the training set
+# guided-diffusion's defaults (`model_and_diffusion_defaults`).
+UNET = dict(
+    num_channels=128,
+    num_res_blocks=2,
+    channel_mult="",
+    num_heads=4,
+    num_head_channels=-1,
+    num_heads_upsample=-1,
+    attention_resolutions="16,8",
+    class_cond=False,
+    use_scale_shift_norm=True,
+    resblock_updown=False,
+    use_new_attention_order=False,
+    learn_sigma=False,
+)
+# Flags of guided-diffusion's script that change nothing in sampling.
+WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
+PROCESS = ("diffusion_steps", "noise_schedule", "timestep_respacing", "rescale_timesteps")
+LEVELS = 20  # noise levels at which --measure compares with the Bayes-optimal classifier
+LEVEL_PICTURES = 256  # training pictures shown at each of them, at most
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, given = parse(sys.argv[1:] if argv is None else argv)
+    distributed.quiet_libraries()
+    try:
+        run(arguments, given)
+    except ValueError as error:
+        distributed.complain(str(error))
+        return 2
+    except OSError as error:
+        distributed.complain(str(error).strip().splitlines()[-1])
+        return 1
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """The arguments, and the settings of the classifier and the process that flags give."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Draw samples of a diffusion model guided by a classifier.",
+        epilog=textwrap.dedent("""\
+            examples:
+              python launch/sample.py --classifier_path runs/digits32 --data_dir data/train \\
+                  --classifier_scale 0 1 10 --num_samples 100 --timestep_respacing 100 --measure
+              python launch/sample.py --classifier_path 64x64_classifier.pt --classifier_depth 4 \\
+                  --model_path 64x64_diffusion.pt MODEL_FLAGS --timestep_respacing 250
+
+            A run or checkpoint brings its settings; a .pt needs guided-diffusion's MODEL_FLAGS, or
+            its recipe.
+            """),
+    )
+    add = parser.add_argument
+    add("--classifier_path", default="", help="a run, a checkpoint, a .pt or .safetensors file; or "
+        "bayes: the best possible classifier of the pictures in data_dir")  # fmt: skip
+    add("--model_path", default="", help="guided-diffusion's UNet, a .pt")
+    add("--data_dir", default="", help="instead of a UNet: shards of a small training set, whose "
+        "exact denoiser is sampled from")  # fmt: skip
+    add("--classifier_scale", type=float, nargs="+", default=[1.0], metavar="X", help="[1.0]")
+    add("--joint_temperature", type=float, default=1.0, metavar="X", help="of the asked logit [1]")
+    add("--marginal_temperature", type=float, default=1.0, metavar="X", help="of all logits [1]")
+    add("--num_samples", type=int, default=10000, metavar="N", help="at each scale [10000]")
+    add("--classes", default="", metavar="K,K", help="asked for in turn (default: all)")
+    add("--batch_size", type=int, default=16, metavar="N", help="samples at a time and rank [16]")
+    add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL")
+    add("--clip_denoised", type=boolean, default=True, metavar="BOOL", help="[True]")
+    add("--use_fp16", type=boolean, default=False, metavar="BOOL", help="of the UNet [False]")
+    add("--classifier_use_fp16", type=boolean, default=False, metavar="BOOL", help="[False]")
+    add("--seed", type=int, default=0, help="of the noise; sample n is the same for any N [0]")
+    add("--out_dir", type=Path, help="(default: samples/ of the run, else samples/)")
+    add("--measure", action="store_true", help="with data_dir: tell how well the classifier guides")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    add("--predict_xstart", type=boolean, default=False, help=argparse.SUPPRESS)
+    for name in WITHOUT_EFFECT:
+        add(f"--{name}", help=argparse.SUPPRESS)
+    unet = parser.add_argument_group("UNet")
+    for name, default in UNET.items():
+        kind = boolean if isinstance(default, bool) else type(default)
+        unet.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"[{default}]")
+    own = {action.dest for action in parser._actions}
+    add_setting_flags(parser, ("classifier", "diffusion"))
+    arguments = parser.parse_args(argv)
+    flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
+    if not arguments.classifier_path:
+        parser.error("got no --classifier_path; need one; to sample unguided: --classifier_scale 0")
+    if bool(arguments.model_path) == bool(arguments.data_dir):
+        parser.error("need one of --model_path and --data_dir, to sample from")
+    if arguments.classifier_path == BAYES and not arguments.data_dir:
+        parser.error("--classifier_path bayes: need --data_dir, whose pictures it knows")
+    if arguments.measure and not arguments.data_dir:
+        parser.error("--measure: need --data_dir, whose pictures tell what is right")
+    if arguments.predict_xstart:
+        parser.error("--predict_xstart: got True; need a UNet that predicts the noise")
+    if arguments.num_samples < 1 or arguments.batch_size < 1:
+        parser.error("--num_samples and --batch_size need at least 1")
+    return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
+
+
+def run(arguments: argparse.Namespace, given: dict) -> None:
+    """Sample at every scale; files and tables on rank 0. Raises ValueError for wrong use."""
+    device = distributed.init()
+    import numpy as np
+
+    from ds_classifier import exact_denoiser, sample_files, sampling
+    from ds_classifier.diffusion import create_gaussian_diffusion
+
+    def load():
+        settings, classifier, home = load_classifier(arguments, given, device)
+        exact = pictures = None
+        if arguments.data_dir:
+            pictures = exact_denoiser.read_pictures(
+                arguments.data_dir, image_size=settings.image_size, channels=settings.in_channels
+            )
+            exact = exact_denoiser.ExactDenoiser(*pictures, device=device)
+            settings = with_classes(settings, exact.num_classes, arguments)
+        return settings, classifier, home, exact, pictures
+
+    settings, classifier, home, exact, pictures = together(load, device)
+    process = sampling.ReverseProcess(create_gaussian_diffusion(**settings.diffusion_kwargs()))
+    original = create_gaussian_diffusion(
+        **settings.replace(timestep_respacing="").diffusion_kwargs()
+    )
+    if exact is not None:
+        denoiser = sampling.exact_denoiser(exact, process)
+    else:
+        unet = together(lambda: load_unet(arguments, settings, device), device)
+        denoiser = sampling.unet_denoiser(unet, process)
+    classes = parse_classes(arguments.classes, settings.num_classes)
+    labels = classes[np.arange(arguments.num_samples) % len(classes)]
+    out = arguments.out_dir or home / "samples"
+    samples = []
+    for scale in arguments.classifier_scale:
+        began = time.monotonic()
+        pixels = sampling.sample_classes(
+            process,
+            denoiser,
+            gradient_of(scale, arguments, classifier, exact, original),
+            labels,
+            shape=(settings.in_channels, settings.image_size, settings.image_size),
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            device=device,
+            ddim=arguments.use_ddim,
+            clip_denoised=arguments.clip_denoised,
+            progress=Progress(scale, len(labels)),
+        )
+        folder = sample_files.scale_folder(out, scale)
+        path = distributed.on_rank_0(
+            lambda f=folder, p=pixels: str(sample_files.write_samples(f, p, labels)), device
+        )
+        distributed.say(f"scale {scale:g}: {path}, {time.monotonic() - began:.0f} s")
+        samples.append(pixels)
+
+    def finish() -> None:
+        overview = out / "overview.png"
+        sample_files.write_overview(overview, arguments.classifier_scale, samples, labels)
+        print(f"a row a class: {overview}", flush=True)
+        if arguments.measure:
+            report = measure(arguments, classifier, exact, original, pictures, samples, labels)
+            files.replace_text(out / "fidelity.json", json.dumps(report, indent=1))
+            print(f"written: {out / 'fidelity.json'}", flush=True)
+
+    distributed.on_rank_0(finish, device)
+    distributed.finish()
+
+
+def together(task, device):
+    """A task that every rank does; if one fails, all raise its ValueError or OSError's message."""
+    result = problem = None
+    try:
+        result = task()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    distributed.raise_together(problem, device)
+    return result
+
+
+def load_classifier(arguments: argparse.Namespace, given: dict, device):
+    """(settings, classifier or None for bayes, the directory that samples/ belongs into)."""
+    import torch
+
+    from ds_classifier.model import create_classifier
+    from ds_classifier.weights import open_weights
+
+    if arguments.classifier_path == BAYES:
+        return Settings(**given), None, Path()
+    of_process = {name: value for name, value in given.items() if name in PROCESS}
+    source, weights = open_weights(Path(arguments.classifier_path), Settings(**given))
+    if source.step is not None and (extra := set(given) - set(of_process)):
+        raise ValueError(
+            f"got --{min(extra)}; need none of a classifier's settings for {source.path}, which "
+            "brings them; do: drop it"
+        )
+    settings = source.settings.replace(**of_process)
+    classifier = create_classifier(**settings.model_kwargs())
+    classifier.load_state_dict(weights)
+    classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)
+    return settings, classifier.eval().requires_grad_(False), source.home
+
+
+def with_classes(settings: Settings, num_classes: int, arguments: argparse.Namespace) -> Settings:
+    """The settings with the data's class count, which the classifier must share."""
+    if settings.num_classes not in (0, num_classes):
+        raise ValueError(
+            f"--data_dir: got {num_classes} classes in {arguments.data_dir}; need the "
+            f"{settings.num_classes} of {arguments.classifier_path}"
+        )
+    return settings.replace(num_classes=num_classes)
+
+
+def load_unet(arguments: argparse.Namespace, settings: Settings, device):
+    """guided-diffusion's UNet; ValueError where its file was built with other flags."""
+    import torch
+
+    from ds_classifier.unet import create_unet
+    from ds_classifier.weights import read_weights
+
+    unet = create_unet(
+        image_size=settings.image_size,
+        in_channels=settings.in_channels,
+        num_classes=settings.num_classes,
+        **{name: getattr(arguments, name) for name in UNET},
+    )
+    try:
+        unet.load_state_dict(read_weights(Path(arguments.model_path)))
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"--model_path: {arguments.model_path} was built with other flags ({lines[1].strip()}"
+            f"{' ...' if len(lines) > 2 else ''}); do: give its MODEL_FLAGS"
+        ) from None
+    unet.to(device).eval().requires_grad_(False)
+    if arguments.use_fp16:
+        unet.set_precision(torch.float16)
+    return unet
+
+
+def parse_classes(text: str, num_classes: int):
+    """'3,7' -> [3, 7]; '' -> all. [K] int64 numpy."""
+    import numpy as np
+
+    if not text:
+        return np.arange(num_classes)
+    classes = [int(part) if part.strip().isdigit() else -1 for part in text.split(",")]
+    if min(classes) < 0 or max(classes) >= num_classes:
+        raise ValueError(f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}")
+    return np.array(classes)
+
+
+def gradient_of(
+    scale: float, arguments: argparse.Namespace, classifier, exact, original: GaussianDiffusion
+):
+    """The cond_fn of a scale; None at 0."""
+    from ds_classifier import guidance
+
+    if scale == 0:
+        return None
+    if classifier is None:
+        if original.rescale_timesteps and original.num_timesteps != 1000:
+            raise ValueError("--classifier_path bayes: got --rescale_timesteps; do: drop it")
+        return guidance.bayes_gradient(exact, original.alphas_cumprod, scale=scale)
+    return guidance.classifier_gradient(
+        classifier,
+        scale=scale,
+        joint_temperature=arguments.joint_temperature,
+        marginal_temperature=arguments.marginal_temperature,
+    )
+
+
+def measure(
+    arguments: argparse.Namespace, classifier, exact, original, pictures, samples, labels
+) -> dict:
+    """Tables of how well the classifier guides, printed; returned as JSON-able numbers."""
+    import torch
+
+    from ds_classifier import fidelity
+
+    images, own_labels, _ = pictures
+    judge = fidelity.Judge(images.permute(0, 2, 3, 1).numpy(), own_labels.numpy())
+    shares = {
+        f"{scale:g}": judge.share(pixels, labels)
+        for scale, pixels in zip(arguments.classifier_scale, samples, strict=True)
+    }
+    print(
+        f"share of {len(labels)} samples that an SVM on the clean pictures takes for their class:"
+    )
+    for scale, share in shares.items():
+        print(f"  scale {scale:>5s}  {100 * share:5.1f} %")
+    levels = []
+    if classifier is not None:
+        device = next(classifier.parameters()).device
+        last = original.num_timesteps - 1
+        stride = max(1, len(images) // LEVEL_PICTURES)
+        shown = slice(None, LEVEL_PICTURES * stride, stride)
+        print(f"beside the best possible classifier:\n{fidelity.HEADER}", flush=True)
+        for level in fidelity.compare_with_bayes(
+            classifier,
+            exact,
+            original,
+            images[shown].to(device),
+            own_labels[shown].to(device),
+            timesteps=torch.linspace(0, last, LEVELS + 1).round().long().tolist(),
+            seed=arguments.seed,
+        ):
+            print(fidelity.level_line(level), flush=True)
+            levels.append(level)
+    return {"shares": shares, "levels": [dataclasses.asdict(level) for level in levels]}
+
+
+class Progress:
+    """How far a scale's samples are: a line a quarter minute, where it takes longer."""
+
+    def __init__(self, scale: float, samples: int):
+        self.scale, self.samples = scale, samples
+        self.began = self.told = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.told < 15 or done == self.samples:
+            return
+        self.told = now
+        left = (now - self.began) * (self.samples - done) / done
+        distributed.say(f"scale {self.scale:g}: {done} of {self.samples}, {left:.0f} s left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The measures of guidance, where their value is known beforehand."""
+
+import numpy as np
+import pytest
+import torch
+from test_exact_denoiser import CLASSES, training_set
+from torch import nn
+
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.exact_denoiser import ExactDenoiser
+from ds_classifier.fidelity import HEADER, Judge, compare_with_bayes, level_line
+
+
+class BayesModule(nn.Module):
+    """The best classifier written out with autograd; `sharper` multiplies its logits."""
+
+    def __init__(self, images, labels, diffusion, sharper=1.0):
+        super().__init__()
+        self.clean = images.double().flatten(1) / 127.5 - 1
+        self.labels, self.sharper = labels, sharper
+        self.alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod)
+
+    def forward(self, x, t):
+        a = self.alphas_cumprod[t][:, None]
+        distances = (x.double().flatten(1)[:, None] - a.sqrt()[..., None] * self.clean).square()
+        log_weights = -distances.sum(-1) / (2 * (1 - a))
+        of_class = [log_weights[:, self.labels == k].logsumexp(1) for k in range(CLASSES)]
+        return (self.sharper * torch.stack(of_class, dim=1)).log_softmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def world():
+    images, labels = training_set(m=40)
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine")
+    return images, labels, diffusion, ExactDenoiser(images, labels, CLASSES)
+
+
+def test_the_best_classifier_is_found_to_be_the_best(world):
+    images, labels, diffusion, exact = world
+    rows = list(
+        compare_with_bayes(
+            BayesModule(images, labels, diffusion),
+            exact,
+            diffusion,
+            images,
+            labels,
+            timesteps=[0, 700, 900, 999],
+            seed=0,
+            batch_size=16,
+        )
+    )
+    assert [row.t for row in rows] == [0, 700, 900, 999]
+    for row in rows:
+        assert row.kl == pytest.approx(0, abs=1e-4)
+        assert row.accuracy == row.bayes_accuracy
+    assert rows[0].bayes_accuracy == 1
+    assert rows[0].compared == 0
+    assert rows[0].cosine is None
+    assert rows[-1].bayes_accuracy < 0.7
+    for row in rows[1:]:
+        assert row.compared > 0.9
+        assert row.cosine == pytest.approx(1, abs=1e-4)
+        assert row.length_ratio == pytest.approx(1, abs=1e-3)
+    assert level_line(rows[0]).split()[-2:] == ["-", "-"]
+    assert len(level_line(rows[1])) == len(HEADER)
+
+
+def test_an_ignorant_and_an_inverted_classifier(world):
+    images, labels, diffusion, exact = world
+    how = dict(timesteps=[900], seed=0)
+    (inverted,) = compare_with_bayes(
+        BayesModule(images, labels, diffusion, sharper=-1.0),
+        exact,
+        diffusion,
+        images,
+        labels,
+        **how,
+    )
+    assert inverted.cosine < 0
+    assert inverted.accuracy < inverted.bayes_accuracy
+    (ignorant,) = compare_with_bayes(
+        BayesModule(images, labels, diffusion, sharper=1e-9),
+        exact,
+        diffusion,
+        images,
+        labels,
+        **how,
+    )
+    # Against uniform answers KL is log K less the entropy of the best answers.
+    assert 0 < ignorant.kl < np.log(CLASSES)
+    assert ignorant.length_ratio < 1e-6
+
+
+def test_the_judge_knows_digits(digits):
+    pytest.importorskip("sklearn")
+    from ds_classifier.exact_denoiser import read_pictures
+
+    images, labels, _ = read_pictures(digits / "val", image_size=16)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    judge = Judge(pixels[:260], labels[:260].numpy())
+    held_out, own = pixels[260:], labels[260:].numpy()
+    assert judge.share(held_out, own) > 0.9
+    assert judge.share(held_out, (own + 1) % 10) < 0.1

@@ -1,0 +1,171 @@
+"""The guidance gradient against recorded numbers and autograd; diffusers' schedulers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from test_exact_denoiser import CLASSES, noisy, training_set
+from test_model import DEFAULT, filled, relative_error
+
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance import bayes_gradient, classifier_gradient, guide_scheduler_output
+from ds_classifier.model import create_classifier
+from ds_classifier.sampling import ReverseProcess, exact_denoiser, sample
+
+
+@pytest.fixture
+def classifier():
+    model = create_classifier(**DEFAULT)
+    model.load_state_dict(filled(model.state_dict()))
+    return model.eval().requires_grad_(False)
+
+
+def recorded_input():
+    x = np.random.RandomState(7).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    return torch.from_numpy(x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.01)],
+)
+def test_equals_the_recorded_gradient_in_every_precision(classifier, dtype, tolerance):
+    recorded = np.load(GOLDEN / "model.npz")
+    cond_fn = classifier_gradient(classifier.to(dtype), scale=2.5)
+    t, y = torch.from_numpy(recorded["t"]), torch.from_numpy(recorded["y"])
+    with torch.no_grad():  # as the sampling loops call it
+        gradient = cond_fn(recorded_input(), t, y=y)
+    assert gradient.dtype == torch.float32
+    assert relative_error(gradient.numpy(), 2.5 * recorded["input_grad"]) < tolerance
+
+
+def test_temperatures(classifier):
+    """0 of the marginal leaves the asked logit's own gradient, by finite differences."""
+    t, y = torch.tensor([3, 750]), torch.tensor([1, 5])
+    x, step = recorded_input().double(), 1e-4
+    classifier = classifier.double()
+    logits_only = classifier_gradient(classifier, joint_temperature=2.0, marginal_temperature=0.0)
+    direction = torch.from_numpy(np.random.RandomState(3).standard_normal(tuple(x.shape)))
+    ahead, behind = (classifier(x + s * direction, t)[range(2), y] for s in (step, -step))
+    slope = (logits_only(x, t, y=y) * direction).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(
+        slope, (2.0 * (ahead - behind) / (2 * step)).to(slope.dtype), rtol=0.02, atol=0.02
+    )
+
+
+def test_a_class_is_needed(classifier):
+    with pytest.raises(ValueError, match="classes"):
+        classifier_gradient(classifier)(recorded_input(), torch.tensor([3, 750]))
+
+
+def test_the_best_guide_reaches_every_class():
+    """At scale 1 the exact classifier's gradient makes the exact denoiser class-conditional."""
+    images, labels = training_set(m=30)
+    process = ReverseProcess(
+        create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="50")
+    )
+    original = create_gaussian_diffusion(noise_schedule="cosine")
+    exact = ExactDenoiser(images, labels, CLASSES)
+    y = torch.arange(60) % CLASSES
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for cond_fn in (None, bayes_gradient(exact, original.alphas_cumprod)):
+        x = sample(
+            process,
+            exact_denoiser(exact, process),
+            lambda i: torch.randn(60, 2, 4, 4, generator=generator),
+            y,
+            cond_fn=cond_fn,
+        )
+        nearest = torch.cdist(x.flatten(1), images.flatten(1) / 127.5 - 1).argmin(dim=1)
+        found.append((labels[nearest] == y).float().mean().item())
+    assert found[0] < 0.6
+    assert found[1] > 0.95
+
+
+class OneScheduler:
+    """What the adaptor needs of a scheduler."""
+
+    class config:
+        prediction_type = "epsilon"
+
+    alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_type_moves_the_same_x_start(kind, monkeypatch):
+    """Tweedie: x_0 moves by (1 - a) / sqrt(a) times the gradient, whatever the model predicts."""
+    monkeypatch.setattr(OneScheduler.config, "prediction_type", kind)
+    x_t, x_start = noisy(training_set()[0], 0.5), noisy(training_set()[0], 0.9)
+    a = torch.tensor(0.5, dtype=torch.float64)
+    noise = (x_t - a.sqrt() * x_start) / (1 - a).sqrt()
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * x_start
+    output = {"epsilon": noise, "sample": x_start, "v_prediction": velocity}[kind]
+    variance = torch.ones_like(output)
+    given = torch.cat([output, variance], dim=1)
+    moved = guide_scheduler_output(
+        OneScheduler, lambda x, t, y: torch.sin(x), given, 1, x_t, torch.tensor([0, 1])
+    )
+    assert torch.equal(moved[:, 2:], variance)
+    moved = moved[:, :2]
+    x_start_of = {
+        "epsilon": lambda o: (x_t - (1 - a).sqrt() * o) / a.sqrt(),
+        "sample": lambda o: o,
+        "v_prediction": lambda o: a.sqrt() * x_t - (1 - a).sqrt() * o,
+    }[kind]
+    expected = x_start + (1 - a) / a.sqrt() * torch.sin(x_t)
+    torch.testing.assert_close(x_start_of(moved), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_scheduler_misuse_is_told(monkeypatch):
+    x, y = torch.zeros(1, 1, 2, 2), torch.tensor([0])
+    with pytest.raises(ValueError, match="leading"):
+        guide_scheduler_output(OneScheduler, None, x, torch.tensor(1.5), x, y)
+    monkeypatch.setattr(OneScheduler.config, "prediction_type", "flow")
+    with pytest.raises(ValueError, match="prediction_type"):
+        guide_scheduler_output(OneScheduler, None, x, 1, x, y)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_diffusers_ddim_ends_where_ours_does(classifier, kind):
+    """A guided loop through diffusers' own scheduler, the exact denoiser as its model."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
+    original = create_gaussian_diffusion(noise_schedule="linear")
+    process = ReverseProcess(create_gaussian_diffusion(timestep_respacing="ddim10"))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (20, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    exact = ExactDenoiser(images, torch.arange(20) % 7, 7)
+    cond_fn = classifier_gradient(classifier, scale=2.0)
+    y, start = torch.tensor([1, 5]), recorded_input()
+    ours = sample(
+        process,
+        exact_denoiser(exact, process),
+        lambda i: start,
+        y,
+        cond_fn=cond_fn,
+        ddim=True,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type=kind,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(10)
+    x = start
+    for t in scheduler.timesteps:
+        a = torch.tensor(original.alphas_cumprod[t])
+        x_start = exact.posterior(x, a.expand(2)).x_start
+        a = a.float()
+        noise = (x - a.sqrt() * x_start) / (1 - a).sqrt()
+        output = {
+            "epsilon": noise,
+            "sample": x_start,
+            "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x_start,
+        }[kind]
+        output = guide_scheduler_output(scheduler, cond_fn, output, t, x, y)
+        x = scheduler.step(output, t, x).prev_sample
+    assert relative_error(x.numpy(), ours.numpy()) < 1e-3

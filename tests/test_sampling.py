@@ -1,0 +1,200 @@
+"""DDPM and DDIM steps and whole guided loops against guided-diffusion's; the command."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, launch
+from PIL import Image
+from test_model import DEFAULT, filled, relative_error
+from test_unet import small_unet
+
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance import classifier_gradient
+from ds_classifier.model import create_classifier
+from ds_classifier.sampling import (
+    Prediction,
+    ReverseProcess,
+    prediction_of_output,
+    sample,
+    to_pixels,
+    unet_denoiser,
+)
+
+STEP = 1e-6  # of a single step, relative to its largest number
+
+
+def test_single_steps_equal_the_reference(reference):
+    cases = json.loads((reference / "sampling_cases.json").read_text())["sampling"]
+    recorded = np.load(reference / "sampling.npz")
+    x = torch.from_numpy(np.random.RandomState(13).standard_normal((3, 3, 8, 8)).astype(np.float32))
+    for number, case in enumerate(cases):
+        key = f"p{number}_"
+        diffusion = create_gaussian_diffusion(
+            noise_schedule=case["noise_schedule"], timestep_respacing=case["timestep_respacing"]
+        )
+        process = ReverseProcess(diffusion)
+        t = torch.from_numpy(recorded[key + "t"])
+        shown = []
+
+        def cond_fn(x, t, y=None, shown=shown):
+            shown.append(t)
+            return 0.2 * torch.sin(x)
+
+        output = 0.3 * x
+        if case["learn_sigma"]:
+            output = torch.cat([output, 0.5 * torch.tanh(x)], dim=1)
+        prediction = prediction_of_output(process, x, t, output)
+        prediction = Prediction(prediction.x_start.clamp(-1, 1), prediction.variance_share)
+        mean, log_variance = process.mean_log_variance(x, t, prediction)
+        guided = process.guided_mean(mean, log_variance.exp(), x, t, cond_fn, None)
+        ddim, x_start = process.ddim_step(x, t, prediction, cond_fn=cond_fn)
+        found = {
+            "mean": mean,
+            "variance": log_variance.exp(),
+            "pred_xstart": prediction.x_start,
+            "guided_mean": guided,
+            "ddim_sample": ddim,
+            "ddim_pred_xstart": x_start,
+        }
+        for name, value in found.items():
+            error = [
+                relative_error(v.numpy(), r)
+                for v, r in zip(value, recorded[key + name], strict=True)
+            ]
+            assert max(error) < STEP, (number, name, error)
+        assert all(np.array_equal(s.numpy(), recorded[key + "t_model"]) for s in shown)
+
+
+@pytest.mark.parametrize("name", ["cond", "uncond"])
+@pytest.mark.parametrize("ddim", [False, True])
+def test_guided_loops_end_where_the_reference_does(name, ddim):
+    recorded = np.load(GOLDEN / "sampling.npz")
+    classifier = create_classifier(**DEFAULT)
+    classifier.load_state_dict(filled(classifier.state_dict()))
+    process = ReverseProcess(
+        create_gaussian_diffusion(timestep_respacing="ddim5" if ddim else "10")
+    )
+    draws = np.random.RandomState(19)
+    pixels = sample(
+        process,
+        unet_denoiser(small_unet(name), process),
+        lambda i: torch.from_numpy(draws.standard_normal((2, 3, 16, 16)).astype(np.float32)),
+        torch.from_numpy(recorded["y"]),
+        cond_fn=classifier_gradient(classifier, scale=3.0),
+        ddim=ddim,
+    )
+    loop = "ddim_sample_loop" if ddim else "p_sample_loop"
+    assert relative_error(pixels.numpy(), recorded[f"{loop}_{name}"]) < 1e-4
+
+
+def test_pixels_are_cut_off_not_rounded():
+    x = torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 2, 3)
+    assert to_pixels(x).flatten().tolist() == [0, 0, 127, 254, 255, 255]
+
+
+@pytest.fixture(scope="module")
+def classifier_file(tmp_path_factory):
+    """A small classifier of digits, untrained, as a .pt, and its flags."""
+    settings = DEFAULT | dict(num_classes=10)
+    classifier = create_classifier(**settings)
+    path = tmp_path_factory.mktemp("classifier") / "model.pt"
+    torch.save(filled(classifier.state_dict()), path)
+    flags = ["--image_size", "16", "--noise_schedule", "cosine", "--classifier_width", "32"]
+    flags += ["--classifier_depth", "1", "--classifier_attention_resolutions", "8"]
+    return ["--classifier_path", path, "--classifier_channel_mult", "1,2", *flags]
+
+
+def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
+    """Seven samples in batches of two: the second rank runs out of samples before the first."""
+    arguments = [*classifier_file, "--data_dir", digits / "val", "--num_samples", "7"]
+    arguments += ["--batch_size", "2", "--timestep_respacing", "4", "--classes", "3,8"]
+    arguments += ["--classifier_scale", "0", "2"]
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        arguments += ["--out_dir", out]
+        done = launch(ranks, *arguments, cwd=tmp_path, script=ROOT / "launch/sample.py")
+        assert done.code == 0, done.output
+    for scale in ("scale_0", "scale_2"):
+        one, two = (np.load(tmp_path / n / scale / "samples_7x16x16x3.npz") for n in "12")
+        assert one["arr_0"].shape == (7, 16, 16, 3)
+        assert one["arr_0"].dtype == np.uint8
+        assert np.array_equal(one["arr_0"], two["arr_0"])
+        assert one["arr_1"].tolist() == two["arr_1"].tolist() == [3, 8, 3, 8, 3, 8, 3]
+        assert one["arr_1"].dtype == np.int64
+        # Each from its own noise, in whatever batch it stands.
+        assert len(np.unique(one["arr_0"].reshape(7, -1), axis=0)) == 7
+        first = one["arr_0"][1].repeat(4, 0).repeat(4, 1)  # of class 8; sheets enlarge to 64 px
+        assert np.array_equal(
+            np.asarray(Image.open(tmp_path / f"1/{scale}/class_0008.png"))[:64, :64], first
+        )
+    assert (tmp_path / "1/overview.png").is_file()
+
+
+def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
+    """Samples that are pictures of the asked class at one scale, of the next class at another."""
+    pytest.importorskip("sklearn")
+    from launch import sample as command
+
+    monkeypatch.setattr(command, "LEVELS", 2)
+    monkeypatch.setattr(command, "LEVEL_PICTURES", 6)
+    pictures = read_pictures(digits / "val", image_size=16)
+    images, labels, _ = pictures
+    pixels = images[:40].permute(0, 2, 3, 1).numpy()
+    classifier = create_classifier(**DEFAULT | dict(num_classes=10))
+    classifier.load_state_dict(filled(classifier.state_dict()))
+    report = command.measure(
+        argparse.Namespace(classifier_scale=[0.0, 2.0], seed=0),
+        classifier,
+        ExactDenoiser(*pictures),
+        create_gaussian_diffusion(),
+        pictures,
+        [pixels, pixels[(np.arange(40) + 1) % 40]],
+        labels[:40].numpy(),
+    )
+    assert report["shares"]["0"] > 0.95
+    assert report["shares"]["2"] < 0.5
+    assert [level["t"] for level in report["levels"]] == [0, 500, 999]
+    assert "scale     2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_samples", "5"], "one of --model_path and --data_dir"),
+        (["--data_dir", "x", "--model_path", "y"], "one of --model_path and --data_dir"),
+        (["--model_path", "y", "--measure"], "--measure: need --data_dir"),
+        (["--model_path", "y", "--predict_xstart", "True"], "predicts the noise"),
+    ],
+)
+def test_wrong_flags_are_told(flags, words, capsys):
+    from launch import sample as command
+
+    with pytest.raises(SystemExit):
+        command.parse(["--classifier_path", "c", *flags])
+    assert words in capsys.readouterr().err
+
+
+def test_a_unet_file_is_read_with_its_flags(tmp_path):
+    from ds_classifier.config import Settings
+    from launch import sample as command
+
+    path = tmp_path / "diffusion.pt"
+    torch.save(small_unet("cond").state_dict(), path)
+    flags = ["--classifier_path", "c", "--model_path", path, "--image_size", "16"]
+    flags += ["--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1,2"]
+    flags += ["--attention_resolutions", "8", "--class_cond", "True", "--learn_sigma", "True"]
+    flags += ["--num_head_channels", "32", "--use_new_attention_order", "True", "--dropout", "0.1"]
+    for extra in (["--resblock_updown", "True"], []):
+        arguments, given = command.parse(list(map(str, flags + extra)))
+        settings = Settings(**given).replace(num_classes=7)
+        if extra:
+            unet = command.load_unet(arguments, settings, "cpu")
+            x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 750]), torch.tensor([1, 5])
+            assert torch.equal(unet(x, t, y), small_unet("cond")(x, t, y))
+        else:
+            with pytest.raises(ValueError, match="other flags"):
+                command.load_unet(arguments, settings, "cpu")
