@@ -23,7 +23,7 @@ LAYERS = [
     ["device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["diffusion", "metrics", "logger", "data.loader", "data.sources", "data.convert", "engine"],
-    ["noised_classifier", "checkpoint", "level_metrics"],
+    ["noised_classifier", "checkpoint", "level_metrics", "exact_denoiser"],
     ["evaluation", "weights", "evaluation_table", "evaluation_plots"],
     ["training", "export"],
 ]
