@@ -21,12 +21,16 @@ from ds_classifier.model import create_classifier, parse_channel_mult
 
 @dataclass(frozen=True)
 class Source:
-    """Whose weights: their settings and place. step, classes: None where a file does not tell."""
+    """Whose weights: their settings and place.
+
+    step, classes, data (the training set's fingerprint): None where a file does not tell.
+    """
 
     path: Path
     settings: Settings
     step: int | None = None
     classes: list[str] | None = None
+    data: str | None = None
 
     @property
     def name(self) -> str:
@@ -50,8 +54,8 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
         found = checkpoint.resolve_checkpoint(path)
         state = checkpoint.read_state(found)
         settings = Settings(**state["settings"])
-        source = Source(found, settings, step=state["step"], classes=state["classes"])
-        return source, checkpoint.read_model(found)
+        facts = {name: state[name] for name in ("step", "classes", "data")}
+        return Source(found, settings, **facts), checkpoint.read_model(found)
     weights = read_weights(path)
     fitting = fitting_settings(weights, given)
     if fitting is None:
