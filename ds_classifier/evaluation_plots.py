@@ -176,9 +176,10 @@ def _reliability(panel, numbers: dict[str, Any]) -> None:
         total = sum(row["samples"] for row in bins)
         x = [100 * row["confidence"] for row in bins]
         y = [100 * row["correct"] / row["samples"] for row in bins]
-        area = [12 + 160 * row["samples"] / total for row in bins]
-        panel.plot(x, y, color=color, linewidth=1, label=_level_name(level))
+        area = [6 + 300 * row["samples"] / total for row in bins]
+        panel.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
         panel.scatter(x, y, s=area, color=color, alpha=0.6, linewidth=0)
+        panel.plot([], [], "o", color=color, label=_level_name(level))
     panel.set_xlim(0, 104)
     panel.set_ylim(0, 104)
     panel.set_xlabel("confidence, %")
@@ -196,7 +197,15 @@ def _per_class(panel, record: Record) -> None:
             panel.plot(range(len(values)), values, color=color, label=_level_name(level))
         else:
             places = range(len(values))
-            panel.plot(places, values, "o:", color=color, label=_level_name(level), linewidth=0.8)
+            panel.plot(
+                places,
+                values,
+                "o:",
+                color=color,
+                label=_level_name(level),
+                linewidth=0.8,
+                markersize=4,
+            )
     names = record["classes"]
     if len(names) > CLASSES_NAMED:
         panel.set_xlabel("classes, from the worst to the best of a level")
