@@ -64,9 +64,8 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
             "need those of guided-diffusion's EncoderUNetModel"
         )
     misfits = [
-        f"--{name}: got {value!r}; need {getattr(fitting, name)!r}"
-        for name, value in vars(given).items()
-        if value != getattr(fitting, name) and (name, value) != ("num_classes", 0)
+        f"--{name}: got {getattr(given, name)!r}; need {getattr(fitting, name)!r}"
+        for name in _differences(fitting, given)
     ]
     if misfits:
         raise ValueError(
@@ -103,16 +102,24 @@ def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | 
     """
     if _fits(weights, given):
         return given
-    for candidate in _candidates(weights, given):
-        if not _fits(weights, candidate):
-            continue
+    fitting = []
+    for candidate in filter(lambda settings: _fits(weights, settings), _candidates(weights, given)):
         # What the tensors do not decide stays as given.
         for name, value in vars(given).items():
             nearer = candidate.replace(**{name: value})
             if nearer != candidate and _fits(weights, nearer):
                 candidate = nearer
-        return candidate
-    return None
+        fitting.append(candidate)
+    return min(fitting, key=lambda settings: len(_differences(settings, given)), default=None)
+
+
+def _differences(settings: Settings, given: Settings) -> list[str]:
+    """The flags that `given` would have to have another value for; 0 classes: as many as fit."""
+    return [
+        name
+        for name, value in vars(given).items()
+        if value != getattr(settings, name) and (name, value) != ("num_classes", 0)
+    ]
 
 
 def _fits(weights: dict[str, Tensor], settings: Settings) -> bool:
@@ -174,8 +181,7 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
             usual = False
         if not usual:
             settings = settings.replace(classifier_channel_mult=",".join(f"{m:g}" for m in mult))
-        # Levels as wide as the size's default come first: the published classifiers'.
-        found.insert(0 if usual else len(found), settings)
+        found.append(settings)
     return found
 
 

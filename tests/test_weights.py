@@ -57,6 +57,18 @@ def test_what_fits_builds_the_same_tensors(own):
     assert {name: value.shape for name, value in tensors(found).items()} == shapes
 
 
+def test_of_several_that_fit_the_nearest_is_found():
+    """Levels of one width without attention: 2 levels of 1 block at 16 px look like 1 level of 3
+    blocks at 8 px."""
+    alike = SMALL | dict(classifier_channel_mult="2,2", classifier_attention_resolutions="")
+    settings = Settings(**alike)
+    other = dict(image_size=8, classifier_depth=3, classifier_channel_mult="2")
+    assert tensors(settings).keys() == tensors(settings.replace(**other)).keys()
+    for own in (settings, settings.replace(**other)):
+        given = own.replace(classifier_use_scale_shift_norm=False)
+        assert fitting_settings(tensors(own), given) == own
+
+
 def test_no_setting_fits_another_network():
     assert fitting_settings({"a": torch.zeros(3)}, Settings()) is None
     weights = tensors(Settings(**SMALL))
@@ -76,10 +88,13 @@ def test_the_flag_that_would_fit_is_named(tmp_path, suffix):
     assert source.settings.num_classes == 5
     assert (source.step, source.name, source.home) == (None, "model", tmp_path)
     assert all(torch.equal(read[name], weights[name]) for name in weights)
+    # No feature map has a side of 32: naming it is no misfit.
+    own = dict(classifier_depth=4, in_channels=1, classifier_attention_resolutions="32,8")
+    given = SMALL | own
     with pytest.raises(ValueError) as caught:
-        open_weights(path, Settings(**SMALL | {"classifier_depth": 4, "in_channels": 1}))
+        open_weights(path, Settings(**given))
     lines = str(caught.value).splitlines()
-    assert lines[1:3] == [
+    assert lines[1:-1] == [
         "  --in_channels: got 1; need 3",
         "  --classifier_depth: got 4; need 1",
     ]
