@@ -179,15 +179,17 @@ def evaluate_source(
     settings = source.settings
     shards = open_validation_data(source, arguments, device)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    asked = [*(arguments.timesteps or []), *(arguments.class_timesteps or [])]
+    if asked and not 0 <= min(asked) <= max(asked) < diffusion.num_timesteps:
+        raise ValueError(
+            f"--timesteps, --class_timesteps: got {min(asked)} to {max(asked)}; need 0 to "
+            f"{diffusion.num_timesteps - 1}"
+        )
     levels = arguments.timesteps or evaluation.level_grid(diffusion, arguments.levels)
     chosen = arguments.class_timesteps
     if chosen is None:
         chosen = sorted({levels[0], evaluation.middle_level(diffusion, levels)})
     levels = sorted({*levels, *chosen})
-    if levels[0] < 0 or levels[-1] >= diffusion.num_timesteps:
-        raise ValueError(
-            f"--timesteps: got {levels[0]} to {levels[-1]}; need 0 to {diffusion.num_timesteps - 1}"
-        )
 
     classifier = create_classifier(**settings.model_kwargs())
     if weights:
