@@ -1,6 +1,8 @@
 """Measure a classifier at a grid of noise levels: `python launch/evaluate.py RUN`.
 
-Also through the deepspeed launcher or torchrun, on any number of ranks: the numbers are the same.
+Also through the deepspeed launcher or torchrun. Any number of ranks gives the same numbers, to the
+last digit where each computes as the others do: on a CPU, with the same number of threads a rank
+(OMP_NUM_THREADS); else the means agree to rounding.
 What is read: a run (its newest checkpoint), a checkpoint, or a file of weights such as
 guided-diffusion's published .pt, whose settings the flags then tell.
 """
