@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ds_classifier import distributed
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
+from ds_classifier.exact_denoiser import ExactDenoiser
 from ds_classifier.level_metrics import LevelNumbers, LevelSums
 from ds_classifier.metrics import Meter
 from ds_classifier.noised_classifier import NoisedClassifier
@@ -129,6 +130,17 @@ def classifier_posterior(classifier: nn.Module, diffusion: GaussianDiffusion) ->
             log_p = classifier(x_t, diffusion.model_timesteps(t)).log_softmax(dim=1)
             (gradient,) = torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), x_t)
         return log_p.detach(), gradient.flatten(1).norm(dim=1)
+
+    return answer
+
+
+def bayes_posterior(denoiser: ExactDenoiser, diffusion: GaussianDiffusion) -> Posterior:
+    """What the training set says, in closed form: the best any classifier could know of its x_t."""
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)  # [T] float64
+
+    def answer(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found = denoiser.posterior(x_t, alpha_bar.to(t.device)[t], labels)
+        return found.log_class, found.gradient.flatten(1).norm(dim=1)
 
     return answer
 

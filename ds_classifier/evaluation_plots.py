@@ -29,7 +29,7 @@ def plot_evaluation(record: Record, path: Path) -> None:
         _line(accuracy, bayes, "acc@1", OPTIMUM, "top 1, Bayes of the training set", scale=100)
     accuracy.axhline(100 / classes, color=QUIET, linewidth=1, linestyle=":", label="chance")
     accuracy.set_ylim(0, 102)
-    accuracy.legend(loc="lower left")
+    accuracy.legend(loc="best")
 
     _against_noise(loss, ours, "cross-entropy, nats")
     _line(loss, ours, "loss", OURS, "classifier")
@@ -38,15 +38,16 @@ def plot_evaluation(record: Record, path: Path) -> None:
     loss.axhline(math.log(classes), color=QUIET, linewidth=1, linestyle=":", label="chance")
     largest = max([math.log(classes), *_known(ours, "loss")])
     loss.set_ylim(0, 1.15 * largest)  # the posterior of few pictures is far too sure of itself
-    loss.legend(loc="upper left")
+    loss.legend(loc="best")
 
     _against_noise(grad_norm, ours, "mean |gradient of log p(y | x_t)|")
     _line(grad_norm, ours, "grad_norm", OURS, "classifier")
     if bayes:
         _line(grad_norm, bayes, "grad_norm", OPTIMUM, "Bayes of the training set")
-        grad_norm.legend(loc="lower left")
+        grad_norm.legend(loc="best")
     if all(value > 0 for value in _known(ours, "grad_norm")):
         grad_norm.set_yscale("log")
+        _plain_numbers(grad_norm.yaxis)
 
     _against_noise(ece, ours, "expected calibration error, %")
     _line(ece, ours, "ece", OURS, "classifier", scale=100)
@@ -112,7 +113,7 @@ def plot_series(records: Sequence[Record], path: Path) -> None:
             record["name"] if named else None,
             scale=100,
         )
-    curves.legend(loc="lower left")
+    curves.legend(loc="best")
     _write(figure, path)
 
 
@@ -129,6 +130,16 @@ def _panels(rows: int, columns: int, *, width: float, height: float):
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _plain_numbers(axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers, also between powers of ten on a short one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _against_noise(panel, numbers: dict[str, Any], label: str) -> None:
@@ -165,14 +176,15 @@ def _reliability(panel, numbers: dict[str, Any]) -> None:
         total = sum(row["samples"] for row in bins)
         x = [100 * row["confidence"] for row in bins]
         y = [100 * row["correct"] / row["samples"] for row in bins]
-        area = [12 + 160 * row["samples"] / total for row in bins]
-        panel.plot(x, y, color=color, linewidth=1, label=_level_name(level))
+        area = [6 + 300 * row["samples"] / total for row in bins]
+        panel.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
         panel.scatter(x, y, s=area, color=color, alpha=0.6, linewidth=0)
+        panel.plot([], [], "o", color=color, label=_level_name(level))
     panel.set_xlim(0, 104)
     panel.set_ylim(0, 104)
     panel.set_xlabel("confidence, %")
     panel.set_ylabel("accuracy, %")
-    panel.legend(loc="upper left")
+    panel.legend(loc="best")
 
 
 def _per_class(panel, record: Record) -> None:
@@ -185,7 +197,15 @@ def _per_class(panel, record: Record) -> None:
             panel.plot(range(len(values)), values, color=color, label=_level_name(level))
         else:
             places = range(len(values))
-            panel.plot(places, values, "o:", color=color, label=_level_name(level), linewidth=0.8)
+            panel.plot(
+                places,
+                values,
+                "o:",
+                color=color,
+                label=_level_name(level),
+                linewidth=0.8,
+                markersize=4,
+            )
     names = record["classes"]
     if len(names) > CLASSES_NAMED:
         panel.set_xlabel("classes, from the worst to the best of a level")
@@ -196,7 +216,7 @@ def _per_class(panel, record: Record) -> None:
         panel.set_xlabel("class")
     panel.set_ylim(0, 104)
     panel.set_ylabel("top-1 accuracy, %")
-    panel.legend(loc="lower left")
+    panel.legend(loc="best")
 
 
 def _level_name(level: dict[str, Any]) -> str:

@@ -21,12 +21,16 @@ from ds_classifier.model import create_classifier, parse_channel_mult
 
 @dataclass(frozen=True)
 class Source:
-    """Whose weights: their settings and place. step, classes: None where a file does not tell."""
+    """Whose weights: their settings and place.
+
+    step, classes, data (the training set's fingerprint): None where a file does not tell.
+    """
 
     path: Path
     settings: Settings
     step: int | None = None
     classes: list[str] | None = None
+    data: str | None = None
 
     @property
     def name(self) -> str:
@@ -50,8 +54,8 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
         found = checkpoint.resolve_checkpoint(path)
         state = checkpoint.read_state(found)
         settings = Settings(**state["settings"])
-        source = Source(found, settings, step=state["step"], classes=state["classes"])
-        return source, checkpoint.read_model(found)
+        facts = {name: state[name] for name in ("step", "classes", "data")}
+        return Source(found, settings, **facts), checkpoint.read_model(found)
     weights = read_weights(path)
     fitting = fitting_settings(weights, given)
     if fitting is None:
@@ -60,9 +64,8 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
             "need those of guided-diffusion's EncoderUNetModel"
         )
     misfits = [
-        f"--{name}: got {value!r}; need {getattr(fitting, name)!r}"
-        for name, value in vars(given).items()
-        if value != getattr(fitting, name) and (name, value) != ("num_classes", 0)
+        f"--{name}: got {getattr(given, name)!r}; need {getattr(fitting, name)!r}"
+        for name in _differences(fitting, given)
     ]
     if misfits:
         raise ValueError(
@@ -99,16 +102,24 @@ def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | 
     """
     if _fits(weights, given):
         return given
-    for candidate in _candidates(weights, given):
-        if not _fits(weights, candidate):
-            continue
+    fitting = []
+    for candidate in filter(lambda settings: _fits(weights, settings), _candidates(weights, given)):
         # What the tensors do not decide stays as given.
         for name, value in vars(given).items():
             nearer = candidate.replace(**{name: value})
             if nearer != candidate and _fits(weights, nearer):
                 candidate = nearer
-        return candidate
-    return None
+        fitting.append(candidate)
+    return min(fitting, key=lambda settings: len(_differences(settings, given)), default=None)
+
+
+def _differences(settings: Settings, given: Settings) -> list[str]:
+    """The flags that `given` would have to have another value for; 0 classes: as many as fit."""
+    return [
+        name
+        for name, value in vars(given).items()
+        if value != getattr(settings, name) and (name, value) != ("num_classes", 0)
+    ]
 
 
 def _fits(weights: dict[str, Tensor], settings: Settings) -> bool:
@@ -170,8 +181,7 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
             usual = False
         if not usual:
             settings = settings.replace(classifier_channel_mult=",".join(f"{m:g}" for m in mult))
-        # Levels as wide as the size's default come first: the published classifiers'.
-        found.insert(0 if usual else len(found), settings)
+        found.append(settings)
     return found
 
 

@@ -1,6 +1,8 @@
 """Measure a classifier at a grid of noise levels: `python launch/evaluate.py RUN`.
 
-Also through the deepspeed launcher or torchrun, on any number of ranks: the numbers are the same.
+Also through the deepspeed launcher or torchrun. Any number of ranks gives the same numbers, to the
+last digit where each computes as the others do: on a CPU, with the same number of threads a rank
+(OMP_NUM_THREADS); else the means agree to rounding.
 What is read: a run (its newest checkpoint), a checkpoint, or a file of weights such as
 guided-diffusion's published .pt, whose settings the flags then tell.
 """
@@ -23,6 +25,7 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
 
 FORMAT, VERSION = "ds_classifier evaluation", 1
+BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
 
@@ -55,6 +58,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--levels", type=int, default=20, metavar="N", help="noise levels beside t = 0 [20]")
     add("--timesteps", type=_timesteps, metavar="T,T", help="these levels instead, like 0,100,500")
     add("--class_timesteps", type=_timesteps, metavar="T,T", help=_CLASS_HELP)
+    add(
+        "--bayes",
+        default="",
+        metavar="SHARDS",
+        help="training shards whose exact posterior is shown "
+        "beside (default: the run's, if they have at most 10 million numbers)",
+    )
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="[fp32]")
     add("--batch_size", type=int, default=0, metavar="N", help="pictures at a time (default: 64, "
         "fewer from 256 px on); the same for numbers to compare to the last digit")  # fmt: skip
@@ -171,15 +181,17 @@ def evaluate_source(
     settings = source.settings
     shards = open_validation_data(source, arguments, device)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    asked = [*(arguments.timesteps or []), *(arguments.class_timesteps or [])]
+    if asked and not 0 <= min(asked) <= max(asked) < diffusion.num_timesteps:
+        raise ValueError(
+            f"--timesteps, --class_timesteps: got {min(asked)} to {max(asked)}; need 0 to "
+            f"{diffusion.num_timesteps - 1}"
+        )
     levels = arguments.timesteps or evaluation.level_grid(diffusion, arguments.levels)
     chosen = arguments.class_timesteps
     if chosen is None:
         chosen = sorted({levels[0], evaluation.middle_level(diffusion, levels)})
     levels = sorted({*levels, *chosen})
-    if levels[0] < 0 or levels[-1] >= diffusion.num_timesteps:
-        raise ValueError(
-            f"--timesteps: got {levels[0]} to {levels[-1]}; need 0 to {diffusion.num_timesteps - 1}"
-        )
 
     classifier = create_classifier(**settings.model_kwargs())
     if weights:
@@ -201,9 +213,17 @@ def evaluate_source(
         f"{samples:,} pictures at {len(levels)} noise levels and under uniform t, "
         f"{arguments.precision}, on {distributed.world_size()} x {engines.describe_device(device)}"
     )
+    posteriors = [evaluation.classifier_posterior(classifier, diffusion)]
+    training_set, denoiser = open_training_set(source, arguments, shards, device)
+    if denoiser is not None:
+        posteriors.append(evaluation.bayes_posterior(denoiser, diffusion))
+        distributed.say(
+            f"beside it the exact posterior of the {len(denoiser):,} pictures in {training_set}, "
+            "centre-cropped"
+        )
     progress = Progress(samples, 1 + len(levels))
-    (numbers,), bad = evaluation.evaluate_levels(
-        [evaluation.classifier_posterior(classifier, diffusion)],
+    (numbers, *optimum), bad = evaluation.evaluate_levels(
+        posteriors,
         diffusion,
         create_validation_loader(shards, settings, batch_size, arguments.workers),
         levels=levels,
@@ -244,6 +264,12 @@ def evaluate_source(
             "samples_per_sec": round(samples / seconds, 3),
         },
     }
+    if denoiser is not None:
+        record["bayes"] = {
+            "location": training_set,
+            "pictures": len(denoiser),
+            **evaluation.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
+        }
     return record, source.home
 
 
@@ -276,6 +302,50 @@ def open_validation_data(source, arguments: argparse.Namespace, device) -> Shard
         problem = f"the shards in {location} here are not those of rank 0's node"
     distributed.raise_together(problem, device)
     return shards
+
+
+def open_training_set(source, arguments: argparse.Namespace, val_shards: ShardSet, device):
+    """Where the training set is and its exact denoiser, if it is asked for or small; or (.., None).
+
+    Unasked, on all ranks or none: a training set that is gone, or another now, is left out.
+    """
+    from ds_classifier.data.shards import open_shards
+    from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
+
+    settings, location = source.settings, arguments.bayes
+    asked, problem, opened = bool(location), None, None
+    if not asked:
+        location = settings.data_dir if source.step is not None else ""
+    numbers_a_picture = settings.in_channels * settings.image_size**2
+    try:
+        opened = open_shards(location) if location else None
+    except (ValueError, OSError) as error:
+        problem = f"--bayes: {error}"
+    if opened is not None:
+        if set(val_shards.index["label"].tolist()) - set(opened.index["label"].tolist()):
+            problem = f"--bayes: got {location}; need pictures of every class in the validation set"
+        elif opened.manifest.classes != val_shards.manifest.classes:
+            problem = f"--bayes: got {location}; need the classes of the validation set"
+        elif not asked and opened.manifest.fingerprint != source.data:
+            problem = "another data set now"
+    if asked:
+        distributed.raise_together(problem, device)
+    small = opened is not None and opened.manifest.samples * numbers_a_picture <= BAYES_NUMBERS
+    use = on_all_ranks(problem is None and opened is not None and (asked or small), device)
+    if not use:
+        return location, None
+    pictures, labels, classes = read_pictures(
+        location, image_size=settings.image_size, channels=settings.in_channels
+    )
+    return location, ExactDenoiser(pictures, labels, classes, device=device)
+
+
+def on_all_ranks(value: bool, device) -> bool:
+    """Whether it is so on every rank."""
+    import torch
+
+    no = torch.tensor(int(not value), device=device)
+    return int(distributed.all_reduce_sum(no)) == 0
 
 
 def create_validation_loader(shards: ShardSet, settings: Settings, batch_size: int, workers: int):

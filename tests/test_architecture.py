@@ -38,7 +38,14 @@ LAYERS = [
         "data.foreign",
         "engine",
     ],
-    ["noised_classifier", "checkpoint", "replicas", "skipped_steps", "level_metrics"],
+    [
+        "noised_classifier",
+        "checkpoint",
+        "replicas",
+        "skipped_steps",
+        "level_metrics",
+        "exact_denoiser",
+    ],
     [
         "evaluation",
         "checkpoint_writer",
@@ -46,7 +53,6 @@ LAYERS = [
         "weights",
         "evaluation_table",
         "evaluation_plots",
-        "exact_denoiser",
     ],
     ["training", "export", "guidance", "sampling"],
     ["fidelity"],
@@ -99,15 +105,16 @@ def test_only_config_parses_a_command_line(name):
     assert "sys.argv" not in MODULES[name].read_text()
 
 
-def test_help_imports_nothing_heavy():
-    """launch/train.py --help answers at once: what it imports before parsing is light."""
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_help_imports_nothing_heavy(program):
+    """--help answers at once: what a program imports before parsing is light."""
     import subprocess
     import sys
 
     code = (
-        "import sys; sys.argv = ['train.py', '--help']\n"
+        f"import sys; sys.argv = ['{program}.py', '--help']\n"
         "import runpy\n"
-        "try: runpy.run_path('launch/train.py', run_name='__main__')\n"
+        f"try: runpy.run_path('launch/{program}.py', run_name='__main__')\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'deepspeed', 'webdataset', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
