@@ -38,7 +38,7 @@ def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | N
 
 
 def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
-    """Raise ValueError if the checkpoint is of another training than the one asked for."""
+    """Raise AgreedError if the checkpoint is of another training than the one asked for."""
     changes = changed_settings(state["settings"], settings)
     changes += [
         f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
@@ -54,7 +54,7 @@ def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
             f"data: {settings.data_dir} is not the data that the checkpoint was trained on"
         )
     if changes:
-        raise ValueError(
+        raise distributed.AgreedError(
             f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
             + "\n  ".join(changes)
             + "\ndo: give the settings as they were, or choose another --run_dir (with --init_from "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
@@ -18,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command again goes on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,13 +238,17 @@ def _describe(folder: Path, manifest) -> None:
     store = Store(manifest.image_size, manifest.form)
     print(
         f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
-        f"{len(manifest.shards)} shards, {megabytes:.1f} MB, {store}"
+        f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, {store}"
     )
     if manifest.undecodable:
         print(
-            f"  {len(manifest.undecodable)} pictures do not decode, such as "
+            f"  {_count(len(manifest.undecodable), 'picture')} without pixels, such as "
             f"{manifest.undecodable[0]}: stored untouched, they will count as bad samples"
         )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + "s" * (number != 1)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -248,6 +256,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     damaged = False
     for folder in arguments.folder:
+        if "://" in str(folder) or str(folder).startswith(("http:/", "https:/")):
+            raise ValueError(
+                f"got {folder}; need a directory: shards behind a URL are checked by hash as they "
+                "are fetched; do: verify them where they lie"
+            )
         with _Progress() as progress:
             problems = verify(
                 folder,
@@ -258,13 +271,14 @@ def _verify(arguments: argparse.Namespace) -> int:
             )
         for problem in problems:
             print(problem)
-        print(f"{folder}: {f'{len(problems)} problems' if problems else 'whole'}")
+        found = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        print(f"{folder}: {found if problems else 'whole'}")
         damaged |= bool(problems)
     return 1 if damaged else 0
 
 
 class _Progress:
-    """A bar a phase, while a person watches."""
+    """A bar a phase while a person watches; a line a minute where nobody does."""
 
     def __enter__(self):
         self._bar, self._phase = None, None
@@ -275,9 +289,15 @@ class _Progress:
 
         if self._phase != phase:
             self.__exit__()
-            self._phase = phase
+            self._phase, self._told = phase, time.monotonic()
             self._bar = tqdm(total=total, desc=phase, unit=" pictures", disable=None, leave=False)
         self._bar.update(done - self._bar.n)
+        if self._bar.disable and time.monotonic() - self._told > 60:
+            self._told = time.monotonic()
+            print(
+                f"{phase}: {done:,} of {'unknown' if total is None else f'{total:,}'} pictures",
+                file=sys.stderr,
+            )
 
     def __exit__(self, *_) -> None:
         if self._bar is not None:

@@ -23,7 +23,7 @@ LAYERS = [
         "memory",
         "sample_files",
     ],
-    ["failures", "peers", "run_lock", "shutdown"],
+    ["failures", "peers", "run_lock", "shutdown", "data.pool"],
     ["watchdog"],
     ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],

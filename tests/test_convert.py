@@ -387,3 +387,32 @@ def test_the_command_line_of_parts(many, tmp_path):
     assert "'2/2'" in done.output
     manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
     assert manifest["samples"] == 120
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
+    """As a terminal sends it, to the program and its workers alike; then the command goes on."""
+    rng = np.random.RandomState(0)
+    for i in range(60):
+        pixels = rng.randint(0, 256, (600, 600, 3)).astype(np.uint8)
+        path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, compress_level=0)
+    command = [sys.executable, ROOT / "launch" / "make_shards.py", "convert", "pictures", "data"]
+    command += ["--image_size", "32", "--samples_per_shard", "3", "--workers", "2"]
+    job = subprocess.Popen(
+        list(map(str, command)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("data/train.partial/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    output, _ = job.communicate(timeout=30)
+    assert (job.returncode, output) == (130, "stopped; the same command again goes on\n")
+    with pytest.raises(ProcessLookupError):  # the group is empty
+        os.killpg(job.pid, 0)
+    assert run_python(*command[1:], cwd=tmp_path).code == 0

@@ -442,8 +442,20 @@ def test_many_problems_are_not_all_told(tmp_path):
         members = [(f"{shard}_{i}.jpg", b"") for i in range(50)]
         tar_of(tmp_path / f"t-{shard}.tar", members)
     message = problems(tmp_path, tmp_path / "out")
-    assert len(message.splitlines()) == 22  # a head, 20 problems, how many more
-    assert message.splitlines()[-1].strip() == "... and 130 problems more"
+    assert len(message.splitlines()) == 23  # a head, 20 problems, how many more, what to do
+    assert message.splitlines()[-2].strip() == "... and 130 problems more"
+
+
+def test_the_index_of_other_shards_is_not_replaced(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tar_of(tmp_path / name / "x.tar", [("k.jpg", JPG), ("k.cls", b"0")])
+    index(str(tmp_path / "a"), tmp_path / "out")
+    index(str(tmp_path / "a"), tmp_path / "out")
+    before = (tmp_path / "out/train/manifest.json").read_text()
+    with pytest.raises(ValueError, match="the index of other shards"):
+        index(str(tmp_path / "b"), tmp_path / "out")
+    assert (tmp_path / "out/train/manifest.json").read_text() == before
 
 
 def header(name: str, size: int, kind: bytes = b"0") -> bytes:
@@ -741,9 +753,10 @@ def test_the_command_line(tmp_path):
     assert done.lines[1].endswith("do: train with --shuffle_shards lane")
     tar_of(tmp_path / "x.tar", [*members, ("z.jpg", JPG)])
     done = run_python(script, "index", "x.tar", "new", cwd=tmp_path)
-    assert (done.code, len(done.lines)) == (2, 2), done.output
+    assert (done.code, len(done.lines)) == (2, 3), done.output
     assert done.lines[0].startswith("error: these shards cannot be used as they are")
     assert done.lines[1].endswith("x.tar: z has a picture but no .cls")
+    assert "do: say where labels stand with --label" in done.lines[2]
     assert not (tmp_path / "new").exists()
     done = run_python(script, "index", "x.tar", "new", "--label", "txt", cwd=tmp_path)
     assert done.code == 2

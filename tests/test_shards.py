@@ -354,12 +354,12 @@ def test_the_command_line(folder, tmp_path):
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "convert", folder, tmp_path / "out", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (0, 1), done.output
-    assert "15 pictures of 3 classes in 1 shards" in done.output
+    assert "15 pictures of 3 classes in 1 shard," in done.output
     done = run_python(script, "verify", tmp_path / "out/train", "--hash", "--decode", cwd=tmp_path)
     assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
-    assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problems")
+    assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problem")
     assert "train-000000.tar: cut short or damaged at byte" in done.output
     assert done.lines[0].endswith(": got 2 whole samples; need 15")
     (tmp_path / "out/train/train-000000.tar").unlink()

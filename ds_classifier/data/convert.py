@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -22,12 +21,12 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ds_classifier import files
 from ds_classifier.data import images
+from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.samples import Sample, Slice, Source
 from ds_classifier.data.shards import (
     INDEX,
@@ -239,7 +238,9 @@ def _write_shards(
         flat = iter(flat)
         tasks = [(first[n], [next(flat) for _ in shards[n]]) for n in todo]
         jobs = list(enumerate(todo))
-        for number in _in_processes(workers, _write_one, (partial, plan, tasks), jobs):
+        for number in in_processes(
+            workers, _write_one, jobs, shared=(partial, plan, tasks), ordered=False
+        ):
             done += plan.shard_samples[number]
             progress(plan.split, done, total)
     finally:
@@ -281,7 +282,10 @@ def _gathered(
     cuts = np.linspace(0, len(wanted), workers + 1).astype(int).tolist()
     jobs = list(itertools.pairwise(cuts))
     gathered, done = list(samples), 0
-    for first, last, ends in _in_processes(workers, _spool_some, (samples, wanted, spool), jobs):
+    shared_by_all = (samples, wanted, spool)
+    for first, last, ends in in_processes(
+        workers, _spool_some, jobs, shared=shared_by_all, ordered=False
+    ):
         place = spool / f"{first}.bytes"
         for i, start, end in zip(wanted[first:last], ends, ends[1:], strict=False):
             gathered[i] = replace(samples[i], content=Slice(place, start, end - start))
@@ -293,7 +297,7 @@ def _gathered(
 def _spool_some(job: tuple[int, int]) -> tuple[int, int, list[int]]:
     """Write some of the wanted pictures to one file; returns the job, and where each begins."""
     first, last = job
-    samples, wanted, spool = _shared
+    samples, wanted, spool = shared()
     ends = [0]
     place = spool / f"{first}.bytes"
     with open(place, "wb") as file, _naming(place):
@@ -313,28 +317,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _in_processes(
-    workers: int, task: Callable[[Any], Any], shared: Any, jobs: list[Any]
-) -> Iterator[Any]:
-    """The results of a task on jobs, as they come. Forked processes inherit what is shared."""
-    global _shared
-    _shared = shared
-    if workers > 1 and len(jobs) > 1:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            yield from pool.imap_unordered(task, jobs)
-    else:
-        yield from map(task, jobs)
-
-
-_shared: Any = None
-
-
 def _write_one(job: tuple[int, int]) -> int:
     """Write one shard and its facts; returns its number."""
     from webdataset import TarWriter
 
     at, number = job
-    partial, plan, tasks = _shared
+    partial, plan, tasks = shared()
     first, samples = tasks[at]
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ds_classifier.data.layouts import (
     stats_name,
     stats_of,
 )
+from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -84,8 +84,8 @@ def index(
         listings["val"] = held_out
     labels = labels or listings["train"].labels or "cls"
     names = _class_names(listings, classes)
-    for split in listings:
-        _refuse_others_work(out / split)
+    for split in ("train", "val"):
+        _refuse_others_work(out / split, listings.get(split))
     scans: dict[str, list[_Scan]] = {}
     problems: list[str] = []
     for split, listing in listings.items():
@@ -99,6 +99,11 @@ def index(
         more = sum(scan.more_problems for split in scans.values() for scan in split)
         if untold := len(problems) - len(told) + more:
             told.append(f"... and {untold} problems more")
+        if any("label" in problem or "no ." in problem for problem in told):
+            told.append(
+                "do: say where labels stand with --label json:KEY, or what their names are with "
+                "--classes FILE"
+            )
         raise ValueError(
             "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(told)
         )
@@ -166,26 +171,15 @@ def _scan_all(job: _Job, workers: int, progress: Callable[[int, int | None], Non
     total = sum(counts[name] for name in names) if counts.keys() >= set(names) else None
     scans, done = [], 0
     progress(0, total)
-    with multiprocessing.get_context("fork").Pool(
-        workers, initializer=_share, initargs=(job,)
-    ) as pool:
-        for scan in pool.imap(_scan_one, names):
-            scans.append(scan)
-            done += len(scan.rows)
-            progress(done, total)
+    for scan in in_processes(workers, _scan_one, names, shared=job):
+        scans.append(scan)
+        done += len(scan.rows)
+        progress(done, total)
     return scans
 
 
-_job: _Job  # of this process, inherited by the fork: lists of shards are long
-
-
-def _share(job: _Job) -> None:
-    global _job
-    _job = job
-
-
 def _scan_one(name: str) -> _Scan:
-    job = _job
+    job: _Job = shared()
     where = f"{job.listing.place}/{name}"
     problems, more = [], 0
 
@@ -309,8 +303,8 @@ def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, 
 # ---------------------------------------------------------------------------------------- writing
 
 
-def _refuse_others_work(folder: Path) -> None:
-    """An older index may be replaced, it is made again from the shards; nothing else may."""
+def _refuse_others_work(folder: Path, listing: Listing | None) -> None:
+    """An index of the same shards may be replaced, it is made again from them; nothing else may."""
     if not (folder / MANIFEST).exists():
         return
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
@@ -318,6 +312,12 @@ def _refuse_others_work(folder: Path) -> None:
         raise ValueError(
             f"OUT: got {folder}, which holds converted shards; need another place; do: choose "
             "another OUT, or train on them as they are"
+        )
+    place = manifest.location or str(folder.absolute())
+    if listing is None or listing.place != place:
+        raise ValueError(
+            f"OUT: got {folder}, the index of other shards ({place}); need one data set in OUT; "
+            "do: choose another OUT, or remove that index"
         )
 
 

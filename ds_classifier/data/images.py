@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow plugins that may open a sample
 MAX_PIXELS = 2**27  # 134 megapixels; larger pictures are refused before they are decoded
@@ -34,6 +34,8 @@ def decode(data: bytes, channels: int = 3) -> Image.Image:
         return image.convert(MODES[channels])
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise ValueError("no picture in a known format") from None
     except Exception as error:  # Pillow's plugins let struct, zlib and other errors through
         raise ValueError(f"{type(error).__name__}: {error}") from None
 

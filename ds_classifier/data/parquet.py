@@ -96,7 +96,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
                 f"number {lacking}; need all {int(total)}; do: download the rest"
             )
     if "" not in by_word:
-        return by_word[split]
+        # Where there is no validation split, the one for testing is held out.
+        return by_word[split] or (by_word["test"] if split == "val" else [])
     if len(by_word) > 1:
         raise ValueError(
             f"source: got {by_word[''][0]} beside files of the splits {sorted(by_word)[1:]}; need "

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import tarfile
@@ -29,6 +28,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ds_classifier import files
+from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.samples import IMAGE_SUFFIXES
 from ds_classifier.data.tars import (
     NAME_REACH,
@@ -283,6 +283,11 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
 
 
 def _no_shards(folder: Path) -> str:
+    if folder.with_name(f"{folder.name}.partial").is_dir():
+        return (
+            f"got {folder}, whose conversion is not finished; do: run its missing parts, then "
+            f"python launch/make_shards.py merge {folder.parent}; or the same convert again"
+        )
     if not folder.is_dir():
         return (
             f"got {folder}, which does not exist; need a directory of shards; do: "
@@ -292,7 +297,10 @@ def _no_shards(folder: Path) -> str:
     if (folder / "train" / MANIFEST).is_file():
         return f"got {folder}; its shards are one level down; do: pass {folder / 'train'}"
     if tars:
-        return f"got {folder}: tars without {MANIFEST}; do: {CONVERT} the pictures they came from"
+        return (
+            f"got {folder}: tars without {MANIFEST}; do: python launch/make_shards.py index "
+            f"{folder} data, if they hold labels"
+        )
     names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
         return f"got {folder}, a folder of pictures; need shards; do: {CONVERT} {folder} data"
@@ -469,33 +477,23 @@ def verify(
     manifest, problems = shards.manifest, []
     done, seen_keys = 0, set()
     firsts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-    # Forked processes inherit the index; only numbers travel.
-    with multiprocessing.get_context("fork").Pool(
-        workers, initializer=_share, initargs=((shards, firsts, check_hash, check_decode),)
-    ) as pool:
-        numbers = range(len(manifest.shards))
-        for number, (found, keys) in enumerate(pool.imap(_verify_one, numbers)):
-            problems += found
-            for key in keys:
-                if key in seen_keys:
-                    problems.append(f"{shards.path(number)}: key {key} appears twice")
-                seen_keys.add(key)
-            done += manifest.shards[number].samples
-            progress(done, manifest.samples)
+    everything = (shards, firsts, check_hash, check_decode)
+    numbers = range(len(manifest.shards))
+    results = in_processes(workers, _verify_one, numbers, shared=everything)
+    for number, (found, keys) in enumerate(results):
+        problems += found
+        for key in keys:
+            if key in seen_keys:
+                problems.append(f"{shards.path(number)}: key {key} appears twice")
+            seen_keys.add(key)
+        done += manifest.shards[number].samples
+        progress(done, manifest.samples)
     return problems
-
-
-_shared: tuple[ShardSet, np.ndarray, bool, bool]
-
-
-def _share(shared: tuple[ShardSet, np.ndarray, bool, bool]) -> None:
-    global _shared
-    _shared = shared
 
 
 def _verify_one(number: int) -> tuple[list[str], list[str]]:
     """The problems of one shard, and its keys."""
-    shards, firsts, check_hash, check_decode = _shared
+    shards, firsts, check_hash, check_decode = shared()
     shard, path, problems, found = shards.manifest.shards[number], shards.path(number), [], []
     numbers = class_numbers(shards.manifest.classes)
     try:
