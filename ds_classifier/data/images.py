@@ -31,7 +31,8 @@ def decode(data: bytes, channels: int = 3) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-        return image.convert(MODES[channels])
+        image.load()
+        return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except MemoryError:
         raise
     except UnidentifiedImageError:

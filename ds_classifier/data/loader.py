@@ -94,9 +94,9 @@ class ShardDataset(Dataset):
         pixels = np.zeros((len(positions), size, size, self.channels), dtype=np.uint8)
         weights = inside.astype(np.float32)
         bad = []
-        for i in np.flatnonzero(inside):
-            row = rows[i]
-            data = self._store.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
+        places = [rows[name].tolist() for name in ("shard", "offset", "length")]
+        for i in np.flatnonzero(inside).tolist():
+            data = self._store.read(*(place[i] for place in places))
             try:
                 pixels[i] = self._pixels(data, int(positions[i]))
             except ValueError as error:
