@@ -70,7 +70,17 @@ def global_batches(split, *, world_size, micro, workers=0, first=0, last=6):
 
 @pytest.mark.parametrize(
     ("world_size", "micro", "workers"),
-    [(1, 4, 0), (2, 6, 0), (2, 3, 0), (3, 4, 0), (12, 1, 0), (1, 12, 1), (1, 3, 2), (2, 3, 3)],
+    [
+        (1, 4, 0),
+        (2, 6, 0),
+        (2, 3, 0),
+        (3, 4, 0),
+        (12, 1, 0),
+        (1, 12, 1),
+        (1, 3, 2),
+        (2, 3, 3),
+        (1, 4, 4),
+    ],
 )
 def test_same_global_batches_however_they_are_cut(digits, world_size, micro, workers):
     expected = global_batches(digits / "train", world_size=1, micro=GLOBAL_BATCH)

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class FileCache:
     def __init__(self, folder: Path, *, budget_bytes: int | None):
         self.folder, self.budget_bytes = folder, budget_bytes
         (folder / ".users").mkdir(parents=True, exist_ok=True)
-        self._window: list[str] = []
+        self._window: dict[str, int] = {}  # name -> bytes
         self._fetching: dict[str, int] = {}  # name -> bytes that it will have
         with self._alone():
             # Made and locked while nobody counts: an unlocked one would pass for a dead process's.
@@ -79,11 +79,23 @@ class FileCache:
             _unlock(self._user)
             self._user = None
 
-    def protect(self, names: Iterable[str]) -> None:
-        """Keep these files, once they are here, until the next call or the end of the process."""
+    def protect(self, sizes: dict[str, int]) -> list[str]:
+        """Keep these files, once they are here, until the next call or the end of the process.
+
+        sizes: name -> bytes, the most needed first. Only as many as the budget has room for, beside
+        what other processes keep; returns their names.
+        """
         with self._alone():
-            self._window = list(names)
+            self._window = {}
+            kept, _ = self._needs()
+            total = sum(kept.values())
+            for name, size in sizes.items():
+                total += 0 if name in kept else size
+                if self.budget_bytes is not None and total > self.budget_bytes:
+                    break
+                self._window[name] = size
             self._publish()
+            return list(self._window)
 
     def open(
         self, name: str, *, size: int | None, fetch: Callable[[Path], None], wait: bool = True
@@ -111,6 +123,8 @@ class FileCache:
             handle = _open_whole(path, size)
             if handle is not None:
                 return handle
+            if not waited:
+                os.ftruncate(lock, 0)  # an older attempt's error
             if waited and (error := os.pread(lock, 4096, 0)):
                 raise OSError(error.decode("utf-8", "replace"))
             return self._fetch(name, size or 0, fetch, lock, over_budget=wait)
@@ -170,9 +184,9 @@ class FileCache:
                 except FileNotFoundError:  # a part that was renamed just now
                     continue
 
-    def _needs(self) -> tuple[set[str], dict[str, int]]:
-        """Of all live processes: the names they need, and the downloads under way."""
-        needed, coming = set(self._window), dict(self._fetching)
+    def _needs(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Of all live processes: what they need, and the downloads under way; name -> bytes."""
+        needed, coming = dict(self._window), dict(self._fetching)
         for path in (self.folder / ".users").iterdir():
             if path == self._user_file:
                 continue

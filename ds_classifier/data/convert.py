@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,7 @@ def convert(
             order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
         samples = [samples[i] for i in order]
         planned[split] = samples, _plan(source, split, samples, store, samples_per_shard)
+    _refuse_other_splits(out, source, set(planned))
     todo = [s for s, (_, plan) in planned.items() if not _already_written(out / s, plan)]
     for split in todo:
         samples, plan = planned[split]
@@ -121,6 +123,19 @@ def convert(
         split: open_shards(out / split).manifest if (out / split).exists() else None
         for split in planned
     }
+
+
+def _refuse_other_splits(out: Path, source: Source, planned: set[str]) -> None:
+    """ValueError where OUT has a split, whole or not, of other classes that would stay beside."""
+    for split in {"train", "val"} - planned:
+        for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
+            if not (folder / facts).is_file():
+                continue
+            if json.loads((folder / facts).read_text())["classes"] != source.classes:
+                raise ValueError(
+                    f"OUT: got {folder}, of other classes than {source.name}; need one class list "
+                    "in OUT; do: remove it, or choose another OUT"
+                )
 
 
 def _settled(store: Store, source: Source) -> Store:
@@ -160,6 +175,12 @@ def merge(out: Path) -> list[str]:
     for partial, plan in plans.items():
         _finish(partial, plan)
     for partial, plan in plans.items():
+        for spool in partial.glob("spool-*"):  # of a part that was killed
+            shutil.rmtree(spool)
+        for number in range(len(plan.shard_samples)):
+            for suffix in (".json", ".index.npy"):
+                (partial / plan.shard_name(number)).with_suffix(suffix).unlink(missing_ok=True)
+        (partial / PLAN).unlink()
         os.rename(partial, out / plan.split)
     files.fsync(out)
     return [plan.split for plan in plans.values()]
@@ -187,7 +208,8 @@ def _plan(
                 f"{sample.name}: got {size} bytes; need at most {LARGEST_PICTURE}; do: remove the "
                 "file, or replace it with a picture"
             )
-        digest.update(f"{sample.name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
+        name = os.path.basename(sample.name)  # however the way to the source was spelled
+        digest.update(f"{name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
     return Plan(digest=digest.hexdigest(), **facts)
 
 
@@ -203,16 +225,37 @@ def _already_written(folder: Path, plan: Plan) -> bool:
 
 
 def _partial(out: Path, plan: Plan) -> Path:
-    """The directory being filled; one of another plan is emptied first."""
+    """The directory being filled. It appears with its plan, so that parts may begin together.
+
+    Raises ValueError where shards of another plan lie in it.
+    """
     partial = out / f"{plan.split}.partial"
-    text = json.dumps(asdict(plan), indent=1)
-    if partial.exists():
-        before = partial / PLAN
-        if not before.exists() or json.loads(before.read_text())["digest"] != plan.digest:
-            shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    files.replace_text(partial / PLAN, text)
+    staging = Path(tempfile.mkdtemp(prefix=f".{plan.split}.", dir=_made(out)))
+    (staging / PLAN).write_text(json.dumps(asdict(plan), indent=1))
+    staging.chmod(0o777 & ~_umask())
+    try:
+        os.rename(staging, partial)  # over an empty directory only
+    except OSError:
+        shutil.rmtree(staging)
+    if not (partial / PLAN).is_file():
+        raise ValueError(f"OUT: got {partial} without {PLAN}; need a free place; do: remove it")
+    if json.loads((partial / PLAN).read_text())["digest"] != plan.digest:
+        raise ValueError(
+            f"OUT: got {partial}, the unfinished conversion of another source or store; need one "
+            "in OUT; do: finish it, remove it, or choose another OUT"
+        )
     return partial
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_shards(
@@ -358,7 +401,9 @@ def _write_one(job: tuple[int, int]) -> int:
 
 def _finish(partial: Path, plan: Plan) -> None:
     """Gather the shards' facts into index and manifest."""
-    shards, index, undecodable, sidecars = [], [], [], [partial / PLAN]
+    if (partial / MANIFEST).is_file():  # gathered before, and killed
+        return
+    shards, index, undecodable = [], [], []
     for number in range(len(plan.shard_samples)):
         path = partial / plan.shard_name(number)
         facts = json.loads(path.with_suffix(".json").read_text())
@@ -366,7 +411,6 @@ def _finish(partial: Path, plan: Plan) -> None:
         del facts["began_ns"]
         shards.append(Shard(**facts))
         index.append(np.load(path.with_suffix(".index.npy")))
-        sidecars += [path.with_suffix(".json"), path.with_suffix(".index.npy")]
     np.save(partial / INDEX, np.concatenate(index))
     manifest = Manifest(
         split=plan.split,
@@ -382,10 +426,6 @@ def _finish(partial: Path, plan: Plan) -> None:
         index_sha256=files.sha256(partial / INDEX),
     )
     files.replace_text(partial / MANIFEST, manifest.to_json())
-    for sidecar in sidecars:
-        sidecar.unlink()
-    for spool in partial.glob("spool-*"):  # of a part that was killed
-        shutil.rmtree(spool)
 
 
 def _key(number: int, name: str) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 
 from ds_classifier.keyed_random import fold, permutation, stream_key
 
-OPEN_LIMIT = 2**28  # samples in the blocks read side by side: 1 GB of permutations a process
+OPEN_LIMIT = 2**27  # samples in the blocks read side by side: with the next, 1 GB a process
 
 
 class _Blocks(NamedTuple):

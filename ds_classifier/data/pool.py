@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ds_classifier import processes
@@ -36,12 +38,28 @@ def in_processes(
     global _shared
     _shared = shared
     if workers > 1 and len(jobs) > 1:
-        with multiprocessing.get_context("fork").Pool(
-            workers, initializer=_start, initargs=(os.getpid(),)
-        ) as pool:
-            yield from (pool.imap if ordered else pool.imap_unordered)(task, jobs)
+        executor = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), _start, (os.getpid(),)
+        )
+        try:
+            done = executor.map(task, jobs) if ordered else _as_completed(executor, task, jobs)
+            yield from done
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker process died, perhaps for want of memory; do: run the same command "
+                "again, with fewer --workers"
+            ) from None
+        finally:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # at the end they are idle; else nobody waits for them
+            executor.shutdown(wait=False, cancel_futures=True)
     else:
         yield from map(task, jobs)
+
+
+def _as_completed(executor, task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+    for future in as_completed([executor.submit(task, job) for job in jobs]):
+        yield future.result()
 
 
 def _start(parent: int) -> None:

@@ -11,11 +11,9 @@ import hashlib
 import os
 import re
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 from ds_classifier.data.cache import FileCache
@@ -144,9 +142,9 @@ class ShardStore:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Name the open window: the shards needed from now on, in the order they will be.
 
-        They are fetched in the background as far as the budget goes, and no process removes them
-        until the next call here or the end of this process. Returns at once; does nothing for
-        local shards.
+        They are fetched in the background as far as the budget goes, beside the windows of other
+        processes, and nobody removes them until the next call here or the end of this process.
+        Returns at once; does nothing for local shards.
         """
         if not self.remote:
             return
@@ -154,13 +152,11 @@ class ShardStore:
         window = list(dict.fromkeys(shards))
         for shard in set(self._handles) - set(window):  # a removed file is freed when closed
             os.close(self._handles.pop(shard))
-        if self._budget_bytes is not None:
-            total = list(accumulate(self.shards[shard].bytes for shard in window))
-            window = window[: bisect_right(total, self._budget_bytes)]
-        self._cache.protect(self._cached_name(self.shards[shard].name) for shard in window)
+        names = {self._cached_name(self.shards[s].name): s for s in window}
+        kept = self._cache.protect({name: self.shards[s].bytes for name, s in names.items()})
         if self._ahead is None:
             self._ahead = _Ahead(partial(self._fetch_ahead, self._cache))
-        self._ahead.want(window)
+        self._ahead.want([names[name] for name in kept])
 
     def close(self) -> None:
         """Close the files and let go of the window; the next use opens them again."""
