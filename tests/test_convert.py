@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -416,3 +417,49 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     with pytest.raises(ProcessLookupError):  # the group is empty
         os.killpg(job.pid, 0)
     assert run_python(*command[1:], cwd=tmp_path).code == 0
+
+
+def one_part(folder: Path, out: Path, part: tuple[int, int]) -> None:
+    convert(image_folder(folder), out, samples_per_shard=5, part=part)
+
+
+def test_parts_that_begin_together(many, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        parts = [fork.Process(target=one_part, args=(many, out, (i, 4))) for i in range(4)]
+        for process in parts:
+            process.start()
+        for process in parts:
+            process.join()
+        assert [process.exitcode for process in parts] == [0] * 4
+        merge(out)
+    one_part(many, tmp_path / "alone", (0, 1))
+    assert tree_digest(tmp_path / "0/train") == tree_digest(tmp_path / "alone/train")
+
+
+def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch):
+    one_part(many, tmp_path / "out", (0, 2))
+    one_part(many, tmp_path / "out", (1, 2))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "out")
+    assert merge(tmp_path / "out") == ["train"]
+    one_part(many, tmp_path / "alone", (0, 1))
+    assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "alone/train")
+
+
+def test_splits_of_other_classes_do_not_come_to_stand_side_by_side(folder, many, tmp_path):
+    source, other = image_folder(folder), image_folder(many)
+    convert(Source("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a/val, of other classes.*one class list"):
+        convert(other, tmp_path / "a")
+    assert not (tmp_path / "a/train").exists()
+    convert(source, tmp_path / "b", samples_per_shard=5, part=(0, 2))
+    with pytest.raises(ValueError, match=r"train\.partial, the unfinished conversion of another"):
+        convert(other, tmp_path / "b")

@@ -20,7 +20,7 @@ from PIL import Image
 from ds_classifier import files
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import ShardDataset
-from ds_classifier.data.shards import open_shards, scan_shard, verify
+from ds_classifier.data.shards import Manifest, Shard, open_shards, scan_shard, verify
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
 
 
@@ -374,3 +374,30 @@ def test_a_sample_reads_bytes_or_a_file(tmp_path):
     (tmp_path / "x.png").write_bytes(b"abc")
     assert Sample("x", 0, tmp_path / "x.png").read() == Sample("x", 0, b"abc").read() == b"abc"
     assert Source("s", ["a"], {}).classes == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(classes=None),
+        dict(classes="abc"),
+        dict(classes=[1, 2, 3]),
+        dict(image_size="64"),
+        dict(shards=[]),
+    ],
+)
+def test_manifests_made_by_hand_are_refused(folder, tmp_path, change):
+    convert(image_folder(folder), tmp_path / "data")
+    path = tmp_path / "data/train/manifest.json"
+    fields = json.loads(path.read_text()) | change
+    made = Manifest(**{k: v for k, v in fields.items() if k in Manifest.__dataclass_fields__})
+    object.__setattr__(made, "shards", [Shard(**shard) for shard in fields["shards"]])
+    path.write_text(made.to_json())  # signed again
+    with pytest.raises(ValueError, match="not a manifest of this program"):
+        open_shards(tmp_path / "data/train")
+
+
+def test_a_manifest_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not a manifest of this program"):
+        open_shards(tmp_path)

@@ -177,11 +177,12 @@ def merge(out: Path) -> list[str]:
     for partial, plan in plans.items():
         for spool in partial.glob("spool-*"):  # of a part that was killed
             shutil.rmtree(spool)
+        os.rename(partial, out / plan.split)
+    for plan in plans.values():  # last, so that a kill anywhere leaves what goes on, or is whole
         for number in range(len(plan.shard_samples)):
             for suffix in (".json", ".index.npy"):
-                (partial / plan.shard_name(number)).with_suffix(suffix).unlink(missing_ok=True)
-        (partial / PLAN).unlink()
-        os.rename(partial, out / plan.split)
+                (out / plan.split / plan.shard_name(number)).with_suffix(suffix).unlink()
+        (out / plan.split / PLAN).unlink()
     files.fsync(out)
     return [plan.split for plan in plans.values()]
 

@@ -38,28 +38,27 @@ def in_processes(
     global _shared
     _shared = shared
     if workers > 1 and len(jobs) > 1:
+        others = set(multiprocessing.active_children())
         executor = ProcessPoolExecutor(
             workers, multiprocessing.get_context("fork"), _start, (os.getpid(),)
         )
         try:
-            done = executor.map(task, jobs) if ordered else _as_completed(executor, task, jobs)
-            yield from done
+            futures = [executor.submit(task, job) for job in jobs]
+            for future in futures if ordered else as_completed(futures):
+                yield future.result()
         except BrokenProcessPool:
             raise OSError(
                 "a worker process died, perhaps for want of memory; do: run the same command "
                 "again, with fewer --workers"
             ) from None
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()  # nobody waits for the rest
+            raise
         finally:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # at the end they are idle; else nobody waits for them
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown()
     else:
         yield from map(task, jobs)
-
-
-def _as_completed(executor, task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    for future in as_completed([executor.submit(task, job) for job in jobs]):
-        yield future.result()
 
 
 def _start(parent: int) -> None:

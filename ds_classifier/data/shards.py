@@ -223,7 +223,13 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
         place = manifest.location
         if place is not None and not (os.path.isabs(place) or PLAIN_URL.fullmatch(place)):
             raise ValueError(f"location {place!r} is no absolute directory and no plain URL")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if type(manifest.classes) is not list or any(type(c) is not str for c in manifest.classes):
+            raise ValueError("its classes are no names")
+        if type(manifest.image_size) not in (int, type(None)):
+            raise ValueError("its image size is none")
+        if not manifest.shards:
+            raise ValueError("it names no shard")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{where}: not a manifest of this program ({error}); do: convert again"
         ) from None
