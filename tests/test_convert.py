@@ -391,13 +391,14 @@ def test_the_command_line_of_parts(many, tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
-    """As a terminal sends it, to the program and its workers alike; then the command goes on."""
-    rng = np.random.RandomState(0)
-    for i in range(60):
-        pixels = rng.randint(0, 256, (600, 600, 3)).astype(np.uint8)
+    """As a terminal sends it, to the program and its workers alike. What is left is not lost to
+    another source: one with fewer pictures is refused."""
+    noise = np.random.RandomState(0).randint(0, 256, (600, 600, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "one.png", compress_level=0)
+    for i in range(1500):  # ten seconds of work in one file
         path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path, compress_level=0)
+        os.link(tmp_path / "one.png", path)
     command = [sys.executable, ROOT / "launch" / "make_shards.py", "convert", "pictures", "data"]
     command += ["--image_size", "32", "--samples_per_shard", "3", "--workers", "2"]
     job = subprocess.Popen(
@@ -416,7 +417,10 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     assert (job.returncode, output) == (130, "stopped; the same command again goes on\n")
     with pytest.raises(ProcessLookupError):  # the group is empty
         os.killpg(job.pid, 0)
-    assert run_python(*command[1:], cwd=tmp_path).code == 0
+    for path in (tmp_path / "pictures").glob("*/1*.png"):
+        path.unlink()
+    again = run_python(*command[1:], cwd=tmp_path)
+    assert (again.code, "unfinished conversion" in again.output) == (2, True), again.output
 
 
 def one_part(folder: Path, out: Path, part: tuple[int, int]) -> None:
