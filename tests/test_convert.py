@@ -408,6 +408,8 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell that started the tests in the background has them, and us, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("data/train.partial/*.tar")) and time.monotonic() < deadline:
