@@ -41,6 +41,12 @@ def exit_code(error: BaseException) -> int:
     return WRONG_USE if isinstance(error, ValueError) else FAILED
 
 
+def tell(error: BaseException) -> int:
+    """Put the error on the screen, once a node; returns the exit code."""
+    distributed.complain(summary(error))
+    return exit_code(error)
+
+
 def is_waiting(frame: FrameType | None) -> bool:
     """Whether a stack, given by its innermost frame, stands in a collective."""
     while frame is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, files
+from ds_classifier import distributed, failures, files
 from ds_classifier.config import RECIPES, Settings, add_setting_flags
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
@@ -35,12 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     distributed.quiet_libraries()
     try:
         run(arguments, given)
-    except ValueError as error:
-        distributed.complain(str(error))
-        return 2
-    except OSError as error:
-        distributed.complain(str(error).strip().splitlines()[-1])
-        return 1
+    except (ValueError, OSError) as error:
+        return failures.tell(error)
     return 0
 
 

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check shards against their manifest and index",
         description="Check the structure of every shard against the manifest and the index.",
     )
-    command.add_argument("folder", type=Path, nargs="+", help="a split, such as data/train")
+    command.add_argument("folder", nargs="+", help="a split, such as data/train")
     command.add_argument("--hash", action="store_true", help="also read all bytes and compare them")
     command.add_argument("--decode", action="store_true", help="also decode all pictures")
     _add_workers(command)
@@ -253,17 +253,18 @@ def _count(number: int, thing: str) -> str:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from ds_classifier.data.shards import verify
+    from ds_classifier.data.store import is_url
 
     damaged = False
     for folder in arguments.folder:
-        if "://" in str(folder) or str(folder).startswith(("http:/", "https:/")):
+        if is_url(folder):
             raise ValueError(
                 f"got {folder}; need a directory: shards behind a URL are checked by hash as they "
                 "are fetched; do: verify them where they lie"
             )
         with _Progress() as progress:
             problems = verify(
-                folder,
+                Path(folder),
                 check_hash=arguments.hash,
                 check_decode=arguments.decode,
                 workers=arguments.workers,
@@ -271,8 +272,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             )
         for problem in problems:
             print(problem)
-        found = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        print(f"{folder}: {found if problems else 'whole'}")
+        print(f"{folder}: {_count(len(problems), 'problem') if problems else 'whole'}")
         damaged |= bool(problems)
     return 1 if damaged else 0
 

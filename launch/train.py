@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run(command, requests)
         except (ValueError, OSError) as error:  # before the ranks met, or on all of them
-            distributed.complain(failures.summary(error))
-            return failures.exit_code(error)
+            return failures.tell(error)
 
 
 def run(command: CommandLine, requests: StopRequests) -> int:

@@ -137,7 +137,6 @@ class FileCache:
         path = self.folder / name
         part = path.with_name(f".{path.name}.part")
         try:
-            os.ftruncate(lock, 0)
             fetch(part)
             files.fsync(part)
             handle = os.open(part, os.O_RDONLY)

@@ -16,8 +16,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -231,9 +231,9 @@ def _partial(out: Path, plan: Plan) -> Path:
     Raises ValueError where shards of another plan lie in it.
     """
     partial = out / f"{plan.split}.partial"
-    staging = Path(tempfile.mkdtemp(prefix=f".{plan.split}.", dir=_made(out)))
+    staging = out / f".{plan.split}.{uuid.uuid4().hex}"
+    staging.mkdir(parents=True)
     (staging / PLAN).write_text(json.dumps(asdict(plan), indent=1))
-    staging.chmod(0o777 & ~_umask())
     try:
         os.rename(staging, partial)  # over an empty directory only
     except OSError:
@@ -246,17 +246,6 @@ def _partial(out: Path, plan: Plan) -> Path:
             "in OUT; do: finish it, remove it, or choose another OUT"
         )
     return partial
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_shards(
