@@ -182,6 +182,17 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
     return outcome.get("result")
 
 
+def together(task: Callable[[], Any], device) -> Any:
+    """A task that every rank does; if one fails, all raise its ValueError or OSError's message."""
+    result = problem = None
+    try:
+        result = task()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    raise_together(problem, device)
+    return result
+
+
 def raise_together(problem: str | None, device) -> None:
     """Every rank names its problem or None; if any has one, all raise AgreedError."""
     import torch

@@ -273,19 +273,21 @@ def open_validation_data(source, arguments: argparse.Namespace, device) -> Shard
     """The shards to evaluate on, the same on all ranks and with the classifier's classes."""
     settings = source.settings
     location = arguments.val_data_dir or (settings.val_data_dir if source.step is not None else "")
-    problem = shards = None
     if not location:
         raise ValueError(f"--val_data_dir: got none; need it, since {source.path} names no data")
-    try:
-        shards = open_named(
-            location,
-            cache_dir=arguments.cache_dir or settings.cache_dir,
-            cache_gb=settings.cache_gb if arguments.cache_gb is None else arguments.cache_gb,
-            image_size=settings.image_size,
-        )
-    except (ValueError, OSError) as error:
-        problem = f"--val_data_dir: {error}"
-    distributed.raise_together(problem, device)
+
+    def open_shards() -> ShardSet:
+        try:
+            return open_named(
+                location,
+                cache_dir=arguments.cache_dir or settings.cache_dir,
+                cache_gb=settings.cache_gb if arguments.cache_gb is None else arguments.cache_gb,
+                image_size=settings.image_size,
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--val_data_dir: {error}") from None
+
+    shards = distributed.together(open_shards, device)
     classes = shards.manifest.classes
     if source.classes not in (None, classes) or len(classes) != settings.num_classes:
         raise ValueError(
@@ -293,7 +295,7 @@ def open_validation_data(source, arguments: argparse.Namespace, device) -> Shard
             f"{settings.num_classes} of {source.path}; do: convert both splits in one call, with "
             "--val"
         )
-    fingerprint = shards.manifest.fingerprint
+    fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
         problem = f"the shards in {location} here are not those of rank 0's node"
     distributed.raise_together(problem, device)

@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
             settings = with_classes(settings, exact.num_classes, arguments)
         return settings, classifier, home, exact, pictures
 
-    settings, classifier, home, exact, pictures = together(load, device)
+    settings, classifier, home, exact, pictures = distributed.together(load, device)
     process = sampling.ReverseProcess(create_gaussian_diffusion(**settings.diffusion_kwargs()))
     original = create_gaussian_diffusion(
         **settings.replace(timestep_respacing="").diffusion_kwargs()
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     if exact is not None:
         denoiser = sampling.exact_denoiser(exact, process)
     else:
-        unet = together(lambda: load_unet(arguments, settings, device), device)
+        unet = distributed.together(lambda: load_unet(arguments, settings, device), device)
         denoiser = sampling.unet_denoiser(unet, process)
     classes = parse_classes(arguments.classes, settings.num_classes)
     labels = classes[np.arange(arguments.num_samples) % len(classes)]
@@ -186,17 +186,6 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
     distributed.on_rank_0(finish, device)
     distributed.finish()
-
-
-def together(task, device):
-    """A task that every rank does; if one fails, all raise its ValueError or OSError's message."""
-    result = problem = None
-    try:
-        result = task()
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    distributed.raise_together(problem, device)
-    return result
 
 
 def load_classifier(arguments: argparse.Namespace, given: dict, device):

@@ -18,94 +18,45 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import environment
+from jobs import ALIVE_SECONDS, Job, command_line
 from safetensors.torch import load_file
-from test_training import CONFIGS, TINY, TRACED, traced
+from test_training import traced
 
 VICTIMS = ("one rank", "all ranks", "launch.py", "deepspeed")
-GONE_S = 40  # seconds after which no process of a killed job may be left
 LONG_S = 300  # seconds in which a run that nobody disturbs finishes
 
 
-class Job:
-    """One start of the run, known by a word in the environment of all its processes."""
+def start(folder: Path, data: Path, steps: int) -> Job:
+    """The run, from wherever it stands; each start traces into a directory of its own."""
+    flags = ["--data_dir", data, "--global_batch", 16, "--iterations", steps]
+    flags += ["--save_interval", 5, "--log_interval", 5]
+    trace = folder / "trace" / uuid.uuid4().hex
+    return Job(2, "zero2_bf16", folder / "run", *flags, TRACE=str(trace))
 
-    def __init__(self, folder: Path, data: Path, steps: int):
-        self.word = uuid.uuid4().hex
-        command = [sys.executable, Path(sys.executable).with_name("deepspeed"), "--quiet"]
-        command += ["--num_gpus", 2, "--master_port", random.randint(20000, 60000), TRACED]
-        command += ["--deepspeed_config", CONFIGS / "zero2_bf16.json", "--data_dir", data]
-        command += ["--run_dir", folder / "run", *TINY, "--global_batch", 16]
-        command += ["--iterations", steps, "--save_interval", 5, "--log_interval", 5]
-        self.output = open(folder / "output.txt", "a")
-        self.parent = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=folder,
-            env=environment(CHAOS=self.word, TRACE=str(folder / "trace" / self.word)),
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
-    def processes(self) -> dict[int, str]:
-        """Process id -> its command line, of all that live."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self.word.encode() in (entry / "environ").read_bytes():
-                    words = (entry / "cmdline").read_bytes().decode().split("\0")
-                    found[int(entry.name)] = " ".join(words)
-            except OSError:  # it has just ended
-                continue
-        return {pid: line for pid, line in found.items() if line.strip()}
-
-    def kill(self, victim: str) -> int:
-        """Send SIGKILL; returns how many got it."""
-        running = self.processes()
-        ranks = [
-            pid
-            for pid, line in running.items()
-            if TRACED.name in line and "deepspeed" not in line.split(TRACED.name)[0]
-        ]
-        launchers = [pid for pid, line in running.items() if "deepspeed.launcher.launch" in line]
-        chosen = {
-            "one rank": random.sample(ranks, min(len(ranks), 1)),
-            "all ranks": ranks,
-            "launch.py": launchers,
-            "deepspeed": [self.parent.pid],
-        }[victim]
-        for pid in chosen:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        return len(chosen)
-
-    def wait_until_gone(self, limit: float) -> float | None:
-        """Seconds until no process is left; None if some are after the limit."""
-        began = time.monotonic()
-        while time.monotonic() - began < limit:
-            self.parent.poll()
-            if not self.processes():
-                return time.monotonic() - began
-            time.sleep(0.1)
-        return None
-
-    def end(self) -> None:
-        for pid in self.processes():
+def kill(job: Job, victim: str) -> int:
+    """Send SIGKILL; returns how many got it."""
+    ranks = list(job.ranks().values())
+    chosen = {
+        "one rank": random.sample(ranks, min(len(ranks), 1)),
+        "all ranks": ranks,
+        "launch.py": [p for p in job.alive() if "deepspeed.launcher.launch" in command_line(p)],
+        "deepspeed": [job.process.pid],
+    }[victim]
+    for pid in chosen:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        self.parent.wait()
-        self.output.close()
+    return len(chosen)
 
 
 def last_trained(folder: Path) -> list:
@@ -149,10 +100,10 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
     golden = root / "golden"
     golden.mkdir()
     began = time.monotonic()
-    job = Job(golden, data, steps)
+    job = start(golden, data, steps)
     assert job.wait_until_gone(LONG_S) is not None, "the undisturbed run does not finish"
     whole = time.monotonic() - began
-    assert (golden / final).is_dir(), (golden / "output.txt").read_text()
+    assert (golden / final).is_dir(), job.output()
     print(f"undisturbed: {steps} steps in {whole:.1f} s", flush=True)
 
     killed, ends, gone, orphans = Counter(), Counter(), [], 0
@@ -160,15 +111,17 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
         folder = root / f"run{sum(ends.values())}"
         folder.mkdir()
         while not (folder / "run" / "DONE").exists():
-            job = Job(folder, data, steps)
+            job = start(folder, data, steps)
             # Until the kills are spent, a moment of the start, the steps or the end; then none.
             moment = random.uniform(0, whole) if sum(killed.values()) < kills else LONG_S
             left = job.wait_until_gone(moment)
             if left is None and moment < LONG_S:
                 victim = random.choice(VICTIMS)
-                count = job.kill(victim)
-                seconds = job.wait_until_gone(GONE_S)
-                orphans += seconds is None
+                count = kill(job, victim)
+                seconds = job.wait_until_gone(ALIVE_SECONDS)
+                if seconds is None:
+                    orphans += 1
+                    job.kill_all()
                 gone += [] if seconds is None else [seconds]
                 saved = sorted(path.name for path in folder.glob("run/checkpoints/step-*"))
                 if count:
@@ -180,11 +133,10 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
                     flush=True,
                 )
             elif left is None:
-                job.end()
-                print((folder / "output.txt").read_text()[-3000:])
+                job.kill_all()
+                print(job.output()[-3000:])
                 print("a run that nobody disturbs any more does not finish")
                 return 1
-            job.end()
         equal = same_state(folder / final, golden / final)
         samples = last_trained(folder) == last_trained(golden)
         ends["finished"] += 1
@@ -197,7 +149,7 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
         "runs finished": ends["finished"],
         "bit-equal to the undisturbed run": ends["bit-equal"],
         "with the same samples in each step": ends["same samples"],
-        f"kills after which processes lived on for {GONE_S} s": orphans,
+        f"kills after which processes lived on for {ALIVE_SECONDS} s": orphans,
         "seconds from kill to all gone, median": statistics.median(gone) if gone else None,
         "seconds from kill to all gone, worst": max(gone, default=None),
     }

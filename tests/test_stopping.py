@@ -7,94 +7,28 @@ be bit-equal to the uninterrupted run.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
-from conftest import environment, read_log
-from test_training import CONFIGS, TINY, TRACED, assert_same_state, train
+from conftest import read_log
+from jobs import Job as AnyJob
+from test_training import assert_same_state, train
 
 STEPS = 60
 FLAGS = ["--global_batch", "16", "--iterations", str(STEPS), "--save_interval", "5"]
-ALIVE_SECONDS = 40  # what a job may take to be gone, of these 30 are the launcher's patience
 
 
-class Job:
-    """A training through the launcher, whose processes are found by a word in their environment."""
+class Job(AnyJob):
+    """A run of this file's, and how far it is."""
 
     def __init__(self, ranks: int, digits: Path, run: Path, *flags: object, **extra: str):
-        from ds_classifier.distributed import _free_port
-
-        self.mark, self.run = uuid.uuid4().hex, run
-        self._output = open(run.parent / f"{self.mark}.out", "w+")
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [sys.executable, deepspeed, "--quiet", "--master_port", _free_port()]
-        command += ["--num_gpus", ranks, TRACED, "--deepspeed_config", CONFIGS / "zero1_fp32.json"]
-        command += ["--data_dir", digits / "train", "--run_dir", run, *TINY, *FLAGS, *flags]
-        self.process = subprocess.Popen(
-            list(map(str, command)),
-            env=environment(JOB_MARK=self.mark, **extra),
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def alive(self) -> dict[int, dict[str, str]]:
-        """Environments of the job's processes, by number."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                words = path.read_bytes().decode(errors="replace").split("\0")
-                zombie = (path.parent / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-            except OSError:
-                continue
-            if f"JOB_MARK={self.mark}" in words and not zombie:
-                found[int(path.parent.name)] = dict(w.split("=", 1) for w in words if "=" in w)
-        return found
-
-    def launch_py(self) -> int:
-        return next(p for p in self.alive() if "deepspeed.launcher.launch" in command_line(p))
-
-    def rank(self, number: int) -> int:
-        """The process of a rank, not a loader worker's."""
-        ranks = {p: e for p, e in self.alive().items() if e.get("RANK") == str(number)}
-        return next(p for p in ranks if parent(p) not in ranks)
-
-    def wait_for(self, ready, seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while not ready():
-            assert self.process.poll() is None, self.output()
-            assert time.monotonic() < deadline, self.output()
-            time.sleep(0.1)
+        data = ("--data_dir", digits / "train")
+        super().__init__(ranks, "zero1_fp32", run, *data, *FLAGS, *flags, **extra)
 
     def wait_for_steps(self, steps: int) -> None:
         before = last_step(self.run)
         self.wait_for(lambda: last_step(self.run) >= before + steps)
-
-    def gone(self) -> float:
-        """Wait until no process of the job is alive; the seconds it took."""
-        began = time.monotonic()
-        while left := self.alive():
-            self.process.poll()
-            lines = [command_line(p) for p in left]
-            assert time.monotonic() < began + ALIVE_SECONDS, (lines, self.output())
-            time.sleep(0.1)
-        self.code = self.process.wait()
-        return time.monotonic() - began
-
-    def output(self) -> str:
-        self._output.flush()
-        return (self.run.parent / f"{self.mark}.out").read_text()
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return ""
 
 
 def listening(environments: dict[int, dict[str, str]]) -> int:
@@ -105,10 +39,6 @@ def listening(environments: dict[int, dict[str, str]]) -> int:
         caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
         count += bool(int(caught, 16) & 1 << (signal.SIGUSR1 - 1))
     return count
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def last_step(run: Path) -> int:

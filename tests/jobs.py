@@ -1,0 +1,108 @@
+"""Whole jobs through the deepspeed launcher, every process of which can be found and killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from conftest import environment
+from test_training import CONFIGS, TINY, TRACED
+
+from ds_classifier.processes import parent
+
+ALIVE_SECONDS = 40  # what a job may take to be gone, of these 30 are the launcher's patience
+
+
+class Job:
+    """A training through the launcher, whose processes are found by a word in their environment.
+
+    config: of ds_configs/. flags: beside those of the tiny classifier. extra: environment.
+    """
+
+    def __init__(self, ranks: int, config: str, run: Path, *flags: object, **extra: str):
+        from ds_classifier.distributed import _free_port
+
+        self.mark, self.run = uuid.uuid4().hex, run
+        self._output = open(run.parent / f"{self.mark}.out", "w+")
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        command = [sys.executable, deepspeed, "--quiet", "--master_port", _free_port()]
+        command += ["--num_gpus", ranks, TRACED, "--deepspeed_config", CONFIGS / f"{config}.json"]
+        command += ["--run_dir", run, *TINY, *flags]
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            env=environment(JOB_MARK=self.mark, **extra),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def alive(self) -> dict[int, dict[str, str]]:
+        """Environments of the job's processes, by number."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                words = path.read_bytes().decode(errors="replace").split("\0")
+                zombie = (path.parent / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            except OSError:
+                continue
+            if f"JOB_MARK={self.mark}" in words and not zombie:
+                found[int(path.parent.name)] = dict(w.split("=", 1) for w in words if "=" in w)
+        return found
+
+    def launch_py(self) -> int:
+        return next(p for p in self.alive() if "deepspeed.launcher.launch" in command_line(p))
+
+    def ranks(self) -> dict[int, int]:
+        """Process of each rank that stands, not those of loader workers."""
+        alive = self.alive()
+        own = {p: e["RANK"] for p, e in alive.items() if "RANK" in e}
+        return {int(r): p for p, r in own.items() if own.get(parent(p)) != r}
+
+    def rank(self, number: int) -> int:
+        return self.ranks()[number]
+
+    def wait_for(self, ready, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
+
+    def wait_until_gone(self, limit: float) -> float | None:
+        """Seconds until no process of the job is alive; None where some are after the limit."""
+        began = time.monotonic()
+        while self.process.poll() is None or self.alive():
+            if time.monotonic() > began + limit:
+                return None
+            time.sleep(0.1)
+        self.code = self.process.wait()
+        return time.monotonic() - began
+
+    def gone(self) -> float:
+        """Wait until no process of the job is alive, as must be soon; the seconds it took."""
+        seconds = self.wait_until_gone(ALIVE_SECONDS)
+        lines = [command_line(p) for p in self.alive()]
+        assert seconds is not None, (lines, self.output())
+        return seconds
+
+    def kill_all(self) -> None:
+        for pid in self.alive():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def output(self) -> str:
+        self._output.flush()
+        return (self.run.parent / f"{self.mark}.out").read_text()
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
