@@ -151,7 +151,10 @@ class Settings:
         0.0, "run", "stop, and save, so long after the start (default: no limit)", fixed=False
     )
     start_timeout: float = _setting(
-        30.0, "run", "minutes until all ranks stand, and for the first step", fixed=False
+        30.0,
+        "run",
+        "minutes until all ranks stand (half of them until all have come), and for the first step",
+        fixed=False,
     )
     step_timeout: float = _setting(10.0, "run", "minutes for a step, data included", fixed=False)
     save_timeout: float = _setting(30.0, "run", "minutes for a checkpoint", fixed=False)

@@ -275,7 +275,7 @@ def meet(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None):
     return distributed.init(
         # Longer than the watchdog's own time-outs, which tell more.
         timedelta(minutes=5 + max(minutes.values())),
-        start_timeout=timedelta(minutes=0.9 * minutes["start"]),
+        start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
         same=same_on_all_ranks(resolved, shards, val_shards),
         check=lambda device: engines.precision_problem(resolved.ds_config, device),
     )
