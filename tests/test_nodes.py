@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Node, missing
 from conftest import ROOT, launch, read_log
-from test_training import CONFIGS, TINY, TRACED, assert_same_state
+from test_training import CONFIGS, TINY, TRACED, TRAIN, assert_same_state
 
 pytestmark = [
     pytest.mark.faults,
@@ -57,23 +57,32 @@ class Hosts(Cluster):
         (here / "variables").write_text(text)
         program = ROOT / "launch" / "environment.py"
         subprocess.run([sys.executable, program, "variables"], cwd=here, check=True)
-        command = ["env", "-C", self.place, f"PYTHONPATH={ROOT}", "DS_ACCELERATOR=cpu"]
-        command += [sys.executable, Path(sys.executable).with_name("deepspeed"), "--quiet"]
-        command += ["--hostfile", "hosts", script]
-        command += ["--deepspeed_config", CONFIGS / "zero1_fp32.json", "--data_dir", "data/train"]
-        command += ["--run_dir", "run", *TINY, *FLAGS, *flags]
-        return Start(self, nodes[0].command(command), here / "run")
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command = [deepspeed, "--quiet", "--hostfile", "hosts", script, *self.flags(), *flags]
+        return Start(self, here / "run", {nodes[0]: command})
+
+    def flags(self) -> list[object]:
+        """Of train.py, on every host."""
+        config = ["--deepspeed_config", CONFIGS / "zero1_fp32.json"]
+        return [*config, "--data_dir", "data/train", "--run_dir", "run", *TINY, *FLAGS]
 
 
 class Start:
-    """A launcher that runs, on one of the hosts."""
+    """Launchers that run: Python programs and their arguments, by the host they are typed on."""
 
-    def __init__(self, hosts: Hosts, command: list[str], run: Path):
+    def __init__(self, hosts: Hosts, run: Path, commands: dict[Node, list[object]]):
         self._hosts, self._run = hosts, run
         self._path = hosts.folder / f"output{time.monotonic_ns()}"
-        self._process = subprocess.Popen(
-            command, stdout=open(self._path, "w"), stderr=subprocess.STDOUT
-        )
+        place = ["env", "-C", hosts.place, f"PYTHONPATH={ROOT}", "DS_ACCELERATOR=cpu"]
+        with open(self._path, "w") as output:
+            self._processes = [
+                subprocess.Popen(
+                    node.command([*place, sys.executable, *command]),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                for node, command in commands.items()
+            ]
 
     def output(self) -> str:
         return self._path.read_text()
@@ -86,9 +95,12 @@ class Start:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 200
         while not any(row["step"] >= step for row in self._rows()):
-            assert self._process.poll() is None, self.output()
+            assert self._running(), self.output()
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.1)
+
+    def _running(self) -> bool:
+        return any(process.poll() is None for process in self._processes)
 
     def _rows(self) -> list[dict]:
         try:
@@ -99,7 +111,7 @@ class Start:
     def gone(self, seconds: float = 300) -> float:
         """Wait until nothing of it runs on any host; the seconds it took."""
         began = time.monotonic()
-        while self._process.poll() is None or self._hosts.processes():
+        while self._running() or self._hosts.processes():
             assert time.monotonic() < began + seconds, (self.output(), self._hosts.processes())
             time.sleep(0.1)
         return time.monotonic() - began
@@ -161,6 +173,21 @@ def test_hosts_train_as_one_and_a_run_moves_between_them(golden, digits, tmp_pat
         start = hosts.start(three, one)
         start.gone()
         assert losses(hosts.inside(three) / "run") == pytest.approx(losses(golden), rel=1e-5)
+
+
+def test_torchrun_starts_hosts_too(golden, digits, tmp_path):
+    with Hosts(tmp_path, digits, 2) as hosts:
+        head = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+        head += ["--master-addr", "node-1", "--master-port", 29511]
+        commands = {
+            node: [*head, "--node-rank", number, TRAIN, *hosts.flags()]
+            for number, node in enumerate(hosts.nodes)
+        }
+        run = hosts.inside(hosts.nodes[0]) / "run"
+        start = Start(hosts, run, commands)
+        start.gone()
+        assert (run / "DONE").exists(), start.output()
+        assert_same_end(run, golden)
 
 
 def test_a_lost_host_ends_the_others_and_the_run_goes_on(golden, digits, tmp_path, capsys):
