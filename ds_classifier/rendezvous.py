@@ -18,7 +18,7 @@ from typing import Any
 
 _LOOK_SECONDS = 0.2
 _GRACE_SECONDS = 3.0  # once one rank has a problem: for the others to bring theirs
-_LEAVE_SECONDS = 30.0  # for all to read why nothing starts
+_LEAVE_SECONDS = 30.0  # for those who came to read why nothing starts
 _NEWS_SECONDS = 30.0
 _SHOWN = 12  # problems of one kind
 
@@ -56,7 +56,7 @@ class Rendezvous:
         store.set("start", json.dumps(verdict))
         if verdict:
             deadline = time.monotonic() + _LEAVE_SECONDS
-            while store.add("read", 0) < self._world_size - 1 and time.monotonic() < deadline:
+            while store.add("read", 0) < len(cards) - 1 and time.monotonic() < deadline:
                 time.sleep(_LOOK_SECONDS)
         return store, [card for _, card in sorted(cards.items())], verdict
 

@@ -74,6 +74,7 @@ class Start:
         self._hosts, self._run = hosts, run
         self._path = hosts.folder / f"output{time.monotonic_ns()}"
         place = ["env", "-C", hosts.place, f"PYTHONPATH={ROOT}", "DS_ACCELERATOR=cpu"]
+        place += ["OMP_NUM_THREADS=1"]
         with open(self._path, "w") as output:
             self._processes = [
                 subprocess.Popen(
