@@ -10,7 +10,7 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
-    ["files", "processes", "rendezvous"],
+    ["files", "processes", "rendezvous", "scaling"],
     ["launcher"],
     ["distributed"],
     [
