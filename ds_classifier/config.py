@@ -151,7 +151,10 @@ class Settings:
         0.0, "run", "stop, and save, so long after the start (default: no limit)", fixed=False
     )
     start_timeout: float = _setting(
-        30.0, "run", "minutes until all ranks stand, and for the first step", fixed=False
+        30.0,
+        "run",
+        "minutes until all ranks stand (half of them until all have come), and for the first step",
+        fixed=False,
     )
     step_timeout: float = _setting(10.0, "run", "minutes for a step, data included", fixed=False)
     save_timeout: float = _setting(30.0, "run", "minutes for a checkpoint", fixed=False)
@@ -194,6 +197,8 @@ class Settings:
 
 
 FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata["fixed"])
+# What a node may have otherwise than the others: where its data lies, and how it reads them.
+OF_A_NODE = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
 GROUPS = ("data", "classifier", "diffusion", "training", "run")
 
@@ -267,6 +272,7 @@ class CommandLine:
     deepspeed_config: Path
     recipe: str
     classifier_use_fp16: bool | None
+    preflight: bool
 
 
 def parse_training_command(argv: list[str]) -> CommandLine:
@@ -276,6 +282,7 @@ def parse_training_command(argv: list[str]) -> CommandLine:
     recipe = flags.pop("recipe")
     config_path = flags.pop("deepspeed_config")
     use_fp16 = flags.pop("classifier_use_fp16")
+    preflight = flags.pop("preflight")
     for name in ("local_rank", *WITHOUT_EFFECT):
         flags.pop(name)
     given = {**RECIPES.get(recipe, {}), **flags}
@@ -290,7 +297,7 @@ def parse_training_command(argv: list[str]) -> CommandLine:
         settings = settings.replace(val_data_dir="data/val")
     if not settings.eval_interval:
         settings = settings.replace(eval_interval=settings.save_interval)
-    return CommandLine(settings, frozenset(given), Path(config_path), recipe, use_fp16)
+    return CommandLine(settings, frozenset(given), Path(config_path), recipe, use_fp16, preflight)
 
 
 def _training_parser() -> argparse.ArgumentParser:
@@ -320,6 +327,11 @@ def _training_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="JSON", help="how to train; see below"
+    )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="look at all nodes, data and settings, say what was found, and end",
     )
     add_setting_flags(parser, GROUPS)
     parser.add_argument("--classifier_use_fp16", type=boolean, default=None, help=argparse.SUPPRESS)

@@ -15,7 +15,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
+
+from ds_classifier import launcher, rendezvous
 
 
 class AgreedError(ValueError):
@@ -64,35 +66,107 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def init(timeout: timedelta = timedelta(minutes=30)):
-    """Join the process group and pick this rank's device; returns the torch.device.
-
-    nccl where there are GPUs, gloo elsewhere. On CPUs the ranks of a node share its cores.
-    timeout: of a collective, longer than whatever a rank may do while the others wait for it.
-    """
+def pick_device():
+    """This rank's torch.device: its GPU, or the CPU, whose cores the ranks of a node share."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        # DeepSpeed warns about a choice that is no user's business.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // local_world_size()))
-    alone = "RANK" not in os.environ
-    if alone:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+        return device
+    # DeepSpeed warns about a choice that is no user's business.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_world_size()))
+    return torch.device("cpu")
+
+
+def init(
+    timeout: timedelta = timedelta(minutes=30),
+    *,
+    start_timeout: timedelta = timedelta(minutes=10),
+    same: dict[str, Any] | None = None,
+    check: Callable[[Any], str | None] = lambda device: None,
+):
+    """Meet the other ranks and join the process group; returns this rank's torch.device.
+
+    nccl where there are GPUs, gloo elsewhere. timeout: of a collective, longer than whatever a rank
+    may do while the others wait for it. start_timeout: for all ranks to come. same: what must be
+    alike on all of them, beside the code: {what: JSON-able value}. check: takes the device and
+    tells why this rank cannot start. Raises AgreedError on all ranks if one cannot, or differs.
+    """
+    import torch.distributed
+
+    device = pick_device()
+    if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
-    device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    _import_deepspeed_quietly().init_distributed(
+    deepspeed = _import_deepspeed_quietly()
+    card = {"host": socket.gethostname(), "problem": check(device)}
+    card["same"] = code_versions() | (same or {})
+    store = _meet(card, start_timeout)
+    if world_size() > local_world_size():
+        _name_interface()
+    on_gpu = device.type == "cuda"
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=torch.distributed.PrefixStore("group", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+        device_id=device if on_gpu and world_size() > 1 else None,
+    )
+    deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timeout,
     )
     return device
+
+
+def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> NoReturn:
+    """Instead of `init`, on a rank that cannot start: raises AgreedError here and on all others."""
+    _meet({"host": socket.gethostname(), "problem": problem, "same": {}}, start_timeout)
+    raise AgreedError(problem)
+
+
+def _meet(card: dict[str, Any], start_timeout: timedelta):
+    """Agree with all ranks that the run can start; returns torch's store. Raises AgreedError."""
+    names = launcher.host_names()
+    seconds = start_timeout.total_seconds()
+    place = rendezvous.Rendezvous(rank(), world_size(), names, seconds)
+    store, _, verdict = place.meet(card, say)
+    if verdict:
+        raise AgreedError(verdict)
+    return store
+
+
+def code_versions() -> dict[str, str]:
+    """What computes: this package's source, and the libraries that the numbers depend on."""
+    import hashlib
+    from importlib.metadata import version
+    from pathlib import Path
+
+    source = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        source.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "pillow")}
+    return {"the code (sha256)": source.hexdigest()[:12], **versions}
+
+
+def _name_interface() -> None:
+    """Tell gloo by which interface the hosts reach each other; it would guess, and often loopback.
+
+    Raises OSError where there is none.
+    """
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        name, _ = rendezvous.interface_towards(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        )
+        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _import_deepspeed_quietly():
@@ -193,18 +267,22 @@ def together(task: Callable[[], Any], device) -> Any:
     return result
 
 
-def raise_together(problem: str | None, device) -> None:
-    """Every rank names its problem or None; if any has one, all raise AgreedError."""
+def gather_json(value: Any, device) -> list[Any]:
+    """Every rank's JSON-able value, on every rank, in rank order."""
     import torch
 
-    width = 2000
-    row = torch.zeros(width, dtype=torch.uint8, device=device)
-    if problem is not None:
-        text = torch.tensor(list(problem.encode()[:width]), dtype=torch.uint8)
-        row[: len(text)] = text.to(device)
+    text = json.dumps(value).encode()
+    lengths = all_gather(torch.tensor([len(text)], device=device)).flatten().tolist()
+    row = torch.zeros(max(lengths), dtype=torch.uint8)
+    row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = all_gather(row.to(device)).cpu().numpy()
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+
+def raise_together(problem: str | None, device) -> None:
+    """Every rank names its problem or None; if any has one, all raise AgreedError."""
     problems: dict[str, list[int]] = {}
-    for number, other in enumerate(all_gather(row).cpu().tolist()):
-        message = bytes(other).rstrip(b"\0").decode("utf-8", "replace")
+    for number, message in enumerate(gather_json(problem, device)):
         if message:
             problems.setdefault(message, []).append(number)
     if problems:

@@ -42,8 +42,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def tell(error: BaseException) -> int:
-    """Put the error on the screen, once a node; returns the exit code."""
-    distributed.complain(summary(error))
+    """Put the error on the screen, once a node, or once where all know it; the exit code."""
+    if not isinstance(error, distributed.AgreedError):
+        distributed.complain(summary(error))
+    elif distributed.rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return exit_code(error)
 
 

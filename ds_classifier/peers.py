@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from ds_classifier import distributed, processes
+from ds_classifier import distributed, processes, rendezvous
 
 BEAT_SECONDS = 1.0
 _START_SECONDS = 120  # for all ranks to have said who they are, once they are connected
@@ -46,16 +46,7 @@ class Peers:
             self._thread.start()
 
     def _connect(self) -> None:
-        from torch.distributed import PrefixStore, TCPStore
-
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=_START_SECONDS),
-        )
-        self._store = PrefixStore("ds_classifier", store)
+        self._store = rendezvous.connect(seconds=_START_SECONDS)
         if distributed.rank() == 0:
             self._store.set("attempt", self.attempt)
         pid = os.getpid()

@@ -62,15 +62,27 @@ def broken(chain: list[tuple[int, int]]) -> bool:
 
 def _is_launcher(pid: int) -> bool:
     """Whether a process is deepspeed's or torchrun's, or the shell in which pdsh runs it."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:8]
-    except OSError:
-        return False
+    words = command_line(pid)[:8]
     return any(
         os.path.basename(word) in LAUNCHER_PROGRAMS
         or any(module in word for module in LAUNCHER_MODULES)
         for word in words
     )
+
+
+def command_line(pid: int) -> list[str]:
+    """The words a process was started with; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def working_directory(pid: int) -> Path:
+    try:
+        return Path(os.readlink(f"/proc/{pid}/cwd"))
+    except OSError:
+        return Path()
 
 
 def _name(pid: int) -> str:

@@ -184,7 +184,11 @@ class Watchdog:
         if failures.broke_in_collective(error):
             shown, silent = "", self._silent(self._statuses())
             if silent:
-                text = f"{', '.join(map(self._name, silent))} fell silent: {text}"
+                names = ", ".join(map(self._name, silent))
+                text = (
+                    f"{names} fell silent, and the connection broke; do: see what its host says; "
+                    "the same command continues from the last checkpoint"
+                )
         self._end(self._verdict(text, failures.exit_code(error), shown))
 
     def _await_cause(self) -> None:
@@ -240,7 +244,10 @@ class Watchdog:
         working = [rank for rank, status in statuses.items() if status.get("phase") != COLLECTIVE]
         culprits = silent or at_data or working
         if not culprits:
-            return "all ranks wait in a collective; they may not wait for the same one"
+            return (
+                "all ranks wait in a collective: the network between them is slow, or they do not "
+                "wait for the same one"
+            )
         waiting = [rank for rank in statuses if rank not in culprits]
         text = ", ".join(self._describe(rank, statuses[rank]) for rank in culprits)
         if waiting:

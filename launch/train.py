@@ -13,14 +13,15 @@ import dataclasses
 import os
 import shlex
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures
-from ds_classifier.config import CommandLine, Settings, parse_training_command
+from ds_classifier import distributed, failures, launcher
+from ds_classifier.config import OF_A_NODE, CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_named
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
@@ -53,10 +54,20 @@ def run(command: CommandLine, requests: StopRequests) -> int:
             f"--expect_world: got world size {world_size}; need {command.settings.expect_world}; "
             "do: look at the hostfile's path, which the launcher forgives if it is wrong"
         )
-    resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
+    if problem := launcher.hostfile_problem():
+        raise ValueError(problem)
+    try:
+        resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
+        shards, val_shards, resolved = open_data(resolved)
+    except (ValueError, OSError) as error:
+        if world_size > 1:  # the others may have none, and would wait
+            distributed.refuse(failures.summary(error))
+        raise
     run_dir = Path(resolved.settings.run_dir)
     requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=run_dir)
-    shards, val_shards, resolved = open_data(resolved)
+    if command.preflight:
+        look_before(resolved, shards, val_shards)
+        return 0
     with Watchdog(run_dir, minutes=resolved.settings.time_outs()) as watch:
         return train_on(resolved, shards, val_shards, run_dir, watch, requests)
 
@@ -128,11 +139,9 @@ def train_on(
     parameters = sum(p.numel() for p in classifier.parameters())
     ds_config = fill_bucket_sizes(ds_config, parameters)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
-    # Longer than the watchdog's own time-outs, which tell more.
-    device = distributed.init(timedelta(minutes=5 + max(settings.time_outs().values())))
+    device = meet(resolved, shards, val_shards)
     requests.defer()
     watch.join()
-    check_ranks(ds_config, shards, val_shards, device)
     lock = RunLock(run_dir)
     distributed.on_rank_0(lambda: lock.acquire(distributed.say), device)
     watch.release_at_end(lock.release)
@@ -258,19 +267,68 @@ def train_on(
     return 0 if finished else STOPPED
 
 
-def check_ranks(ds_config: dict, shards: ShardSet, val_shards: ShardSet | None, device) -> None:
-    """Raise ValueError on all ranks if one cannot do the precision or holds other shards."""
+def meet(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None):
+    """Join the other ranks, all able to start and alike; returns the device."""
     from ds_classifier import engine as engines
 
-    problem = engines.precision_problem(ds_config, device)
-    data = [split and split.manifest.fingerprint for split in (shards, val_shards)]
-    if distributed.broadcast_json(data, device) != data:
-        problem = (
-            "the training or validation shards here are not those of rank 0's node "
-            f"({shards.folder}, {val_shards.folder if val_shards else 'no validation'}); do: copy "
-            "them anew"
-        )
-    distributed.raise_together(problem, device)
+    minutes = resolved.settings.time_outs()
+    return distributed.init(
+        # Longer than the watchdog's own time-outs, which tell more.
+        timedelta(minutes=5 + max(minutes.values())),
+        start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
+        same=same_on_all_ranks(resolved, shards, val_shards),
+        check=lambda device: engines.precision_problem(resolved.ds_config, device),
+    )
+
+
+def look_before(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> None:
+    """--preflight: all that is checked before a run is built, and a table of the nodes."""
+    began = time.monotonic()
+    distributed.quiet_libraries()
+    import torch
+
+    from ds_classifier import engine as engines
+    from ds_classifier import preflight
+    from ds_classifier.checkpoint_writer import check_room
+    from ds_classifier.model import create_classifier
+
+    device = meet(resolved, shards, val_shards)
+    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
+    with torch.device("meta"):
+        classifier = create_classifier(**settings.model_kwargs())
+    parameters = sum(p.numel() for p in classifier.parameters())
+    distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
+    folders = [run_dir] if distributed.rank() == 0 else []
+    if isinstance(shards, RemoteShardSet):
+        folders.append(Path(settings.cache_dir))
+    found = preflight.look_at_rank(engines.describe_device(device), folders)
+    ranks = distributed.gather_json(found, device)
+    rate = preflight.reduction_rate(device)
+    say = distributed.say
+    say("\n".join(preflight.table(ranks)))
+    say(f"batch: {resolved.batch}")
+    if rate:
+        say(f"all ranks sum {preflight.PROBE_BYTES >> 20} MiB at {rate / 1e9:.2f} GB/s")
+    for note in preflight.notes(ranks) if distributed.rank() == 0 else []:
+        say(f"note: {note}")
+    say(
+        f"all {len(ranks)} ranks can start alike: code, libraries, settings, JSON, pictures; this "
+        f"took {time.monotonic() - began:.1f} s"
+    )
+    distributed.finish()
+
+
+def same_on_all_ranks(
+    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None
+) -> dict[str, object]:
+    """What ranks must not have otherwise: flags, the completed JSON, the pictures, the classes."""
+    same = {f"--{name}": v for name, v in dataclasses.asdict(resolved.settings).items()}
+    for name in OF_A_NODE:
+        same.pop(f"--{name}")
+    same |= {f"the JSON's {name}": value for name, value in resolved.ds_config.items()}
+    for name, split in (("training", shards), ("validation", val_shards)):
+        same[f"the {name} data (fingerprint)"] = split and split.manifest.fingerprint[:12]
+    return same
 
 
 def constant(step: int) -> float:

@@ -40,6 +40,8 @@ class Job:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell that started the tests in the background has them, and us, ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def alive(self) -> dict[int, dict[str, str]]:

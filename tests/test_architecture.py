@@ -10,20 +10,20 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
+    ["files", "processes", "rendezvous", "scaling"],
+    ["launcher"],
+    ["distributed"],
     [
-        "files",
         "keyed_random",
         "model",
-        "distributed",
         "data.samples",
         "data.tars",
         "data.images",
         "config",
-        "processes",
         "memory",
         "sample_files",
     ],
-    ["failures", "peers", "run_lock", "shutdown", "data.pool"],
+    ["failures", "peers", "run_lock", "shutdown", "preflight", "data.pool"],
     ["watchdog"],
     ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],

@@ -164,7 +164,7 @@ def test_stops_at_awkward_moments(digits, tmp_path):
     time.sleep(1)
     os.kill(job.launch_py(), signal.SIGTERM)
     job.gone()
-    assert saved_step(run) in (5, 6)
+    assert saved_step(run) == last_step(run) >= 5  # what was being written, and the step in hand
 
     train(2, "zero1_fp32", digits, run, *FLAGS)
     train(2, "zero1_fp32", digits, golden, *FLAGS)

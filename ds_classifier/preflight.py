@@ -1,0 +1,122 @@
+"""Looking at all nodes before an expensive start: `launch/train.py --preflight`.
+
+What keeps a run from starting is found where every run starts, in `distributed.init`. This shows
+what was found, and measures the way between the nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_classifier import distributed, launcher, rendezvous
+
+PROBE_BYTES = 2**24
+_PROBES = 4
+# What libraries listen to and deepspeed's launcher does not pass on to other nodes.
+_NOT_PASSED_ON = ("GLOO_", "TORCH_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "CUDA_", "NVIDIA_")
+_OF_THE_LAUNCHER = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR")
+
+
+def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:
+    """What the table tells of this rank. description: of its device. folders: written to here."""
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        interface, address = rendezvous.interface_towards(master, port)
+    except OSError:  # a host without a network trains alone
+        interface, address = "no network", ""
+    return {
+        "host": socket.gethostname(),
+        "address": address,
+        "interface": interface,
+        "device": description,
+        "cores": len(os.sched_getaffinity(0)),
+        "free": {str(folder): _free_bytes(folder) for folder in folders},
+        "variables": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_NOT_PASSED_ON) and name not in _OF_THE_LAUNCHER
+        },
+    }
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free bytes where a folder is, or will be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def reduction_rate(device: torch.device) -> float | None:
+    """Bytes a second at which all ranks sum a vector together, the best of some; None for one rank.
+
+    Every rank calls it.
+    """
+    if distributed.world_size() == 1:
+        return None
+    vector, best = torch.zeros(PROBE_BYTES // 4, device=device), float("inf")
+    for _ in range(_PROBES):
+        began = time.perf_counter()
+        float(distributed.all_reduce_sum(vector)[0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return PROBE_BYTES / best
+
+
+def table(ranks: list[dict[str, Any]]) -> list[str]:
+    """A line a node."""
+    rows = [("node", "address", "ranks", "device", "cores", "free")]
+    for number, of_node in _by_host(ranks).items():
+        first = ranks[of_node[0]]
+        free = ", ".join(f"{bytes / 1e9:.0f} GB in {f}" for f, bytes in first["free"].items())
+        address = f"{first['address']} ({first['interface']})"
+        numbers = f"{of_node[0]}-{of_node[-1]}" if len(of_node) > 1 else str(of_node[0])
+        rows.append((number, address, numbers, first["device"], str(first["cores"]), free))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _by_host(ranks: list[dict[str, Any]]) -> dict[str, list[int]]:
+    hosts: dict[str, list[int]] = {}
+    for number, rank in enumerate(ranks):
+        hosts.setdefault(rank["host"], []).append(number)
+    return hosts
+
+
+def notes(ranks: list[dict[str, Any]]) -> list[str]:
+    """What would not keep a run from starting, and yet is seldom meant, a line each."""
+    lines, own = [], ranks[0]["variables"]
+    for host, numbers in _by_host(ranks).items():
+        other = ranks[numbers[0]]["variables"]
+        odd = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+        if odd:
+            lines.append(
+                f"{host} has {', '.join(odd)} otherwise than {ranks[0]['host']}: the launcher does "
+                "not pass them on; launch/environment.py makes the file by which it does"
+            )
+    hosts = launcher.host_names()
+    if len(set(hosts)) > 1 and _keepalive(hosts[-1]) == 0:
+        lines.append(
+            "ssh would not notice here when a node is lost, and the launcher would hang: put "
+            "'ServerAliveInterval 15' into ~/.ssh/config"
+        )
+    return lines
+
+
+def _keepalive(host: str) -> int | None:
+    """Seconds after which ssh asks whether a silent host is alive; 0: never; None: no ssh here."""
+    try:
+        done = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    return int(words.get("serveraliveinterval", 0)) if done.returncode == 0 else None

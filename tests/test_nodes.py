@@ -1,0 +1,262 @@
+"""Several hosts: trained through ssh and the deepspeed launcher, as one; lost, cut off and slowed.
+
+The hosts of cluster.py have no files in common but the code. The steps of every run are compared
+with those of one that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, Node, missing
+from conftest import ROOT, launch, read_log
+from test_training import CONFIGS, TINY, TRACED, TRAIN, assert_same_state
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(bool(missing()), reason=f"no hosts can be made here: {missing()}"),
+]
+
+STEPS = 24
+FLAGS = ["--global_batch", "12", "--iterations", str(STEPS), "--save_interval", "6"]
+GONE_SECONDS = 60  # of processes on all hosts, once a time-out has run out
+
+
+class Hosts(Cluster):
+    """Hosts with the digits at the same path each, in a directory that is each one's own."""
+
+    def __init__(self, folder: Path, digits: Path, nodes: int):
+        self.place = folder / "place"
+        self.place.mkdir()
+        self.digits, self.folder = digits, folder
+        super().__init__(folder / "cluster", nodes, separate=[self.place])
+
+    def _add(self, number: int, switch: str) -> Node:
+        node = super()._add(number, switch)
+        shutil.copytree(self.digits, self.inside(node) / "data", dirs_exist_ok=True)
+        return node
+
+    def inside(self, node: Node) -> Path:
+        """Where this machine sees a host's own directory."""
+        return self._root / node.name / str(self.place).strip("/").replace("/", "_")
+
+    def start(self, *nodes: Node, flags=(), script: Path = TRACED, **environment: str) -> Start:
+        """Train on these hosts, rank 0 on the first, from where it is typed too."""
+        here = self.inside(nodes[0])
+        self.hostfile(here / "hosts", *nodes)
+        # As a user hands variables to all hosts. One thread, as two ranks of one host have.
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # training sets it, but the seams import torch
+        variables = {"OMP_NUM_THREADS": "1"} | quiet | environment
+        text = "".join(f"{k}={v}\n\n# and\n" for k, v in variables.items())
+        (here / "variables").write_text(text)
+        program = ROOT / "launch" / "environment.py"
+        subprocess.run([sys.executable, program, "variables"], cwd=here, check=True)
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command = [deepspeed, "--quiet", "--hostfile", "hosts", script, *self.flags(), *flags]
+        return Start(self, here / "run", {nodes[0]: command})
+
+    def flags(self) -> list[object]:
+        """Of train.py, on every host."""
+        config = ["--deepspeed_config", CONFIGS / "zero1_fp32.json"]
+        return [*config, "--data_dir", "data/train", "--run_dir", "run", *TINY, *FLAGS]
+
+
+class Start:
+    """Launchers that run: Python programs and their arguments, by the host they are typed on."""
+
+    def __init__(self, hosts: Hosts, run: Path, commands: dict[Node, list[object]]):
+        self._hosts, self._run = hosts, run
+        self._path = hosts.folder / f"output{time.monotonic_ns()}"
+        place = ["env", "-C", hosts.place, f"PYTHONPATH={ROOT}", "DS_ACCELERATOR=cpu"]
+        place += ["OMP_NUM_THREADS=1"]
+        with open(self._path, "w") as output:
+            self._processes = [
+                subprocess.Popen(
+                    node.command([*place, sys.executable, *command]),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                for node, command in commands.items()
+            ]
+
+    def output(self) -> str:
+        return self._path.read_text()
+
+    def lines(self) -> list[str]:
+        """What hosts said, without what launchers do."""
+        lines = [line.partition(": ")[2] for line in self.output().splitlines()]
+        return [line for line in lines if line and not line.startswith("[")]
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 200
+        while not any(row["step"] >= step for row in self._rows()):
+            assert self._running(), self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
+
+    def _running(self) -> bool:
+        return any(process.poll() is None for process in self._processes)
+
+    def _rows(self) -> list[dict]:
+        try:
+            return read_log(self._run)
+        except (OSError, ValueError):
+            return []
+
+    def gone(self, seconds: float = 300) -> float:
+        """Wait until nothing of it runs on any host; the seconds it took."""
+        began = time.monotonic()
+        while self._running() or self._hosts.processes():
+            assert time.monotonic() < began + seconds, (self.output(), self._hosts.processes())
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def golden(digits, tmp_path_factory) -> Path:
+    """The run of two ranks on one host, undisturbed."""
+    run = tmp_path_factory.mktemp("golden") / "run"
+    done = launch(
+        2,
+        *["--deepspeed_config", CONFIGS / "zero1_fp32.json", "--data_dir", digits / "train"],
+        *["--run_dir", run, *TINY, *FLAGS],
+        cwd=run.parent,
+    )
+    assert done.code == 0, done.output
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    """Of steps 1, 2, ...: each once, whatever happened."""
+    rows = read_log(run)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["train_loss"] for row in rows]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    name = f"checkpoints/step-{STEPS:08d}"
+    assert_same_state(one / name, other / name)
+    assert losses(one) == losses(other)
+
+
+def test_hosts_train_as_one_and_a_run_moves_between_them(golden, digits, tmp_path, capsys):
+    with Hosts(tmp_path, digits, 3) as hosts:
+        one, two, three = hosts.nodes
+        began = time.monotonic()
+        start = hosts.start(one, two)
+        start.wait_for_step(1)
+        seconds = time.monotonic() - began
+        start.gone()
+        with capsys.disabled():
+            print(f"\ntwo hosts: command to first step in {seconds:.1f} s", end="")
+        run = hosts.inside(one) / "run"
+        assert (run / "DONE").exists(), start.output()
+        assert_same_end(run, golden)
+        assert not (hosts.inside(two) / "run").exists(), "rank 0 alone keeps the run"
+
+        # Three hosts, half of the way; then the run is carried to another, which becomes rank 0.
+        shutil.rmtree(run)
+        (hosts.inside(one) / "run").mkdir()
+        start = hosts.start(one, two, three, PACE="0.3")
+        start.wait_for_step(9)
+        (run / "STOP").touch()
+        start.gone()
+        assert "stopped by the file STOP" in start.output()
+        stopped = losses(run)
+        assert stopped == pytest.approx(losses(golden)[: len(stopped)], rel=1e-5)
+        shutil.move(run, hosts.inside(three) / "run")
+        start = hosts.start(three, one)
+        start.gone()
+        assert losses(hosts.inside(three) / "run") == pytest.approx(losses(golden), rel=1e-5)
+
+
+def test_torchrun_starts_hosts_too(golden, digits, tmp_path):
+    with Hosts(tmp_path, digits, 2) as hosts:
+        head = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+        head += ["--master-addr", "node-1", "--master-port", 29511]
+        commands = {
+            node: [*head, "--node-rank", number, TRAIN, *hosts.flags()]
+            for number, node in enumerate(hosts.nodes)
+        }
+        run = hosts.inside(hosts.nodes[0]) / "run"
+        start = Start(hosts, run, commands)
+        start.gone()
+        assert (run / "DONE").exists(), start.output()
+        assert_same_end(run, golden)
+
+
+def test_a_lost_host_ends_the_others_and_the_run_goes_on(golden, digits, tmp_path, capsys):
+    """Its processes killed, its cable pulled, its link slowed, its power cut, in one run."""
+    with Hosts(tmp_path, digits, 2) as hosts:
+        one, two = hosts.nodes
+        run = hosts.inside(one) / "run"
+
+        def disturb(name: str, fault, *words: str, after: int) -> None:
+            start = hosts.start(one, two, flags=["--step_timeout", "0.2"], PACE="0.4")
+            start.wait_for_step(after)
+            fault()
+            seconds = start.gone(GONE_SECONDS)
+            errors = [line for line in start.lines() if "error: " in line]
+            with capsys.disabled():
+                print(f"\n{name}: all gone in {seconds:.1f} s; {errors}", end="")
+            assert any(all(word in line for word in words) for line in errors), start.output()
+            assert not any("Traceback" in line for line in start.lines()), start.output()
+
+        def kill_rank_1() -> None:
+            for pid in two.processes():
+                subprocess.run(["kill", "-9", str(pid)], check=False)
+
+        disturb("processes killed", kill_rank_1, "rank 1 ", "node-2", after=3)
+        disturb("cable pulled", lambda: two.set_link("down"), "rank 1 ", "node-2", after=7)
+        two.set_link("up")
+        disturb("link slowed", lambda: two.slow_link("1mbit"), "--step_timeout", after=13)
+        two.run("tc", "qdisc", "del", "dev", "eth0", "root")
+        hosts.start(one, two, PACE="0.2").gone()
+        assert_same_end(run, golden)
+
+        # A host fewer: the same command, the same global batch.
+        name = f"checkpoints/step-{STEPS:08d}"
+        shutil.rmtree(run / name)
+        (run / "DONE").unlink()
+        two.cut_power()
+        start = hosts.start(one)
+        start.gone()
+        assert "12 micro-batch x 1 accumulation x 1 rank" in start.output()
+        assert losses(run) == pytest.approx(losses(golden), rel=1e-5)
+
+
+def test_what_differs_between_hosts_is_told_before_the_start(digits, tmp_path):
+    with Hosts(tmp_path, digits, 2) as hosts:
+        one, two = hosts.nodes
+
+        def preflight(*flags: str) -> list[str]:
+            start = hosts.start(one, two, flags=[*flags, "--preflight"])
+            start.gone()
+            assert not (hosts.inside(one) / "run" / "LOCK").exists()
+            return start.lines()
+
+        lines = preflight()
+        (table,) = [line.split() for line in lines if "10.77.0.2" in line]
+        assert table[:4] == ["node-2", "10.77.0.2", "(eth0)", "1"]
+        assert any(line.startswith("all 2 ranks can start alike") for line in lines), lines
+
+        index = hosts.inside(two) / "data" / "train" / "manifest.json"
+        manifest = json.loads(index.read_text())
+        index.unlink()
+        (error,) = [line for line in preflight() if "error: " in line]
+        assert error.startswith("error: node-2: --data_dir: ")
+
+        index.write_text(json.dumps(manifest | {"classes": ["other"] * 10}))
+        (error,) = [line for line in preflight() if "error: " in line]
+        assert error.startswith("error: node-2: "), error
+
+        two.kill()
+        start = hosts.start(one, two, flags=["--start_timeout", "1"])
+        start.gone()
+        assert "rank 1 (node-2) did not come within" in start.output()
