@@ -127,7 +127,7 @@ CONSOLE_HEADER = (
 )
 
 
-def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) -> str:
+def console_line(row: dict[str, Any], *, eta_seconds: float) -> str:
     """One line under CONSOLE_HEADER, of a training row. Accuracies in per cent."""
 
     def cell(key: str, scale: float, width: int, decimals: int) -> str:
@@ -148,7 +148,7 @@ def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) 
         f"{accuracies('train_acc@1')} {accuracies('train_acc@5')} "
         f"{cell('grad_norm', 1, 5, 2)} {row['lr']:7.1e} {lg_scale:>5} "
         f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
-        f"{memory_bytes / 2**30:4.1f}G"
+        f"{row['memory_gib']:4.1f}G"
     )
 
 
