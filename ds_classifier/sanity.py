@@ -279,7 +279,7 @@ def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:
 
 
 def _error(share: float, pictures: float) -> float:
-    """Standard error of a share of so many pictures; never 0, also at 0 and 100 % (Agresti-Coull)."""
+    """Standard error of a share of so many pictures; never 0 (Agresti-Coull)."""
     share = (share * pictures + 2) / (pictures + 4)
     return math.sqrt(share * (1 - share) / pictures)
 

@@ -21,6 +21,7 @@ from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
+from ds_classifier.flops import Arithmetic
 from ds_classifier.logger import (
     CONSOLE_HEADER,
     RunLogger,
@@ -28,7 +29,6 @@ from ds_classifier.logger import (
     counts_line,
     validation_line,
 )
-from ds_classifier.flops import Arithmetic
 from ds_classifier.memory import memory_in_use
 from ds_classifier.metrics import Meter, by_position
 from ds_classifier.sanity import SanityWatch

@@ -65,7 +65,7 @@ LAYERS = [
         "evaluation_plots",
     ],
     ["training", "export", "guidance", "sampling"],
-    ["fidelity"],
+    ["fidelity", "dry_run", "overfit"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
