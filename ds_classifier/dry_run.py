@@ -347,7 +347,7 @@ def memory_lines(line: MemoryLine, batch: BatchSize) -> list[str]:
     sizes = ", ".join(map(str, line.sizes))
     text = (
         f"memory      {_gib(line.fixed)} + {line.per_image / 2**20:.1f} MiB an image (measured at "
-        f"micro-batches of {sizes}): {_gib(line.at(batch.micro))} a rank at {batch.micro}"
+        f"{sizes}): {_gib(line.at(batch.micro))} a rank at micro-batch {batch.micro}"
     )
     return [text, f"{'':12}{_what_fits(line, batch)}"]
 
@@ -390,8 +390,8 @@ def time_lines(
         f"step        {_seconds(seconds)} (median of {pace.steps}{cut}), {per_sec:,.1f} images/s, "
         f"{per_sec / batch.world_size * gflops_per_image:,.0f} GFLOP/s a rank, "
         f"{pace.waited:.0%} waiting for data",
-        f"time        about {duration(total)} = {' + '.join(parts)}; this machine's pace now, "
-        "start-up and faults not counted",
+        f"time        about {duration(total)} = {' + '.join(parts)}",
+        f"{'':12}at this machine's pace now; start-up not counted",
     ]
 
 
@@ -508,4 +508,4 @@ def dry_run(
         return disk_line(save, kept=kept, present=present)
 
     distributed.say(distributed.on_rank_0(disk, engine.device))
-    distributed.say(f"dry run: well; {run_dir}/ is as it was")
+    distributed.say(f"dry run: all well; {run_dir}/ is as it was")

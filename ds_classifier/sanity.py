@@ -118,7 +118,7 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
         )
     loss = _mean(now, "train_loss")
     if loss is not None and loss > 0.97 * guessing.loss:
-        relation = "=" if abs(loss - guessing.loss) < 0.03 * guessing.loss else "above"
+        relation = "=" if abs(loss - guessing.loss) < 0.05 * guessing.loss else "above"
         known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
         return NOTHING, f"loss {loss:.2f} {relation} {known}: nothing learnt yet"
     return UNKNOWN, ""
@@ -198,7 +198,7 @@ def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
     text = f"training accuracy {_percent(accuracy)}, validation {_percent(held_out)}"
     if rising:
         text += f", its loss up from {best['val_loss']:.2f} at step {best['step']}"
-    return f"{text}: overfitting; checkpoints/best is the one to take"
+    return f"{text}: overfitting; take checkpoints/best"
 
 
 def falling_loss_scale(rows: Sequence[Row]) -> str | None:
@@ -215,8 +215,7 @@ def falling_loss_scale(rows: Sequence[Row]) -> str | None:
         return None
     return (
         f"loss scale down from 2^{top['lg_loss_scale']:g} at step {top['step']} to "
-        f"2^{trained[-1]['lg_loss_scale']:g} without a rise: gradients overflow again and again; "
-        "do: use a bf16 config, or lower --lr"
+        f"2^{trained[-1]['lg_loss_scale']:g}, never up: gradients overflow; do: use bf16, or lower --lr"
     )
 
 

@@ -166,7 +166,7 @@ def train_on(
         checkpoint.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
     job = Job(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
-    announce(job, unchanged=command.instead)
+    announce(job, command)
     if command.overfit_steps:
         code = overfit(job, steps=command.overfit_steps)
     elif command.dry_run:
@@ -545,11 +545,8 @@ def cache_problem(resolved: Resolved, shards: ShardSet, order, first_step: int) 
     )
 
 
-def announce(job: Job, *, unchanged: bool) -> None:
-    """The header of a run: what is trained on what, and how the numbers came about.
-
-    unchanged: nothing will be written into the run directory.
-    """
+def announce(job: Job, command: CommandLine) -> None:
+    """The header of a run: what is trained on what, and how the numbers came about."""
     from ds_classifier import engine as engines
 
     settings, batch = job.resolved.settings, job.resolved.batch
@@ -575,8 +572,11 @@ def announce(job: Job, *, unchanged: bool) -> None:
         f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, "
         f"{schedule[settings.anneal_lr]}"
     )
-    say(f"start       from {job.start.origin}; {settings.iterations} steps in all")
-    where = "stays as it is" if unchanged else "(log.jsonl, progress.csv, tb/, checkpoints/)"
+    length = f"{settings.iterations:,} steps in all"
+    if command.overfit_steps:
+        length = f"one batch again and again, {command.overfit_steps} steps at most"
+    say(f"start       from {job.start.origin}; {length}")
+    where = "stays as it is" if command.instead else "(log.jsonl, progress.csv, tb/, checkpoints/)"
     say(f"run         {job.run_dir}/ {where}")
 
 

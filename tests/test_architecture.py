@@ -64,7 +64,7 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "guidance", "sampling"],
+    ["training", "export", "guidance", "sampling", "predictor"],
     ["fidelity", "dry_run", "overfit"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
