@@ -215,7 +215,8 @@ def falling_loss_scale(rows: Sequence[Row]) -> str | None:
         return None
     return (
         f"loss scale down from 2^{top['lg_loss_scale']:g} at step {top['step']} to "
-        f"2^{trained[-1]['lg_loss_scale']:g}, never up: gradients overflow; do: use bf16, or lower --lr"
+        f"2^{trained[-1]['lg_loss_scale']:g}, never up: gradients overflow; do: use bf16, or lower "
+        "--lr"
     )
 
 

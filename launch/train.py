@@ -64,7 +64,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     # Where errors are recorded, and STOP is looked for.
     home = Path(resolved.settings.run_dir)
     if command.instead:
-        home = Path(tempfile.gettempdir()) / "ds_classifier"
+        home = Path(tempfile.gettempdir()) / f"ds_classifier-{os.getuid()}"
     requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=home)
     shards, val_shards, resolved = open_data(resolved)
     with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
