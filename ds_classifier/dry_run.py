@@ -25,7 +25,7 @@ import torch
 from ds_classifier import checkpoint, distributed, memory
 from ds_classifier import engine as engines
 from ds_classifier.batch import Batch as BatchSize
-from ds_classifier.checkpoint_writer import CheckpointWriter
+from ds_classifier.checkpoint_writer import BYTES_A_PARAMETER, CheckpointWriter
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch, Loader
 from ds_classifier.evaluation import evaluate
@@ -194,6 +194,9 @@ class Rehearsal:
             step_of(size)
             peaks[size] = memory.peak_memory(device)
         capacity = memory.memory_for_rank(device, ranks_here=ranks_here)
+        if device.type == "cpu":  # which holds rank 0's snapshot too, from the first save on
+            parameters = sum(p.numel() for p in self._engine.module.parameters())
+            capacity -= BYTES_A_PARAMETER * parameters // ranks_here
         mine = torch.tensor([capacity, *peaks.values()], dtype=torch.float64, device=device)
         lines = [
             MemoryLine.through(dict(zip(sizes, peaks, strict=True)), capacity)
