@@ -1,3 +1,33 @@
-"""Training of noise-aware image classifiers, on DeepSpeed and WebDataset."""
+"""Training of noise-aware image classifiers, on DeepSpeed and WebDataset.
+
+In Python: `load` a trained classifier. What stands here is imported when it is asked for, so that
+`import ds_classifier` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "load": "predictor",
+    "Predictor": "predictor",
+    "create_classifier": "model",
+    "create_gaussian_diffusion": "diffusion",
+}
+__all__ = ["Predictor", "create_classifier", "create_gaussian_diffusion", "load"]
+
+if TYPE_CHECKING:
+    from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.model import create_classifier
+    from ds_classifier.predictor import Predictor, load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

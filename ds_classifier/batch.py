@@ -23,6 +23,14 @@ class Batch:
     def total(self) -> int:
         return self.micro * self.accumulation * self.world_size
 
+    def ds_numbers(self) -> dict[str, int]:
+        """The same by the names of DeepSpeed's JSON."""
+        return dict(
+            train_batch_size=self.total,
+            train_micro_batch_size_per_gpu=self.micro,
+            gradient_accumulation_steps=self.accumulation,
+        )
+
     def __str__(self) -> str:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return (

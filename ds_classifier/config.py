@@ -259,20 +259,32 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
 }
 
+OVERFIT_STEPS = 500  # that --overfit_batch takes at most, where it says nothing
+
 # Flags of guided-diffusion's script that change nothing in a classifier's training, there or here.
 WITHOUT_EFFECT = ("learn_sigma", "use_kl", "predict_xstart", "rescale_learned_sigmas")
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A parsed command. given: the settings that the recipe or a flag named, not the defaults."""
+    """A parsed command. given: the settings that the recipe or a flag named, not the defaults.
+
+    dry_run, overfit_steps (0: no): what to do instead of training.
+    """
 
     settings: Settings
     given: frozenset[str]
     deepspeed_config: Path
     recipe: str
     classifier_use_fp16: bool | None
-    preflight: bool
+    preflight: bool = False
+    dry_run: bool = False
+    overfit_steps: int = 0
+
+    @property
+    def instead(self) -> bool:
+        """Whether something else is done than training, which leaves the run directory alone."""
+        return self.preflight or self.dry_run or bool(self.overfit_steps)
 
 
 def parse_training_command(argv: list[str]) -> CommandLine:
@@ -282,7 +294,7 @@ def parse_training_command(argv: list[str]) -> CommandLine:
     recipe = flags.pop("recipe")
     config_path = flags.pop("deepspeed_config")
     use_fp16 = flags.pop("classifier_use_fp16")
-    preflight = flags.pop("preflight")
+    instead = (flags.pop("preflight"), flags.pop("dry_run"), flags.pop("overfit_batch"))
     for name in ("local_rank", *WITHOUT_EFFECT):
         flags.pop(name)
     given = {**RECIPES.get(recipe, {}), **flags}
@@ -297,7 +309,7 @@ def parse_training_command(argv: list[str]) -> CommandLine:
         settings = settings.replace(val_data_dir="data/val")
     if not settings.eval_interval:
         settings = settings.replace(eval_interval=settings.save_interval)
-    return CommandLine(settings, frozenset(given), Path(config_path), recipe, use_fp16, preflight)
+    return CommandLine(settings, frozenset(given), Path(config_path), recipe, use_fp16, *instead)
 
 
 def _training_parser() -> argparse.ArgumentParser:
@@ -328,10 +340,27 @@ def _training_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="JSON", help="how to train; see below"
     )
-    parser.add_argument(
+    instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
+    instead.add_argument(
         "--preflight",
         action="store_true",
-        help="look at all nodes, data and settings, say what was found, and end",
+        help="look at all nodes, data and settings, and say what was found",
+    )
+    instead.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check what a run would check, take a few steps, save and load, measure memory and "
+        "time; the run directory stays as it is",
+    )
+    instead.add_argument(
+        "--overfit_batch",
+        nargs="?",
+        const=OVERFIT_STEPS,
+        default=0,
+        type=_steps,
+        metavar="STEPS",
+        help="train on one fixed batch until its loss is near 0, so many steps at most "
+        f"[{OVERFIT_STEPS}]; exit code 1 if it is not; the run directory stays as it is",
     )
     add_setting_flags(parser, GROUPS)
     parser.add_argument("--classifier_use_fp16", type=boolean, default=None, help=argparse.SUPPRESS)
@@ -367,6 +396,12 @@ def add_setting_flags(parser: argparse.ArgumentParser, groups: Sequence[str]) ->
 
 def _flag_type(field: dataclasses.Field) -> Any:
     return {"str": str, "int": int, "float": float}.get(str(field.type), boolean)
+
+
+def _steps(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a number of steps, 1 or more")
+    return int(text)
 
 
 def boolean(text: str) -> bool:

@@ -181,11 +181,7 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     if problems:
         raise ValueError(_all(problems, command.deepspeed_config))
     assert batch is not None
-    ds.update(
-        train_batch_size=batch.total,
-        train_micro_batch_size_per_gpu=batch.micro,
-        gradient_accumulation_steps=batch.accumulation,
-    )
+    ds.update(batch.ds_numbers())
     if batch.accumulation > 1:
         ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if settings.anneal_lr is not None:

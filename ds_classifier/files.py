@@ -47,7 +47,13 @@ def fsync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Give a file a new content at once: readers see the old or the new one, never a part."""
+    replace_lines(path, [text])
+
+
+def replace_lines(path: Path, lines: Iterable[str]) -> None:
+    """As `replace_text`, of a content that need not fit in memory."""
     staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text)
+    with open(staging, "w", newline="") as file:
+        file.writelines(lines)
     fsync(staging)
     os.replace(staging, path)

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from ds_classifier import distributed, files
 
 class RunLogger:
     """Writes on rank 0; the other ranks' calls do nothing.
+
+    log.jsonl is the record: a row is appended and out of this process before anything else is done
+    with it, so a kill costs the row being written at most. progress.csv is made from it anew at
+    every start, and when a column is added. No rows are kept in memory.
 
     run_dir: of the run. first_step: rows of later steps are what a killed run wrote after its last
     checkpoint; they will be computed again, so they are dropped.
@@ -28,26 +33,12 @@ class RunLogger:
         if distributed.rank() != 0:
             return
         self._jsonl_path, self._csv_path = run_dir / "log.jsonl", run_dir / "progress.csv"
-        self._rows = self._kept_rows(first_step)
+        _drop_rows(self._jsonl_path, after=first_step)
         self._jsonl = open(self._jsonl_path, "a")
         self._write_csv()
         from tensorboardX import SummaryWriter
 
         self._tb = SummaryWriter(str(run_dir / "tb"), purge_step=first_step + 1)
-
-    def _kept_rows(self, first_step: int) -> list[dict[str, Any]]:
-        if not self._jsonl_path.exists():
-            return []
-        rows = []
-        for line in self._jsonl_path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a line cut by a kill
-                continue
-            if row["step"] <= first_step:
-                rows.append(row)
-        files.replace_text(self._jsonl_path, "".join(json.dumps(row) + "\n" for row in rows))
-        return rows
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row of numbers; `step` is among them. Not-a-number is written as null."""
@@ -56,33 +47,72 @@ class RunLogger:
         row = {key: _finite(value) for key, value in row.items()}
         self._jsonl.write(json.dumps(row) + "\n")
         self._jsonl.flush()
-        new_columns = any(key not in self._columns for key in row)
-        self._rows.append(row)
-        if new_columns:
-            self._write_csv()
+        if row.keys() <= set(self._columns):
+            with open(self._csv_path, "a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
         else:
-            self._append_csv(row)
+            self._write_csv()
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 self._tb.add_scalar(key, value, row["step"])
 
     def _write_csv(self) -> None:
-        """The whole table anew, when a column is added: validation starts later than training."""
-        self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self._columns)
-        writer.writeheader()
-        writer.writerows(self._rows)
-        files.replace_text(self._csv_path, table.getvalue())
+        """The whole table, from log.jsonl: columns in the order in which they first appear."""
+        self._columns = list(
+            dict.fromkeys(key for row in read_rows(self._jsonl_path) for key in row)
+        )
+        line = io.StringIO()
+        writer = csv.DictWriter(line, self._columns)
 
-    def _append_csv(self, row: dict[str, Any]) -> None:
-        with open(self._csv_path, "a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        def lines() -> Iterator[str]:
+            writer.writeheader()
+            for row in read_rows(self._jsonl_path):
+                writer.writerow(row)
+                yield line.getvalue()
+                line.seek(0)
+                line.truncate()
+            yield line.getvalue()
+
+        files.replace_lines(self._csv_path, lines())
 
     def close(self) -> None:
         if self._jsonl is not None:
             self._jsonl.close()
             self._tb.close()
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log.jsonl one after the other; lines cut by a kill are passed over."""
+    with open(path, "rb") as file:
+        for line in file:
+            row = _parsed(line)
+            if row is not None:
+                yield row
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The row in a line, or None: what a kill left of a row has no end, and is no JSON."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith(b"\n") and isinstance(row, dict) and "step" in row else None
+
+
+def _drop_rows(path: Path, *, after: int) -> None:
+    """Drop rows of steps after one, and damaged lines; a log without such stays as it is."""
+    if not path.exists():
+        return
+
+    def kept(line: bytes) -> bool:
+        row = _parsed(line)
+        return row is not None and row["step"] <= after
+
+    with open(path, "rb") as file:
+        if all(map(kept, file)):
+            return
+        file.seek(0)
+        files.replace_lines(path, (line.decode() for line in file if kept(line)))
 
 
 def _finite(value: Any) -> Any:
@@ -97,7 +127,7 @@ CONSOLE_HEADER = (
 )
 
 
-def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) -> str:
+def console_line(row: dict[str, Any], *, eta_seconds: float) -> str:
     """One line under CONSOLE_HEADER, of a training row. Accuracies in per cent."""
 
     def cell(key: str, scale: float, width: int, decimals: int) -> str:
@@ -118,7 +148,7 @@ def console_line(row: dict[str, Any], *, eta_seconds: float, memory_bytes: int) 
         f"{accuracies('train_acc@1')} {accuracies('train_acc@5')} "
         f"{cell('grad_norm', 1, 5, 2)} {row['lr']:7.1e} {lg_scale:>5} "
         f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
-        f"{memory_bytes / 2**30:4.1f}G"
+        f"{row['memory_gib']:4.1f}G"
     )
 
 

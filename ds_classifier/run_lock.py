@@ -61,6 +61,21 @@ class RunLock:
             staging.unlink(missing_ok=True)
         self._thread.start()
 
+    def refuse_if_held(self) -> None:
+        """Raise ValueError if a job holds the lock and lives, as far as is seen without writing.
+
+        Of an owner on another host: if it touched the lock within STALE_SECONDS.
+        """
+        text = self._read(self._path)
+        if text is None:
+            return
+        who, here, alive, since = self._owner(text)
+        touched = self._touched(self._path)
+        if not here and touched is not None:
+            alive = time.time() - touched < STALE_SECONDS
+        if alive:
+            raise self._in_use(who, since)
+
     def _linked(self, staging: Path) -> bool:
         try:
             os.link(staging, self._path)
@@ -73,19 +88,9 @@ class RunLock:
         text = self._read(self._path)
         if text is None:
             return
-        try:
-            owner = json.loads(text)
-            who = f"process {owner['pid']} on {owner['host']}"
-            here = owner["space"] == processes.pid_space() != "unknown"
-            alive = here and processes.started(owner["pid"]) == owner["start"]
-            since = f", {_duration(time.time() - owner['since'])} ago"
-        except (ValueError, KeyError, TypeError):
-            who, here, alive, since = "a damaged lock", False, False, ""
+        who, here, alive, since = self._owner(text)
         if alive or (not here and self._beats(staging, who, say)):
-            raise ValueError(
-                f"{self._path.parent} is in use: got {who}, which started there{since}; need one "
-                "job a run directory; do: wait for it, or choose another --run_dir"
-            )
+            raise self._in_use(who, since)
         aside = staging.with_suffix(".stale")
         try:
             os.rename(self._path, aside)
@@ -96,6 +101,25 @@ class RunLock:
         else:  # another job was quicker, and this is its lock
             self._linked(aside)
         aside.unlink(missing_ok=True)
+
+    @staticmethod
+    def _owner(text: str) -> tuple[str, bool, bool, str]:
+        """Of a lock's text: who holds it, whether on this host, whether it lives here, and since
+        when."""
+        try:
+            owner = json.loads(text)
+            who = f"process {owner['pid']} on {owner['host']}"
+            here = owner["space"] == processes.pid_space() != "unknown"
+            alive = here and processes.started(owner["pid"]) == owner["start"]
+            return who, here, alive, f", {_duration(time.time() - owner['since'])} ago"
+        except (ValueError, KeyError, TypeError):
+            return "a damaged lock", False, False, ""
+
+    def _in_use(self, who: str, since: str) -> ValueError:
+        return ValueError(
+            f"{self._path.parent} is in use: got {who}, which started there{since}; need one "
+            "job a run directory; do: wait for it, or choose another --run_dir"
+        )
 
     def _beats(self, staging: Path, who: str, say: Callable[[str], None]) -> bool:
         """Whether the owner touches the lock before it counts as stale."""

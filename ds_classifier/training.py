@@ -21,6 +21,7 @@ from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
+from ds_classifier.flops import Arithmetic
 from ds_classifier.logger import (
     CONSOLE_HEADER,
     RunLogger,
@@ -30,6 +31,7 @@ from ds_classifier.logger import (
 )
 from ds_classifier.memory import memory_in_use
 from ds_classifier.metrics import Meter, by_position
+from ds_classifier.sanity import SanityWatch
 from ds_classifier.shutdown import Stopped, StopVote
 from ds_classifier.skipped_steps import SkippedSteps
 from ds_classifier.watchdog import Watchdog
@@ -103,6 +105,8 @@ def train(
     stop: StopVote,
     watch: Watchdog,
     logger: RunLogger,
+    arithmetic: Arithmetic,
+    sanity: SanityWatch,
 ) -> bool:
     """Train from the engine's step to the last; returns whether it got there (else: stopped).
 
@@ -112,6 +116,7 @@ def train(
     validate: means over the validation set; None: there is none; it may raise Stopped on all ranks.
     Raises FloatingPointError after too many steps without a finite gradient, ValueError for too
     many bad samples, OSError when checkpoints cannot be written.
+    sanity: says when the rows tell that something begins or ceases to work.
     """
     meter, clock = Meter(num_timesteps, engine.device), Clock()
     told = (0, 0)  # bad samples and skipped steps; a resumed run tells those before it
@@ -139,15 +144,14 @@ def train(
         last = step == cadence.iterations
         if last or step % cadence.log == 0:
             row = {
-                **training_row(engine, meter=meter, clock=clock),
+                **training_row(engine, meter=meter, clock=clock, arithmetic=arithmetic),
                 "lr": lr,
                 "bad_samples": bad_samples.total(),
             }
             logger.write(row)
             eta = (cadence.iterations - step) * clock.seconds() / clock.steps
-            distributed.say(
-                console_line(row, eta_seconds=eta, memory_bytes=memory_in_use(engine.device))
-            )
+            distributed.say(console_line(row, eta_seconds=eta))
+            say_news(row, sanity)
             counts = (row["bad_samples"], row["skipped_steps"])
             if counts != told:
                 distributed.say(counts_line(row, skipped.news()))
@@ -163,6 +167,7 @@ def train(
                     row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
                     logger.write(row)
                     distributed.say(validation_line(row))
+                    say_news(row, sanity)
                     val_loss = row["val_loss"]
             saved = last or step % cadence.save == 0
             if saved:
@@ -176,18 +181,31 @@ def train(
     return True
 
 
-def training_row(engine, *, meter: Meter, clock: Clock) -> dict[str, Any]:
-    """The numbers of the steps since the last row, over all ranks. Waits for the device."""
-    means, _ = meter.read()
+def say_news(row: dict[str, Any], sanity: SanityWatch) -> None:
+    """What the row changes in the answer to: is it working?"""
+    for line in sanity.add(row):
+        distributed.say(f"{row['step']:>6} {line}")
+
+
+def training_row(engine, *, meter: Meter, clock: Clock, arithmetic: Arithmetic) -> dict[str, Any]:
+    """The numbers of the steps since the last row, over all ranks; memory and GFLOP/s are a rank's.
+
+    window_samples: pictures that its means rest on. Waits for the device.
+    """
+    means, weight = meter.read()
     samples = engine.train_batch_size()
+    images_per_sec = clock.steps * samples / clock.seconds()
     return {
         "step": engine.global_steps,
         "samples": engine.global_steps * samples,
+        "window_samples": int(weight),
         **{f"train_{name}": value for name, value in means.items()},
         "grad_norm": engines.grad_norm(engine),
         "lg_loss_scale": math.log2(engines.loss_scale(engine)),
-        "images_per_sec": clock.steps * samples / clock.seconds(),
+        "images_per_sec": images_per_sec,
         "data_wait_frac": clock.waited / clock.seconds(),
+        **arithmetic.achieved(images_per_sec / distributed.world_size()),
+        "memory_gib": memory_in_use(engine.device) / 2**30,
         "skipped_steps": engine.skipped_steps,
     }
 

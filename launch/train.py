@@ -13,9 +13,12 @@ import dataclasses
 import os
 import shlex
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -56,6 +59,10 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         )
     if problem := launcher.hostfile_problem():
         raise ValueError(problem)
+    if command.overfit_steps:
+        # The schedule is the whole run's; a few hundred steps may not leave its warm-up.
+        settings = command.settings.replace(anneal_lr=False)
+        command = dataclasses.replace(command, settings=settings)
     try:
         resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
         shards, val_shards, resolved = open_data(resolved)
@@ -63,13 +70,15 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         if world_size > 1:  # the others may have none, and would wait
             distributed.refuse(failures.summary(error))
         raise
-    run_dir = Path(resolved.settings.run_dir)
-    requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=run_dir)
-    if command.preflight:
-        look_before(resolved, shards, val_shards)
-        return 0
-    with Watchdog(run_dir, minutes=resolved.settings.time_outs()) as watch:
-        return train_on(resolved, shards, val_shards, run_dir, watch, requests)
+    # Where errors are recorded, and STOP is looked for.
+    home = Path(resolved.settings.run_dir)
+    if command.instead:
+        home = Path(tempfile.gettempdir()) / f"ds_classifier-{os.getuid()}"
+    requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=home)
+    with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
+        if command.preflight:
+            return look_before(resolved, shards, val_shards, watch)
+        return train_on(command, resolved, shards, val_shards, watch, requests)
 
 
 def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
@@ -108,52 +117,127 @@ def _open(flag: str, location: str, settings: Settings) -> ShardSet:
 
 
 def train_on(
+    command: CommandLine,
     resolved: Resolved,
     shards: ShardSet,
     val_shards: ShardSet | None,
-    run_dir: Path,
     watch: Watchdog,
     requests: StopRequests,
 ) -> int:
-    """Build everything, find where to start, train; returns the exit code."""
+    """Build everything, find where to start, do what was asked for; returns the exit code."""
     distributed.quiet_libraries()
     import torch
 
     from ds_classifier import checkpoint
     from ds_classifier import engine as engines
-    from ds_classifier.checkpoint_writer import CheckpointWriter, check_room
+    from ds_classifier.checkpoint_writer import check_room
     from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
-    from ds_classifier.evaluation import evaluate
-    from ds_classifier.export import load_initial_weights
-    from ds_classifier.logger import RunLogger
+    from ds_classifier.dry_run import rehearsed
     from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
-    from ds_classifier.skipped_steps import SkippedSteps
-    from ds_classifier.training import BadSamples, Cadence, train
 
-    settings, ds_config, batch = resolved.settings, resolved.ds_config, resolved.batch
+    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
     torch.manual_seed(settings.seed)
     classifier = create_classifier(**settings.model_kwargs())
     parameters = sum(p.numel() for p in classifier.parameters())
-    ds_config = fill_bucket_sizes(ds_config, parameters)
+    ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
     device = meet(resolved, shards, val_shards)
     requests.defer()
     watch.join()
     lock = RunLock(run_dir)
-    distributed.on_rank_0(lambda: lock.acquire(distributed.say), device)
-    watch.release_at_end(lock.release)
-    sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
+    if command.dry_run:
+        distributed.on_rank_0(lock.refuse_if_held, device)
+    elif not command.instead:
+        distributed.on_rank_0(lambda: lock.acquire(distributed.say), device)
+        watch.release_at_end(lock.release)
+    start = Start.fresh(settings)
+    if not command.overfit_steps:
+        start = find_start(resolved, facts_of(resolved, shards), device)
+    if start is None:
+        watch.leave()
+        distributed.finish()
+        return 0
+    start = load_given_weights(classifier, start, settings, device)
+    if not command.instead:
+        words = launched_as(resolved.batch.world_size)
+        distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
+        distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, words), device)
 
-    found, state = find_checkpoint(settings, run_dir, device)
-    facts = {
-        "settings": dataclasses.asdict(settings),
+    module = NoisedClassifier(classifier, diffusion)
+    batch = rehearsed(resolved.batch) if command.dry_run else resolved.batch
+    engine = engines.create_engine(module, ds_config | batch.ds_numbers(), lr_factor(settings))
+    sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
+    if start.state is not None:
+        checkpoint.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
+    watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
+    job = Job(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
+    announce(job, command)
+    if command.overfit_steps:
+        code = overfit(job, steps=command.overfit_steps)
+    elif command.dry_run:
+        code = rehearse(job)
+    else:
+        code = train(job)
+    watch.leave()
+    distributed.finish()
+    return code
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where training starts. state: of the checkpoint, if from one, which rank 0 has at its path.
+    origin: in words."""
+
+    origin: str
+    checkpoint: Path | None = None
+    state: dict[str, Any] | None = None
+
+    @classmethod
+    def fresh(cls, settings: Settings) -> Start:
+        return cls(f"seed {settings.seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the ranks have built together, before its first step."""
+
+    resolved: Resolved
+    shards: ShardSet
+    val_shards: ShardSet | None
+    start: Start
+    engine: Any
+    sampler: Any
+    stop: StopVote
+    watch: Watchdog
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.resolved.settings.run_dir)
+
+    def loaders(self, first_step: int, *, resolved: Resolved | None = None):
+        """See `create_loaders`; resolved: another batch or length than the job's."""
+        return create_loaders(
+            resolved or self.resolved, self.shards, self.val_shards, first_step, self.engine.device
+        )
+
+
+def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
+    """What a checkpoint says of the training that it is of."""
+    return {
+        "settings": dataclasses.asdict(resolved.settings),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,
         "deepspeed": resolved.shaping,
     }
+
+
+def find_start(resolved: Resolved, facts: dict[str, Any], device) -> Start | None:
+    """The checkpoint to go on from, or fresh weights; None, and said so, of a finished run."""
+    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
+    found, state = find_checkpoint(settings, run_dir, device)
     if state is not None:
         refuse_changes(state, settings, facts)
     finished = distributed.on_rank_0(lambda: read_done(run_dir), device)
@@ -161,43 +245,56 @@ def train_on(
         distributed.say(
             f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
         )
-        watch.leave()
-        distributed.finish()
-        return 0
-    origin = f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"
-    if state is None and settings.init_from:
-        source = Path(settings.init_from)
-        origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
-    command = launched_as(batch.world_size)
-    distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
-    distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, command), device)
+        return None
+    if state is None:
+        return Start.fresh(settings)
+    return Start(f"checkpoint {found}, step {state['step']}", found, state)
 
-    module = NoisedClassifier(classifier, diffusion)
-    factor = None
-    if settings.anneal_lr is not None:
-        factor = engines.linear_anneal(settings.iterations) if settings.anneal_lr else constant
-    engine = engines.create_engine(module, ds_config, factor)
-    if state is not None:
-        checkpoint.load(found, state, engine=engine, sampler=sampler)
-    first_step = engine.global_steps
-    watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
-    stop = StopVote(requests)
 
-    loader, val_loader = create_loaders(resolved, shards, val_shards, first_step, device)
-    announce(resolved, shards, val_shards, run_dir, origin, engine)
+def load_given_weights(classifier, start: Start, settings: Settings, device) -> Start:
+    """Those of --init_from, where no checkpoint goes before them."""
+    from ds_classifier.export import load_initial_weights
 
-    bad_samples = BadSamples(
+    if start.state is not None or not settings.init_from:
+        return start
+    source = Path(settings.init_from)
+    origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
+    return dataclasses.replace(start, origin=origin)
+
+
+def lr_factor(settings: Settings) -> Callable[[int], float] | None:
+    """The learning rate of step k as a share of the peak; None: the JSON's scheduler decides."""
+    from ds_classifier.engine import linear_anneal
+
+    if settings.anneal_lr is None:
+        return None
+    return linear_anneal(settings.iterations) if settings.anneal_lr else lambda step: 1.0
+
+
+def train(job: Job) -> int:
+    """Train to the last step, or until asked to stop; returns the exit code."""
+    from ds_classifier import training
+    from ds_classifier.checkpoint_writer import CheckpointWriter
+    from ds_classifier.evaluation import evaluate
+    from ds_classifier.logger import RunLogger
+    from ds_classifier.sanity import SanityWatch
+    from ds_classifier.skipped_steps import SkippedSteps
+
+    settings, batch = job.resolved.settings, job.resolved.batch
+    engine, stop, watch, run_dir = job.engine, job.stop, job.watch, job.run_dir
+    state, facts = job.start.state, facts_of(job.resolved, job.shards)
+    loader, val_loader = job.loaders(engine.global_steps)
+    bad_samples = training.BadSamples(
         run_dir,
-        device=device,
+        device=engine.device,
         known=state["bad_samples"] if state else 0,
         limit=settings.max_bad_samples,
-        epoch_samples=shards.manifest.samples,
+        epoch_samples=job.shards.manifest.samples,
     )
-
     writer = CheckpointWriter(
         run_dir / "checkpoints",
         engine=engine,
-        sampler=sampler,
+        sampler=job.sampler,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         max_failed=settings.max_failed_saves,
@@ -211,30 +308,32 @@ def train_on(
         }
         writer.save(facts | counts, val_loss=val_loss)
 
+    val_samples = job.val_shards.manifest.samples if job.val_shards is not None else 0
+
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
-        keywords = dict(samples=val_shards.manifest.samples, device=device)
+        keywords = dict(samples=val_samples, device=engine.device, noised=settings.noised)
 
         def batches():
             return stop.batches(watch.batches(val_loader))
 
-        means, bad = evaluate(module, batches(), noised=settings.noised, **keywords)
-        at_0, _ = evaluate(module, batches(), noised=settings.noised, t=0, **keywords)
+        means, bad = evaluate(engine.module, batches(), **keywords)
+        at_0, _ = evaluate(engine.module, batches(), t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
         return means | ({"bad_samples": bad} if bad else {})
 
-    logger = RunLogger(run_dir, first_step=first_step)
-    finished = train(
+    logger = RunLogger(run_dir, first_step=engine.global_steps)
+    finished = training.train(
         engine,
         iter(loader),
-        cadence=Cadence(
+        cadence=training.Cadence(
             iterations=settings.iterations,
             log=settings.log_interval,
             save=settings.save_interval,
             evaluate=settings.eval_interval,
         ),
-        sampler=sampler,
-        num_timesteps=diffusion.num_timesteps,
+        sampler=job.sampler,
+        num_timesteps=engine.module.diffusion.num_timesteps,
         seed=settings.seed,
         noised=settings.noised,
         skipped=SkippedSteps(
@@ -250,21 +349,100 @@ def train_on(
         stop=stop,
         watch=watch,
         logger=logger,
+        arithmetic=arithmetic(job),
+        sanity=SanityWatch(guessing(job.shards), val_samples=val_samples),
     )
     with watch.during("save"):
         writer.finish()
     logger.close()
     step = engine.global_steps
-    if finished:
-        distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
-        distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
-    else:
+    if not finished:
         distributed.say(
             f"stopped by {stop.reason} after step {step}; run the same command to go on"
         )
-    watch.leave()
-    distributed.finish()
-    return 0 if finished else STOPPED
+        return STOPPED
+    distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), engine.device)
+    distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
+    return 0
+
+
+def rehearse(job: Job) -> int:
+    """--dry_run: what `dry_run.py` measures, on this job."""
+    from ds_classifier.dry_run import TIMED_STEPS, dry_run, rehearsed
+    from ds_classifier.shutdown import Stopped
+
+    first, batch = job.engine.global_steps, rehearsed(job.resolved.batch)
+    settings = job.resolved.settings.replace(iterations=first + 100 * TIMED_STEPS)
+    short = dataclasses.replace(job.resolved, settings=settings, batch=batch)
+    loader, val_loader = job.loaders(first, resolved=short)
+    try:
+        dry_run(
+            job.engine,
+            loader,
+            val_loader,
+            settings=job.resolved.settings,
+            batch=job.resolved.batch,
+            first_step=first,
+            sampler=job.sampler,
+            facts=facts_of(job.resolved, job.shards),
+            arithmetic=arithmetic(job),
+            stop=job.stop,
+            watch=job.watch,
+        )
+    except Stopped:
+        distributed.say(f"stopped by {job.stop.reason}")
+        return STOPPED
+    return 0
+
+
+def overfit(job: Job, *, steps: int) -> int:
+    """--overfit_batch: exit code 0 if the batch was learnt by heart, 1 if not."""
+    from itertools import islice
+
+    from ds_classifier.overfit import overfit_batch
+
+    settings, batch = job.resolved.settings, job.resolved.batch
+    loader, _ = job.loaders(0)
+    result = overfit_batch(
+        job.engine,
+        list(islice(iter(loader), batch.accumulation)),
+        steps=steps,
+        log_interval=settings.log_interval,
+        num_classes=settings.num_classes,
+        num_timesteps=job.engine.module.diffusion.num_timesteps,
+        seed=settings.seed,
+        noised=settings.noised,
+        stop=job.stop,
+        watch=job.watch,
+    )
+    if result.stopped:
+        distributed.say(f"stopped by {job.stop.reason} after step {result.steps}")
+        return STOPPED
+    distributed.say(str(result))
+    return 0 if result.learnt else failures.FAILED
+
+
+def arithmetic(job: Job):
+    """What a rank's pictures a second are in operations."""
+    import torch
+
+    from ds_classifier import engine as engines
+    from ds_classifier.flops import Arithmetic, forward_flops
+
+    device = job.engine.device
+    return Arithmetic(
+        forward_flops(job.resolved.settings.model_kwargs()),
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        precision=engines.precision(job.engine),
+    )
+
+
+def guessing(shards: ShardSet):
+    """What is known of the labels without looking; of very many, of a million of them."""
+    from ds_classifier.sanity import Guessing
+
+    every = max(1, len(shards.index) // 1_000_000)
+    return Guessing.of(shards.index["label"][::every], len(shards.manifest.classes))
 
 
 def meet(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None):
@@ -281,7 +459,9 @@ def meet(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None):
     )
 
 
-def look_before(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> None:
+def look_before(
+    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, watch: Watchdog
+) -> int:
     """--preflight: all that is checked before a run is built, and a table of the nodes."""
     began = time.monotonic()
     distributed.quiet_libraries()
@@ -315,7 +495,9 @@ def look_before(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | Non
         f"all {len(ranks)} ranks can start alike: code, libraries, settings, JSON, pictures; this "
         f"took {time.monotonic() - began:.1f} s"
     )
+    watch.leave()
     distributed.finish()
+    return 0
 
 
 def same_on_all_ranks(
@@ -329,11 +511,6 @@ def same_on_all_ranks(
     for name, split in (("training", shards), ("validation", val_shards)):
         same[f"the {name} data (fingerprint)"] = split and split.manifest.fingerprint[:12]
     return same
-
-
-def constant(step: int) -> float:
-    """--anneal_lr False: the learning rate stays at its peak."""
-    return 1.0
 
 
 def launched_as(world_size: int) -> str:
@@ -429,43 +606,44 @@ def cache_problem(resolved: Resolved, shards: ShardSet, order, first_step: int) 
     )
 
 
-def announce(
-    resolved: Resolved,
-    shards: ShardSet,
-    val_shards: ShardSet | None,
-    run_dir: Path,
-    origin: str,
-    engine,
-) -> None:
+def announce(job: Job, command: CommandLine) -> None:
     """The header of a run: what is trained on what, and how the numbers came about."""
     from ds_classifier import engine as engines
 
-    settings, batch = resolved.settings, resolved.batch
+    settings, batch = job.resolved.settings, job.resolved.batch
+    engine, shards, say = job.engine, job.shards, distributed.say
     parameters = sum(p.numel() for p in engine.module.parameters())
-    epoch_steps = shards.manifest.samples / batch.total
-    held_out = f", {val_shards.manifest.samples} held out" if val_shards else ", no validation"
     schedule = {None: "the JSON's WarmupDecayLR", True: "linear to 0", False: "constant"}
-    if settings.anneal_lr is None and "scheduler" not in resolved.ds_config:
+    if settings.anneal_lr is None and "scheduler" not in job.resolved.ds_config:
         schedule[None] = "constant"
-    say = distributed.say
+    held_out = "no validation"
+    if job.val_shards is not None:
+        held_out = f"{_split(job.val_shards)} in {settings.val_data_dir} to validate on"
     say(
-        f"classifier  {parameters:,} parameters, {settings.image_size} px, {settings.num_classes} "
-        f"classes; {settings.noise_schedule} noise, {settings.diffusion_steps} steps"
+        f"classifier  {parameters:,} parameters, {arithmetic(job).forward / 1e9:.3g} GFLOP forward "
+        f"an image; {settings.image_size} px, {settings.num_classes} classes; "
+        f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
     )
-    say(
-        f"data        {settings.data_dir}: {shards.manifest.samples:,} pictures in "
-        f"{len(shards.manifest.shards)} shards{held_out}"
-    )
+    say(f"data        {_split(shards)} in {settings.data_dir}; {held_out}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
-    say(f"batch       {batch}; {epoch_steps:.1f} steps an epoch")
+    say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps an epoch")
     say(
         f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "
         f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, "
         f"{schedule[settings.anneal_lr]}"
     )
-    say(f"start       from {origin}; {settings.iterations} steps in all")
-    say(f"run         {run_dir}/ (log.jsonl, progress.csv, tb/, checkpoints/)")
+    length = f"{settings.iterations:,} steps in all"
+    if command.overfit_steps:
+        length = f"one batch again and again, {command.overfit_steps} steps at most"
+    say(f"start       from {job.start.origin}; {length}")
+    where = "stays as it is" if command.instead else "(log.jsonl, progress.csv, tb/, checkpoints/)"
+    say(f"run         {job.run_dir}/ {where}")
+
+
+def _split(shards: ShardSet) -> str:
+    count = len(shards.manifest.shards)
+    return f"{shards.manifest.samples:,} pictures ({count} shard{'s' * (count > 1)})"
 
 
 if __name__ == "__main__":

@@ -21,11 +21,21 @@ LAYERS = [
         "data.images",
         "config",
         "memory",
+        "sanity",
         "sample_files",
     ],
     ["failures", "peers", "run_lock", "shutdown", "preflight", "data.pool"],
     ["watchdog"],
-    ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
+    [
+        "unet",
+        "flops",
+        "device_random",
+        "data.order",
+        "data.shards",
+        "data.fetch",
+        "data.cache",
+        "batch",
+    ],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["data.layouts"],
     [
@@ -54,8 +64,8 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "guidance", "sampling"],
-    ["fidelity"],
+    ["training", "export", "guidance", "sampling", "predictor"],
+    ["fidelity", "dry_run", "overfit"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

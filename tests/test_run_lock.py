@@ -99,3 +99,22 @@ def test_a_lock_that_was_taken_over_is_not_removed(tmp_path):
     elsewhere(tmp_path, 0)
     lock.release()
     assert (tmp_path / "LOCK").exists()
+
+
+def test_looking_refuses_as_taking_would_and_writes_nothing(owner, tmp_path):
+    def look() -> set[str]:
+        RunLock(tmp_path).refuse_if_held()
+        return {path.name for path in tmp_path.iterdir()}
+
+    with pytest.raises(ValueError, match=rf"in use: got process {owner.pid} on "):
+        look()
+    owner.kill()
+    owner.wait()
+    assert look() == {"LOCK"}
+    elsewhere(tmp_path, 200)
+    assert look() == {"LOCK"}
+    elsewhere(tmp_path, 20)
+    with pytest.raises(ValueError, match="got process 1 on node7"):
+        look()
+    (tmp_path / "LOCK").unlink()
+    assert look() == set()

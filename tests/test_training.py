@@ -20,7 +20,7 @@ TINY = shlex.split(
     "--classifier_attention_resolutions 4 --noise_schedule cosine --random_flip False --lr 1e-3 "
     "--log_interval 1 --workers 1"
 )
-CLOCKS = ("images_per_sec", "data_wait_frac", "val_seconds")
+CLOCKS = ("images_per_sec", "data_wait_frac", "gflops_per_sec", "memory_gib", "val_seconds")
 
 
 def train(
@@ -290,7 +290,8 @@ def test_the_screen_of_a_run(digits, tmp_path):
     for line, kind in zip(done.lines, kinds, strict=False):
         assert line.split()[0] == kind
     rows = done.lines[len(kinds) :]
-    assert [line.split()[0] for line in rows] == ["1", "2", "3", "4", "4", "finished:"]
+    assert [line.split()[0] for line in rows] == ["1", "2", "3", "4", "4", "4", "finished:"]
+    assert "= ln 10: nothing learnt yet" in rows[4]
     assert max(map(len, [done.lines[len(kinds) - 1], *rows[:-1]])) <= 120, done.output
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {

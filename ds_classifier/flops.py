@@ -1,0 +1,91 @@
+"""Arithmetic: floating-point operations of a classifier, and what a GPU could do of them.
+
+A multiply and an add are two operations, as in the figures of GPUs. Counted are convolutions,
+matrix products and attention; norms and activations are left out, as is usual (PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ds_classifier.model import create_classifier
+
+BACKWARD = 2  # forwards that a backward costs: a gradient of the inputs, and one of the weights
+
+# Dense 16-bit tensor TFLOP/s with fp32 accumulation, by the name that CUDA gives the device, from
+# NVIDIA's data sheets (where those state figures with sparsity: half of them). Not listed: not
+# known. A device whose figure depends on how it was cut or clocked is not listed either.
+PEAK_TFLOPS = {
+    r"(Tesla )?V100-SXM[23]-\d+GB(-LS)?": {"fp16": 125.0},  # V100 data sheet, 2020
+    r"(Tesla )?V100-PCIE-\d+GB": {"fp16": 112.0},  # the same
+    r"(Tesla )?V100S-PCIE-\d+GB": {"fp16": 130.0},  # the same
+    r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": 312.0,  # A100 data sheet, 2021
+    r"(NVIDIA )?A30": 165.0,  # A30 data sheet
+    r"(NVIDIA )?A40": 149.7,  # A40 data sheet
+    r"NVIDIA H100 80GB HBM3": 989.4,  # H100 data sheet: SXM, 1,979 with sparsity
+    r"NVIDIA H100 PCIe": 756.0,  # H100 data sheet of 2022: 1,513 with sparsity
+    r"NVIDIA H100 NVL": 835.5,  # H100 data sheet: 1,671 with sparsity
+    r"NVIDIA H200": 989.4,  # H200 data sheet: SXM, 1,979 with sparsity
+    r"NVIDIA H200 NVL": 835.5,  # the same: 1,671 with sparsity
+    r"NVIDIA L4": 121.0,  # L4 data sheet: 242 with sparsity
+    r"NVIDIA L40": 181.05,  # L40 data sheet
+    r"NVIDIA L40S": 362.05,  # L40S data sheet
+    r"NVIDIA GeForce RTX 3090": 71.0,  # GA102 white paper, appendix A
+    r"NVIDIA GeForce RTX 4090": 165.2,  # Ada white paper, appendix A
+}
+
+
+def forward_flops(model_kwargs: dict[str, Any]) -> int:
+    """Operations of one picture's forward through the classifier that create_classifier builds.
+
+    Nothing is computed: shapes alone go through it.
+    """
+    with torch.device("meta"):
+        classifier = create_classifier(**model_kwargs)
+        size = classifier.image_size
+        x, timesteps = torch.empty(1, classifier.in_channels, size, size), torch.empty(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier(x, timesteps)
+    return counter.get_total_flops()
+
+
+def training_flops(forward: int) -> int:
+    """Operations of one picture's forward and backward."""
+    return (1 + BACKWARD) * forward
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Operations a second that a device could do at most, or None where that is not known.
+
+    device_name: as torch.cuda.get_device_name tells it. precision: fp16 or bf16; fp32 may or may
+    not run on tensor cores, so its peak is not known.
+    """
+    if precision not in ("fp16", "bf16"):
+        return None
+    for pattern, tflops in PEAK_TFLOPS.items():
+        if re.fullmatch(pattern, device_name):
+            known = tflops.get(precision) if isinstance(tflops, dict) else tflops
+            return None if known is None else 1e12 * known
+    return None
+
+
+class Arithmetic:
+    """What a rank does, of what its device could do.
+
+    forward: operations of a picture. device_name: None for a CPU.
+    """
+
+    def __init__(self, forward: int, *, device_name: str | None, precision: str):
+        self.forward = forward
+        self._peak = None if device_name is None else peak_flops(device_name, precision)
+
+    def achieved(self, images_per_sec: float) -> dict[str, float]:
+        """gflops_per_sec, and mfu (0 to 1) where the peak is known, of a rank that trains on so
+        many pictures a second. mfu: model FLOPs utilization (PaLM, appendix B)."""
+        flops = images_per_sec * training_flops(self.forward)
+        row = {"gflops_per_sec": flops / 1e9}
+        return row if self._peak is None else row | {"mfu": flops / self._peak}

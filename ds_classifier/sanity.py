@@ -1,0 +1,288 @@
+"""Is it working? What a run's rows say, in a line, when it changes.
+
+Judged are numbers, not time: accuracies against chance, by how many pictures they rest on; losses
+against their own scatter. What a few noisy rows cannot tell is not said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+PICTURES = 4000  # that a judgement rests on, where so many are at hand
+MAX_ROWS, MIN_ROWS = 20, 5  # that it rests on; the least for one that needs their scatter
+LEAST_PICTURES = 64  # before anything is said
+KEPT = 500  # rows that are remembered
+# Chance may seem exceeded by luck with probability exp(-12) = 6e-6 (Chernoff's bound), whatever
+# the number of pictures.
+EVIDENCE = 12.0
+DEVIATIONS = 4.0  # standard errors that a difference must have
+QUARTILES = range(4)
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """What a classifier gets that knows how frequent the classes are, and nothing of a picture.
+
+    loss: the entropy of the labels, nats; ln K for equally frequent ones. accuracy: the share of
+    the most frequent class.
+    """
+
+    num_classes: int
+    loss: float
+    accuracy: float
+
+    @classmethod
+    def of(cls, labels: np.ndarray, num_classes: int) -> Guessing:
+        """labels [N] int: of the training set, or of enough of it."""
+        share = np.bincount(labels, minlength=num_classes) / len(labels)
+        present = share[share > 0]
+        return cls(num_classes, float(-(present * np.log(present)).sum()), float(share.max()))
+
+    def name(self) -> str:
+        """'ln 1000 = 6.91', or what it is where classes are not equally frequent."""
+        if abs(self.loss - math.log(self.num_classes)) < 0.02:
+            return f"ln {self.num_classes} = {self.loss:.2f}"
+        return f"{self.loss:.2f}, that of guessing by class frequency"
+
+
+class SanityWatch:
+    """Takes in a run's rows, of training and validation, and says what is new about them.
+
+    val_samples: pictures in the validation set.
+    """
+
+    def __init__(self, guessing: Guessing, *, val_samples: int):
+        self._guessing, self._val_samples = guessing, val_samples
+        self._rows: deque[Row] = deque(maxlen=KEPT)
+        self._phase = 0  # of PHASES; what was learnt once is not announced again
+        self._last_seen: dict[str, int] = {}  # by alarm: the row that last gave reason for it
+        self._count = 0
+
+    def add(self, row: Row) -> list[str]:
+        """A row of log.jsonl; returns lines that say what has changed, mostly none."""
+        self._rows.append(row)
+        rows = list(self._rows)
+        news = []
+        if "train_loss" in row:
+            reached, text = phase(rows, self._guessing)
+            if reached > self._phase:
+                self._phase = reached
+                news.append(text)
+        self._count += 1
+        for kind, text in alarms(rows, self._guessing, val_samples=self._val_samples).items():
+            if self._count - self._last_seen.get(kind, -MAX_ROWS) >= MAX_ROWS:
+                news.append(text)
+            self._last_seen[kind] = self._count
+        return news
+
+
+# ------------------------------------------------------------------------- how far it has come
+
+UNKNOWN, NOTHING, FIRST, EVERYWHERE = range(4)
+
+
+def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
+    """How far the training is, UNKNOWN to EVERYWHERE, and that in words."""
+    now = recent(rows)
+    pictures = _pictures(now)
+    if pictures < LEAST_PICTURES:
+        return UNKNOWN, ""
+    chance = guessing.accuracy
+    accuracy = {q: _mean(now, f"train_acc@1_q{q}") for q in QUARTILES}
+    accuracy = {q: value for q, value in accuracy.items() if value is not None}
+    learnt = [
+        q for q, value in accuracy.items() if above_chance(value, chance, pictures / len(accuracy))
+    ]
+    shown = " ".join(f"{100 * value:.0f}" for value in accuracy.values())
+    if learnt and len(learnt) == len(accuracy):
+        return EVERYWHERE, (
+            f"accuracy {shown} % by quartile of t, chance {_percent(chance)}: learning at every "
+            "noise level"
+            if len(accuracy) > 1
+            else f"accuracy {shown} %, chance {_percent(chance)}: learning"
+        )
+    if learnt:
+        first = "nearly clean pictures first, as it should be" if 0 in learnt else "but not in q0"
+        return FIRST, (
+            f"q{learnt[0]} accuracy {_percent(accuracy[learnt[0]])}, chance {_percent(chance)}: "
+            f"learning, {first}"
+        )
+    loss = _mean(now, "train_loss")
+    if loss is not None and loss > 0.97 * guessing.loss:
+        relation = "=" if abs(loss - guessing.loss) < 0.05 * guessing.loss else "above"
+        known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
+        return NOTHING, f"loss {loss:.2f} {relation} {known}: nothing learnt yet"
+    return UNKNOWN, ""
+
+
+def above_chance(accuracy: float, chance: float, pictures: float) -> bool:
+    """Whether so many pictures' accuracy is no luck.
+
+    P(accuracy or more by chance) <= exp(-n KL(accuracy || chance)) (Chernoff 1952).
+    """
+    if accuracy <= chance:
+        return False
+    rest = (1 - accuracy) * math.log((1 - accuracy) / (1 - chance)) if accuracy < 1 else 0.0
+    return pictures * (accuracy * math.log(accuracy / chance) + rest) > EVIDENCE
+
+
+# ------------------------------------------------------------------------- what is wrong
+
+
+def alarms(rows: Sequence[Row], guessing: Guessing, *, val_samples: int) -> dict[str, str]:
+    """What is wrong, by its kind; empty where nothing is seen to be."""
+    found = {
+        "worse than guessing": worse_than_guessing(rows, guessing),
+        "diverging": diverging(rows, guessing),
+        "overfitting": overfitting(rows, val_samples),
+        "loss scale": falling_loss_scale(rows),
+        "upside down": noisier_is_easier(rows),
+    }
+    return {kind: text for kind, text in found.items() if text}
+
+
+def worse_than_guessing(rows: Sequence[Row], guessing: Guessing) -> str | None:
+    """A loss above that of guessing, for long."""
+    now = recent(rows)
+    loss, error = _mean_and_error(now)
+    if loss is None or loss - DEVIATIONS * error < 1.1 * guessing.loss:
+        return None
+    return (
+        f"loss {loss:.2f} over {len(now)} lines, above {guessing.name()}: worse than guessing; do: "
+        "lower --lr"
+    )
+
+
+def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
+    """A loss well above the lowest that it had."""
+    now, *before = windows(rows)
+    loss, error = _mean_and_error(now)
+    lowest = min(((*_mean_and_error(w), w) for w in before), default=None, key=lambda w: w[0])
+    if loss is None or lowest is None:
+        return None
+    then, its_error, window = lowest
+    if loss - then < 0.1 * guessing.loss + DEVIATIONS * math.hypot(error, its_error):
+        return None
+    return (
+        f"loss {loss:.2f}, up from {then:.2f} at step {window[-1]['step']}: diverging; do: if it "
+        "goes on, lower --lr"
+    )
+
+
+def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
+    """Training accuracy far above the validation's, or above it while its loss rises."""
+    validations = [row for row in rows if row.get("val_loss") is not None]
+    trained = recent(
+        [row for row in rows if validations and row["step"] <= validations[-1]["step"]]
+    )
+    accuracy, pictures = _mean(trained, "train_acc@1"), _pictures(trained)
+    if accuracy is None or not val_samples:
+        return None
+    last = validations[-1]
+    best = min(validations, key=lambda row: row["val_loss"])
+    held_out = last["val_acc@1"]
+    error = math.hypot(_error(accuracy, pictures), _error(held_out, val_samples))
+    gap = accuracy - held_out - DEVIATIONS * error
+    rising = last["val_loss"] > 1.05 * best["val_loss"]
+    if gap < (0.05 if rising else 0.2):
+        return None
+    text = f"training accuracy {_percent(accuracy)}, validation {_percent(held_out)}"
+    if rising:
+        text += f", its loss up from {best['val_loss']:.2f} at step {best['step']}"
+    return f"{text}: overfitting; take checkpoints/best"
+
+
+def falling_loss_scale(rows: Sequence[Row]) -> str | None:
+    """fp16's loss scale falls again and again, by 2^5 in all, and never rises."""
+    trained = [row for row in rows if row.get("lg_loss_scale") is not None]
+    falls, top = 0, None
+    for before, row in pairwise(trained):
+        change = row["lg_loss_scale"] - before["lg_loss_scale"]
+        if change > 0:
+            falls, top = 0, None
+        elif change < 0:
+            falls, top = falls + 1, top or before
+    if falls < 3 or top["lg_loss_scale"] - trained[-1]["lg_loss_scale"] < 5:
+        return None
+    return (
+        f"loss scale down from 2^{top['lg_loss_scale']:g} at step {top['step']} to "
+        f"2^{trained[-1]['lg_loss_scale']:g}, never up: gradients overflow; do: use bf16, or lower "
+        "--lr"
+    )
+
+
+def noisier_is_easier(rows: Sequence[Row]) -> str | None:
+    """More noise hides more: q3 above q0 means that something is mixed up."""
+    now = recent(rows)
+    clean, noisy = _mean(now, "train_acc@1_q0"), _mean(now, "train_acc@1_q3")
+    pictures = _pictures(now) / len(QUARTILES)
+    if clean is None or noisy is None or len(now) < MIN_ROWS:
+        return None
+    if noisy - clean < DEVIATIONS * math.hypot(_error(noisy, pictures), _error(clean, pictures)):
+        return None
+    return (
+        f"accuracy {_percent(noisy)} in q3, most noise, above {_percent(clean)} in q0, least: odd, "
+        "since noise hides what a picture shows"
+    )
+
+
+# ------------------------------------------------------------------------- rows together
+
+
+def recent(rows: Sequence[Row]) -> list[Row]:
+    """The last training rows: as few as hold PICTURES, at least MIN_ROWS and at most MAX_ROWS."""
+    return next(windows(rows), [])
+
+
+def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The training rows cut from the end into parts as of `recent`; what is left over is left out,
+    but for the newest part."""
+    trained = [row for row in rows if row.get("train_loss") is not None]
+    part: list[Row] = []
+    first = True
+    for row in reversed(trained):
+        part.insert(0, row)
+        enough = _pictures(part) >= PICTURES and len(part) >= MIN_ROWS
+        if enough or len(part) == MAX_ROWS:
+            yield part
+            part, first = [], False
+    if first:
+        yield part
+
+
+def _pictures(rows: Sequence[Row]) -> float:
+    return sum(row["window_samples"] for row in rows)
+
+
+def _mean(rows: Sequence[Row], key: str) -> float | None:
+    """The mean over pictures of all rows that have the key."""
+    having = [row for row in rows if row.get(key) is not None]
+    pictures = _pictures(having)
+    return sum(row["window_samples"] * row[key] for row in having) / pictures if pictures else None
+
+
+def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:
+    """The mean loss, and its standard error by the rows' scatter; (None, 0) of too few rows."""
+    if len(rows) < MIN_ROWS:
+        return None, 0.0
+    losses = [row["train_loss"] for row in rows]
+    return _mean(rows, "train_loss"), float(np.std(losses, ddof=1)) / math.sqrt(len(losses))
+
+
+def _error(share: float, pictures: float) -> float:
+    """Standard error of a share of so many pictures; never 0 (Agresti-Coull)."""
+    share = (share * pictures + 2) / (pictures + 4)
+    return math.sqrt(share * (1 - share) / pictures)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -1,0 +1,90 @@
+"""log.jsonl and progress.csv: what a kill leaves at any byte, and a long run."""
+
+import csv
+import json
+import tracemalloc
+
+import pytest
+
+from ds_classifier.logger import RunLogger
+
+
+def train_row(step: int) -> dict:
+    return {"step": step, "samples": 8 * step, "train_loss": 1 / step, "lr": 1e-3}
+
+
+def rows_from(first: int, last: int) -> list[dict]:
+    """A row every 10 steps; one of validation, with columns of its own, every 30."""
+    rows = []
+    for step in range(first + 10, last + 1, 10):
+        rows.append(train_row(step))
+        if step % 30 == 0:
+            rows.append({"step": step, "val_loss": 2 / step, "val_acc@1": 0.5})
+    return rows
+
+
+def write(run, rows, first_step=0):
+    logger = RunLogger(run, first_step=first_step)
+    for row in rows:
+        logger.write(row)
+    logger.close()
+
+
+def read(run) -> tuple[list[dict], list[dict]]:
+    """Both files by stock readers, empty cells left out."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    with open(run / "progress.csv", newline="") as file:
+        table = [
+            {key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)
+        ]
+    return log, table
+
+
+def test_both_files_hold_every_row_once(tmp_path):
+    write(tmp_path, rows_from(0, 60))
+    assert read(tmp_path) == (rows_from(0, 60), rows_from(0, 60))
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0]
+    assert header == "step,samples,train_loss,lr,val_loss,val_acc@1"
+
+
+@pytest.mark.parametrize("checkpoint", [0, 30, 50])
+def test_a_kill_at_any_byte_changes_nothing_after_the_resume(tmp_path, checkpoint):
+    """Killed after step 60 and a part of the next row, in either file; continued from a step."""
+    write(tmp_path, rows_from(0, 90))
+    whole = {name: (tmp_path / name).read_bytes() for name in ("log.jsonl", "progress.csv")}
+    at = whole["log.jsonl"].index(b'{"step": 70')
+    for cut in range(at, at + 60):
+        (tmp_path / "log.jsonl").write_bytes(whole["log.jsonl"][:cut])
+        (tmp_path / "progress.csv").write_bytes(whole["progress.csv"][: cut % 200])
+        write(tmp_path, rows_from(checkpoint, 90), first_step=checkpoint)
+        assert read(tmp_path) == (rows_from(0, 90), rows_from(0, 90)), cut
+
+
+def test_a_log_that_loses_nothing_stays_the_same_file(tmp_path):
+    """So that `tail -f` goes on."""
+    write(tmp_path, rows_from(0, 60))
+    before = (tmp_path / "log.jsonl").stat().st_ino
+    write(tmp_path, rows_from(60, 90), first_step=60)
+    assert (tmp_path / "log.jsonl").stat().st_ino == before
+    assert read(tmp_path)[0] == rows_from(0, 90)
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    write(tmp_path, [train_row(10) | {"train_loss": float("nan"), "lr": float("inf")}])
+    log, table = read(tmp_path)
+    assert (log[0]["train_loss"], log[0]["lr"]) == (None, None)
+    assert "train_loss" not in table[0]
+
+
+def test_a_long_run_is_not_kept_in_memory(tmp_path):
+    """10,000 rows: opening and a new column take little of it."""
+    rows = (
+        train_row(step) | {f"more_{i}": 0.123456789 for i in range(20)} for step in range(1, 10_001)
+    )
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    write(tmp_path, [{"step": 10_000, "val_loss": 1.0}], first_step=10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6, peak
+    assert sum(1 for _ in open(tmp_path / "progress.csv")) == 10_002

@@ -1,0 +1,204 @@
+"""What is said of made-up and of real rows, and that noise alone makes nothing be said."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from ds_classifier.sanity import Guessing, SanityWatch, above_chance
+
+TEN = Guessing(10, math.log(10), 0.1)
+THOUSAND = Guessing(1000, math.log(1000), 0.001)
+
+
+def watched(rows, guessing=TEN, val_samples=360) -> list[str]:
+    """Every line that is said, with its step."""
+    watch = SanityWatch(guessing, val_samples=val_samples)
+    said = [f"{row['step']} {line}" for row in rows for line in watch.add(row)]
+    assert all(len(line) < 115 for line in said), said  # of 120 columns, with large step numbers
+    return said
+
+
+def drawn(
+    random, step: int, *, accuracies, loss: float, pictures: int = 640, spread: float = 1.5, **more
+):
+    """A row as a training of these true accuracies and losses might write it."""
+    counts = random.binomial(pictures // 4, accuracies)
+    return {
+        "step": step,
+        "window_samples": pictures,
+        "train_loss": random.normal(loss, spread / math.sqrt(pictures)),
+        "train_acc@1": counts.sum() / pictures,
+        **{f"train_acc@1_q{q}": count / (pictures // 4) for q, count in enumerate(counts)},
+        **more,
+    }
+
+
+def sequence(steps, seed=0, **by_step):
+    """Rows with what each function of the step gives."""
+    random = np.random.RandomState(seed)
+    return [drawn(random, s, **{name: of(s) for name, of in by_step.items()}) for s in steps]
+
+
+def flat(value):
+    return lambda step: value
+
+
+# ------------------------------------------------------------------------- how far it has come
+
+
+def test_a_training_that_learns_says_so_three_times():
+    def accuracies(step):
+        return [min(0.95, 0.1 + max(0.0, (step - after) / 400)) for after in (100, 150, 200, 400)]
+
+    rows = sequence(
+        range(10, 1000, 10),
+        accuracies=accuracies,
+        loss=lambda s: max(0.3, 2.303 - s / 300),
+        spread=flat(0.3),
+    )
+    said = watched(rows)
+    assert len(said) == 3, said
+    assert "= ln 10: nothing learnt yet" in said[0]
+    assert "q0 accuracy" in said[1]
+    assert "learning, nearly clean pictures first" in said[1]
+    assert "learning at every noise level" in said[2]
+    steps = [int(line.split()[0]) for line in said]
+    assert 100 < steps[1] < 250
+    assert 400 < steps[2] < 700
+
+
+@pytest.mark.parametrize("pictures", [4, 16, 64, 640])
+@pytest.mark.parametrize(("guessing", "chance"), [(TEN, 0.1), (THOUSAND, 0.001)])
+def test_nothing_is_learnt_from_noise(guessing, chance, pictures):
+    """500 rows at chance, of any size: no learning, and nothing wrong either."""
+    rows = sequence(
+        range(1, 501),
+        accuracies=flat([chance] * 4),
+        loss=flat(guessing.loss),
+        pictures=flat(pictures),
+        spread=flat(0.3),
+    )
+    said = watched(rows, guessing)
+    assert len(said) == 1, said
+    assert f"= ln {guessing.num_classes}: nothing learnt yet" in said[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("pictures", [16, 640])
+def test_noise_around_a_good_training_raises_no_alarm(seed, pictures):
+    """500 rows of a training that has settled, and validations that agree with it."""
+    rows = sequence(
+        range(1, 501),
+        seed,
+        accuracies=flat([0.95, 0.9, 0.8, 0.4]),
+        loss=flat(0.8),
+        pictures=flat(pictures),
+    )
+    random = np.random.RandomState(seed)
+    rows[99::100] = [
+        row | {"val_loss": random.normal(0.85, 0.06), "val_acc@1": random.binomial(360, 0.76) / 360}
+        for row in rows[99::100]
+    ]
+    said = watched(rows)
+    assert len(said) <= 2, said
+    assert "learning" in said[-1]
+
+
+def test_chance_is_that_of_the_labels_at_hand():
+    """Nine of ten pictures of one class: 90 % right is nothing."""
+    guessing = Guessing.of(np.repeat([0, 1], [900, 100]), 2)
+    assert guessing.accuracy == pytest.approx(0.9)
+    assert guessing.loss == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    rows = sequence(range(10, 300, 10), accuracies=flat([0.9] * 4), loss=flat(guessing.loss))
+    (said,) = watched(rows, guessing)
+    assert "nothing learnt yet" in said
+
+
+def test_luck_is_bounded():
+    """Of 100,000 trials of 160 guesses, none is taken for knowledge; the bound is 6e-6."""
+    counts = np.random.RandomState(0).binomial(160, 0.1, 100_000)
+    assert not any(above_chance(count / 160, 0.1, 160) for count in np.unique(counts))
+    assert above_chance(0.3, 0.1, 160)
+    assert not above_chance(0.3, 0.1, 16)
+
+
+# ------------------------------------------------------------------------- what is wrong
+
+
+def test_a_loss_above_guessing_for_long():
+    rows = sequence(range(10, 600, 10), accuracies=flat([0.1] * 4), loss=flat(3.4))
+    said = watched(rows)
+    assert any("above ln 10 = 2.30: worse than guessing" in line for line in said), said
+    assert len([line for line in said if "worse" in line]) == 1
+
+
+def test_a_loss_that_rises_again():
+    rows = sequence(
+        range(10, 1200, 10),
+        accuracies=lambda s: [0.7] * 4 if s < 600 else [0.3] * 4,
+        loss=lambda s: 0.9 if s < 600 else min(2.2, 0.9 + (s - 600) / 300),
+    )
+    said = [line for line in watched(rows) if "diverging" in line]
+    assert len(said) == 1
+    assert 600 < int(said[0].split()[0]) < 800
+
+
+def test_training_far_above_validation():
+    def rows_until(step, val_losses):
+        rows = sequence(range(10, step, 10), accuracies=flat([0.99] * 4), loss=flat(0.05))
+        validations = [
+            {"step": 100 * i, "val_loss": loss, "val_acc@1": 0.7}
+            for i, loss in enumerate(val_losses, 1)
+        ]
+        return sorted(rows + validations, key=lambda row: row["step"])
+
+    (said,) = [line for line in watched(rows_until(400, [0.9, 0.8, 1.2])) if "overfit" in line]
+    assert said.startswith("300 training accuracy 99 %, validation 70 %, its loss up")
+    # Of 8 held-out pictures, 6 right: that tells nothing.
+    few = watched(rows_until(400, [0.9, 0.8, 0.8]), val_samples=8)
+    assert not any("overfit" in line for line in few)
+
+
+def test_a_loss_scale_that_falls_and_falls():
+    def rows_of(scales):
+        return sequence(
+            range(10, 10 * len(scales) + 1, 10),
+            accuracies=flat([0.5] * 4),
+            loss=flat(1.0),
+            lg_loss_scale=lambda s: scales[s // 10 - 1],
+        )
+
+    steady = [16] * 5 + [15, 14, 13] + [12] * 4 + [11, 9, 8]
+    (said,) = [line for line in watched(rows_of(steady)) if "scale" in line]
+    assert said.startswith("130 loss scale down from 2^16 at step 50 to 2^11, never up")
+    start = [11] + [11] * 20 + [12] * 20 + [11] + [12] * 20  # found its level, and moves about it
+    assert not any("scale" in line for line in watched(rows_of(start)))
+
+
+def test_more_noise_that_is_easier():
+    rows = sequence(range(10, 300, 10), accuracies=flat([0.2, 0.2, 0.3, 0.8]), loss=flat(1.8))
+    assert any("in q3, most noise, above" in line for line in watched(rows))
+
+
+# ------------------------------------------------------------------------- real runs
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [
+        ("good", ["nothing learnt yet", "nearly clean pictures first", "at every noise level"]),
+        ("diverging", ["worse than guessing"]),
+        ("overfitting", ["at every noise level", "overfitting"]),
+    ],
+)
+def test_rows_of_real_runs(run, wanted):
+    """Of a tiny classifier on digits, as log.jsonl had them."""
+    recorded = json.loads((GOLDEN / "sanity_rows.json").read_text())[run]
+    said = watched(recorded)
+    for words in wanted:
+        assert any(words in line for line in said), said
+    if run == "good":
+        assert len(said) == 3, said
