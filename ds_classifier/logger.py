@@ -19,8 +19,8 @@ from ds_classifier import distributed, files
 class RunLogger:
     """Writes on rank 0; the other ranks' calls do nothing.
 
-    run_dir: of the run. first_step: rows of later steps are what a killed run wrote after its last
-    checkpoint; they will be computed again, so they are dropped.
+    run_dir: of the run. first_step: finished before; rows of later steps are what a killed run
+    wrote after its last checkpoint. They will be computed again, so they are dropped; at 0, all.
     """
 
     def __init__(self, run_dir: Path, *, first_step: int):
@@ -33,7 +33,9 @@ class RunLogger:
         self._write_csv()
         from tensorboardX import SummaryWriter
 
-        self._tb = SummaryWriter(str(run_dir / "tb"), purge_step=first_step + 1)
+        self._tb = SummaryWriter(
+            str(run_dir / "tb"), purge_step=first_step + 1 if first_step else 0
+        )
 
     def _kept_rows(self, first_step: int) -> list[dict[str, Any]]:
         if not self._jsonl_path.exists():
@@ -44,7 +46,7 @@ class RunLogger:
                 row = json.loads(line)
             except json.JSONDecodeError:  # a line cut by a kill
                 continue
-            if row["step"] <= first_step:
+            if row["step"] <= first_step and first_step:
                 rows.append(row)
         files.replace_text(self._jsonl_path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows

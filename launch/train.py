@@ -113,7 +113,7 @@ def train_on(
     from ds_classifier.checkpoint_writer import CheckpointWriter, check_room
     from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
     from ds_classifier.evaluation import evaluate
-    from ds_classifier.export import load_initial_weights
+    from ds_classifier.initial_weights import load_initial_weights
     from ds_classifier.logger import RunLogger
     from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
@@ -155,10 +155,13 @@ def train_on(
         watch.leave()
         distributed.finish()
         return 0
-    origin = f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"
-    if state is None and settings.init_from:
-        source = Path(settings.init_from)
-        origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
+    origin = [f"checkpoint {found}, step {state['step']}" if state else f"seed {settings.seed}"]
+    initialized = state is None and bool(settings.init_from)
+    if initialized:
+        source, names = Path(settings.init_from), shards.manifest.classes
+        origin = distributed.on_rank_0(
+            lambda: load_initial_weights(classifier, source, settings, names), device
+        )
     command = launched_as(batch.world_size)
     distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
     distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, command), device)
@@ -238,6 +241,7 @@ def train_on(
         save=save,
         check_saves=writer.check,
         validate=validate if val_loader is not None else None,
+        validate_first=initialized,
         stop=stop,
         watch=watch,
         logger=logger,
@@ -376,10 +380,13 @@ def announce(
     shards: ShardSet,
     val_shards: ShardSet | None,
     run_dir: Path,
-    origin: str,
+    origin: list[str],
     engine,
 ) -> None:
-    """The header of a run: what is trained on what, and how the numbers came about."""
+    """The header of a run: what is trained on what, and how the numbers came about.
+
+    origin: where it starts from; further lines say what of other weights could not be kept.
+    """
     from ds_classifier import engine as engines
 
     settings, batch = resolved.settings, resolved.batch
@@ -406,7 +413,9 @@ def announce(
         f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, "
         f"{schedule[settings.anneal_lr]}"
     )
-    say(f"start       from {origin}; {settings.iterations} steps in all")
+    say(f"start       from {origin[0]}; {settings.iterations} steps in all")
+    for note in origin[1:]:
+        say(f"  NOTE      {note}")
     say(f"run         {run_dir}/ (log.jsonl, progress.csv, tb/, checkpoints/)")
 
 

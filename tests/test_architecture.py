@@ -40,6 +40,9 @@ LAYERS = [
     ],
     [
         "noised_classifier",
+        "fitting",
+        "reference_flags",
+        "model_card",
         "checkpoint",
         "replicas",
         "skipped_steps",
@@ -54,7 +57,7 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "guidance", "sampling"],
+    ["training", "export", "initial_weights", "guidance", "sampling"],
     ["fidelity"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
