@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import ds_classifier
 from ds_classifier import files
 from ds_classifier.config import FIXED_SETTINGS, Settings
+from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation import RECORD_FORMAT, RECORD_VERSION
 from ds_classifier.model import create_classifier, parse_channel_mult
 from ds_classifier.model_card import model_card
@@ -86,7 +87,7 @@ def export(path: Path, given: Settings | None = None, out: Path | None = None) -
         evaluation = find_evaluation(source)
         name = source.name if source.step is None else f"model{source.step:06d}"
         names = _write(staging, name, source, live, evaluation)
-        timesteps, difference = _compare(staging, name, live)
+        timesteps, difference = _compare(staging, name, live, source.settings)
         for file in names:
             files.fsync(staging / file)
             os.replace(staging / file, out / file)
@@ -200,12 +201,13 @@ def describe(
 # --------------------------------------------------------------------------------- reading back
 
 
-def _compare(folder: Path, name: str, live: nn.Module) -> tuple[list[int], float]:
+def _compare(
+    folder: Path, name: str, live: nn.Module, settings: Settings
+) -> tuple[list[int], float]:
     """Rebuild the classifier from each file and compare; returns the timesteps and the largest
     relative difference. Raises RuntimeError where one differs."""
     state, largest = live.state_dict(), 0.0
-    timesteps: list[int] = []
-    expected: tuple[Tensor, ...] = ()
+    timesteps, *expected = logits_and_gradients(live, settings)
     for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
         source, weights = open_weights(path, Settings())  # by the JSON beside it, hashes compared
         if path.suffix == ".pt" and list(weights) != list(state):
@@ -216,9 +218,7 @@ def _compare(folder: Path, name: str, live: nn.Module) -> tuple[list[int], float
         rebuilt = create_classifier(**source.settings.model_kwargs())
         rebuilt.load_state_dict(weights)
         rebuilt.eval().requires_grad_(False)
-        timesteps = probe_timesteps(source.settings)
-        expected = expected or logits_and_gradients(live, source.settings, timesteps)
-        got = logits_and_gradients(rebuilt, source.settings, timesteps)
+        _, *got = logits_and_gradients(rebuilt, source.settings)
         for what, a, b in zip(("logits", "input gradients"), got, expected, strict=True):
             difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
             if not difference <= TOLERANCE:
@@ -230,25 +230,22 @@ def _compare(folder: Path, name: str, live: nn.Module) -> tuple[list[int], float
     return timesteps, largest
 
 
-def probe_timesteps(settings: Settings) -> list[int]:
-    """Timesteps from the first to the last, evenly spaced."""
-    return np.linspace(0, settings.diffusion_steps - 1, PROBES).round().astype(int).tolist()
-
-
 def logits_and_gradients(
-    classifier: nn.Module, settings: Settings, timesteps: list[int]
-) -> tuple[Tensor, Tensor]:
-    """What a classifier makes of fixed noise, a picture a timestep: logits [N, K], and the gradient
-    [N, C, S, S] of log p(y | x_t) for y = 0, 1, ..., which guidance follows."""
-    n, size = len(timesteps), settings.image_size
-    shape = (n, settings.in_channels, size, size)
-    x = torch.from_numpy(np.random.RandomState(7).standard_normal(shape).astype(np.float32))
-    t = torch.tensor(timesteps).float()
-    if settings.rescale_timesteps:
-        t = t * (1000.0 / settings.diffusion_steps)
-    x.requires_grad_()
-    logits = classifier(x, t)
-    y = torch.arange(n) % settings.num_classes
+    classifier: nn.Module, settings: Settings
+) -> tuple[list[int], Tensor, Tensor]:
+    """What a classifier makes of fixed pictures, noised by its own process at timesteps from the
+    first to the last: these; logits [N, K]; and the gradient [N, C, S, S] of log p(y | x_t), for
+    y = 0, 1, ..., which guidance follows."""
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    timesteps = np.linspace(0, diffusion.num_timesteps - 1, PROBES).round().astype(int).tolist()
+    random, size = np.random.RandomState(7), settings.image_size
+    shape = (PROBES, settings.in_channels, size, size)
+    x_start = torch.from_numpy(random.uniform(-1, 1, shape).astype(np.float32))
+    noise = torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+    t = torch.tensor(timesteps)
+    x_t = diffusion.q_sample(x_start, t, noise).requires_grad_()
+    logits = classifier(x_t, diffusion.model_timesteps(t))
+    y = torch.arange(PROBES) % settings.num_classes
     asked = logits.log_softmax(dim=1).gather(1, y[:, None])
-    (gradient,) = torch.autograd.grad(asked.sum(), x)
-    return logits.detach(), gradient
+    (gradient,) = torch.autograd.grad(asked.sum(), x_t)
+    return timesteps, logits.detach(), gradient

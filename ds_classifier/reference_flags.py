@@ -112,9 +112,8 @@ def _other_levels(size: int, mult: tuple[float, ...]) -> Obstacle:
     first = "if image_size == 512:"
     own = f"if image_size == {size}:\n        channel_mult = {levels}\n    el{first}"
     return Obstacle(
-        f"image_size {size} with multipliers {shown}: create_classifier knows sizes "
-        f"{', '.join(map(str, REFERENCE_SIZES))} and theirs; a diffusion model of another size "
-        "takes its own from --channel_mult",
+        f"image_size {size} with multipliers {shown}: create_classifier knows "
+        f"{', '.join(map(str, REFERENCE_SIZES))} and theirs",
         (Edit(SCRIPT_UTIL, "create_classifier", first, own),),
     )
 
@@ -139,6 +138,8 @@ def flags_text(settings: Settings, name: str) -> str:
     for obstacle in obstacles:
         lines.append(f"# {obstacle.reason}:")
         lines += [f"#   {line}" for edit in obstacle.edits for line in edit_lines(edit)]
+    if settings.image_size not in REFERENCE_SIZES:
+        lines.append("# A diffusion model of this size needs its own --channel_mult, like 1,2,4.")
     flags = classifier_flags(settings) | process_flags(settings)
     lines += [f"--{flag} {value}" for flag, value in flags.items()]
     return "\n".join(lines) + "\n"
@@ -147,8 +148,9 @@ def flags_text(settings: Settings, name: str) -> str:
 def edit_lines(edit: Edit) -> list[str]:
     """An edit for people to read, as a few lines."""
     place = f"{edit.file}, {edit.function}:" if edit.function else f"{edit.file}:"
+    indent = " " * 4 if edit.function else ""
     return [
         place,
-        f"-   {edit.old}",
-        *(f"+   {line}" for line in edit.new.splitlines()),
+        f"- {indent}{edit.old}",
+        *(f"+ {line}" for line in f"{indent}{edit.new}".splitlines()),
     ]
