@@ -37,14 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     for path in exported.paths:
         print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")
     if not exported.evaluated:
-        print("no accuracies in them: evaluate.py has not measured these weights")
+        print("no accuracies in them: evaluate.py has not measured these weights yet")
     t = ", ".join(map(str, exported.timesteps))
     print(
-        f"read back: the largest difference to the classifier, in logits and input gradients at "
-        f"t = {t}: {exported.largest_difference:.1g}"
+        f"read back: logits and input gradients at t = {t} differ by "
+        f"{exported.largest_difference:.1g} at most"
     )
     if exported.obstacles:
-        print("unmodified guided-diffusion cannot load it; the flags file says what to change:")
+        print(
+            "unmodified guided-diffusion cannot load it; the flags file says what to change there:"
+        )
         for obstacle in exported.obstacles:
             print(f"  {obstacle.reason}")
     else:
