@@ -240,6 +240,7 @@ def test_diffusers_output_keeps_its_precision(classifier, dtype):
         OneScheduler, classifier_gradient(classifier, scale=20.0), output, 1, x, y
     )
     half = classifier_gradient(classifier.to(dtype), scale=20.0)
+    assert half(x.to(dtype), torch.tensor([3, 750]), y=y).dtype == torch.float32
     got = guide_scheduler_output(OneScheduler, half, output.to(dtype), 1, x.to(dtype), y)
     assert got.dtype == dtype
     assert relative_error(got.float().numpy(), expected.numpy()) < 0.03
