@@ -128,7 +128,7 @@ class Settings:
         "", "run", "a checkpoint to continue from (default: the newest in run_dir)", fixed=False
     )
     init_from: str = _setting(
-        "", "run", "weights to start from: a guided-diffusion .pt or a checkpoint", fixed=False
+        "", "run", "weights to start from: a guided-diffusion .pt, an export or a run", fixed=False
     )
     log_interval: int = _setting(10, "run", "steps between log lines", fixed=False)
     save_interval: int = _setting(10000, "run", "steps between checkpoints", fixed=False)

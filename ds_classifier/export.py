@@ -1,113 +1,251 @@
-"""Taking the classifier away: to and from guided-diffusion's modelNNNNNN.pt.
+"""Taking the classifier away: one set of files that guided-diffusion, we and people can read.
 
-The file is a plain fp32 state dict that loads strictly, weights_only, into the reference's
-`create_classifier`.
+    modelNNNNNN.pt           a plain fp32 state dict that loads strictly, weights_only, into
+                             guided-diffusion's `create_classifier`
+    modelNNNNNN.safetensors  the same tensors
+    modelNNNNNN.json         all settings, class names, accuracy by noise level, the files' hashes
+    modelNNNNNN.flags.txt    guided-diffusion's flags, and what would have to change there
+    README.md                a model card
+
+They are written elsewhere, read back, rebuilt and compared with the live classifier before they get
+their names. The same weights and evaluation give the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds_classifier import checkpoint
-from ds_classifier.config import Settings
-from ds_classifier.model import CHANNEL_MULT, create_classifier, parse_channel_mult
-from ds_classifier.weights import read_weights
+import ds_classifier
+from ds_classifier import files
+from ds_classifier.config import FIXED_SETTINGS, Settings
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.evaluation import RECORD_FORMAT, RECORD_VERSION
+from ds_classifier.model import create_classifier, parse_channel_mult
+from ds_classifier.model_card import model_card
+from ds_classifier.reference_flags import (
+    Obstacle,
+    classifier_flags,
+    flags_text,
+    process_flags,
+    reference_obstacles,
+)
+from ds_classifier.weights import (
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    Source,
+    open_weights,
+)
 
-REFERENCE_SIZES = (64, 128, 256, 512)
-REFERENCE_CLASSES = 1000
-HEAD = "out."  # parameters whose shapes follow the class count
+CARD = "README.md"
+PROBES = 5  # timesteps at which the files are compared with the live classifier
+# Relative to the largest number; on one machine the same weights give the same numbers.
+TOLERANCE = 1e-6
 
 
-def export_reference(source: Path, out: Path | None = None) -> tuple[Path, list[str]]:
-    """Write a checkpoint's weights as the reference's modelNNNNNN.pt.
+@dataclass(frozen=True)
+class Exported:
+    """What was written. timesteps: where it was compared. largest_difference: of logits and input
+    gradients, relative to their largest. obstacles: why stock guided-diffusion cannot load it."""
 
-    source: a checkpoint, or a run (its newest). out: a directory; None: the run's export/.
-    Before the file gets its name it is read back into a fresh classifier and compared bit by bit.
-    Returns its path, and what keeps stock guided-diffusion from loading it (empty: it loads).
-    Raises ValueError where source holds no valid checkpoint.
+    paths: list[Path]
+    timesteps: list[int]
+    largest_difference: float
+    evaluated: bool
+    obstacles: list[Obstacle]
+
+
+def export(path: Path, given: Settings | None = None, out: Path | None = None) -> Exported:
+    """Export a classifier.
+
+    path, given: as of `weights.open_weights`. out: a directory; None: export/ of the run, or beside
+    the file. Files there of the same names are replaced, each at once.
+    Raises ValueError where path holds no weights or none that are finite, RuntimeError where what
+    was written reads back as another classifier; nothing has got its name then.
     """
-    found = checkpoint.resolve_checkpoint(source)
-    state = checkpoint.read_state(found)
-    settings = Settings(**state["settings"])
-    weights = checkpoint.read_model(found)
-    classifier = create_classifier(**settings.model_kwargs())
-    classifier.load_state_dict(weights)
-    out = out or found.parents[1] / "export"
+    source, weights = open_weights(path, given or Settings())
+    live = create_classifier(**source.settings.model_kwargs())
+    live.load_state_dict(weights)
+    live.eval().requires_grad_(False)
+    if not all(value.isfinite().all() for value in live.state_dict().values()):
+        raise ValueError(f"got {source.path}, whose weights are not all finite; need another step")
+    out = out or source.home / "export"
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"model{state['step']:06d}.pt"
-    staging = path.with_suffix(".staging")
-    # The reference's parameter order, plain tensors of their own storage.
-    torch.save({name: value.clone() for name, value in classifier.state_dict().items()}, staging)
-    again = torch.load(staging, weights_only=True)
-    if list(again) != list(classifier.state_dict()) or any(
-        not torch.equal(again[name], weights[name]) for name in weights
-    ):
-        raise RuntimeError(f"{staging}: reads back other weights than the checkpoint's")
-    os.replace(staging, path)
-    return path, reference_obstacles(settings)
-
-
-def reference_obstacles(settings: Settings) -> list[str]:
-    """What of a classifier stock guided-diffusion has wired in otherwise, a line each."""
-    obstacles = []
-    if settings.num_classes != REFERENCE_CLASSES:
-        obstacles.append(
-            f"{settings.num_classes} classes: create_classifier has {REFERENCE_CLASSES} wired in"
-        )
-    if settings.in_channels != 3:
-        obstacles.append(f"{settings.in_channels} channels: create_classifier has in_channels=3")
-    mult = parse_channel_mult(settings.classifier_channel_mult, settings.image_size)
-    if settings.image_size not in REFERENCE_SIZES or mult != CHANNEL_MULT[settings.image_size]:
-        obstacles.append(
-            f"image_size {settings.image_size}, multipliers {', '.join(f'{m:g}' for m in mult)}: "
-            f"create_classifier knows sizes {', '.join(map(str, REFERENCE_SIZES))} and theirs"
-        )
-    return obstacles
-
-
-def load_initial_weights(classifier: nn.Module, source: Path) -> str:
-    """Start a classifier from other weights; returns a line that says what was taken.
-
-    source: a guided-diffusion .pt, a checkpoint or a run. A head of another class count is left as
-    it is. Raises ValueError for weights of another architecture.
-    """
-    weights = _read_weights(source)
-    own = classifier.state_dict()
-    other_shape = [
-        name for name, value in weights.items() if name in own and own[name].shape != value.shape
-    ]
-    missing = sorted(set(own) ^ set(weights))
-    # A head of another class count differs in its outputs alone, not in what it reads.
-    misfit = [
-        name
-        for name in other_shape
-        if not name.startswith(HEAD) or own[name].shape[1:] != weights[name].shape[1:]
-    ]
-    if missing or misfit:
-        example = (missing or misfit)[0]
-        raise ValueError(
-            f"--init_from: got {source}, whose parameters are those of another classifier (such as "
-            f"{example}); need the same classifier_* settings and image_size"
-        )
-    classifier.load_state_dict(
-        {name: value for name, value in weights.items() if name not in other_shape}, strict=False
+    staging = out / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        evaluation = find_evaluation(source)
+        name = source.name if source.step is None else f"model{source.step:06d}"
+        names = _write(staging, name, source, live, evaluation)
+        timesteps, difference = _compare(staging, name, live, source.settings)
+        for file in names:
+            files.fsync(staging / file)
+            os.replace(staging / file, out / file)
+        files.fsync(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Exported(
+        [out / name for name in names],
+        timesteps,
+        difference,
+        evaluation is not None,
+        reference_obstacles(source.settings),
     )
-    if other_shape:
-        return (
-            f"weights from {source}, all but its head ({', '.join(other_shape)}): it has another "
-            "number of classes, so the head starts anew"
-        )
-    return f"weights from {source}"
 
 
-def _read_weights(source: Path) -> dict[str, Tensor]:
-    if source.is_file():
-        try:
-            return read_weights(source)
-        except ValueError as error:
-            raise ValueError(f"--init_from: {error}") from None
-    return checkpoint.read_model(checkpoint.resolve_checkpoint(source))
+# ----------------------------------------------------------------------------------- the files
+
+
+def _write(
+    folder: Path, name: str, source: Source, live: nn.Module, evaluation: dict[str, Any] | None
+) -> list[str]:
+    """Write all files into a directory; returns their names."""
+    state = {key: value.clone() for key, value in live.state_dict().items()}
+    # Given a file and not its path, torch.save puts no name into the archive.
+    with open(folder / f"{name}.pt", "wb") as file:
+        torch.save(state, file)
+    # One key: safetensors writes several in any order.
+    save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    of_weights = {
+        path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        for path in (folder / f"{name}.pt", folder / f"{name}.safetensors")
+    }
+    parameters = sum(value.numel() for value in state.values())
+    description = describe(source, name, parameters, evaluation) | {"files": of_weights}
+    flags = flags_text(source.settings, f"{name}.pt")
+    texts = {
+        f"{name}.json": json.dumps(description, indent=1, ensure_ascii=False) + "\n",
+        f"{name}.flags.txt": flags,
+        CARD: model_card(description, flags),
+    }
+    for key, text in texts.items():
+        (folder / key).write_text(text, encoding="utf-8")
+    return [*of_weights, *texts]
+
+
+def find_evaluation(source: Source) -> dict[str, Any] | None:
+    """What evaluate.py has measured of exactly these weights, in eval/ of the run, or None."""
+    try:
+        record = json.loads((source.home / "eval" / f"{source.name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    ours = (RECORD_FORMAT, RECORD_VERSION, source.sha256)
+    if ours != tuple(record.get(key) for key in ("format", "version", "weights_sha256")):
+        return None
+    return {
+        "precision": record["precision"],
+        "samples": record["data"]["samples"],
+        "data": record["data"]["fingerprint"],
+        "noise": record["noise"],
+        "uniform_t": record["classifier"]["uniform_t"],
+        "levels": record["classifier"]["levels"],
+    }
+
+
+def describe(
+    source: Source, name: str, parameters: int, evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """An export's JSON, but for its files' hashes; no path of this machine, no time."""
+    settings = source.settings
+    size, channels = settings.image_size, settings.in_channels
+    mult = parse_channel_mult(settings.classifier_channel_mult, size)
+    classifier = classifier_flags(settings) | {
+        "num_classes": settings.num_classes,
+        "in_channels": channels,
+        "classifier_channel_mult": ",".join(f"{m:g}" for m in mult),
+    }
+    process = settings.diffusion_kwargs()
+    training = {
+        key: getattr(settings, key)
+        for key in FIXED_SETTINGS
+        if key not in classifier and key not in process
+    }
+    shown = "t * 1000 / diffusion_steps" if settings.rescale_timesteps else "t"
+    return {
+        "format": EXPORT_FORMAT,
+        "version": EXPORT_VERSION,
+        "written_by": f"ds_classifier {ds_classifier.__version__}",
+        "name": name,
+        "step": source.step,
+        "parameters": parameters,
+        "classifier": classifier,
+        "diffusion": process,
+        "input": {
+            "shape": f"[N, {channels}, {size}, {size}]",
+            "mean": 127.5,
+            "std": 127.5,
+            "normalisation": "8-bit values / 127.5 - 1, so in [-1, 1] before noise",
+            "resize": "guided-diffusion's centre crop: halved by BOX while twice too large, then "
+            "BICUBIC to the short side",
+            "timesteps": f"{shown}, of 0 (almost clean) to {settings.diffusion_steps - 1} (almost "
+            "noise) of the process that is not respaced",
+        },
+        "reference_flags": classifier_flags(settings) | process_flags(settings),
+        "classes": source.classes,
+        "data": source.data,
+        "training": training if source.kind != "file" else {},
+        "evaluation": evaluation,
+    }
+
+
+# --------------------------------------------------------------------------------- reading back
+
+
+def _compare(
+    folder: Path, name: str, live: nn.Module, settings: Settings
+) -> tuple[list[int], float]:
+    """Rebuild the classifier from each file and compare; returns the timesteps and the largest
+    relative difference. Raises RuntimeError where one differs."""
+    state, largest = live.state_dict(), 0.0
+    timesteps, *expected = logits_and_gradients(live, settings)
+    for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
+        source, weights = open_weights(path, Settings())  # by the JSON beside it, hashes compared
+        if path.suffix == ".pt" and list(weights) != list(state):
+            raise RuntimeError(f"{path.name}: reads back with other names, or in another order")
+        wrong = [key for key in state if not torch.equal(weights[key], state[key])]
+        if wrong:
+            raise RuntimeError(f"{path.name}: reads back other numbers in {', '.join(wrong[:3])}")
+        rebuilt = create_classifier(**source.settings.model_kwargs())
+        rebuilt.load_state_dict(weights)
+        rebuilt.eval().requires_grad_(False)
+        _, *got = logits_and_gradients(rebuilt, source.settings)
+        for what, a, b in zip(("logits", "input gradients"), got, expected, strict=True):
+            difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"{path.name}: rebuilt, its {what} are {difference:.1e} beside the live "
+                    f"classifier's (at most {TOLERANCE:g} is rounding)"
+                )
+            largest = max(largest, difference)
+    return timesteps, largest
+
+
+def logits_and_gradients(
+    classifier: nn.Module, settings: Settings
+) -> tuple[list[int], Tensor, Tensor]:
+    """What a classifier makes of fixed pictures, noised by its own process at timesteps from the
+    first to the last: these; logits [N, K]; and the gradient [N, C, S, S] of log p(y | x_t), for
+    y = 0, 1, ..., which guidance follows."""
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    timesteps = np.linspace(0, diffusion.num_timesteps - 1, PROBES).round().astype(int).tolist()
+    random, size = np.random.RandomState(7), settings.image_size
+    shape = (PROBES, settings.in_channels, size, size)
+    x_start = torch.from_numpy(random.uniform(-1, 1, shape).astype(np.float32))
+    noise = torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+    t = torch.tensor(timesteps)
+    x_t = diffusion.q_sample(x_start, t, noise).requires_grad_()
+    logits = classifier(x_t, diffusion.model_timesteps(t))
+    y = torch.arange(PROBES) % settings.num_classes
+    asked = logits.log_softmax(dim=1).gather(1, y[:, None])
+    (gradient,) = torch.autograd.grad(asked.sum(), x_t)
+    return timesteps, logits.detach(), gradient

@@ -27,7 +27,7 @@ def classifier_gradient(
     joint_temperature: float = 1.0,
     marginal_temperature: float = 1.0,
 ) -> CondFn:
-    """scale * grad_x log p(y | x_t) of a classifier whose weights are fp32, bf16 or fp16.
+    """scale * grad_x log p(y | x_t), in fp32, of a classifier in fp32, bf16 or fp16.
 
     With temperatures, scale * grad_x (joint * f_y - logsumexp_k(marginal * f_k)) of its logits f
     (Ma et al. 2023, "Elucidating the Design Space of Classifier-Guided Diffusion Generation",
@@ -38,7 +38,8 @@ def classifier_gradient(
         if y is None:
             raise ValueError("guidance: got no classes y; need one for each picture")
         with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
+            # A pixel's share of the gradient may be too small for a sampler's 16 bits.
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_(True)
             logits = classifier(x, t).float()  # [N, K]
             asked = logits.gather(1, y.view(-1, 1))[:, 0]
             marginal = torch.logsumexp(marginal_temperature * logits, dim=1)

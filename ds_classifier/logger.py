@@ -24,8 +24,8 @@ class RunLogger:
     with it, so a kill costs the row being written at most. progress.csv is made from it anew at
     every start, and when a column is added. No rows are kept in memory.
 
-    run_dir: of the run. first_step: rows of later steps are what a killed run wrote after its last
-    checkpoint; they will be computed again, so they are dropped.
+    run_dir: of the run. first_step: finished before; rows of later steps are what a killed run
+    wrote after its last checkpoint. They will be computed again, so they are dropped; at 0, all.
     """
 
     def __init__(self, run_dir: Path, *, first_step: int):
@@ -33,12 +33,14 @@ class RunLogger:
         if distributed.rank() != 0:
             return
         self._jsonl_path, self._csv_path = run_dir / "log.jsonl", run_dir / "progress.csv"
-        _drop_rows(self._jsonl_path, after=first_step)
+        _drop_rows(self._jsonl_path, after=first_step or -1)
         self._jsonl = open(self._jsonl_path, "a")
         self._write_csv()
         from tensorboardX import SummaryWriter
 
-        self._tb = SummaryWriter(str(run_dir / "tb"), purge_step=first_step + 1)
+        self._tb = SummaryWriter(
+            str(run_dir / "tb"), purge_step=first_step + 1 if first_step else 0
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row of numbers; `step` is among them. Not-a-number is written as null."""

@@ -102,6 +102,7 @@ def train(
     save: Callable[[float | None], None],
     check_saves: Callable[[], None],
     validate: Callable[[], dict[str, float]] | None,
+    validate_first: bool = False,
     stop: StopVote,
     watch: Watchdog,
     logger: RunLogger,
@@ -114,6 +115,7 @@ def train(
     save: takes a checkpoint, given the step's validation loss if there is one; it may be written
     behind the following steps. check_saves: after every step, whether that went well.
     validate: means over the validation set; None: there is none; it may raise Stopped on all ranks.
+    validate_first: before the first step too, as weights from elsewhere deserve.
     Raises FloatingPointError after too many steps without a finite gradient, ValueError for too
     many bad samples, OSError when checkpoints cannot be written.
     sanity: says when the rows tell that something begins or ceases to work.
@@ -123,6 +125,10 @@ def train(
     if stop.decide(now=True):
         return False
     distributed.say(CONSOLE_HEADER)
+    if validate is not None and validate_first:
+        validation(engine.global_steps, validate, watch, logger, sanity)
+        if stop.decide(now=True):
+            return False
     batches = watch.batches(batches)
     while engine.global_steps < cadence.iterations:
         watch.stepping(engine.global_steps + 1)
@@ -161,14 +167,7 @@ def train(
         val_loss = None
         with clock.paused():
             if validate is not None and (last or step % cadence.evaluate == 0):
-                began = time.perf_counter()
-                with watch.during("validation"), suppress(Stopped):
-                    row = {f"val_{name}": value for name, value in validate().items()}
-                    row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
-                    logger.write(row)
-                    distributed.say(validation_line(row))
-                    say_news(row, sanity)
-                    val_loss = row["val_loss"]
+                val_loss = validation(step, validate, watch, logger, sanity)
             saved = last or step % cadence.save == 0
             if saved:
                 with watch.during("save"):
@@ -179,6 +178,25 @@ def train(
                     save(val_loss)
             return False
     return True
+
+
+def validation(
+    step: int,
+    validate: Callable[[], dict[str, float]],
+    watch: Watchdog,
+    logger: RunLogger,
+    sanity: SanityWatch,
+) -> float | None:
+    """Validate after a step, and log and show it; returns the loss, None if it was stopped."""
+    began = time.perf_counter()
+    with watch.during("validation"), suppress(Stopped):
+        row = {f"val_{name}": value for name, value in validate().items()}
+        row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
+        logger.write(row)
+        distributed.say(validation_line(row))
+        say_news(row, sanity)
+        return row["val_loss"]
+    return None
 
 
 def say_news(row: dict[str, Any], sanity: SanityWatch) -> None:

@@ -1,33 +1,44 @@
-"""A classifier's weights, wherever they lie: a run, one of its checkpoints, or a file of weights.
+"""A classifier's weights, wherever they lie: a run, one of its checkpoints, an export, or a file.
 
-A checkpoint brings its settings. A file, such as guided-diffusion's published ones, holds tensors
-alone: the settings come with it, and what of them does not fit its tensors is named.
+A checkpoint brings its settings, and so does an export: MODEL.pt or MODEL.safetensors with our
+MODEL.json beside it (see `export.py`). Another file, such as guided-diffusion's published ones,
+holds tensors alone: the settings come with it, and what of them does not fit its tensors is named.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ds_classifier import checkpoint
+from ds_classifier import checkpoint, files
 from ds_classifier.config import Settings
-from ds_classifier.model import create_classifier, parse_channel_mult
+from ds_classifier.fitting import differences, fitting_settings
+from ds_classifier.model import create_classifier
+
+EXPORT_FORMAT, EXPORT_VERSION = "ds_classifier export", 1
+# Of an export's JSON: the sections that hold settings, under the names of `Settings`.
+SETTINGS_SECTIONS = ("classifier", "diffusion", "training")
 
 
 @dataclass(frozen=True)
 class Source:
     """Whose weights: their settings and place.
 
-    step, classes, data (the training set's fingerprint): None where a file does not tell.
+    kind: "checkpoint", "export" or "file"; a file does not tell its settings.
+    step, classes, data (the training set's fingerprint): None where it is not known.
+    sha256: of the file of weights, in hex.
     """
 
     path: Path
     settings: Settings
+    kind: str
+    sha256: str
     step: int | None = None
     classes: list[str] | None = None
     data: str | None = None
@@ -40,22 +51,37 @@ class Source:
     @property
     def home(self) -> Path:
         """The run of a checkpoint; the directory of a file."""
-        return self.path.parent if self.step is None else self.path.parents[1]
+        return self.path.parents[1] if self.kind == "checkpoint" else self.path.parent
+
+    def contradicted_by(self, given: dict[str, Any]) -> list[str]:
+        """Which settings of `given` are not those recorded with the weights; none of a file's."""
+        if self.kind == "file":
+            return []
+        return [name for name, value in given.items() if value != getattr(self.settings, name)]
+
+
+def load_classifier(path: Path, given: Settings | None = None) -> tuple[Source, nn.Module]:
+    """A classifier to use: fp32, on the CPU, in eval mode, its parameters without gradients.
+
+    path, given: as of `open_weights`. Raises ValueError as it does.
+    """
+    source, weights = open_weights(path, given or Settings())
+    classifier = create_classifier(**source.settings.model_kwargs())
+    classifier.load_state_dict(weights)
+    return source, classifier.eval().requires_grad_(False)
 
 
 def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]]:
     """Find weights and read them, on the CPU.
 
-    path: a run (its newest checkpoint), a checkpoint, or a .pt or .safetensors file. given: the
-    settings for a file, where num_classes 0 means as many as it has; a checkpoint has its own.
+    path: a run or a directory of exports (the newest step), a checkpoint, or a .pt or .safetensors
+    file. given: the settings for a file that does not tell them, where num_classes 0 means as many
+    as it has.
     Raises ValueError for what holds no weights, or for settings that do not fit a file.
     """
-    if not path.is_file():
-        found = checkpoint.resolve_checkpoint(path)
-        state = checkpoint.read_state(found)
-        settings = Settings(**state["settings"])
-        facts = {name: state[name] for name in ("step", "classes", "data")}
-        return Source(found, settings, **facts), checkpoint.read_model(found)
+    source = find_recorded(path)
+    if source is not None:
+        return source, read_tensors(source.path)
     weights = read_weights(path)
     fitting = fitting_settings(weights, given)
     if fitting is None:
@@ -65,7 +91,7 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
         )
     misfits = [
         f"--{name}: got {getattr(given, name)!r}; need {getattr(fitting, name)!r}"
-        for name in _differences(fitting, given)
+        for name in differences(fitting, given)
     ]
     if misfits:
         raise ValueError(
@@ -73,7 +99,34 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
             + "\n  ".join(misfits)
             + "\ndo: give these flags; its noise schedule cannot be seen in it"
         )
-    return Source(path.resolve(), fitting), weights
+    return Source(path.resolve(), fitting, "file", files.sha256(path)), weights
+
+
+def find_recorded(path: Path) -> Source | None:
+    """The weights that a path names, if their settings are recorded with them; None: a bare file.
+
+    path: as of `open_weights`. Raises ValueError for a directory without weights, for a damaged
+    checkpoint, and for a file that is not the one its JSON tells of.
+    """
+    if path.is_dir() and (exports := _exports_in(path)):
+        path = max(exports, key=lambda file: _description(file)["step"] or 0)
+    if path.is_file():
+        return _find_export(path)
+    found = checkpoint.resolve_checkpoint(path)
+    state = checkpoint.read_state(found)
+    manifest = json.loads((found / checkpoint.MANIFEST).read_text())
+    return Source(
+        found,
+        Settings(**state["settings"]),
+        "checkpoint",
+        manifest["files"][checkpoint.MODEL]["sha256"],
+        **{name: state[name] for name in ("step", "classes", "data")},
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint or of a file of weights."""
+    return checkpoint.read_model(path) if path.is_dir() else read_weights(path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -95,102 +148,54 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | None:
-    """The settings that build a classifier of exactly these tensors, as near to `given` as can be.
+# --------------------------------------------------------------------------------------- exports
 
-    None if no setting does.
+
+def _exports_in(folder: Path) -> list[Path]:
+    """The .safetensors in a directory that one of our JSON files describes."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if _description(path)]
+
+
+def _description(path: Path) -> dict[str, Any] | None:
+    """Our JSON beside a file of weights; None where there is none, or another program's.
+
+    Raises ValueError for one of a version that cannot be read.
     """
-    if _fits(weights, given):
-        return given
-    fitting = []
-    for candidate in filter(lambda settings: _fits(weights, settings), _candidates(weights, given)):
-        # What the tensors do not decide stays as given.
-        for name, value in vars(given).items():
-            nearer = candidate.replace(**{name: value})
-            if nearer != candidate and _fits(weights, nearer):
-                candidate = nearer
-        fitting.append(candidate)
-    return min(fitting, key=lambda settings: len(_differences(settings, given)), default=None)
-
-
-def _differences(settings: Settings, given: Settings) -> list[str]:
-    """The flags that `given` would have to have another value for; 0 classes: as many as fit."""
-    return [
-        name
-        for name, value in vars(given).items()
-        if value != getattr(settings, name) and (name, value) != ("num_classes", 0)
-    ]
-
-
-def _fits(weights: dict[str, Tensor], settings: Settings) -> bool:
     try:
-        with torch.device("meta"):
-            own = create_classifier(**settings.model_kwargs()).state_dict()
-    except ValueError:
-        return False
-    return {name: value.shape for name, value in own.items()} == {
-        name: value.shape for name, value in weights.items()
-    }
-
-
-def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
-    """Settings read off the tensors; several where levels and depth can be told apart only so far
-    as that halving residual blocks look like others."""
-    try:
-        width = weights["time_embed.0.weight"].shape[1]
-        in_channels = weights["input_blocks.0.0.weight"].shape[1]
-        pool, num_classes, side = _head_of(weights)
-        first_norm = weights["input_blocks.1.0.out_layers.0.weight"].shape[0]
-        first_emb = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    except (KeyError, IndexError):
-        return []
-    blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("input_blocks"))
-    strided = sum(f"input_blocks.{i}.0.op.weight" in weights for i in range(blocks))
-    found = []
-    for levels in [strided + 1] if strided else range(1, blocks):
-        # Of `blocks`, one is the first convolution and levels - 1 halve: levels * (depth + 1) all.
-        if blocks % levels:
-            continue
-        depth = blocks // levels - 1
-        image_size = side * 2 ** (levels - 1) if side else given.image_size
-        firsts = [1 + level * (depth + 1) for level in range(levels)]
-        norms = [weights.get(f"input_blocks.{i}.0.out_layers.0.weight") for i in firsts]
-        if any(norm is None for norm in norms):
-            continue
-        mult = tuple(norm.shape[0] / width for norm in norms)
-        attended = [
-            str(image_size // 2**level)
-            for level, i in enumerate(firsts)
-            if f"input_blocks.{i}.1.qkv.weight" in weights
-        ]
-        settings = given.replace(
-            image_size=image_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            classifier_width=width,
-            classifier_depth=depth,
-            classifier_attention_resolutions=",".join(attended),
-            classifier_use_scale_shift_norm=first_emb == 2 * first_norm,
-            classifier_resblock_updown=not strided,
-            classifier_pool=pool,
-            classifier_channel_mult="",
+        description = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(description, dict) or description.get("format") != EXPORT_FORMAT:
+        return None
+    if description.get("version") != EXPORT_VERSION:
+        raise ValueError(
+            f"{path.with_suffix('.json')}: got version {description.get('version')}; need "
+            f"{EXPORT_VERSION}; do: export again with this version of ds_classifier"
         )
-        try:
-            usual = parse_channel_mult("", image_size) == mult
-        except ValueError:
-            usual = False
-        if not usual:
-            settings = settings.replace(classifier_channel_mult=",".join(f"{m:g}" for m in mult))
-        found.append(settings)
-    return found
+    return description
 
 
-def _head_of(weights: dict[str, Tensor]) -> tuple[str, int, int | None]:
-    """The pool, the classes, and the side of the last feature map where the head tells it."""
-    if "out.2.positional_embedding" in weights:
-        tokens = weights["out.2.positional_embedding"].shape[1]
-        return "attention", weights["out.2.c_proj.weight"].shape[0], math.isqrt(tokens - 1)
-    if "out.3.weight" in weights:
-        head = weights["out.3.weight"]
-        return "adaptive" if head.dim() == 4 else "spatial_v2", head.shape[0], None
-    return "spatial", weights["out.2.weight"].shape[0], None
+def _find_export(path: Path) -> Source | None:
+    description = _description(path)
+    if description is None:
+        return None
+    sha256 = files.sha256(path)
+    if description["files"].get(path.name, {}).get("sha256") != sha256:
+        raise ValueError(
+            f"got {path}, which is not the file that {path.with_suffix('.json').name} beside it "
+            "tells of; do: export it again, or move the JSON away and give its settings as flags"
+        )
+    known = {field.name for field in dataclasses.fields(Settings)}
+    settings = {
+        name: value
+        for section in SETTINGS_SECTIONS
+        for name, value in description[section].items()
+        if name in known
+    }
+    return Source(
+        path.resolve(),
+        Settings(**settings),
+        "export",
+        sha256,
+        **{name: description[name] for name in ("step", "classes", "data")},
+    )

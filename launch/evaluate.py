@@ -3,7 +3,7 @@
 Also through the deepspeed launcher or torchrun. Any number of ranks gives the same numbers, to the
 last digit where each computes as the others do: on a CPU, with the same number of threads a rank
 (OMP_NUM_THREADS); else the means agree to rounding.
-What is read: a run (its newest checkpoint), a checkpoint, or a file of weights such as
+What is read: a run (its newest checkpoint), a checkpoint, an export, or a file of weights such as
 guided-diffusion's published .pt, whose settings the flags then tell.
 """
 
@@ -24,7 +24,6 @@ from ds_classifier.config import RECIPES, Settings, add_setting_flags
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
 
-FORMAT, VERSION = "ds_classifier evaluation", 1
 BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
@@ -48,7 +47,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         epilog="Writes RUN/eval/NAME.json and NAME.png, and series.json and series.png of several.",
     )
     add = parser.add_argument
-    add("source", nargs="?", type=Path, help="a run, a checkpoint, or a .pt or .safetensors file")
+    add("source", nargs="?", type=Path, help="a run, a checkpoint, an export, or a file: .pt, "
+        ".safetensors")  # fmt: skip
     add("--checkpoints", nargs="+", default=[], metavar="PATH", help="several; or all, of the run")
     add("--val_data_dir", default="", help="shards, or their URL (default: those of the run)")
     add("--levels", type=int, default=20, metavar="N", help="noise levels beside t = 0 [20]")
@@ -163,10 +163,10 @@ def evaluate_source(
     def read() -> dict:
         source, tensors = open_weights(path, Settings(**given))
         weights.update(tensors)
-        if given and source.step is not None:
+        if wrong := source.contradicted_by(given):
             raise ValueError(
-                f"got --{next(iter(given))}; need none for {path}, whose settings stand in it; do: "
-                "drop it"
+                f"got --{wrong[0]}; need none for {path}, in which it is "
+                f"{getattr(source.settings, wrong[0])!r}; do: drop it"
             )
         return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}
 
@@ -235,10 +235,11 @@ def evaluate_source(
             "make_shards.py verify --decode names them"
         )
     record = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": evaluation.RECORD_FORMAT,
+        "version": evaluation.RECORD_VERSION,
         "name": source.name,
         "weights": str(source.path),
+        "weights_sha256": source.sha256,
         "step": source.step,
         "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
         "classes": shards.manifest.classes,
@@ -272,7 +273,9 @@ def evaluate_source(
 def open_validation_data(source, arguments: argparse.Namespace, device) -> ShardSet:
     """The shards to evaluate on, the same on all ranks and with the classifier's classes."""
     settings = source.settings
-    location = arguments.val_data_dir or (settings.val_data_dir if source.step is not None else "")
+    location = arguments.val_data_dir or (
+        settings.val_data_dir if source.kind == "checkpoint" else ""
+    )
     if not location:
         raise ValueError(f"--val_data_dir: got none; need it, since {source.path} names no data")
 
@@ -313,7 +316,7 @@ def open_training_set(source, arguments: argparse.Namespace, val_shards: ShardSe
     settings, location = source.settings, arguments.bayes
     asked, problem, opened = bool(location), None, None
     if not asked:
-        location = settings.data_dir if source.step is not None else ""
+        location = settings.data_dir if source.kind == "checkpoint" else ""
     numbers_a_picture = settings.in_channels * settings.image_size**2
     try:
         opened = open_shards(location) if location else None

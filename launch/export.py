@@ -1,4 +1,8 @@
-"""Write a run's classifier as guided-diffusion's modelNNNNNN.pt: `python launch/export.py RUN`."""
+"""Take a classifier away: `python launch/export.py RUN`.
+
+Writes guided-diffusion's modelNNNNNN.pt and its flags, safetensors with all settings as JSON, and a
+model card; reads them back and compares them with the classifier.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,68 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ds_classifier import failures
+from ds_classifier.config import RECIPES, Settings, add_setting_flags
+
+KINDS = {
+    ".pt": "guided-diffusion's state dict",
+    ".safetensors": "the same weights",
+    ".json": "settings, classes, accuracy by noise level",
+    ".txt": "flags of classifier_sample.py",
+    ".md": "a model card",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        description="Write a classifier as guided-diffusion's file, a plain fp32 state dict.",
-    )
-    parser.add_argument("source", type=Path, help="a run directory, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, help="a directory [the run's export/]")
-    arguments = parser.parse_args(argv)
-
-    from ds_classifier.export import export_reference
+    arguments, given = parse(sys.argv[1:] if argv is None else argv)
+    from ds_classifier.export import export
 
     try:
-        path, obstacles = export_reference(arguments.source, arguments.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(path)
-    if obstacles:
-        print("unmodified guided-diffusion cannot build this classifier; it would need:")
-        for obstacle in obstacles:
-            print(f"  {obstacle}")
+        exported = export(arguments.source, Settings(**given), arguments.out)
+    except (ValueError, OSError, RuntimeError) as error:
+        return failures.tell(error)
+    width = max(len(str(path)) for path in exported.paths)
+    for path in exported.paths:
+        print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")
+    if not exported.evaluated:
+        print("no accuracies in them: evaluate.py has not measured these weights yet")
+    t = ", ".join(map(str, exported.timesteps))
+    print(
+        f"read back: logits and input gradients at t = {t} differ by "
+        f"{exported.largest_difference:.1g} at most"
+    )
+    if exported.obstacles:
+        print(
+            "unmodified guided-diffusion cannot load it; the flags file says what to change there:"
+        )
+        for obstacle in exported.obstacles:
+            print(f"  {obstacle.reason}")
+    else:
+        print("unmodified guided-diffusion loads it")
     return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """The arguments, and the settings that the recipe and flags give."""
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        description="Write a classifier as guided-diffusion's file, as safetensors with its "
+        "settings, and a model card; read them back and compare.",
+        epilog="The flags of classifier and diffusion are for a file that does not tell them.",
+    )
+    add = parser.add_argument
+    add("source", type=Path, help="a run, a checkpoint, or a .pt or .safetensors file")
+    add("--out", type=Path, help="a directory (default: export/ of the run, or beside the file)")
+    own = {action.dest for action in parser._actions}
+    add_setting_flags(parser, ("classifier", "diffusion"))
+    arguments = parser.parse_args(argv)
+    flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
+    return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
+
+
+def _size(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 if __name__ == "__main__":

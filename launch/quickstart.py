@@ -34,7 +34,7 @@ def main() -> int:
     if code := call(training_command(config, ranks)):
         return code
     minutes = (time.monotonic() - began) / 60
-    print("3. the classifier as guided-diffusion's file", flush=True)
+    print("3. the classifier to take away", flush=True)
     if code := call([sys.executable, ROOT / "launch/export.py", RUN]):
         return code
     print("4. digits guided by it, beside unguided ones", flush=True)
@@ -110,7 +110,7 @@ def report() -> None:
     )
     print(f"                      {100 * row['val_acc@1']:.1f} % over all noise levels")
     print(f"                      {quartiles} % by quartile of t, from little noise to nearly all")
-    print(f"  weights             {RUN}/export/")
+    print(f"  to take away        {RUN}/export/, with a model card")
     print(f"  guided digits       {RUN}/samples/overview.png")
     print(f"  curves              {RUN}/progress.csv, log.jsonl, and tb/ for TensorBoard")
     print("  next                . .venv/bin/activate, then the commands of the README")

@@ -192,23 +192,20 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
     """(settings, classifier or None for bayes, the directory that samples/ belongs into)."""
     import torch
 
-    from ds_classifier.model import create_classifier
-    from ds_classifier.weights import open_weights
+    from ds_classifier.weights import load_classifier as load
 
     if arguments.classifier_path == BAYES:
         return Settings(**given), None, Path()
     of_process = {name: value for name, value in given.items() if name in PROCESS}
-    source, weights = open_weights(Path(arguments.classifier_path), Settings(**given))
-    if source.step is not None and (extra := set(given) - set(of_process)):
+    source, classifier = load(Path(arguments.classifier_path), Settings(**given))
+    if wrong := source.contradicted_by({n: v for n, v in given.items() if n not in PROCESS}):
         raise ValueError(
-            f"got --{min(extra)}; need none of a classifier's settings for {source.path}, which "
-            "brings them; do: drop it"
+            f"got --{wrong[0]}; need none for {source.path}, in which it is "
+            f"{getattr(source.settings, wrong[0])!r}; do: drop it"
         )
     settings = source.settings.replace(**of_process)
-    classifier = create_classifier(**settings.model_kwargs())
-    classifier.load_state_dict(weights)
     classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)
-    return settings, classifier.eval().requires_grad_(False), source.home
+    return settings, classifier, source.home
 
 
 def with_classes(settings: Settings, num_classes: int, arguments: argparse.Namespace) -> Settings:

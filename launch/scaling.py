@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 def tables(arguments: argparse.Namespace) -> list[str]:
     """A line a number of GPUs."""
     import torch
-    from ds_classifier.flops import forward_flops
 
+    from ds_classifier.flops import forward_flops
     from ds_classifier.model import create_classifier
     from ds_classifier.scaling import Job, step
 

@@ -15,7 +15,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def train_on(
         watch.leave()
         distributed.finish()
         return 0
-    start = load_given_weights(classifier, start, settings, device)
+    start = load_given_weights(classifier, start, settings, shards.manifest.classes, device)
     if not command.instead:
         words = launched_as(resolved.batch.world_size)
         distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
@@ -189,11 +189,13 @@ def train_on(
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where training starts. state: of the checkpoint, if from one, which rank 0 has at its path.
-    origin: in words."""
+    origin: in words. notes: what of other weights could not be kept. initialized: from those."""
 
     origin: str
     checkpoint: Path | None = None
     state: dict[str, Any] | None = None
+    notes: Sequence[str] = ()
+    initialized: bool = False
 
     @classmethod
     def fresh(cls, settings: Settings) -> Start:
@@ -251,15 +253,19 @@ def find_start(resolved: Resolved, facts: dict[str, Any], device) -> Start | Non
     return Start(f"checkpoint {found}, step {state['step']}", found, state)
 
 
-def load_given_weights(classifier, start: Start, settings: Settings, device) -> Start:
-    """Those of --init_from, where no checkpoint goes before them."""
-    from ds_classifier.export import load_initial_weights
+def load_given_weights(
+    classifier, start: Start, settings: Settings, names: list[str], device
+) -> Start:
+    """Those of --init_from, where no checkpoint goes before them. names: of the classes."""
+    from ds_classifier.initial_weights import load_initial_weights
 
     if start.state is not None or not settings.init_from:
         return start
     source = Path(settings.init_from)
-    origin = distributed.on_rank_0(lambda: load_initial_weights(classifier, source), device)
-    return dataclasses.replace(start, origin=origin)
+    origin, *notes = distributed.on_rank_0(
+        lambda: load_initial_weights(classifier, source, settings, names), device
+    )
+    return dataclasses.replace(start, origin=origin, notes=notes, initialized=True)
 
 
 def lr_factor(settings: Settings) -> Callable[[int], float] | None:
@@ -346,6 +352,7 @@ def train(job: Job) -> int:
         save=save,
         check_saves=writer.check,
         validate=validate if val_loader is not None else None,
+        validate_first=job.start.initialized,
         stop=stop,
         watch=watch,
         logger=logger,
@@ -637,6 +644,8 @@ def announce(job: Job, command: CommandLine) -> None:
     if command.overfit_steps:
         length = f"one batch again and again, {command.overfit_steps} steps at most"
     say(f"start       from {job.start.origin}; {length}")
+    for note in job.start.notes:
+        say(f"  NOTE      {note}")
     where = "stays as it is" if command.instead else "(log.jsonl, progress.csv, tb/, checkpoints/)"
     say(f"run         {job.run_dir}/ {where}")
 

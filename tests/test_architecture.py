@@ -50,6 +50,9 @@ LAYERS = [
     ],
     [
         "noised_classifier",
+        "fitting",
+        "reference_flags",
+        "model_card",
         "checkpoint",
         "replicas",
         "skipped_steps",
@@ -64,7 +67,7 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "guidance", "sampling", "predictor"],
+    ["training", "export", "initial_weights", "guidance", "sampling", "predictor"],
     ["fidelity", "dry_run", "overfit"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,5 +1,7 @@
 """The guidance gradient against recorded numbers and autograd; diffusers' schedulers."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -169,3 +171,77 @@ def test_diffusers_ddim_ends_where_ours_does(classifier, kind):
         output = guide_scheduler_output(scheduler, cond_fn, output, t, x, y)
         x = scheduler.step(output, t, x).prev_sample
     assert relative_error(x.numpy(), ours.numpy()) < 1e-3
+
+
+SCHEDULERS = {
+    "DDPMScheduler": {},
+    "DDIMScheduler": {},
+    "PNDMScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverMultistepScheduler, SDE": {"algorithm_type": "sde-dpmsolver++"},
+    "UniPCMultistepScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_best_guide_reaches_every_class_by_diffusers(name, kind):
+    """Guided by the exact classifier, each scheduler's samples are pictures of the asked class."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
+    images, labels = training_set(m=30)
+    exact = ExactDenoiser(images, labels, CLASSES)
+    process = create_gaussian_diffusion(noise_schedule="linear")
+    bayes = bayes_gradient(exact, process.alphas_cumprod)
+    y = torch.arange(30) % CLASSES
+    found = []
+    for guided in (False, True):
+        scheduler = getattr(diffusers, name.split(",")[0])(
+            beta_start=1e-4,
+            beta_end=0.02,
+            prediction_type=kind,
+            timestep_spacing="leading",
+            **SCHEDULERS[name],
+        )
+        scheduler.set_timesteps(40)
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(30, 2, 4, 4, generator=generator) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_t = scheduler.scale_model_input(x, t)
+            a = torch.tensor(process.alphas_cumprod[int(t)])
+            x_start = exact.posterior(x_t, a.expand(30)).x_start
+            a = a.float()
+            noise = (x_t - a.sqrt() * x_start) / (1 - a).sqrt()
+            velocity = a.sqrt() * noise - (1 - a).sqrt() * x_start
+            output = {"epsilon": noise, "v_prediction": velocity}[kind]
+            if guided:
+                output = guide_scheduler_output(scheduler, bayes, output, t, x_t, y)
+            draws = {"generator": generator} if "generator" in takes(scheduler.step) else {}
+            x = scheduler.step(output, t, x, **draws).prev_sample
+        assert x.isfinite().all()
+        nearest = torch.cdist(x.flatten(1), images.flatten(1) / 127.5 - 1).argmin(dim=1)
+        found.append((labels[nearest] == y).float().mean().item())
+    assert found[0] < 0.7
+    assert found[1] > 0.95
+
+
+def takes(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_diffusers_output_keeps_its_precision(classifier, dtype):
+    """A UNet and a classifier in 16 bits: the output stays the UNet's, near the fp32 one."""
+    x, y = recorded_input(), torch.tensor([1, 5])
+    output = torch.sin(3 * x)
+    expected = guide_scheduler_output(
+        OneScheduler, classifier_gradient(classifier, scale=20.0), output, 1, x, y
+    )
+    half = classifier_gradient(classifier.to(dtype), scale=20.0)
+    assert half(x.to(dtype), torch.tensor([3, 750]), y=y).dtype == torch.float32
+    got = guide_scheduler_output(OneScheduler, half, output.to(dtype), 1, x.to(dtype), y)
+    assert got.dtype == dtype
+    assert relative_error(got.float().numpy(), expected.numpy()) < 0.03
+    assert relative_error(output.numpy(), expected.numpy()) > 0.1  # it does move

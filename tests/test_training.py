@@ -329,6 +329,23 @@ def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
     weights = torch.load(exported, weights_only=True)
     for name, value in load_file(first / "checkpoints/step-00000002/model.safetensors").items():
         assert torch.equal(weights[name], value)
+    # In fp32 the validation before the first step is evaluate.py's of the file, under uniform t.
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(exported.read_bytes())  # no settings beside it, as a reference file has none
+    # What shapes the classifier: TINY's flags up to its noise schedule.
+    flags = [*TINY[: TINY.index("--random_flip")], "--timesteps", "0", "--workers", "1"]
+    flags += ["--val_data_dir", digits / "val"]
+    done = run_python(ROOT / "launch" / "evaluate.py", bare, *flags, cwd=tmp_path)
+    assert done.code == 0, done.output
+    numbers = json.loads((tmp_path / "eval" / "bare.json").read_text())["classifier"]
+    run = tmp_path / "continued"
+    flags = ["--global_batch", "20", "--iterations", "1", "--init_from", bare]
+    train(1, "zero1_fp32", digits, run, *flags, "--val_data_dir", digits / "val")
+    row = read_log(run)[0]
+    assert row["step"] == 0
+    for name in ("loss", "acc@1", "acc@5"):
+        assert row[f"val_{name}"] == pytest.approx(numbers["uniform_t"][name], rel=1e-6)
+        assert row[f"val_{name}_t0"] == pytest.approx(numbers["levels"][0][name], rel=1e-6)
     for source in (exported, first):
         run = tmp_path / f"from_{source.name}"
         flags = ["--global_batch", "4", "--iterations", "1", "--lr", "1e-12"]
@@ -342,7 +359,7 @@ def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
     torch.save(other_head, tmp_path / "five.pt")
     flags = ["--global_batch", "4", "--iterations", "1", "--init_from", tmp_path / "five.pt"]
     done = train(1, "zero1_fp32", digits, tmp_path / "five", *flags)
-    assert "another number of classes" in done.output
+    assert "  NOTE      another number of classes, 5 there and 10 here" in done.output
     torch.save({"model": print}, tmp_path / "evil.pt")
     flags[-1] = tmp_path / "evil.pt"
     done = train(1, "zero1_fp32", digits, tmp_path / "evil", *flags, expect=2)

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from ds_classifier.config import RECIPES, Settings
+from ds_classifier.fitting import fitting_settings
 from ds_classifier.model import create_classifier
-from ds_classifier.weights import fitting_settings, open_weights
+from ds_classifier.weights import open_weights
 
 SMALL = dict(
     image_size=16,

@@ -1,0 +1,156 @@
+"""A classifier in guided-diffusion's words: flags of its scripts, and what it cannot build.
+
+guided-diffusion is meant as it stands at commit 22e0df8, its last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ds_classifier.config import Settings
+from ds_classifier.model import CHANNEL_MULT, parse_channel_mult
+
+REFERENCE_SIZES = (64, 128, 256, 512)
+REFERENCE_CLASSES = 1000
+REFERENCE_CHANNELS = 3
+SCRIPT_UTIL, SAMPLE = "guided_diffusion/script_util.py", "scripts/classifier_sample.py"
+
+
+def classifier_flags(settings: Settings) -> dict[str, Any]:
+    """The eight flags that build a classifier there, as in its `classifier_defaults`."""
+    sides = [int(s) for s in settings.classifier_attention_resolutions.split(",") if s.strip()]
+    # It cannot read an empty list; no feature map has a side above the picture's.
+    sides = [side for side in sides if side > 0] or [2 * settings.image_size]
+    return {
+        "image_size": settings.image_size,
+        "classifier_use_fp16": False,
+        "classifier_width": settings.classifier_width,
+        "classifier_depth": settings.classifier_depth,
+        "classifier_attention_resolutions": ",".join(map(str, sides)),
+        "classifier_use_scale_shift_norm": settings.classifier_use_scale_shift_norm,
+        "classifier_resblock_updown": settings.classifier_resblock_updown,
+        "classifier_pool": settings.classifier_pool,
+    }
+
+
+def process_flags(settings: Settings) -> dict[str, Any]:
+    """The flags of the noise process that the classifier knows; the diffusion model must share it.
+
+    timestep_respacing only where training was respaced: else sampling may respace as it likes.
+    """
+    flags = settings.diffusion_kwargs()
+    if not settings.timestep_respacing:
+        del flags["timestep_respacing"]
+    return flags
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change that guided-diffusion needs: in a function of a file ("": outside of any), `old`,
+    which stands there once, becomes `new`."""
+
+    file: str
+    function: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What of a classifier stock guided-diffusion has wired in otherwise, and what would help."""
+
+    reason: str
+    edits: tuple[Edit, ...]
+
+
+def reference_obstacles(settings: Settings) -> list[Obstacle]:
+    """What keeps stock guided-diffusion from loading a classifier; empty: it loads."""
+    obstacles = []
+    if settings.num_classes != REFERENCE_CLASSES:
+        obstacles.append(_other_classes(settings.num_classes))
+    if settings.in_channels != REFERENCE_CHANNELS:
+        obstacles.append(_other_channels(settings.in_channels))
+    mult = parse_channel_mult(settings.classifier_channel_mult, settings.image_size)
+    if settings.image_size not in REFERENCE_SIZES or mult != CHANNEL_MULT[settings.image_size]:
+        obstacles.append(_other_levels(settings.image_size, mult))
+    return obstacles
+
+
+def _other_classes(classes: int) -> Obstacle:
+    return Obstacle(
+        f"{classes} classes: create_classifier has {REFERENCE_CLASSES} wired in",
+        (
+            Edit(SCRIPT_UTIL, "create_classifier", "out_channels=1000", f"out_channels={classes}"),
+            # Which classes are drawn, and how many a class-conditional UNet has.
+            Edit(SCRIPT_UTIL, "", "NUM_CLASSES = 1000", f"NUM_CLASSES = {classes}"),
+        ),
+    )
+
+
+def _other_channels(channels: int) -> Obstacle:
+    read = ("in_channels=3", f"in_channels={channels}")
+    return Obstacle(
+        f"{channels} channels: create_classifier has in_channels=3",
+        (
+            Edit(SCRIPT_UTIL, "create_classifier", *read),
+            Edit(SCRIPT_UTIL, "create_model", *read),
+            Edit(
+                SCRIPT_UTIL,
+                "create_model",
+                "(3 if not learn_sigma else 6)",
+                f"({channels} if not learn_sigma else {2 * channels})",
+            ),
+            Edit(SAMPLE, "main", "(args.batch_size, 3, ", f"(args.batch_size, {channels}, "),
+        ),
+    )
+
+
+def _other_levels(size: int, mult: tuple[float, ...]) -> Obstacle:
+    shown = ", ".join(f"{m:g}" for m in mult)
+    levels = f"({shown},)" if len(mult) == 1 else f"({shown})"
+    first = "if image_size == 512:"
+    own = f"if image_size == {size}:\n        channel_mult = {levels}\n    el{first}"
+    return Obstacle(
+        f"image_size {size} with multipliers {shown}: create_classifier knows "
+        f"{', '.join(map(str, REFERENCE_SIZES))} and theirs",
+        (Edit(SCRIPT_UTIL, "create_classifier", first, own),),
+    )
+
+
+def flags_text(settings: Settings, name: str) -> str:
+    """A file of classifier_sample.py's flags: comments (#), and a flag and its value a line.
+
+    name: of the classifier's .pt.
+    """
+    obstacles = reference_obstacles(settings)
+    lines = [
+        f"# Flags of guided-diffusion's scripts/classifier_sample.py for {name}:",
+        f"#   python scripts/classifier_sample.py --classifier_path {name} \\",
+        "#       --model_path DIFFUSION.pt MODEL_FLAGS $(grep -v '^#' THIS_FILE)",
+        "# The diffusion model must have the same image_size and noise process.",
+    ]
+    if not settings.noised:
+        lines.append("# This classifier was trained on clean pictures, as if t were 0.")
+    if obstacles:
+        lines.append("#")
+        lines.append("# Unmodified guided-diffusion cannot load this classifier. It would need:")
+    for obstacle in obstacles:
+        lines.append(f"# {obstacle.reason}:")
+        lines += [f"#   {line}" for edit in obstacle.edits for line in edit_lines(edit)]
+    if settings.image_size not in REFERENCE_SIZES:
+        lines.append("# A diffusion model of this size needs its own --channel_mult, like 1,2,4.")
+    flags = classifier_flags(settings) | process_flags(settings)
+    lines += [f"--{flag} {value}" for flag, value in flags.items()]
+    return "\n".join(lines) + "\n"
+
+
+def edit_lines(edit: Edit) -> list[str]:
+    """An edit for people to read, as a few lines."""
+    place = f"{edit.file}, {edit.function}:" if edit.function else f"{edit.file}:"
+    indent = " " * 4 if edit.function else ""
+    return [
+        place,
+        f"- {indent}{edit.old}",
+        *(f"+ {line}" for line in f"{indent}{edit.new}".splitlines()),
+    ]

@@ -1,0 +1,285 @@
+"""Exports: read by stock tools, compared before they are named, the same bytes every time."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+from safetensors.torch import load_file
+from test_model import filled
+from test_weights import SMALL
+
+from ds_classifier import checkpoint, export
+from ds_classifier.config import Settings
+from ds_classifier.evaluation import RECORD_FORMAT, RECORD_VERSION
+from ds_classifier.fitting import tensors_of
+from ds_classifier.guidance import classifier_gradient
+from ds_classifier.model import create_classifier
+from ds_classifier.reference_flags import classifier_flags, flags_text
+from ds_classifier.weights import load_classifier, open_weights
+
+CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
+
+
+def make_run(run: Path, *, step: int = 7, **own) -> Path:
+    """A run with one checkpoint, of weights made from their names."""
+    settings = Settings(**SMALL | dict(noise_schedule="cosine", lr=1e-3) | own)
+    state = {
+        "format": checkpoint.FORMAT,
+        "version": checkpoint.VERSION,
+        "step": step,
+        "settings": asdict(settings),
+        "classes": CLASSES,
+        "data": "f" * 64,
+    }
+    model = filled(tensors_of(settings))
+    checkpoint.commit(
+        run / "checkpoints" / checkpoint.step_name(step), model=model, optimizer={}, state=state
+    )
+    return run
+
+
+def write_evaluation(run: Path, step: int = 7, **changes) -> None:
+    """What evaluate.py writes of it, less what an export does not read."""
+    final = run / "checkpoints" / checkpoint.step_name(step)
+    manifest = json.loads((final / checkpoint.MANIFEST).read_text())
+    numbers = {"acc@1": 0.75, "acc@5": 1.0, "loss": 0.5, "ece": 0.01, "grad_norm": 3.5}
+    record = {
+        "format": RECORD_FORMAT,
+        "version": RECORD_VERSION,
+        "weights_sha256": manifest["files"][checkpoint.MODEL]["sha256"],
+        "precision": "fp32",
+        "data": {"samples": 360, "fingerprint": "a" * 64, "location": "/home/someone/val"},
+        "noise": "keyed",
+        "classifier": {"uniform_t": numbers, "levels": [dict(numbers, t=0, log_snr=8.9)]},
+    }
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval" / f"{final.name}.json").write_text(json.dumps(record | changes))
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_stock_tools_read_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    exported = export.export(run)
+    names = ["model000007" + suffix for suffix in (".pt", ".safetensors", ".json", ".flags.txt")]
+    assert [path.name for path in exported.paths] == [*names, "README.md"]
+    assert sorted(p.name for p in (run / "export").iterdir()) == sorted([*names, "README.md"])
+    assert exported.timesteps == [0, 250, 500, 749, 999]
+    model = checkpoint.read_model(run / "checkpoints" / "step-00000007")
+    pickled = torch.load(run / "export" / names[0], weights_only=True)
+    assert type(pickled) is dict
+    live = create_classifier(**Settings(**SMALL).model_kwargs())
+    assert list(pickled) == list(live.state_dict())  # optimizer states go by order
+    for tensors in (pickled, load_file(run / "export" / names[1])):
+        assert tensors.keys() == model.keys()
+        assert all(torch.equal(tensors[name], value) for name, value in model.items())
+        assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+def test_same_bytes_in_another_place_and_process(tmp_path):
+    """Another directory, hash seed, process, and clock; other files beside them."""
+    first, second = (make_run(tmp_path / name) for name in ("here", "there/deeper"))
+    export.export(first)
+    code = f"from pathlib import Path; from ds_classifier.export import export; export({second!r})"
+    code = code.replace("PosixPath", "Path")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert sums(first / "export") == sums(second / "export")
+    texts = "".join(p.read_text() for p in (second / "export").glob("*[dnt]") if p.suffix != ".pt")
+    assert str(tmp_path) not in texts
+    before = sums(first / "export")
+    export.export(first)
+    assert sums(first / "export") == before
+
+
+@pytest.mark.parametrize("step", ["torch.save", "save_file", "width", "schedule", "timesteps"])
+def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
+    """One number changed on the way into a file, or a setting that builds the same tensors."""
+    run = make_run(tmp_path / "run")
+    kept = run / "export" / "model000007.pt"
+    kept.parent.mkdir()
+    kept.write_bytes(b"of before")
+
+    def perturbed(write):
+        def changed(tensors, *rest, **keywords):
+            tensors = {name: value.clone() for name, value in tensors.items()}
+            bias = tensors["out.0.bias"]
+            bias[0] = torch.nextafter(bias[0], torch.tensor(9.0))
+            write(tensors, *rest, **keywords)
+
+        return changed
+
+    describe = export.describe
+
+    def other_settings(*arguments):
+        description = describe(*arguments)
+        wrong = {
+            "width": ("classifier", "classifier_width", 64),
+            "schedule": ("diffusion", "noise_schedule", "linear"),
+            "timesteps": ("diffusion", "diffusion_steps", 999),
+        }
+        section, name, value = wrong[step]
+        description[section][name] = value
+        return description
+
+    if step == "torch.save":
+        monkeypatch.setattr(torch, "save", perturbed(torch.save))
+    elif step == "save_file":
+        monkeypatch.setattr(export, "save_file", perturbed(export.save_file))
+    else:
+        monkeypatch.setattr(export, "describe", other_settings)
+    with pytest.raises(RuntimeError):
+        export.export(run)
+    assert {p.name: p.read_bytes() for p in kept.parent.iterdir()} == {kept.name: b"of before"}
+
+
+def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    for changes in (dict(weights_sha256="0" * 64), dict(version=2), dict(format="other")):
+        write_evaluation(run, **changes)
+        assert not export.export(run).evaluated
+        assert "Not measured" in (run / "export" / "README.md").read_text()
+    write_evaluation(run)
+    assert export.export(run).evaluated
+    described = json.loads((run / "export" / "model000007.json").read_text())
+    assert described["evaluation"]["levels"][0]["acc@1"] == 0.75
+    assert "/home/someone" not in json.dumps(described)
+    card = (run / "export" / "README.md").read_text()
+    assert "| 0 | 8.90 | 75.0 | 100.0 | 0.500 | 1.0 | 3.5 |" in card
+
+
+def test_the_json_tells_what_guidance_needs(tmp_path):
+    run = make_run(tmp_path / "run")
+    export.export(run)
+    described = json.loads((run / "export" / "model000007.json").read_text())
+    assert list(described["reference_flags"])[:8] == [
+        "image_size",
+        "classifier_use_fp16",
+        "classifier_width",
+        "classifier_depth",
+        "classifier_attention_resolutions",
+        "classifier_use_scale_shift_norm",
+        "classifier_resblock_updown",
+        "classifier_pool",
+    ]
+    assert described["classes"] == CLASSES
+    assert described["diffusion"]["noise_schedule"] == "cosine"
+    assert described["input"]["mean"] == described["input"]["std"] == 127.5
+    assert described["training"]["lr"] == 1e-3
+
+
+def test_the_card_can_be_read_and_its_python_runs(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    write_evaluation(run)
+    export.export(run)
+    card = (run / "export" / "README.md").read_text()
+    assert all(json.dumps(name, ensure_ascii=False) in card for name in CLASSES)
+    monkeypatch.chdir(run / "export")
+    names: dict = {}
+    exec(re.search("```python\n(.*?)```", card, re.DOTALL).group(1), names)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 4])
+    source, weights = open_weights(run, Settings())
+    live = create_classifier(**source.settings.model_kwargs())
+    live.load_state_dict(weights)
+    assert torch.equal(names["cond_fn"](x, t, y=y), classifier_gradient(live)(x, t, y=y))
+
+
+def test_hugging_face_reads_the_front_matter(tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    run = make_run(tmp_path / "run")
+    write_evaluation(run)
+    export.export(run)
+    data = hub.ModelCard((run / "export" / "README.md").read_text()).data
+    assert data.library_name == "ds_classifier"
+    assert [r.metric_value for r in data.eval_results] == [0.75, 0.75]
+    assert data.eval_results[1].metric_name == "accuracy, t = 0"
+
+
+def test_an_export_is_as_good_as_its_run(tmp_path):
+    """Directory, .safetensors and .pt bring settings, step and classes; the newest of several."""
+    run = make_run(tmp_path / "run", classifier_attention_resolutions="", rescale_timesteps=True)
+    export.export(run)
+    make_run(tmp_path / "run", step=20)
+    export.export(run)
+    source, live = load_classifier(run / "checkpoints" / "step-00000007")
+    folder = run / "export"
+    assert open_weights(folder, Settings())[0].step == 20
+    for path in (folder / "model000007.pt", folder / "model000007.safetensors"):
+        found, rebuilt = load_classifier(path)
+        assert (found.kind, found.step, found.name, found.home) == (
+            "export",
+            7,
+            "model000007",
+            folder,
+        )
+        assert (found.classes, found.data) == (CLASSES, "f" * 64)
+        assert found.settings.diffusion_kwargs() == source.settings.diffusion_kwargs()
+        assert found.contradicted_by({"image_size": 16, "classifier_depth": 2}) == [
+            "classifier_depth"
+        ]
+        x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
+        assert torch.equal(live(x, t), rebuilt(x, t))
+    # Weights that are not those of the JSON beside them, and a JSON of a later version.
+    (folder / "model000007.pt").write_bytes((folder / "model000020.pt").read_bytes())
+    with pytest.raises(ValueError, match="is not the file"):
+        open_weights(folder / "model000007.pt", Settings())
+    later = folder / "model000020.json"
+    later.write_text(later.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match="got version 2; need 1"):
+        open_weights(folder, Settings())
+    # Of another program, it tells nothing: the file is bare.
+    later.write_text("{}")
+    assert open_weights(folder / "model000020.pt", Settings(**SMALL))[0].kind == "file"
+
+
+def test_a_bare_file_is_exported_by_its_flags(tmp_path):
+    settings = Settings(**SMALL)
+    torch.save(filled(tensors_of(settings)), tmp_path / "64x64.v2.pt")
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    script, out = ROOT / "launch" / "export.py", tmp_path / "out"
+    done = run_python(script, "64x64.v2.pt", "--out", out, *flags, cwd=tmp_path)
+    assert done.code == 0, done.output
+    assert "5 classes: create_classifier has 1000 wired in" in done.output
+    assert "names are not recorded" in (out / "README.md").read_text()
+    source, _ = open_weights(out, Settings())
+    assert (source.kind, source.step, source.name) == ("export", None, "64x64.v2")
+    assert source.settings.classifier_width == 32
+    done = run_python(script, "64x64.v2.pt", "--image_size", 64, cwd=tmp_path)
+    assert (done.code, "Traceback" in done.output) == (2, False)
+    assert "--classifier_depth: got 2; need 1" in done.output
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = filled(tensors_of(Settings(**SMALL)))
+    weights["out.0.bias"][3] = float("nan")
+    torch.save(weights, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match="not all finite"):
+        export.export(tmp_path / "nan.pt", Settings(**SMALL))
+    assert not (tmp_path / "export").exists()
+
+
+def test_no_attention_is_said_in_a_way_that_guided_diffusion_can_read():
+    """It cannot parse an empty list; a side above the picture's stands for none."""
+    flags = classifier_flags(Settings(classifier_attention_resolutions=""))
+    assert 64 // int(flags["classifier_attention_resolutions"]) == 0
+
+
+def test_flags_are_words_of_a_command_line():
+    text = flags_text(Settings(num_classes=1000, noised=False), "model.pt")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(len(line.split(" ")) == 2 for line in lines)
+    assert "--timestep_respacing" not in text
+    assert "clean pictures" in text
+    respaced = flags_text(Settings(num_classes=1000, timestep_respacing="250"), "model.pt")
+    assert "--timestep_respacing 250" in respaced
+    assert "cannot load" not in respaced

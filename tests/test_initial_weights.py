@@ -1,0 +1,162 @@
+"""--init_from: what is taken of other weights, what is changed, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_export import CLASSES, make_run
+from test_model import filled
+from test_weights import SMALL
+
+from ds_classifier.config import Settings
+from ds_classifier.export import export
+from ds_classifier.fitting import tensors_of
+from ds_classifier.initial_weights import (
+    interpolate_positional_embedding,
+    load_initial_weights,
+)
+from ds_classifier.model import create_classifier
+
+HEAD = "out.2.c_proj.weight", "out.2.c_proj.bias"
+POSITIONAL = "out.2.positional_embedding"
+
+
+def start(path, classes=CLASSES, **own):
+    """A classifier of these settings, started from path: (lines, its state, its state before)."""
+    settings = Settings(**SMALL | dict(num_classes=len(classes), noise_schedule="cosine") | own)
+    torch.manual_seed(0)
+    classifier = create_classifier(**settings.model_kwargs())
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    lines = load_initial_weights(classifier, path, settings, classes)
+    return lines, classifier.state_dict(), before
+
+
+@pytest.fixture
+def weights():
+    return filled(tensors_of(Settings(**SMALL)))
+
+
+@pytest.fixture
+def bare(tmp_path, weights):
+    torch.save(weights, tmp_path / "bare.pt")
+    return tmp_path / "bare.pt"
+
+
+def test_all_weights_from_wherever_they_lie(tmp_path, bare, weights):
+    run = make_run(tmp_path / "run")
+    export(run)
+    exports = [run / "export" / f"model000007{suffix}" for suffix in (".pt", ".safetensors")]
+    for path in (bare, run, run / "checkpoints" / "step-00000007", run / "export", *exports):
+        lines, state, _ = start(path)
+        assert lines == [f"weights from {path}"]
+        assert all(torch.equal(state[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_a_head_of_other_classes_starts_anew_and_the_rest_is_kept(tmp_path, pool):
+    run = make_run(tmp_path / "run", classifier_pool=pool)
+    weights = filled(tensors_of(Settings(**SMALL, classifier_pool=pool)))
+    (origin, note), state, before = start(run, list("abc"), classifier_pool=pool)
+    assert origin.endswith("all but its head")
+    assert note.startswith("another number of classes, 5 there and 3 here: the head starts anew")
+    new = [name for name in state if torch.equal(state[name], before[name])]
+    # A fresh head's shape tells it; biases and norms may be fresh by chance of their filling.
+    assert {name for name in state if state[name].shape != weights[name].shape} <= set(new)
+    kept = [name for name in state if state[name].shape == weights[name].shape]
+    assert all(torch.equal(state[name], weights[name]) for name in kept)
+    assert len(state) - len(kept) == 2
+
+
+def test_another_image_size_interpolates_the_positional_embedding(bare, weights):
+    own = dict(image_size=32, classifier_attention_resolutions="16")
+    (_, note), state, _ = start(bare, **own)
+    assert note == (
+        "another image size, 16 px there and 32 px here: the attention pool's positional "
+        "embedding is interpolated"
+    )
+    got = state[POSITIONAL]
+    assert got.shape == (64, 1 + 16 * 16)
+    assert torch.equal(got[:, 0], weights[POSITIONAL][:, 0])  # the mean token's
+    others = set(state) - {POSITIONAL}
+    assert all(torch.equal(state[name], weights[name]) for name in others)
+
+
+def test_interpolation_keeps_places():
+    """A smooth picture over the feature map is the same picture over another; so says the formula
+    of the picture, at the new pixels' centres."""
+
+    def picture(side):
+        at = (np.arange(side) + 0.5) / side
+        return np.stack([np.add.outer(2.0 * at, 3.0 * at), np.multiply.outer(at, at)])
+
+    mean = np.array([[7.0], [-7.0]])
+    embedding = np.concatenate([mean, picture(8).reshape(2, 64)], axis=1)
+    for side in (4, 12, 16):
+        got = interpolate_positional_embedding(torch.from_numpy(embedding).float(), side)
+        assert got.shape == (2, 1 + side**2)
+        np.testing.assert_array_equal(got[:, :1], mean)
+        inner = slice(side // 4, -(side // 4))  # at the edge there is nothing to look at beyond
+        np.testing.assert_allclose(
+            got[:, 1:].unflatten(1, (side, side))[:, inner, inner],
+            picture(side)[:, inner, inner],
+            atol=0.05,
+        )
+    same = interpolate_positional_embedding(torch.from_numpy(embedding).float(), 8)
+    np.testing.assert_allclose(same, embedding, atol=1e-6)
+
+
+def test_the_resized_classifier_still_knows_enlarged_pictures(bare, weights):
+    """Its pooled features of a picture twice as large stay nearer to the original's than with the
+    embedding of another shuffle: the interpolation is along the right axes."""
+    own = dict(image_size=32, classifier_attention_resolutions="16")
+    _, state, _ = start(bare, **own)
+    small = create_classifier(**Settings(**SMALL).model_kwargs())
+    small.load_state_dict(weights)
+    large = create_classifier(**Settings(**SMALL | own).model_kwargs())
+    grid = torch.arange(16) / 16
+    x = torch.sin(6 * grid[:, None] + 2 * grid[None, :]).expand(3, 16, 16)[None]
+    enlarged = F.interpolate(x, scale_factor=2, mode="bilinear")
+    errors = []
+    for transposed in (False, True):
+        embedding = state[POSITIONAL].clone()
+        if transposed:
+            places = embedding[:, 1:].unflatten(1, (16, 16))
+            embedding[:, 1:] = places.transpose(1, 2).flatten(1)
+        large.load_state_dict(state | {POSITIONAL: embedding})
+        with torch.no_grad():
+            t = torch.tensor([5])
+            errors.append(float((large(enlarged, t) - small(x, t)).norm()))
+    assert errors[0] < errors[1]
+
+
+def test_a_size_that_needs_no_change_is_said(tmp_path):
+    run = make_run(tmp_path / "run", classifier_pool="adaptive")
+    own = dict(image_size=32, classifier_attention_resolutions="16", classifier_pool="adaptive")
+    (_, note), _, _ = start(run, **own)
+    assert note == "another image size, 16 px there and 32 px here: all weights are kept"
+
+
+def test_another_purpose_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines, _, _ = start(run, [*CLASSES[:4], "emu"], noise_schedule="linear", noised=False)
+    assert lines[1] == (
+        "another noise process: noise_schedule 'cosine' there, 'linear' here; noised True there, "
+        "False here"
+    )
+    assert lines[2].startswith("1 of 5 classes have other names (such as '```' there, 'emu' here)")
+
+
+def test_flags_that_would_fit_are_named(bare, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        start(bare, image_size=32, classifier_channel_mult="", classifier_pool="spatial")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"--init_from: the classifier in {bare}")
+    assert sorted(lines[1:-1]) == [
+        "  --classifier_attention_resolutions: got '8'; need '16'",
+        "  --classifier_channel_mult: got ''; need '1,2'",
+        "  --classifier_pool: got 'spatial'; need 'attention'",
+    ]
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    for path in (tmp_path / "other.pt", tmp_path):
+        with pytest.raises(ValueError, match="--init_from: got"):
+            start(path)
