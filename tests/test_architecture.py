@@ -25,7 +25,16 @@ LAYERS = [
     ],
     ["failures", "peers", "run_lock", "shutdown", "data.pool"],
     ["watchdog"],
-    ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
+    [
+        "unet",
+        "device_random",
+        "data.order",
+        "data.scan",
+        "data.shards",
+        "data.fetch",
+        "data.cache",
+        "batch",
+    ],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
     ["data.layouts"],
     [
@@ -36,6 +45,7 @@ LAYERS = [
         "data.sources",
         "data.convert",
         "data.foreign",
+        "data.verify",
         "engine",
     ],
     [

@@ -21,8 +21,9 @@ from ds_classifier.data import convert as conversion
 from ds_classifier.data import images
 from ds_classifier.data.convert import Store, convert, merge
 from ds_classifier.data.loader import ShardDataset
-from ds_classifier.data.shards import open_shards, verify
+from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.verify import verify
 
 MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 

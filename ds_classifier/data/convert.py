@@ -29,6 +29,7 @@ from ds_classifier import files
 from ds_classifier.data import images
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.samples import Sample, Slice, Source
+from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -36,7 +37,6 @@ from ds_classifier.data.shards import (
     Manifest,
     Shard,
     open_shards,
-    scan_shard,
 )
 from ds_classifier.keyed_random import permutation, stream_key
 

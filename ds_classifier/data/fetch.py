@@ -124,12 +124,12 @@ def fetch_small(
     return _insist(url, attempt, patience)
 
 
-def stream(url: str, *, patience: Patience = PATIENCE) -> Iterator[bytes]:
+def stream(url: str, *, patience: Patience = PATIENCE, allow_pipe: bool = False) -> Iterator[bytes]:
     """The bytes of a URL in order, kept nowhere; goes on where a try broke off.
 
-    Raises ValueError for a pipe; OSError after the last try.
+    Raises ValueError for a pipe that is not allowed; OSError after the last try.
     """
-    refuse_pipe(url, False)
+    refuse_pipe(url, allow_pipe)
     at, total = 0, None
     chunks: Iterator[bytes] | None = None
     with ExitStack() as connection:
