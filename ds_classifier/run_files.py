@@ -88,6 +88,7 @@ def environment() -> dict[str, object]:
         "torchvision",
         "numpy",
         "pillow",
+        "simplejpeg",
         "safetensors",
     ):
         try:

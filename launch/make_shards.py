@@ -118,9 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "verify",
         help="check shards against their manifest and index",
-        description="Check the structure of every shard against the manifest and the index.",
+        description="Check the structure of every shard against the manifest and the index. Shards "
+        "behind a URL are streamed whole for it.",
     )
-    command.add_argument("folder", nargs="+", help="a split, such as data/train")
+    command.add_argument("folder", nargs="+", help="a split, such as data/train, or its URL")
     command.add_argument("--hash", action="store_true", help="also read all bytes and compare them")
     command.add_argument("--decode", action="store_true", help="also decode all pictures")
     _add_workers(command)
@@ -252,19 +253,13 @@ def _count(number: int, thing: str) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ds_classifier.data.shards import verify
-    from ds_classifier.data.store import is_url
+    from ds_classifier.data.verify import verify
 
     damaged = False
     for folder in arguments.folder:
-        if is_url(folder):
-            raise ValueError(
-                f"got {folder}; need a directory: shards behind a URL are checked by hash as they "
-                "are fetched; do: verify them where they lie"
-            )
         with _Progress() as progress:
             problems = verify(
-                Path(folder),
+                folder,
                 check_hash=arguments.hash,
                 check_decode=arguments.decode,
                 workers=arguments.workers,

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +19,8 @@ class FlakyServer:
     """faults[name]: what the next requests of a file meet, one each; then all is well.
 
     500: that status. "reset": half of it, then a connection reset. "close": half of it, then the
-    end. "stall": half of it, then silence. "drip": half of it, then a byte now and then. "long",
+    end. "stall": half of it, then silence. "drip": half of it, then a byte now and then. "head":
+    so with the answer's head. "chunk": so with the length of the first chunk of its body. "long",
     "short": a Content-Length that is not the file's. "wrong": one byte is another. "slow": in
     small steps. no_ranges: Range is ignored. requests: (name, Range header or None), in order.
     """
@@ -59,6 +61,10 @@ class FlakyServer:
         if isinstance(fault, int):
             request.send_error(fault)
             return
+        if fault in ("head", "chunk"):
+            chunked = b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self._drip(request, b"HTTP/1.0 200 OK\r\nX: " if fault == "head" else chunked)
+            return
         content = (folder / name).read_bytes()
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
         if asked and start >= len(content):
@@ -98,7 +104,13 @@ class FlakyServer:
         elif fault == "stall":
             self.released.wait(30)
         elif fault == "drip":
-            for at in range(half, half + 300):
+            self._drip(request, b"", content[half : half + 300])
+
+    def _drip(self, request, first: bytes, then: bytes = b"0" * 300) -> None:
+        request.close_connection = True
+        with suppress(OSError):  # the client has gone
+            request.wfile.write(first)
+            for at in range(len(then)):
                 if self.released.wait(0.05):
                     break
-                request.wfile.write(content[at : at + 1])
+                request.wfile.write(then[at : at + 1])

@@ -31,6 +31,7 @@ LAYERS = [
         "flops",
         "device_random",
         "data.order",
+        "data.scan",
         "data.shards",
         "data.fetch",
         "data.cache",
@@ -46,6 +47,7 @@ LAYERS = [
         "data.sources",
         "data.convert",
         "data.foreign",
+        "data.verify",
         "engine",
     ],
     [

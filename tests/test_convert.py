@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from ds_classifier.data import convert as conversion
 from ds_classifier.data import images
 from ds_classifier.data.convert import Store, convert, merge
 from ds_classifier.data.loader import ShardDataset
-from ds_classifier.data.shards import open_shards, verify
+from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.verify import verify
 
 MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 
@@ -68,11 +70,39 @@ def test_format_by_content_not_by_name(tmp_path):
     assert suffixes == {"png", "jpg", "cls"}
 
 
-def test_a_file_that_is_no_picture_stops_the_conversion(folder, tmp_path):
-    (folder / "cat" / "page.jpg").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"page\.jpg"):
-        convert(image_folder(folder), tmp_path / "data")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_files_that_are_no_pictures_are_listed_together(many, tmp_path, workers):
+    """Wherever they stand: the first 20, their number, and all in a file; once gone, it works."""
+    bad = [f"c{i % 6}/{i:03d}.jpg" for i in range(0, 120, 4)]
+    for i, name in enumerate(bad):
+        (many / name).write_bytes(b"<html>not found</html>" if i else b"")
+    command = [MAKE_SHARDS, "convert", many, tmp_path / "data", "--samples_per_shard", "7"]
+    done = run_python(*command, "--workers", workers, cwd=tmp_path)
+    listing = tmp_path / "data" / "train.bad.txt"
+    assert (done.code, len(done.lines)) == (2, 22), done.output
+    assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole JPEG")
+    assert f"those in {listing}" in done.lines[0]
+    assert done.lines[1] == f"  {min(bad)}: got b''..., which no picture format begins with"
+    assert done.lines[-1] == "  ... and 10 more"
     assert not (tmp_path / "data" / "train").exists()
+    listed = listing.read_text().splitlines()
+    assert listed == sorted(bad)
+    for name in listed:
+        (many / name).unlink()
+    assert "remove it" in run_python(*command, cwd=tmp_path).lines[0]
+    shutil.rmtree(tmp_path / "data" / "train.partial")
+    assert run_python(*command, cwd=tmp_path).code == 0
+    assert not listing.exists()
+    assert verify(tmp_path / "data/train") == []
+
+
+def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
+    source = image_folder(folder)
+    (folder / "cat" / "cat_1.png").unlink()
+    (folder / "cat" / "cat_1.png").mkdir()
+    (folder / "dog" / "dog_1.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"(?s)2 files.*cat_1\.png: cannot be read \(Is a dir"):
+        convert(source, tmp_path / "data")
 
 
 def test_keys_have_no_dots_and_stay_unique():

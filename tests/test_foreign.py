@@ -16,9 +16,11 @@ from PIL import Image
 
 from ds_classifier.data import fetch
 from ds_classifier.data.foreign import index
-from ds_classifier.data.shards import open_shards, scan_shard, verify
+from ds_classifier.data.scan import scan_shard
+from ds_classifier.data.shards import open_shards
 from ds_classifier.data.store import open_split, store_of
 from ds_classifier.data.tars import Sequential, tar_members
+from ds_classifier.data.verify import verify
 
 FAST = dict(stall_timeout_s=0.5, retries=3, pause_s=0.02)
 

@@ -72,6 +72,59 @@ def test_cmyk_jpeg_and_one_pixel(fast):
         assert crop.shape == (4, 4, 3)
 
 
+def test_jpegs_are_decoded_to_pillows_pixels(imagenet_sample):
+    """Every kind of JPEG, whole and damaged: the quick decoder gives Pillow's pixels or error."""
+    pytest.importorskip("simplejpeg")
+
+    def outcome(decoder, data):
+        try:
+            return decoder(data)
+        except ValueError as error:
+            return str(error)
+
+    def by_pillow(data):
+        return np.asarray(images._decode_any(data, 3))
+
+    whole = [path.read_bytes() for path in sorted(imagenet_sample.iterdir())]
+    whole += list(kinds_of_jpeg(Image.open(io.BytesIO(whole[0]))))
+    draw, damaged = random.Random(0), []
+    for _ in range(1000):
+        data = bytearray(draw.choice(whole[202:]))
+        at = draw.randrange(len(data))
+        data[at : at + draw.choice([1, 8, len(data)])] = draw.choice([b"", b"\0", b"?!"])
+        damaged.append(bytes(data))
+    quick = errors = 0
+    for data in whole + damaged:
+        expected = outcome(by_pillow, data)
+        found = outcome(lambda data: np.asarray(images.decode(data)), data)
+        pixels = outcome(images.decode_pixels, data)
+        assert np.array_equal(found, expected)
+        assert np.array_equal(pixels, expected)
+        errors += isinstance(expected, str)
+        quick += images._plain_jpeg(data, 3) is not None
+    assert quick > 202 + 60
+    assert errors > 200
+
+
+def kinds_of_jpeg(picture):
+    for size in ((1, 1), (17, 33), (40, 23)):
+        for mode in ("RGB", "L", "CMYK"):
+            for subsampling in (0, 1, 2) if mode == "RGB" else (0,):
+                for save in ({}, {"progressive": True}, {"restart_marker_blocks": 2}):
+                    data = io.BytesIO()
+                    image = picture.resize(size).convert(mode)
+                    image.save(data, format="JPEG", subsampling=subsampling, **save)
+                    yield data.getvalue()
+
+
+def test_without_the_quick_decoder_pillow_does_it(monkeypatch):
+    data = next(kinds_of_jpeg(Image.new("RGB", (9, 9), "red")))
+    expected = images.decode_pixels(data)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert np.array_equal(images.decode_pixels(data), expected)
+    assert np.array_equal(np.asarray(images.decode(data)), expected)
+
+
 def test_damaged_files_are_value_errors():
     data = io.BytesIO()
     noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
@@ -127,6 +180,9 @@ def test_nothing_that_is_left_out_changes_a_pixel():
         expected = whole_then_crop(*crop)
         assert np.array_equal(images.resize_and_crop(*crop), expected), crop
         fast = images.resize_and_crop(*crop, fast=True)
+        same = images.resize_and_crop(pixels, *crop[1:], fast=True)
+        assert np.array_equal(same, fast)
+        assert np.array_equal(images.resize_and_crop(pixels, *crop[1:]), expected)
         assert fast.dtype == np.uint8
         difference = np.abs(fast.astype(int) - expected)
         assert difference.max() <= 2, crop

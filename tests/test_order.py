@@ -1,16 +1,23 @@
 """The sample order: permutations, independence of ranks and batches, and that it never changes."""
 
+import io
 import itertools
+import math
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from ds_classifier.data.loader import ShardDataset, TrainingPositions, create_loader
 from ds_classifier.data.order import OPEN_LIMIT, SampleOrder, node_shards, share_of_rank
+from ds_classifier.data.shards import INDEX_DTYPE, Manifest, Shard, ShardSet
 from ds_classifier.keyed_random import fold, permutation, stream_key
 
 layouts = st.fixed_dictionaries(
@@ -89,6 +96,92 @@ def test_ranks_share_out_the_global_batch_by_lane(layout, share, world_size, ste
     dealt = np.concatenate(shares)
     assert sorted(dealt.tolist()) == list(range(step * total, (step + 1) * total))
     assert (np.diff(order.lane(dealt)) >= 0).all()
+
+
+def shards_of(folder, shard_samples):
+    """A split with so many samples in its shards, each labelled with its number."""
+    picture = io.BytesIO()
+    Image.new("L", (1, 1)).save(picture, format="PNG")
+    shards, rows = [], []
+    for number, samples in enumerate(shard_samples):
+        (folder / f"{number}.tar").write_bytes(picture.getvalue() * samples)
+        length = len(picture.getvalue())
+        shards.append(Shard(f"{number}.tar", samples, samples * length, ""))
+        rows += [(i * length, length, len(rows) + i, number) for i in range(samples)]
+    facts = dict(split="", source="", plan="", classes=[], stored="original", image_size=None)
+    facts |= dict(samples=len(rows), form="", undecodable=[], shards=shards, index_sha256="")
+    return ShardSet(folder, Manifest(**facts), np.array(rows, dtype=INDEX_DTYPE))
+
+
+def loaded(shards, order, cut, steps, workers):
+    """Position -> sample of all ranks' batches in these steps, through the loader that trains."""
+    found = {}
+    micro, accumulation, world_size = cut
+    shape = dict(global_batch=micro * accumulation * world_size, micro_batch=micro)
+    for rank in range(world_size):
+        positions = TrainingPositions(
+            order,
+            first_step=steps[0],
+            steps=steps[-1] + 1,
+            rank=rank,
+            world_size=world_size,
+            **shape,
+        )
+        dataset = ShardDataset(shards, image_size=1, channels=1, order=order)
+        batches = list(create_loader(dataset, positions, workers=workers))
+        assert [len(batch.labels) for batch in batches] == [micro] * (len(steps) * accumulation)
+        for batch in batches:
+            assert batch.weights.tolist() == [1.0] * micro
+            new = dict(zip(batch.positions.tolist(), batch.labels.tolist(), strict=True))
+            assert not new.keys() & found.keys()
+            found |= new
+    return found
+
+
+def check_loaded(layout, cuts, begins, first_step, workers):
+    """Any cut of the global batch, from any step on, reads what the five steps by hand say."""
+    total = math.prod(cuts[0])
+    steps = range(first_step, first_step + 4)
+    order = SampleOrder(**layout)
+    last = (steps[-1] + 1) * total - 1
+    epochs = range(steps[0] * total // order.num_samples, last // order.num_samples + 1)
+    stream = [sample for epoch in epochs for sample in by_hand(**layout, epoch=epoch)]
+    with tempfile.TemporaryDirectory() as folder:
+        shards = shards_of(Path(folder), layout["shard_samples"])
+        for cut, begin in zip(cuts, begins, strict=True):
+            found = loaded(shards, order, cut, steps[begin:], workers)
+            wanted = range(steps[begin] * total, (steps[-1] + 1) * total)
+            start = epochs[0] * order.num_samples
+            assert found == {q: stream[q - start] for q in wanted}
+
+
+@st.composite
+def two_cuts(draw):
+    """Two of the ways to cut one global batch: (micro-batch, accumulation, ranks)."""
+    total = draw(st.integers(1, 16))
+    divisors = [
+        (micro, total // micro // ranks, ranks)
+        for micro in range(1, total + 1)
+        for ranks in range(1, 5)
+        if total % (micro * ranks) == 0
+    ]
+    return draw(st.sampled_from(divisors)), draw(st.sampled_from(divisors))
+
+
+resumed = dict(layout=layouts, cuts=two_cuts(), begin=st.integers(0, 3), first=st.integers(0, 60))
+
+
+@settings(deadline=None, max_examples=40)
+@given(**resumed)
+def test_the_loader_reads_the_same_stream_however_it_is_cut_and_resumed(layout, cuts, begin, first):
+    check_loaded(layout, cuts, (0, begin), first, workers=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@settings(deadline=None, max_examples=2)
+@given(**resumed)
+def test_so_do_its_workers(workers, layout, cuts, begin, first):
+    check_loaded(layout, cuts, (0, begin), first, workers)
 
 
 @given(layout=layouts, start=st.integers(0, 1000), length=st.integers(1, 300))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from flaky_server import FlakyServer
 
+from ds_classifier import processes
 from ds_classifier.data import fetch
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import (
@@ -245,6 +246,8 @@ def test_two_data_sets_of_equal_names_are_kept_apart(served, tmp_path):
         ["close", "close", "reset"],
         ["stall"],
         ["drip"],
+        ["head"],
+        ["chunk"],
         ["long"],
         ["short"],
         ["wrong"],
@@ -496,6 +499,34 @@ def test_a_program_that_fails_is_a_failed_try(served, tmp_path, command, reason)
         whole(store, 0)
     assert time.monotonic() - began < 5
     assert cached(store) == []
+
+
+@pytest.mark.parametrize("end", ["gives up", "is done", "is killed"])
+def test_programs_end_with_their_reader(served, tmp_path, end):
+    """With all that their shell has started, in the background too, and whatever they ignore."""
+    _, shards, _ = served
+    pids = tmp_path / "pids"
+    asleep = f"sh -c 'trap \"\" TERM HUP PIPE; echo $$ >> {pids}; exec sleep 60 >/dev/null' &"
+    rest = "" if end == "is done" else "sleep 60 | cat"
+    location = f"pipe:{asleep} cat {tmp_path}/far/{{name}}; {asleep} {rest}"
+    options = FAST | dict(stall_timeout_s=2.0 if end == "gives up" else 30.0, retries=0)
+    store = ShardStore(location, shards, cache_dir=tmp_path / "c", allow_pipe=True, **options)
+
+    def asleep_now() -> int:
+        numbers = pids.read_text().split() if pids.exists() else []
+        return sum(processes.started(int(number)) > 0 for number in numbers)
+
+    if end == "is killed":
+        process = forked(lambda: whole(store, 0))
+        wait_until(lambda: asleep_now() == 2)
+        kill(process)
+    elif end == "is done":
+        assert correct(store, 0)
+    else:
+        with pytest.raises(OSError, match="stalled"):
+            whole(store, 0)
+    assert len(pids.read_text().split()) == 2
+    wait_until(lambda: asleep_now() == 0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from ds_classifier import files
 from ds_classifier.data import images
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.samples import Sample, Slice, Source
+from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -36,12 +38,12 @@ from ds_classifier.data.shards import (
     Manifest,
     Shard,
     open_shards,
-    scan_shard,
 )
 from ds_classifier.keyed_random import permutation, stream_key
 
 PLAN = "plan.json"
 LARGEST_PICTURE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
+MOST_BAD = 20  # files told of
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -102,7 +104,8 @@ def convert(
     part: (i, n): write every n-th shard from the i-th on; `merge` finishes when all are there.
     progress: called with split, pictures written, pictures in all.
     Returns each split's manifest, None where shards of other parts are missing.
-    Raises ValueError where out holds something else already, or a file is no picture.
+    Raises ValueError where out holds something else already; or that lists the files that are no
+    pictures: after the first the others are only looked for, nothing more is written.
     """
     store = _settled(store, source)
     planned = {}
@@ -111,12 +114,14 @@ def convert(
         if split == "train":
             order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
         samples = [samples[i] for i in order]
+        _refuse_bad(_too_large(samples), out, split, part)
         planned[split] = samples, _plan(source, split, samples, store, samples_per_shard)
     _refuse_other_splits(out, source, set(planned))
     todo = [s for s, (_, plan) in planned.items() if not _already_written(out / s, plan)]
     for split in todo:
         samples, plan = planned[split]
-        _write_shards(_partial(out, plan), plan, samples, part, workers, progress)
+        bad = _write_shards(_partial(out, plan), plan, samples, part, workers, progress)
+        _refuse_bad(bad, out, split, part)
     if part[1] == 1:
         merge(out)
     return {
@@ -204,11 +209,6 @@ def _plan(
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
         size = sample.size()
-        if size > LARGEST_PICTURE:
-            raise ValueError(
-                f"{sample.name}: got {size} bytes; need at most {LARGEST_PICTURE}; do: remove the "
-                "file, or replace it with a picture"
-            )
         name = os.path.basename(sample.name)  # however the way to the source was spelled
         digest.update(f"{name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
     return Plan(digest=digest.hexdigest(), **facts)
@@ -255,7 +255,8 @@ def _write_shards(
     part: tuple[int, int],
     workers: int,
     progress: Callable[[str, int, int], None],
-) -> None:
+) -> list[tuple[str, str]]:
+    """Write what is missing; returns the files that are no pictures, see `_refuse_bad`."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
     numbers = range(part[0], len(plan.shard_samples), part[1])
     shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
@@ -270,12 +271,15 @@ def _write_shards(
         progress(plan.split, done, total)
         flat = iter(flat)
         tasks = [(first[n], [next(flat) for _ in shards[n]]) for n in todo]
-        jobs = list(enumerate(todo))
-        for number in in_processes(
-            workers, _write_one, jobs, shared=(partial, plan, tasks), ordered=False
+        jobs, bad = list(enumerate(todo)), []
+        together = (partial, plan, tasks, multiprocessing.Event())
+        for number, found in in_processes(
+            workers, _write_one, jobs, shared=together, ordered=False
         ):
+            bad += found
             done += plan.shard_samples[number]
             progress(plan.split, done, total)
+        return bad
     finally:
         shutil.rmtree(spool, ignore_errors=True)
 
@@ -350,13 +354,18 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _write_one(job: tuple[int, int]) -> int:
-    """Write one shard and its facts; returns its number."""
+def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
+    """Write one shard and its facts; returns its number, and its files that are no pictures.
+
+    Where there is one, and once another process has met one, the rest is only looked at.
+    """
     from webdataset import TarWriter
 
     at, number = job
-    partial, plan, tasks = shared()
+    partial, plan, tasks, bad_met = shared()
     first, samples = tasks[at]
+    if bad_met.is_set():
+        return number, _bad_among(samples)
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")
     undecodable, began_ns = [], time.time_ns()
@@ -366,8 +375,11 @@ def _write_one(job: tuple[int, int]) -> int:
         TarWriter(file, encoder=False, mtime=0) as tar,
     ):
         for i, sample in enumerate(samples, first):
-            data = sample.read()
-            suffix = _suffix(data, sample.name)
+            try:
+                data, suffix = _picture(sample)
+            except ValueError:
+                bad_met.set()
+                return number, _bad_among(samples[i - first :])
             if plan.image_size is not None:
                 try:
                     halved = images.halve(images.decode(data), plan.image_size)
@@ -386,7 +398,7 @@ def _write_one(job: tuple[int, int]) -> int:
     facts = asdict(shard) | {"undecodable": undecodable, "began_ns": began_ns}
     files.replace_text(path.with_suffix(".json"), json.dumps(facts))
     os.rename(staging, path)
-    return number
+    return number, []
 
 
 def _finish(partial: Path, plan: Plan) -> None:
@@ -424,14 +436,56 @@ def _key(number: int, name: str) -> str:
     return f"{number:09d}_{stem}"
 
 
-def _suffix(data: bytes, name: str) -> str:
-    """The member's suffix by content: a PNG named .JPEG is stored as .png."""
+def _picture(sample: Sample) -> tuple[bytes, str]:
+    """A sample's bytes, and its suffix by content: a PNG named .JPEG is stored as .png.
+
+    Raises ValueError where they cannot be read, or begin like no picture.
+    """
+    try:
+        data = sample.read()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
     for signature, suffix in _SIGNATURES.items():
         if data.startswith(signature):
-            return suffix
+            return data, suffix
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    raise ValueError(
-        f"{name}: got {data[:8]!r}..., which no picture format begins with; need JPEG, PNG, WebP, "
-        "GIF or BMP; do: remove the file, or replace it with a whole one"
+        return data, "webp"
+    raise ValueError(f"got {data[:8]!r}..., which no picture format begins with")
+
+
+def _bad_among(samples: list[Sample]) -> list[tuple[str, str]]:
+    """(name, what is wrong) of those that are no pictures."""
+    bad = []
+    for sample in samples:
+        try:
+            _picture(sample)
+        except ValueError as error:
+            bad.append((sample.name, str(error)))
+    return bad
+
+
+def _too_large(samples: list[Sample]) -> list[tuple[str, str]]:
+    sizes = ((sample.name, sample.size()) for sample in samples)
+    need = f"need at most {LARGEST_PICTURE}"
+    return [(name, f"got {size} bytes; {need}") for name, size in sizes if size > LARGEST_PICTURE]
+
+
+def _refuse_bad(bad: list[tuple[str, str]], out: Path, split: str, part: tuple[int, int]) -> None:
+    """ValueError that lists the first of the files that are no pictures; a file lists them all."""
+    listing = out / (f"{split}.bad.txt" if part[1] == 1 else f"{split}.bad-{part[0]}.txt")
+    listing.unlink(missing_ok=True)
+    if not bad:
+        return
+    bad = sorted(bad)
+    out.mkdir(parents=True, exist_ok=True)
+    names = "".join(f"{name}\n" for name, _ in bad)
+    listing.write_text(names, errors="surrogateescape")
+    lines = [f"{name}: {problem}" for name, problem in bad[:MOST_BAD]]
+    if len(bad) > MOST_BAD:
+        lines.append(f"... and {len(bad) - MOST_BAD:,} more")
+    files = "1 file" if len(bad) == 1 else f"{len(bad):,} files"
+    text = (
+        f"{files} that cannot be stored; need whole JPEG, PNG, WebP, GIF or BMP pictures; do: "
+        f"remove or replace those in {listing}, and remove {out / split}.partial if it is there"
     )
+    raise ValueError(f"got {text}:\n  " + "\n  ".join(lines))

@@ -7,10 +7,12 @@ through webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import random
 import re
 import select
+import signal
 import subprocess
 import time
 import urllib.error
@@ -29,6 +31,14 @@ PROGRESS = 1 << 20  # new bytes that make a broken try no failure
 LONGEST_PAUSE_S = 60.0
 WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # of the HTTP statuses 4xx
 
+# A program in a shell, in a session of its own. Its group ends with the one who started it, of
+# whatever that dies, and when that lets go: the watcher then sees the end of its standard input.
+IN_SHELL = """exec 3<&0 </dev/null
+{ read -r _; kill -KILL 0; } <&3 3<&- >/dev/null 2>&1 &
+exec 3<&-
+eval "$1"
+"""
+
 T = TypeVar("T")
 
 
@@ -36,7 +46,8 @@ T = TypeVar("T")
 class Patience:
     """How long to insist.
 
-    stall_timeout_s: seconds without bytes, or below SLOWEST, after which a try is broken off.
+    stall_timeout_s: seconds without an answer or bytes, or with fewer than SLOWEST, after which a
+    try is broken off.
     retries: tries after a first that may fail in a row. pause_s: seconds before the second try;
     doubles up to LONGEST_PAUSE_S, and a random part of up to a half is taken off.
     """
@@ -113,12 +124,12 @@ def fetch_small(
     return _insist(url, attempt, patience)
 
 
-def stream(url: str, *, patience: Patience = PATIENCE) -> Iterator[bytes]:
+def stream(url: str, *, patience: Patience = PATIENCE, allow_pipe: bool = False) -> Iterator[bytes]:
     """The bytes of a URL in order, kept nowhere; goes on where a try broke off.
 
-    Raises ValueError for a pipe; OSError after the last try.
+    Raises ValueError for a pipe that is not allowed; OSError after the last try.
     """
-    refuse_pipe(url, False)
+    refuse_pipe(url, allow_pipe)
     at, total = 0, None
     chunks: Iterator[bytes] | None = None
     with ExitStack() as connection:
@@ -276,7 +287,7 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[_Stre
         headers["Range"] = f"bytes={start}-"
     with _failures():
         request = urllib.request.Request(url, headers=headers)
-        response = urllib.request.urlopen(request, timeout=stall_timeout_s)
+        response = _OPENER.open(request, timeout=stall_timeout_s)
     with response:
         if response.status == 206:
             word = response.headers.get("Content-Range", "")
@@ -286,23 +297,116 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[_Stre
             total = None if found[2] == "*" else int(found[2])
         else:  # the whole file, whether or not a range was asked for
             start, total = 0, response.length
-        yield _Stream(lambda: response.read1(CHUNK), start, total)
+
+        def read() -> bytes:
+            response.patient.start()
+            return response.read1(CHUNK)
+
+        yield _Stream(read, start, total)
+
+
+class _Patient(io.RawIOBase):
+    """What a socket receives; TimeoutError when that takes longer, in all, than its time-out.
+
+    By itself a socket counts from byte to byte, and an answer's head may come in a thousand.
+    """
+
+    def __init__(self, socket, received: io.RawIOBase):
+        self._socket, self._received = socket, received
+        self._timeout_s = socket.gettimeout()
+        self.start()
+
+    def start(self) -> None:
+        self._end = time.monotonic() + self._timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._received.readinto(buffer)
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, socket, *arguments, **keywords):
+        super().__init__(socket, *arguments, **keywords)
+        self.patient = _Patient(socket, self.fp.detach())
+        self.fp = io.BufferedReader(self.patient)
+
+
+class _PatientConnections:
+    def do_open(self, connection, request, **keywords):
+        patient = type("_Connection", (connection,), {"response_class": _Response})
+        return super().do_open(patient, request, **keywords)
+
+
+class _Http(_PatientConnections, urllib.request.HTTPHandler):
+    pass
+
+
+class _Https(_PatientConnections, urllib.request.HTTPSHandler):
+    pass
+
+
+_OPENER = urllib.request.build_opener(_Http, _Https)
 
 
 @contextmanager
 def _opened_by_gopen(url: str, start: int, stall_timeout_s: float) -> Iterator[_Stream]:
     """gopen knows no ranges: always the whole file."""
-    from webdataset.gopen import Pipe, gopen  # imports torch
+    from webdataset.gopen import Pipe, gopen, rewrite_url  # imports torch
 
+    with ExitStack() as opened:
+        try:
+            with _failures():
+                url = rewrite_url(url)
+                if scheme(url) == "pipe":
+                    source = opened.enter_context(_in_shell(url[len("pipe:") :]))
+                else:
+                    source = gopen(url, bufsize=0)
+        except (ValueError, ImportError) as error:
+            raise _Failed(f"gopen cannot open it: {error}", final=True) from None
+        if isinstance(source, Pipe):
+            with _program(source, stall_timeout_s) as stream:
+                yield stream
+        else:
+            with source:
+                yield _Stream(lambda: source.read(CHUNK))
+
+
+@contextmanager
+def _in_shell(command: str) -> Iterator:
+    """A program as gopen's Pipe; it and all that it starts end with this block or process."""
+    from webdataset import utils
+    from webdataset.gopen import Pipe
+
+    if utils.enforce_security:
+        raise ValueError("WDS_SECURE forbids programs")
+    watched, held = os.pipe()  # held by this process alone: it closes when that dies
     try:
-        with _failures():
-            source = gopen(url, bufsize=0)
-    except (ValueError, ImportError) as error:
-        raise _Failed(f"gopen cannot open it: {error}", final=True) from None
-    if not isinstance(source, Pipe):
-        with source:
-            yield _Stream(lambda: source.read(CHUNK))
-        return
+        words = ["sh", "-c", IN_SHELL, "sh", command]
+        own_group = dict(stdin=watched, start_new_session=True, bufsize=0)
+        program = Pipe(words, mode="rb", ignore_status=[141], **own_group)
+        os.close(watched)
+        try:
+            yield program
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(program.proc.pid, signal.SIGKILL)
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def _program(source, stall_timeout_s: float) -> Iterator[_Stream]:
+    """What a program writes, as gopen's Pipe."""
     handle = source.stream.fileno()
     poll = select.poll()
     poll.register(handle, select.POLLIN)

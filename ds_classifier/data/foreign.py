@@ -27,6 +27,7 @@ from ds_classifier.data.layouts import (
     stats_of,
 )
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.scan import class_numbers, scan_samples
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -34,10 +35,8 @@ from ds_classifier.data.shards import (
     Manifest,
     Neighbours,
     Shard,
-    class_numbers,
     neighbours,
     parse_manifest,
-    scan_samples,
 )
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable

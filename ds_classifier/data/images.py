@@ -14,6 +14,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: Pillow gives the same pixels, later
+    simplejpeg = None
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow plugins that may open a sample
 MAX_PIXELS = 2**27  # 134 megapixels; larger pictures are refused before they are decoded
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode of a picture with so many channels
@@ -26,11 +31,37 @@ def decode(data: bytes, channels: int = 3) -> Image.Image:
 
     Raises ValueError for what is not a whole picture in one of FORMATS, or one over MAX_PIXELS.
     """
+    pixels = _plain_jpeg(data, channels)
+    return _decode_any(data, channels) if pixels is None else Image.fromarray(pixels)
+
+
+def decode_pixels(data: bytes, channels: int = 3) -> np.ndarray:
+    """The same as uint8 [H, W, channels], which a fast resize begins with."""
+    pixels = _plain_jpeg(data, channels)
+    return _as_pixels(_decode_any(data, channels)) if pixels is None else pixels
+
+
+def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
+    """The pixels of a flawless colour or grey JPEG; None for all else, of which Pillow judges.
+
+    Pillow's pixels, as both have them from libjpeg-turbo, in two thirds of its time.
+    """
+    if simplejpeg is None or channels != 3 or not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height)
+        if colours not in ("YCbCr", "Gray"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+
+
+def _decode_any(data: bytes, channels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+        _check_pixels(*image.size)
         image.load()
         return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except MemoryError:
@@ -41,6 +72,31 @@ def decode(data: bytes, channels: int = 3) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+
+
+def _as_image(picture: Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    return Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
+
+
+def _as_pixels(picture: Image.Image | np.ndarray) -> np.ndarray:
+    """[H, W, C] uint8"""
+    if isinstance(picture, Image.Image):
+        return np.array(picture).reshape(picture.height, picture.width, -1)
+    return picture
+
+
+def _size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height)"""
+    if isinstance(picture, Image.Image):
+        return picture.size
+    return picture.shape[1], picture.shape[0]
+
+
 def _halve_to(image: Image.Image, short_side: int) -> Image.Image:
     """Halve with a box filter while the short side is at least twice as long as asked."""
     while min(image.size) >= 2 * short_side:
@@ -48,13 +104,18 @@ def _halve_to(image: Image.Image, short_side: int) -> Image.Image:
     return image
 
 
-def _rows_first(image: Image.Image) -> bool:
+def _rows_first(picture: Image.Image | np.ndarray) -> bool:
     """Whether Pillow's resize is two plain passes: along the rows, rounded, along the columns.
 
     Pictures more than twice as tall as wide it takes columns first; those with alpha it multiplies
     by alpha before, and divides after.
     """
-    return image.height <= 2 * image.width and image.mode not in ("LA", "RGBA")
+    width, height = _size(picture)
+    if isinstance(picture, Image.Image):
+        alpha = picture.mode in ("LA", "RGBA")
+    else:
+        alpha = picture.shape[2] in (2, 4)
+    return height <= 2 * width and not alpha
 
 
 def _halve_once(image: Image.Image) -> Image.Image:
@@ -103,21 +164,31 @@ def encode(image: Image.Image, form: str) -> bytes:
 
 
 def resize_and_crop(
-    image: Image.Image, short_side: int, size: int, top: int, left: int, *, fast: bool = False
+    picture: Image.Image | np.ndarray,
+    short_side: int,
+    size: int,
+    top: int,
+    left: int,
+    *,
+    fast: bool = False,
 ) -> np.ndarray:
     """Resize to the short side, then cut a square: uint8 [size, size, channels].
 
+    picture: decoded, or as uint8 [H, W, channels]; a fast resize takes that without a copy.
     fast: by torch's bicubic filter, whose weights have fewer bits than Pillow's: no value differs
     by more than FAST_TOLERANCE. Pictures with alpha, or very tall ones, stay with Pillow.
     """
-    resized = resized_size(image.size, short_side)
-    image = _halve_to(image, short_side)
-    if not _rows_first(image):
-        whole = image.resize(resized, resample=Image.Resampling.BICUBIC)
-        pixels = np.asarray(whole.crop((left, top, left + size, top + size)))
-        return pixels.reshape(size, size, -1)
-    crop = _torch_crop if fast else _pillow_crop
-    return crop(image, resized, size, top, left)
+    resized = resized_size(_size(picture), short_side)
+    if min(_size(picture)) >= 2 * short_side:
+        picture = _halve_to(_as_image(picture), short_side)
+    if fast and _rows_first(picture):
+        return _torch_crop(_as_pixels(picture), resized, size, top, left)
+    image = _as_image(picture)
+    if _rows_first(picture):
+        return _pillow_crop(image, resized, size, top, left)
+    whole = image.resize(resized, resample=Image.Resampling.BICUBIC)
+    pixels = np.asarray(whole.crop((left, top, left + size, top + size)))
+    return pixels.reshape(size, size, -1)
 
 
 def _pillow_crop(
@@ -144,27 +215,33 @@ def _pillow_crop(
 
 
 def _torch_crop(
-    image: Image.Image, resized: tuple[int, int], size: int, top: int, left: int
+    pixels: np.ndarray, resized: tuple[int, int], size: int, top: int, left: int
 ) -> np.ndarray:
     import torch  # here: converting and verifying shards needs none
 
-    pixels = torch.from_numpy(np.array(image))  # [H, W] or [H, W, C] uint8
-    pixels = pixels.reshape(image.height, image.width, -1).permute(2, 0, 1)
     width, height = resized
     whole = torch.nn.functional.interpolate(
-        pixels[None], size=(height, width), mode="bicubic", antialias=True
+        torch.from_numpy(pixels).permute(2, 0, 1)[None],  # [1, C, H, W], channels last
+        size=(height, width),
+        mode="bicubic",
+        antialias=True,
     )
     return whole[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
-def center_crop(image: Image.Image, size: int, *, fast: bool = False) -> np.ndarray:
+def center_crop(picture: Image.Image | np.ndarray, size: int, *, fast: bool = False) -> np.ndarray:
     """The middle square at short side `size`: uint8 [size, size, channels]."""
-    width, height = resized_size(image.size, size)
-    return resize_and_crop(image, size, size, (height - size) // 2, (width - size) // 2, fast=fast)
+    width, height = resized_size(_size(picture), size)
+    top, left = (height - size) // 2, (width - size) // 2
+    return resize_and_crop(picture, size, size, top, left, fast=fast)
 
 
 def random_crop(
-    image: Image.Image, size: int, randrange: Callable[[int], int], *, fast: bool = False
+    picture: Image.Image | np.ndarray,
+    size: int,
+    randrange: Callable[[int], int],
+    *,
+    fast: bool = False,
 ) -> np.ndarray:
     """A random square of size/target of the picture: uint8 [size, size, channels].
 
@@ -172,7 +249,7 @@ def random_crop(
     randrange(n): a random whole number in [0, n).
     """
     short_side = size + randrange(math.ceil(size / MIN_CROP_FRAC) - size + 1)
-    width, height = resized_size(image.size, short_side)
+    width, height = resized_size(_size(picture), short_side)
     top = randrange(height - size + 1)
     left = randrange(width - size + 1)
-    return resize_and_crop(image, short_side, size, top, left, fast=fast)
+    return resize_and_crop(picture, short_side, size, top, left, fast=fast)

@@ -92,19 +92,23 @@ class ShardDataset(Dataset):
         rows = self.shards.index[samples]
         size = self.image_size
         pixels = np.zeros((len(positions), size, size, self.channels), dtype=np.uint8)
+        as_tensor = torch.from_numpy(pixels)
         weights = inside.astype(np.float32)
         bad = []
         places = [rows[name].tolist() for name in ("shard", "offset", "length")]
         for i in np.flatnonzero(inside).tolist():
             data = self._store.read(*(place[i] for place in places))
             try:
-                pixels[i] = self._pixels(data, int(positions[i]))
+                pixels[i], flip = self._crop(data, int(positions[i]))
             except ValueError as error:
                 weights[i] = 0.0
                 key = self.shards.key(int(samples[i]))
                 bad.append(BadSample(int(positions[i]), key, str(error)))
+            else:
+                if flip:
+                    _flip(as_tensor[i])
         return Batch(
-            torch.from_numpy(pixels),
+            as_tensor,
             torch.from_numpy(rows["label"].astype(np.int64)),
             torch.from_numpy(positions),
             torch.from_numpy(weights),
@@ -128,16 +132,22 @@ class ShardDataset(Dataset):
         at = np.array([position])
         return self.shards.key(int((at if self.order is None else self.order.samples(at))[0]))
 
-    def _pixels(self, data: bytes, position: int) -> np.ndarray:
-        image = images.decode(data, self.channels)
+    def _crop(self, data: bytes, position: int) -> tuple[np.ndarray, bool]:
+        """The crop, [S, S, C] uint8, and whether it is to be flipped."""
+        decode = images.decode_pixels if self.fast else images.decode
+        picture = decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))
         if self.random_crop:
-            pixels = images.random_crop(image, self.image_size, draws.randrange, fast=self.fast)
+            pixels = images.random_crop(picture, self.image_size, draws.randrange, fast=self.fast)
         else:
-            pixels = images.center_crop(image, self.image_size, fast=self.fast)
-        if self.random_flip and draws.randrange(2):
-            pixels = pixels[:, ::-1]
-        return pixels
+            pixels = images.center_crop(picture, self.image_size, fast=self.fast)
+        return pixels, self.random_flip and draws.randrange(2) == 1
+
+
+def _flip(pixels: Tensor) -> None:
+    """Mirror a picture, [H, W, C], in place; torch does it ten times quicker than numpy."""
+    picture = pixels.permute(2, 0, 1)[None]  # [1, C, H, W], channels last
+    picture.copy_(picture.flip(-1))
 
 
 class TrainingPositions(Sampler):

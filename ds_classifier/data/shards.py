@@ -1,4 +1,4 @@
-"""Shards as they lie on disk: plain tars, with a manifest and an index beside them; checking them.
+"""Shards as they lie on disk: plain tars, with a manifest and an index beside them.
 
 A split is a directory:
 
@@ -9,8 +9,6 @@ A split is a directory:
 
 Shards made by others are indexed where they lie (data/foreign.py): index and manifest are then in
 a directory of their own, the manifest says where the tars are, and samples may have more members.
-
-Formats: POSIX.1-1988 ustar; WebDataset (keys group members up to the first dot of the base name).
 """
 
 from __future__ import annotations
@@ -20,31 +18,19 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ds_classifier import files
-from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.samples import IMAGE_SUFFIXES
-from ds_classifier.data.tars import (
-    NAME_REACH,
-    Member,
-    Sequential,
-    key_of,
-    member_name,
-    printable,
-    tar_members,
-)
+from ds_classifier.data.tars import NAME_REACH, key_of, member_name
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 VERSION = 1
-LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's JSON has a few KB
-LARGEST_PICTURE = (1 << 32) - 1  # bytes, as the index counts them
 CONVERT = "python launch/make_shards.py convert"
 
 # What may stand in a manifest for where its tars lie: some of gopen's schemes run a shell.
@@ -311,235 +297,3 @@ def _no_shards(folder: Path) -> str:
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
         return f"got {folder}, a folder of pictures; need shards; do: {CONVERT} {folder} data"
     return f"got {folder}, which holds no shards; do: {CONVERT} PICTURES {folder.parent}"
-
-
-# ------------------------------------------------------------------------------------- checking
-
-
-@dataclass(frozen=True)
-class ScannedSample:
-    """A sample found in a tar: its key, and (offset, length, label, 0) as an index row."""
-
-    key: str
-    entry: tuple[int, int, int, int]
-
-
-@dataclass
-class _Group:
-    """The members of one key, as they come."""
-
-    key: str
-    picture: Member | None = None
-    label: int | None = None
-    faults: list[str] = field(default_factory=list)
-    label_seen: bool = False
-
-    @property
-    def whole(self) -> bool:
-        return self.picture is not None and self.label is not None and not self.faults
-
-
-def scan_shard(
-    path: Path, *, labels: str = "cls", numbers: Mapping[str, int] | None = None
-) -> Iterator[ScannedSample]:
-    """Walk a tar on this machine and yield its samples in order, trusting nothing.
-
-    Raises ValueError that names the shard and the place, for the first thing that is wrong. The
-    keywords are those of scan_samples.
-    """
-
-    def refuse(problem: str) -> None:
-        raise ValueError(problem)
-
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        yield from scan_samples(file, path, size, labels=labels, numbers=numbers, report=refuse)
-
-
-def scan_samples(
-    file: BinaryIO | Sequential,
-    where: Path | str,
-    size: int | None,
-    *,
-    labels: str = "cls",
-    numbers: Mapping[str, int] | None = None,
-    report: Callable[[str], None],
-) -> Iterator[ScannedSample]:
-    """Walk a tar and yield its whole samples in order, trusting nothing.
-
-    A sample is a run of members with one key, in any order: one picture, and its label. Members of
-    other kinds are passed, never decoded.
-    size: bytes; None: wherever the file ends. labels: "cls", or "json:KEY" for a field of .json.
-    numbers: class name -> label, where labels may be names. report: called for every sample that
-    is not whole, with the shard and its key.
-    Raises ValueError for a damaged tar, see tar_members.
-    """
-    suffix_of_label = "json" if labels.startswith("json:") else labels
-    seen: set[str] = set()
-    group: _Group | None = None
-
-    def end(group: _Group | None) -> Iterator[ScannedSample]:
-        if group is None or (group.picture is None and not group.label_seen):
-            return
-        if group.picture is None:
-            group.faults.append("has a label but no picture")
-        elif not group.label_seen:
-            group.faults.append(f"has a picture but no .{suffix_of_label}")
-        elif group.picture.size > LARGEST_PICTURE:
-            group.faults.append(f"has a picture of {group.picture.size} bytes; need 4 GiB at most")
-        if group.key in seen:
-            group.faults = ["comes twice; need its members side by side, and each key once"]
-        seen.add(group.key)
-        for fault in group.faults:
-            report(f"{where}: {printable(group.key)} {fault}")
-        if not group.faults:
-            entry = (group.picture.offset, group.picture.size, group.label, 0)
-            yield ScannedSample(group.key, entry)
-
-    members = tar_members(file, where, 0, size)
-    while True:
-        try:
-            member = next(members, None)
-        except ValueError:
-            if group is not None and group.whole:
-                yield from end(group)  # the damage begins after it
-            raise
-        if member is None:
-            break
-        split = key_of(member.name)
-        if split is None:
-            continue
-        key, suffix = split
-        if group is None or group.key != key:
-            yield from end(group)
-            group = _Group(key)
-        if f".{suffix}" in IMAGE_SUFFIXES:
-            if group.picture is not None:
-                group.faults.append("has two pictures; need one")
-            group.picture = member
-        elif suffix == suffix_of_label:
-            group.label_seen = True
-            file.seek(member.offset)
-            content = file.read(min(member.size, LARGEST_LABEL + 1))
-            try:
-                group.label = _label_in(content, labels, numbers)
-            except ValueError as error:
-                group.faults.append(f"has no usable label in .{suffix}: {error}")
-    yield from end(group)
-
-
-def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) -> int:
-    """The label that a member holds; ValueError for what is none."""
-    if len(content) > LARGEST_LABEL:
-        raise ValueError(f"got more than {LARGEST_LABEL} bytes")
-    if labels.startswith("json:"):
-        name = labels.removeprefix("json:")
-        try:
-            fields = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"got no JSON ({error})") from None
-        if not isinstance(fields, dict) or name not in fields:
-            raise ValueError(f"got nothing called {name!r}")
-        value = fields[name]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        text = value if isinstance(value, str) else json.dumps(value)
-    else:
-        text = content.decode("ascii", "backslashreplace")
-    text = text.strip()
-    if re.fullmatch("[0-9]{1,10}", text) and int(text) < 1 << 31:
-        return int(text)
-    if numbers is not None and text in numbers:
-        return numbers[text]
-    need = "a class index in digits" if numbers is None else "a class index, or a name of the list"
-    raise ValueError(f"got {text[:40]!r}; need {need}")
-
-
-def class_numbers(classes: list[str]) -> dict[str, int]:
-    """Class name -> label, of those names that stand in the list once and are no number."""
-    once = {name: i for i, name in enumerate(classes)}
-    for i, name in enumerate(classes):
-        if once.get(name, i) != i or name.isdigit():
-            once.pop(name, None)
-    return once
-
-
-def verify(
-    folder: Path,
-    *,
-    check_hash: bool = False,
-    check_decode: bool = False,
-    workers: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[str]:
-    """Compare every shard of a split with its manifest and index; return what is wrong.
-
-    Finds what breaks a tar's structure: shards missing, cut, with damaged or zeroed headers, or
-    that are none. Raises ValueError where there is no manifest and index to compare with.
-    check_hash: read all bytes and compare sha256. check_decode: decode every picture too.
-    progress: called with pictures checked and pictures in all.
-    """
-    shards = open_shards(folder, to_verify=True)
-    manifest, problems = shards.manifest, []
-    done, seen_keys = 0, set()
-    firsts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-    everything = (shards, firsts, check_hash, check_decode)
-    numbers = range(len(manifest.shards))
-    results = in_processes(workers, _verify_one, numbers, shared=everything)
-    for number, (found, keys) in enumerate(results):
-        problems += found
-        for key in keys:
-            if key in seen_keys:
-                problems.append(f"{shards.path(number)}: key {key} appears twice")
-            seen_keys.add(key)
-        done += manifest.shards[number].samples
-        progress(done, manifest.samples)
-    return problems
-
-
-def _verify_one(number: int) -> tuple[list[str], list[str]]:
-    """The problems of one shard, and its keys."""
-    shards, firsts, check_hash, check_decode = shared()
-    shard, path, problems, found = shards.manifest.shards[number], shards.path(number), [], []
-    numbers = class_numbers(shards.manifest.classes)
-    try:
-        # Keeps what comes before an error.
-        found.extend(scan_shard(path, labels=shards.manifest.labels, numbers=numbers))
-    except FileNotFoundError:
-        return [f"{path}: got no such file; need {shard.samples} samples"], []
-    except (ValueError, OSError) as error:
-        whole = f"got {len(found)} whole samples; need {shard.samples}"
-        return [f"{path}: {str(error).removeprefix(f'{path}: ')}: {whole}"], []
-    if (size := path.stat().st_size) != shard.bytes:
-        problems.append(f"{path}: got {size} bytes; need {shard.bytes}, as the manifest says")
-    rows = shards.index[firsts[number] : firsts[number + 1]]
-    expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
-    if [sample.entry for sample in found] != expected or (rows["shard"] != number).any():
-        problems.append(
-            f"{path}: its {len(found)} samples are not the {len(expected)} of the index"
-        )
-    classes = len(shards.manifest.classes)
-    problems += [
-        f"{path}: {sample.key} has label {sample.entry[2]}; there are {classes} classes"
-        for sample in found
-        if sample.entry[2] >= classes
-    ]
-    if check_hash and files.sha256(path) != shard.sha256:
-        problems.append(f"{path}: its sha256 is not the manifest's")
-    if check_decode:
-        problems += _undecodable(path, found)
-    return problems, [sample.key for sample in found]
-
-
-def _undecodable(path: Path, samples: list[ScannedSample]) -> list[str]:
-    from ds_classifier.data import images
-
-    problems = []
-    with open(path, "rb") as file:
-        for sample in samples:
-            file.seek(sample.entry[0])
-            try:
-                images.decode(file.read(sample.entry[1]))
-            except ValueError as error:
-                problems.append(f"{path}: {sample.key} does not decode ({error})")
-    return problems

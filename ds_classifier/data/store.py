@@ -298,12 +298,13 @@ def open_split(
     retries: int = 5,
     pause_s: float = 1.0,
     allow_pipe: bool = False,
+    to_verify: bool = False,
 ) -> ShardSet:
     """Open a split by its directory or URL, wherever its manifest says that its tars lie.
 
     Of a URL, manifest and index are fetched, no shard yet; tars at a URL are read through the
     cache. The other arguments are those of ShardStore. allow_pipe holds for `location` alone: a
-    manifest may not name a program.
+    manifest may not name a program. to_verify: see `open_shards`.
     Raises ValueError for a location or a manifest that cannot be trusted, OSError where something
     cannot be fetched.
     """
@@ -320,9 +321,9 @@ def open_split(
         if (folder / MANIFEST).is_file():
             manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
         if manifest is None or manifest.location is None or not is_url(manifest.location):
-            return open_shards(folder)
+            return open_shards(folder, to_verify=to_verify)
         store = ShardStore(manifest.location, manifest.shards, **options)
-        index = read_index(folder / INDEX, manifest)
+        index = read_index(folder / INDEX, manifest, thorough=to_verify)
         return RemoteShardSet(store.folder, manifest, index, store)
     patience = Patience(stall_timeout_s, retries, pause_s)
     refuse_pipe(location, allow_pipe)
@@ -337,7 +338,8 @@ def open_split(
     store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
     rows = manifest.samples * INDEX_DTYPE.itemsize
     path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
-    return RemoteShardSet(store.folder, manifest, read_index(path, manifest), store)
+    index = read_index(path, manifest, thorough=to_verify)
+    return RemoteShardSet(store.folder, manifest, index, store)
 
 
 def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:

@@ -1,0 +1,104 @@
+"""Shards behind a URL are verified as they are beside their manifest."""
+
+import shutil
+
+import pytest
+from conftest import ROOT, run_python
+from flaky_server import FlakyServer
+
+from ds_classifier.data.convert import convert
+from ds_classifier.data.foreign import index
+from ds_classifier.data.shards import open_shards
+from ds_classifier.data.sources import image_folder
+from ds_classifier.data.verify import verify
+
+
+@pytest.fixture
+def far(folder, tmp_path, monkeypatch):
+    """A directory with a split of three shards, served at a URL: (server, directory)."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    convert(image_folder(folder), tmp_path / "far", samples_per_shard=5)
+    server = FlakyServer(tmp_path / "far/train")
+    yield server, tmp_path / "far/train"
+    server.close()
+    assert not list((tmp_path / "tmp").iterdir()), "what was fetched is still there"
+
+
+def cut(tar):
+    tar.write_bytes(tar.read_bytes()[:5120])
+
+
+def lengthen(tar):
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+
+
+def damage_a_header(tar):
+    data = tar.read_bytes()
+    at = data.index(b".cls\0") // 512 * 512
+    tar.write_bytes(data[:at] + bytes(512) + data[at + 512 :])
+
+
+def damage_a_picture(tar):
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"IDAT") + 9] ^= 0xFF
+    tar.write_bytes(data)
+
+
+def swap(tar):
+    shutil.copy(tar.with_name("train-000000.tar"), tar)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("damage", [cut, lengthen, damage_a_header, damage_a_picture, swap])
+def test_problems_at_a_url_are_those_of_the_files(far, damage, decode):
+    server, folder = far
+    assert verify(server.url, check_decode=decode, workers=2) == []
+    damage(folder / "train-000001.tar")
+    here = verify(folder, check_hash=True, check_decode=decode)
+    assert here, "the damage is no damage"
+    there = verify(server.url, check_decode=decode)
+    assert there == [problem.replace(str(folder), server.url) for problem in here]
+
+
+def test_a_manifest_here_of_shards_at_a_url(far, tmp_path):
+    server, folder = far
+    for number in range(3):
+        (folder / f"{number}.tar").write_bytes((folder / f"train-{number:06d}.tar").read_bytes())
+    index(f"{server.url}/{{0..2}}.tar", tmp_path / "out")
+    split = tmp_path / "out/train"
+    with pytest.raises(ValueError, match="need them on this machine"):
+        open_shards(split)
+    server.requests.clear()
+    seen = []
+    assert verify(split, progress=lambda *counts: seen.append(counts)) == []
+    assert seen == [(5, 15), (10, 15), (15, 15)]
+    assert server.requests == [(f"{number}.tar", None) for number in range(3)]
+    damage_a_picture(folder / "1.tar")
+    (problem,) = verify(split)
+    assert problem == f"{server.url}/1.tar: its sha256 is not the manifest's"
+
+
+def test_a_broken_connection_is_no_problem_and_a_missing_shard_is_one(far):
+    server, folder = far
+    server.faults["train-000000.tar"] = ["reset", 500]
+    assert verify(server.url) == []
+    (folder / "train-000002.tar").unlink()
+    (problem,) = verify(server.url)
+    assert problem.startswith(f"{server.url}/train-000002.tar: got no whole file in 1 try")
+    assert problem.endswith(": got 0 whole samples; need 5")
+
+
+def test_the_command_takes_urls(far, tmp_path):
+    server, folder = far
+    script = ROOT / "launch" / "make_shards.py"
+    done = run_python(script, "verify", server.url, "--hash", "--decode", cwd=tmp_path)
+    assert (done.code, done.output) == (0, f"{server.url}: whole\n")
+    damage_a_picture(folder / "train-000001.tar")
+    done = run_python(script, "verify", f"pipe:cat {folder}/{{name}}", cwd=tmp_path)
+    assert (done.code, len(done.lines)) == (1, 2), done.output
+    assert "its sha256 is not the manifest's" in done.lines[0]
+    done = run_python(script, "verify", f"{server.url}/nowhere", cwd=tmp_path)
+    assert (done.code, len(done.lines)) == (2, 1), done.output
+    assert "HTTP 404" in done.output
