@@ -66,6 +66,11 @@ class RunLogger:
             if key != "step" and isinstance(value, (int, float)):
                 self._tb.add_scalar(key, value, row["step"])
 
+    def picture(self, name: str, pixels: Any, step: int) -> None:
+        """Show a picture, uint8 [h, w, 3]."""
+        if self._tb is not None:
+            self._tb.add_image(name, pixels, step, dataformats="HWC")
+
     def _write_csv(self) -> None:
         """The whole table anew, when a column is added: validation starts later than training."""
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))

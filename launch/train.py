@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import shlex
 import sys
 from datetime import timedelta
@@ -19,7 +20,7 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures
+from ds_classifier import distributed, events, failures
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_named
@@ -118,6 +119,9 @@ def train_on(
     from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
+    from ds_classifier.picture_grid import marked_sheet, save_grid
+    from ds_classifier.predictions import predict_grid
+    from ds_classifier.report import write_report
     from ds_classifier.skipped_steps import SkippedSteps
     from ds_classifier.training import BadSamples, Cadence, train
 
@@ -202,6 +206,17 @@ def train_on(
         }
         writer.save(facts | counts, val_loss=val_loss)
 
+    def show_pictures() -> None:
+        """The grid of pictures and predictions, of this step, for the report and TensorBoard."""
+        pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
+        where = dict(device=device, step=engine.global_steps)
+        grid = predict_grid(module.classifier, diffusion, val_shards, **pixels, **where)
+        if grid is not None:
+            (run_dir / "eval").mkdir(exist_ok=True)
+            save_grid(grid, run_dir / "eval" / "validation.pictures.png")
+            sheet = marked_sheet(grid, shards.manifest.classes)
+            logger.picture("val_pictures", sheet, engine.global_steps)
+
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
         keywords = dict(samples=val_shards.manifest.samples, device=device)
@@ -212,8 +227,21 @@ def train_on(
         means, bad = evaluate(module, batches(), noised=settings.noised, **keywords)
         at_0, _ = evaluate(module, batches(), noised=settings.noised, t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
+        if distributed.rank() == 0:
+            failures.tolerate("the grid of pictures", show_pictures)
         return means | ({"bad_samples": bad} if bad else {})
 
+    began = dict(
+        step=first_step,
+        iterations=settings.iterations,
+        world_size=batch.world_size,
+        host=platform.node(),
+        device=engines.describe_device(device),
+    )
+    if state is None:
+        events.append(run_dir, "start", **began)
+    else:
+        events.append(run_dir, "resume", reached=events.last_logged_step(run_dir), **began)
     logger = RunLogger(run_dir, first_step=first_step)
     finished = train(
         engine,
@@ -248,13 +276,17 @@ def train_on(
     step = engine.global_steps
     if finished:
         distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
+        events.append(run_dir, "finish", step=step)
         distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
     else:
+        events.append(run_dir, "stop", step=step, reason=stop.reason)
         distributed.say(
             f"stopped by {stop.reason} after step {step}; run the same command to go on"
         )
     watch.leave()
     distributed.finish()
+    if distributed.rank() == 0:  # alone: nobody waits for it any more
+        failures.tolerate("report.html", lambda: write_report(run_dir))
     return 0 if finished else STOPPED
 
 

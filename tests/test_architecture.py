@@ -22,8 +22,10 @@ LAYERS = [
         "processes",
         "memory",
         "sample_files",
+        "picture_grid",
+        "report_charts",
     ],
-    ["failures", "peers", "run_lock", "shutdown", "data.pool"],
+    ["failures", "events", "peers", "run_lock", "shutdown", "data.pool"],
     ["watchdog"],
     ["unet", "device_random", "data.order", "data.shards", "data.fetch", "data.cache", "batch"],
     ["data.imagenet", "data.parquet", "data.store", "ds_config"],
@@ -54,8 +56,10 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "guidance", "sampling"],
-    ["fidelity"],
+    ["training", "export", "guidance", "sampling", "predictions", "report_data"],
+    ["fidelity", "report_training", "report_evaluation"],
+    ["report_history"],
+    ["report"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
