@@ -15,14 +15,16 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 INK, QUIET, SLATE = "#1d2430", "#8a919c", "#4a5568"
 QUARTILE_COLORS = ("#0b4f8a", "#2f9fd0", "#e69f00", "#b3470a")  # dark to light, light to dark
 WIDTH, HEIGHT = 372, 216  # of a chart, in its own units: pixels where three stand side by side
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 36
+EDGE = 4  # a dot on the edge is drawn whole
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
     """A curve. band: (x, least, most), drawn faintly. dots: a mark at each point, with its numbers
-    as the words a browser shows. name "": not in the legend."""
+    as the words a browser shows. areas: of the dots, if they differ; they stand without a line.
+    name "": not in the legend."""
 
     name: str
     points: Sequence[Point]
@@ -32,7 +34,7 @@ class Line:
     opacity: float = 1.0
     width: float = 1.6
     dots: bool = False
-    areas: Sequence[float] = ()  # of the dots, if they differ
+    areas: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,21 @@ def line_chart(
     above: Sequence[tuple[float, str]] = (),
     above_label: str = "",
     diagonal: bool = False,
-    note: str = "",
 ) -> str:
     """A chart with its title and legend, as HTML; the legend says each line's last value.
 
-    level: a dotted line across, and its name. above: ticks along the top, (x, words).
+    level: a dotted line across, and its name. above: ticks along the top, (x, words). diagonal: a
+    dotted line from (0, 0) to (100, 100).
     """
     known = [p for line in lines for p in line.points if _shown(p, y.log)]
     legend = _legend(lines, y, level)
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
     if not known:
         body = '<div class="empty">nothing to show yet</div>'
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{body}</figure>'
     extra = [(known[0][0], level[0])] if level else []
     banded = [(x, y) for line in lines for x, *ends in line.band for y in ends]
     scale_x = Scale(x, [p[0] for p in known], LEFT, WIDTH - RIGHT)
-    top = TOP + (26 if above else 0)
+    top = TOP + (10 if above else 0)
     reach = [p[1] for p in known + extra] + _quantiles([p[1] for p in banded])
     scale_y = Scale(y, reach, HEIGHT - BOTTOM, top)
     parts = [_grid(scale_x, scale_y, top)]
@@ -82,21 +83,22 @@ def line_chart(
     if level:
         ends = [(scale_x.low, level[0]), (scale_x.high, level[0])]
         parts.append(_path(ends, scale_x, scale_y, QUIET, dash="2 3", width=1.2))
-    parts += [_band(line, scale_x, scale_y) for line in lines if line.band]
-    parts += [_curve(line, scale_x, scale_y) for line in lines]
+    drawn = [_band(line, scale_x, scale_y) for line in lines if line.band]
+    drawn += [_curve(line, scale_x, scale_y) for line in lines]
+    parts.append(_cut(top, "".join(drawn)))
     for place, words in above:
         at = scale_x(place)
         parts.append(f'<path d="M{at:.1f} {top}v-3" stroke="{QUIET}"/>')
         parts.append(_text(at, top - 6, words, "middle", "tick"))
     if above:
-        parts.append(_text(WIDTH - RIGHT, 8, above_label, "end", "tick"))
+        parts.append(_text(LEFT - 6, top - 6, above_label, "end", "tick"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x.label, "middle", "axis"))
     described = escape(f"{title}: {y.label} against {x.label}")
     return (
         f'<figure class="chart"><figcaption>{escape(title)}'
         f' <span class="unit">{escape(y.label)}</span></figcaption>{legend}'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">'
-        f"{''.join(parts)}</svg>{note}</figure>"
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -133,7 +135,7 @@ class Scale:
     def __call__(self, value: float) -> float:
         place = math.log10(value) if self._log else value
         share = (place - self._low) / (self._high - self._low)
-        share = min(1.0, max(0.0, share))
+        share = min(2.0, max(-1.0, share))
         return self._begin + share * (self._end - self._begin)
 
 
@@ -180,6 +182,14 @@ def _quantiles(values: list[float]) -> list[float]:
 
 def _shown(point: Point, log: bool) -> bool:
     return all(map(math.isfinite, point)) and (not log or point[1] > 0)
+
+
+def _cut(top: float, body: str) -> str:
+    """A picture in the picture: what leaves the axes is cut off."""
+    x, y = LEFT - EDGE, top - EDGE
+    width, height = WIDTH - RIGHT + EDGE - x, HEIGHT - BOTTOM + EDGE - y
+    box = f'x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{x} {y} {width} {height}"'
+    return f"<svg {box}>{body}</svg>"
 
 
 def _text(x: float, y: float, words: str, anchor: str, kind: str) -> str:
@@ -233,6 +243,7 @@ def _curve(line: Line, scale_x: Scale, scale_y: Scale) -> str:
     )
     if not line.dots and len(shown) > 1:
         return path
+    path = "" if line.areas else path
     dots = []
     for i, (x, y) in enumerate(shown):
         radius = math.sqrt(line.areas[i] / math.pi) if line.areas else 2.3
@@ -263,15 +274,16 @@ def _legend(lines: Sequence[Line], y: Axis, level: tuple[float, str] | None) -> 
         value = ""
         if last is not None and not line.dots:
             value = f" <b>{escape(y.text(float(f'{last:.3g}')))}</b>"
-        entries.append(_sample(line.color, line.dash) + escape(line.name) + value)
+        entries.append(_sample(line.color, line.dash, line.opacity) + escape(line.name) + value)
     if level:
         entries.append(_sample(QUIET, "2 3") + escape(level[1]))
     return f'<p class="legend">{"".join(f"<span>{entry}</span>" for entry in entries)}</p>'
 
 
-def _sample(color: str, dash: str) -> str:
+def _sample(color: str, dash: str, opacity: float = 1.0) -> str:
     more = f' stroke-dasharray="{dash}"' if dash else ""
+    more += f' opacity="{opacity:g}"' if opacity < 1 else ""
     return (
-        '<svg width="18" height="8" viewBox="0 0 18 8" aria-hidden="true">'
-        f'<path d="M0 4H18" stroke="{color}" stroke-width="2.4"{more}/></svg>'
+        '<svg width="14" height="8" viewBox="0 0 14 8" aria-hidden="true">'
+        f'<path d="M0 4H14" stroke="{color}" stroke-width="2.4"{more}/></svg>'
     )

@@ -30,7 +30,9 @@ Record = dict[str, Any]
 
 OLDER_SHOWN = 8  # evaluations behind the newest
 CLASSES_IN_MATRIX = 24  # with more, the pairs most often confused are listed
+CLASSES_BESIDE = 12  # with more, the matrix takes the whole width
 PAIRS_SHOWN = 20
+MATRIX_WIDTH = 900  # pixels of its cells together
 JPEG_SIDE = 64  # pixels; larger tiles are embedded as JPEG, since noise makes large PNGs
 LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION)
 
@@ -151,9 +153,9 @@ def _reliability(numbers: Record) -> str:
         bins = level["bins"]
         total = sum(row["samples"] for row in bins)
         points = [(100 * b["confidence"], 100 * b["correct"] / b["samples"]) for b in bins]
-        areas = [4 + 160 * b["samples"] / total for b in bins]
+        areas = [12 + 300 * b["samples"] / total for b in bins]
         name = "uniform t" if level["t"] is None else f"t = {level['t']}"
-        lines.append(Line(name, points, color, dots=True, areas=areas, width=0.8, opacity=0.6))
+        lines.append(Line(name, points, color, dots=True, areas=areas, opacity=0.55))
     share = dict(low=0, high=100, text=percent)
     return line_chart(
         "Reliability", lines, Axis("confidence", **share), Axis("% right", **share), diagonal=True
@@ -296,13 +298,17 @@ def confusion(run: Run) -> str:
         f"{_name(record)} at t = {told['t']}, nearly clean: {wrong:,} of {sum(totals):,} pictures "
         "taken for another class."
     )
-    if len(names) <= CLASSES_IN_MATRIX:
-        return f"<p>{escape(words)}</p>{_matrix(triples, totals, names)}"
     pairs = sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[0], t[1]))
     rows = [
         [names[label], names[predicted], f"{count:,}", f"{100 * count / totals[label]:.0f} %"]
         for label, predicted, count in pairs[:PAIRS_SHOWN]
     ]
+    often = ["class", "taken for", "pictures", "of the class"]
+    if len(names) <= CLASSES_IN_MATRIX:
+        matrix = _matrix(triples, totals, names)
+        if len(names) <= CLASSES_BESIDE and rows:
+            matrix = f'<div class="beside">{matrix}{table(often, rows[:10], "words")}</div>'
+        return f"<p>{escape(words)}</p>{matrix}"
     hits = {label: count for label, predicted, count in triples if label == predicted}
     seen = sorted(
         (hits.get(label, 0) / total, label) for label, total in enumerate(totals) if total
@@ -315,7 +321,7 @@ def confusion(run: Run) -> str:
     words += f" and the {len(worst)} classes least often known:"
     return (
         f'<p>{escape(words)}</p><div class="two">'
-        + table(["class", "taken for", "pictures", "of the class"], rows, "words")
+        + table(often, rows, "words")
         + table(["class", "pictures", "right"], worst, "words")
         + "</div>"
     )
@@ -324,25 +330,27 @@ def confusion(run: Run) -> str:
 def _matrix(triples: Sequence[tuple[int, int, int]], totals: list[int], names: list[str]) -> str:
     """A row a class, a column a prediction; shaded by the share of the row."""
     counts = {(label, predicted): count for label, predicted, count in triples}
-    head = "".join(f"<th><span>{escape(name)}</span></th>" for name in names)
     rows = []
     for i, name in enumerate(names):
-        cells = [f"<th>{escape(name)}</th>"]
-        for j in range(len(names)):
-            count = counts.get((i, j), 0)
-            share = count / totals[i] if totals[i] else 0.0
-            color = "0, 114, 178" if i == j else "213, 94, 0"
-            # Few wrong ones of many must be seen: shaded by the root of their share.
-            alpha = 0.85 * (share if i == j else math.sqrt(share))
-            style = f' style="background: rgba({color}, {alpha:.2f})' if count else ""
-            style += ("; color: #fff" if count and alpha > 0.55 else "") + '"' * bool(style)
-            cells.append(f"<td{style}>{count or ''}</td>")
+        cells = [_cell(counts.get((i, j), 0), totals[i], right=i == j) for j in range(len(names))]
         hit = f"{100 * counts.get((i, i), 0) / totals[i]:.0f} %" if totals[i] else "-"
-        rows.append(f"<tr>{''.join(cells)}<td class='rest'>{totals[i]:,}</td>"
-                    f"<td class='rest'>{hit}</td></tr>")  # fmt: skip
+        rest = f'<td class="rest">{totals[i]:,}</td><td class="rest">{hit}</td>'
+        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}{rest}</tr>")
+    heads = "".join(f"<th><span>{escape(name)}</span></th>" for name in names)
+    heads += "".join(f'<th class="rest"><span>{word}</span></th>' for word in ("pictures", "right"))
     long = " long" if max(map(len, names)) > 4 else ""
     return (
-        f'<table class="matrix{long}"><thead><tr><th>class ↓ taken for →</th>{head}'
-        "<th class='rest'><span>pictures</span></th><th class='rest'><span>right</span></th>"
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<table class="matrix{long}" style="--cell: {min(42, MATRIX_WIDTH // len(names))}px">'
+        f"<thead><tr><th>class ↓ taken for →</th>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _cell(count: int, total: int, *, right: bool) -> str:
+    if not count:
+        return "<td></td>"
+    share, color = count / total, "0, 114, 178" if right else "213, 94, 0"
+    # Few wrong ones of many must be seen: shaded by the root of their share.
+    alpha = 0.85 * (share if right else math.sqrt(share))
+    ink = "; color: #fff" if alpha > 0.55 else ""
+    return f'<td style="background: rgba({color}, {alpha:.2f}){ink}">{count}</td>'

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -40,8 +41,7 @@ def time_line(run: Run) -> str:
     left_out = ""
     if len(rows) > len(shown):
         left_out = f"<p>The last {len(shown)} of {len(rows):,} entries.</p>"
-    words = [[when, step, what] for _, when, step, what in shown]
-    return _strip(run, jobs) + left_out + table(["when", "step", "what"], words, "words events")
+    return _strip(run, jobs) + left_out + table(["when", "step", "what"], shown, "words events")
 
 
 def _strip(run: Run, jobs: Sequence[Job]) -> str:
@@ -80,7 +80,7 @@ def _strip(run: Run, jobs: Sequence[Job]) -> str:
             f'<path d="M{at(tick):.1f} {y + 4}v4" stroke="{QUIET}"/><text x="{at(tick):.1f}" '
             f'y="{y + 20}" text-anchor="middle" class="tick">{short(tick)}</text>'
         )
-    parts.append(f'<text x="{WIDTH - RIGHT + 14}" y="{y + 20}" class="axis">step</text>')
+    parts.append(f'<text x="0" y="{y + 20}" class="axis">step</text>')
     before = f"<p>The last {len(shown)} of {len(jobs)} jobs.</p>" if len(shown) < len(jobs) else ""
     return (
         f'{before}<svg class="strip" viewBox="0 0 {WIDTH} {y + 28}" role="img" '
@@ -112,39 +112,51 @@ def _ended(job: Job) -> str:
     return f"{words}, {_duration(job.time_end - job.time)}" if job.time_end else words
 
 
-def _happened(run: Run, jobs: Sequence[Job]) -> list[tuple[float, str, str, str]]:
-    """(time, its words, step, what), by time; what has no time of its own stands last."""
-    rows = []
-    for job in jobs:
-        event = job.facts
-        what = "started" if event["event"] == "start" else f"resumed from step {job.first:,}"
-        lost = int(event.get("reached") or 0) - job.first
-        if event["event"] == "resume" and lost > 0:
-            what += f" ({lost:,} done again)"
-        ranks = event.get("world_size", 1)
-        what += f" on {ranks} rank{'s' * (ranks != 1)}, {event.get('device', '')}"
-        rows.append((job.time, job.first, f"{what}, {event.get('host', '')}"))
-        if job.end == "killed":
-            rows.append((job.time + 1e-3, job.last, "ended without a word: killed, or cut off"))
-    for event in run.events:
-        step, kind = event.get("step", ""), event["event"]
-        if kind == "finish":
-            rows.append((event["time"], step, "finished"))
-        elif kind == "stop":
-            rows.append((event["time"], step, f"stopped by {event.get('reason', '')}"))
-        elif kind == "save failed":
-            rows.append((event["time"], step, f"checkpoint not written: {event.get('message')}"))
-        elif kind == "failed":
-            rows.append((event["time"], _step_of(event["time"], jobs), str(event.get("message"))))
+def _happened(run: Run, jobs: Sequence[Job]) -> list[list[str]]:
+    """When, step and what, by time; what has no time of its own stands last."""
+    rows = [*_of_jobs(jobs), *_of_events(run, jobs)]
     for fault in run.faults:
         said = " / ".join(_last_error(message) for message in fault.messages) or "no message"
         what = f"{said} (errors/{fault.name}: {fault.ranks} rank files)"
-        rows.append((fault.time, _step_of(fault.time, jobs), what))
-    told = [
-        (when, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)), _step(step), what)
-        for when, step, what in sorted(rows, key=lambda row: row[0])
-    ]
-    return told + [(0.0, "", *lines) for lines in _without_time(run)]
+        rows.append((fault.time, _when(fault.time), _step_of(fault.time, jobs), what))
+    rows.sort(key=lambda row: row[0])
+    told = [[when, f"{step:,}", what] for _, when, step, what in rows]
+    return told + [["", *words] for words in _without_time(run)]
+
+
+def _of_jobs(jobs: Sequence[Job]) -> Iterator[tuple[float, str, int, str]]:
+    """Their beginnings; and the ends of those that were killed, of which nobody knows when."""
+    later = [*(job.time for job in jobs[1:]), math.inf]
+    for job, next_start in zip(jobs, later, strict=False):
+        facts = job.facts
+        what = "started" if facts["event"] == "start" else f"resumed from step {job.first:,}"
+        lost = int(facts.get("reached") or 0) - job.first
+        if facts["event"] == "resume" and lost > 0:
+            what += f" ({lost:,} done again)"
+        ranks = facts.get("world_size", 1)
+        what += f" on {ranks} rank{'s' * (ranks != 1)}, "
+        what += f"{facts.get('device', '')}, {facts.get('host', '')}"
+        yield job.time, _when(job.time), job.first, what
+        if job.end == "killed":
+            yield next_start - 1e-3, "", job.last, "ended without a word: killed, or cut off"
+
+
+def _of_events(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[float, str, int, str]]:
+    words = {
+        "finish": "finished",
+        "stop": "stopped by {reason}",
+        "save failed": "checkpoint not written: {message}",
+        "failed": "{message}",
+    }
+    for event in run.events:
+        moment, what = event["time"], words.get(event["event"])
+        if what is not None:
+            what = what.format_map(dict(reason="?", message="?") | event)
+            yield moment, _when(moment), int(event.get("step", _step_of(moment, jobs))), what
+
+
+def _when(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 def _without_time(run: Run) -> list[tuple[str, str]]:
@@ -169,10 +181,6 @@ def _range(steps: Sequence[int]) -> str:
         return ""
     low, high = min(steps), max(steps)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _step(step: Any) -> str:
-    return f"{step:,}" if isinstance(step, int) else ""
 
 
 def _last_error(message: str) -> str:

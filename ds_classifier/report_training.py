@@ -45,7 +45,7 @@ def headline(run: Run) -> str:
         (_number(source.last(f"{prefix}_loss")), "cross-entropy, nats", _chance(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
         (_speed(run), "pictures a second", _wait(run)),
-        (*best_checkpoint(run), ""),
+        best_checkpoint(run),
     ]
     cells = "".join(
         f'<div class="figure"><b>{escape(value)}</b><span>{escape(what)}</span>'
@@ -55,13 +55,13 @@ def headline(run: Run) -> str:
     return f'<div class="figures">{cells}</div>'
 
 
-def best_checkpoint(run: Run) -> tuple[str, str]:
+def best_checkpoint(run: Run) -> tuple[str, str, str]:
     """Its step, and its validation loss; of checkpoints/best."""
     name, _, loss = run.best.partition(" val_loss ")
     step = name.removeprefix("step-").lstrip("0")
     if not name or not (step.isdigit() and loss):
-        return "-", "best checkpoint: none validated yet"
-    return f"{int(step):,}", f"step of the best checkpoint, val. loss {float(loss):.4g}"
+        return "-", "best checkpoint", "none is validated yet"
+    return f"{int(step):,}", "best checkpoint's step", f"validation loss {float(loss):.4g}"
 
 
 def _percent(value: float | None) -> str:
@@ -89,7 +89,7 @@ def _speed(run: Run) -> str:
 
 def _wait(run: Run) -> str:
     wait = _recent(run.training, "data_wait_frac")
-    return "" if wait is None else f"{100 * wait:.0f} % of the time waiting for data"
+    return "" if wait is None else f"waiting for data {100 * wait:.0f} %"
 
 
 def _recent(columns: Columns, key: str) -> float | None:
@@ -144,7 +144,8 @@ def _validating(run: Run) -> list[tuple[str, str]]:
         )
     best_step, best = min(points, key=lambda point: point[1])
     step, last = points[-1]
-    if last > WORSE * best and step > best_step:
+    since = [loss for step, loss in points if step > best_step][-3:]
+    if since and min(since) > WORSE * best:
         return [
             (BAD, f"Past its best: validation loss {best:.3f} at step {best_step:,.0f}, "
              f"{last:.3f} at step {step:,.0f}. It overfits; take checkpoints/best, train "
@@ -227,7 +228,7 @@ def curves(run: Run) -> str:
     of_machine = [
         ("Gradient norm", "grad_norm", 1, Axis("", low=0)),
         ("Learning rate", "lr", 1, Axis("", low=0)),
-        ("Loss scale", "lg_loss_scale", 1, Axis("log2")),
+        ("Loss scale", "lg_loss_scale", 1, Axis("", text=_power)),
         ("Speed", "images_per_sec", 1, Axis("pictures a second", low=0)),
         ("Waiting for data", "data_wait_frac", 100, Axis("% of the time", low=0, text=percent)),
     ]
@@ -235,6 +236,11 @@ def curves(run: Run) -> str:
         if key != "lg_loss_scale" or any(value > 0 for value in train[key]):
             charts.append(_chart(run, title, axis, [_line(train, key, "", SLATE, scale=scale)]))
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _power(exponent: float) -> str:
+    """A power of two; fractions of exponents have no tick's words."""
+    return f"2^{exponent:g}" if exponent == round(exponent) else ""
 
 
 def _chart(

@@ -242,7 +242,11 @@ def train_on(
         events.append(run_dir, "start", **began)
     else:
         events.append(run_dir, "resume", reached=events.last_logged_step(run_dir), **began)
-    logger = RunLogger(run_dir, first_step=first_step)
+
+    def open_logger() -> RunLogger:
+        return RunLogger(run_dir, first_step=first_step, wandb=settings.wandb)
+
+    logger = distributed.together(open_logger, device)
     finished = train(
         engine,
         iter(loader),
