@@ -156,7 +156,7 @@ def _reliability(numbers: Record) -> str:
         areas = [12 + 300 * b["samples"] / total for b in bins]
         name = "uniform t" if level["t"] is None else f"t = {level['t']}"
         lines.append(Line(name, points, color, dots=True, areas=areas, opacity=0.55))
-    share = dict(low=0, high=100, text=percent)
+    share = dict(low=0, high=106, text=percent)  # a large dot at 100 % stands free
     return line_chart(
         "Reliability", lines, Axis("confidence", **share), Axis("% right", **share), diagonal=True
     )

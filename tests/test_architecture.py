@@ -109,7 +109,7 @@ def test_only_config_parses_a_command_line(name):
     assert "sys.argv" not in MODULES[name].read_text()
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate"])
+@pytest.mark.parametrize("program", ["train", "evaluate", "report"])
 def test_help_imports_nothing_heavy(program):
     """--help answers at once: what a program imports before parsing is light."""
     import subprocess
