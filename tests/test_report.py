@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch, read_log, run_python
-from test_training import CONFIGS, TINY
+from test_training import CONFIGS, TINY, TRACED
 
 from ds_classifier import distributed, events, failures
 from ds_classifier.data.shards import open_shards
@@ -519,18 +519,29 @@ def test_events_are_no_reason_to_stop(tmp_path, capsys):
 # ------------------------------------------------------------------------------ whole runs
 
 
-def test_training_and_evaluation_make_it(digits, tmp_path):
+def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     """Two ranks, stopped, resumed, evaluated: what the page says is what the files say."""
     run = tmp_path / "run"
     flags = ["--deepspeed_config", CONFIGS / "zero1_fp32.json", "--run_dir", run, *TINY]
     data = ["--data_dir", digits / "train", "--val_data_dir", digits / "val"]
     length = ["--iterations", 6, "--save_interval", 3, "--batch_size", 16]
-    run.mkdir()
-    (run / "STOP").touch()
-    done = launch(2, *flags, *data, *length, cwd=tmp_path)
+    monkeypatch.setenv("TERM_AT", "3:1")
+    done = launch(2, *flags, *data, *length, script=TRACED, cwd=tmp_path)
+    monkeypatch.delenv("TERM_AT")
     assert done.code == 75, done.output
+    parsed = Page((run / "report.html").read_text())
+    assert "stopped on request" in parsed.text
+    assert "stopped by SIGTERM" in parsed.sections["history"]
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()  # where no page can be written
     done = launch(2, *flags, *data, *length, cwd=tmp_path)
     assert done.code == 0, done.output
+    assert (run / "DONE").exists()
+    (line,) = [line for line in done.lines if "report.html" in line]
+    assert "not made, and nothing else is lost" in line
+    (run / "report.html").rmdir()
+    done = run_python(REPORT, run, cwd=tmp_path)
+    assert (done.code, done.output) == (0, f"{run}/report.html\n")
     rows = read_log(run)
     parsed = Page((run / "report.html").read_text())
     last = [row for row in rows if "val_loss" in row][-1]
@@ -541,7 +552,7 @@ def test_training_and_evaluation_make_it(digits, tmp_path):
     assert "Held-out pictures at step 6" in parsed.sections["pictures"]
     grid = load_grid(run / "eval" / "validation.pictures.png")
     assert grid.tiles.shape == (10, 8, 8, 8, 3)
-    assert [e["event"] for e in events.read(run)][-1] == "finish"
+    assert [e["event"] for e in events.read(run)] == ["start", "stop", "resume", "finish"]
 
     done = launch(1, run, "--levels", 3, script=ROOT / "launch" / "evaluate.py", cwd=tmp_path)
     assert done.code == 0, done.output
