@@ -107,18 +107,21 @@ def _open_wandb(run_dir: Path, project: str):
         kept.parent.mkdir(exist_ok=True)
         if not kept.exists():
             kept.write_text(secrets.token_hex(4))
-        return wandb.init(
+        run = wandb.init(
             project=project,
             name=run_dir.resolve().name,
             id=kept.read_text(),
             dir=str(run_dir),
             resume="allow",
             config=json.loads((run_dir / "config.json").read_text()),
+            settings=wandb.Settings(console="off", silent=True),  # the console is ours
         )
     except (wandb.Error, OSError, ValueError) as error:
         raise ValueError(
             f"--wandb: {error}; do: wandb login, set WANDB_MODE=offline, or drop the flag"
         ) from None
+    distributed.say(f"wandb       {run.url or f'offline, in {run_dir}/wandb/'}")
+    return run
 
 
 def _finite(value: Any) -> Any:

@@ -238,15 +238,16 @@ def train_on(
         host=platform.node(),
         device=engines.describe_device(device),
     )
-    if state is None:
-        events.append(run_dir, "start", **began)
-    else:
-        events.append(run_dir, "resume", reached=events.last_logged_step(run_dir), **began)
+    reached = events.last_logged_step(run_dir)  # before the log is cut to what is resumed from
 
     def open_logger() -> RunLogger:
         return RunLogger(run_dir, first_step=first_step, wandb=settings.wandb)
 
     logger = distributed.together(open_logger, device)
+    if state is None:
+        events.append(run_dir, "start", **began)
+    else:
+        events.append(run_dir, "resume", reached=reached, **began)
     finished = train(
         engine,
         iter(loader),
