@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ds_classifier import checkpoint, distributed
+from ds_classifier import checkpoint, distributed, events
 from ds_classifier import engine as engines
 from ds_classifier.replicas import check_replicas
 
@@ -235,6 +235,8 @@ class CheckpointWriter:
             )
             self._outcome = {"error": message}
             distributed.say(f"{'':>6} the checkpoint of step {self._state['step']}: {message}")
+            run_dir = self._checkpoints.parent
+            events.append(run_dir, "save failed", step=self._state["step"], message=message)
             return
         except Exception as error:
             self._outcome = {"bug": f"while writing {final}: {type(error).__name__}: {error}"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 import textwrap
 from collections.abc import Sequence
@@ -131,6 +132,9 @@ class Settings:
         "", "run", "weights to start from: a guided-diffusion .pt, an export or a run", fixed=False
     )
     log_interval: int = _setting(10, "run", "steps between log lines", fixed=False)
+    wandb: str = _setting(
+        "", "run", "a Weights & Biases project to log to as well (extra: wandb)", fixed=False
+    )
     save_interval: int = _setting(10000, "run", "steps between checkpoints", fixed=False)
     eval_interval: int = _setting(
         0, "run", "steps between validations (default: save_interval)", fixed=False
@@ -447,6 +451,11 @@ def check_settings(settings: Settings) -> list[str]:
     for activity, minutes in settings.time_outs().items():
         if not minutes > 0:
             problems.append(f"--{activity}_timeout: got {minutes}; need a positive time in minutes")
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
+        problems.append(
+            f"--wandb: got {settings.wandb!r}; need the package wandb; do: pip install "
+            "'ds-classifier[wandb]', or drop the flag"
+        )
     if not settings.lr > 0:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:

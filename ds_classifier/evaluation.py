@@ -21,7 +21,7 @@ from ds_classifier import distributed
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
 from ds_classifier.exact_denoiser import ExactDenoiser
-from ds_classifier.level_metrics import LevelNumbers, LevelSums
+from ds_classifier.level_metrics import Confusion, LevelNumbers, LevelSums
 from ds_classifier.metrics import Meter
 from ds_classifier.noised_classifier import NoisedClassifier
 
@@ -157,11 +157,13 @@ def evaluate_levels(
     num_classes: int,
     samples: int,
     device: torch.device,
+    confusion: Confusion | None = None,
     progress: Callable[[int], None] = lambda positions: None,
 ) -> tuple[list[LevelNumbers], int]:
     """What each posterior makes of the whole set: under uniform t, then at each of `levels`.
 
     loader: batches at `ValidationPositions` of a fixed size, on every rank. samples: in the set.
+    confusion: filled with what the first posterior makes of the first level.
     progress: called on each rank with the positions it has done.
     Returns the numbers of each posterior, row 0 under uniform t and row 1 + i at levels[i], the
     same on every rank and for any number of ranks; and how many pictures could not be decoded.
@@ -191,6 +193,13 @@ def evaluate_levels(
                     grad_norms=grad_norms,
                     weights=batch.weights,
                 )
+                if confusion is not None and row == 1 and posterior is posteriors[0]:
+                    confusion.add(
+                        log_p=log_p,
+                        labels=batch.labels,
+                        positions=batch.positions,
+                        weights=batch.weights,
+                    )
         progress(inside)
     bad_samples = int(distributed.all_reduce_sum(torch.tensor(bad, device=device)))
     numbers = [its_sums.read() for its_sums in sums]

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -48,6 +49,15 @@ def tell(error: BaseException) -> int:
     elif distributed.rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     return exit_code(error)
+
+
+def tolerate(what: str, task: Callable[[], Any]) -> Any:
+    """Do what a run can do without: its result, or a line on the screen and None if it fails."""
+    try:
+        return task()
+    except Exception as error:  # a bug in it, too, is no reason to lose a training
+        distributed.warn(f"{what}: not made, and nothing else is lost: {summary(error)}")
+        return None
 
 
 def is_waiting(frame: FrameType | None) -> bool:

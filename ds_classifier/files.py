@@ -1,11 +1,13 @@
-"""Files that are whole or not there: hashes, syncing, replacing."""
+"""Files that are whole or not there: hashes, syncing, replacing; lines that a kill cut short."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
@@ -57,3 +59,19 @@ def replace_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(lines)
     fsync(staging)
     os.replace(staging, path)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a .jsonl file; no file has none, and lines cut by a kill are passed over."""
+    try:
+        file = open(path, errors="replace")
+    except OSError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row

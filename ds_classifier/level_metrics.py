@@ -163,3 +163,30 @@ class LevelNumbers:
             gaps += abs(correct - _total(self._bin_confidence[level, b]))
             binned += samples
         return _mean(gaps, binned)
+
+
+class Confusion:
+    """Which class each sample of a set was taken for, at one noise level; all ranks' when read.
+
+    Kept by sample and not by pair of classes: thousands of classes make millions of pairs.
+    """
+
+    def __init__(self, samples: int, device: torch.device | str):
+        # [2, samples]: 1 + its class, 1 + the one it was taken for; 0: not counted.
+        self._seen = torch.zeros(2, samples, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, *, log_p: Tensor, labels: Tensor, positions: Tensor, weights: Tensor) -> None:
+        """Count a batch. log_p [N, K]; labels, positions [N] int64; weights [N]: 0 is not counted,
+        nor is a sample whose numbers are not finite."""
+        counted = (weights > 0) & (positions >= 0) & log_p.amax(dim=1).isfinite()
+        pair = torch.stack([labels, log_p.argmax(dim=1)])
+        self._seen[:, positions[counted]] = 1 + pair[:, counted]
+
+    def read(self) -> dict[str, list[int]]:
+        """The pairs that occur, as lists: label, predicted, samples. Waits for the device."""
+        seen = distributed.all_reduce_sum(self._seen.clone()).cpu()
+        seen = seen[:, seen[0] > 0] - 1
+        pairs, counts = torch.unique(seen, dim=1, return_counts=True)
+        label, predicted = pairs.tolist()
+        return {"label": label, "predicted": predicted, "samples": counts.tolist()}

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, log.jsonl, progress.csv and tensorboardX.
+"""Where a run's numbers go: the console, log.jsonl, progress.csv, tensorboardX; W&B if asked for.
 
 Key names are the reference's (step, samples, train_loss, train_acc@1_q0, val_..., grad_norm,
 lg_loss_scale), and ours beside them. A row appears once per step, also after resuming.
@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ class RunLogger:
 
     run_dir: of the run. first_step: finished before; rows of later steps are what a killed run
     wrote after its last checkpoint. They will be computed again, so they are dropped; at 0, all.
+    wandb: a project there, if any; raises ValueError where it cannot be reached.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int):
-        self._jsonl = self._tb = None
+    def __init__(self, run_dir: Path, *, first_step: int, wandb: str = ""):
+        self._jsonl = self._tb = self._wandb = None
         if distributed.rank() != 0:
             return
         self._jsonl_path, self._csv_path = run_dir / "log.jsonl", run_dir / "progress.csv"
@@ -41,6 +43,8 @@ class RunLogger:
         self._tb = SummaryWriter(
             str(run_dir / "tb"), purge_step=first_step + 1 if first_step else 0
         )
+        if wandb:
+            self._wandb = _open_wandb(run_dir, wandb)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row of numbers; `step` is among them. Not-a-number is written as null."""
@@ -57,6 +61,13 @@ class RunLogger:
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 self._tb.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(row, step=row["step"])
+
+    def picture(self, name: str, pixels: Any, step: int) -> None:
+        """Show a picture, uint8 [h, w, 3]."""
+        if self._tb is not None:
+            self._tb.add_image(name, pixels, step, dataformats="HWC")
 
     def _write_csv(self) -> None:
         """The whole table, from log.jsonl: columns in the order in which they first appear."""
@@ -81,6 +92,34 @@ class RunLogger:
         if self._jsonl is not None:
             self._jsonl.close()
             self._tb.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_wandb(run_dir: Path, project: str):
+    """The run at Weights & Biases, under an id that resuming finds again in RUN/wandb/id."""
+    import wandb
+
+    kept = run_dir / "wandb" / "id"
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4))
+        run = wandb.init(
+            project=project,
+            name=run_dir.resolve().name,
+            id=kept.read_text(),
+            dir=str(run_dir),
+            resume="allow",
+            config=json.loads((run_dir / "config.json").read_text()),
+            settings=wandb.Settings(console="off", silent=True),  # the console is ours
+        )
+    except (wandb.Error, OSError, ValueError) as error:
+        raise ValueError(
+            f"--wandb: {error}; do: wandb login, set WANDB_MODE=offline, or drop the flag"
+        ) from None
+    distributed.say(f"wandb       {run.url or f'offline, in {run_dir}/wandb/'}")
+    return run
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ds_classifier import distributed
+from ds_classifier import distributed, events
 from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
@@ -266,11 +266,13 @@ class BadSamples:
         """Raises ValueError when the last total is over the limit; samples: trained on so far."""
         epochs = max(1, -(-samples // self._epoch_samples))
         if self._known > self._limit * epochs:
-            raise distributed.AgreedError(
+            problem = (
                 f"{self._known} samples could not be decoded in {epochs} epochs, more than "
                 f"--max_bad_samples {self._limit} each; they stand in "
                 f"{self._run_dir}/bad_samples.rank*.jsonl; do: repair the data, or raise the limit"
             )
+            events.append(self._run_dir, "failed", samples=samples, message=problem)
+            raise distributed.AgreedError(problem)
 
 
 class Clock:

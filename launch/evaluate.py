@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,6 +24,9 @@ from ds_classifier import distributed, failures, files
 from ds_classifier.config import RECIPES, Settings, add_setting_flags
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
+
+if TYPE_CHECKING:
+    from ds_classifier.picture_grid import PictureGrid
 
 BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
@@ -44,7 +48,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Measure a classifier on a whole validation set at a grid of noise levels.",
-        epilog="Writes RUN/eval/NAME.json and NAME.png, and series.json and series.png of several.",
+        epilog="Writes RUN/eval/NAME.json, NAME.png, NAME.pictures.png; of several, series.json "
+        "and series.png; and RUN/report.html.",
     )
     add = parser.add_argument
     add("source", nargs="?", type=Path, help="a run, a checkpoint, an export, or a file: .pt, "
@@ -93,19 +98,25 @@ def _timesteps(text: str) -> list[int]:
 def run(arguments: argparse.Namespace, given: dict) -> None:
     """Evaluate every source; files and tables on rank 0. Raises ValueError for wrong use."""
     from ds_classifier import evaluation_plots, evaluation_table
+    from ds_classifier.picture_grid import save_grid
+    from ds_classifier.report import write_report
 
     device = distributed.init()
     same_numbers_every_time()
-    records = []
+    records, runs = [], set()
     paths = distributed.on_rank_0(lambda: find_sources(arguments), device)
     for path in paths:
-        record, home = evaluate_source(Path(path), arguments, given, device)
+        record, grid, home = evaluate_source(Path(path), arguments, given, device)
         folder = arguments.out or home / "eval"
+        if record["step"] is not None and not arguments.out:
+            runs.add(home)
 
-        def write(record=record, folder=folder) -> None:
+        def write(record=record, grid=grid, folder=folder) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             files.replace_text(folder / f"{record['name']}.json", json.dumps(record, indent=1))
             evaluation_plots.plot_evaluation(record, folder / f"{record['name']}.png")
+            if grid is not None:
+                save_grid(grid, folder / f"{record['name']}.pictures.png")
 
         distributed.on_rank_0(write, device)
         distributed.say("\n".join(evaluation_table.level_table(record)))
@@ -123,6 +134,10 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         distributed.say("\n" + "\n".join(evaluation_table.series_table(records)))
         distributed.say(f"\nwritten: {folder}/series.json and .png")
     distributed.finish()
+    if distributed.rank() == 0:  # alone: nobody waits for it any more
+        for run_dir in runs:
+            if failures.tolerate("report.html", lambda run_dir=run_dir: write_report(run_dir)):
+                print(f"written: {run_dir}/report.html")
 
 
 def find_sources(arguments: argparse.Namespace) -> list[str]:
@@ -148,14 +163,16 @@ def find_sources(arguments: argparse.Namespace) -> list[str]:
 
 def evaluate_source(
     path: Path, arguments: argparse.Namespace, given: dict, device
-) -> tuple[dict, Path]:
-    """One classifier's record, and the directory that its eval/ belongs into."""
+) -> tuple[dict, PictureGrid | None, Path]:
+    """One classifier's record, rank 0's pictures, and the directory that its eval/ belongs into."""
     import torch
 
     from ds_classifier import engine as engines
     from ds_classifier import evaluation
     from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.level_metrics import Confusion
     from ds_classifier.model import create_classifier
+    from ds_classifier.predictions import predict_grid
     from ds_classifier.weights import Source, open_weights
 
     weights: dict[str, torch.Tensor] = {}  # on rank 0
@@ -217,6 +234,7 @@ def evaluate_source(
             f"beside it the exact posterior of the {len(denoiser):,} pictures in {training_set}, "
             "centre-cropped"
         )
+    confusion = Confusion(samples, device)
     progress = Progress(samples, 1 + len(levels))
     (numbers, *optimum), bad = evaluation.evaluate_levels(
         posteriors,
@@ -226,6 +244,7 @@ def evaluate_source(
         num_classes=settings.num_classes,
         samples=samples,
         device=device,
+        confusion=confusion,
         progress=progress.add,
     )
     seconds = progress.end()
@@ -253,6 +272,7 @@ def evaluate_source(
         "batch_size": batch_size,
         "noise": f"keyed by ({evaluation.VALIDATION_SEED}, 'validation', position)",
         "classifier": evaluation.describe_levels(numbers, diffusion, levels, chosen=chosen),
+        "confusion": {"t": levels[0], **confusion.read()},
         "machine": {
             "world_size": distributed.world_size(),
             "device": engines.describe_device(device),
@@ -267,7 +287,14 @@ def evaluate_source(
             "pictures": len(denoiser),
             **evaluation.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
         }
-    return record, source.home
+
+    def pictures() -> PictureGrid | None:
+        pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
+        where = dict(device=device, step=source.step)
+        return predict_grid(classifier, diffusion, shards, **pixels, **where)
+
+    grid = failures.tolerate("the pictures", pictures) if distributed.rank() == 0 else None
+    return record, grid, source.home
 
 
 def open_validation_data(source, arguments: argparse.Namespace, device) -> ShardSet:

@@ -112,6 +112,7 @@ def report() -> None:
     print(f"                      {quartiles} % by quartile of t, from little noise to nearly all")
     print(f"  to take away        {RUN}/export/, with a model card")
     print(f"  guided digits       {RUN}/samples/overview.png")
+    print(f"  report              {RUN}/report.html, for a browser")
     print(f"  curves              {RUN}/progress.csv, log.jsonl, and tb/ for TensorBoard")
     print("  next                . .venv/bin/activate, then the commands of the README")
 

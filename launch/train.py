@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import shlex
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures, launcher
+from ds_classifier import distributed, events, failures, launcher
 from ds_classifier.config import OF_A_NODE, CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_named
@@ -183,6 +184,10 @@ def train_on(
         code = train(job)
     watch.leave()
     distributed.finish()
+    if distributed.rank() == 0 and not command.instead:  # alone: nobody waits for it any more
+        from ds_classifier.report import write_report
+
+        failures.tolerate("report.html", lambda: write_report(run_dir))
     return code
 
 
@@ -282,7 +287,8 @@ def train(job: Job) -> int:
     from ds_classifier import training
     from ds_classifier.checkpoint_writer import CheckpointWriter
     from ds_classifier.evaluation import evaluate
-    from ds_classifier.logger import RunLogger
+    from ds_classifier.picture_grid import marked_sheet, save_grid
+    from ds_classifier.predictions import predict_grid
     from ds_classifier.sanity import SanityWatch
     from ds_classifier.skipped_steps import SkippedSteps
 
@@ -316,6 +322,23 @@ def train(job: Job) -> int:
 
     val_samples = job.val_shards.manifest.samples if job.val_shards is not None else 0
 
+    def show_pictures() -> None:
+        """The grid of pictures and predictions, of this step, for the report and TensorBoard."""
+        grid = predict_grid(
+            engine.module.classifier,
+            engine.module.diffusion,
+            job.val_shards,
+            image_size=settings.image_size,
+            channels=settings.in_channels,
+            device=engine.device,
+            step=engine.global_steps,
+        )
+        if grid is not None:
+            (run_dir / "eval").mkdir(exist_ok=True)
+            save_grid(grid, run_dir / "eval" / "validation.pictures.png")
+            sheet = marked_sheet(grid, job.shards.manifest.classes)
+            logger.picture("val_pictures", sheet, engine.global_steps)
+
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
         keywords = dict(samples=val_samples, device=engine.device, noised=settings.noised)
@@ -326,9 +349,11 @@ def train(job: Job) -> int:
         means, bad = evaluate(engine.module, batches(), **keywords)
         at_0, _ = evaluate(engine.module, batches(), t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
+        if distributed.rank() == 0:
+            failures.tolerate("the grid of pictures", show_pictures)
         return means | ({"bad_samples": bad} if bad else {})
 
-    logger = RunLogger(run_dir, first_step=engine.global_steps)
+    logger = start_log(job)
     finished = training.train(
         engine,
         iter(loader),
@@ -364,13 +389,39 @@ def train(job: Job) -> int:
     logger.close()
     step = engine.global_steps
     if not finished:
+        events.append(run_dir, "stop", step=step, reason=stop.reason)
         distributed.say(
             f"stopped by {stop.reason} after step {step}; run the same command to go on"
         )
         return STOPPED
     distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), engine.device)
+    events.append(run_dir, "finish", step=step)
     distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
     return 0
+
+
+def start_log(job: Job):
+    """The run's logger, and a word of this start in its history; every rank calls it."""
+    from ds_classifier.engine import describe_device
+    from ds_classifier.logger import RunLogger
+
+    run_dir, settings, step = job.run_dir, job.resolved.settings, job.engine.global_steps
+    reached = events.last_logged_step(run_dir)  # before the log is cut to what is resumed from
+    logger = distributed.together(
+        lambda: RunLogger(run_dir, first_step=step, wandb=settings.wandb), job.engine.device
+    )
+    began = dict(
+        step=step,
+        iterations=settings.iterations,
+        world_size=job.resolved.batch.world_size,
+        host=platform.node(),
+        device=describe_device(job.engine.device),
+    )
+    if job.start.state is None:
+        events.append(run_dir, "start", **began)
+    else:
+        events.append(run_dir, "resume", reached=reached, **began)
+    return logger
 
 
 def rehearse(job: Job) -> int:

@@ -23,8 +23,10 @@ LAYERS = [
         "memory",
         "sanity",
         "sample_files",
+        "picture_grid",
+        "report_charts",
     ],
-    ["failures", "peers", "run_lock", "shutdown", "preflight", "data.pool"],
+    ["failures", "events", "peers", "run_lock", "shutdown", "preflight", "data.pool"],
     ["watchdog"],
     [
         "unet",
@@ -69,8 +71,11 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "initial_weights", "guidance", "sampling", "predictor"],
-    ["fidelity", "dry_run", "overfit"],
+    ["training", "export", "initial_weights", "guidance", "sampling", "predictor", "predictions"],
+    ["report_data", "fidelity", "dry_run", "overfit"],
+    ["report_training", "report_evaluation"],
+    ["report_history"],
+    ["report"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -120,7 +125,7 @@ def test_only_config_parses_a_command_line(name):
     assert "sys.argv" not in MODULES[name].read_text()
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate"])
+@pytest.mark.parametrize("program", ["train", "evaluate", "report"])
 def test_help_imports_nothing_heavy(program):
     """--help answers at once: what a program imports before parsing is light."""
     import subprocess

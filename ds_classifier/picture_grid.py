@@ -1,0 +1,102 @@
+"""A few validation pictures at several noise levels, and what a classifier takes them for.
+
+Kept as one PNG of bare tiles, a row a picture and a column a level, which anybody can look at; what
+was predicted stands in the PNG's own text, under TEXT_KEY, as JSON. predictions.py makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+TEXT_KEY = "ds_classifier pictures"
+RIGHT, WRONG = (0, 114, 178), (213, 94, 0)  # blue and vermilion: told apart by the colour-blind
+MARKED_SIDE, CAPTION = 64, 15  # pixels of a tile at least, and of the words under it
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted of a grid's pictures. R rows, L levels."""
+
+    step: int | None
+    t: list[int]  # [L]
+    log_snr: list[float]  # [L]
+    shrunk: int  # the factor by which the tiles are smaller than what was classified
+    positions: list[int]  # [R], in the validation set
+    labels: list[int]  # [R]
+    predicted: list[list[int]]  # [R][L] classes
+    confidence: list[list[float | None]]  # [R][L] of them, 0 .. 1; None: not finite
+
+
+@dataclass(frozen=True)
+class PictureGrid:
+    """tiles: uint8 [R, L, side, side, 3]."""
+
+    tiles: np.ndarray
+    predictions: Predictions
+
+
+def save_grid(grid: PictureGrid, path: Path) -> None:
+    """Write the PNG, at once."""
+    rows, levels, side = grid.tiles.shape[:3]
+    sheet = grid.tiles.transpose(0, 2, 1, 3, 4).reshape(rows * side, levels * side, 3)
+    text = PngInfo()
+    text.add_text(TEXT_KEY, json.dumps(asdict(grid.predictions)))
+    staging = path.with_name(f".{path.name}.staging")
+    Image.fromarray(sheet).save(staging, format="PNG", pnginfo=text)
+    os.replace(staging, path)
+
+
+def load_grid(path: Path) -> PictureGrid | None:
+    """What save_grid wrote; None for any other file, or none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            predictions = Predictions(**json.loads(image.text[TEXT_KEY]))
+            pixels = np.asarray(image.convert("RGB"))
+        rows, levels = len(predictions.labels), len(predictions.t)
+        height, width = pixels.shape[0] // rows, pixels.shape[1] // levels
+        tiles = pixels.reshape(rows, height, levels, width, 3).transpose(0, 2, 1, 3, 4)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+    return PictureGrid(tiles, predictions)
+
+
+def marked_sheet(grid: PictureGrid, classes: Sequence[str]) -> np.ndarray:
+    """The grid with its predictions written under the tiles, uint8 [h, w, 3], for TensorBoard.
+
+    A frame is blue where the prediction is right, and vermilion where it is wrong.
+    """
+    rows, levels, side = grid.tiles.shape[:3]
+    factor = max(1, MARKED_SIDE // side)
+    side, frame = side * factor, 2
+    cell = (side + 2 * frame + 2, side + 2 * frame + CAPTION)
+    canvas = Image.new("RGB", (levels * cell[0], rows * cell[1] + CAPTION), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
+    for j, t in enumerate(grid.predictions.t):
+        draw.text((j * cell[0] + frame, 0), f"t = {t}", fill="black", font=font)
+    for i, label in enumerate(grid.predictions.labels):
+        for j in range(levels):
+            left, top = j * cell[0], CAPTION + i * cell[1]
+            predicted = grid.predictions.predicted[i][j]
+            color = RIGHT if predicted == label else WRONG
+            draw.rectangle(
+                (left, top, left + side + 2 * frame - 1, top + side + 2 * frame - 1), fill=color
+            )
+            tile = grid.tiles[i, j].repeat(factor, axis=0).repeat(factor, axis=1)
+            canvas.paste(Image.fromarray(tile), (left + frame, top + frame))
+            sure = grid.predictions.confidence[i][j]
+            percent = "-" if sure is None else f"{100 * sure:.0f}%"
+            name = classes[predicted]
+            while name and font.getlength(f"{name} {percent}") > side:
+                name = name[:-1]
+            place = (left + frame, top + side + 2 * frame)
+            draw.text(place, f"{name} {percent}", fill=color, font=font)
+    return np.asarray(canvas)

@@ -1,0 +1,100 @@
+"""What a classifier takes a few validation pictures for, at several noise levels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from ds_classifier.data.loader import ShardDataset
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
+from ds_classifier.evaluation import VALIDATION_SEED, log_snr
+from ds_classifier.picture_grid import PictureGrid, Predictions
+
+ROWS, LEVELS = 10, 8
+TILE_SIDE = 128  # pixels; larger pictures are shrunk by a whole factor
+
+
+def choose_positions(shards: ShardSet, rows: int = ROWS) -> np.ndarray:
+    """The first picture of up to `rows` classes, evenly spaced among those there are: [R] int64.
+
+    Behind a URL, of the first shard alone, so that no other is fetched for them.
+    """
+    labels = shards.index["label"]
+    if isinstance(shards, RemoteShardSet):
+        labels = labels[: shards.manifest.shards[0].samples]
+    classes, first = np.unique(labels, return_index=True)
+    places = np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)
+    return first[places].astype(np.int64)
+
+
+@torch.no_grad()
+def predict_grid(
+    classifier: nn.Module,
+    diffusion: GaussianDiffusion,
+    shards: ShardSet,
+    *,
+    image_size: int,
+    channels: int,
+    device: torch.device,
+    step: int | None = None,
+) -> PictureGrid | None:
+    """Classify the grid on this rank alone, with the noise of the evaluation; None if no picture
+    decodes."""
+    training = classifier.training
+    dataset = ShardDataset(shards, image_size=image_size, channels=channels)
+    batch = dataset[choose_positions(shards)]
+    decoded = batch.weights > 0
+    if not decoded.any():
+        return None
+    images, positions = batch.images[decoded], batch.positions[decoded]
+    noise = keyed_noise(
+        VALIDATION_SEED, "validation", positions.to(device), tuple(images.shape[1:])
+    )
+    x_start = images.to(device).float() / 127.5 - 1.0  # [R, S, S, C]
+    # Evenly spaced in t, as training draws it; even in log-SNR, half of them would be mere noise.
+    last = diffusion.num_timesteps - 1
+    levels = sorted({round(i * last / (LEVELS - 1)) for i in range(LEVELS)})
+    factor = max(1, math.ceil(image_size / TILE_SIDE))
+    tiles, predicted, confidence = [], [], []
+    classifier.eval()
+    for level in levels:
+        t = torch.full((len(positions),), level, device=device)
+        x_t = diffusion.q_sample(x_start, t, noise)
+        rows = []
+        for one, its_t in zip(x_t.permute(0, 3, 1, 2).split(4), t.split(4), strict=True):
+            rows.append(classifier(one, diffusion.model_timesteps(its_t)).float().softmax(dim=1))
+        surest = torch.cat(rows).max(dim=1)
+        tiles.append(_as_pixels(x_t, factor))
+        predicted.append(surest.indices.tolist())
+        confidence.append([v if math.isfinite(v) else None for v in surest.values.tolist()])
+    classifier.train(training)
+    snr = log_snr(diffusion)
+    return PictureGrid(
+        np.stack(tiles, axis=1),
+        Predictions(
+            step=step,
+            t=levels,
+            log_snr=[float(snr[t]) for t in levels],
+            shrunk=factor,
+            positions=positions.tolist(),
+            labels=batch.labels[decoded].tolist(),
+            predicted=[list(row) for row in zip(*predicted, strict=True)],
+            confidence=[list(row) for row in zip(*confidence, strict=True)],
+        ),
+    )
+
+
+def _as_pixels(x_t: torch.Tensor, factor: int) -> np.ndarray:
+    """x_t [R, S, S, C] as uint8 [R, S/factor, S/factor, 3], what exceeds [-1, 1] cut off.
+
+    Of one or two channels the first is shown in grey, of four the first three in colour.
+    """
+    x = x_t[..., :3] if x_t.shape[-1] >= 3 else x_t[..., :1].expand(*x_t.shape[:-1], 3)
+    pixels = ((x + 1) * 127.5).clamp(0, 255).permute(0, 3, 1, 2)
+    pixels = torch.nn.functional.avg_pool2d(pixels, factor).permute(0, 2, 3, 1)
+    return pixels.round().byte().cpu().numpy()

@@ -1,0 +1,284 @@
+"""The report's parts on training: the headline, what the numbers say, the curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from ds_classifier.report_charts import (
+    BLUE,
+    GREEN,
+    QUARTILE_COLORS,
+    SLATE,
+    VERMILION,
+    Axis,
+    Line,
+    line_chart,
+    percent,
+    short,
+)
+from ds_classifier.report_data import Columns, Run, jobs_of, thin
+
+GOOD, NOTE, BAD = "good", "note", "bad"
+SIGNS = {GOOD: "✓", NOTE: "i", BAD: "!"}
+NOTHING_LEARNT = 0.98  # of ln(classes): a loss above it is that of guessing
+WAITING = 0.2  # share of time waiting for data that is worth a word
+WORSE = 1.1  # times the best validation loss: past its best
+TOP_5_FROM = 20  # classes: of fewer it says little
+RECENT = 5  # rows of the log whose mean stands for now
+
+
+# ------------------------------------------------------------------------------ headline
+
+
+def headline(run: Run) -> str:
+    """The last numbers in large figures."""
+    held_out = run.validation.rows > 0
+    source, prefix = (run.validation, "val") if held_out else (run.training, "train")
+    where = "held out" if held_out else "training, no validation"
+    figures = [
+        (_percent(source.last(f"{prefix}_acc@1")), "top-1, all noise levels", where),
+        (_percent(source.last(f"{prefix}_acc@1_t0")), "top-1 at t = 0", where)
+        if held_out
+        else (_percent(source.last("train_acc@1_q0")), "top-1, least noise", "first quarter of t"),
+        (_number(source.last(f"{prefix}_loss")), "cross-entropy, nats", _chance(run)),
+        (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
+        (_speed(run), "pictures a second", _wait(run)),
+        best_checkpoint(run),
+    ]
+    cells = "".join(
+        f'<div class="figure"><b>{escape(value)}</b><span>{escape(what)}</span>'
+        f"<small>{escape(more)}</small></div>"
+        for value, what, more in figures
+    )
+    return f'<div class="figures">{cells}</div>'
+
+
+def best_checkpoint(run: Run) -> tuple[str, str, str]:
+    """Its step, and its validation loss; of checkpoints/best."""
+    name, _, loss = run.best.partition(" val_loss ")
+    step = name.removeprefix("step-").lstrip("0")
+    if not name or not (step.isdigit() and loss):
+        return "-", "best checkpoint", "none is validated yet"
+    return f"{int(step):,}", "best checkpoint's step", f"validation loss {float(loss):.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _chance(run: Run) -> str:
+    classes = run.num_classes
+    return f"guessing: ln {classes:,} = {math.log(classes):.3f}" if classes else ""
+
+
+def _samples(run: Run) -> str:
+    samples = run.training.last("samples")
+    return f"{short(samples)} pictures seen" if samples else ""
+
+
+def _speed(run: Run) -> str:
+    speed = _recent(run.training, "images_per_sec")
+    return "-" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+
+
+def _wait(run: Run) -> str:
+    wait = _recent(run.training, "data_wait_frac")
+    return "" if wait is None else f"waiting for data {100 * wait:.0f} %"
+
+
+def _recent(columns: Columns, key: str) -> float | None:
+    """The mean of its last rows."""
+    known = [value for value in columns[key][-RECENT:] if math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+# ------------------------------------------------------------------------------ checks
+
+
+def checks(run: Run) -> str:
+    """What the numbers say, a line each."""
+    found = [*_learning(run), *_validating(run), *_losses(run)]
+    if not found:
+        found = [(NOTE, "No step is logged yet; the first line comes after --log_interval steps.")]
+    rows = "".join(
+        f'<li class="{kind}"><i>{SIGNS[kind]}</i><span>{escape(words)}</span></li>'
+        for kind, words in found
+    )
+    return f'<ul class="checks">{rows}</ul>'
+
+
+def _learning(run: Run) -> list[tuple[str, str]]:
+    loss, classes = _recent(run.training, "train_loss"), run.num_classes
+    if not run.training.rows:
+        return []
+    if loss is None:
+        return [(BAD, "The last training losses are not finite: lower --lr, or use a bf16 config.")]
+    if not classes:
+        return [(NOTE, f"Training loss {loss:.3f}; the number of classes is not known.")]
+    guessing = math.log(classes)
+    if loss > NOTHING_LEARNT * guessing:
+        return [
+            (BAD, f"Nothing learnt yet: training loss {loss:.3f}, guessing gives ln {classes:,} = "
+             f"{guessing:.3f}. Early in a run that is usual; later, try another --lr.")
+        ]  # fmt: skip
+    quartiles = [_recent(run.training, f"train_acc@1_q{q}") for q in range(4)]
+    words = ", ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
+    return [
+        (GOOD, f"It learns: training loss {loss:.3f}, guessing gives {guessing:.3f}. Top-1 by "
+         f"quartile of t, from little noise to nearly all: {words} %; chance is "
+         f"{100 / classes:.2g} %.")
+    ]  # fmt: skip
+
+
+def _validating(run: Run) -> list[tuple[str, str]]:
+    points = [p for p in run.validation.points("val_loss") if math.isfinite(p[1])]
+    if not points:
+        return [(NOTE, "No validation: what stands here is of the training pictures.")] * bool(
+            run.training.rows
+        )
+    best_step, best = min(points, key=lambda point: point[1])
+    step, last = points[-1]
+    since = [loss for step, loss in points if step > best_step][-3:]
+    if since and min(since) > WORSE * best:
+        return [
+            (BAD, f"Past its best: validation loss {best:.3f} at step {best_step:,.0f}, "
+             f"{last:.3f} at step {step:,.0f}. It overfits; take checkpoints/best, train "
+             "shorter, or raise --weight_decay.")
+        ]  # fmt: skip
+    train = _recent(run.training, "train_loss")
+    beside = f", training loss {train:.3f}" if train is not None else ""
+    return [
+        (GOOD, f"Validation loss {last:.3f} at step {step:,.0f}{beside}; its best is {best:.3f}, "
+         f"at step {best_step:,.0f}.")
+    ]  # fmt: skip
+
+
+def _losses(run: Run) -> list[tuple[str, str]]:
+    """What went lost, and what was waited for."""
+    found = []
+    wait = _recent(run.training, "data_wait_frac")
+    if wait is not None and wait > WAITING:
+        found.append(
+            (BAD, f"{100 * wait:.0f} % of the time goes on waiting for data: more --workers, "
+             "smaller stored pictures (make_shards.py --image_size), or --resize fast.")
+        )  # fmt: skip
+    skipped = int(run.training.last("skipped_steps") or len(run.skipped))
+    if skipped:
+        usual = run.deepspeed.get("fp16", {}).get("enabled") and skipped <= 0.01 * run.step + 20
+        why = "; fp16's loss scale finds its size so" if usual else ""
+        found.append(
+            (NOTE if usual else BAD, f"{_count(skipped, 'step')} without a finite gradient were "
+             f"skipped{why}.")
+        )  # fmt: skip
+    bad = int(run.training.last("bad_samples") or len(run.bad_samples))
+    if bad:
+        found.append(
+            (NOTE, f"{_count(bad, 'picture')} could not be decoded; bad_samples.rank*.jsonl lists "
+             "them.")
+        )  # fmt: skip
+    failed = sum(event["event"] == "save failed" for event in run.events)
+    if failed:
+        found.append((BAD, f"{_count(failed, 'checkpoint')} could not be written."))
+    ends = [job.end for job in jobs_of(run)]
+    unplanned = sum(end in ("killed", "failed") for end in ends)
+    if unplanned:
+        found.append(
+            (NOTE, f"{unplanned} of {_count(len(ends), 'job')} ended by a fault or a kill; the "
+             "time line tells.")
+        )  # fmt: skip
+    if run.training.rows and not (skipped or bad or failed or unplanned):
+        found.append((GOOD, "No step skipped, no picture lost, every checkpoint written."))
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
+# ------------------------------------------------------------------------------ curves
+
+
+def curves(run: Run) -> str:
+    """Small charts over steps."""
+    train, val = run.training, run.validation
+    if not train.rows and not val.rows:
+        return '<div class="empty">No step is logged yet.</div>'
+    classes = run.num_classes
+    chance = (100 / classes, "chance") if classes else None
+    guess = (math.log(classes), "guessing") if classes else None
+    share = Axis("%", low=0, high=100, text=percent)
+    nats = Axis("nats", low=0)
+    charts = [
+        _chart(run, "Cross-entropy", nats, _train_and_val(run, "loss", 1), guess),
+        _chart(run, "Top-1 accuracy", share, _train_and_val(run, "acc@1", 100), chance),
+        _chart(run, "Training loss by quartile of t", nats, _quartiles(train, "train_loss", 1)),
+        _chart(run, "Training top-1 by quartile", share, _quartiles(train, "train_acc@1", 100)),
+    ]
+    if val.rows:
+        lines = _quartiles(val, "val_acc@1", 100)
+        charts.append(_chart(run, "Validation top-1 by quartile", share, lines))
+    if classes > TOP_5_FROM:
+        charts.append(_chart(run, "Top-5 accuracy", share, _train_and_val(run, "acc@5", 100)))
+    of_machine = [
+        ("Gradient norm", "grad_norm", 1, Axis("", low=0)),
+        ("Learning rate", "lr", 1, Axis("", low=0)),
+        ("Loss scale", "lg_loss_scale", 1, Axis("", text=_power)),
+        ("Speed", "images_per_sec", 1, Axis("pictures a second", low=0)),
+        ("Waiting for data", "data_wait_frac", 100, Axis("% of the time", low=0, text=percent)),
+    ]
+    for title, key, scale, axis in of_machine:
+        if key != "lg_loss_scale" or any(value > 0 for value in train[key]):
+            charts.append(_chart(run, title, axis, [_line(train, key, "", SLATE, scale=scale)]))
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _power(exponent: float) -> str:
+    """A power of two; fractions of exponents have no tick's words."""
+    return f"2^{exponent:g}" if exponent == round(exponent) else ""
+
+
+def _chart(
+    run: Run,
+    title: str,
+    y: Axis,
+    lines: Sequence[Line],
+    level: tuple[float, str] | None = None,
+) -> str:
+    steps = Axis("step", low=0, high=max(run.step, 1))
+    return line_chart(title, lines, steps, y, level=level)
+
+
+def _train_and_val(run: Run, name: str, scale: float) -> list[Line]:
+    lines = [_line(run.training, f"train_{name}", "training", BLUE, scale=scale)]
+    if run.validation.rows:
+        lines += [
+            _line(run.validation, f"val_{name}", "validation", VERMILION, scale=scale),
+            _line(run.validation, f"val_{name}_t0", "its t = 0", GREEN, scale=scale, dash="5 3"),
+        ]
+    return lines
+
+
+def _quartiles(columns: Columns, name: str, scale: float) -> list[Line]:
+    return [
+        _line(columns, f"{name}_q{q}", f"q{q}", color, scale=scale)
+        for q, color in enumerate(QUARTILE_COLORS)
+    ]
+
+
+def _line(
+    columns: Columns, key: str, name: str, color: str, *, scale: float = 1, dash: str = ""
+) -> Line:
+    thinned = thin(columns.points(key))
+    return Line(
+        name,
+        [(x, scale * y) for x, y in thinned.points],
+        color,
+        band=[(x, scale * low, scale * high) for x, low, high in thinned.band],
+        dash=dash,
+    )
