@@ -17,6 +17,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from ds_classifier import files
+
 
 class AgreedError(ValueError):
     """What all ranks raise alike: each may leave by itself, and one of them tells."""
@@ -171,7 +173,7 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
         try:
             outcome["result"] = task()
         except (ValueError, OSError) as error:
-            outcome["error"] = str(error)
+            outcome["error"] = files.problem(error)
         except Exception as error:
             # A bug: the others must not wait for a result that will not come.
             broadcast_json({"error": f"rank 0: {type(error).__name__}: {error}"}, device)
@@ -188,7 +190,7 @@ def together(task: Callable[[], Any], device) -> Any:
     try:
         result = task()
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = files.problem(error)
     raise_together(problem, device)
     return result
 

@@ -9,6 +9,8 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ds_classifier import files
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path, obstacles = export_reference(arguments.source, arguments.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
     print(path)
     if obstacles:

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
+    ["files"],
     [
-        "files",
         "keyed_random",
         "model",
         "distributed",
