@@ -325,7 +325,8 @@ def _training_parser() -> argparse.ArgumentParser:
         usage="deepspeed [launcher flags] launch/train.py --deepspeed_config JSON [flags]",
         epilog=textwrap.dedent(f"""\
             The JSON says how to train (micro-batch, precision, ZeRO, optimizer, schedule); "auto"
-            in it stands for a number that these flags own. In ds_configs/: {shipped}.
+            in it stands for a number that these flags own. In ds_configs/:
+            {shipped}.
 
             Examples:
               python launch/make_shards.py convert digits data

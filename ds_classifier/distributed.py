@@ -17,7 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from ds_classifier import launcher, rendezvous
+from ds_classifier import files, launcher, rendezvous
 
 
 class AgreedError(ValueError):
@@ -245,7 +245,7 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
         try:
             outcome["result"] = task()
         except (ValueError, OSError) as error:
-            outcome["error"] = str(error)
+            outcome["error"] = files.problem(error)
         except Exception as error:
             # A bug: the others must not wait for a result that will not come.
             broadcast_json({"error": f"rank 0: {type(error).__name__}: {error}"}, device)
@@ -262,7 +262,7 @@ def together(task: Callable[[], Any], device) -> Any:
     try:
         result = task()
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = files.problem(error)
     raise_together(problem, device)
     return result
 

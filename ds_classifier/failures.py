@@ -17,7 +17,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from ds_classifier import distributed
+from ds_classifier import distributed, files
 
 FAILED = 1  # exit code: an error that is not the user's
 WRONG_USE = 2  # exit code: what the user asked for cannot be done
@@ -30,7 +30,7 @@ _VOTE = ("ds_classifier/shutdown.py", "_count")
 
 def summary(error: BaseException) -> str:
     """The line that says what is wrong; a loader worker's error comes with its whole traceback."""
-    text = str(error).strip()
+    text = files.problem(error).strip()
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1]
     if isinstance(error, (ValueError, OSError, FloatingPointError)):

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
+def problem(error: Exception) -> str:
+    """What an error says; of one of the system, the file and the reason, without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 def sha256(path: Path) -> str:
     """The hash of a file's bytes, in hex."""
     digest = hashlib.sha256()

@@ -21,6 +21,7 @@ from ds_classifier import distributed, failures, processes
 from ds_classifier.peers import Peers
 
 DATA, COMPUTING, COLLECTIVE = "data", "forward/backward", "collective"
+_END = object()  # of the batches
 _TICK_SECONDS = 1.0
 _CONFIRM_SECONDS = 2.0  # a rank that is leaving in peace is gone for no longer than this
 _CAUSE_SECONDS = 5.0  # for the cause of a broken collective to show
@@ -117,12 +118,10 @@ class Watchdog:
         while True:
             before = self._place
             self._place = replace(before, phase=DATA, since=time.monotonic())
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, _END)  # an error leaves the phase as it is: it happened there
+            self._place = replace(before, since=time.monotonic())
+            if batch is _END:
                 return
-            finally:
-                self._place = replace(before, since=time.monotonic())
             yield batch
 
     def _go(self, activity: str, phase: str, step: int) -> None:

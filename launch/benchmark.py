@@ -25,6 +25,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 import numpy as np
 
+from ds_classifier import files
 from ds_classifier.config import Settings
 
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
     _print_table(rows)
     if arguments.json:

@@ -11,13 +11,15 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ds_classifier import files
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command again goes on", file=sys.stderr)

@@ -159,6 +159,7 @@ def test_malformed_flags_end_with_code_2(flags, words, capsys):
 def test_help_is_complete(tmp_path):
     done = run_python(ROOT / "launch" / "train.py", "--help", cwd=tmp_path)
     assert done.code == 0
+    assert max(map(len, done.lines)) <= 100
     for word in (
         "--data_dir",
         "--resume_checkpoint",

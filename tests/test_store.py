@@ -29,7 +29,7 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, Shard, open_shards
 from ds_classifier.data.sources import Source, open_source
-from ds_classifier.data.store import ShardStore, open_split
+from ds_classifier.data.store import ShardStore, open_named, open_split
 
 SIZE = 300_000
 FAST = dict(stall_timeout_s=0.5, retries=3, pause_s=0.02)
@@ -684,6 +684,17 @@ def test_hostile_manifests_are_refused(many_shards, tmp_path, monkeypatch, chang
     ):
         open_split(server.url, cache_dir=tmp_path / "cache", **FAST)
     assert not [path for path in (tmp_path / "cache").glob("**/*.tar")]
+
+
+def test_a_split_that_is_not_served_is_wrong_use(served, tmp_path):
+    """A ValueError, which ends with exit code 2; a server in trouble is another matter."""
+    server, _, _ = served
+    named = dict(cache_dir=str(tmp_path / "cache"), cache_gb=1.0, image_size=8)
+    with pytest.raises(ValueError, match="1 try; the last: HTTP 404") as error:
+        open_named(f"{server.url}/nowhere", **named)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"1 try; the last: .*/manifest.json: No such file"):
+        open_named(f"file:{tmp_path}/nowhere", **named)
 
 
 def test_small_files_have_a_limit(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, run_python
 
 FAULTS = {
     "peace": "9:none",
@@ -49,6 +49,32 @@ def last_words(row: dict, *words: str) -> None:
     assert row["screen"][-1].startswith("error: ")
     for word in words:
         assert word in row["screen"][-1]
+
+
+BROKEN_LOADER = """
+from pathlib import Path
+from ds_classifier import distributed
+from ds_classifier.watchdog import Watchdog
+
+def batches():
+    yield "the first"
+    raise FileNotFoundError(2, "No such file or directory", "train-000003.tar")
+
+minutes = dict(start=1, step=1, save=1, validation=1)
+with Watchdog(Path("run"), minutes=minutes) as watch:
+    distributed.init()
+    watch.join()
+    watch.stepping(5)
+    for batch in watch.batches(batches()):
+        pass
+"""
+
+
+def test_an_error_of_the_loader_is_one_of_the_data(tmp_path):
+    done = run_python("-c", BROKEN_LOADER, cwd=tmp_path)
+    assert done.code == 1
+    assert any("at step 5, data" in line for line in done.lines), done.output
+    assert done.lines[-1] == "error: train-000003.tar: No such file or directory"
 
 
 @pytest.mark.faults

@@ -266,11 +266,11 @@ def _failures() -> Iterator[None]:
         restart = error.code == 416
         raise _Failed(f"HTTP {error.code} {error.reason}", final=final, restart=restart) from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise _Failed(str(error), final=True) from None
+        raise _Failed(files.problem(error), final=True) from None
     except TimeoutError:
         raise _Failed("stalled: no answer within the time-out") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Failed(f"{type(error).__name__}: {error}") from None
+        raise _Failed(f"{type(error).__name__}: {files.problem(error)}") from None
 
 
 @contextmanager

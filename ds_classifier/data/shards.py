@@ -234,8 +234,10 @@ def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.
     """
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: got no such file; do: convert again") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; do: convert again") from None
+        raise ValueError(f"{path}: got no index ({error}); do: convert again") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
         raise ValueError(
             f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "

@@ -17,7 +17,15 @@ from functools import partial
 from pathlib import Path
 
 from ds_classifier.data.cache import FileCache
-from ds_classifier.data.fetch import Patience, fetch_file, fetch_small, refuse_pipe, scheme, shown
+from ds_classifier.data.fetch import (
+    NotServed,
+    Patience,
+    fetch_file,
+    fetch_small,
+    refuse_pipe,
+    scheme,
+    shown,
+)
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -346,14 +354,18 @@ def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: in
     """Open a split that the command line names, by a path or a URL, for pictures of image_size.
 
     cache_dir, cache_gb: of the node, for shards behind a URL; 0 gigabytes: no limit.
-    Raises ValueError where there is none, or where its pictures are stored smaller than that.
+    Raises ValueError where there is none, or the server says so, or where its pictures are stored
+    smaller than that.
     """
-    split = open_split(
-        location,
-        cache_dir=Path(cache_dir).expanduser(),
-        budget_bytes=int(cache_gb * 1e9) or None,
-        allow_pipe=True,  # the command line itself names it
-    )
+    try:
+        split = open_split(
+            location,
+            cache_dir=Path(cache_dir).expanduser(),
+            budget_bytes=int(cache_gb * 1e9) or None,
+            allow_pipe=True,  # the command line itself names it
+        )
+    except NotServed as error:  # nothing is there: the address is wrong, not the connection
+        raise ValueError(str(error)) from None
     stored = split.manifest.image_size
     if stored is not None and image_size > stored:
         raise ValueError(
