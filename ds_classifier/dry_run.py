@@ -382,7 +382,7 @@ def time_lines(
     done = rehearsed(batch)
     cut = ""
     if done.accumulation < batch.accumulation:
-        cut = f", worked out from {done.accumulation} of its {batch.accumulation} micro-batches"
+        cut = f", from {done.accumulation} of its {batch.accumulation} micro-batches"
     total = steps * seconds + saves * save.held
     parts = [f"{steps:,} steps x {_seconds(seconds)}"]
     if validation is not None:

@@ -64,7 +64,7 @@ def test_a_dry_run_through_the_launcher(digits, tmp_path):
     without_paths = [re.sub(r"/\S+", "", line) for line in done.lines]
     assert max(map(len, without_paths)) <= 120, done.output
     assert "global batch 16 = 2 micro-batch x 4 accumulation x 2 ranks" in done.output
-    assert "worked out from 2 of its 4 micro-batches" in done.output
+    assert "from 2 of its 4 micro-batches" in done.output
     assert "loaded back equal" in done.output
     assert "at most 5 at a time" in done.output  # those of 25, 50, 75, 100, and the one in hand
 
@@ -162,7 +162,7 @@ def test_the_time_of_a_run_on_paper():
         saves=4,
         gflops_per_image=3.0,
     )
-    assert "500 ms (median of 5, worked out from 2 of its 4 micro-batches)" in lines[0]
+    assert "500 ms (median of 5, from 2 of its 4 micro-batches)" in lines[0]
     assert "128.0 images/s, 192 GFLOP/s a rank, 25% waiting" in lines[0]
     assert lines[1].split(" = ")[0].endswith("about 0:08:31")
 

@@ -64,7 +64,7 @@ def test_the_lines_of_the_readme(run, digits, tmp_path):
     ):
         (tmp_path / name).write_bytes(sample.read())
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert re.fullmatch(r"\['the \d', 'the \d'\]\n", done.stdout), done.stdout
     assert not done.stderr
