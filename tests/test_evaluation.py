@@ -348,6 +348,6 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
         assert max(map(len, tables)) <= 100
     assert records[0]["data"]["samples"] == 360
 
-    done = launch(1, run, "--image_size", 8, script=EVALUATE, cwd=tmp_path)
+    done = launch(1, run, "--image_size", 16, script=EVALUATE, cwd=tmp_path)
     assert done.code == 2
     assert "got --image_size; need none" in done.output
