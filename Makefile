@@ -1,5 +1,5 @@
 # make install     everything into .venv, made once
-# make quickstart  digits -> shards -> two ranks -> validation -> export -> guided samples
+# make quickstart  digits -> shards -> two ranks -> evaluation, report -> export -> guided samples
 # make test        the suite, less the long fault injections; needs no GPU
 # make test-faults those: runs that are killed, starved and damaged, and must come back
 # make lint        ruff, as CI runs it

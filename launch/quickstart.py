@@ -1,11 +1,12 @@
-"""The whole way on the handwritten digits, in a few minutes: shards, training, validation,
-export, guided samples.
+"""The whole way on the handwritten digits, in a few minutes: shards, training, evaluation with a
+report, export, guided samples.
 
 `make quickstart` runs it. Everything lands in data/digits/ and runs/quickstart/.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ GUIDANCE_SCALE = 10  # of 1, 3, 10, 30 the least that most samples follow
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="quickstart.py", description=__doc__).parse_args()
     RUN.mkdir(parents=True, exist_ok=True)
     print("1. shards of the 1,797 handwritten digits that scikit-learn carries", flush=True)
     if code := call([sys.executable, ROOT / "launch/make_shards.py", "convert", "digits", DATA]):
@@ -34,10 +36,13 @@ def main() -> int:
     if code := call(training_command(config, ranks)):
         return code
     minutes = (time.monotonic() - began) / 60
-    print("3. the classifier to take away", flush=True)
+    print("3. what it knows at each noise level", flush=True)
+    if code := call([sys.executable, ROOT / "launch/evaluate.py", RUN]):
+        return code
+    print("4. the classifier to take away", flush=True)
     if code := call([sys.executable, ROOT / "launch/export.py", RUN]):
         return code
-    print("4. digits guided by it, beside unguided ones", flush=True)
+    print("5. digits guided by it, beside unguided ones", flush=True)
     if code := call(sampling_command()):
         return code
     if trained_before:

@@ -19,6 +19,8 @@ FLAGS = shlex.split(
 )
 
 if __name__ == "__main__":
+    device = distributed.init()
+    distributed.init = lambda: device
     leave, distributed.finish = distributed.finish, lambda: None
     weights, *sets = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     for shards, batch, out in zip(*[iter(sets)] * 3, strict=True):

@@ -296,7 +296,7 @@ def test_the_screen_of_a_run(digits, tmp_path):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         *("checkpoints", "command.sh", "config.json", "deepspeed.json", "env.json", "DONE"),
-        *("log.jsonl", "progress.csv", "tb"),
+        *("log.jsonl", "progress.csv", "tb", "events.jsonl", "eval", "report.html"),
     }
     assert json.loads((run / "config.json").read_text())["num_classes"] == 10
     validation = read_log(run)[-1]
