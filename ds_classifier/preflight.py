@@ -1,28 +1,93 @@
-"""Looking at all nodes before an expensive start: `launch/train.py --preflight`.
-
-What keeps a run from starting is found where every run starts, in `distributed.init`. This shows
-what was found, and measures the way between the nodes.
+"""Joining the ranks of a run, all alike and able to start; and looking at them before an expensive
+start: `launch/train.py --preflight`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_classifier import distributed, launcher, rendezvous
+from ds_classifier import engine as engines
+from ds_classifier.checkpoint_writer import check_room
+from ds_classifier.config import OF_A_NODE
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.ds_config import Resolved
+from ds_classifier.model import create_classifier
 
 PROBE_BYTES = 2**24
 _PROBES = 4
 # What libraries listen to and deepspeed's launcher does not pass on to other nodes.
 _NOT_PASSED_ON = ("GLOO_", "TORCH_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "CUDA_", "NVIDIA_")
 _OF_THE_LAUNCHER = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR")
+
+
+def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> torch.device:
+    """Join the other ranks; raises AgreedError on all if one cannot start, or differs."""
+    minutes = resolved.settings.time_outs()
+    return distributed.init(
+        # Longer than the watchdog's own time-outs, which tell more.
+        timedelta(minutes=5 + max(minutes.values())),
+        start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
+        same=same_on_all_ranks(resolved, shards, val_shards),
+        check=lambda device: engines.precision_problem(resolved.ds_config, device),
+    )
+
+
+def same_on_all_ranks(
+    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None
+) -> dict[str, Any]:
+    """What ranks must not have otherwise: flags, the completed JSON, the pictures, the classes."""
+    same = {f"--{name}": v for name, v in dataclasses.asdict(resolved.settings).items()}
+    for name in OF_A_NODE:
+        same.pop(f"--{name}")
+    same |= {f"the JSON's {name}": value for name, value in resolved.ds_config.items()}
+    for name, split in (("training", shards), ("validation", val_shards)):
+        same[f"the {name} data (fingerprint)"] = split and split.manifest.fingerprint[:12]
+    return same
+
+
+def look(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> None:
+    """All that is checked before a run is built, and on the screen a table of the nodes."""
+    began = time.monotonic()
+    device = join(resolved, shards, val_shards)
+    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
+    with torch.device("meta"):
+        classifier = create_classifier(**settings.model_kwargs())
+    parameters = sum(p.numel() for p in classifier.parameters())
+    distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
+    if distributed.rank() == 0:
+        for folder in (run_dir / "checkpoints", run_dir):
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+    folders = [run_dir] if distributed.rank() == 0 else []
+    if isinstance(shards, RemoteShardSet):
+        folders.append(Path(settings.cache_dir))
+    found = look_at_rank(engines.describe_device(device), folders)
+    ranks = distributed.gather_json(found, device)
+    rate = reduction_rate(device)
+    say = distributed.say
+    say("\n".join(table(ranks)))
+    say(f"batch: {resolved.batch}")
+    if rate:
+        say(f"all ranks sum {PROBE_BYTES >> 20} MiB at {rate / 1e9:.2f} GB/s")
+    for note in notes(ranks) if distributed.rank() == 0 else []:
+        say(f"note: {note}")
+    say(
+        f"all {len(ranks)} ranks can start alike: code, libraries, settings, JSON, pictures; this "
+        f"took {time.monotonic() - began:.1f} s"
+    )
 
 
 def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:

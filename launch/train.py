@@ -15,9 +15,7 @@ import platform
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import distributed, events, failures, launcher
-from ds_classifier.config import OF_A_NODE, CommandLine, Settings, parse_training_command
+from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_named
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
@@ -52,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: CommandLine, requests: StopRequests) -> int:
     """Train as the command says; returns the exit code. Raises ValueError for wrong use."""
+    distributed.quiet_libraries()
     world_size = distributed.world_size()
     if command.settings.expect_world not in (0, world_size):
         raise ValueError(
@@ -78,7 +77,12 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=home)
     with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
         if command.preflight:
-            return look_before(resolved, shards, val_shards, watch)
+            from ds_classifier import preflight
+
+            preflight.look(resolved, shards, val_shards)
+            watch.leave()
+            distributed.finish()
+            return 0
         return train_on(command, resolved, shards, val_shards, watch, requests)
 
 
@@ -126,10 +130,9 @@ def train_on(
     requests: StopRequests,
 ) -> int:
     """Build everything, find where to start, do what was asked for; returns the exit code."""
-    distributed.quiet_libraries()
     import torch
 
-    from ds_classifier import checkpoint
+    from ds_classifier import checkpoint, preflight
     from ds_classifier import engine as engines
     from ds_classifier.checkpoint_writer import check_room
     from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
@@ -145,7 +148,7 @@ def train_on(
     parameters = sum(p.numel() for p in classifier.parameters())
     ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
-    device = meet(resolved, shards, val_shards)
+    device = preflight.join(resolved, shards, val_shards)
     requests.defer()
     watch.join()
     lock = RunLock(run_dir)
@@ -501,74 +504,6 @@ def guessing(shards: ShardSet):
 
     every = max(1, len(shards.index) // 1_000_000)
     return Guessing.of(shards.index["label"][::every], len(shards.manifest.classes))
-
-
-def meet(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None):
-    """Join the other ranks, all able to start and alike; returns the device."""
-    from ds_classifier import engine as engines
-
-    minutes = resolved.settings.time_outs()
-    return distributed.init(
-        # Longer than the watchdog's own time-outs, which tell more.
-        timedelta(minutes=5 + max(minutes.values())),
-        start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
-        same=same_on_all_ranks(resolved, shards, val_shards),
-        check=lambda device: engines.precision_problem(resolved.ds_config, device),
-    )
-
-
-def look_before(
-    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, watch: Watchdog
-) -> int:
-    """--preflight: all that is checked before a run is built, and a table of the nodes."""
-    began = time.monotonic()
-    distributed.quiet_libraries()
-    import torch
-
-    from ds_classifier import engine as engines
-    from ds_classifier import preflight
-    from ds_classifier.checkpoint_writer import check_room
-    from ds_classifier.model import create_classifier
-
-    device = meet(resolved, shards, val_shards)
-    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
-    with torch.device("meta"):
-        classifier = create_classifier(**settings.model_kwargs())
-    parameters = sum(p.numel() for p in classifier.parameters())
-    distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
-    folders = [run_dir] if distributed.rank() == 0 else []
-    if isinstance(shards, RemoteShardSet):
-        folders.append(Path(settings.cache_dir))
-    found = preflight.look_at_rank(engines.describe_device(device), folders)
-    ranks = distributed.gather_json(found, device)
-    rate = preflight.reduction_rate(device)
-    say = distributed.say
-    say("\n".join(preflight.table(ranks)))
-    say(f"batch: {resolved.batch}")
-    if rate:
-        say(f"all ranks sum {preflight.PROBE_BYTES >> 20} MiB at {rate / 1e9:.2f} GB/s")
-    for note in preflight.notes(ranks) if distributed.rank() == 0 else []:
-        say(f"note: {note}")
-    say(
-        f"all {len(ranks)} ranks can start alike: code, libraries, settings, JSON, pictures; this "
-        f"took {time.monotonic() - began:.1f} s"
-    )
-    watch.leave()
-    distributed.finish()
-    return 0
-
-
-def same_on_all_ranks(
-    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None
-) -> dict[str, object]:
-    """What ranks must not have otherwise: flags, the completed JSON, the pictures, the classes."""
-    same = {f"--{name}": v for name, v in dataclasses.asdict(resolved.settings).items()}
-    for name in OF_A_NODE:
-        same.pop(f"--{name}")
-    same |= {f"the JSON's {name}": value for name, value in resolved.ds_config.items()}
-    for name, split in (("training", shards), ("validation", val_shards)):
-        same[f"the {name} data (fingerprint)"] = split and split.manifest.fingerprint[:12]
-    return same
 
 
 def launched_as(world_size: int) -> str:

@@ -26,7 +26,7 @@ LAYERS = [
         "picture_grid",
         "report_charts",
     ],
-    ["failures", "events", "peers", "run_lock", "shutdown", "preflight", "data.pool"],
+    ["failures", "events", "peers", "run_lock", "shutdown", "data.pool"],
     ["watchdog"],
     [
         "unet",
@@ -71,7 +71,8 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "export", "initial_weights", "guidance", "sampling", "predictor", "predictions"],
+    ["training", "preflight", "export", "initial_weights", "guidance", "sampling"],
+    ["predictor", "predictions"],
     ["report_data", "fidelity", "dry_run", "overfit"],
     ["report_training", "report_evaluation"],
     ["report_history"],
