@@ -85,7 +85,8 @@ def look(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> N
     for note in notes(ranks) if distributed.rank() == 0 else []:
         say(f"note: {note}")
     say(
-        f"all {len(ranks)} ranks can start alike: code, libraries, settings, JSON, pictures; this "
+        f"{'all ' if len(ranks) > 1 else ''}{len(ranks)} rank{'s' * (len(ranks) > 1)} can start "
+        "alike: code, libraries, settings, JSON, pictures; this "
         f"took {time.monotonic() - began:.1f} s"
     )
 
