@@ -98,6 +98,7 @@ def init(
     """
     import torch.distributed
 
+    check_launch()
     device = pick_device()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -126,6 +127,17 @@ def init(
     return device
 
 
+def check_launch() -> None:
+    """Raises ValueError for variables that no launcher sets so."""
+    if "RANK" not in os.environ:
+        return
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise ValueError(f"RANK is set, but not {', '.join(missing)}; do: use a launcher")
+    if not 0 <= rank() < world_size():
+        raise ValueError(f"RANK: got {rank()}; need 0 to {world_size() - 1}, by WORLD_SIZE")
+
+
 def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> NoReturn:
     """Instead of `init`, on a rank that cannot start: raises AgreedError here and on all others."""
     _meet({"host": socket.gethostname(), "problem": problem, "same": {}}, start_timeout)
@@ -146,15 +158,20 @@ def _meet(card: dict[str, Any], start_timeout: timedelta):
 def code_versions() -> dict[str, str]:
     """What computes: this package's source, and the libraries that the numbers depend on."""
     import hashlib
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
     from pathlib import Path
 
     source = hashlib.sha256()
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         source.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "pillow")}
-    return {"the code (sha256)": source.hexdigest()[:12], **versions}
+    versions = {"the code (sha256)": source.hexdigest()[:12]}
+    for name in ("torch", "deepspeed", "numpy", "pillow", "simplejpeg"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
 
 
 def _name_interface() -> None:

@@ -48,6 +48,8 @@ def tell(error: BaseException) -> int:
         distributed.complain(summary(error))
     elif distributed.rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif distributed.local_rank() == 0:
+        print("ended; rank 0 tells why", file=sys.stderr, flush=True)
     return exit_code(error)
 
 

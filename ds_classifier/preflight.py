@@ -58,10 +58,9 @@ def same_on_all_ranks(
     return same
 
 
-def look(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> None:
-    """All that is checked before a run is built, and on the screen a table of the nodes."""
+def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
+    """Once the ranks have joined: the disk, the network between them, a table of the nodes."""
     began = time.monotonic()
-    device = join(resolved, shards, val_shards)
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
     with torch.device("meta"):
         classifier = create_classifier(**settings.model_kwargs())
@@ -86,8 +85,8 @@ def look(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> N
         say(f"note: {note}")
     say(
         f"{'all ' if len(ranks) > 1 else ''}{len(ranks)} rank{'s' * (len(ranks) > 1)} can start "
-        "alike: code, libraries, settings, JSON, pictures; this "
-        f"took {time.monotonic() - began:.1f} s"
+        "alike: code, libraries, settings, JSON, pictures; "
+        f"measured in {time.monotonic() - began:.1f} s"
     )
 
 

@@ -17,9 +17,11 @@ from datetime import timedelta
 from typing import Any
 
 _LOOK_SECONDS = 0.2
+_CONNECT_SECONDS = 15.0  # to a port that listens
 _GRACE_SECONDS = 3.0  # once one rank has a problem: for the others to bring theirs
 _LEAVE_SECONDS = 30.0  # for those who came to read why nothing starts
 _NEWS_SECONDS = 30.0
+_ANSWER_SECONDS = 300.0  # of the store, once it is reached
 _SHOWN = 12  # problems of one kind
 
 Card = dict[str, Any]
@@ -63,8 +65,10 @@ class Rendezvous:
     def _store(self):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self._rank == 0 and not _agent_serves()
+        if not serves:
+            self._wait_for_port(address, port)
         try:
-            return connect(serves=serves, seconds=self._seconds)
+            return connect(serves=serves, seconds=_CONNECT_SECONDS)
         except Exception as error:  # torch has several for it
             if serves:
                 raise OSError(
@@ -72,10 +76,27 @@ class Rendezvous:
                     "or give the launcher another --master_port"
                 ) from None
             raise OSError(
-                f"rank {self._rank} does not reach rank 0 at {address}, port {port}, within "
-                f"{self._seconds:.0f} s; do: see that rank 0 runs, and that nothing between the "
-                "hosts blocks the port"
+                f"rank {self._rank}: what listens at {address}, port {port}, is not rank 0 of this "
+                "run; do: end it, or give the launcher another --master_port"
             ) from None
+
+    def _wait_for_port(self, address: str, port: int) -> None:
+        """Until rank 0 listens there. Torch would wait twice as long as told, and not say why."""
+        while True:
+            try:
+                with socket.create_connection((address, port), timeout=_LOOK_SECONDS * 10):
+                    return
+            except socket.gaierror:
+                reason = f"{address} is no name that this host knows"
+            except OSError as error:
+                reason = error.strerror or "no answer"
+            if time.monotonic() > self._deadline:
+                raise OSError(
+                    f"rank {self._rank} does not reach rank 0 at {address}, port {port}, within "
+                    f"{self._seconds:.0f} s: {reason}; do: see that rank 0 runs, and that nothing "
+                    "between the hosts blocks the port"
+                )
+            time.sleep(_LOOK_SECONDS)
 
     def _collect(self, store, say: Callable[[str], None]) -> dict[int, Card]:
         """The cards of all ranks, or of those that came before the deadline or a problem."""
@@ -135,6 +156,7 @@ def connect(*, seconds: float, serves: bool = False):
         wait_for_workers=False,
         timeout=timedelta(seconds=seconds),
     )
+    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
     return PrefixStore(f"ds_classifier/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
@@ -172,8 +194,10 @@ def _differences(cards: dict[int, Card]) -> list[str]:
         ]
         if odd:
             more = [f"and {len(odd) - _SHOWN} more differences"] if len(odd) > _SHOWN else []
-            problems[rank] = "\n  ".join(["is not like the others:", *odd[:_SHOWN], *more])
-    return _by_host(cards, problems)
+            problems[rank] = "\n  ".join(["not like rank 0:", *odd[:_SHOWN], *more])
+    return [f"rank {rank} on {cards[rank]['host']}: {text}" for rank, text in problems.items()][
+        :_SHOWN
+    ]
 
 
 def address_towards(host: str, port: int) -> str:

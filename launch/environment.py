@@ -50,6 +50,10 @@ def read_variables(text: str) -> dict[str, str]:
             problems.append(f"line {number}: {name} has no value, and is not set here")
         else:
             value = value if given else os.environ[name]
+            if name in variables:
+                problems.append(f"line {number}: {name} stands twice")
+            if " #" in value:
+                problems.append(f"line {number}: comments stand on lines of their own")
             if set(value) & set("\"'`$\\\n"):  # a remote shell reads it, within double quotes
                 problems.append(f"line {number}: {name} has quotes, $ or \\, which do not survive")
             variables[name] = value

@@ -23,18 +23,35 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--recipe", choices=sorted(RECIPES), default="imagenet64", help="what is trained")
-    add("--num_classes", type=int, default=1000, help="classes")
-    add("--gpus", type=int, nargs="+", default=[1, 8, 64, 512, 4096], help="how many")
-    add("--peak", type=float, default=989.4, help="TFLOP/s of a GPU in 16 bits (H100 SXM)")
-    add("--mfu", type=float, default=0.25, help="share of the peak reached: an assumption")
-    add("--wire", type=float, default=25.0, help="GB/s between nodes, for each GPU")
-    add("--inside", type=float, default=200.0, help="GB/s between the 8 GPUs of a node")
-    add("--micro_batch", type=int, default=64, help="pictures that a GPU takes at a time, at most")
-    add("--global_batch", type=int, default=0, help="pictures a step (0: the recipe's)")
+    add("--num_classes", type=positive, default=1000, help="classes")
+    add("--gpus", type=positive, nargs="+", default=[1, 8, 64, 512, 4096], help="how many")
+    add("--peak", type=above_zero, default=989.4, help="TFLOP/s of a GPU in 16 bits (H100 SXM)")
+    add("--mfu", type=above_zero, default=0.25, help="share of the peak reached: an assumption")
+    add("--wire", type=above_zero, default=25.0, help="GB/s between nodes, for each GPU")
+    add("--inside", type=above_zero, default=200.0, help="GB/s between the 8 GPUs of a node")
+    add(
+        "--micro_batch",
+        type=positive,
+        default=64,
+        help="pictures that a GPU takes at a time, at most",
+    )
+    add("--global_batch", type=positive, help="pictures a step (None: the recipe's)")
     add("--images_a_core", type=float, default=0.0, help="what a loader core gives (0: not told)")
     arguments = parser.parse_args(argv)
     print("\n".join(tables(arguments)))
     return 0
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; need at least 1")
+    return value
+
+
+def above_zero(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"got {text}; need more than 0")
+    return value
 
 
 def tables(arguments: argparse.Namespace) -> list[str]:
@@ -67,7 +84,9 @@ def tables(arguments: argparse.Namespace) -> list[str]:
         for stage in (1, 2):
             s = step(job, gpus, stage=stage, largest_micro_batch=arguments.micro_batch)
             if s is None:
-                lines.append(f"{gpus:5} the global batch has no whole picture for each GPU")
+                lines.append(
+                    f"{gpus:5} the global batch does not divide into whole pictures for each GPU"
+                )
                 break
             if stage == 2 and s.accumulation == 1:
                 continue  # it sends what ZeRO 1 sends

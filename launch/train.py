@@ -79,7 +79,9 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         if command.preflight:
             from ds_classifier import preflight
 
-            preflight.look(resolved, shards, val_shards)
+            device = preflight.join(resolved, shards, val_shards)
+            find_start(resolved, facts_of(resolved, shards), device)
+            preflight.look(resolved, shards, device)
             watch.leave()
             distributed.finish()
             return 0

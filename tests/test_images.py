@@ -72,6 +72,17 @@ def test_cmyk_jpeg_and_one_pixel(fast):
         assert crop.shape == (4, 4, 3)
 
 
+def test_a_sampling_that_the_quick_decoder_does_not_know_is_pillows():
+    """4:4:1: a 4:2:0 picture whose header is patched, since no encoder here writes it."""
+    stored = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(stored, "JPEG", subsampling=2)
+    data = bytearray(stored.getvalue())
+    frame = data.find(b"\xff\xc0")
+    data[frame + 11], data[frame + 5 : frame + 9] = 0x14, b"\x02\x00\x00\x80"
+    expected = Image.open(io.BytesIO(bytes(data))).convert("RGB")
+    assert np.array_equal(np.asarray(images.decode(bytes(data))), np.asarray(expected))
+
+
 def test_jpegs_are_decoded_to_pillows_pixels(imagenet_sample):
     """Every kind of JPEG, whole and damaged: the quick decoder gives Pillow's pixels or error."""
     pytest.importorskip("simplejpeg")

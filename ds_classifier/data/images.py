@@ -54,7 +54,9 @@ def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
         if colours not in ("YCbCr", "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except ValueError:
+    except MemoryError:
+        raise
+    except Exception:  # KeyError too, of samplings that it does not know (4:4:1)
         return None
 
 
