@@ -112,7 +112,11 @@ def test_ranks_and_accumulation_do_not_change_the_run(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "extra"), [("zero1_bf16", {}), ("zero2_fp16", {"EMULATE_FP16": "1"})]
+    ("config", "extra"),
+    [
+        ("zero1_bf16", {}),
+        pytest.param("zero2_fp16", {"EMULATE_FP16": "1"}, marks=pytest.mark.faults),
+    ],
 )
 def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
     flags = ["--global_batch", "16", "--iterations", "30", "--save_interval", "15"]
@@ -146,6 +150,7 @@ def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
         assert state["loss_scaler"]["cur_scale"] <= 2**16
 
 
+@pytest.mark.faults
 def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
     flags = ["--global_batch", "16", "--iterations", "20", "--schedule_sampler", "uniform"]
     golden, stopped = tmp_path / "golden", tmp_path / "stopped"
@@ -499,6 +504,7 @@ def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
     return folder
 
 
+@pytest.mark.faults
 def test_bad_samples_are_counted_listed_and_limited(tmp_path):
     """Two epochs over 40 pictures, 3 of them bad: 6 in all, on whichever rank they fell.
 
