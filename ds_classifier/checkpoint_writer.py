@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ds_classifier import checkpoint, distributed, events
+from ds_classifier import checkpoint, distributed, events, files
 from ds_classifier import engine as engines
 from ds_classifier.replicas import check_replicas
 
@@ -46,8 +46,13 @@ def check_room(checkpoints: Path, parameters: int) -> None:
             f"--run_dir: got {checkpoints.parent}, where nothing can be written "
             f"({_first_line(error)}); do: choose another"
         ) from None
+    check_free(checkpoints, parameters)
+
+
+def check_free(checkpoints: Path, parameters: int) -> None:
+    """Raise ValueError if a directory, or where it will be, has no room for two checkpoints."""
     size = BYTES_A_PARAMETER * parameters
-    free = shutil.disk_usage(checkpoints).free
+    free = shutil.disk_usage(files.nearest_directory(checkpoints)).free
     if free < 2 * size:
         raise ValueError(
             f"--run_dir: got {checkpoints.parent}, which has {free:,} bytes free; need "

@@ -149,7 +149,7 @@ def _meet(card: dict[str, Any], start_timeout: timedelta):
     names = launcher.host_names()
     seconds = start_timeout.total_seconds()
     place = rendezvous.Rendezvous(rank(), world_size(), names, seconds)
-    store, _, verdict = place.meet(card, say)
+    store, verdict = place.meet(card, say)
     if verdict:
         raise AgreedError(verdict)
     return store

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_classifier import checkpoint, distributed, memory
+from ds_classifier import checkpoint, distributed, files, memory
 from ds_classifier import engine as engines
 from ds_classifier.batch import Batch as BatchSize
 from ds_classifier.checkpoint_writer import BYTES_A_PARAMETER, CheckpointWriter
@@ -321,9 +321,8 @@ def scratch_beside(
     """
 
     def make() -> str:
-        place = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.is_dir())
         try:
-            return tempfile.mkdtemp(prefix=LEFTOVER, dir=place)
+            return tempfile.mkdtemp(prefix=LEFTOVER, dir=files.nearest_directory(run_dir))
         except OSError as error:
             raise ValueError(
                 f"--run_dir: got {run_dir}, where nothing can be written ({error.strerror}); do: "

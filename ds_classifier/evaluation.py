@@ -25,8 +25,6 @@ from ds_classifier.level_metrics import Confusion, LevelNumbers, LevelSums
 from ds_classifier.metrics import Meter
 from ds_classifier.noised_classifier import NoisedClassifier
 
-# What launch/evaluate.py writes of an evaluation.
-RECORD_FORMAT, RECORD_VERSION = "ds_classifier evaluation", 1
 VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs compare
 GOLDEN_RATIO = 0.6180339887498949
 

@@ -29,7 +29,6 @@ import ds_classifier
 from ds_classifier import files
 from ds_classifier.config import FIXED_SETTINGS, Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.evaluation import RECORD_FORMAT, RECORD_VERSION
 from ds_classifier.model import create_classifier, parse_channel_mult
 from ds_classifier.model_card import model_card
 from ds_classifier.reference_flags import (
@@ -39,6 +38,7 @@ from ds_classifier.reference_flags import (
     process_flags,
     reference_obstacles,
 )
+from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
@@ -139,7 +139,7 @@ def find_evaluation(source: Source) -> dict[str, Any] | None:
         record = json.loads((source.home / "eval" / f"{source.name}.json").read_text())
     except (OSError, ValueError):
         return None
-    ours = (RECORD_FORMAT, RECORD_VERSION, source.sha256)
+    ours = (EVALUATION_FORMAT, EVALUATION_VERSION, source.sha256)
     if ours != tuple(record.get(key) for key in ("format", "version", "weights_sha256")):
         return None
     return {

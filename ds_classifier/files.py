@@ -45,6 +45,11 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
     return size, digest.hexdigest()
 
 
+def nearest_directory(path: Path) -> Path:
+    """The directory, or that of its parents which exists: on the disk where it will be made."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
 def fsync(path: Path) -> None:
     """Have a file, or a directory's entries, on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)

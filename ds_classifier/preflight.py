@@ -10,21 +10,21 @@ import shutil
 import socket
 import subprocess
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_classifier import distributed, launcher, rendezvous
+from ds_classifier import distributed, files, launcher, rendezvous
 from ds_classifier import engine as engines
-from ds_classifier.checkpoint_writer import check_room
+from ds_classifier.checkpoint_writer import check_free
 from ds_classifier.config import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.ds_config import Resolved
-from ds_classifier.model import create_classifier
+from ds_classifier.fitting import tensors_of
+from ds_classifier.run_lock import RunLock
 
 PROBE_BYTES = 2**24
 _PROBES = 4
@@ -62,14 +62,8 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     """Once the ranks have joined: the disk, the network between them, a table of the nodes."""
     began = time.monotonic()
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
-    with torch.device("meta"):
-        classifier = create_classifier(**settings.model_kwargs())
-    parameters = sum(p.numel() for p in classifier.parameters())
-    distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
-    if distributed.rank() == 0:
-        for folder in (run_dir / "checkpoints", run_dir):
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
+    parameters = sum(tensor.numel() for tensor in tensors_of(settings).values())
+    distributed.on_rank_0(lambda: look_at_run_dir(run_dir, parameters), device)
     folders = [run_dir] if distributed.rank() == 0 else []
     if isinstance(shards, RemoteShardSet):
         folders.append(Path(settings.cache_dir))
@@ -90,6 +84,20 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     )
 
 
+def look_at_run_dir(run_dir: Path, parameters: int) -> None:
+    """Raise ValueError if a job is at work there, nothing can be written, or there is no room.
+
+    Only looks: what a living job has staged there is its own.
+    """
+    RunLock(run_dir).refuse_if_held()
+    place = files.nearest_directory(run_dir)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--run_dir: got {run_dir}, where nothing can be written; do: choose another"
+        )
+    check_free(run_dir / "checkpoints", parameters)
+
+
 def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:
     """What the table tells of this rank. description: of its device. folders: written to here."""
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -103,21 +111,16 @@ def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:
         "interface": interface,
         "device": description,
         "cores": len(os.sched_getaffinity(0)),
-        "free": {str(folder): _free_bytes(folder) for folder in folders},
+        "free": {
+            str(folder): shutil.disk_usage(files.nearest_directory(folder)).free
+            for folder in folders
+        },
         "variables": {
             name: value
             for name, value in os.environ.items()
             if name.startswith(_NOT_PASSED_ON) and name not in _OF_THE_LAUNCHER
         },
     }
-
-
-def _free_bytes(folder: Path) -> int:
-    """Free bytes where a folder is, or will be."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def reduction_rate(device: torch.device) -> float | None:

@@ -39,8 +39,8 @@ class Rendezvous:
         self._deadline = time.monotonic() + seconds
         self._seconds = seconds
 
-    def meet(self, card: Card, say: Callable[[str], None]) -> tuple[Any, list[Card], str]:
-        """Returns the store, all cards (on rank 0; [] elsewhere), and why the run cannot start.
+    def meet(self, card: Card, say: Callable[[str], None]) -> tuple[Any, str]:
+        """Returns the store, and why the run cannot start: the same on all ranks, mostly empty.
 
         card: JSON-able; "host" is where the rank is, "problem" why it cannot start, "same" what
         must be alike on all ranks: {what: value}. say: prints a line on rank 0.
@@ -52,7 +52,7 @@ class Rendezvous:
         if card.get("problem"):
             store.add("problems", 1)
         if self._rank != 0:
-            return store, [], self._read_verdict(store)
+            return store, self._read_verdict(store)
         cards = self._collect(store, say)
         verdict = self.judge(cards)
         store.set("start", json.dumps(verdict))
@@ -60,7 +60,7 @@ class Rendezvous:
             deadline = time.monotonic() + _LEAVE_SECONDS
             while store.add("read", 0) < len(cards) - 1 and time.monotonic() < deadline:
                 time.sleep(_LOOK_SECONDS)
-        return store, [card for _, card in sorted(cards.items())], verdict
+        return store, verdict
 
     def _store(self):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -68,7 +68,7 @@ class Rendezvous:
         if not serves:
             self._wait_for_port(address, port)
         try:
-            return connect(serves=serves, seconds=_CONNECT_SECONDS)
+            store = connect(serves=serves, seconds=_CONNECT_SECONDS)
         except Exception as error:  # torch has several for it
             if serves:
                 raise OSError(
@@ -79,6 +79,9 @@ class Rendezvous:
                 f"rank {self._rank}: what listens at {address}, port {port}, is not rank 0 of this "
                 "run; do: end it, or give the launcher another --master_port"
             ) from None
+
+        store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
+        return store
 
     def _wait_for_port(self, address: str, port: int) -> None:
         """Until rank 0 listens there. Torch would wait twice as long as told, and not say why."""
@@ -146,7 +149,10 @@ class Rendezvous:
 
 
 def connect(*, seconds: float, serves: bool = False):
-    """A connection to the run's store, under a prefix that torchrun's restarts do not share."""
+    """A connection to the run's store, under a prefix that torchrun's restarts do not share.
+
+    seconds: to wait for the connection, and then for each answer.
+    """
     from torch.distributed import PrefixStore, TCPStore
 
     store = TCPStore(
@@ -156,7 +162,6 @@ def connect(*, seconds: float, serves: bool = False):
         wait_for_workers=False,
         timeout=timedelta(seconds=seconds),
     )
-    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
     return PrefixStore(f"ds_classifier/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 

@@ -14,11 +14,10 @@ from typing import Any
 
 from ds_classifier import events, files
 from ds_classifier.picture_grid import PictureGrid, load_grid
-from ds_classifier.run_files import read_done
+from ds_classifier.run_files import EVALUATION_FORMAT, read_done
 from ds_classifier.run_lock import LOCK, STALE_SECONDS
 
 RUN_FILES = ("config.json", "log.jsonl", events.FILE, "checkpoints")
-EVALUATION_FORMAT = "ds_classifier evaluation"
 
 
 class Columns:

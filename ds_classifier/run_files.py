@@ -14,6 +14,7 @@ from ds_classifier import distributed
 from ds_classifier.config import Settings, changed_settings
 from ds_classifier.ds_config import Resolved
 
+EVALUATION_FORMAT, EVALUATION_VERSION = "ds_classifier evaluation", 1  # of eval/NAME.json
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
 
 

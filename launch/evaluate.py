@@ -24,6 +24,7 @@ from ds_classifier import distributed, failures, files
 from ds_classifier.config import RECIPES, Settings, add_setting_flags
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
+from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
 
 if TYPE_CHECKING:
     from ds_classifier.picture_grid import PictureGrid
@@ -254,8 +255,8 @@ def evaluate_source(
             "make_shards.py verify --decode names them"
         )
     record = {
-        "format": evaluation.RECORD_FORMAT,
-        "version": evaluation.RECORD_VERSION,
+        "format": EVALUATION_FORMAT,
+        "version": EVALUATION_VERSION,
         "name": source.name,
         "weights": str(source.path),
         "weights_sha256": source.sha256,

@@ -56,17 +56,13 @@ def above_zero(text: str) -> float:
 
 def tables(arguments: argparse.Namespace) -> list[str]:
     """A line a number of GPUs."""
-    import torch
-
+    from ds_classifier.fitting import tensors_of
     from ds_classifier.flops import forward_flops
-    from ds_classifier.model import create_classifier
     from ds_classifier.scaling import Job, step
 
     settings = Settings(**RECIPES[arguments.recipe]).replace(num_classes=arguments.num_classes)
-    with torch.device("meta"):
-        classifier = create_classifier(**settings.model_kwargs())
     common = dict(
-        parameters=sum(p.numel() for p in classifier.parameters()),
+        parameters=sum(t.numel() for t in tensors_of(settings).values()),
         forward_flops=forward_flops(settings.model_kwargs()),
         global_batch=arguments.global_batch or settings.global_batch,
         peak_flops=1e12 * arguments.peak,

@@ -18,11 +18,11 @@ from test_weights import SMALL
 
 from ds_classifier import checkpoint, export
 from ds_classifier.config import Settings
-from ds_classifier.evaluation import RECORD_FORMAT, RECORD_VERSION
 from ds_classifier.fitting import tensors_of
 from ds_classifier.guidance import classifier_gradient
 from ds_classifier.model import create_classifier
 from ds_classifier.reference_flags import classifier_flags, flags_text
+from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.weights import load_classifier, open_weights
 
 CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
@@ -52,8 +52,8 @@ def write_evaluation(run: Path, step: int = 7, **changes) -> None:
     manifest = json.loads((final / checkpoint.MANIFEST).read_text())
     numbers = {"acc@1": 0.75, "acc@5": 1.0, "loss": 0.5, "ece": 0.01, "grad_norm": 3.5}
     record = {
-        "format": RECORD_FORMAT,
-        "version": RECORD_VERSION,
+        "format": EVALUATION_FORMAT,
+        "version": EVALUATION_VERSION,
         "weights_sha256": manifest["files"][checkpoint.MODEL]["sha256"],
         "precision": "fp32",
         "data": {"samples": 360, "fingerprint": "a" * 64, "location": "/home/someone/val"},
