@@ -23,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow plugins that may open 
 MAX_PIXELS = 2**27  # 134 megapixels; larger pictures are refused before they are decoded
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode of a picture with so many channels
 MIN_CROP_FRAC = 0.8  # the random crop keeps at least this much of the short side
+WORTH_CUTTING = 0.9  # share of the rows; to leave out fewer costs more than it saves
 FAST_TOLERANCE = 2  # of 255: the most that a value of a fast resize differs from the exact one's
 
 
@@ -207,13 +208,16 @@ def _pillow_crop(
     reach = 2 * max(scale, 1.0) + 2  # of the bicubic filter, in rows, and some to spare
     first = max(0, math.floor((top + 0.5) * scale - reach))
     last = min(image.height, math.ceil((top + size - 0.5) * scale + reach))
-    rows = image.crop((0, first, image.width, last))
+    if last - first > WORTH_CUTTING * image.height:
+        first, last = 0, image.height
+    rows = image if last - first == image.height else image.crop((0, first, image.width, last))
     rows = rows.resize((width, last - first), resample=Image.Resampling.BICUBIC)
-    columns = Image.new(image.mode, (size, image.height))
-    columns.paste(rows.crop((left, 0, left + size, last - first)), (0, first))
+    columns = rows.crop((left, 0, left + size, last - first))
+    if last - first < image.height:  # back to where they were
+        rows, columns = columns, Image.new(image.mode, (size, image.height))
+        columns.paste(rows, (0, first))
     columns = columns.resize((size, height), resample=Image.Resampling.BICUBIC)
-    pixels = np.asarray(columns.crop((0, top, size, top + size)))
-    return pixels.reshape(size, size, -1)
+    return np.asarray(columns)[top : top + size].reshape(size, size, -1)
 
 
 def _torch_crop(
