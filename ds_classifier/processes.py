@@ -8,7 +8,12 @@ import signal
 from pathlib import Path
 
 LAUNCHER_PROGRAMS = ("deepspeed", "torchrun")
-LAUNCHER_MODULES = ("deepspeed.launcher.launch", "torch.distributed.run")
+LAUNCHER_MODULES = (
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "torch.distributed.run",
+)
+RANK_MARKS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # which the launchers give to their ranks alone
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,19 +45,36 @@ def launcher_chain(pid: int | None = None) -> list[tuple[int, int]]:
 
     On one node: (rank, launch.py), (launch.py, deepspeed). On others the chain ends at sshd, whose
     end is that of the connection. A shell that started the launcher is not in it: one may log out.
-    Empty for a process that no launcher started.
+    Empty for a process that no launcher started. A launcher that died before it could be seen
+    stands in it as 0.
     """
     chain = []
     child = os.getpid() if pid is None else pid
-    while (above := parent(child)) > 1:
+    while above := parent(child):
         is_launcher = _is_launcher(above)
         if not is_launcher and not (chain and _name(above).startswith("sshd")):
+            if _is_adopter(above) and _needs_launcher(child):
+                chain.append((child, 0))
             break
         chain.append((child, above))
         if not is_launcher:
             break
         child = above
     return chain
+
+
+def _is_adopter(pid: int) -> bool:
+    """Whether a process takes in those whose parent died."""
+    return pid == 1 or _name(pid) == "systemd"
+
+
+def _needs_launcher(pid: int) -> bool:
+    """Whether a process cannot have been started but by a launcher's: a rank, or the launch.py of a
+    job on one node; on several, sshd or a batch system starts launch.py."""
+    words = command_line(pid)
+    if LAUNCHER_MODULES[0] in words:
+        return not any(word.startswith("--node_rank") for word in words)
+    return any(f"{mark}=" in _environment(pid) for mark in RANK_MARKS)
 
 
 def broken(chain: list[tuple[int, int]]) -> bool:
@@ -76,6 +98,14 @@ def command_line(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
         return []
+
+
+def _environment(pid: int) -> str:
+    """NAME=value, NAME=value, ... as the process was started with."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def working_directory(pid: int) -> Path:

@@ -44,19 +44,20 @@ def start(folder: Path, data: Path, steps: int) -> Job:
     return Job(2, "zero2_bf16", folder / "run", *flags, TRACE=str(trace))
 
 
-def kill(job: Job, victim: str) -> int:
-    """Send SIGKILL; returns how many got it."""
+def kill(job: Job) -> str:
+    """Send SIGKILL to something that is there; returns what it was."""
     ranks = list(job.ranks().values())
-    chosen = {
+    there = {
         "one rank": random.sample(ranks, min(len(ranks), 1)),
         "all ranks": ranks,
         "launch.py": [p for p in job.alive() if "deepspeed.launcher.launch" in command_line(p)],
         "deepspeed": [job.process.pid],
-    }[victim]
-    for pid in chosen:
+    }
+    victim = random.choice([name for name in VICTIMS if there[name]])
+    for pid in there[victim]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return len(chosen)
+    return victim
 
 
 def last_trained(folder: Path) -> list:
@@ -116,22 +117,23 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
             moment = random.uniform(0, whole) if sum(killed.values()) < kills else LONG_S
             left = job.wait_until_gone(moment)
             if left is None and moment < LONG_S:
-                victim = random.choice(VICTIMS)
-                count = kill(job, victim)
+                victim = kill(job)
                 seconds = job.wait_until_gone(ALIVE_SECONDS)
-                if seconds is None:
-                    orphans += 1
-                    job.kill_all()
-                gone += [] if seconds is None else [seconds]
+                killed[victim] += 1
                 saved = sorted(path.name for path in folder.glob("run/checkpoints/step-*"))
-                if count:
-                    killed[victim] += 1
                 print(
                     f"kill {sum(killed.values()):3}  {victim:9}  after {moment:4.1f} s at "
                     f"{saved[-1] if saved else 'no checkpoint':13}  all gone after "
                     f"{'never' if seconds is None else f'{seconds:.1f} s'}",
                     flush=True,
                 )
+                if seconds is None:
+                    orphans += 1
+                    print("still alive:", *map(command_line, job.alive()), sep="\n  ")
+                    print(job.output()[-2000:], flush=True)
+                    job.kill_all()
+                else:
+                    gone.append(seconds)
             elif left is None:
                 job.kill_all()
                 print(job.output()[-3000:])
