@@ -76,7 +76,10 @@ LAYERS = [
     ["report_data", "fidelity", "dry_run", "overfit"],
     ["report_training", "report_evaluation"],
     ["report_history"],
-    ["report"],
+    ["report", "benchmarks.measuring"],
+    ["benchmarks.programs", "benchmarks.data", "benchmarks.order", "benchmarks.cache"],
+    ["benchmarks.step", "benchmarks.convert", "benchmarks.workers", "benchmarks.start"],
+    ["benchmarks.checkpoint"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

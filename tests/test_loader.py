@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDEN
 from PIL import Image
 
+from ds_classifier.benchmarks.workers import made_up_shards, memory_of
 from ds_classifier.data import images
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import (
@@ -23,7 +24,6 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import Sample, Source
-from launch.benchmark import made_up_shards, memory_of
 
 GLOBAL_BATCH = 12
 

@@ -1,0 +1,127 @@
+"""Whole trainers as programs of their own: this one, and an unmodified guided-diffusion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ds_classifier.config import Settings
+
+WARM_UP = 2  # steps that are not timed: the first ones make buffers, and fill the queue
+
+
+class ProgramFailed(ValueError):
+    """A program that is measured did not run to its end; the last that it said."""
+
+
+def reference_images_per_sec(
+    runner: Path,
+    checkout: Path,
+    pictures: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    batch: int,
+    steps: int,
+) -> float:
+    """classifier_train.py's pictures a second over `steps` steps, of its own loader and logging.
+
+    runner: launch/run_reference.py. pictures: a folder whose files begin with their class and _.
+    folder: for what it writes.
+    """
+    moments = folder / "moments.json"
+    moments.unlink(missing_ok=True)
+    flags = {
+        name: getattr(settings, name)
+        for name in (
+            "image_size",
+            "classifier_width",
+            "classifier_depth",
+            "classifier_attention_resolutions",
+            "classifier_use_scale_shift_norm",
+            "classifier_resblock_updown",
+            "classifier_pool",
+            "noise_schedule",
+            "lr",
+            "weight_decay",
+        )
+    }
+    flags |= dict(data_dir=pictures, batch_size=batch, iterations=10**6, log_interval=10)
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    _run(
+        [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],
+        environment={"OPENAI_LOGDIR": str(folder / "log")},
+    )
+    seconds = json.loads(moments.read_text())
+    return steps * batch / (seconds[-1] - seconds[WARM_UP - 1])
+
+
+def trainer_images_per_sec(
+    program: Path, words: list[str], run_dir: Path, *, ranks: int, steps: int
+) -> float:
+    """What the trainer logs over `steps` steps. program: launch/train.py. words: its flags."""
+    length = ["--run_dir", run_dir, "--iterations", WARM_UP + steps]
+    length += ["--log_interval", 1, "--save_interval", 10**6, "--eval_interval", 10**6]
+    _run([*launched(program, ranks), *words, *map(str, length)])
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    rates = [row["images_per_sec"] for row in rows if "images_per_sec" in row][WARM_UP:]
+    return len(rates) / sum(1 / rate for rate in rates)
+
+
+def launched(program: Path, ranks: int) -> list[str]:
+    """The words that start launch/train.py on so many ranks of this machine."""
+    if ranks == 1:
+        return [sys.executable, str(program)]
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    return [sys.executable, deepspeed, "--quiet", "--num_gpus", str(ranks), str(program)]
+
+
+def seconds_to_lines(words: list[str], marks: dict[str, str]) -> dict[str, float]:
+    """Start a program; the seconds until it has printed a line with each of the marks, then end it.
+
+    marks: name -> what the line begins with, in the order in which they come.
+    """
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        words,
+        env=_of_its_own(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    found, said = {}, []
+    waiting = list(marks.items())
+    for line in process.stdout:
+        said.append(line)
+        while waiting and line.startswith(waiting[0][1]):
+            found[waiting.pop(0)[0]] = time.perf_counter() - began
+        if not waiting:
+            break
+    process.terminate()
+    process.communicate()
+    if waiting:
+        raise ProgramFailed("".join(said[-20:]))
+    return found
+
+
+def _run(words: list[object], environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(
+        list(map(str, words)),
+        env=_of_its_own() | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ProgramFailed((done.stdout + done.stderr)[-3000:])
+
+
+def _of_its_own() -> dict[str, str]:
+    """The environment, without this process's place among ranks."""
+    place = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in place}

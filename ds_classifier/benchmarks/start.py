@@ -1,0 +1,45 @@
+"""Time from the command to the first step of training, and what it is made of."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from ds_classifier.benchmarks.programs import launched, seconds_to_lines
+from ds_classifier.data.convert import Store, convert
+from ds_classifier.data.sources import open_source
+
+# What a run's lines begin with, and what was done when they come.
+MARKS = {
+    "engine built": "classifier",
+    "ready to train": "  step",
+    "first step": "     1 ",
+    "second step": "     2 ",
+}
+
+
+def measure(
+    words: list[str], *, program: Path, pictures: str, ranks: list[int], repeats: int
+) -> list[dict]:
+    """Seconds since the command. words: of the training command; shards are made of `pictures`."""
+    imports = [sys.executable, "-c", "import torch, deepspeed; print('done', flush=True)"]
+    seconds: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        convert(open_source(pictures), folder / "data", store=Store())
+        flags = ["--data_dir", folder / "data" / "train", "--iterations", 100, "--log_interval", 1]
+        for repeat in range(repeats):
+            ways = {"importing torch and deepspeed": (imports, {"imported": "done"})}
+            for count in ranks:
+                run = ["--run_dir", folder / f"run {repeat} {count}"]
+                command = [*launched(program, count), *words, *map(str, flags + run)]
+                ways[f"launch/train.py, {count} rank" + "s" * (count > 1)] = (command, MARKS)
+            for name, (command, marks) in ways.items():
+                for mark, value in seconds_to_lines(command, marks).items():
+                    seconds.setdefault(name, {}).setdefault(mark, []).append(value)
+    return [
+        {"seconds until": name, **{mark: statistics.median(v) for mark, v in marks.items()}}
+        for name, marks in seconds.items()
+    ]

@@ -1,0 +1,246 @@
+"""Pictures a second of training: bare, in an engine, in the whole trainer, in the reference.
+
+Each layer does what the one below does and more, so that what it costs can be seen. The bare model
+and the engine run in this process on one batch that lies ready; the trainer and the reference are
+whole programs, started anew for each repeat, on the same pictures.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_classifier import distributed
+from ds_classifier import engine as engines
+from ds_classifier.benchmarks.programs import reference_images_per_sec, trainer_images_per_sec
+from ds_classifier.config import parse_training_command
+from ds_classifier.data.convert import Store, convert
+from ds_classifier.data.loader import Batch
+from ds_classifier.data.shards import open_shards
+from ds_classifier.data.sources import open_source
+from ds_classifier.diffusion import UniformSampler, create_gaussian_diffusion, keyed_noise
+from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
+from ds_classifier.flops import forward_flops, training_flops
+from ds_classifier.metrics import Meter
+from ds_classifier.model import create_classifier
+from ds_classifier.noised_classifier import NoisedClassifier
+from ds_classifier.training import train_step
+
+GEMM_SIDE = 2048  # of the square matrices whose product is taken for the peak
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One rank's model, engine and batch, as the training command's words describe them."""
+
+    resolved: Resolved
+    engine: Any
+    batch: Batch
+
+    @classmethod
+    def of(cls, words: list[str]) -> Bench:
+        command = parse_training_command(words)
+        resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=1)
+        settings = resolved.settings
+        distributed.init()
+        classifier = create_classifier(**settings.model_kwargs())
+        parameters = sum(p.numel() for p in classifier.parameters())
+        module = NoisedClassifier(
+            classifier, create_gaussian_diffusion(**settings.diffusion_kwargs())
+        )
+        ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
+        engine = engines.create_engine(module, ds_config, None)
+        count, size = resolved.batch.micro, settings.image_size
+        shape = (count, size, size, settings.in_channels)
+        batch = Batch(
+            images=torch.randint(0, 256, shape, dtype=torch.uint8),
+            labels=torch.randint(0, settings.num_classes, (count,)),
+            positions=torch.arange(count),
+            weights=torch.ones(count),
+            bad=[],
+        )
+        return cls(resolved, engine, batch)
+
+    @property
+    def precision(self) -> str:
+        return engines.precision(self.engine)
+
+    @property
+    def pictures(self) -> int:
+        """Of a step."""
+        return self.resolved.batch.total
+
+    def trainer_step(self) -> Callable[[], int]:
+        """All of a step but the loader: noise, metrics, the engine. Returns the pictures of it."""
+        settings, engine = self.resolved.settings, self.engine
+        meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
+        sampler = UniformSampler(engine.module.diffusion.num_timesteps)
+
+        def step() -> int:
+            accumulation = engine.gradient_accumulation_steps()
+            train_step(
+                engine,
+                iter([self.batch] * accumulation),
+                accumulation=accumulation,
+                sampler=sampler,
+                meter=meter,
+                seed=settings.seed,
+                noised=settings.noised,
+            )
+            return self.pictures
+
+        return waited_for(step, engine.device)
+
+    def engine_step(self) -> Callable[[], int]:
+        """Forward, backward and step of the engine, the noise lying ready."""
+        engine = self.engine
+        inputs = self._inputs()
+
+        def step() -> int:
+            for _ in range(engine.gradient_accumulation_steps()):
+                losses, _ = engine(*inputs)
+                engine.backward(losses.mean())
+                engine.step()
+            return self.pictures
+
+        return waited_for(step, engine.device)
+
+    def bare_step(self) -> Callable[[], int]:
+        """The same module in the same precision, without DeepSpeed, and torch's AdamW for it."""
+        device, accumulation = self.engine.device, self.engine.gradient_accumulation_steps()
+        settings = self.resolved.settings
+        module = NoisedClassifier(
+            create_classifier(**settings.model_kwargs()), self.engine.module.diffusion
+        ).to(device=device, dtype=TYPES[self.precision])
+        optimizer = torch.optim.AdamW(module.parameters(), lr=settings.lr, fused=True)
+        inputs = self._inputs()
+
+        def step() -> int:
+            for _ in range(accumulation):
+                losses, _ = module(*inputs)
+                (losses.mean() / accumulation).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return self.pictures
+
+        return waited_for(step, device)
+
+    def _inputs(self) -> tuple[torch.Tensor, ...]:
+        batch = self.batch.to(self.engine.device)
+        t = torch.randint(
+            0,
+            self.engine.module.diffusion.num_timesteps,
+            batch.labels.shape,
+            device=self.engine.device,
+        )
+        noise = keyed_noise(0, "noise", batch.positions, tuple(batch.images.shape[1:]))
+        return batch.images, batch.labels, t, noise
+
+
+def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], int]:
+    """The step, until the device has done it."""
+
+    def whole() -> int:
+        done = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return done
+
+    return whole
+
+
+def measure(
+    words: list[str],
+    *,
+    program: Path,
+    pictures: str,
+    reference: Path | None,
+    ranks: list[int],
+    steps: int,
+    repeats: int,
+) -> list[dict]:
+    """Every layer, interleaved. words: of the training command; its shards are made of `pictures`.
+
+    program: launch/train.py. ranks: the trainer is run on each of these numbers of them, with the
+    same global batch. steps: timed of each program in a repeat. reference: a checkout of
+    guided-diffusion, run as it is.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        settings = parse_training_command(words).settings
+        store = Store(settings.image_size, "jpg")
+        convert(open_source(pictures), folder / "data", store=store)
+        words = [*words, "--data_dir", str(folder / "data" / "train")]
+        classes = open_shards(folder / "data" / "train").manifest.classes
+        bench = Bench.of([*words, "--num_classes", str(len(classes))])
+        dtype = TYPES[bench.precision]
+        a, b = (
+            torch.randn(GEMM_SIDE, GEMM_SIDE, device=bench.engine.device).to(dtype) for _ in "ab"
+        )
+
+        def gemm() -> int:
+            torch.mm(a, b)
+            return 2 * GEMM_SIDE**3
+
+        runs = {"matrix product": waited_for(gemm, bench.engine.device)}
+        runs["bare model + AdamW"] = bench.bare_step()
+        runs["engine"] = bench.engine_step()
+        runs["trainer's step"] = bench.trainer_step()
+        rates: dict[str, list[float]] = {}
+        for repeat in range(repeats + 1):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                done = sum(run() for _ in range(steps))
+                if repeat:  # the first is slower than any other
+                    rates.setdefault(name, []).append(done / (time.perf_counter() - began))
+            if not repeat:
+                continue
+            for count in ranks:
+                name = "whole trainer" + f", {count} ranks" * (count > 1)
+                run_dir = folder / f"run {repeat} {count}"
+                rate = trainer_images_per_sec(program, words, run_dir, ranks=count, steps=steps)
+                rates.setdefault(name, []).append(rate)
+                shutil.rmtree(run_dir)
+            if reference is not None:
+                rate = reference_images_per_sec(
+                    program.with_name("run_reference.py"),
+                    reference,
+                    Path(pictures),
+                    folder,
+                    settings,
+                    batch=bench.pictures,
+                    steps=steps,
+                )
+                rates.setdefault("guided-diffusion, fp32", []).append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return rows_of(medians, bench)
+
+
+def rows_of(medians: dict[str, float], bench: Bench) -> list[dict]:
+    """A row a layer. medians: pictures a second by layer, and operations of the matrix product."""
+    peak = medians.pop("matrix product")
+    flops = training_flops(forward_flops(bench.resolved.settings.model_kwargs()))
+    rows, below = [], None
+    slowest = medians.get("guided-diffusion, fp32")
+    for name, rate in medians.items():
+        row = {
+            "layer": name,
+            "precision": "" if "fp32" in name else bench.precision,
+            "images/s": rate,
+            "GFLOP/s": rate * flops / 1e9,
+            "of the matrix product's": rate * flops / peak,
+            "of the layer above": rate / below if below else "",
+            "x guided-diffusion": rate / slowest if slowest else "",
+        }
+        rows.append(row)
+        below = rate
+    return rows

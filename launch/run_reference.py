@@ -1,0 +1,73 @@
+"""Run guided-diffusion's classifier_train.py as it is, and write down when each step ended.
+
+`benchmark.py step --reference CHECKOUT` starts it: CHECKOUT MOMENTS STEPS FLAGS... It ends after so
+many optimizer steps. Two things are adapted from outside: its DDP call names a device even where
+that is a CPU, which torch refuses; and mpi4py and blobfile are stood in for where they are missing,
+which one process with local files does not need.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import distributed
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def main() -> None:
+    checkout, moments, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    script = checkout / "scripts" / "classifier_train.py"
+    stand_in()
+    if not torch.cuda.is_available():
+        distributed.DistributedDataParallel = OnCPU
+    ended: list[float] = []
+
+    def stepped(*_) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+        if len(ended) == steps:
+            moments.write_text(json.dumps(ended))
+            os._exit(0)
+
+    register_optimizer_step_post_hook(stepped)
+    sys.path.insert(0, str(checkout))
+    sys.argv = [str(script), *sys.argv[4:]]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+class OnCPU(distributed.DistributedDataParallel):
+    def __init__(self, module, device_ids=None, output_device=None, **rest):
+        super().__init__(module, **rest)
+
+
+def stand_in() -> None:
+    """One process and local files, for what is not installed."""
+    if importlib.util.find_spec("mpi4py") is None:
+        sys.modules["mpi4py"] = types.ModuleType("mpi4py")
+        world = types.SimpleNamespace(
+            rank=0,
+            size=1,
+            Get_rank=lambda: 0,
+            Get_size=lambda: 1,
+            bcast=lambda value, root=0: value,
+        )
+        sys.modules["mpi4py"].MPI = types.SimpleNamespace(COMM_WORLD=world)
+    if importlib.util.find_spec("blobfile") is None:
+        path = types.ModuleType("blobfile")
+        for name in ("basename", "dirname", "exists", "isdir", "join"):
+            setattr(path, name, getattr(os.path, name))
+        path.listdir, path.BlobFile = os.listdir, open
+        sys.modules["blobfile"] = path
+
+
+if __name__ == "__main__":
+    main()

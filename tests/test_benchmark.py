@@ -1,0 +1,93 @@
+"""The benchmark's commands, at sizes that a test can wait for; what they tell is not judged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+from PIL import Image
+
+TINY = ["--image_size", "8", "--classifier_width", "32", "--classifier_channel_mult", "1,2"]
+TINY += ["--classifier_depth", "1", "--classifier_attention_resolutions", "4"]
+TINY += [
+    "--batch_size",
+    "4",
+    "--workers",
+    "0",
+    "--deepspeed_config",
+    str(ROOT / "ds_configs" / "zero1_bf16.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve pictures of two classes, named as guided-diffusion wants them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{'ab'[number % 2]}_{number}.png")
+    return folder
+
+
+def benchmark(*words: object) -> list[dict]:
+    out = Path(str(words[-1]))
+    subprocess.run(
+        [sys.executable, ROOT / "launch" / "benchmark.py", *map(str, words[:-1]), "--json", out],
+        env=environment(),
+        check=True,
+    )
+    return json.loads(out.read_text())
+
+
+def test_step_and_its_layers(pictures, tmp_path):
+    rows = benchmark(
+        *("step", pictures, "--repeats", 1, "--steps", 2, "--ranks", 1, *TINY), tmp_path / "json"
+    )
+    assert [row["layer"] for row in rows] == [
+        "bare model + AdamW",
+        "engine",
+        "trainer's step",
+        "whole trainer",
+    ]
+    assert all(row["images/s"] > 0 for row in rows)
+    # What is the same for all: the operations of a picture.
+    flops = [row["GFLOP/s"] / row["images/s"] for row in rows]
+    assert np.allclose(flops, flops[0])
+
+
+def test_step_beside_the_reference(pictures, tmp_path):
+    checkout = os.environ.get("GUIDED_DIFFUSION", "")
+    if not checkout:
+        pytest.skip("GUIDED_DIFFUSION names no checkout of guided-diffusion")
+    words = ["--repeats", 1, "--steps", 2, "--reference", checkout, "--image_size", "64"]
+    rows = benchmark(
+        *("step", pictures, *words, "--classifier_width", 64, "--classifier_depth", 1),
+        *("--batch_size", 4, "--workers", 0),
+        tmp_path / "json",
+    )
+    assert rows[-1]["layer"] == "guided-diffusion, fp32"
+    assert rows[-1]["images/s"] > 0
+
+
+def test_seconds_to_the_first_step(pictures, tmp_path):
+    rows = benchmark("start", pictures, "--repeats", 1, "--ranks", 1, *TINY, tmp_path / "json")
+    libraries, run = rows
+    assert libraries["imported"] > 0
+    moments = [
+        run[name] for name in ("engine built", "ready to train", "first step", "second step")
+    ]
+    assert moments == sorted(moments)
+
+
+def test_flags_of_the_trainer_belong_to_commands_that_train():
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "benchmark.py", "order", "--lr", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "got --lr 1" in done.stderr
