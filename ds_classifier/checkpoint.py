@@ -315,7 +315,7 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
         return distributed.broadcast(full)
 
     for adam_state in engines.ensure_adam_state(engine):
-        adam_state["step"] = torch.tensor(float(state["adam_step"]))
+        adam_state["step"].fill_(float(state["adam_step"]))
     for name, parameter in engine.module.named_parameters():
         name = name.removeprefix(PREFIX)
         safe_set_full_fp32_param(parameter, tensor(0, name, parameter))

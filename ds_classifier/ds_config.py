@@ -42,6 +42,7 @@ SCHEMA: dict[str, Any] = {
             "eps": _NUMBER,
             "weight_decay": _NUMBER,
             "torch_adam": _BOOL,
+            "fused": _BOOL,
         },
     },
     "scheduler": {
@@ -307,6 +308,7 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
             "optimizer.params.torch_adam: got false; need true: DeepSpeed's own kernels must be "
             "compiled first and are no faster on ZeRO's flat tensors"
         )
+    params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
     betas = params.setdefault("betas", [0.9, 0.999])
     if not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optimizer.params.betas: got {betas}; need two numbers in [0, 1)")

@@ -113,7 +113,9 @@ def ensure_adam_state(engine) -> list[dict[str, Any]]:
         for partition in group["params"]:
             state = optimizer.state[partition]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                # Where Adam's own would lie: a fused one counts on the device.
+                device = partition.device if group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 for moment in ADAM_MOMENTS:
                     state[moment] = torch.zeros_like(partition)
             states.append(state)
