@@ -67,10 +67,19 @@ def quiet_libraries() -> None:
 
 
 def pick_device():
-    """This rank's torch.device: its GPU, or the CPU, whose cores the ranks of a node share."""
+    """This rank's torch.device: its GPU, or the CPU, whose cores the ranks of a node share.
+
+    Raises ValueError where this host has fewer GPUs than ranks.
+    """
     import torch
 
     if torch.cuda.is_available():
+        if (gpus := torch.cuda.device_count()) <= local_rank():
+            raise ValueError(
+                f"got {local_world_size()} ranks on this host, which shows {gpus} "
+                f"GPU{'s' * (gpus > 1)}; do: put slots={gpus} into the hostfile, or look at "
+                "CUDA_VISIBLE_DEVICES"
+            )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device
@@ -99,7 +108,12 @@ def init(
     import torch.distributed
 
     check_launch()
-    device = pick_device()
+    try:
+        device = pick_device()
+    except ValueError as error:
+        if world_size() > 1:  # the others may have theirs, and would wait
+            refuse(str(error), start_timeout)
+        raise
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
