@@ -20,7 +20,8 @@ from datetime import timedelta
 from typing import Any
 
 _LOOK_SECONDS = 0.2
-_CONNECT_SECONDS = 10.0  # to a port that listens
+# To a port that listens. Torch asks name servers who connects, 10 s for one that does not answer.
+_CONNECT_SECONDS = 25.0
 _CALL_SECONDS = 5.0  # to reach another rank
 _GRACE_SECONDS = 3.0  # once one rank has a problem: for the others to bring theirs
 _LEAVE_SECONDS = 30.0  # for those who came to read why nothing starts
