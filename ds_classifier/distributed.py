@@ -67,10 +67,19 @@ def quiet_libraries() -> None:
 
 
 def pick_device():
-    """This rank's torch.device: its GPU, or the CPU, whose cores the ranks of a node share."""
+    """This rank's torch.device: its GPU, or the CPU, whose cores the ranks of a node share.
+
+    Raises ValueError where this host has fewer GPUs than ranks.
+    """
     import torch
 
     if torch.cuda.is_available():
+        if (gpus := torch.cuda.device_count()) <= local_rank():
+            raise ValueError(
+                f"got {local_world_size()} ranks on this host, which shows {gpus} "
+                f"GPU{'s' * (gpus > 1)}; do: put slots={gpus} into the hostfile, or look at "
+                "CUDA_VISIBLE_DEVICES"
+            )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device
@@ -99,16 +108,21 @@ def init(
     import torch.distributed
 
     check_launch()
-    device = pick_device()
+    try:
+        device = pick_device()
+    except ValueError as error:
+        if world_size() > 1:  # the others may have theirs, and would wait
+            refuse(str(error), start_timeout)
+        raise
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     deepspeed = _import_deepspeed_quietly()
     card = {"host": socket.gethostname(), "problem": check(device)}
     card["same"] = code_versions() | (same or {})
-    store = _meet(card, start_timeout)
+    store, elsewhere = _meet(card, start_timeout)
     if world_size() > local_world_size():
-        _name_interface()
+        _name_interface(elsewhere)
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -145,14 +159,17 @@ def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> No
 
 
 def _meet(card: dict[str, Any], start_timeout: timedelta):
-    """Agree with all ranks that the run can start; returns torch's store. Raises AgreedError."""
+    """Agree with all ranks that the run can start. Raises AgreedError.
+
+    Returns torch's store, and the address of a rank on another host than rank 0 ("": none).
+    """
     names = launcher.host_names()
     seconds = start_timeout.total_seconds()
     place = rendezvous.Rendezvous(rank(), world_size(), names, seconds)
-    store, verdict = place.meet(card, say)
+    store, verdict, elsewhere = place.meet(card, say)
     if verdict:
         raise AgreedError(verdict)
-    return store
+    return store, elsewhere
 
 
 def code_versions() -> dict[str, str]:
@@ -165,6 +182,9 @@ def code_versions() -> dict[str, str]:
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         source.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script:  # of launch/, which in a checkout lies beside the package
+        source.update(Path(script).read_bytes())
     versions = {"the code (sha256)": source.hexdigest()[:12]}
     for name in ("torch", "deepspeed", "numpy", "pillow", "simplejpeg"):
         try:
@@ -174,14 +194,14 @@ def code_versions() -> dict[str, str]:
     return versions
 
 
-def _name_interface() -> None:
+def _name_interface(elsewhere: str) -> None:
     """Tell gloo by which interface the hosts reach each other; it would guess, and often loopback.
 
-    Raises OSError where there is none.
+    elsewhere: an address on another host than rank 0. Raises OSError where there is none.
     """
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         name, _ = rendezvous.interface_towards(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), elsewhere
         )
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

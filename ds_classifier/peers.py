@@ -55,8 +55,13 @@ class Peers:
             _who(distributed.rank()), json.dumps(me | {"start": processes.started(pid)})
         )
         self.attempt = self._store.get("attempt").decode()
-        for rank in range(distributed.world_size()):
-            self._who[rank] = json.loads(self._store.get(_who(rank)))
+        # Read by one and handed on: every rank reading each of W keys would take W^2 requests.
+        if distributed.rank() == 0:
+            keys = [_who(rank) for rank in range(distributed.world_size())]
+            texts = [text.decode() for text in self._store.multi_get(keys)]
+            self._store.set("everybody", json.dumps(texts))
+        everybody = json.loads(self._store.get("everybody"))
+        self._who = {rank: json.loads(text) for rank, text in enumerate(everybody)}
 
     def _talk(self) -> None:
         beat = 0

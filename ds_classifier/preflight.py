@@ -101,10 +101,13 @@ def look_at_run_dir(run_dir: Path, parameters: int) -> None:
 def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:
     """What the table tells of this rank. description: of its device. folders: written to here."""
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        interface, address = rendezvous.interface_towards(master, port)
-    except OSError:  # a host without a network trains alone
-        interface, address = "no network", ""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    address = rendezvous.address_of(interface)
+    if not address:
+        try:
+            interface, address = rendezvous.interface_towards(master, port)
+        except OSError:  # a host without a network trains alone
+            interface, address = "no network", ""
     return {
         "host": socket.gethostname(),
         "address": address,

@@ -6,6 +6,7 @@ Nothing is measured: docs/scaling.md says what is assumed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -23,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--recipe", choices=sorted(RECIPES), default="imagenet64", help="what is trained")
-    add("--num_classes", type=positive, default=1000, help="classes")
+    add("--num_classes", type=two_or_more, default=1000, help="classes")
     add("--gpus", type=positive, nargs="+", default=[1, 8, 64, 512, 4096], help="how many")
     add("--peak", type=above_zero, default=989.4, help="TFLOP/s of a GPU in 16 bits (H100 SXM)")
-    add("--mfu", type=above_zero, default=0.25, help="share of the peak reached: an assumption")
+    add("--mfu", type=share, default=0.25, help="share of the peak reached: an assumption")
     add("--wire", type=above_zero, default=25.0, help="GB/s between nodes, for each GPU")
     add("--inside", type=above_zero, default=200.0, help="GB/s between the 8 GPUs of a node")
     add(
@@ -36,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         help="pictures that a GPU takes at a time, at most",
     )
     add("--global_batch", type=positive, help="pictures a step (None: the recipe's)")
-    add("--images_a_core", type=float, default=0.0, help="what a loader core gives (0: not told)")
+    add("--images_a_core", type=above_zero, help="what a loader core gives (None: not told)")
     arguments = parser.parse_args(argv)
+    if not (arguments.global_batch or RECIPES[arguments.recipe].get("global_batch")):
+        parser.error(f"--global_batch: recipe {arguments.recipe} has none; need one")
     print("\n".join(tables(arguments)))
     return 0
 
@@ -48,9 +51,21 @@ def positive(text: str) -> int:
     return value
 
 
+def two_or_more(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"got {text}; need at least 2")
+    return value
+
+
 def above_zero(text: str) -> float:
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"got {text}; need more than 0")
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}; need more than 0, and a finite number")
+    return value
+
+
+def share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}; need more than 0, at most 1")
     return value
 
 

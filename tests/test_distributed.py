@@ -69,3 +69,27 @@ def test_one_voice(answers):
     lines = answers[1].lines
     assert [line for line in lines if "speaks" in line] == ["rank 0 speaks"]
     assert [line for line in lines if "complains" in line] == ["error: rank 0 complains"]
+
+
+def test_more_ranks_than_gpus_are_told_to_all(monkeypatch):
+    """Slots that the host does not have: rank 1 of 2, on a host with one GPU."""
+    import torch
+
+    from ds_classifier import distributed
+
+    met = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "_meet", lambda card, timeout: met.append(card["problem"]))
+    with pytest.raises(distributed.AgreedError, match="slots=1"):
+        distributed.init()
+    assert met == [
+        "got 2 ranks on this host, which shows 1 GPU; do: put slots=1 into the hostfile, or look "
+        "at CUDA_VISIBLE_DEVICES"
+    ]

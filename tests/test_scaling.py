@@ -3,6 +3,7 @@
 import pytest
 
 from ds_classifier.scaling import Job, bytes_sent, step
+from launch.scaling import main
 
 JOB = Job(
     parameters=10**6, forward_flops=1e9, global_batch=1024, peak_flops=1e12, mfu=0.5, wire=1e9
@@ -35,3 +36,20 @@ def test_micro_batch_and_accumulation_make_the_share():
 def test_more_gpus_than_pictures_do_not_fit():
     assert step(JOB, 4096, stage=1, largest_micro_batch=64) is None
     assert step(JOB, 3, stage=1, largest_micro_batch=64) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--peak", "inf"],
+        ["--mfu", "2"],
+        ["--images_a_core", "-5"],
+        ["--num_classes", "1"],
+        ["--recipe", "reference"],
+    ],
+)
+def test_odd_arguments_are_refused_in_a_line(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "; need " in capsys.readouterr().err.splitlines()[-1]
