@@ -10,7 +10,7 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
-    ["files", "processes", "rendezvous", "scaling"],
+    ["files", "processes", "rendezvous", "scaling", "data.urls"],
     ["launcher"],
     ["distributed"],
     [
@@ -18,6 +18,7 @@ LAYERS = [
         "model",
         "data.samples",
         "data.tars",
+        "data.connections",
         "data.images",
         "config",
         "memory",

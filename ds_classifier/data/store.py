@@ -22,9 +22,6 @@ from ds_classifier.data.fetch import (
     Patience,
     fetch_file,
     fetch_small,
-    refuse_pipe,
-    scheme,
-    shown,
 )
 from ds_classifier.data.shards import (
     INDEX,
@@ -36,6 +33,7 @@ from ds_classifier.data.shards import (
     parse_manifest,
     read_index,
 )
+from ds_classifier.data.urls import refuse_pipe, scheme, shown
 
 OPEN_SHARDS = 256  # file handles a process keeps
 MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB
