@@ -6,6 +6,7 @@ through webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -46,11 +48,13 @@ class Failed(Exception):
 @dataclass
 class Stream:
     """An answer. read() gives some bytes, b"" at the end; start: where in the file they begin;
-    total: bytes of the whole file, None where the server does not say."""
+    total: bytes of the whole file, None where the server does not say; ends: whether it says when
+    that was the last byte, or the connection just ends, as it also does when it breaks."""
 
     read: Callable[[], bytes]
     start: int = 0
     total: int | None = None
+    ends: bool = True
 
 
 @contextmanager
@@ -68,6 +72,9 @@ def failures() -> Iterator[None]:
         raise Failed(files.problem(error), final=True) from None
     except TimeoutError:
         raise Failed("stalled: no answer within the time-out") from None
+    except http.client.InvalidURL:  # its text may hold a part of a password
+        reason = "no valid URL; need %XX for what is no plain letter in it, as in a password"
+        raise Failed(reason, final=True) from None
     except (OSError, http.client.HTTPException) as error:
         raise Failed(f"{type(error).__name__}: {files.problem(error)}") from None
 
@@ -101,7 +108,7 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
             response.patient.start()
             return response.read1(CHUNK)
 
-        yield Stream(read, start, total)
+        yield Stream(read, start, total, ends=total is not None or bool(response.chunked))
 
 
 class _Patient(io.RawIOBase):
@@ -154,7 +161,41 @@ class _Https(_PatientConnections, urllib.request.HTTPSHandler):
     pass
 
 
-_OPENER = urllib.request.build_opener(_Http, _Https)
+class _Login(urllib.request.BaseHandler):
+    """USER:PASSWORD@ of a URL as an Authorization header (RFC 7617), which urllib leaves in the
+    host's name. Redirects do not take it along: it is for the host that it was given for."""
+
+    handler_order = 100  # before a Host header is made
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        login, at, host = request.host.rpartition("@")
+        if at:
+            parts = urllib.parse.urlsplit(request.full_url)
+            request.full_url = parts._replace(netloc=host).geturl()
+            words = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+            request.add_unredirected_header("Authorization", f"Basic {words}")
+        return request
+
+    https_request = http_request
+
+
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """To another path of the same server the login is taken along."""
+
+    def redirect_request(self, request, *answer):
+        following = super().redirect_request(request, *answer)
+        login = request.unredirected_hdrs.get("Authorization")
+        if following and login and _origin(following) == _origin(request):
+            following.add_unredirected_header("Authorization", login)
+        return following
+
+
+def _origin(request: urllib.request.Request) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(request.full_url)
+    return parts.scheme.lower(), parts.netloc.lower()
+
+
+_OPENER = urllib.request.build_opener(_Http, _Https, _Login, _Redirect)
 
 
 @contextmanager

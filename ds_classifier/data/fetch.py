@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ds_classifier import files
 from ds_classifier.data.connections import Failed, Stream, failures, opened_url
-from ds_classifier.data.urls import refuse_pipe, shown
+from ds_classifier.data.urls import refuse_pipe, shown, without_logins
 
 SLOWEST = 1024  # bytes a second; a slower stream is a stalled one
 PROGRESS = 1 << 20  # new bytes that make a broken try no failure
@@ -70,30 +70,35 @@ def fetch_small(
     return _insist(url, attempt, patience)
 
 
-def stream(url: str, *, patience: Patience = PATIENCE, allow_pipe: bool = False) -> Iterator[bytes]:
+def stream(
+    url: str, *, size: int | None = None, patience: Patience = PATIENCE, allow_pipe: bool = False
+) -> Iterator[bytes]:
     """The bytes of a URL in order, kept nowhere; goes on where a try broke off.
 
+    size: bytes that it should have; where a server tells neither length nor end, a connection that
+    ends before is one that broke off. Elsewhere what comes may be shorter, or longer.
     Raises ValueError for a pipe that is not allowed; OSError after the last try.
     """
     refuse_pipe(url, allow_pipe)
-    at, total = 0, None
+    at, total, needed = 0, None, None
     chunks: Iterator[bytes] | None = None
     with ExitStack() as connection:
 
         def more() -> bytes:
-            nonlocal at, total, chunks
+            nonlocal at, total, needed, chunks
             try:
                 if chunks is None:
                     opened = connection.enter_context(opened_url(url, at, patience.stall_timeout_s))
-                    if total not in (None, opened.total):
+                    if None not in (total, opened.total) and total != opened.total:
                         raise Failed(f"was {total} bytes, is {opened.total} now", final=True)
-                    total = opened.total
+                    total = total if opened.total is None else opened.total
+                    needed = size if total is None and not opened.ends else total
                     chunks = _from(at - opened.start, _chunks(opened, patience.stall_timeout_s))
                 chunk = next(chunks, b"")
                 at += len(chunk)
                 if not chunk:
-                    if total is not None and at < total:
-                        raise Failed(f"got {at} of {total} bytes")
+                    if needed is not None and at < needed:
+                        raise Failed(f"got {at} of {needed} bytes")
                     connection.close()  # tells whether a program failed
                 return chunk
             except Failed:
@@ -176,8 +181,9 @@ def _insist(
             furthest = max(furthest, further)
             if failure.final or failures > patience.retries:
                 times = "1 try" if tries == 1 else f"{tries} tries"
+                reason = without_logins(str(failure))  # a program's error tells its command
                 raise (NotServed if failure.final else OSError)(
-                    f"{shown(url)}: got no whole file in {times}; the last: {failure}; do: check "
+                    f"{shown(url)}: got no whole file in {times}; the last: {reason}; do: check "
                     "the address and the server, then run the same command again"
                 ) from None
         pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)

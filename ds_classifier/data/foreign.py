@@ -40,6 +40,7 @@ from ds_classifier.data.shards import (
 )
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
+from ds_classifier.data.urls import shown
 
 MOST_PROBLEMS = 20  # told of a shard, and in all
 CHUNK = 1 << 20
@@ -315,8 +316,8 @@ def _refuse_others_work(folder: Path, listing: Listing | None) -> None:
     place = manifest.location or str(folder.absolute())
     if listing is None or listing.place != place:
         raise ValueError(
-            f"OUT: got {folder}, the index of other shards ({place}); need one data set in OUT; "
-            "do: choose another OUT, or remove that index"
+            f"OUT: got {folder}, the index of other shards ({shown(place)}); need one data set in "
+            "OUT; do: choose another OUT, or remove that index"
         )
 
 
