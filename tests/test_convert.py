@@ -228,7 +228,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
         return len(reads.read_text().split())
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion, "_gathered", lambda samples, *_: samples)
+        patched.setattr(conversion, "gathered", lambda samples, *_: samples)
         expected = bytes_of(tmp_path / "one_by_one")
         assert groups_read() > 40
     assert bytes_of(tmp_path / "one") == expected
