@@ -67,6 +67,12 @@ def folder(tmp_path) -> Path:
     return pictures(tmp_path / "pictures", names)
 
 
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """120 pictures of 6 classes."""
+    return pictures(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
+
+
 @dataclass
 class Finished:
     """A command that has ended."""

@@ -10,6 +10,7 @@ split that is finished is not compared with its source again, but by names, labe
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +25,14 @@ import numpy as np
 
 from ds_classifier import files
 from ds_classifier.data import images
-from ds_classifier.data.bad_files import bad_among, picture_of, refuse_bad, too_large
+from ds_classifier.data.bad_files import (
+    Bad,
+    bad_among,
+    bad_of_many,
+    picture_of,
+    refuse_bad,
+    sort_out,
+)
 from ds_classifier.data.plan import (
     ORIGINAL,
     PLAN,
@@ -68,30 +76,43 @@ def convert(
     part: (i, n): write every n-th shard from the i-th on; `merge` finishes when all are there.
     progress: called with split, pictures written, pictures in all.
     Returns each split's manifest, None where shards of other parts are missing.
-    Raises ValueError where out holds something else already; or that lists the files that are no
-    pictures: after the first the others are only looked for, nothing more is written.
+    Raises ValueError where out holds something else already; or that lists the files of all
+    splits that are no pictures: after the first the others are only looked for, nothing more is
+    written.
     """
     store = settled(store, source)
-    planned = {}
+    splits: dict[str, list[Sample]] = {}
+    bad: dict[str, list[Bad]] = {}
     for split, samples in source.splits.items():
-        order = range(len(samples))
-        if split == "train":
-            order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
-        samples = [samples[i] for i in order]
-        refuse_bad(too_large(samples), out, split, part)
-        planned[split] = samples, make_plan(source, split, samples, store, samples_per_shard)
-    refuse_other_splits(out, source, set(planned))
-    todo = [s for s, (_, plan) in planned.items() if not already_written(out / s, plan)]
+        splits[split], bad[split] = sort_out(_shuffled(split, samples, shuffle_seed))
+    plans, todo = {}, list(splits)
+    if not any(bad.values()):
+        for split, samples in splits.items():
+            plans[split] = make_plan(source, split, samples, store, samples_per_shard)
+        refuse_other_splits(out, source, set(plans))
+        todo = [split for split, plan in plans.items() if not already_written(out / split, plan)]
     for split in todo:
-        samples, plan = planned[split]
-        bad = _write_shards(partial_of(out, plan), plan, samples, part, workers, progress)
-        refuse_bad(bad, out, split, part)
+        if any(bad.values()):
+            look = functools.partial(progress, f"{split}, only looked at")
+            bad[split] += bad_of_many(splits[split][part[0] :: part[1]], workers, look)
+        else:
+            partial = partial_of(out, plans[split])
+            writing = (partial, plans[split], splits[split], part, workers, progress)
+            bad[split] += _write_shards(*writing)
+    refuse_bad(bad, out, part)
     if part[1] == 1:
         merge(out)
     return {
         split: open_shards(out / split).manifest if (out / split).exists() else None
-        for split in planned
+        for split in plans
     }
+
+
+def _shuffled(split: str, samples: list[Sample], seed: int) -> list[Sample]:
+    """The training split in a random order; others as they are."""
+    if split != "train":
+        return samples
+    return [samples[i] for i in permutation(len(samples), stream_key(seed, "convert/shuffle"))]
 
 
 def merge(out: Path) -> list[str]:
