@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from conftest import ROOT, pictures, run_python
 
 from ds_classifier.data.convert import convert
-from ds_classifier.data.sources import image_folder
+from ds_classifier.data.foreign import index
+from ds_classifier.data.sources import image_folder, open_source
 from ds_classifier.data.verify import verify
 
 MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
@@ -149,3 +151,34 @@ def test_classes_whose_link_is_broken_are_missed(two, tmp_path):
     (train / ".emu.lock").symlink_to("host:77")
     with pytest.raises(ValueError, match=r"got emu, fox in .*\(2 such\).*a broken link"):
         image_folder(train)
+
+
+@pytest.fixture
+def impatient():
+    """What waits for ever is interrupted."""
+
+    def give_up(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_no_command_waits_for_a_fifo(two, tmp_path, impatient):
+    pytest.importorskip("pyarrow")
+    convert(image_folder(two[0]), tmp_path / "data", samples_per_shard=6)
+    shard = tmp_path / "data/train/train-000001.tar"
+    shard.unlink()
+    os.mkfifo(shard)
+    (problem,) = verify(tmp_path / "data/train")
+    assert problem.endswith("train-000001.tar': got 0 whole samples; need 6")
+    assert "a FIFO, socket or device, no file" in problem
+    with pytest.raises(ValueError, match=r"(?s)cannot be used.*a FIFO, socket or device"):
+        index(str(tmp_path / "data/train"), tmp_path / "out")
+    (tmp_path / "rows").mkdir()
+    os.mkfifo(tmp_path / "rows/train-0.parquet")
+    with pytest.raises(OSError, match="a FIFO, socket or device"):
+        open_source(str(tmp_path / "rows"))

@@ -27,6 +27,7 @@ from ds_classifier.data.layouts import (
     stats_of,
 )
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.samples import size_of_file
 from ds_classifier.data.scan import class_numbers, scan_samples
 from ds_classifier.data.shards import (
     INDEX,
@@ -150,9 +151,9 @@ class _Job:
 
     def size(self, name: str) -> int | None:
         """Bytes of a shard, None where only its end will tell."""
-        return (
-            None if is_url(self.listing.place) else os.stat(f"{self.listing.place}/{name}").st_size
-        )
+        if is_url(self.listing.place):
+            return None
+        return size_of_file(Path(self.listing.place, name))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ds_classifier import files
 from ds_classifier.data.connections import CHUNK
 from ds_classifier.data.fetch import stream
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.samples import size_of_file
 from ds_classifier.data.scan import ScannedSample, class_numbers, scan_samples
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet, open_split, url_of
@@ -97,7 +98,8 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
                 _scan(file, where, None, number, found)
                 facts = file.arrived, file.digest.hexdigest()
                 return _problems(number, found, *facts), [sample.key for sample in found]
-            file, size = opened.enter_context(open(path, "rb")), path.stat().st_size
+            size = size_of_file(path)
+            file = opened.enter_context(open(path, "rb"))
             _scan(file, where, size, number, found)
             sha256 = files.sha256(path) if job.check_hash or job.remote else None
             problems = _problems(number, found, size, sha256)
