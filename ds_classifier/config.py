@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_classifier.data.urls import without_logins
+
 SHIPPED_CONFIGS = ("zero2_fp16", "zero2_bf16", "zero1_fp16", "zero1_bf16", "zero1_fp32")
 
 
@@ -195,6 +197,11 @@ class Settings:
         """Minutes that a rank may spend in each activity before it counts as hung."""
         activities = ("start", "step", "save", "validation")
         return {name: getattr(self, f"{name}_timeout") for name in activities}
+
+    def recorded(self) -> dict[str, Any]:
+        """All settings as a run's files keep them: URLs without user and password."""
+        values = dataclasses.asdict(self).items()
+        return {k: without_logins(v) if isinstance(v, str) else v for k, v in values}
 
     def replace(self, **changes: Any) -> Settings:
         return dataclasses.replace(self, **changes)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return size, digest.hexdigest()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error name the file: a full disk does not tell which."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def nearest_directory(path: Path) -> Path:

@@ -5,13 +5,13 @@ This module imports nothing heavy, so that --help answers at once.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 from pathlib import Path
 
 from ds_classifier import distributed
 from ds_classifier.config import Settings, changed_settings
+from ds_classifier.data.urls import shown
 from ds_classifier.ds_config import Resolved
 
 EVALUATION_FORMAT, EVALUATION_VERSION = "ds_classifier evaluation", 1  # of eval/NAME.json
@@ -52,7 +52,7 @@ def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
         )
     elif state["data"] != facts["data"]:
         changes.append(
-            f"data: {settings.data_dir} is not the data that the checkpoint was trained on"
+            f"data: {shown(settings.data_dir)} is not the data that the checkpoint was trained on"
         )
     if changes:
         raise distributed.AgreedError(
@@ -66,7 +66,7 @@ def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
 def write_run_files(run_dir: Path, resolved: Resolved, ds_config: dict, command: str) -> None:
     """What this start of the run was made of. command: shell lines that start it again."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(resolved.settings)
+    settings = resolved.settings.recorded()
     (run_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     (run_dir / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")

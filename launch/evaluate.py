@@ -24,6 +24,7 @@ from ds_classifier import distributed, failures, files
 from ds_classifier.config import RECIPES, Settings, add_setting_flags
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
+from ds_classifier.data.urls import shown, without_logins
 from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def evaluate_source(
         "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
         "classes": shards.manifest.classes,
         "data": {
-            "location": arguments.val_data_dir or settings.val_data_dir,
+            "location": without_logins(arguments.val_data_dir or settings.val_data_dir),
             "fingerprint": shards.manifest.fingerprint,
             "samples": samples,
             "bad_samples": bad,
@@ -322,13 +323,13 @@ def open_validation_data(source, arguments: argparse.Namespace, device) -> Shard
     classes = shards.manifest.classes
     if source.classes not in (None, classes) or len(classes) != settings.num_classes:
         raise ValueError(
-            f"--val_data_dir: got {len(classes)} classes in {location}; need the same list as the "
-            f"{settings.num_classes} of {source.path}; do: convert both splits in one call, with "
-            "--val"
+            f"--val_data_dir: got {len(classes)} classes in {shown(location)}; need the same list "
+            f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
+            "with --val"
         )
     fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
-        problem = f"the shards in {location} here are not those of rank 0's node"
+        problem = f"the shards in {shown(location)} here are not those of rank 0's node"
     distributed.raise_together(problem, device)
     return shards
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import files
+from ds_classifier.data.urls import shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command again goes on", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def _stop(number: int, _) -> None:
+    """A signal's end, as that by Ctrl-C: scratch files are removed on the way out."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         help="check shards against their manifest and index",
         description="Check the structure of every shard against the manifest and the index. Shards "
-        "behind a URL are streamed whole for it.",
+        "behind a URL are streamed whole for it. Exits with 1 where something is damaged, with 2 "
+        "where a split could not be checked.",
     )
     command.add_argument("folder", nargs="+", help="a split, such as data/train, or its URL")
     command.add_argument("--hash", action="store_true", help="also read all bytes and compare them")
@@ -219,10 +228,10 @@ def _index(arguments: argparse.Namespace) -> int:
         checked = "nothing beside them tells their counts"
         if indexed.checked_by:
             checked = f"counts agree with {indexed.checked_by}"
+        place = shown(manifest.location or str(folder))
         print(
             f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
-            f"{len(manifest.shards)} shards, {megabytes:.1f} MB, at {manifest.location or folder}; "
-            + checked
+            f"{len(manifest.shards)} shards, {megabytes:.1f} MB, at {place}; " + checked
         )
         if split == "train":
             found = indexed.neighbours
@@ -257,21 +266,26 @@ def _count(number: int, thing: str) -> str:
 def _verify(arguments: argparse.Namespace) -> int:
     from ds_classifier.data.verify import verify
 
-    damaged = False
+    damaged = unchecked = False
     for folder in arguments.folder:
-        with _Progress() as progress:
-            problems = verify(
-                folder,
-                check_hash=arguments.hash,
-                check_decode=arguments.decode,
-                workers=arguments.workers,
-                progress=lambda done, total, progress=progress: progress("verify", done, total),
-            )
+        try:
+            with _Progress() as progress:
+                problems = verify(
+                    folder,
+                    check_hash=arguments.hash,
+                    check_decode=arguments.decode,
+                    workers=arguments.workers,
+                    progress=lambda done, total, progress=progress: progress("verify", done, total),
+                )
+        except (ValueError, OSError) as error:  # the others can be checked all the same
+            print(f"error: {files.problem(error)}", file=sys.stderr)
+            unchecked = True
+            continue
         for problem in problems:
             print(problem)
-        print(f"{folder}: {_count(len(problems), 'problem') if problems else 'whole'}")
+        print(f"{shown(folder)}: {_count(len(problems), 'problem') if problems else 'whole'}")
         damaged |= bool(problems)
-    return 1 if damaged else 0
+    return 2 if unchecked else int(damaged)
 
 
 class _Progress:
@@ -302,4 +316,5 @@ class _Progress:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

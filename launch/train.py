@@ -26,6 +26,7 @@ from ds_classifier import distributed, events, failures, launcher
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.data.store import RemoteShardSet, open_named
+from ds_classifier.data.urls import shown, without_logins
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 from ds_classifier.run_files import (
     DONE,
@@ -99,13 +100,13 @@ def open_data(resolved: Resolved) -> tuple[ShardSet, ShardSet | None, Resolved]:
     if val_shards is not None and val_shards.manifest.classes != classes:
         raise ValueError(
             f"--val_data_dir: got {len(val_shards.manifest.classes)} classes in "
-            f"{settings.val_data_dir}; need the same list as the {len(classes)} in "
-            f"{settings.data_dir}; do: convert both in one call, with --val"
+            f"{shown(settings.val_data_dir)}; need the same list as the {len(classes)} in "
+            f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
         )
     if settings.num_classes not in (0, len(classes)):
         raise ValueError(
             f"--num_classes: got {settings.num_classes}; need {len(classes)}, as many as "
-            f"{settings.data_dir} has; do: drop the flag"
+            f"{shown(settings.data_dir)} has; do: drop the flag"
         )
     settings = settings.replace(num_classes=len(classes))
     return shards, val_shards, dataclasses.replace(resolved, settings=settings)
@@ -239,7 +240,7 @@ class Job:
 def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
     """What a checkpoint says of the training that it is of."""
     return {
-        "settings": dataclasses.asdict(resolved.settings),
+        "settings": resolved.settings.recorded(),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,
         "deepspeed": resolved.shaping,
@@ -510,7 +511,7 @@ def guessing(shards: ShardSet):
 
 def launched_as(world_size: int) -> str:
     """Shell lines that start the run again; several nodes need their hostfile added."""
-    arguments = [word for word in sys.argv if not word.startswith("--local_rank")]
+    arguments = [without_logins(word) for word in sys.argv if not word.startswith("--local_rank")]
     launcher = [sys.executable]
     if "LOCAL_RANK" in os.environ and world_size > 1:
         launcher = ["deepspeed", "--num_gpus", str(distributed.local_world_size())]
@@ -613,13 +614,13 @@ def announce(job: Job, command: CommandLine) -> None:
         schedule[None] = "constant"
     held_out = "no validation"
     if job.val_shards is not None:
-        held_out = f"{_split(job.val_shards)} in {settings.val_data_dir} to validate on"
+        held_out = f"{_split(job.val_shards)} in {shown(settings.val_data_dir)} to validate on"
     say(
         f"classifier  {parameters:,} parameters, {arithmetic(job).forward / 1e9:.3g} GFLOP forward "
         f"an image; {settings.image_size} px, {settings.num_classes} classes; "
         f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
     )
-    say(f"data        {_split(shards)} in {settings.data_dir}; {held_out}")
+    say(f"data        {_split(shards)} in {shown(settings.data_dir)}; {held_out}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps an epoch")

@@ -67,6 +67,45 @@ def folder(tmp_path) -> Path:
     return pictures(tmp_path / "pictures", names)
 
 
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """120 pictures of 6 classes."""
+    return pictures(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
+
+
+@pytest.fixture
+def served_store(tmp_path, monkeypatch):
+    """Shards of random bytes at a URL: (server, shards, a function that makes their store)."""
+    from stores import FAST, make_shards, serving
+
+    from ds_classifier.data.store import ShardStore
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    shards = make_shards(tmp_path / "far", 6)
+    with serving(tmp_path / "far") as server:
+
+        def store(**options) -> ShardStore:
+            options = FAST | dict(cache_dir=tmp_path / "cache") | options
+            return ShardStore(server.url, shards, **options)
+
+        yield server, shards, store
+
+
+@pytest.fixture
+def served_folder(tmp_path, monkeypatch):
+    """An empty directory at a URL: (server, directory); pauses are short."""
+    from flaky_server import FlakyServer
+
+    from ds_classifier.data import fetch
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fetch, "LONGEST_PAUSE_S", 0.02)
+    (tmp_path / "far").mkdir()
+    server = FlakyServer(tmp_path / "far")
+    yield server, tmp_path / "far"
+    server.close()
+
+
 @dataclass
 class Finished:
     """A command that has ended."""

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from base64 import b64encode
 from collections import defaultdict
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,12 +23,18 @@ class FlakyServer:
     end. "stall": half of it, then silence. "drip": half of it, then a byte now and then. "head":
     so with the answer's head. "chunk": so with the length of the first chunk of its body. "long",
     "short": a Content-Length that is not the file's. "wrong": one byte is another. "slow": in
-    small steps. no_ranges: Range is ignored. requests: (name, Range header or None), in order.
+    small steps. no_ranges: Range is ignored. no_length: nothing tells how long a file is; it ends
+    with the connection. login: "USER:PASSWORD" that is asked for. redirects: name -> the URL or
+    path that has it. logins: the Authorization headers that came. requests: (name, Range
+    header or None), in order.
     """
 
     def __init__(self, folder: Path):
         self.faults: dict[str, list] = defaultdict(list)
-        self.no_ranges = False
+        self.no_ranges = self.no_length = False
+        self.login: str | None = None
+        self.logins: list[str | None] = []
+        self.redirects: dict[str, str] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.released = threading.Event()
         outer = self
@@ -56,8 +63,18 @@ class FlakyServer:
         asked = request.headers.get("Range")
         self.requests.append((name, asked))
         fault = self.faults[name].pop(0) if self.faults[name] else None
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and name not in self.redirects:
             fault = 404
+        login = request.headers.get("Authorization")
+        self.logins.append(login)
+        if self.login and login != "Basic " + b64encode(self.login.encode()).decode():
+            fault = 401
+        if name in self.redirects and not isinstance(fault, int):
+            request.send_response(302)
+            request.send_header("Location", self.redirects[name])
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
         if isinstance(fault, int):
             request.send_error(fault)
             return
@@ -72,14 +89,16 @@ class FlakyServer:
             return
         if asked and not self.no_ranges:
             request.send_response(206)
-            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            total = "*" if self.no_length else len(content)
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{total}")
             content = content[start:]
         else:
             request.send_response(200)
         if fault == "wrong":
             content = content[:-1] + bytes([content[-1] ^ 1])
         declared = len(content) + {"long": 1000, "short": -1000}.get(fault, 0)
-        request.send_header("Content-Length", str(declared))
+        if not self.no_length:
+            request.send_header("Content-Length", str(declared))
         request.end_headers()
         try:
             self._send(request, content, fault)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
-    ["files", "processes", "rendezvous", "scaling"],
+    ["files", "processes", "rendezvous", "scaling", "data.urls"],
     ["launcher"],
     ["distributed"],
     [
@@ -18,6 +18,7 @@ LAYERS = [
         "model",
         "data.samples",
         "data.tars",
+        "data.connections",
         "data.images",
         "config",
         "memory",
@@ -33,13 +34,14 @@ LAYERS = [
         "flops",
         "device_random",
         "data.order",
+        "data.bad_files",
         "data.scan",
         "data.shards",
         "data.fetch",
         "data.cache",
         "batch",
     ],
-    ["data.imagenet", "data.parquet", "data.store", "ds_config"],
+    ["data.imagenet", "data.parquet", "data.store", "data.plan", "data.spool", "ds_config"],
     ["data.layouts"],
     [
         "diffusion",

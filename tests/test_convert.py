@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -70,50 +69,9 @@ def test_format_by_content_not_by_name(tmp_path):
     assert suffixes == {"png", "jpg", "cls"}
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_files_that_are_no_pictures_are_listed_together(many, tmp_path, workers):
-    """Wherever they stand: the first 20, their number, and all in a file; once gone, it works."""
-    bad = [f"c{i % 6}/{i:03d}.jpg" for i in range(0, 120, 4)]
-    for i, name in enumerate(bad):
-        (many / name).write_bytes(b"<html>not found</html>" if i else b"")
-    command = [MAKE_SHARDS, "convert", many, tmp_path / "data", "--samples_per_shard", "7"]
-    done = run_python(*command, "--workers", workers, cwd=tmp_path)
-    listing = tmp_path / "data" / "train.bad.txt"
-    assert (done.code, len(done.lines)) == (2, 22), done.output
-    assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole JPEG")
-    assert f"those in {listing}" in done.lines[0]
-    assert done.lines[1] == f"  {min(bad)}: got b''..., which no picture format begins with"
-    assert done.lines[-1] == "  ... and 10 more"
-    assert not (tmp_path / "data" / "train").exists()
-    listed = listing.read_text().splitlines()
-    assert listed == sorted(bad)
-    for name in listed:
-        (many / name).unlink()
-    assert "remove it" in run_python(*command, cwd=tmp_path).lines[0]
-    shutil.rmtree(tmp_path / "data" / "train.partial")
-    assert run_python(*command, cwd=tmp_path).code == 0
-    assert not listing.exists()
-    assert verify(tmp_path / "data/train") == []
-
-
-def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
-    source = image_folder(folder)
-    (folder / "cat" / "cat_1.png").unlink()
-    (folder / "cat" / "cat_1.png").mkdir()
-    (folder / "dog" / "dog_1.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"(?s)2 files.*cat_1\.png: cannot be read \(Is a dir"):
-        convert(source, tmp_path / "data")
-
-
 def test_keys_have_no_dots_and_stay_unique():
     assert conversion._key(3, "dir/some.pic.v2.JPEG") == "000000003_some_pic_v2"
     assert "." not in conversion._key(4, "ünïcode..png")
-
-
-@pytest.fixture
-def many(tmp_path) -> Path:
-    """120 pictures of 6 classes."""
-    return pictures(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
 
 
 def test_same_bytes_for_any_number_of_processes_and_machines(many, tmp_path):
@@ -228,7 +186,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
         return len(reads.read_text().split())
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion, "_gathered", lambda samples, *_: samples)
+        patched.setattr(conversion, "gathered", lambda samples, *_: samples)
         expected = bytes_of(tmp_path / "one_by_one")
         assert groups_read() > 40
     assert bytes_of(tmp_path / "one") == expected
@@ -325,13 +283,6 @@ def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
     *lines, grown = done.lines
     assert lines == ["pixels refused", "data (10, 10)", "text refused", "profile refused"]
     assert int(grown.split()[-1]) < 100
-
-
-def test_a_file_too_large_for_a_picture_is_refused_unread(folder, tmp_path):
-    (folder / "cat" / "huge.png").touch()
-    os.truncate(folder / "cat" / "huge.png", 10 << 30)
-    with pytest.raises(ValueError, match=r"huge\.png: got 10737418240 bytes; need at most"):
-        convert(image_folder(folder), tmp_path / "data")
 
 
 def large_pictures() -> Source:

@@ -1,11 +1,15 @@
 """Shards behind a URL are verified as they are beside their manifest."""
 
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, environment, run_python
 from flaky_server import FlakyServer
 
+from ds_classifier.data import fetch
 from ds_classifier.data.convert import convert
 from ds_classifier.data.foreign import index
 from ds_classifier.data.shards import open_shards
@@ -102,3 +106,65 @@ def test_the_command_takes_urls(far, tmp_path):
     done = run_python(script, "verify", f"{server.url}/nowhere", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 1), done.output
     assert "HTTP 404" in done.output
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("no_ranges", [False, True])
+def test_a_server_that_tells_no_length_and_breaks_off(far, no_ranges, decode):
+    """Such an end is like a whole file's: it is asked for the rest."""
+    server, _ = far
+    server.no_length, server.no_ranges = True, no_ranges
+    for damaged in ("train-000000.tar", "train-000002.tar"):
+        server.faults[damaged] = ["close"]
+    assert verify(server.url, check_decode=decode, workers=2) == []
+    assert server.count("train-000000.tar") == server.count("train-000002.tar") == 2
+    assert server.count("train-000001.tar") == 1
+
+
+def test_what_breaks_off_every_time_is_not_whole(far, monkeypatch):
+    server, folder = far
+    monkeypatch.setattr(fetch, "LONGEST_PAUSE_S", 0.02)
+    server.no_length = True
+    server.faults["train-000001.tar"] = ["close"] * 20
+    size = (folder / "train-000001.tar").stat().st_size
+    (problem,) = verify(server.url)
+    assert problem.startswith(f"{server.url}/train-000001.tar: got no whole file in 6 tries")
+    assert f" of {size} bytes" in problem
+
+
+def test_every_split_that_can_be_checked_is(far, tmp_path):
+    server, folder = far
+    damage_a_picture(folder / "train-000001.tar")
+    script = ROOT / "launch" / "make_shards.py"
+    places = [tmp_path / "nothing", f"{server.url}/nowhere", server.url]
+    done = run_python(script, "verify", *places, cwd=tmp_path)
+    assert (done.code, len(done.lines)) == (2, 4), done.output
+    lines = "\n".join(sorted(done.lines))
+    assert f"error: got {tmp_path}/nothing, which does not exist" in lines
+    assert "nowhere/manifest.json: got no whole file in 1 try; the last: HTTP 404" in lines
+    assert f"{server.url}/train-000001.tar: its sha256 is not the manifest's" in lines
+    assert f"{server.url}: 1 problem" in lines
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_terminated_it_leaves_nothing(far, tmp_path, workers):
+    server, _ = far
+    for number in range(3):
+        server.faults[f"train-{number:06d}.tar"] = ["stall"]
+    command = [sys.executable, ROOT / "launch" / "make_shards.py", "verify", server.url, "--decode"]
+    process = subprocess.Popen(
+        [*map(str, command), "--workers", str(workers)],
+        env=environment(TMPDIR=str(tmp_path / "tmp")),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 30
+    while server.count("train-000000.tar") == 0:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert list((tmp_path / "tmp").glob("*/tmp*")), "nothing is fetched"
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (143, "stopped; the same command again goes on\n")
+    assert not list((tmp_path / "tmp").iterdir())

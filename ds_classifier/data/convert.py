@@ -10,26 +10,42 @@ split that is finished is not compared with its source again, but by names, labe
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import functools
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from ds_classifier import files
 from ds_classifier.data import images
+from ds_classifier.data.bad_files import (
+    Bad,
+    bad_among,
+    bad_of_many,
+    picture_of,
+    refuse_bad,
+    sort_out,
+)
+from ds_classifier.data.plan import (
+    ORIGINAL,
+    PLAN,
+    Plan,
+    Store,
+    already_written,
+    make_plan,
+    partial_of,
+    refuse_other_splits,
+    settled,
+)
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.samples import Sample, Slice, Source
+from ds_classifier.data.samples import Sample, Source
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
     INDEX,
@@ -39,52 +55,8 @@ from ds_classifier.data.shards import (
     Shard,
     open_shards,
 )
+from ds_classifier.data.spool import gathered
 from ds_classifier.keyed_random import permutation, stream_key
-
-PLAN = "plan.json"
-LARGEST_PICTURE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
-MOST_BAD = 20  # files told of
-_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
-
-
-@dataclass(frozen=True)
-class Store:
-    """How pictures are stored.
-
-    image_size: None: bytes untouched. S: halved as far as every crop at S pixels begins with, and
-    encoded as `form`; pictures that are small enough already are copied untouched.
-    form: "png", the reference's very pixels, or "jpg", quality 95 4:4:4.
-    """
-
-    image_size: int | None = None
-    form: str = "jpg"
-
-    def __str__(self) -> str:
-        return (
-            "original"
-            if self.image_size is None
-            else f"halved for {self.image_size} px, {self.form}"
-        )
-
-
-ORIGINAL = Store()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a split's shards will hold. digest: of names, labels, sizes and the store."""
-
-    split: str
-    source: str
-    classes: list[str]
-    samples: int
-    shard_samples: list[int]
-    image_size: int | None
-    form: str
-    digest: str
-
-    def shard_name(self, number: int) -> str:
-        return f"{self.split}-{number:06d}.tar"
 
 
 def convert(
@@ -104,58 +76,43 @@ def convert(
     part: (i, n): write every n-th shard from the i-th on; `merge` finishes when all are there.
     progress: called with split, pictures written, pictures in all.
     Returns each split's manifest, None where shards of other parts are missing.
-    Raises ValueError where out holds something else already; or that lists the files that are no
-    pictures: after the first the others are only looked for, nothing more is written.
+    Raises ValueError where out holds something else already; or that lists the files of all
+    splits that are no pictures: after the first the others are only looked for, nothing more is
+    written.
     """
-    store = _settled(store, source)
-    planned = {}
+    store = settled(store, source)
+    splits: dict[str, list[Sample]] = {}
+    bad: dict[str, list[Bad]] = {}
     for split, samples in source.splits.items():
-        order = range(len(samples))
-        if split == "train":
-            order = permutation(len(samples), stream_key(shuffle_seed, "convert/shuffle"))
-        samples = [samples[i] for i in order]
-        _refuse_bad(_too_large(samples), out, split, part)
-        planned[split] = samples, _plan(source, split, samples, store, samples_per_shard)
-    _refuse_other_splits(out, source, set(planned))
-    todo = [s for s, (_, plan) in planned.items() if not _already_written(out / s, plan)]
+        splits[split], bad[split] = sort_out(_shuffled(split, samples, shuffle_seed))
+    plans, todo = {}, list(splits)
+    if not any(bad.values()):
+        for split, samples in splits.items():
+            plans[split] = make_plan(source, split, samples, store, samples_per_shard)
+        refuse_other_splits(out, source, set(plans))
+        todo = [split for split, plan in plans.items() if not already_written(out / split, plan)]
     for split in todo:
-        samples, plan = planned[split]
-        bad = _write_shards(_partial(out, plan), plan, samples, part, workers, progress)
-        _refuse_bad(bad, out, split, part)
+        if any(bad.values()):
+            look = functools.partial(progress, f"{split}, only looked at")
+            bad[split] += bad_of_many(splits[split][part[0] :: part[1]], workers, look)
+        else:
+            partial = partial_of(out, plans[split])
+            writing = (partial, plans[split], splits[split], part, workers, progress)
+            bad[split] += _write_shards(*writing)
+    refuse_bad(bad, out, part)
     if part[1] == 1:
         merge(out)
     return {
         split: open_shards(out / split).manifest if (out / split).exists() else None
-        for split in planned
+        for split in plans
     }
 
 
-def _refuse_other_splits(out: Path, source: Source, planned: set[str]) -> None:
-    """ValueError where OUT has a split, whole or not, of other classes that would stay beside."""
-    for split in {"train", "val"} - planned:
-        for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
-            if not (folder / facts).is_file():
-                continue
-            if json.loads((folder / facts).read_text())["classes"] != source.classes:
-                raise ValueError(
-                    f"OUT: got {folder}, of other classes than {source.name}; need one class list "
-                    "in OUT; do: remove it, or choose another OUT"
-                )
-
-
-def _settled(store: Store, source: Source) -> Store:
-    """The store that comes out: pictures that were halved stay so, and cannot grow again."""
-    if source.halved is None:
-        return store
-    size, form = source.halved
-    if store.image_size is None:
-        return Store(size, form)
-    if store.image_size > size or (form, store.form) == ("jpg", "png"):
-        raise ValueError(
-            f"--image_size, --form: got {store}, from pictures that are {Store(size, form)} in "
-            f"{source.name}; need what they still allow; do: convert the originals"
-        )
-    return store
+def _shuffled(split: str, samples: list[Sample], seed: int) -> list[Sample]:
+    """The training split in a random order; others as they are."""
+    if split != "train":
+        return samples
+    return [samples[i] for i in permutation(len(samples), stream_key(seed, "convert/shuffle"))]
 
 
 def merge(out: Path) -> list[str]:
@@ -192,62 +149,6 @@ def merge(out: Path) -> list[str]:
     return [plan.split for plan in plans.values()]
 
 
-def _plan(
-    source: Source, split: str, samples: list[Sample], store: Store, samples_per_shard: int
-) -> Plan:
-    count = -(-len(samples) // samples_per_shard)
-    ends = [len(samples) * (n + 1) // count for n in range(count)]  # they differ by one at most
-    facts = dict(
-        split=split,
-        source=Path(source.name).name,
-        classes=source.classes,
-        samples=len(samples),
-        shard_samples=np.diff([0, *ends]).tolist(),
-        image_size=store.image_size,
-        form=store.form if store.image_size else "",
-    )
-    digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
-    for sample in samples:
-        size = sample.size()
-        name = os.path.basename(sample.name)  # however the way to the source was spelled
-        digest.update(f"{name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
-    return Plan(digest=digest.hexdigest(), **facts)
-
-
-def _already_written(folder: Path, plan: Plan) -> bool:
-    if not folder.exists():
-        return False
-    if (folder / MANIFEST).is_file() and open_shards(folder).manifest.plan == plan.digest:
-        return True
-    raise ValueError(
-        f"OUT: got {folder}, which holds something else already; need a free place; do: remove it, "
-        "or choose another OUT"
-    )
-
-
-def _partial(out: Path, plan: Plan) -> Path:
-    """The directory being filled. It appears with its plan, so that parts may begin together.
-
-    Raises ValueError where shards of another plan lie in it.
-    """
-    partial = out / f"{plan.split}.partial"
-    staging = out / f".{plan.split}.{uuid.uuid4().hex}"
-    staging.mkdir(parents=True)
-    (staging / PLAN).write_text(json.dumps(asdict(plan), indent=1))
-    try:
-        os.rename(staging, partial)  # over an empty directory only
-    except OSError:
-        shutil.rmtree(staging)
-    if not (partial / PLAN).is_file():
-        raise ValueError(f"OUT: got {partial} without {PLAN}; need a free place; do: remove it")
-    if json.loads((partial / PLAN).read_text())["digest"] != plan.digest:
-        raise ValueError(
-            f"OUT: got {partial}, the unfinished conversion of another source or store; need one "
-            "in OUT; do: finish it, remove it, or choose another OUT"
-        )
-    return partial
-
-
 def _write_shards(
     partial: Path,
     plan: Plan,
@@ -256,7 +157,7 @@ def _write_shards(
     workers: int,
     progress: Callable[[str, int, int], None],
 ) -> list[tuple[str, str]]:
-    """Write what is missing; returns the files that are no pictures, see `_refuse_bad`."""
+    """Write what is missing; returns the files that are no pictures, see `refuse_bad`."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
     numbers = range(part[0], len(plan.shard_samples), part[1])
     shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
@@ -266,7 +167,7 @@ def _write_shards(
         (partial / plan.shard_name(n)).unlink(missing_ok=True)
     spool = partial / f"spool-{part[0]}-{part[1]}"
     try:
-        flat = _gathered([s for n in todo for s in shards[n]], spool, workers, plan.split, progress)
+        flat = gathered([s for n in todo for s in shards[n]], spool, workers, plan.split, progress)
         done = total - len(flat)
         progress(plan.split, done, total)
         flat = iter(flat)
@@ -292,68 +193,6 @@ def _up_to_date(path: Path, samples: list[Sample]) -> bool:
     return all(sample.changed_ns() <= began_ns for sample in samples)
 
 
-def _gathered(
-    samples: list[Sample],
-    spool: Path,
-    workers: int,
-    split: str,
-    progress: Callable[[str, int, int], None],
-) -> list[Sample]:
-    """The same samples, each quick to read alone.
-
-    Pictures that lie in groups, such as a parquet file's row groups, and are wanted in another
-    order are written to files under `spool` once, group by group: as many bytes as they have.
-    """
-    shutil.rmtree(spool, ignore_errors=True)
-    groups: dict[Hashable, list[int]] = {}
-    changes, last = 0, None
-    for i, sample in enumerate(samples):
-        group = getattr(sample.content, "group", None)
-        if group is not None:
-            groups.setdefault(group, []).append(i)
-            changes, last = changes + (group != last), group
-    if changes == len(groups):
-        return samples
-    spool.mkdir()
-    wanted = [i for group in sorted(groups) for i in groups[group]]
-    cuts = np.linspace(0, len(wanted), workers + 1).astype(int).tolist()
-    jobs = list(itertools.pairwise(cuts))
-    gathered, done = list(samples), 0
-    shared_by_all = (samples, wanted, spool)
-    for first, last, ends in in_processes(
-        workers, _spool_some, jobs, shared=shared_by_all, ordered=False
-    ):
-        place = spool / f"{first}.bytes"
-        for i, start, end in zip(wanted[first:last], ends, ends[1:], strict=False):
-            gathered[i] = replace(samples[i], content=Slice(place, start, end - start))
-        done += last - first
-        progress(f"{split}, gathering", done, len(wanted))
-    return gathered
-
-
-def _spool_some(job: tuple[int, int]) -> tuple[int, int, list[int]]:
-    """Write some of the wanted pictures to one file; returns the job, and where each begins."""
-    first, last = job
-    samples, wanted, spool = shared()
-    ends = [0]
-    place = spool / f"{first}.bytes"
-    with open(place, "wb") as file, _naming(place):
-        for i in wanted[first:last]:
-            ends.append(ends[-1] + file.write(samples[i].read()))
-    return first, last, ends
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk does not tell which; say the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     """Write one shard and its facts; returns its number, and its files that are no pictures.
 
@@ -365,21 +204,21 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     partial, plan, tasks, bad_met = shared()
     first, samples = tasks[at]
     if bad_met.is_set():
-        return number, _bad_among(samples)
+        return number, bad_among(samples)
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")
     undecodable, began_ns = [], time.time_ns()
     with (
-        _naming(staging),
+        files.naming(staging),
         open(staging, "wb") as file,
         TarWriter(file, encoder=False, mtime=0) as tar,
     ):
         for i, sample in enumerate(samples, first):
             try:
-                data, suffix = _picture(sample)
+                data, suffix = picture_of(sample)
             except ValueError:
                 bad_met.set()
-                return number, _bad_among(samples[i - first :])
+                return number, bad_among(samples[i - first :])
             if plan.image_size is not None:
                 try:
                     halved = images.halve(images.decode(data), plan.image_size)
@@ -434,58 +273,3 @@ def _key(number: int, name: str) -> str:
     """A key without dots, unique by its number, that still tells the source file."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[-60:]
     return f"{number:09d}_{stem}"
-
-
-def _picture(sample: Sample) -> tuple[bytes, str]:
-    """A sample's bytes, and its suffix by content: a PNG named .JPEG is stored as .png.
-
-    Raises ValueError where they cannot be read, or begin like no picture.
-    """
-    try:
-        data = sample.read()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    for signature, suffix in _SIGNATURES.items():
-        if data.startswith(signature):
-            return data, suffix
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return data, "webp"
-    raise ValueError(f"got {data[:8]!r}..., which no picture format begins with")
-
-
-def _bad_among(samples: list[Sample]) -> list[tuple[str, str]]:
-    """(name, what is wrong) of those that are no pictures."""
-    bad = []
-    for sample in samples:
-        try:
-            _picture(sample)
-        except ValueError as error:
-            bad.append((sample.name, str(error)))
-    return bad
-
-
-def _too_large(samples: list[Sample]) -> list[tuple[str, str]]:
-    sizes = ((sample.name, sample.size()) for sample in samples)
-    need = f"need at most {LARGEST_PICTURE}"
-    return [(name, f"got {size} bytes; {need}") for name, size in sizes if size > LARGEST_PICTURE]
-
-
-def _refuse_bad(bad: list[tuple[str, str]], out: Path, split: str, part: tuple[int, int]) -> None:
-    """ValueError that lists the first of the files that are no pictures; a file lists them all."""
-    listing = out / (f"{split}.bad.txt" if part[1] == 1 else f"{split}.bad-{part[0]}.txt")
-    listing.unlink(missing_ok=True)
-    if not bad:
-        return
-    bad = sorted(bad)
-    out.mkdir(parents=True, exist_ok=True)
-    names = "".join(f"{name}\n" for name, _ in bad)
-    listing.write_text(names, errors="surrogateescape")
-    lines = [f"{name}: {problem}" for name, problem in bad[:MOST_BAD]]
-    if len(bad) > MOST_BAD:
-        lines.append(f"... and {len(bad) - MOST_BAD:,} more")
-    files = "1 file" if len(bad) == 1 else f"{len(bad):,} files"
-    text = (
-        f"{files} that cannot be stored; need whole JPEG, PNG, WebP, GIF or BMP pictures; do: "
-        f"remove or replace those in {listing}, and remove {out / split}.partial if it is there"
-    )
-    raise ValueError(f"got {text}:\n  " + "\n  ".join(lines))

@@ -27,6 +27,7 @@ from ds_classifier.data.layouts import (
     stats_of,
 )
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.samples import size_of_file
 from ds_classifier.data.scan import class_numbers, scan_samples
 from ds_classifier.data.shards import (
     INDEX,
@@ -40,6 +41,7 @@ from ds_classifier.data.shards import (
 )
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
+from ds_classifier.data.urls import shown
 
 MOST_PROBLEMS = 20  # told of a shard, and in all
 CHUNK = 1 << 20
@@ -149,9 +151,9 @@ class _Job:
 
     def size(self, name: str) -> int | None:
         """Bytes of a shard, None where only its end will tell."""
-        return (
-            None if is_url(self.listing.place) else os.stat(f"{self.listing.place}/{name}").st_size
-        )
+        if is_url(self.listing.place):
+            return None
+        return size_of_file(Path(self.listing.place, name))
 
 
 @dataclass(frozen=True)
@@ -315,8 +317,8 @@ def _refuse_others_work(folder: Path, listing: Listing | None) -> None:
     place = manifest.location or str(folder.absolute())
     if listing is None or listing.place != place:
         raise ValueError(
-            f"OUT: got {folder}, the index of other shards ({place}); need one data set in OUT; "
-            "do: choose another OUT, or remove that index"
+            f"OUT: got {folder}, the index of other shards ({shown(place)}); need one data set in "
+            "OUT; do: choose another OUT, or remove that index"
         )
 
 

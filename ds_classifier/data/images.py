@@ -46,6 +46,9 @@ def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
     """The pixels of a flawless colour or grey JPEG; None for all else, of which Pillow judges.
 
     Pillow's pixels, as both have them from libjpeg-turbo, in two thirds of its time.
+    What Pillow refuses for a JFIF, Adobe or ICC segment that is shorter than its fields is read
+    here: such a picture has weight where simplejpeg is installed, and none elsewhere. To ask Pillow
+    first would cost a fifth of the time of pictures halved for 64 px, 2 % of that of originals.
     """
     if simplejpeg is None or channels != 3 or not data.startswith(b"\xff\xd8"):
         return None

@@ -26,10 +26,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_classifier.data.fetch import NotServed, Patience, fetch_small, scheme, shown
+from ds_classifier.data.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
 from ds_classifier.data.tars import printable
+from ds_classifier.data.urls import scheme, shown, without_logins
 
 STATS = "NAME_stats.json"
 INFO = ("_info.json", "info.json")
@@ -170,7 +171,9 @@ def _refuse_secrets(location: str) -> None:
                 f"got {part!r}, which runs a program; a manifest may not name one; do: give a URL, "
                 "or download the shards"
             )
-        if re.match("https?:.*[?]|[^/]*//[^/@]*:[^/@]*@", part, re.IGNORECASE):
+        http = scheme(part) in ("http", "https")
+        user_alone = not http and re.match("[^/]*//[^/@:]*@[^@]*$", part)
+        if (http and "?" in part) or (without_logins(part) != part and not user_alone):
             raise ValueError(
                 f"got {shown(part)} with a query or a password, which the manifest would hold in "
                 "the open; do: give a plain URL, or download the shards"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from ds_classifier.data.samples import IMAGE_SUFFIXES, Named, files_under
+from ds_classifier.data.samples import IMAGE_SUFFIXES, Named, files_under, size_of_file
 
 PARQUET = ".parquet"
 _SPLIT_WORD = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
@@ -118,6 +118,7 @@ def _pyarrow_parquet():
 
 def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
     """Labels and names of the rows; no picture is read."""
+    size_of_file(path)  # not one to wait for
     parquet = _pyarrow_parquet()
     import pyarrow
 

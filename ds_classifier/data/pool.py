@@ -64,3 +64,4 @@ def in_processes(
 def _start(parent: int) -> None:
     processes.die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # cleaning up is the parent's

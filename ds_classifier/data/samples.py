@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +71,15 @@ class Sample:
         return self.content.read_bytes() if isinstance(self.content, Path) else self.content.read()
 
     def size(self) -> int:
-        """Bytes of the picture, without reading it where the source knows them."""
+        """Bytes of the picture, without reading it where the source knows them.
+
+        Raises OSError for a file that is not there, or is none: a FIFO may never answer, a device
+        never end.
+        """
         if isinstance(self.content, bytes):
             return len(self.content)
         if isinstance(self.content, Path):
-            return os.stat(self.content).st_size
+            return size_of_file(self.content)
         return self.content.size()
 
     def changed_ns(self) -> int:
@@ -86,6 +92,16 @@ class Sample:
         if isinstance(self.content, Path):
             return os.stat(self.content).st_ctime_ns
         return self.content.changed_ns()
+
+
+def size_of_file(path: Path) -> int:
+    """Bytes of a regular file, links followed; OSError for all else."""
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "a FIFO, socket or device, no file", str(path))
+    return found.st_size
 
 
 @dataclass(frozen=True)

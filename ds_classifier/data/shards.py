@@ -27,6 +27,7 @@ import numpy as np
 from ds_classifier import files
 from ds_classifier.data.samples import IMAGE_SUFFIXES
 from ds_classifier.data.tars import NAME_REACH, key_of, member_name
+from ds_classifier.data.urls import shown
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -176,8 +177,8 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
     if manifest.location is not None:
         if not os.path.isabs(manifest.location):
             raise ValueError(
-                f"{folder}: got shards that lie at {manifest.location}; need them on this machine; "
-                "do: download them and index them there"
+                f"{folder}: got shards that lie at {shown(manifest.location)}; need them on this "
+                "machine; do: download them and index them there"
             )
         tars = Path(manifest.location)
     for shard in () if to_verify else manifest.shards:
@@ -208,7 +209,9 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
             raise ValueError("a name or a size is none")
         place = manifest.location
         if place is not None and not (os.path.isabs(place) or PLAIN_URL.fullmatch(place)):
-            raise ValueError(f"location {place!r} is no absolute directory and no plain URL")
+            raise ValueError(
+                f"location {shown(str(place))!r} is no absolute directory and no plain URL"
+            )
         if type(manifest.classes) is not list or any(type(c) is not str for c in manifest.classes):
             raise ValueError("its classes are no names")
         if type(manifest.image_size) not in (int, type(None)):

@@ -24,6 +24,7 @@ DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # never taken for classes alone
 DIGITS_HELD_OUT = 360  # the last pictures of scikit-learn's digits: other writers than the first
 LISTS = (".csv", ".jsonl")
+MOST_NAMED = 10  # folders without pictures
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that int() and str() leave alone; 01 is a name
 
 
@@ -175,17 +176,23 @@ def _labelled_files(root: Path) -> list[Named]:
         )
     empty = [] if loose else sorted(_class_folders(root) - classes)
     if empty:
+        names = ", ".join(empty[:MOST_NAMED]) + (" ..." if len(empty) > MOST_NAMED else "")
         raise ValueError(
-            f"source: got {root / empty[0]} ({len(empty)} such) without any picture "
-            f"({' '.join(IMAGE_SUFFIXES)}); a class needs one; do: remove the folder, or convert "
-            "its pictures to one of these formats"
+            f"source: got {names} in {root} ({len(empty)} such) without any picture "
+            f"({' '.join(IMAGE_SUFFIXES)}), or a broken link; a class needs one; do: remove the "
+            "folder, mend the link, or convert its pictures to one of these formats"
         )
     return [Named(str(file.relative_to(root)), class_name, file) for file, class_name in found]
 
 
 def _class_folders(root: Path) -> set[str]:
-    """Folders directly under root, less hidden ones."""
-    return {entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] not in "._"}
+    """Folders directly under root, less hidden ones; a link without a target may have been one."""
+    return {
+        entry.name
+        for entry in root.iterdir()
+        if entry.name[0] not in "._"
+        and (entry.is_dir() or (entry.is_symlink() and not entry.suffix and not entry.exists()))
+    }
 
 
 # ----------------------------------------------------------------------------------------- lists

@@ -22,9 +22,6 @@ from ds_classifier.data.fetch import (
     Patience,
     fetch_file,
     fetch_small,
-    refuse_pipe,
-    scheme,
-    shown,
 )
 from ds_classifier.data.shards import (
     INDEX,
@@ -36,6 +33,7 @@ from ds_classifier.data.shards import (
     parse_manifest,
     read_index,
 )
+from ds_classifier.data.urls import refuse_hidden_login, refuse_pipe, scheme, shown
 
 OPEN_SHARDS = 256  # file handles a process keeps
 MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB
@@ -81,6 +79,7 @@ class ShardStore:
 
     def _check_remote(self, allow_pipe: bool) -> None:
         refuse_pipe(self.location, allow_pipe)
+        refuse_hidden_login(self.location)
         where = shown(self.location)
         if self._cache_dir is None:
             raise ValueError(f"got {where} without a cache; need a directory for its shards")
@@ -335,13 +334,14 @@ def open_split(
         return RemoteShardSet(store.folder, manifest, index, store)
     patience = Patience(stall_timeout_s, retries, pause_s)
     refuse_pipe(location, allow_pipe)
+    refuse_hidden_login(location)
     url = url_of(location, MANIFEST)
     text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
     manifest = parse_manifest(text, shown(url))
     if manifest.location is not None:
         raise ValueError(
-            f"{shown(url)}: got a manifest that points to {manifest.location}; need one beside its "
-            "shards, or on this machine; do: copy it and its index into a directory here"
+            f"{shown(url)}: got a manifest that points to {shown(manifest.location)}; need one "
+            "beside its shards, or on this machine; do: copy it and its index into a directory here"
         )
     store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
     rows = manifest.samples * INDEX_DTYPE.itemsize

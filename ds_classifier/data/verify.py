@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,12 +12,15 @@ from typing import BinaryIO
 import numpy as np
 
 from ds_classifier import files
-from ds_classifier.data.fetch import CHUNK, shown, stream
+from ds_classifier.data.connections import CHUNK
+from ds_classifier.data.fetch import stream
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.samples import size_of_file
 from ds_classifier.data.scan import ScannedSample, class_numbers, scan_samples
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet, open_split, url_of
 from ds_classifier.data.tars import Sequential
+from ds_classifier.data.urls import shown
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,16 @@ def verify(
         job = _Job(shards, firsts, check_hash, check_decode, scratch)
         done, seen_keys = 0, set()
         numbers = range(len(manifest.shards))
-        for number, (found, keys) in enumerate(
-            in_processes(workers, _verify_one, numbers, shared=job)
-        ):
-            problems += found
-            for key in keys:
-                if key in seen_keys:
-                    problems.append(f"{job.where(number)}: key {key} appears twice")
-                seen_keys.add(key)
-            done += manifest.shards[number].samples
-            progress(done, manifest.samples)
+        # Closed before the scratch directory is removed: no process then writes to it any more.
+        with closing(in_processes(workers, _verify_one, numbers, shared=job)) as results:
+            for number, (found, keys) in enumerate(results):
+                problems += found
+                for key in keys:
+                    if key in seen_keys:
+                        problems.append(f"{job.where(number)}: key {key} appears twice")
+                    seen_keys.add(key)
+                done += manifest.shards[number].samples
+                progress(done, manifest.samples)
         return problems
 
 
@@ -89,13 +92,14 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
             if not job.remote:
                 path = job.shards.path(number)
             elif job.check_decode:
-                path = _fetched(job.url(number), job.scratch, opened)
+                path = _fetched(job.url(number), shard.bytes, job.scratch, opened)
             else:
-                file = Sequential(stream(job.url(number), allow_pipe=True))
+                file = Sequential(stream(job.url(number), size=shard.bytes, allow_pipe=True))
                 _scan(file, where, None, number, found)
                 facts = file.arrived, file.digest.hexdigest()
                 return _problems(number, found, *facts), [sample.key for sample in found]
-            file, size = opened.enter_context(open(path, "rb")), path.stat().st_size
+            size = size_of_file(path)
+            file = opened.enter_context(open(path, "rb"))
             _scan(file, where, size, number, found)
             sha256 = files.sha256(path) if job.check_hash or job.remote else None
             problems = _problems(number, found, size, sha256)
@@ -109,10 +113,10 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
         return [f"{where}: {str(error).removeprefix(f'{where}: ')}: {whole}"], []
 
 
-def _fetched(url: str, folder: str, opened: ExitStack) -> Path:
+def _fetched(url: str, size: int, folder: str, opened: ExitStack) -> Path:
     """A shard in a temporary file, which ends with `opened`."""
     file = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, buffering=CHUNK))
-    for chunk in stream(url, allow_pipe=True):
+    for chunk in stream(url, size=size, allow_pipe=True):
         file.write(chunk)
     file.flush()
     return Path(file.name)

@@ -1,0 +1,110 @@
+"""Files that cannot be stored as pictures: found by size and first bytes, listed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.samples import Sample
+
+Bad = tuple[str, str]  # a sample's name, and what is wrong with it
+
+LARGEST_PICTURE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
+MOST_BAD = 20  # files of a split that are told of
+LOOKED_AT = 256  # by a process, until it says so
+_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
+
+
+def picture_of(sample: Sample) -> tuple[bytes, str]:
+    """A sample's bytes, and its suffix by content: a PNG named .JPEG is stored as .png.
+
+    Raises ValueError where they cannot be read, or begin like no picture.
+    """
+    try:
+        data = sample.read()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    for signature, suffix in _SIGNATURES.items():
+        if data.startswith(signature):
+            return data, suffix
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return data, "webp"
+    raise ValueError(f"got {data[:8]!r}..., which no picture format begins with")
+
+
+def bad_among(samples: Sequence[Sample]) -> list[Bad]:
+    """Those that are no pictures; reads them all."""
+    bad = []
+    for sample in samples:
+        try:
+            picture_of(sample)
+        except ValueError as error:
+            bad.append((sample.name, str(error)))
+    return bad
+
+
+def bad_of_many(
+    samples: Sequence[Sample], workers: int, progress: Callable[[int, int], None]
+) -> list[Bad]:
+    """As `bad_among`, by several processes. progress: called with samples seen and in all."""
+    jobs = range(0, len(samples), LOOKED_AT)
+    bad, done = [], 0
+    for found in in_processes(workers, _bad_of_some, jobs, shared=samples):
+        bad += found
+        done = min(done + LOOKED_AT, len(samples))
+        progress(done, len(samples))
+    return bad
+
+
+def _bad_of_some(first: int) -> list[Bad]:
+    return bad_among(shared()[first : first + LOOKED_AT])
+
+
+def sort_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Bad]]:
+    """Those that may be opened; and those that are not there, no files, or too large, unopened."""
+    good, bad = [], []
+    for sample in samples:
+        try:
+            size = sample.size()
+        except OSError as error:
+            bad.append((sample.name, f"cannot be read ({error.strerror})"))
+            continue
+        if size > LARGEST_PICTURE:
+            bad.append((sample.name, f"got {size} bytes; need at most {LARGEST_PICTURE}"))
+        else:
+            good.append(sample)
+    return good, bad
+
+
+def refuse_bad(bad: dict[str, list[Bad]], out: Path, part: tuple[int, int]) -> None:
+    """ValueError with the first bad files of every split; a file a split lists them all."""
+    suffix = "bad.txt" if part[1] == 1 else f"bad-{part[0]}.txt"
+    listings = {split: out / f"{split}.{suffix}" for split in bad}
+    for listing in listings.values():
+        listing.unlink(missing_ok=True)
+    bad = {split: sorted(found) for split, found in bad.items() if found}
+    if not bad:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for split, found in bad.items():
+        names = "".join(f"{name}\n" for name, _ in found)
+        listings[split].write_text(names, errors="surrogateescape")
+        head = f"{split}: " if len(bad) > 1 else ""
+        lines += [f"{head}{name}: {problem}" for name, problem in found[:MOST_BAD]]
+        if len(found) > MOST_BAD:
+            lines.append(f"{head}... and {len(found) - MOST_BAD:,} more")
+    count = sum(map(len, bad.values()))
+    each = ", ".join(f"{len(found):,} of {split}" for split, found in bad.items())
+    text = (
+        ("1 file" if count == 1 else f"{count:,} files")
+        + " that cannot be stored"
+        + (f" ({each})" if len(bad) > 1 else "")
+        + "; need whole JPEG, PNG, WebP, GIF or BMP pictures; do: remove or replace those in "
+        + " and ".join(str(listings[split]) for split in bad)
+        + ", and remove "
+        + " and ".join(f"{out / split}.partial" for split in bad)
+        + (" if it is there" if len(bad) == 1 else " if they are there")
+    )
+    raise ValueError(f"got {text}:\n  " + "\n  ".join(lines))

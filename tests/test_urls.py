@@ -1,0 +1,165 @@
+"""Logins in URLs: they open what they are for, and nobody gets to read them."""
+
+import json
+import re
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, run_python
+from flaky_server import FlakyServer
+
+from ds_classifier.config import parse_training_command
+from ds_classifier.data.convert import convert
+from ds_classifier.data.fetch import Patience, fetch_small, stream
+from ds_classifier.data.foreign import index
+from ds_classifier.data.shards import open_shards
+from ds_classifier.data.sources import image_folder
+from ds_classifier.data.store import open_split
+from ds_classifier.data.urls import shown, without_logins
+from ds_classifier.run_files import write_run_files
+
+FAST = dict(stall_timeout_s=0.5, retries=1, pause_s=0.02)
+LOGIN = "me:se%20cret%40x"  # as a URL has it; "se cret@x" is the password
+CONTENT = b"0123456789" * 1000
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://me:secret@h/a/b", "http://***@h/a/b"),
+        ("HTTPS://me:secret@h:80/a?token=secret", "HTTPS://***@h:80/a"),
+        ("https://secret@h/a", "https://***@h/a"),
+        ("http://me:secret@secret@h/a", "http://***@h/a"),
+        ("http://me:se?cret@h/a", "http://***@h/a"),
+        ("http://me:secret/secret@h/a", "http://***@h/a"),
+        ("http://me:secret//x:secret@h/a", "http://***@h/a"),
+        ("sftp://me:secret@h/{name}", "sftp://***@h/{name}"),
+        ("pipe:curl -s https://me:secret@h/{name}", "pipe:curl -s https://***@h/{name}"),
+        ("pipe:curl 'ftp://me:secret@h/a' http://u:secret@i/b", "pipe:curl 'ftp://***@h/a' http://***@i/b"),
+        ("http://h:8080/a@b/c", "http://h:8080/a@b/c"),
+        ("http://h/user:x@b/c", "http://h/user:x@b/c"),
+        ("gs://bucket/a@b", "gs://bucket/a@b"),
+        ("/data//me:x@y/z", "/data//me:x@y/z"),
+        ("data/train", "data/train"),
+    ],
+)  # fmt: skip
+def test_what_of_a_location_is_shown(url, expected):
+    assert shown(url) == expected
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """(server that wants LOGIN, its directory, its URL with that)."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    (tmp_path / "far").mkdir()
+    with closing(FlakyServer(tmp_path / "far")) as server:
+        server.login = "me:se cret@x"
+        yield server, tmp_path / "far", server.url.replace("//", f"//{LOGIN}@")
+
+
+def test_basic_authentication(served):
+    server, far, url = served
+    (far / "x.tar").write_bytes(CONTENT)
+    options = dict(limit_bytes=1 << 20, patience=Patience(**FAST))
+    assert fetch_small(f"{url}/x.tar", **options) == CONTENT
+    server.faults["x.tar"] = ["reset"]
+    assert b"".join(stream(f"{url}/x.tar", patience=Patience(**FAST))) == CONTENT
+    assert server.requests[-1][1].startswith("bytes="), "the rest was not asked for"
+    with pytest.raises(OSError, match=r"x\.tar: got no whole file in 1 try; the last: HTTP 401"):
+        fetch_small(f"{server.url}/x.tar", **options)
+    wrong = url.replace("cret", "wrong")
+    with pytest.raises(OSError, match=r"//\*\*\*@127.*HTTP 401") as error:
+        fetch_small(f"{wrong}/x.tar", **options)
+    assert "wrong" not in str(error.value)
+
+
+def test_a_login_is_taken_to_no_other_server(served, tmp_path):
+    server, far, url = served
+    (far / "x.tar").write_bytes(CONTENT)
+    options = dict(limit_bytes=1 << 20, patience=Patience(**FAST))
+    server.redirects = {"moved.tar": "/x.tar"}
+    assert fetch_small(f"{url}/moved.tar", **options) == CONTENT
+    with closing(FlakyServer(far)) as other:
+        server.redirects = {"moved.tar": f"{other.url}/x.tar"}
+        assert fetch_small(f"{url}/moved.tar", **options) == CONTENT
+        assert other.logins == [None]
+
+
+def test_nothing_that_is_kept_or_said_has_a_login(served, folder, tmp_path):
+    """A split at such a URL: its cache, errors, verify; and no manifest holds it."""
+    server, far, url = served
+    convert(image_folder(folder), tmp_path / "data", samples_per_shard=5)
+    for file in (tmp_path / "data/train").iterdir():
+        file.rename(far / file.name)
+    cache = dict(cache_dir=tmp_path / "cache", **FAST)
+    shards = open_split(url, **cache)
+    assert len(shards.store.read(0, 0, 512)) == 512
+    server.faults["train-000001.tar"] = ["wrong"] * 9
+    with pytest.raises(
+        OSError, match=r"//\*\*\*@127.*train-000001.tar: got no whole file"
+    ) as error:
+        shards.store.read(1, 0, 512)
+    server.faults.clear()
+    told = [str(error.value), *map(str, (tmp_path / "cache").rglob("*"))]
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    told += [path.read_bytes().decode("latin1") for path in files]
+    with pytest.raises(ValueError, match="password") as error:
+        index(f"{url}/train-{{000000..000002}}.tar", tmp_path / "out")
+    told.append(str(error.value))
+    with pytest.raises(ValueError, match="whose user and password were not kept") as error:
+        open_split(without_logins(url), **cache)
+    told.append(str(error.value))
+    script = ROOT / "launch" / "make_shards.py"
+    done = run_python(script, "verify", url, f"{url}/gone", cwd=tmp_path)
+    assert done.code == 2, done.output
+    assert f"{shown(url)}: whole" in done.lines
+    told.append(done.output)
+    assert not re.search("cret|me:", "".join(told))
+
+
+@pytest.mark.parametrize("url", ["https://secret@h/{0..3}.tar", "http://me:p@secret@h/{0..3}.tar"])
+def test_no_manifest_holds_a_token(tmp_path, url):
+    with pytest.raises(ValueError, match="password") as error:
+        index(url, tmp_path / "out")
+    assert "secret" not in str(error.value)
+
+
+def test_a_manifest_with_a_login_does_not_tell_it(folder, tmp_path):
+    convert(image_folder(folder), tmp_path / "data")
+    manifest = tmp_path / "data/train/manifest.json"
+    fields = json.loads(manifest.read_text()) | {"location": "sftp://me:secret@h/x"}
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"lie at sftp://\*\*\*@h/x"):
+        open_shards(tmp_path / "data/train")
+
+
+def test_a_run_keeps_no_login(tmp_path, monkeypatch):
+    """Its files; test_what_of_a_location_is_shown has what it prints."""
+    from launch.train import launched_as
+
+    url = "http://me:secret@h/{name}?sig=1"
+    flags = ["--deepspeed_config", "x.json", "--data_dir", url, "--val_data_dir", url]
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    settings = parse_training_command(flags).settings
+    assert settings.data_dir == url
+    resolved = SimpleNamespace(settings=settings)
+    write_run_files(tmp_path / "run", resolved, {}, launched_as(1))
+    for file in ("config.json", "command.sh"):
+        kept = (tmp_path / "run" / file).read_text()
+        assert "secret" not in kept
+        assert kept.count("http://***@h/{name}?sig=1") == 2
+
+
+def test_a_program_that_fails_is_told_without_its_logins():
+    url = "pipe:cat https://me:secret@h/x 2>/dev/null; exit 3"
+    with pytest.raises(OSError, match=r"(?s)https://\*\*\*@h/x.*exit 3") as error:
+        list(stream(url, patience=Patience(**FAST), allow_pipe=True))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret/x@h/a", "http://me:secret#x@h/a"])
+def test_a_password_that_no_url_can_hold(url):
+    with pytest.raises(OSError, match=r"//\*\*\*@h/a: got no whole.*need %XX") as error:
+        fetch_small(url, limit_bytes=9, patience=Patience(**FAST))
+    assert "secret" not in str(error.value)
