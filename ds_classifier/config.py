@@ -119,6 +119,15 @@ class Settings:
         -1, "training", "pictures a rank takes at a time where the JSON says auto", fixed=False
     )
     seed: int = _setting(0, "training", "of weights, order, crops, timesteps and noise")
+    compile: bool = _setting(
+        False, "training", "compile the classifier by torch.compile at the first step", fixed=False
+    )
+    activation_checkpointing: bool = _setting(
+        False,
+        "training",
+        "keep few activations and compute the others again in the backward: less memory, slower",
+        fixed=False,
+    )
     max_skipped_steps: int = _setting(
         50,
         "training",
@@ -401,6 +410,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, groups: Sequence[str]) ->
             f"--{field.name}",
             type=kind,
             default=argparse.SUPPRESS,
+            **(dict(nargs="?", const=True) if kind is boolean else {}),  # alone: True
             metavar={boolean: "BOOL", str: "TEXT", int: "N", float: "X"}[kind],
             help=field.metadata["help"] + shown,
         )

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HEAD_CHANNELS = 64  # channels of an attention head, fixed in the published classifiers
 NORM_GROUPS = 32  # groups of every group norm, likewise
@@ -335,7 +336,11 @@ class TimestepSequential(nn.Sequential):
 
 
 class EncoderUNetModel(nn.Module):
-    """p(y | x_t, t): forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32."""
+    """p(y | x_t, t): forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32.
+
+    activation_checkpointing: an attribute; where set, a backward computes each block's inside again
+    from its input (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
 
     def __init__(
         self,
@@ -354,6 +359,7 @@ class EncoderUNetModel(nn.Module):
         super().__init__()
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.width, self.pool = width, pool
+        self.activation_checkpointing = False
         emb_channels = 4 * width
 
         def block(c: int, out: int, down: bool = False) -> ResBlock:
@@ -408,7 +414,10 @@ class EncoderUNetModel(nn.Module):
         h = x.to(dtype).contiguous(memory_format=layout)
         pooled = []  # spatial pools: the mean of every block's feature map
         for module in (*self.input_blocks, self.middle_block):
-            h = module(h, emb)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(module, h, emb, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = module(h, emb)
             if self.pool.startswith("spatial"):
                 pooled.append(h.mean(dim=(2, 3)))
         return self.out(torch.cat(pooled, dim=1) if pooled else h).float()

@@ -173,6 +173,9 @@ def train_on(
         distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
         distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, words), device)
 
+    classifier.activation_checkpointing = settings.activation_checkpointing
+    if settings.compile:
+        classifier.compile()  # in place: parameter names stay what they are
     module = NoisedClassifier(classifier, diffusion)
     batch = rehearsed(resolved.batch) if command.dry_run else resolved.batch
     engine = engines.create_engine(module, ds_config | batch.ds_numbers(), lr_factor(settings))

@@ -149,3 +149,45 @@ def test_refuses_what_cannot_be_built(change, names):
         create_classifier(**DEFAULT | change)
     for name in names:
         assert name in str(error.value)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """Of every parameter, for a batch that is always the same."""
+    model.load_state_dict(filled(model.state_dict()))
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 16, 16, generator=generator)
+    model(x, torch.tensor([0, 10, 500, 999])).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pool", ["attention", "spatial"])
+def test_activation_checkpointing_changes_no_bit(pool):
+    model = create_classifier(**{**DEFAULT, "classifier_pool": pool})
+    plain = gradients(model)
+    kept = []
+    model.activation_checkpointing = True
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        again = gradients(model)
+    few = sum(kept)
+    model.activation_checkpointing, kept = False, []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        gradients(model)
+    assert all(plain[name].equal(again[name]) for name in plain)
+    assert few < sum(kept) / 2
+
+
+@pytest.mark.faults
+def test_compiled_in_place():
+    """Names stay what they are, and the numbers within rounding."""
+    model = create_classifier(**DEFAULT)
+    names, plain = list(model.state_dict()), gradients(model)
+    model.compile()
+    compiled = gradients(model)
+    assert list(model.state_dict()) == names
+    scale = max(gradient.abs().max() for gradient in plain.values())
+    assert all((compiled[name] - plain[name]).abs().max() < 1e-5 * scale for name in plain)
