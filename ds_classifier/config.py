@@ -353,7 +353,7 @@ def _training_parser() -> argparse.ArgumentParser:
 
             A command line written for guided-diffusion's classifier_train.py works behind
             --deepspeed_config. The same command again continues a stopped run.
-            Stop it with SIGTERM, Ctrl-C, SIGUSR1, or a file RUN/STOP: it saves and ends.
+            Stop it with SIGTERM, Ctrl-C, SIGUSR1, SIGHUP, or a file RUN/STOP: it saves and ends.
             Exit codes of a rank: 0 finished; 75 stopped on request, run it again; 70 no progress
             within a time-out; 2 wrong use; 1 failure; 130, 143 ended at once by a second signal.
             """),

@@ -6,6 +6,7 @@ by nobody: then this process is rank 0 of 1. No MPI.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -41,22 +42,39 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def show(message: str, *, error: bool = False) -> None:
+    """Print a line, to stderr for an error.
+
+    A closed terminal, or a pipe whose reader ended (tee, at Ctrl-C), is no reason to lose a
+    training: nothing is shown from then on, and the run goes on. So it does while the disk under a
+    redirected screen is full.
+    """
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(message, file=stream, flush=True)
+    except OSError as problem:
+        if problem.errno in (errno.EPIPE, errno.EIO):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
 def say(message: str = "") -> None:
     """Print a line, on rank 0 alone."""
     if rank() == 0:
-        print(message, flush=True)
+        show(message)
 
 
 def complain(message: str) -> None:
     """Print an error once a node, whichever rank finds it first in its own files."""
     if local_rank() == 0:
         host = f"{socket.gethostname()}: " if world_size() > local_world_size() else ""
-        print(f"{host}error: {message}", file=sys.stderr, flush=True)
+        show(f"{host}error: {message}", error=True)
 
 
 def warn(message: str) -> None:
     """Print a line about this rank alone, with its number; the run goes on."""
-    print(f"rank {rank()}: {message}", file=sys.stderr, flush=True)
+    show(f"rank {rank()}: {message}", error=True)
 
 
 def quiet_libraries() -> None:

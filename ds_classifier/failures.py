@@ -47,9 +47,9 @@ def tell(error: BaseException) -> int:
     if not isinstance(error, distributed.AgreedError):
         distributed.complain(summary(error))
     elif distributed.rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        distributed.show(f"error: {error}", error=True)
     elif distributed.local_rank() == 0:
-        print("ended; rank 0 tells why", file=sys.stderr, flush=True)
+        distributed.show("ended; rank 0 tells why", error=True)
     return exit_code(error)
 
 

@@ -11,7 +11,8 @@ import io
 import json
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class RunLogger:
 
     log.jsonl is the record: a row is appended and out of this process before anything else is done
     with it, so a kill costs the row being written at most. progress.csv is made from it anew at
-    every start, and when a column is added. No rows are kept in memory.
+    every start, and when a column is added. No rows are kept in memory, but for those that a full
+    disk refuses: they wait, and the run goes on; whether it may is --max_failed_saves' to say.
 
     run_dir: of the run. first_step: finished before; rows of later steps are what a killed run
     wrote after its last checkpoint. They will be computed again, so they are dropped; at 0, all.
@@ -36,13 +38,15 @@ class RunLogger:
             return
         self._jsonl_path, self._csv_path = run_dir / "log.jsonl", run_dir / "progress.csv"
         _drop_rows(self._jsonl_path, after=first_step or -1)
-        self._jsonl = open(self._jsonl_path, "a")
+        self._jsonl = open(self._jsonl_path, "ab", buffering=0)
+        self._waiting, self._told = b"", False
         self._write_csv()
         from tensorboardX import SummaryWriter
 
         self._tb = SummaryWriter(
             str(run_dir / "tb"), purge_step=first_step + 1 if first_step else 0
         )
+        _forgive_the_disk(self._tb)
         if wandb:
             self._wandb = _open_wandb(run_dir, wandb)
 
@@ -51,18 +55,32 @@ class RunLogger:
         if self._jsonl is None:
             return
         row = {key: _finite(value) for key, value in row.items()}
-        self._jsonl.write(json.dumps(row) + "\n")
-        self._jsonl.flush()
-        if row.keys() <= set(self._columns):
-            with open(self._csv_path, "a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
-        else:
-            self._write_csv()
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            self._append()
+            if row.keys() <= set(self._columns):
+                with open(self._csv_path, "a", newline="") as file:
+                    csv.DictWriter(file, self._columns).writerow(row)
+            else:
+                self._write_csv()
+        except OSError as error:
+            self._columns = []  # the table is made anew when there is room
+            if not self._told:
+                self._told = True
+                distributed.say(
+                    f"{'':>6} {self._jsonl_path}: cannot write: {files.problem(error)}; rows wait "
+                    "until it can; do: make room, or see to the disk"
+                )
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 self._tb.add_scalar(key, value, row["step"])
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
+
+    def _append(self) -> None:
+        """The rows that wait, to the file; what was written of one is not written again."""
+        while self._waiting:
+            self._waiting = self._waiting[self._jsonl.write(self._waiting) :]
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
         """Show a picture, uint8 [h, w, 3]."""
@@ -90,10 +108,30 @@ class RunLogger:
 
     def close(self) -> None:
         if self._jsonl is not None:
+            with suppress(OSError):  # told already
+                self._append()
+                if not self._columns:
+                    self._write_csv()
             self._jsonl.close()
-            self._tb.close()
+            with suppress(OSError):
+                self._tb.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _forgive_the_disk(tensorboard) -> None:
+    """Have tensorboardX's thread outlive a full disk: once it has died, the next rows wait for it
+    for ever."""
+    writer = tensorboard.file_writer.event_writer._ev_writer
+
+    def forgiving(method: Callable[..., Any]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            with suppress(OSError):
+                method(*arguments)
+
+        return call
+
+    writer.write_event, writer.flush = forgiving(writer.write_event), forgiving(writer.flush)
 
 
 def _open_wandb(run_dir: Path, project: str):

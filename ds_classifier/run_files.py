@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from ds_classifier import distributed
+from ds_classifier import distributed, events
 from ds_classifier.config import Settings, changed_settings
 from ds_classifier.data.urls import shown
 from ds_classifier.ds_config import Resolved
 
 EVALUATION_FORMAT, EVALUATION_VERSION = "ds_classifier evaluation", 1  # of eval/NAME.json
+SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
 
 
@@ -32,10 +34,30 @@ def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | N
             found = checkpoint.resolve_checkpoint(Path(settings.resume_checkpoint))
         else:
             found = checkpoint.newest_valid(run_dir / "checkpoints", distributed.say)
+            if found is None and read_done(run_dir) is None:
+                refuse_lost_checkpoints(run_dir, distributed.say)
         return None if found is None else [str(found), checkpoint.read_state(found)]
 
     answer = distributed.on_rank_0(find, device)
     return (None, None) if answer is None else (Path(answer[0]), answer[1])
+
+
+def refuse_lost_checkpoints(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Raise ValueError if a run without a checkpoint is known to have had one.
+
+    Deleted, or on a disk that is not mounted: starting anew in silence would throw the run away.
+    A run that was killed before its first checkpoint starts anew, and is told so.
+    """
+    saved = max(
+        (e.get("step", 0) for e in events.read(run_dir) if e["event"] in SAVED_BY), default=0
+    )
+    if saved:
+        raise ValueError(
+            f"{run_dir}/checkpoints: got no checkpoint; need one, for {events.FILE} tells that "
+            f"step {saved} was saved; do: bring it back, or start afresh in another --run_dir"
+        )
+    if reached := events.last_logged_step(run_dir):
+        say(f"no checkpoint in {run_dir}, whose log reaches step {reached}: it starts anew")
 
 
 def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:

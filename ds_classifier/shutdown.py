@@ -1,7 +1,8 @@
 """Stopping on request: who may ask, and how all ranks agree on the step to stop after.
 
-SIGTERM, Ctrl-C, SIGUSR1, --max_minutes, the file STOP in the run directory and the death of the
-launcher ask. This module imports torch only when it votes, so that it listens from the start.
+SIGTERM, Ctrl-C, SIGUSR1, SIGHUP (a closed terminal, unless nohup has it ignored), --max_minutes,
+the file STOP in the run directory and the death of the launcher ask. This module imports torch only
+when it votes, so that it listens from the start.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ REASONS = (
     "--max_minutes",
     "the file STOP",
     "the launcher's death",
+    "SIGHUP",
 )
 _CLOSE = b"\0"  # no signal has this number
-_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGUSR1: "SIGUSR1"}
+_SIGNALS = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGUSR1: "SIGUSR1",
+    signal.SIGHUP: "SIGHUP",
+}
 
 
 class StopRequests:
@@ -55,7 +62,8 @@ class StopRequests:
         self._ears.settimeout(1.0)
         self._mouth.setblocking(False)
         for number in _SIGNALS:
-            signal.signal(number, _heard)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _heard)
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
         self._thread.start()
@@ -120,7 +128,7 @@ class StopRequests:
     def leave(self) -> None:
         """End the process before its first step: nothing is there to save."""
         if distributed.local_rank() == 0:
-            print(f"stopped by {self.reason} before the first step", flush=True)
+            distributed.show(f"stopped by {self.reason} before the first step")
         self.honoured()
         os._exit(STOPPED)
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -291,9 +291,10 @@ class Watchdog:
             self._peers.post(verdict)
         for release in self._releases:
             release()
-        sys.stdout.flush()
+        with suppress(OSError):  # a full disk under a redirected screen
+            sys.stdout.flush()
         if distributed.world_size() > 1 and (speaks or distributed.rank() == 0):
             # The others read the verdict in rank 0's store, and fall silent: this stands last.
             time.sleep(2.5 * _TICK_SECONDS)
         if speaks:
-            print(verdict["message"], file=sys.stderr, flush=True)
+            distributed.show(verdict["message"], error=True)

@@ -399,9 +399,10 @@ def train(job: Job) -> int:
     step = engine.global_steps
     if not finished:
         events.append(run_dir, "stop", step=step, reason=stop.reason)
-        distributed.say(
-            f"stopped by {stop.reason} after step {step}; run the same command to go on"
-        )
+        again = "the same command"
+        if settings.resume_checkpoint:  # which would start from that one each time
+            again += " without --resume_checkpoint"
+        distributed.say(f"stopped by {stop.reason} after step {step}; run {again} to go on")
         return STOPPED
     distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), engine.device)
     events.append(run_dir, "finish", step=step)

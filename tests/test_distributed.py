@@ -1,9 +1,12 @@
 """Agreement between ranks, through the launcher: everybody's problem is everybody's error."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import launch
+from conftest import ROOT, launch
 
 SCRIPT = """
 import json, os, sys
@@ -39,8 +42,6 @@ distributed.finish()
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    from conftest import ROOT
-
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     done = launch(3, "", script=folder / "script.py", cwd=folder)
@@ -93,3 +94,33 @@ def test_more_ranks_than_gpus_are_told_to_all(monkeypatch):
         "got 2 ranks on this host, which shows 1 GPU; do: put slots=1 into the hostfile, or look "
         "at CUDA_VISIBLE_DEVICES"
     ]
+
+
+UNHEARD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ds_classifier import distributed
+for _ in range(3):
+    distributed.say("a line")
+    distributed.complain("an error")
+"""
+
+
+def test_nobody_need_read_the_screen():
+    """tee ends at Ctrl-C before the run does; a run that printed then would die of it unsaved."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", UNHEARD, str(ROOT)]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=writer, timeout=60)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0
+
+
+def test_a_full_disk_under_a_redirected_screen_is_borne():
+    command = [sys.executable, "-c", UNHEARD.replace("complain", "warn"), str(ROOT)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"an error") == 3

@@ -217,9 +217,13 @@ def test_workers_do_not_hear_the_signals_that_stop_a_run(digits):
     before = set(multiprocessing.active_children())
     batches = iter(training_loader(digits / "train", micro=4, last=40, workers=2))
     next(batches)
-    for worker in set(multiprocessing.active_children()) - before:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             os.kill(worker.pid, number)
+    for worker in workers:
+        worker.join(0.2)
+        assert worker.is_alive(), "it would be replaced, which is not what is tested"
     assert len(list(batches)) == 40 * 3 - 1
 
 

@@ -1,7 +1,9 @@
 """log.jsonl and progress.csv: what a kill leaves at any byte, and a long run."""
 
 import csv
+import errno
 import json
+import threading
 import tracemalloc
 
 import pytest
@@ -88,3 +90,49 @@ def test_a_long_run_is_not_kept_in_memory(tmp_path):
     tracemalloc.stop()
     assert peak < 1e6, peak
     assert sum(1 for _ in open(tmp_path / "progress.csv")) == 10_002
+
+
+class FullDisk:
+    """A log file whose disk takes so many bytes, and no more until there is room."""
+
+    def __init__(self, file, bytes_left):
+        self._file, self.bytes_left = file, bytes_left
+
+    def write(self, data):
+        part = data[: self.bytes_left]
+        if not part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.bytes_left -= len(part)
+        return self._file.write(part)
+
+    def close(self):
+        self._file.close()
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
+    """Also a row of which a part was written; said once; the run goes on, and no row is missing."""
+    logger = RunLogger(tmp_path, first_step=0)
+    disk = logger._jsonl = FullDisk(logger._jsonl, 200)
+    rows = rows_from(0, 90)
+    for row in rows[:-3]:
+        logger.write(row)
+    assert capsys.readouterr().out.count("log.jsonl: cannot write: No space left on device") == 1
+    disk.bytes_left = 10**9
+    for row in rows[-3:]:
+        logger.write(row)
+    logger.close()
+    assert read(tmp_path) == (rows, rows)
+
+
+def test_tensorboard_on_a_full_disk_stops_nobody(tmp_path):
+    """Its thread would die, and its queue of 10 fill."""
+    logger = RunLogger(tmp_path, first_step=0)
+    records = logger._tb.file_writer.event_writer._ev_writer._py_recordio_writer
+    records._writer = FullDisk(records._writer, 0)
+    records._writer.flush = lambda: None
+    writing = threading.Thread(
+        target=lambda: [logger.write(row) for row in rows_from(0, 300)], daemon=True
+    )
+    writing.start()
+    writing.join(20)
+    assert not writing.is_alive()

@@ -7,11 +7,13 @@ be bit-equal to the uninterrupted run.
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import read_log
+from conftest import ROOT, read_log
 from jobs import Job as AnyJob
 from test_training import assert_same_state, train
 
@@ -82,6 +84,10 @@ def ctrl_c(job):
     os.killpg(job.process.pid, signal.SIGINT)
 
 
+def close_the_terminal(job):
+    os.killpg(job.process.pid, signal.SIGHUP)
+
+
 def signal_rank_1(job):
     os.kill(job.rank(1), signal.SIGUSR1)
 
@@ -98,9 +104,31 @@ STOPS = [
     (kill_deepspeed, -9, "stopped by the launcher's death after step"),
     (terminate_launch_py_twice, 1, "stopped by SIGTERM after step"),
     (ctrl_c, -signal.SIGINT, "after step"),
+    (close_the_terminal, -signal.SIGHUP, "after step"),
     (signal_rank_1, 75, "stopped by SIGUSR1 after step"),
     (stop_file, 75, "stopped by the file STOP after step"),
 ]
+
+
+HUNG_UP = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from ds_classifier.shutdown import StopRequests
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopRequests() as requests:
+    requests.defer()
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.5)
+    print(requests.reason or "nothing")
+"""
+
+
+@pytest.mark.parametrize(("how", "reason"), [("", "SIGHUP"), ("nohup", "nothing")])
+def test_a_closed_terminal_asks_to_stop_unless_it_is_to_be_ignored(how, reason):
+    command = [sys.executable, "-c", HUNG_UP, str(ROOT), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, reason), done.stderr
 
 
 @pytest.mark.faults

@@ -331,7 +331,7 @@ def _start_worker(worker: int) -> None:
     They die with their rank, whatever it dies of.
     """
     processes.die_with(multiprocessing.parent_process().pid)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF; bad pictures are counted
 
