@@ -5,7 +5,9 @@ The rest of the program asks this module for what DeepSpeed keeps in places of i
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -64,9 +66,10 @@ def create_engine(
     schedule = {}
     if lr_factor is not None:
         schedule["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, lr_factor)
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=parameters, config=ds_config, **schedule
-    )
+    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints where memory stands
+        engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=parameters, config=ds_config, **schedule
+        )
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         # At its floor DeepSpeed would raise at once, of one step too; see skipped_steps.py.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
