@@ -139,10 +139,10 @@ def train_on(
     from ds_classifier import engine as engines
     from ds_classifier.checkpoint_writer import check_room
     from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
-    from ds_classifier.dry_run import rehearsed
     from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
+    from ds_classifier.run_costs import rehearsed
 
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
@@ -436,7 +436,8 @@ def start_log(job: Job):
 
 def rehearse(job: Job) -> int:
     """--dry_run: what `dry_run.py` measures, on this job."""
-    from ds_classifier.dry_run import TIMED_STEPS, dry_run, rehearsed
+    from ds_classifier.dry_run import TIMED_STEPS, dry_run
+    from ds_classifier.run_costs import rehearsed
     from ds_classifier.shutdown import Stopped
 
     first, batch = job.engine.global_steps, rehearsed(job.resolved.batch)

@@ -73,7 +73,7 @@ LAYERS = [
         "evaluation_table",
         "evaluation_plots",
     ],
-    ["training", "preflight", "export", "initial_weights", "guidance", "sampling"],
+    ["run_costs", "training", "preflight", "export", "initial_weights", "guidance", "sampling"],
     ["predictor", "predictions"],
     ["report_data", "fidelity", "dry_run", "overfit"],
     ["report_training", "report_evaluation"],

@@ -12,14 +12,14 @@ from conftest import ROOT, launch
 
 from ds_classifier import memory
 from ds_classifier.batch import Batch
-from ds_classifier.dry_run import (
+from ds_classifier.dry_run import micro_batches_to_measure
+from ds_classifier.run_costs import (
     MemoryLine,
     SaveCost,
     StepTime,
     checkpoints_kept,
     disk_line,
     memory_lines,
-    micro_batches_to_measure,
     time_lines,
     times_done,
 )

@@ -1,0 +1,189 @@
+"""What a run will need of memory, time and disk: from a rehearsal's figures, and in words.
+
+The largest micro-batch comes from a straight line through the peak memory of several, the time of
+the run from the time of its parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ds_classifier.batch import Batch as BatchSize
+from ds_classifier.logger import duration
+
+ACCUMULATION = 2  # micro-batches of a rehearsed step at most: one within, one that ends it
+ROOM = 0.9  # of the memory there is that a micro-batch may fill; the rest is for fragments
+
+
+def rehearsed(batch: BatchSize) -> BatchSize:
+    """The batch of a rehearsed step: fewer micro-batches of the same size."""
+    return BatchSize(batch.micro, min(batch.accumulation, ACCUMULATION), batch.world_size)
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """Peak bytes of a rank = fixed + per_image * micro-batch, through what was measured.
+
+    capacity: bytes that the rank may have. sizes: the micro-batches that were measured.
+    """
+
+    fixed: float
+    per_image: float
+    capacity: float
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def through(cls, peaks: dict[int, float], capacity: float) -> MemoryLine:
+        """The line of least squares. peaks: bytes by micro-batch, of two sizes or more."""
+        per_image, fixed = np.polyfit(list(peaks), list(peaks.values()), deg=1)
+        return cls(float(fixed), float(per_image), capacity, tuple(peaks))
+
+    def at(self, micro_batch: int) -> float:
+        return self.fixed + self.per_image * micro_batch
+
+    def largest(self) -> int | None:
+        """The micro-batch that fills ROOM of the capacity; None where a picture costs nothing
+        that could be measured."""
+        if self.per_image < 1024:
+            return None
+        return max(0, int((ROOM * self.capacity - self.fixed) / self.per_image))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds: `within` of a micro-batch that does not end the step, `last` of the one that does,
+    with the optimizer's work in it. waited: the share of them spent waiting for data. steps: that
+    these are the median of."""
+
+    within: float
+    last: float
+    waited: float
+    steps: int
+
+    def of_step(self, accumulation: int) -> float:
+        return (accumulation - 1) * self.within + self.last
+
+
+@dataclass(frozen=True)
+class SaveCost:
+    """held: seconds that training stands still. written: seconds until it is on the disk.
+    loaded: seconds to load it. bytes: of a checkpoint on the disk. free: of the disk, before it."""
+
+    held: float
+    written: float
+    loaded: float
+    bytes: int
+    free: int
+
+
+def checkpoints_kept(
+    *, steps: int, save_interval: int, keep_last: int, keep_every: int, validated: bool
+) -> int:
+    """The most checkpoints that lie on the disk at once: those kept, the best, the one in hand."""
+    saves = times_done(0, steps, save_interval)
+    for_good = 0
+    if keep_every:
+        for_good = steps // math.lcm(save_interval, keep_every)
+    return min(saves, keep_last + for_good + validated) + 1
+
+
+def times_done(first: int, last: int, interval: int) -> int:
+    """How often something is done after step `first` that is done every so many steps, and at the
+    last."""
+    return last // interval - first // interval + (last % interval > 0)
+
+
+def memory_lines(line: MemoryLine, batch: BatchSize) -> list[str]:
+    """What a micro-batch takes, and which would fit."""
+    sizes = ", ".join(map(str, line.sizes))
+    text = (
+        f"memory      {_gib(line.fixed)} + {line.per_image / 2**20:.1f} MiB an image (measured at "
+        f"{sizes}): {_gib(line.at(batch.micro))} a rank at micro-batch {batch.micro}"
+    )
+    return [text, f"{'':12}{_what_fits(line, batch)}"]
+
+
+def _what_fits(line: MemoryLine, batch: BatchSize) -> str:
+    per_rank = batch.micro * batch.accumulation
+    largest, room = line.largest(), f"{ROOM:.0%} of the {_gib(line.capacity)} that a rank may have"
+    if largest is None or largest >= per_rank:
+        return f"all {per_rank} pictures of a rank fit in one micro-batch, by {room}"
+    fitting = [n for n in range(1, largest + 1) if per_rank % n == 0]
+    dividing = f"; {fitting[-1]} is the largest that divides a rank's {per_rank}" if fitting else ""
+    return f"the largest micro-batch that fits {room}: {largest}{dividing}"
+
+
+def time_lines(
+    pace: StepTime,
+    *,
+    batch: BatchSize,
+    steps: int,
+    validation: float | None,
+    validations: int,
+    save: SaveCost,
+    saves: int,
+    gflops_per_image: float,
+) -> list[str]:
+    """How long the run will take, and from what that is worked out."""
+    seconds = pace.of_step(batch.accumulation)
+    per_sec = batch.total / seconds
+    done = rehearsed(batch)
+    cut = ""
+    if done.accumulation < batch.accumulation:
+        cut = f", from {done.accumulation} of its {batch.accumulation} micro-batches"
+    total = steps * seconds + saves * save.held
+    parts = [f"{steps:,} steps x {_seconds(seconds)}"]
+    if validation is not None:
+        total += validations * validation
+        parts.append(f"{validations} x {_seconds(validation)} of validation")
+    parts.append(f"{saves} x {_seconds(save.held)} of saving")
+    return [
+        f"step        {_seconds(seconds)} (median of {pace.steps}{cut}), {per_sec:,.1f} images/s, "
+        f"{per_sec / batch.world_size * gflops_per_image:,.0f} GFLOP/s a rank, "
+        f"{pace.waited:.0%} waiting for data",
+        f"time        about {duration(total)} = {' + '.join(parts)}",
+        f"{'':12}at this machine's pace now; start-up not counted",
+    ]
+
+
+def disk_line(save: SaveCost, *, kept: int, present: int) -> str:
+    """What checkpoints will take. present: bytes of those that are there already.
+
+    Raises ValueError if there is no room for those that the run keeps.
+    """
+    need = max(0, kept * save.bytes - present)
+    text = (
+        f"checkpoints {_gib(save.bytes)} each, at most {kept} at a time; {_gib(need)} to come, "
+        f"{_gib(save.free)} free"
+    )
+    if need > save.free:
+        raise ValueError(
+            f"--run_dir: got {_gib(save.free)} free; need {_gib(need)} more for {kept} checkpoints "
+            f"of {_gib(save.bytes)}; do: make room, lower --keep_last or raise --keep_every, or "
+            "choose another"
+        )
+    return text
+
+
+def save_line(save: SaveCost) -> str:
+    return (
+        f"save        training stands still {_seconds(save.held)}, written after "
+        f"{_seconds(save.written)}; loaded back equal in {_seconds(save.loaded)}"
+    )
+
+
+def bytes_of(checkpoints: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for folder in checkpoints for file in folder.iterdir())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
