@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile  # most tests wait more than they compute
 
 .PHONY: install quickstart test test-faults lint
 
@@ -22,10 +23,10 @@ quickstart: install
 	@$(VENV)/bin/python launch/quickstart.py
 
 test: install
-	@$(VENV)/bin/python -m pytest -m "not faults"
+	@$(PYTEST) -m "not faults"
 
 test-faults: install
-	@$(VENV)/bin/python -m pytest -m faults
+	@$(PYTEST) -m faults
 
 lint: install
 	@$(VENV)/bin/ruff check .
