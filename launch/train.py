@@ -15,29 +15,25 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import distributed, events, failures, launcher
 from ds_classifier.config import CommandLine, Settings, parse_training_command
-from ds_classifier.data.shards import ShardSet, neighbours
-from ds_classifier.data.store import RemoteShardSet, open_named
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import open_named
 from ds_classifier.data.urls import shown, without_logins
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
-from ds_classifier.run_files import (
-    DONE,
-    find_checkpoint,
-    read_done,
-    refuse_changes,
-    write_run_files,
-)
+from ds_classifier.run_files import DONE, write_run_files
 from ds_classifier.run_lock import RunLock
 from ds_classifier.shutdown import STOPPED, StopRequests, StopVote
 from ds_classifier.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from ds_classifier.job import Job  # with it comes torch, which --help does without
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +75,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
         if command.preflight:
             from ds_classifier import preflight
+            from ds_classifier.job import facts_of, find_start
 
             device = preflight.join(resolved, shards, val_shards)
             find_start(resolved, facts_of(resolved, shards), device)
@@ -139,6 +136,8 @@ def train_on(
     from ds_classifier import engine as engines
     from ds_classifier.checkpoint_writer import check_room
     from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
+    from ds_classifier.header import announce
+    from ds_classifier.job import Job, Start, facts_of, find_start, load_given_weights, lr_factor
     from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import NoisedClassifier
@@ -200,102 +199,12 @@ def train_on(
     return code
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where training starts. state: of the checkpoint, if from one, which rank 0 has at its path.
-    origin: in words. notes: what of other weights could not be kept. initialized: from those."""
-
-    origin: str
-    checkpoint: Path | None = None
-    state: dict[str, Any] | None = None
-    notes: Sequence[str] = ()
-    initialized: bool = False
-
-    @classmethod
-    def fresh(cls, settings: Settings) -> Start:
-        return cls(f"seed {settings.seed}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What the ranks have built together, before its first step."""
-
-    resolved: Resolved
-    shards: ShardSet
-    val_shards: ShardSet | None
-    start: Start
-    engine: Any
-    sampler: Any
-    stop: StopVote
-    watch: Watchdog
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.resolved.settings.run_dir)
-
-    def loaders(self, first_step: int, *, resolved: Resolved | None = None):
-        """See `create_loaders`; resolved: another batch or length than the job's."""
-        return create_loaders(
-            resolved or self.resolved, self.shards, self.val_shards, first_step, self.engine.device
-        )
-
-
-def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
-    """What a checkpoint says of the training that it is of."""
-    return {
-        "settings": resolved.settings.recorded(),
-        "classes": shards.manifest.classes,
-        "data": shards.manifest.fingerprint,
-        "deepspeed": resolved.shaping,
-    }
-
-
-def find_start(resolved: Resolved, facts: dict[str, Any], device) -> Start | None:
-    """The checkpoint to go on from, or fresh weights; None, and said so, of a finished run."""
-    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
-    found, state = find_checkpoint(settings, run_dir, device)
-    if state is not None:
-        refuse_changes(state, settings, facts)
-    finished = distributed.on_rank_0(lambda: read_done(run_dir), device)
-    if finished is not None:
-        distributed.say(
-            f"{run_dir} is finished ({finished}). To train again, choose another --run_dir."
-        )
-        return None
-    if state is None:
-        return Start.fresh(settings)
-    return Start(f"checkpoint {found}, step {state['step']}", found, state)
-
-
-def load_given_weights(
-    classifier, start: Start, settings: Settings, names: list[str], device
-) -> Start:
-    """Those of --init_from, where no checkpoint goes before them. names: of the classes."""
-    from ds_classifier.initial_weights import load_initial_weights
-
-    if start.state is not None or not settings.init_from:
-        return start
-    source = Path(settings.init_from)
-    origin, *notes = distributed.on_rank_0(
-        lambda: load_initial_weights(classifier, source, settings, names), device
-    )
-    return dataclasses.replace(start, origin=origin, notes=notes, initialized=True)
-
-
-def lr_factor(settings: Settings) -> Callable[[int], float] | None:
-    """The learning rate of step k as a share of the peak; None: the JSON's scheduler decides."""
-    from ds_classifier.engine import linear_anneal
-
-    if settings.anneal_lr is None:
-        return None
-    return linear_anneal(settings.iterations) if settings.anneal_lr else lambda step: 1.0
-
-
 def train(job: Job) -> int:
     """Train to the last step, or until asked to stop; returns the exit code."""
     from ds_classifier import training
     from ds_classifier.checkpoint_writer import CheckpointWriter
     from ds_classifier.evaluation import evaluate
+    from ds_classifier.job import arithmetic, facts_of, guessing
     from ds_classifier.picture_grid import marked_sheet, save_grid
     from ds_classifier.predictions import predict_grid
     from ds_classifier.sanity import SanityWatch
@@ -437,6 +346,7 @@ def start_log(job: Job):
 def rehearse(job: Job) -> int:
     """--dry_run: what `dry_run.py` measures, on this job."""
     from ds_classifier.dry_run import TIMED_STEPS, dry_run
+    from ds_classifier.job import arithmetic, facts_of
     from ds_classifier.run_costs import rehearsed
     from ds_classifier.shutdown import Stopped
 
@@ -491,29 +401,6 @@ def overfit(job: Job, *, steps: int) -> int:
     return 0 if result.learnt else failures.FAILED
 
 
-def arithmetic(job: Job):
-    """What a rank's pictures a second are in operations."""
-    import torch
-
-    from ds_classifier import engine as engines
-    from ds_classifier.flops import Arithmetic, forward_flops
-
-    device = job.engine.device
-    return Arithmetic(
-        forward_flops(job.resolved.settings.model_kwargs()),
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        precision=engines.precision(job.engine),
-    )
-
-
-def guessing(shards: ShardSet):
-    """What is known of the labels without looking; of very many, of a million of them."""
-    from ds_classifier.sanity import Guessing
-
-    every = max(1, len(shards.index) // 1_000_000)
-    return Guessing.of(shards.index["label"][::every], len(shards.manifest.classes))
-
-
 def launched_as(world_size: int) -> str:
     """Shell lines that start the run again; several nodes need their hostfile added."""
     arguments = [without_logins(word) for word in sys.argv if not word.startswith("--local_rank")]
@@ -524,129 +411,6 @@ def launched_as(world_size: int) -> str:
             launcher = ["deepspeed", "--hostfile", "HOSTS"]
     folder = shlex.quote(os.getcwd())
     return f"# world size {world_size}\ncd {folder}\n{shlex.join([*launcher, *arguments])}\n"
-
-
-def create_loaders(
-    resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, first_step: int, device
-):
-    """This rank's training batches from a step on, and the validation batches if there are any."""
-    from ds_classifier.data.loader import (
-        ShardDataset,
-        TrainingPositions,
-        ValidationPositions,
-        create_loader,
-        default_workers,
-    )
-    from ds_classifier.data.order import SampleOrder
-
-    settings, batch = resolved.settings, resolved.batch
-    rank, world_size = distributed.rank(), batch.world_size
-    workers = settings.workers
-    if workers < 0:
-        workers = default_workers(distributed.local_world_size())
-    pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
-    order = SampleOrder(
-        [shard.samples for shard in shards.manifest.shards], **settings.order_kwargs()
-    )
-    positions = TrainingPositions(
-        order,
-        first_step=first_step,
-        steps=settings.iterations,
-        global_batch=batch.total,
-        micro_batch=batch.micro,
-        rank=rank,
-        world_size=world_size,
-    )
-    distributed.raise_together(cache_problem(resolved, shards, order, first_step), device)
-    dataset = ShardDataset(
-        shards,
-        order=order,
-        batches=positions,
-        seed=settings.seed,
-        random_crop=settings.random_crop,
-        random_flip=settings.random_flip,
-        fast=settings.resize == "fast",
-        **pixels,
-    )
-    loader = create_loader(dataset, positions, workers=workers)
-    if val_shards is None:
-        return loader, None
-    val_positions = ValidationPositions(
-        val_shards.manifest.samples, batch=batch.micro, rank=rank, world_size=world_size
-    )
-    # Validation is always exact: its figures stand beside those of other runs.
-    return loader, create_loader(
-        ShardDataset(val_shards, batches=val_positions, **pixels),
-        val_positions,
-        workers=min(workers, 1),
-    )
-
-
-def cache_problem(resolved: Resolved, shards: ShardSet, order, first_step: int) -> str | None:
-    """Why this node's cache cannot hold the shards that it reads side by side, or None."""
-    from ds_classifier.data.order import node_shards
-
-    settings, batch = resolved.settings, resolved.batch
-    if not isinstance(shards, RemoteShardSet) or not settings.cache_gb:
-        return None
-    first = distributed.rank() - distributed.local_rank()
-    side_by_side = node_shards(
-        order,
-        first_step,
-        global_batch=batch.total,
-        ranks=range(first, first + distributed.local_world_size()),
-        world_size=batch.world_size,
-    )
-    need = sum(shards.manifest.shards[shard].bytes for shard in side_by_side) / 1e9
-    if need <= settings.cache_gb:
-        return None
-    return (
-        f"--cache_gb: got {settings.cache_gb:g}; need at least {need:.3g} for the "
-        f"{len(side_by_side)} shards that a node reads side by side, better twice that; do: raise "
-        "it, or lower --lanes"
-    )
-
-
-def announce(job: Job, command: CommandLine) -> None:
-    """The header of a run: what is trained on what, and how the numbers came about."""
-    from ds_classifier import engine as engines
-
-    settings, batch = job.resolved.settings, job.resolved.batch
-    engine, shards, say = job.engine, job.shards, distributed.say
-    parameters = sum(p.numel() for p in engine.module.parameters())
-    schedule = {None: "the JSON's WarmupDecayLR", True: "linear to 0", False: "constant"}
-    if settings.anneal_lr is None and "scheduler" not in job.resolved.ds_config:
-        schedule[None] = "constant"
-    held_out = "no validation"
-    if job.val_shards is not None:
-        held_out = f"{_split(job.val_shards)} in {shown(settings.val_data_dir)} to validate on"
-    say(
-        f"classifier  {parameters:,} parameters, {arithmetic(job).forward / 1e9:.3g} GFLOP forward "
-        f"an image; {settings.image_size} px, {settings.num_classes} classes; "
-        f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
-    )
-    say(f"data        {_split(shards)} in {shown(settings.data_dir)}; {held_out}")
-    if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
-        say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
-    say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps an epoch")
-    say(
-        f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "
-        f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, "
-        f"{schedule[settings.anneal_lr]}"
-    )
-    length = f"{settings.iterations:,} steps in all"
-    if command.overfit_steps:
-        length = f"one batch again and again, {command.overfit_steps} steps at most"
-    say(f"start       from {job.start.origin}; {length}")
-    for note in job.start.notes:
-        say(f"  NOTE      {note}")
-    where = "stays as it is" if command.instead else "(log.jsonl, progress.csv, tb/, checkpoints/)"
-    say(f"run         {job.run_dir}/ {where}")
-
-
-def _split(shards: ShardSet) -> str:
-    count = len(shards.manifest.shards)
-    return f"{shards.manifest.samples:,} pictures ({count} shard{'s' * (count > 1)})"
 
 
 if __name__ == "__main__":
