@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Before torch is imported, here or by what the tests start: small models gain nothing by more, and
+# threads that wait for each other on busy cores lose a lot.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 GOLDEN = Path(__file__).parent / "golden"
