@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from ds_classifier.logger import RunLogger
+from ds_classifier.logger import RunLogger, counts_line, validation_line
 
 
 def train_row(step: int) -> dict:
@@ -88,3 +88,13 @@ def test_a_long_run_is_not_kept_in_memory(tmp_path):
     tracemalloc.stop()
     assert peak < 1e6, peak
     assert sum(1 for _ in open(tmp_path / "progress.csv")) == 10_002
+
+
+def test_bad_pictures_are_told_on_the_screen():
+    means = {"val_loss": 2.3, "val_acc@1": 0.1, "val_acc@5": 0.5, "val_acc@1_t0": 0.1}
+    assert "decode" not in validation_line({"step": 3, **means, "val_bad_samples": 0})
+    told = validation_line({"step": 3, **means, "val_bad_samples": 2})
+    assert told.endswith("; without 2 that did not decode (verify --decode names them)")
+    row = {"samples": 9, "skipped_steps": 0}
+    assert "9 samples seen so far, 1 bad one (" in counts_line({**row, "bad_samples": 1}, "")
+    assert " 2 bad ones (" in counts_line({**row, "bad_samples": 2}, "")
