@@ -236,7 +236,8 @@ def counts_line(row: dict[str, Any], why_skipped: str) -> str:
     steps = row["skipped_steps"]
     parts = [f"{row['samples']:,} samples seen so far"]
     if row["bad_samples"]:
-        parts.append(f"{row['bad_samples']:,} bad ones (listed in bad_samples.rank*.jsonl)")
+        ones = "one" + "s" * (row["bad_samples"] > 1)
+        parts.append(f"{row['bad_samples']:,} bad {ones} (listed in bad_samples.rank*.jsonl)")
     if steps:
         parts.append(f"{steps:,} step{'s' * (steps > 1)} skipped ({why_skipped})")
     return f"{'':>6} {', '.join(parts)}"
@@ -260,8 +261,10 @@ def duration(seconds: float) -> str:
 def validation_line(row: dict[str, Any]) -> str:
     quartiles = [row.get(f"val_acc@1_q{q}") for q in range(4)]
     accuracies = " ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
+    bad = row.get("val_bad_samples", 0)
     return (
         f"{row['step']:>6} validation: loss {row['val_loss']:.3f}, "
         f"acc@1 {100 * row['val_acc@1']:.1f} % (quartiles of t {accuracies}; "
         f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %"
+        + (f"; without {bad:,} that did not decode (verify --decode names them)" if bad else "")
     )

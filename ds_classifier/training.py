@@ -116,8 +116,8 @@ def train(
     behind the following steps. check_saves: after every step, whether that went well.
     validate: means over the validation set; None: there is none; it may raise Stopped on all ranks.
     validate_first: before the first step too, as weights from elsewhere deserve.
-    Raises FloatingPointError after too many steps without a finite gradient, ValueError for too
-    many bad samples, OSError when checkpoints cannot be written.
+    Raises FloatingPointError after too many steps without a finite gradient, TooManyBadSamples,
+    OSError when checkpoints cannot be written.
     sanity: says when the rows tell that something begins or ceases to work.
     """
     meter, clock = Meter(num_timesteps, engine.device), Clock()
@@ -162,7 +162,10 @@ def train(
             if counts != told:
                 distributed.say(counts_line(row, skipped.news()))
             told = counts
-            bad_samples.check(row["samples"])
+            if bad_samples.too_many(row["samples"]):
+                with watch.during("save"):  # what was learnt from the others is sound
+                    save(None)
+                bad_samples.refuse(row["samples"])
             clock = Clock()
         val_loss = None
         with clock.paused():
@@ -228,6 +231,10 @@ def training_row(engine, *, meter: Meter, clock: Clock, arithmetic: Arithmetic) 
     }
 
 
+class TooManyBadSamples(distributed.AgreedError):
+    """Of an epoch; a checkpoint of what was trained until then is being written."""
+
+
 class BadSamples:
     """Undecodable samples of a run: listed by the rank that met them, counted over all ranks.
 
@@ -262,17 +269,24 @@ class BadSamples:
         self._known, self._new = self._known + new, 0
         return self._known
 
-    def check(self, samples: int) -> None:
-        """Raises ValueError when the last total is over the limit; samples: trained on so far."""
-        epochs = max(1, -(-samples // self._epoch_samples))
-        if self._known > self._limit * epochs:
-            problem = (
-                f"{self._known} samples could not be decoded in {epochs} epochs, more than "
-                f"--max_bad_samples {self._limit} each; they stand in "
-                f"{self._run_dir}/bad_samples.rank*.jsonl; do: repair the data, or raise the limit"
-            )
-            events.append(self._run_dir, "failed", samples=samples, message=problem)
-            raise distributed.AgreedError(problem)
+    def too_many(self, samples: int) -> bool:
+        """Whether the last total is over the limit; samples: trained on so far."""
+        return self._known > self._limit * self._epochs(samples)
+
+    def refuse(self, samples: int) -> None:
+        """Raises TooManyBadSamples, which every rank must."""
+        problem = (
+            f"{self._known} samples could not be decoded in {self._epochs(samples)} epochs, more "
+            f"than --max_bad_samples {self._limit} each; they stand in "
+            f"{self._run_dir}/bad_samples.rank*.jsonl; do: repair the data, or raise the limit; "
+            "then the same command goes on"
+        )
+        events.append(self._run_dir, "failed", samples=samples, message=problem)
+        raise TooManyBadSamples(problem)
+
+    def _epochs(self, samples: int) -> int:
+        """Begun by so many samples."""
+        return max(1, -(-samples // self._epoch_samples))
 
 
 class Clock:

@@ -231,7 +231,7 @@ def _index(arguments: argparse.Namespace) -> int:
         place = shown(manifest.location or str(folder))
         print(
             f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
-            f"{len(manifest.shards)} shards, {megabytes:.1f} MB, at {place}; " + checked
+            f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, at {place}; " + checked
         )
         if split == "train":
             found = indexed.neighbours
@@ -301,7 +301,9 @@ class _Progress:
         if self._phase != phase:
             self.__exit__()
             self._phase, self._told = phase, time.monotonic()
-            self._bar = tqdm(total=total, desc=phase, unit=" pictures", disable=None, leave=False)
+            shape = dict(desc=phase, unit=" pictures", disable=None, leave=False)
+            # What an earlier call has written tells nothing of the rate.
+            self._bar = tqdm(total=total, initial=done, **shape)
         self._bar.update(done - self._bar.n)
         if self._bar.disable and time.monotonic() - self._told > 60:
             self._told = time.monotonic()

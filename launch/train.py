@@ -272,36 +272,41 @@ def train(job: Job) -> int:
         return means | ({"bad_samples": bad} if bad else {})
 
     logger = start_log(job)
-    finished = training.train(
-        engine,
-        iter(loader),
-        cadence=training.Cadence(
-            iterations=settings.iterations,
-            log=settings.log_interval,
-            save=settings.save_interval,
-            evaluate=settings.eval_interval,
-        ),
-        sampler=job.sampler,
-        num_timesteps=engine.module.diffusion.num_timesteps,
-        seed=settings.seed,
-        noised=settings.noised,
-        skipped=SkippedSteps(
+    try:
+        finished = training.train(
             engine,
-            run_dir=run_dir,
-            limit=min(settings.max_skipped_steps, settings.iterations),
-            key_of=loader.dataset.key,
-        ),
-        bad_samples=bad_samples,
-        save=save,
-        check_saves=writer.check,
-        validate=validate if val_loader is not None else None,
-        validate_first=job.start.initialized,
-        stop=stop,
-        watch=watch,
-        logger=logger,
-        arithmetic=arithmetic(job),
-        sanity=SanityWatch(guessing(job.shards), val_samples=val_samples),
-    )
+            iter(loader),
+            cadence=training.Cadence(
+                iterations=settings.iterations,
+                log=settings.log_interval,
+                save=settings.save_interval,
+                evaluate=settings.eval_interval,
+            ),
+            sampler=job.sampler,
+            num_timesteps=engine.module.diffusion.num_timesteps,
+            seed=settings.seed,
+            noised=settings.noised,
+            skipped=SkippedSteps(
+                engine,
+                run_dir=run_dir,
+                limit=min(settings.max_skipped_steps, settings.iterations),
+                key_of=loader.dataset.key,
+            ),
+            bad_samples=bad_samples,
+            save=save,
+            check_saves=writer.check,
+            validate=validate if val_loader is not None else None,
+            validate_first=job.start.initialized,
+            stop=stop,
+            watch=watch,
+            logger=logger,
+            arithmetic=arithmetic(job),
+            sanity=SanityWatch(guessing(job.shards), val_samples=val_samples),
+        )
+    except training.TooManyBadSamples:
+        with watch.during("save"):
+            writer.finish()
+        raise
     with watch.during("save"):
         writer.finish()
     logger.close()

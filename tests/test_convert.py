@@ -441,6 +441,45 @@ def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch)
     assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "alone/train")
 
 
+def test_a_picture_that_changed_after_a_killed_merge_is_in_manifest_and_index(
+    tmp_path, monkeypatch
+):
+    """What the killed merge had gathered told of the shard as it was before."""
+    many = tmp_path / "bmp"
+    pictures(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of one size
+
+    def killed(source, target):
+        if Path(target).name == "train":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(image_folder(many), tmp_path / "out", samples_per_shard=4)
+    assert (tmp_path / "out/train.partial/manifest.json").is_file()
+    old, new = sorted(many.rglob("*.bmp"))[:2]
+    old.write_bytes(new.read_bytes())
+    convert(image_folder(many), tmp_path / "out", samples_per_shard=4)
+    convert(image_folder(many), tmp_path / "undisturbed", samples_per_shard=4)
+    assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "undisturbed/train")
+    assert verify(str(tmp_path / "out/train"), check_hash=True) == []
+
+
+def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
+    """90 of 100 pictures were there: the bar begins at 90, so that they do not count as fast."""
+    from launch.make_shards import _Progress
+
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    with _Progress() as progress:
+        progress("train", 90, 100)
+        bar = progress._bar.format_dict
+    assert (bar["n"], bar["initial"]) == (90, 90)
+
+
 def test_splits_of_other_classes_do_not_come_to_stand_side_by_side(folder, many, tmp_path):
     source, other = image_folder(folder), image_folder(many)
     convert(Source("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")

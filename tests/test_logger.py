@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from ds_classifier.logger import RunLogger
+from ds_classifier.logger import RunLogger, counts_line, validation_line
 
 
 def train_row(step: int) -> dict:
@@ -136,3 +136,13 @@ def test_tensorboard_on_a_full_disk_stops_nobody(tmp_path):
     writing.start()
     writing.join(20)
     assert not writing.is_alive()
+
+
+def test_bad_pictures_are_told_on_the_screen():
+    means = {"val_loss": 2.3, "val_acc@1": 0.1, "val_acc@5": 0.5, "val_acc@1_t0": 0.1}
+    assert "decode" not in validation_line({"step": 3, **means, "val_bad_samples": 0})
+    told = validation_line({"step": 3, **means, "val_bad_samples": 2})
+    assert told.endswith("; without 2 that did not decode (verify --decode names them)")
+    row = {"samples": 9, "skipped_steps": 0}
+    assert "9 samples seen so far, 1 bad one (" in counts_line({**row, "bad_samples": 1}, "")
+    assert " 2 bad ones (" in counts_line({**row, "bad_samples": 2}, "")

@@ -93,6 +93,19 @@ def test_folders_without_pictures_do_not_vanish(folder):
         image_folder(folder)
 
 
+def test_pictures_of_other_formats_do_not_vanish(folder, tmp_path):
+    """A TIFF among PNGs is named; a JPEG that is called .jfif is one of the class."""
+    picture = Image.new("RGB", (9, 9))
+    picture.save(folder / "cat" / "saved.jfif", format="JPEG")
+    names = [sample.name for sample in image_folder(folder).splits["train"]]
+    convert(image_folder(folder), tmp_path / "data")
+    assert open_shards(tmp_path / "data/train").manifest.samples == len(names)
+    assert "cat/saved.jfif" in names
+    picture.save(folder / "cat" / "scan.TIF", format="TIFF")
+    with pytest.raises(ValueError, match=r"1 file that cannot be stored(.|\n)*cat/scan\.TIF"):
+        convert(image_folder(folder), tmp_path / "other")
+
+
 def test_splits_are_not_taken_for_classes(tmp_path):
     both = pictures(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"])
     with pytest.raises(ValueError, match=r"splits \(train, val\)"):
@@ -308,10 +321,14 @@ def test_members_that_leave_the_directory_are_refused(tmp_path, name):
 
 
 def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
+    unfinished = tmp_path / "half" / "train.partial"
+    unfinished.mkdir(parents=True)
+    (unfinished / "train-000000.tar").touch()
     for place, words in (
         (folder, ["folder of pictures", "make_shards.py convert"]),
         (tmp_path / "nowhere", ["does not exist", "make_shards.py convert"]),
         (split.parent, ["one level down", str(split)]),
+        (unfinished, ["not finished", f"merge {unfinished.parent}"]),
     ):
         with pytest.raises(ValueError) as error:
             open_shards(place)

@@ -543,5 +543,9 @@ def test_bad_samples_are_counted_listed_and_limited(tmp_path):
         2, "zero1_fp32", data, tmp_path / "limited", *flags[:-1], "2", script=TRAIN, expect=2
     )
     assert "3 samples could not be decoded" in done.output
+    assert (tmp_path / "limited" / "checkpoints" / "latest").exists()
     assert done.output.count("error:") == 1
     assert "Traceback" not in done.output
+    done = train(2, "zero1_fp32", data, tmp_path / "limited", *flags)
+    assert "start       from checkpoint" in done.output
+    assert (tmp_path / "limited" / "DONE").exists()

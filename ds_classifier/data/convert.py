@@ -163,6 +163,8 @@ def _write_shards(
     shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
     total = sum(map(len, shards.values()))
     todo = [n for n in numbers if not _up_to_date(partial / plan.shard_name(n), shards[n])]
+    if todo:  # what a killed merge has gathered tells of shards that are written anew
+        (partial / MANIFEST).unlink(missing_ok=True)
     for n in todo:
         (partial / plan.shard_name(n)).unlink(missing_ok=True)
     spool = partial / f"spool-{part[0]}-{part[1]}"

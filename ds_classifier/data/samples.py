@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# What else is meant as a picture: read if its content is one of the above, else refused by name.
+OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 
 
 class Content(Protocol):

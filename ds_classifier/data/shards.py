@@ -280,6 +280,8 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
 
 
 def _no_shards(folder: Path) -> str:
+    if folder.suffix == ".partial" and folder.is_dir():
+        folder = folder.with_suffix("")
     if folder.with_name(f"{folder.name}.partial").is_dir():
         return (
             f"got {folder}, whose conversion is not finished; do: run its missing parts, then "

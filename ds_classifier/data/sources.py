@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ds_classifier.data.samples import (
     IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
     Named,
     Sample,
     Slice,
@@ -144,7 +145,7 @@ def _labelled_files(root: Path) -> list[Named]:
         )
 
     loose, sorted_by_class = [], []
-    for file in files_under(root, IMAGE_SUFFIXES):
+    for file in files_under(root, IMAGE_SUFFIXES + OTHER_SUFFIXES):
         parts = file.relative_to(root).parts
         if len(parts) == 1:
             loose.append((file, file.name.split("_")[0]))

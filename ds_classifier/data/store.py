@@ -95,8 +95,9 @@ class ShardStore:
         largest = max((shard.bytes for shard in self.shards), default=0)
         if self._budget_bytes is not None and self._budget_bytes < largest:
             raise ValueError(
-                f"got a cache budget of {self._budget_bytes} bytes; need at least {largest}, the "
-                f"largest shard of {where}; do: raise it, or make smaller shards"
+                f"got a cache budget of {self._budget_bytes / 1e9:g} GB; need at least "
+                f"{largest / 1e9:g}, the largest shard of {where}; do: raise --cache_gb, or make "
+                "smaller shards"
             )
 
     def _forget(self) -> None:
