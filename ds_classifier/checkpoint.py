@@ -17,6 +17,7 @@ Who takes the state from the engine and calls commit: checkpoint_writer.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -189,9 +190,25 @@ def best_checkpoint(checkpoints: Path) -> Path | None:
 
 def _val_loss(checkpoint: Path) -> float | None:
     try:
-        return json.loads((checkpoint / STATE).read_text()).get("val_loss")
-    except (OSError, ValueError):
+        loss = float(_json(checkpoint / STATE)["val_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return loss if math.isfinite(loss) else None
+
+
+def _json(path: Path) -> Any:
+    """The JSON in a file. Raises ValueError for what is none, and for brackets without end."""
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep") from None
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(_json(path), dict)
+    except ValueError:
+        return False
 
 
 def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
@@ -200,15 +217,20 @@ def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
     hashes: False compares sizes alone, and reads no tensors.
     """
     try:
-        described = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        described = _json(checkpoint / MANIFEST)["files"]
         for name in (MODEL, OPTIMIZER, STATE):
             size = (checkpoint / name).stat().st_size
             if size != described[name]["bytes"]:
                 return f"{name} has {size} bytes of {described[name]['bytes']}"
-            if hashes and files.sha256(checkpoint / name) != described[name]["sha256"]:
-                return f"{name} is damaged: its sha256 is not the manifest's"
+            if hashes:
+                with files.naming(checkpoint / name):
+                    digest = files.sha256(checkpoint / name)
+                if digest != described[name]["sha256"]:
+                    return f"{name} is damaged: its sha256 is not the manifest's"
         if hashes:
             _names(checkpoint)
+            if not _is_object(checkpoint / STATE):
+                return f"{STATE} is no JSON object"
     except SafetensorError as error:
         return f"a file of tensors is no safetensors file: {error}"
     except OSError as error:

@@ -156,14 +156,16 @@ def set_schedule(engine, applied_steps: int) -> None:
 
 def loss_scaler_state(engine) -> dict[str, float]:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if not engine.fp16_enabled() or scaler is None:
+    if not engine.fp16_enabled() or not engine.dynamic_loss_scale() or scaler is None:
         return {}
     return {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def set_loss_scaler_state(engine, state: dict[str, float]) -> None:
-    """Continue dynamic loss scaling where it stood; a run that used another precision starts it."""
-    if not engine.fp16_enabled():
+    """Continue dynamic loss scaling where it stood; a run that did without it starts it. A fixed
+    scale is the JSON's."""
+    if not engine.fp16_enabled() or not engine.dynamic_loss_scale() or "cur_iter" not in state:
         return
-    for name, value in state.items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+    for name in LOSS_SCALER_FIELDS:
+        if name in state:
+            setattr(engine.optimizer.loss_scaler, name, state[name])

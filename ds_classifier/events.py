@@ -31,11 +31,7 @@ def append(run_dir: Path, event: str, **facts: Any) -> None:
         return
     line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
     try:
-        with open(run_dir / FILE, "ab+") as file:
-            if file.tell():  # a line that a full disk or a kill cut short ends here
-                file.seek(-1, 2)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
+        files.append(run_dir / FILE, line)
     except OSError as error:
         distributed.say(f"{'':>6} {run_dir / FILE}: not written: {error.strerror}")
 

@@ -85,6 +85,15 @@ def replace_lines(path: Path, lines: Iterable[str]) -> None:
     os.replace(staging, path)
 
 
+def append(path: Path, text: str) -> None:
+    """Add whole lines to a file; one that a full disk or a kill cut short ends before them."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a .jsonl file; no file has none, and lines cut by a kill are passed over."""
     try:

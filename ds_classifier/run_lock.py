@@ -123,10 +123,12 @@ class RunLock:
 
     def _beats(self, staging: Path, who: str, say: Callable[[str], None]) -> bool:
         """Whether the owner touches the lock before it counts as stale."""
-        first, waiting = self._touched(self._path), False
+        first, began, waiting = self._touched(self._path), time.monotonic(), False
         while first is not None:
             staging.write_text(self._mine)  # its time is now, by the file system's clock
             if self._touched(staging) - first > STALE_SECONDS:
+                return False
+            if time.monotonic() - began > STALE_SECONDS:  # touched by a clock that ran ahead
                 return False
             if not waiting:
                 say(f"waiting for a sign of life of {who}, {STALE_SECONDS:.0f} s at most")
@@ -147,7 +149,7 @@ class RunLock:
     @staticmethod
     def _read(path: Path) -> str | None:
         try:
-            return path.read_text()
+            return path.read_text(errors="replace")
         except FileNotFoundError:
             return None
 

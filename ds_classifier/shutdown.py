@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed, processes
+from ds_classifier import distributed, files, processes
 
 STOPPED = 75  # exit code: stopped, run the same command again (EX_TEMPFAIL of sysexits.h)
 STOP_FILE = "STOP"
@@ -91,7 +91,13 @@ class StopRequests:
     def honoured(self) -> None:
         """The stop has been agreed on: remove the stop file, so that the next start goes on."""
         if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)
+            try:
+                self._stop_file.unlink(missing_ok=True)
+            except OSError as error:
+                distributed.warn(
+                    f"{files.problem(error)}: the stop file stays, and would stop the next start "
+                    "too; do: remove it"
+                )
 
     def _listen(self) -> None:
         while True:
@@ -109,7 +115,8 @@ class StopRequests:
                 self._ask("the launcher's death")
             if time.monotonic() > self._deadline:
                 self._ask("--max_minutes")
-            if self._stop_file is not None and self._stop_file.exists():
+            # Not Path.exists, which raises when the disk is away: this thread must go on listening.
+            if self._stop_file is not None and os.path.exists(self._stop_file):
                 self._ask("the file STOP")
 
     def _ask(self, reason: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ds_classifier import distributed
+from ds_classifier import distributed, files
 from ds_classifier import engine as engines
 from ds_classifier.metrics import by_position
 
@@ -79,8 +79,10 @@ class SkippedSteps:
                 "not_finite": [{"position": q, "key": self._key_of(q)} for q in positions],
                 "loss_scale": engines.loss_scale(self._engine),
             }
-            with open(self._path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                files.append(self._path, json.dumps(row) + "\n")
+            except OSError as error:  # no reason to end a run that may go on
+                distributed.say(f"{'':>6} {self._path}: not written: {error.strerror}: {row}")
 
     def news(self) -> str:
         """What is known of the skipped steps since the last news, for the screen."""

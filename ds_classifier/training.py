@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ds_classifier import distributed, events
+from ds_classifier import distributed, events, files
 from ds_classifier import engine as engines
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.diffusion import keyed_noise, keyed_uniform
@@ -259,9 +259,13 @@ class BadSamples:
         """Append this rank's bad samples to its list: position, key and the decoder's words."""
         self._new += len(bad)
         if bad:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self._run_dir / f"bad_samples.rank{distributed.rank()}.jsonl", "a") as file:
-                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in bad)
+            path = self._run_dir / f"bad_samples.rank{distributed.rank()}.jsonl"
+            lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in bad)
+            try:
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                files.append(path, lines)
+            except OSError as error:  # they are counted all the same
+                distributed.warn(f"{path}: not written: {error.strerror}: {lines.rstrip()}")
 
     def total(self) -> int:
         """All ranks' so far; every rank must call it."""

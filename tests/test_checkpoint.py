@@ -1,5 +1,6 @@
 """Commit, damage, and which checkpoint is found; the engine's part is in test_training.py."""
 
+import errno
 import hashlib
 import json
 import os
@@ -113,9 +114,46 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, file, way):
 
 def test_a_damaged_manifest_counts_as_damage(tmp_path):
     commit(tmp_path, 10)
-    for text in ("", "{}", '{"files": {}}', "[1]"):
+    for text in ("", "{}", '{"files": {}}', "[1]", "[" * 100_000):
         (commit(tmp_path, 20) / "manifest.json").write_text(text)
         assert find(tmp_path)[0] == "step-00000010"
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 100_000, "nothing"])
+def test_a_state_that_is_none_under_a_good_hash_counts_as_damage(tmp_path, text):
+    commit(tmp_path, 10)
+    swap_state(commit(tmp_path, 20), text)
+    assert find(tmp_path)[1] == [
+        f"passed over {tmp_path / 'step-00000020'}: state.json is no JSON object"
+    ]
+    assert checkpoint.best_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("loss", ['"low"', "NaN", "-Infinity", "[1]", "null"])
+def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path, loss):
+    commit(tmp_path, 10, val_loss=1.0)
+    swap_state(commit(tmp_path, 20), f'{{"val_loss": {loss}}}')
+    assert checkpoint.best_checkpoint(tmp_path).name == "step-00000010"
+
+
+def swap_state(path, text):
+    """Another state.json, which the manifest vouches for."""
+    (path / "state.json").write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    described = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    manifest["files"]["state.json"] = described
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    commit(tmp_path, 10)
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("ds_classifier.files.sha256", fails)
+    problem = checkpoint.damage(tmp_path / "step-00000010")
+    assert problem == "model.safetensors: Input/output error"
 
 
 def test_latest_is_never_trusted(tmp_path):

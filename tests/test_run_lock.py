@@ -83,6 +83,20 @@ def test_an_owner_on_another_host_that_fell_silent_is_waited_for(tmp_path, monke
     assert "took over" in said[1]
 
 
+def test_a_lock_touched_by_a_clock_that_ran_ahead_is_not_waited_for_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.4)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.0)
+    elsewhere(tmp_path, -3600)
+    began = time.monotonic()
+    lock = RunLock(tmp_path)
+    taking = threading.Thread(target=lock.acquire, args=[print], daemon=True)
+    taking.start()
+    taking.join(10)
+    assert not taking.is_alive()
+    assert time.monotonic() - began > 1.0
+    lock.release()
+
+
 def test_a_holder_touches_its_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
     lock = RunLock(tmp_path)

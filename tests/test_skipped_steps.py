@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ds_classifier.data.loader import BadSample
 from ds_classifier.skipped_steps import SkippedSteps
+from ds_classifier.training import BadSamples
 
 
 @pytest.fixture
@@ -61,6 +63,29 @@ def test_too_many_in_a_row(engine, tmp_path):
         step(engine, skipped, finite=finite)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 6"):
         step(engine, skipped, finite=False)
+
+
+def test_a_list_that_cannot_be_written_ends_no_run(engine, tmp_path, capsys):
+    """/dev/full is a disk without room; what it cut short of a line does not swallow the next."""
+    listed = tmp_path / SkippedSteps.FILE
+    skipped = watch(engine, tmp_path, 5)
+    listed.symlink_to("/dev/full")
+    step(engine, skipped, finite=False)
+    assert "No space left on device: {'step': 1, 'positions': [0, 2]" in capsys.readouterr().out
+    listed.unlink()
+    listed.write_text('{"step": 2, "posi')
+    step(engine, skipped, finite=False)
+    assert json.loads(listed.read_text().splitlines()[1])["step"] == 2
+
+
+def test_bad_samples_are_counted_where_they_cannot_be_listed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ds_classifier.distributed.all_reduce_sum", lambda tensor: tensor)
+    (tmp_path / "bad_samples.rank0.jsonl").symlink_to("/dev/full")
+    device = torch.device("cpu")
+    samples = BadSamples(tmp_path, device=device, known=1, limit=9, epoch_samples=9)
+    samples.add([BadSample(7, "cat/7", "truncated")])
+    assert samples.total() == 2
+    assert "No space left on device: {" in capsys.readouterr().err
 
 
 def test_each_is_listed_and_told_once(engine, tmp_path):

@@ -1,0 +1,50 @@
+"""What this program keeps of DeepSpeed's loss scaling; whole runs are in test_elastic.py."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ds_classifier import engine as engines
+
+LEARNT = {"cur_scale": 64.0, "cur_iter": 30, "last_overflow_iter": 12, "cur_hysteresis": 1}
+
+
+def fresh(*, dynamic):
+    """A new fp16 engine, its loss scale fixed at 128 or to be found from 65536."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    scaler = DynamicLossScaler(65536, 1000, 1, 2, False) if dynamic else LossScaler(128)
+    return SimpleNamespace(
+        optimizer=SimpleNamespace(loss_scaler=scaler),
+        fp16_enabled=lambda: True,
+        dynamic_loss_scale=lambda: dynamic,
+    )
+
+
+def test_a_dynamic_loss_scale_goes_on_where_it_stood():
+    before, after = fresh(dynamic=True), fresh(dynamic=True)
+    engines.set_loss_scaler_state(before, LEARNT)
+    engines.set_loss_scaler_state(after, engines.loss_scaler_state(before))
+    assert engines.loss_scaler_state(after) == LEARNT
+
+
+@pytest.mark.parametrize(("dynamic", "scale"), [(False, 128), (True, 65536)])
+@pytest.mark.parametrize("state", [{}, {"cur_scale": 4.0}, {"cur_scale": 1.0}])
+def test_a_fixed_scale_of_before_is_not_taken_over(dynamic, scale, state):
+    """The JSON says which, of now; a checkpoint of a fixed scale has no count of steps."""
+    engine = fresh(dynamic=dynamic)
+    engines.set_loss_scaler_state(engine, state)
+    assert engine.optimizer.loss_scaler.cur_scale == scale
+
+
+def test_a_fixed_scale_of_now_is_the_jsons():
+    engine = fresh(dynamic=False)
+    engines.set_loss_scaler_state(engine, LEARNT)
+    assert engine.optimizer.loss_scaler.cur_scale == 128
+    assert engines.loss_scaler_state(engine) == {}
+
+
+def test_only_a_loss_scalers_own_fields_are_set():
+    engine = fresh(dynamic=True)
+    engines.set_loss_scaler_state(engine, LEARNT | {"update_scale": 3})
+    assert callable(engine.optimizer.loss_scaler.update_scale)

@@ -1,0 +1,48 @@
+"""Listening for requests to stop while the run directory's disk is away; jobs: test_stopping.py."""
+
+import subprocess
+import sys
+
+from conftest import ROOT
+
+LISTENING = """
+import errno, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from ds_classifier.shutdown import StopRequests
+
+def fails(path, *arguments, **keywords):
+    if str(path).endswith("STOP"):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+    return untouched(path, *arguments, **keywords)
+
+with StopRequests() as requests:
+    requests.also_by(max_minutes=0, run_dir=Path(sys.argv[2]))
+    if "deferred" in sys.argv:
+        requests.defer()
+    untouched, os.stat = os.stat, fails
+    os.unlink = os.remove = fails
+    time.sleep(1.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.5)
+    requests.honoured()
+    print("asked by", requests.reason, flush=True)
+"""
+
+
+def listening(folder, *words):
+    command = [sys.executable, "-c", LISTENING, ROOT, folder, *words]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+
+
+def test_signals_are_heard_while_the_stop_file_cannot_be_looked_at(tmp_path):
+    """As NFS has it for a while. A thread that died of it would hear no launcher's death either."""
+    done = listening(tmp_path, "deferred")
+    assert done.stdout == "asked by SIGTERM\n", done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stop_file_that_cannot_be_removed_does_not_keep_a_rank(tmp_path):
+    done = listening(tmp_path)
+    assert done.returncode == 75, done
+    assert "STOP: Stale file handle: the stop file stays" in done.stderr
