@@ -81,7 +81,7 @@ class CheckpointWriter:
         self._checkpoints, self._engine, self._sampler = checkpoints, engine, sampler
         self._keep = dict(keep_last=keep_last, keep_every=keep_every)
         self._max_failed = max_failed
-        self._group = torch.distributed.new_group(backend="gloo")
+        self._group = distributed.cpu_group()
         self.under_way: int | None = None  # the step being written; the same on all ranks
         self._failed, self._error = 0, ""  # writes in a row; known to all ranks
         self._news: tuple[Any, Tensor] | None = None  # (handle, 1 if rank 0's thread has ended)

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 from ds_classifier import files, launcher, rendezvous
 
+_patience = timedelta(minutes=30)  # of a collective; init sets it
+
 
 class AgreedError(ValueError):
     """What all ranks raise alike: each may leave by itself, and one of them tells."""
@@ -125,6 +127,8 @@ def init(
     """
     import torch.distributed
 
+    global _patience
+    _patience = timeout
     check_launch()
     try:
         device = pick_device()
@@ -248,6 +252,13 @@ def finish() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def cpu_group():
+    """A group of all ranks for what must not wait for a device; as patient as the main one."""
+    import torch.distributed
+
+    return torch.distributed.new_group(backend="gloo", timeout=_patience)
 
 
 def all_reduce_sum(tensor):

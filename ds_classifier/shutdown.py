@@ -155,10 +155,9 @@ class StopVote:
     """
 
     def __init__(self, requests: StopRequests):
-        import torch.distributed
 
         self._requests = requests
-        self._group = torch.distributed.new_group(backend="gloo")
+        self._group = distributed.cpu_group()
         self._pending: Any = None  # the vote under way: (its handle, its tensor)
         self.reason = ""  # what all ranks agreed to stop for
 

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flaky_server import FlakyServer
@@ -97,3 +97,12 @@ def forked(function) -> multiprocessing.Process:
 def kill(process) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def bytes_in(folder: Path, *patterns: str) -> int:
+    """Of the files that are there, while others come and go."""
+    total = 0
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
