@@ -102,7 +102,6 @@ def load_given_weights(
     classifier, start: Start, settings: Settings, names: list[str], device
 ) -> Start:
     """Those of --init_from, where no checkpoint goes before them. names: of the classes."""
-
     if start.state is not None or not settings.init_from:
         return start
     source = Path(settings.init_from)
@@ -114,7 +113,6 @@ def load_given_weights(
 
 def lr_factor(settings: Settings) -> Callable[[int], float] | None:
     """The learning rate of step k as a share of the peak; None: the JSON's scheduler decides."""
-
     if settings.anneal_lr is None:
         return None
     return engines.linear_anneal(settings.iterations) if settings.anneal_lr else lambda step: 1.0
@@ -122,7 +120,6 @@ def lr_factor(settings: Settings) -> Callable[[int], float] | None:
 
 def arithmetic(job: Job):
     """What a rank's pictures a second are in operations."""
-
     device = job.engine.device
     return Arithmetic(
         forward_flops(job.resolved.settings.model_kwargs()),
@@ -133,7 +130,6 @@ def arithmetic(job: Job):
 
 def guessing(shards: ShardSet):
     """What is known of the labels without looking; of very many, of a million of them."""
-
     every = max(1, len(shards.index) // 1_000_000)
     return Guessing.of(shards.index["label"][::every], len(shards.manifest.classes))
 
@@ -142,7 +138,6 @@ def create_loaders(
     resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None, first_step: int, device
 ):
     """This rank's training batches from a step on, and the validation batches if there are any."""
-
     settings, batch = resolved.settings, resolved.batch
     rank, world_size = distributed.rank(), batch.world_size
     workers = settings.workers
@@ -188,7 +183,6 @@ def create_loaders(
 
 def cache_problem(resolved: Resolved, shards: ShardSet, order, first_step: int) -> str | None:
     """Why this node's cache cannot hold the shards that it reads side by side, or None."""
-
     settings, batch = resolved.settings, resolved.batch
     if not isinstance(shards, RemoteShardSet) or not settings.cache_gb:
         return None

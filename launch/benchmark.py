@@ -8,6 +8,7 @@ launch/train.py may follow those of `step`, `start` and `checkpoint`: --deepspee
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,144 +26,81 @@ DEFAULT_CONFIG = "ds_configs/zero1_fp32.json"
 def main(argv: list[str] | None = None) -> int:
     parser, training = _parser()
     arguments, words = parser.parse_known_args(argv)
-    if words and arguments.run not in training:
+    keywords = vars(arguments)
+    command, json_path = keywords.pop("command"), keywords.pop("json")
+    if command in training:
+        if "--deepspeed_config" not in words:
+            words = ["--deepspeed_config", DEFAULT_CONFIG, *words]
+        keywords["words"] = words
+    elif words:
         parser.error(f"got {' '.join(words)}; need only flags that --help shows")
-    if arguments.run in training and "--deepspeed_config" not in words:
-        words = ["--deepspeed_config", DEFAULT_CONFIG, *words]
+    # Here, so that --help answers at once.
+    measurement = importlib.import_module(f"ds_classifier.benchmarks.{command}")
+    from ds_classifier.benchmarks.measuring import print_table
+
     try:
-        rows = arguments.run(arguments, words)
+        rows = measurement.measure(**keywords)
     except (ValueError, OSError) as error:
         print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
-    from ds_classifier.benchmarks.measuring import print_table
-
     print_table(rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if json_path:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
-def _parser() -> tuple[argparse.ArgumentParser, list]:
-    """The parser, and the commands that take flags of launch/train.py too."""
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.split(":")[0] + ".")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
+    """The parser, and the commands that take flags of launch/train.py too.
 
-    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+    A command is a module of ds_classifier.benchmarks, its flags the keywords of `measure` there.
+    """
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.split(":")[0] + ".")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+
+    def add(name: str, text: str, *, repeats: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
-        command.set_defaults(run=run)
-        command.add_argument("--repeats", type=int, default=5, help="of each figure [5]")
+        if repeats:
+            command.add_argument("--repeats", type=int, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
         return command
 
-    def add_pictures(command: argparse.ArgumentParser) -> None:
+    def add_pictures(command: argparse.ArgumentParser, *, sizes: bool = False) -> None:
         command.add_argument("pictures", help="an image folder, as make_shards.py takes it")
+        if sizes:
+            sized = dict(type=int, nargs="+", default=[64, 256], dest="image_sizes")
+            command.add_argument("--image_size", metavar="PIXELS", **sized)
 
-    step = add("step", _step, "a training step: bare, in its engine, in the trainer")
+    step = add("step", "a training step: bare, in its engine, in the trainer")
     add_pictures(step)
+    step.set_defaults(program=TRAIN)
     step.add_argument("--ranks", type=int, nargs="+", default=[1], help="of the trainer [1]")
     step.add_argument("--steps", type=int, default=3, help="timed of each in a repeat [3]")
     step.add_argument(
         "--reference", type=Path, help="a guided-diffusion checkout, whose trainer is run beside"
     )
-    start = add("start", _start, "seconds from the command to the first step")
+    start = add("start", "seconds from the command to the first step")
     add_pictures(start)
+    start.set_defaults(program=TRAIN)
     start.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    data = add("data", _data, "pictures a second and core, from shards and from a folder")
-    add_pictures(data)
-    data.add_argument("--image_size", type=int, nargs="+", default=[64, 256])
+    data = add("data", "pictures a second and core, from shards and from a folder")
+    add_pictures(data, sizes=True)
     data.add_argument("--count", type=int, default=600, help="pictures a repeat [600]")
-    convert = add("convert", _convert, "pictures a second and core written to shards")
-    add_pictures(convert)
-    convert.add_argument("--image_size", type=int, nargs="+", default=[64, 256])
-    add("order", _order, "time and memory of the sample order")
+    add_pictures(add("convert", "pictures a second and core written to shards"), sizes=True)
+    add("order", "time and memory of the sample order")
     cache = add(
-        "cache", _cache, "simulate an epoch of ImageNet from afar: what a node's cache must hold"
+        "cache",
+        "simulate an epoch of ImageNet from afar: what a node's cache must hold",
+        repeats=False,
     )
     cache.add_argument("--lanes", type=int, nargs="+", default=[16, Settings().lanes, 256])
     cache.add_argument("--shuffle_shards", nargs="+", default=["1", "4"])
     cache.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="8 a node")
-    add("memory", _memory, "memory of 8 loader workers, for large data sets")
+    add("memory", "memory of 8 loader workers, for large data sets")
     checkpoint = add(
-        "checkpoint",
-        _checkpoint,
-        "how long a save holds up training, written behind it or waited for",
+        "checkpoint", "how long a save holds up training, written behind it or waited for"
     )
     checkpoint.add_argument("--folder", type=Path, help="on the disk to measure [a temporary one]")
-    return parser, [_step, _start, _checkpoint]
-
-
-# Each imports what it needs, so that --help answers at once.
-
-
-def _step(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import step
-
-    return step.measure(
-        words,
-        program=TRAIN,
-        pictures=arguments.pictures,
-        reference=arguments.reference,
-        ranks=arguments.ranks,
-        steps=arguments.steps,
-        repeats=arguments.repeats,
-    )
-
-
-def _start(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import start
-
-    return start.measure(
-        words,
-        program=TRAIN,
-        pictures=arguments.pictures,
-        ranks=arguments.ranks,
-        repeats=arguments.repeats,
-    )
-
-
-def _data(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import data
-
-    return data.measure(
-        arguments.pictures,
-        image_sizes=arguments.image_size,
-        count=arguments.count,
-        repeats=arguments.repeats,
-    )
-
-
-def _convert(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import convert
-
-    return convert.measure(
-        arguments.pictures, image_sizes=arguments.image_size, repeats=arguments.repeats
-    )
-
-
-def _order(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import order
-
-    return order.measure(repeats=arguments.repeats)
-
-
-def _cache(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import cache
-
-    return cache.measure(
-        lanes=arguments.lanes, shuffle_shards=arguments.shuffle_shards, ranks=arguments.ranks
-    )
-
-
-def _memory(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import workers
-
-    return workers.measure(repeats=arguments.repeats)
-
-
-def _checkpoint(arguments: argparse.Namespace, words: list[str]) -> list[dict]:
-    from ds_classifier.benchmarks import checkpoint
-
-    return checkpoint.measure(words, folder=arguments.folder, repeats=arguments.repeats)
+    return parser, {"step", "start", "checkpoint"}
 
 
 if __name__ == "__main__":

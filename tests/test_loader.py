@@ -12,7 +12,7 @@ import torch
 from conftest import GOLDEN
 from PIL import Image
 
-from ds_classifier.benchmarks.workers import made_up_shards, memory_of
+from ds_classifier.benchmarks.memory import made_up_shards, memory_of
 from ds_classifier.data import images
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import (

@@ -18,7 +18,6 @@ def measure(*, lanes: list[int], shuffle_shards: list[str], ranks: list[int]) ->
     Nothing is downloaded: the positions of a node's 8 ranks are followed through the order. Where
     there are several nodes, four of them stand for all.
     """
-
     samples, count = IMAGENET["samples"], IMAGENET["shards"]
     sizes = np.diff(np.arange(count + 1) * samples // count)
     gigabytes = IMAGENET["gigabytes"] / count
@@ -53,7 +52,6 @@ def _follow(order, ends: np.ndarray, node: int, nodes: int) -> tuple[int, int]:
     ends: [shards] one past each one's last sample. The node has ended with a shard when a tenth of
     an epoch passes without it.
     """
-
     batch, samples = IMAGENET["global_batch"], IMAGENET["samples"]
     began, last, visits = {}, {}, []
     steps = samples // batch

@@ -16,7 +16,6 @@ from ds_classifier.diffusion import UniformSampler
 
 def measure(words: list[str], *, folder: Path | None, repeats: int) -> list[dict]:
     """One rank, random pictures of 64 px: saves that are waited for and saves behind, in turn."""
-
     bench = Bench.of([*words, "--num_classes", "1000"])
     engine, take_step = bench.engine, bench.trainer_step()
 

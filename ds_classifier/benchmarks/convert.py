@@ -16,7 +16,6 @@ from ds_classifier.data.sources import open_source
 
 def measure(pictures: str, *, image_sizes: list[int], repeats: int) -> list[dict]:
     """Every store on one worker and on all cores; `cp -r` of the same files beside them."""
-
     source = open_source(pictures)
     samples = source.splits["train"]
     megabytes = sum(sample.size() for sample in samples) / 1e6

@@ -29,7 +29,6 @@ def measure(pictures: str, *, image_sizes: list[int], count: int, repeats: int) 
 
     exact, fast: what `--resize` says. decode: the bytes to pixels of the stored size, no more.
     """
-
     torch.set_num_threads(1)
     source = open_source(pictures)
     rows = []
@@ -57,7 +56,6 @@ def measure(pictures: str, *, image_sizes: list[int], count: int, repeats: int) 
 
 
 def stores(size: int) -> dict:
-
     return {
         "original": Store(),
         "halved jpg": Store(size, "jpg"),
@@ -71,7 +69,6 @@ def _mean_kilobytes(source) -> float:
 
 
 def _decode_alone(folder: Path, count: int) -> Callable[[], int]:
-
     shards = open_shards(folder)
     store = store_of(shards)
     data = [store.read(int(r["shard"]), int(r["offset"]), int(r["length"])) for r in shards.index]
@@ -86,7 +83,6 @@ def _decode_alone(folder: Path, count: int) -> Callable[[], int]:
 
 def _plain(source, size: int, count: int) -> Callable[[], int]:
     """As the reference reads: a file a picture, its crop, flip, float32, collated 16 at a time."""
-
     samples = source.splits["train"]
 
     def one(i: int) -> tuple[np.ndarray, int]:
@@ -107,7 +103,6 @@ def _plain(source, size: int, count: int) -> Callable[[], int]:
 
 
 def _from_shards(folder: Path, size: int, count: int, *, fast: bool) -> Callable[[], int]:
-
     shards = open_shards(folder)
     order = SampleOrder(
         [shard.samples for shard in shards.manifest.shards], **Settings().order_kwargs()

@@ -5,6 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+
+
+def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The median of what each of the ways tells, asked in turn: A B A B ..."""
+    told: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            told[name].append(way())
+    return {name: statistics.median(values) for name, values in told.items()}
 
 
 def interleaved(
@@ -14,19 +24,20 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Median of things done a second by each run, in turn: A B A B ..., after one warm-up.
+    """Median of things done a second by each run, in turn, after one warm-up.
 
     clock: its seconds. before: called ahead of every run, not timed.
     """
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            before()
-            began = clock()
-            done = run()
-            if repeat:
-                rates[name].append(done / (clock() - began))
-    return {name: statistics.median(values) for name, values in rates.items()}
+
+    def rate(run: Callable[[], int]) -> float:
+        before()
+        began = clock()
+        done = run()
+        return done / (clock() - began)
+
+    ways = {name: partial(rate, run) for name, run in runs.items()}
+    in_turn(ways, 1)
+    return in_turn(ways, repeats)
 
 
 def print_table(rows: list[dict]) -> None:

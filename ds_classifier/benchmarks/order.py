@@ -14,7 +14,6 @@ from ds_classifier.data.order import SampleOrder
 
 def measure(*, repeats: int) -> list[dict]:
     """ImageNet in 1,024 shards, and a billion samples in 200,000."""
-
     rows = []
     for samples, count in ((1_281_167, 1024), (1_000_000_000, 200_000)):
         sizes = np.diff(np.arange(count + 1) * samples // count)

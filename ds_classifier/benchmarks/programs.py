@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from ds_classifier.config import Settings
+from ds_classifier.reference_flags import classifier_flags, process_flags
 
 WARM_UP = 2  # steps that are not timed: the first ones make buffers, and fill the queue
 
@@ -35,22 +36,9 @@ def reference_images_per_sec(
     """
     moments = folder / "moments.json"
     moments.unlink(missing_ok=True)
-    flags = {
-        name: getattr(settings, name)
-        for name in (
-            "image_size",
-            "classifier_width",
-            "classifier_depth",
-            "classifier_attention_resolutions",
-            "classifier_use_scale_shift_norm",
-            "classifier_resblock_updown",
-            "classifier_pool",
-            "noise_schedule",
-            "lr",
-            "weight_decay",
-        )
-    }
-    flags |= dict(data_dir=pictures, batch_size=batch, iterations=10**6, log_interval=10)
+    flags = classifier_flags(settings) | process_flags(settings)
+    flags |= dict(lr=settings.lr, weight_decay=settings.weight_decay, log_interval=10)
+    flags |= dict(data_dir=pictures, batch_size=batch, iterations=10**6)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     _run(
         [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],

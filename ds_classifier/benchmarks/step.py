@@ -8,11 +8,11 @@ whole programs, started anew for each repeat, on the same pictures.
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier import engine as engines
+from ds_classifier.benchmarks.measuring import in_turn
 from ds_classifier.benchmarks.programs import reference_images_per_sec, trainer_images_per_sec
 from ds_classifier.config import parse_training_command
 from ds_classifier.data.convert import Store, convert
@@ -191,38 +192,36 @@ def measure(
             torch.mm(a, b)
             return 2 * GEMM_SIDE**3
 
-        runs = {"matrix product": waited_for(gemm, bench.engine.device)}
-        runs["bare model + AdamW"] = bench.bare_step()
-        runs["engine"] = bench.engine_step()
-        runs["trainer's step"] = bench.trainer_step()
-        rates: dict[str, list[float]] = {}
-        for repeat in range(repeats + 1):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                done = sum(run() for _ in range(steps))
-                if repeat:  # the first is slower than any other
-                    rates.setdefault(name, []).append(done / (time.perf_counter() - began))
-            if not repeat:
-                continue
-            for count in ranks:
-                name = "whole trainer" + f", {count} ranks" * (count > 1)
-                run_dir = folder / f"run {repeat} {count}"
-                rate = trainer_images_per_sec(program, words, run_dir, ranks=count, steps=steps)
-                rates.setdefault(name, []).append(rate)
-                shutil.rmtree(run_dir)
-            if reference is not None:
-                rate = reference_images_per_sec(
-                    program.with_name("run_reference.py"),
-                    reference,
-                    Path(pictures),
-                    folder,
-                    settings,
-                    batch=bench.pictures,
-                    steps=steps,
-                )
-                rates.setdefault("guided-diffusion, fp32", []).append(rate)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return rows_of(medians, bench)
+        def rate(step: Callable[[], int]) -> float:
+            began = time.perf_counter()
+            return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
+
+        def trainer(count: int) -> float:
+            run_dir = folder / f"run on {count}"
+            shutil.rmtree(run_dir, ignore_errors=True)
+            return trainer_images_per_sec(program, words, run_dir, ranks=count, steps=steps)
+
+        here = {
+            "matrix product": waited_for(gemm, bench.engine.device),
+            "bare model + AdamW": bench.bare_step(),
+            "engine": bench.engine_step(),
+            "trainer's step": bench.trainer_step(),
+        }
+        ways = {name: partial(rate, step) for name, step in here.items()}
+        in_turn(ways, 1)  # the first is slower than any other; programs warm up by themselves
+        for count in ranks:
+            ways["whole trainer" + f", {count} ranks" * (count > 1)] = partial(trainer, count)
+        if reference is not None:
+            ways["guided-diffusion, fp32"] = lambda: reference_images_per_sec(
+                program.with_name("run_reference.py"),
+                reference,
+                Path(pictures),
+                folder,
+                settings,
+                batch=bench.pictures,
+                steps=steps,
+            )
+        return rows_of(in_turn(ways, repeats), bench)
 
 
 def rows_of(medians: dict[str, float], bench: Bench) -> list[dict]:

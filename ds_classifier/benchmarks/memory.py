@@ -22,7 +22,6 @@ def measure(*, repeats: int) -> list[dict]:
 
     own: what a worker shares with nobody, the index's cached pages not counted; the largest of 8.
     """
-
     warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
     workers, batch = 8, 64
     rows = []
@@ -62,7 +61,6 @@ def made_up_shards(folder: Path, sizes: list[int], touched: np.ndarray):
 
     Its index is as long as a real one and takes no space on disk but for those rows.
     """
-
     noise = np.random.RandomState(0).randint(0, 256, (80, 100, 3)).astype(np.uint8)
     picture = encode(Image.fromarray(noise), "jpg")
     shards = [Shard(f"train-{n:06d}.tar", k, len(picture), "0" * 64) for n, k in enumerate(sizes)]
