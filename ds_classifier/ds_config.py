@@ -20,6 +20,8 @@ from ds_classifier.config import SHIPPED_CONFIGS, CommandLine, Settings, check_s
 _INT, _NUMBER, _BOOL, _STR = "a whole number", "a number", "true or false", "a string"
 _PAIR = "a list of two numbers"
 
+BUCKET_MULTIPLE = 2  # of numbers in a bucket; DeepSpeed asserts it of the all-gather's
+
 # Section -> key -> type; a dict is a section of its own.
 SCHEMA: dict[str, Any] = {
     "train_batch_size": _INT,
@@ -276,6 +278,11 @@ def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
             f"zero_optimization.stage: got {zero['stage']}; need 1 or 2, on one rank too (stage 0 "
             "keeps no fp32 master weights to save; stage 3 has nothing to gain at this size)"
         )
+    gathered = zero.get("allgather_bucket_size", AUTO)
+    if gathered != AUTO and gathered % BUCKET_MULTIPLE:
+        problems.append(
+            f"zero_optimization.allgather_bucket_size: got {gathered}; need an even number"
+        )
     fp16 = ds.get("fp16", {}).get("enabled", False)
     bf16 = ds.get("bf16", {}).get("enabled", False)
     if fp16 and bf16:
@@ -380,5 +387,6 @@ def fill_bucket_sizes(ds_config: dict[str, Any], parameters: int) -> dict[str, A
     zero = dict(ds_config["zero_optimization"])
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, AUTO) == AUTO:
-            zero[key] = max(parameters // 4, 1_000_000)
+            quarter = parameters // 4 // BUCKET_MULTIPLE * BUCKET_MULTIPLE
+            zero[key] = max(quarter, 1_000_000)
     return {**ds_config, "zero_optimization": zero}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_classifier.diffusion import GaussianDiffusion
+from ds_classifier.config import Settings
+from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
+from ds_classifier.model import EncoderUNetModel
 
 
 class NoisedClassifier(nn.Module):
@@ -34,3 +36,11 @@ class NoisedClassifier(nn.Module):
         x_t = x.permute(0, 3, 1, 2)  # [N, C, S, S], channels_last as it lies
         logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
         return F.cross_entropy(logits, labels, reduction="none"), logits
+
+
+def noised_classifier(classifier: EncoderUNetModel, settings: Settings) -> NoisedClassifier:
+    """The classifier behind the settings' diffusion, computed in the way that they ask for."""
+    classifier.activation_checkpointing = settings.activation_checkpointing
+    if settings.compile:
+        classifier.compile()  # in place: parameter names stay what they are
+    return NoisedClassifier(classifier, create_gaussian_diffusion(**settings.diffusion_kwargs()))

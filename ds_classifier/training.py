@@ -97,6 +97,7 @@ def train(
     num_timesteps: int,
     seed: int,
     noised: bool,
+    compiled: bool,
     skipped: SkippedSteps,
     bad_samples: BadSamples,
     save: Callable[[float | None], None],
@@ -116,6 +117,7 @@ def train(
     behind the following steps. check_saves: after every step, whether that went well.
     validate: means over the validation set; None: there is none; it may raise Stopped on all ranks.
     validate_first: before the first step too, as weights from elsewhere deserve.
+    compiled: whether the first step compiles the classifier, whose time is told.
     Raises FloatingPointError after too many steps without a finite gradient, TooManyBadSamples,
     OSError when checkpoints cannot be written.
     sanity: says when the rows tell that something begins or ceases to work.
@@ -143,6 +145,9 @@ def train(
             noised=noised,
         )
         clock.stepped(waited)
+        if compiled:
+            distributed.say(compiled_line(clock.seconds()))
+            compiled = False
         bad_samples.add(bad)
         skipped.check(trained)
         check_saves()
@@ -200,6 +205,12 @@ def validation(
         say_news(row, sanity)
         return row["val_loss"]
     return None
+
+
+def compiled_line(seconds: float) -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return f"{'':>6} first step, which compiles: {seconds:.1f} s; cached in {cache_dir()}"
 
 
 def say_news(row: dict[str, Any], sanity: SanityWatch) -> None:

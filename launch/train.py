@@ -135,12 +135,12 @@ def train_on(
     from ds_classifier import checkpoint, preflight
     from ds_classifier import engine as engines
     from ds_classifier.checkpoint_writer import check_room
-    from ds_classifier.diffusion import create_gaussian_diffusion, create_schedule_sampler
+    from ds_classifier.diffusion import create_schedule_sampler
     from ds_classifier.header import announce
     from ds_classifier.job import Job, Start, facts_of, find_start, load_given_weights, lr_factor
     from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
-    from ds_classifier.noised_classifier import NoisedClassifier
+    from ds_classifier.noised_classifier import noised_classifier
     from ds_classifier.run_costs import rehearsed
 
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
@@ -149,7 +149,7 @@ def train_on(
     classifier = create_classifier(**settings.model_kwargs())
     parameters = sum(p.numel() for p in classifier.parameters())
     ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
-    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    module = noised_classifier(classifier, settings)
     device = preflight.join(resolved, shards, val_shards)
     requests.defer()
     watch.join()
@@ -172,13 +172,11 @@ def train_on(
         distributed.on_rank_0(lambda: check_room(run_dir / "checkpoints", parameters), device)
         distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, words), device)
 
-    classifier.activation_checkpointing = settings.activation_checkpointing
-    if settings.compile:
-        classifier.compile()  # in place: parameter names stay what they are
-    module = NoisedClassifier(classifier, diffusion)
     batch = rehearsed(resolved.batch) if command.dry_run else resolved.batch
     engine = engines.create_engine(module, ds_config | batch.ds_numbers(), lr_factor(settings))
-    sampler = create_schedule_sampler(settings.schedule_sampler, diffusion.num_timesteps, device)
+    sampler = create_schedule_sampler(
+        settings.schedule_sampler, module.diffusion.num_timesteps, device
+    )
     if start.state is not None:
         checkpoint.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
@@ -286,6 +284,7 @@ def train(job: Job) -> int:
             num_timesteps=engine.module.diffusion.num_timesteps,
             seed=settings.seed,
             noised=settings.noised,
+            compiled=settings.compile,
             skipped=SkippedSteps(
                 engine,
                 run_dir=run_dir,

@@ -188,6 +188,14 @@ def test_shipped_configs_are_whole(path):
         assert result.ds_config["fp16"]["initial_scale_power"] == 16
 
 
+@pytest.mark.parametrize("parameters", [1, 40_000_000, *range(40_000_004, 40_000_012)])
+def test_bucket_sizes_are_even(parameters):
+    """DeepSpeed refuses an odd one; the parameters' number comes from any class count."""
+    zero = ds_config.fill_bucket_sizes({"zero_optimization": {}}, parameters)["zero_optimization"]
+    assert zero["reduce_bucket_size"] >= parameters // 4 - 1
+    assert zero["allgather_bucket_size"] % 2 == 0
+
+
 def test_schema_names_are_deepspeeds():
     """The sections taken over from DeepSpeed hold only keys that DeepSpeed has."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config

@@ -27,15 +27,18 @@ from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import open_source
-from ds_classifier.diffusion import UniformSampler, create_gaussian_diffusion, keyed_noise
+from ds_classifier.diffusion import UniformSampler, keyed_noise
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 from ds_classifier.flops import forward_flops, training_flops
 from ds_classifier.metrics import Meter
 from ds_classifier.model import create_classifier
-from ds_classifier.noised_classifier import NoisedClassifier
+from ds_classifier.noised_classifier import noised_classifier
 from ds_classifier.training import train_step
 
-GEMM_SIDE = 2048  # of the square matrices whose product is taken for the peak
+# Of the square matrices whose product is taken for the peak: the best of these.
+GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
+PRODUCTS = 10  # of them at a time
+GEMM, REFERENCE = "matrix product", "guided-diffusion, fp32"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,11 +56,8 @@ class Bench:
         resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=1)
         settings = resolved.settings
         distributed.init()
-        classifier = create_classifier(**settings.model_kwargs())
-        parameters = sum(p.numel() for p in classifier.parameters())
-        module = NoisedClassifier(
-            classifier, create_gaussian_diffusion(**settings.diffusion_kwargs())
-        )
+        module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
+        parameters = sum(p.numel() for p in module.parameters())
         ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
         engine = engines.create_engine(module, ds_config, None)
         count, size = resolved.batch.micro, settings.image_size
@@ -119,9 +119,8 @@ class Bench:
         """The same module in the same precision, without DeepSpeed, and torch's AdamW for it."""
         device, accumulation = self.engine.device, self.engine.gradient_accumulation_steps()
         settings = self.resolved.settings
-        module = NoisedClassifier(
-            create_classifier(**settings.model_kwargs()), self.engine.module.diffusion
-        ).to(device=device, dtype=TYPES[self.precision])
+        module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
+        module = module.to(device=device, dtype=TYPES[self.precision])
         optimizer = torch.optim.AdamW(module.parameters(), lr=settings.lr, fused=True)
         inputs = self._inputs()
 
@@ -145,6 +144,18 @@ class Bench:
         )
         noise = keyed_noise(0, "noise", batch.positions, tuple(batch.images.shape[1:]))
         return batch.images, batch.labels, t, noise
+
+
+def gemm(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], int]:
+    """A product of two square matrices, which returns its operations."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
+
+    def product() -> int:
+        for _ in range(PRODUCTS):
+            torch.mm(a, b)
+        return PRODUCTS * 2 * side**3
+
+    return product
 
 
 def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], int]:
@@ -183,15 +194,7 @@ def measure(
         words = [*words, "--data_dir", str(folder / "data" / "train")]
         classes = open_shards(folder / "data" / "train").manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
-        dtype = TYPES[bench.precision]
-        a, b = (
-            torch.randn(GEMM_SIDE, GEMM_SIDE, device=bench.engine.device).to(dtype) for _ in "ab"
-        )
-
-        def gemm() -> int:
-            torch.mm(a, b)
-            return 2 * GEMM_SIDE**3
-
+        device = bench.engine.device
         def rate(step: Callable[[], int]) -> float:
             began = time.perf_counter()
             return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
@@ -202,7 +205,10 @@ def measure(
             return trainer_images_per_sec(program, words, run_dir, ranks=count, steps=steps)
 
         here = {
-            "matrix product": waited_for(gemm, bench.engine.device),
+            **{
+                f"{GEMM} {side}": waited_for(gemm(side, TYPES[bench.precision], device), device)
+                for side in GEMM_SIDES[device.type]
+            },
             "bare model + AdamW": bench.bare_step(),
             "engine": bench.engine_step(),
             "trainer's step": bench.trainer_step(),
@@ -212,7 +218,7 @@ def measure(
         for count in ranks:
             ways["whole trainer" + f", {count} ranks" * (count > 1)] = partial(trainer, count)
         if reference is not None:
-            ways["guided-diffusion, fp32"] = lambda: reference_images_per_sec(
+            ways[REFERENCE] = lambda: reference_images_per_sec(
                 program.with_name("run_reference.py"),
                 reference,
                 Path(pictures),
@@ -225,19 +231,20 @@ def measure(
 
 
 def rows_of(medians: dict[str, float], bench: Bench) -> list[dict]:
-    """A row a layer. medians: pictures a second by layer, and operations of the matrix product."""
-    peak = medians.pop("matrix product")
+    """A row a layer. medians: pictures a second by layer, and operations of the matrix products."""
+    peak = max(medians.pop(name) for name in list(medians) if name.startswith(GEMM))
     flops = training_flops(forward_flops(bench.resolved.settings.model_kwargs()))
     rows, below = [], None
-    slowest = medians.get("guided-diffusion, fp32")
+    slowest = medians.get(REFERENCE)
     for name, rate in medians.items():
+        theirs = name == REFERENCE
         row = {
             "layer": name,
-            "precision": "" if "fp32" in name else bench.precision,
+            "precision": "" if theirs else bench.precision,
             "images/s": rate,
             "GFLOP/s": rate * flops / 1e9,
-            "of the matrix product's": rate * flops / peak,
-            "of the layer above": rate / below if below else "",
+            "of GEMM peak": "" if theirs else rate * flops / peak,
+            "of the layer above": "" if theirs or below is None else rate / below,
             "x guided-diffusion": rate / slowest if slowest else "",
         }
         rows.append(row)
