@@ -94,7 +94,7 @@ class Rehearsal:
         _, waited, _ = train_step(
             self._engine, batches, accumulation=accumulation, meter=self._meter, **self._step
         )
-        means, _ = self._meter.read()
+        means = self._meter.read().means
         if not math.isfinite(means.get("loss", 0.0)):
             raise FloatingPointError(
                 f"the loss of a step is {means['loss']}; do: look at the weights it starts from"

@@ -73,7 +73,7 @@ def evaluate(
         losses, logits = module(batch.images, batch.labels, steps, noise)
         meter.add(losses=losses, logits=logits, labels=batch.labels, t=steps, weights=batch.weights)
     module.train(training)
-    means, weight = meter.read()
+    means, weight, _ = meter.read()
     bad_samples = int(distributed.all_reduce_sum(torch.tensor(bad, device=device)))
     _check_counted(int(weight), bad_samples, samples)
     return means, bad_samples

@@ -2,8 +2,9 @@
 
 A line an event, {"time": seconds since 1970, "event": NAME, ...}:
 
-    start, resume   a job began: step, iterations, world_size, host; resume also: reached, the last
-                    step that the job before it had logged
+    start, resume   a job began: step, iterations, world_size, host, device; guessing, the fields of
+                    sanity.Guessing; val_samples; resume also: reached, the last step that the job
+                    before it had logged
     save failed     a checkpoint could not be written: step, message
     failed          all ranks gave up for the same reason: samples trained on, message
     stop            a job ended on request: step, reason

@@ -64,6 +64,11 @@ class Job:
     def run_dir(self) -> Path:
         return Path(self.resolved.settings.run_dir)
 
+    @property
+    def val_samples(self) -> int:
+        """Pictures to validate on."""
+        return self.val_shards.manifest.samples if self.val_shards is not None else 0
+
     def loaders(self, first_step: int, *, resolved: Resolved | None = None):
         """See `create_loaders`; resolved: another batch or length than the job's."""
         return create_loaders(

@@ -11,8 +11,9 @@ import io
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,27 @@ class RunLogger:
         """Show a picture, uint8 [h, w, 3]."""
         if self._tb is not None:
             self._tb.add_image(name, pixels, step, dataformats="HWC")
+
+    def histogram(
+        self, name: str, counts: Sequence[float], edges: Sequence[float], step: int
+    ) -> None:
+        """Show how values fell into bins: counts[i] of them up to edges[i], the last above all."""
+        if self._tb is None or not sum(counts):
+            return
+        limits = [*edges, 2 * edges[-1]]
+        middles = [(low + high) / 2 for low, high in pairwise([0.0, *limits])]
+        found = [i for i, count in enumerate(counts) if count]
+        self._tb.add_histogram_raw(
+            name,
+            min=([0.0, *limits])[found[0]],
+            max=limits[found[-1]],
+            num=sum(counts),
+            sum=sum(c * x for c, x in zip(counts, middles, strict=True)),
+            sum_squares=sum(c * x * x for c, x in zip(counts, middles, strict=True)),
+            bucket_limits=limits,
+            bucket_counts=list(counts),
+            global_step=step,
+        )
 
     def _write_csv(self) -> None:
         """The whole table, from log.jsonl: columns in the order in which they first appear."""

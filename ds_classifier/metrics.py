@@ -6,13 +6,30 @@ of the timesteps from nearly clean (q0) to nearly pure noise (q3).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_classifier import distributed
 
 QUARTILES = 4
 NAMES = ("loss", "acc@1", "acc@5")
+# Bins of a sample's loss, nats: below the first edge, between two, above the last. Half octaves.
+LOSS_EDGES = tuple(2.0 ** (k / 2) for k in range(-16, 11))
+
+
+class Reading(NamedTuple):
+    """Means over all ranks since the last reading; quartiles without samples are left out.
+
+    weight: samples that they rest on. losses [QUARTILES, len(LOSS_EDGES) + 1] fp64, on the CPU:
+    samples by their loss.
+    """
+
+    means: dict[str, float]
+    weight: float
+    losses: Tensor
 
 
 class Meter:
@@ -20,8 +37,10 @@ class Meter:
 
     def __init__(self, num_timesteps: int, device: torch.device | str):
         self.num_timesteps = num_timesteps
-        # [quartile, (loss, acc@1, acc@5, weight)] fp64: counts stay exact.
-        self._sums = torch.zeros(QUARTILES, len(NAMES) + 1, dtype=torch.float64, device=device)
+        # [quartile, (loss, acc@1, acc@5, weight, a weight a bin)] fp64: counts stay exact.
+        columns = len(NAMES) + 1 + len(LOSS_EDGES) + 1
+        self._sums = torch.zeros(QUARTILES, columns, dtype=torch.float64, device=device)
+        self._edges = torch.tensor(LOSS_EDGES, device=device)
 
     @torch.no_grad()
     def add(
@@ -32,18 +51,18 @@ class Meter:
         hits = top == labels[:, None]
         ones = torch.ones_like(losses)
         values = torch.stack([losses, hits[:, 0].float(), hits.any(dim=1).float(), ones], dim=1)
+        bins = torch.bucketize(losses, self._edges)
+        values = torch.cat([values, F.one_hot(bins, len(LOSS_EDGES) + 1)], dim=1)
         # A bad sample's loss means nothing, and 0 * nan is nan: leave it out, do not weigh it.
         counted = torch.where(weights[:, None] > 0, values * weights[:, None], 0.0).double()
         quartile = t * QUARTILES // self.num_timesteps
         self._sums.index_add_(0, quartile, counted)
 
-    def read(self) -> tuple[dict[str, float], float]:
-        """Means over all ranks since the last reading, and the weight they rest on; starts anew.
-
-        Waits for the device. Quartiles without samples are left out.
-        """
+    def read(self) -> Reading:
+        """What was added on all ranks; starts anew. Waits for the device."""
         sums = distributed.all_reduce_sum(self._sums.clone()).cpu()
         self._sums.zero_()
+        sums, losses = sums[:, : len(NAMES) + 1], sums[:, len(NAMES) + 1 :]
         total = sums.sum(dim=0)
         weight = float(total[-1])
         means: dict[str, float] = {}
@@ -53,7 +72,7 @@ class Meter:
             for q in range(QUARTILES):
                 if sums[q, -1] > 0:
                     means[f"{name}_q{q}"] = float(sums[q, i] / sums[q, -1])
-        return means, weight
+        return Reading(means, weight, losses)
 
 
 def by_position(trained: Tensor) -> Tensor:

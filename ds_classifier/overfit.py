@@ -88,7 +88,7 @@ def overfit_batch(
             seed=seed,
             noised=noised,
         )
-        means, weight = meter.read()
+        means, weight, _ = meter.read()
         if not weight:
             raise distributed.AgreedError(
                 "--overfit_batch: none of the batch's pictures decodes; do: make_shards.py verify "

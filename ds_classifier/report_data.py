@@ -7,6 +7,7 @@ import math
 import os
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ds_classifier import events, files
 from ds_classifier.picture_grid import PictureGrid, load_grid
 from ds_classifier.run_files import EVALUATION_FORMAT, read_done
 from ds_classifier.run_lock import LOCK, STALE_SECONDS
+from ds_classifier.sanity import KEPT, Guessing
 
 RUN_FILES = ("config.json", "log.jsonl", events.FILE, "checkpoints")
 
@@ -70,6 +72,7 @@ class Run:
     command: str
     training: Columns
     validation: Columns
+    recent: list[dict[str, Any]]  # the last rows of log.jsonl, of both
     events: list[dict[str, Any]]
     faults: list[Fault]
     skipped: list[dict[str, Any]]
@@ -104,6 +107,24 @@ class Run:
         return self.settings.get("num_classes") or len(self.classes or [])
 
     @property
+    def guessing(self) -> Guessing | None:
+        """What a classifier gets that sees no picture: by the labels, as a start noted them, else
+        for classes equally frequent; None if nothing tells how many there are."""
+        for event in reversed(self.events):
+            try:
+                return Guessing(**event["guessing"])
+            except (KeyError, TypeError):
+                continue
+        classes = self.num_classes
+        return Guessing(classes, math.log(classes), 1 / classes) if classes else None
+
+    @property
+    def val_samples(self) -> int:
+        """Pictures to validate on; 0 if nothing tells it."""
+        noted = [event["val_samples"] for event in self.events if "val_samples" in event]
+        return noted[-1] if noted and isinstance(noted[-1], int) else 0
+
+    @property
     def global_batch(self) -> int:
         samples, steps = self.training.last("samples"), self.training.last("step")
         return round(samples / steps) if samples and steps else 0
@@ -114,9 +135,11 @@ def read_run(path: Path) -> Run:
     if not path.is_dir() or not any((path / name).exists() for name in RUN_FILES):
         raise ValueError(f"got {path}; need a run directory, with one of {', '.join(RUN_FILES)}")
     training, validation = Columns(), Columns()
+    recent: deque[dict[str, Any]] = deque(maxlen=KEPT)
     for row in files.read_jsonl(path / "log.jsonl"):
         if isinstance(row.get("step"), int):
             (validation if "val_loss" in row else training).add(row)
+            recent.append(row)
     evaluations = [r for r in map(_evaluation, sorted(_listed(path / "eval", ".json"))) if r]
     evaluations.sort(key=lambda record: (record["step"] or 0, record["name"]))
     happened, faults = events.read(path), sorted(_faults(path), key=lambda fault: fault.time)
@@ -129,6 +152,7 @@ def read_run(path: Path) -> Run:
         command=_text(path / "command.sh"),
         training=training,
         validation=validation,
+        recent=list(recent),
         events=happened,
         faults=faults,
         skipped=list(files.read_jsonl(path / "skipped_steps.jsonl")),

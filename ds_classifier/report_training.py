@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from ds_classifier import sanity
 from ds_classifier.report_charts import (
     BLUE,
     GREEN,
@@ -22,7 +23,6 @@ from ds_classifier.report_data import Columns, Run, jobs_of, thin
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 SIGNS = {GOOD: "✓", NOTE: "i", BAD: "!"}
-NOTHING_LEARNT = 0.98  # of ln(classes): a loss above it is that of guessing
 WAITING = 0.2  # share of time waiting for data that is worth a word
 WORSE = 1.1  # times the best validation loss: past its best
 TOP_5_FROM = 20  # classes: of fewer it says little
@@ -114,26 +114,30 @@ def checks(run: Run) -> str:
 
 
 def _learning(run: Run) -> list[tuple[str, str]]:
-    loss, classes = _recent(run.training, "train_loss"), run.num_classes
+    """What sanity.py says of the last rows, as it did in the log."""
+    loss, guessing = _recent(run.training, "train_loss"), run.guessing
     if not run.training.rows:
         return []
     if loss is None:
         return [(BAD, "The last training losses are not finite: lower --lr, or use a bf16 config.")]
-    if not classes:
+    if guessing is None:
         return [(NOTE, f"Training loss {loss:.3f}; the number of classes is not known.")]
-    guessing = math.log(classes)
-    if loss > NOTHING_LEARNT * guessing:
-        return [
-            (BAD, f"Nothing learnt yet: training loss {loss:.3f}, guessing gives ln {classes:,} = "
-             f"{guessing:.3f}. Early in a run that is usual; later, try another --lr.")
-        ]  # fmt: skip
-    quartiles = [_recent(run.training, f"train_acc@1_q{q}") for q in range(4)]
-    words = ", ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
-    return [
-        (GOOD, f"It learns: training loss {loss:.3f}, guessing gives {guessing:.3f}. Top-1 by "
-         f"quartile of t, from little noise to nearly all: {words} %; chance is "
-         f"{100 / classes:.2g} %.")
-    ]  # fmt: skip
+    reached, words = sanity.phase(run.recent, guessing)
+    losses = f"Training loss {loss:.3f}, that of guessing {guessing.loss:.3f}"
+    if reached == sanity.UNKNOWN:
+        found = [(NOTE, f"{losses}: too little evidence yet to say whether it learns.")]
+    elif reached == sanity.NOTHING:
+        found = [
+            (BAD, f"{_sentence(words)} Early in a run that is usual; later, try another --lr.")
+        ]
+    else:
+        found = [(GOOD, f"{_sentence(words)} {losses}.")]
+    wrong = sanity.alarms(run.recent, guessing, val_samples=run.val_samples)
+    return found + [(BAD, _sentence(words)) for words in wrong.values()]
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def _validating(run: Run) -> list[tuple[str, str]]:
@@ -144,19 +148,10 @@ def _validating(run: Run) -> list[tuple[str, str]]:
         )
     best_step, best = min(points, key=lambda point: point[1])
     step, last = points[-1]
-    since = [loss for step, loss in points if step > best_step][-3:]
-    if since and min(since) > WORSE * best:
-        return [
-            (BAD, f"Past its best: validation loss {best:.3f} at step {best_step:,.0f}, "
-             f"{last:.3f} at step {step:,.0f}. It overfits; take checkpoints/best, train "
-             "shorter, or raise --weight_decay.")
-        ]  # fmt: skip
-    train = _recent(run.training, "train_loss")
-    beside = f", training loss {train:.3f}" if train is not None else ""
-    return [
-        (GOOD, f"Validation loss {last:.3f} at step {step:,.0f}{beside}; its best is {best:.3f}, "
-         f"at step {best_step:,.0f}.")
-    ]  # fmt: skip
+    words = f"Validation loss {last:.3f} at step {step:,.0f}; its best is {best:.3f}"
+    if last > WORSE * best:
+        return [(NOTE, f"{words}, at step {best_step:,.0f}: take checkpoints/best.")]
+    return [(GOOD, f"{words}, at step {best_step:,.0f}.")]
 
 
 def _losses(run: Run) -> list[tuple[str, str]]:

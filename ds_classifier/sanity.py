@@ -260,14 +260,16 @@ def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _pictures(rows: Sequence[Row]) -> float:
-    return sum(row["window_samples"] for row in rows)
+    return sum(row.get("window_samples") or 0 for row in rows)
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
     """The mean over pictures of all rows that have the key."""
     having = [row for row in rows if row.get(key) is not None]
     pictures = _pictures(having)
-    return sum(row["window_samples"] * row[key] for row in having) / pictures if pictures else None
+    if not pictures:
+        return None
+    return sum((row.get("window_samples") or 0) * row[key] for row in having) / pictures
 
 
 def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:

@@ -30,7 +30,7 @@ from ds_classifier.logger import (
     validation_line,
 )
 from ds_classifier.memory import memory_in_use
-from ds_classifier.metrics import Meter, by_position
+from ds_classifier.metrics import LOSS_EDGES, Meter, Reading, by_position
 from ds_classifier.sanity import SanityWatch
 from ds_classifier.shutdown import Stopped, StopVote
 from ds_classifier.skipped_steps import SkippedSteps
@@ -154,12 +154,15 @@ def train(
         step = engine.global_steps
         last = step == cadence.iterations
         if last or step % cadence.log == 0:
+            reading = meter.read()
             row = {
-                **training_row(engine, meter=meter, clock=clock, arithmetic=arithmetic),
+                **training_row(engine, reading=reading, clock=clock, arithmetic=arithmetic),
                 "lr": lr,
                 "bad_samples": bad_samples.total(),
             }
             logger.write(row)
+            for q, counts in enumerate(reading.losses.tolist()):
+                logger.histogram(f"train_losses_q{q}", counts, LOSS_EDGES, step)
             eta = (cadence.iterations - step) * clock.seconds() / clock.steps
             distributed.say(console_line(row, eta_seconds=eta))
             say_news(row, sanity)
@@ -219,19 +222,20 @@ def say_news(row: dict[str, Any], sanity: SanityWatch) -> None:
         distributed.say(f"{row['step']:>6} {line}")
 
 
-def training_row(engine, *, meter: Meter, clock: Clock, arithmetic: Arithmetic) -> dict[str, Any]:
+def training_row(
+    engine, *, reading: Reading, clock: Clock, arithmetic: Arithmetic
+) -> dict[str, Any]:
     """The numbers of the steps since the last row, over all ranks; memory and GFLOP/s are a rank's.
 
-    window_samples: pictures that its means rest on. Waits for the device.
+    window_samples: pictures that its means rest on.
     """
-    means, weight = meter.read()
     samples = engine.train_batch_size()
     images_per_sec = clock.steps * samples / clock.seconds()
     return {
         "step": engine.global_steps,
         "samples": engine.global_steps * samples,
-        "window_samples": int(weight),
-        **{f"train_{name}": value for name, value in means.items()},
+        "window_samples": int(reading.weight),
+        **{f"train_{name}": value for name, value in reading.means.items()},
         "grad_norm": engines.grad_norm(engine),
         "lg_loss_scale": math.log2(engines.loss_scale(engine)),
         "images_per_sec": images_per_sec,

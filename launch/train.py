@@ -236,8 +236,6 @@ def train(job: Job) -> int:
         }
         writer.save(facts | counts, val_loss=val_loss)
 
-    val_samples = job.val_shards.manifest.samples if job.val_shards is not None else 0
-
     def show_pictures() -> None:
         """The grid of pictures and predictions, of this step, for the report and TensorBoard."""
         grid = predict_grid(
@@ -257,7 +255,7 @@ def train(job: Job) -> int:
 
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
-        keywords = dict(samples=val_samples, device=engine.device, noised=settings.noised)
+        keywords = dict(samples=job.val_samples, device=engine.device, noised=settings.noised)
 
         def batches():
             return stop.batches(watch.batches(val_loader))
@@ -300,7 +298,7 @@ def train(job: Job) -> int:
             watch=watch,
             logger=logger,
             arithmetic=arithmetic(job),
-            sanity=SanityWatch(guessing(job.shards), val_samples=val_samples),
+            sanity=SanityWatch(guessing(job.shards), val_samples=job.val_samples),
         )
     except training.TooManyBadSamples:
         with watch.during("save"):
@@ -326,6 +324,7 @@ def train(job: Job) -> int:
 def start_log(job: Job):
     """The run's logger, and a word of this start in its history; every rank calls it."""
     from ds_classifier.engine import describe_device
+    from ds_classifier.job import guessing
     from ds_classifier.logger import RunLogger
 
     run_dir, settings, step = job.run_dir, job.resolved.settings, job.engine.global_steps
@@ -339,6 +338,8 @@ def start_log(job: Job):
         world_size=job.resolved.batch.world_size,
         host=platform.node(),
         device=describe_device(job.engine.device),
+        guessing=dataclasses.asdict(guessing(job.shards)),
+        val_samples=job.val_samples,
     )
     if job.start.state is None:
         events.append(run_dir, "start", **began)

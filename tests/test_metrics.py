@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.metrics import Meter
+from ds_classifier.metrics import LOSS_EDGES, Meter
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_means_are_those_of_a_loop(classes, num_timesteps):
     meter, samples = Meter(num_timesteps, "cpu"), []
     for _ in range(4):
         batch = dict(
-            losses=torch.rand(33, generator=generator),
+            losses=10 * torch.rand(33, generator=generator) ** 4,
             logits=torch.randn(33, classes, generator=generator),
             labels=torch.randint(0, classes, (33,), generator=generator),
             t=torch.randint(0, num_timesteps, (33,), generator=generator),
@@ -42,9 +42,15 @@ def test_means_are_those_of_a_loop(classes, num_timesteps):
         batch["losses"][batch["weights"] == 0] = float("nan")  # of a picture that did not decode
         meter.add(**batch)
         samples += list(zip(*(batch[k].tolist() for k in batch), strict=True))
-    means, weight = meter.read()
+    means, weight, losses = meter.read()
     expected = by_hand(samples, num_timesteps)
     assert means.keys() == expected.keys()
     assert means == pytest.approx(expected, rel=1e-6)
     assert weight == sum(sample[-1] for sample in samples)
-    assert meter.read() == ({}, 0.0)
+    counts = [[0] * (len(LOSS_EDGES) + 1) for _ in range(4)]
+    for loss, _, _, t, weight in samples:
+        if weight > 0:
+            counts[4 * t // num_timesteps][sum(edge < loss for edge in LOSS_EDGES)] += 1
+    assert losses.tolist() == counts
+    means, weight, losses = meter.read()
+    assert (means, weight, float(losses.sum())) == ({}, 0.0, 0.0)

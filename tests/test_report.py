@@ -1,5 +1,6 @@
 """The report page: well-formed, without network, escaped, and with the numbers of the log."""
 
+import dataclasses
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from ds_classifier import distributed, events, failures
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import create_gaussian_diffusion, keyed_noise
 from ds_classifier.level_metrics import Confusion
+from ds_classifier.logger import RunLogger
 from ds_classifier.picture_grid import (
     PictureGrid,
     Predictions,
@@ -28,6 +30,7 @@ from ds_classifier.predictions import choose_positions, predict_grid
 from ds_classifier.report import page, write_report
 from ds_classifier.report_charts import Axis, Line, line_chart, nice_ticks
 from ds_classifier.report_data import jobs_of, read_run, thin
+from ds_classifier.sanity import Guessing, SanityWatch
 
 REPORT = ROOT / "launch" / "report.py"
 HOSTILE = '<script>alert("x")</script>&"\''
@@ -90,6 +93,7 @@ def training_row(step, loss, **more):
     row = {"step": step, "samples": 64 * step, "train_loss": loss, "train_acc@1": 0.5, "lr": 1e-3}
     row |= {f"train_acc@1_q{q}": 0.9 - 0.2 * q for q in range(4)}
     row |= {"grad_norm": 1.5, "lg_loss_scale": 0.0, "images_per_sec": 100.0, "skipped_steps": 0}
+    row["window_samples"] = 640
     return row | {"data_wait_frac": 0.01, "bad_samples": 0} | more
 
 
@@ -178,16 +182,38 @@ def test_no_run_directory(tmp_path):
 def test_one_row_without_validation(run):
     write_log(run, [training_row(10, 1.25)])
     parsed = opened(run)
-    assert "It learns: training loss 1.250" in parsed.text
+    assert (
+        "Accuracy 90 70 50 30 % by quartile of t, chance 10 %: learning at every noise level. "
+        "Training loss 1.250, that of guessing 2.303." in parsed.text
+    )
     assert "No validation" in parsed.text
     assert "training, no validation" in parsed.text
 
 
-def test_nothing_learnt_is_told_by_the_loss(run):
-    write_log(run, [training_row(10, math.log(10) * 0.99)])
-    assert (
-        "Nothing learnt yet: training loss 2.280, guessing gives ln 10 = 2.303" in opened(run).text
-    )
+def test_the_log_and_the_report_judge_alike(run):
+    """Of the same rows, with the labels' own frequencies, as the start noted them."""
+    at_chance = {f"train_acc@1_q{q}": 0.5 for q in range(4)}
+    rows = [training_row(10, 1.2, **at_chance)]
+    write_log(run, rows)
+    unknown = opened(run).text
+    assert "learning at every noise level" in unknown  # were the 10 classes equally frequent
+    guessing = Guessing(10, loss=1.2, accuracy=0.5)
+    started = {"time": 1.0, "event": "start", "guessing": dataclasses.asdict(guessing)}
+    (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+    (said,) = SanityWatch(guessing, val_samples=0).add(rows[0])
+    assert said == "loss 1.20 = 1.20, that of guessing by class frequency: nothing learnt yet"
+    assert said[1:] in opened(run).text
+
+
+def test_alarms_of_the_log_stand_in_the_report(run):
+    rows = [training_row(step, 1.0 if step < 300 else 9.0) for step in range(10, 400, 10)]
+    rows.append(validation_row(390, 3.0, 0.1))
+    write_log(run, rows)
+    started = {"time": 1.0, "event": "start", "val_samples": 1000}
+    (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+    text = opened(run).text
+    for words in ("worse than guessing; do: lower --lr", "diverging", "overfitting; take"):
+        assert words in text
 
 
 def test_headline_and_checks_are_those_of_the_log(run):
@@ -197,10 +223,10 @@ def test_headline_and_checks_are_those_of_the_log(run):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "best").write_text("step-00000200 val_loss 0.4\n")
     text = opened(run).text
-    for words in ("65.5 %", "490", "200", "Past its best: validation loss 0.400 at step 200"):
+    for words in ("65.5 %", "490", "200", "its best is 0.400, at step 200: take"):
         assert words in text
     recent = sum(2.0 / s for s in (450, 460, 470, 480, 490)) / 5
-    assert f"training loss {recent:.3f}" in text
+    assert f"Training loss {recent:.3f}" in text
 
 
 def test_a_log_cut_by_a_kill(run):
@@ -585,22 +611,39 @@ def test_a_report_that_fails_is_one_line(capsys):
 # ------------------------------------------------------------------------------ elsewhere
 
 
-def test_tensorboard_has_the_pictures(tmp_path):
+def tensorboard_values(run):
+    """(step, value) of all that TensorBoard would show."""
     from tensorboardX.proto.event_pb2 import Event
 
-    from ds_classifier.logger import RunLogger
-
-    logger = RunLogger(tmp_path, first_step=0)
-    logger.picture("val_pictures", np.zeros((20, 30, 3), np.uint8), 5)
-    logger.close()
-    (file,) = (tmp_path / "tb").iterdir()
-    data, found = file.read_bytes(), []
+    (file,) = (run / "tb").iterdir()
+    data = file.read_bytes()
     while data:  # a TFRecord: length, its checksum, the event, its checksum
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
         data = data[16 + length :]
-        found += [(event.step, v.tag, v.image.height, v.image.width) for v in event.summary.value]
+        yield from ((event.step, value) for value in event.summary.value)
+
+
+def test_tensorboard_has_the_pictures(tmp_path):
+    logger = RunLogger(tmp_path, first_step=0)
+    logger.picture("val_pictures", np.zeros((20, 30, 3), np.uint8), 5)
+    logger.close()
+    found = [
+        (step, v.tag, v.image.height, v.image.width) for step, v in tensorboard_values(tmp_path)
+    ]
     assert found == [(5, "val_pictures", 20, 30)]
+
+
+def test_tensorboard_has_the_losses_of_each_quartile(tmp_path):
+    logger = RunLogger(tmp_path, first_step=0)
+    logger.histogram("train_losses_q0", [0, 3, 0, 1], [1.0, 2.0, 4.0], 5)
+    logger.histogram("train_losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5)  # no sample: no picture
+    logger.close()
+    ((step, value),) = tensorboard_values(tmp_path)
+    shown = value.histo
+    assert (step, value.tag, shown.num, shown.min, shown.max) == (5, "train_losses_q0", 4, 1, 8)
+    bars = dict(zip(shown.bucket_limit, shown.bucket, strict=True))
+    assert bars == {1: 0, 2: 3, 4: 0, 8: 1}
 
 
 def leveldb_records(data: bytes):
@@ -622,8 +665,6 @@ def test_wandb_has_the_rows_under_the_same_keys(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    from ds_classifier.logger import RunLogger
-
     (tmp_path / "config.json").write_text(json.dumps({"lr": 0.5}))
     rows = [training_row(10, 1.25), validation_row(10, 1.5), training_row(20, math.nan)]
     ids = []

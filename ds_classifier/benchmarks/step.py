@@ -195,6 +195,7 @@ def measure(
         classes = open_shards(folder / "data" / "train").manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
         device = bench.engine.device
+
         def rate(step: Callable[[], int]) -> float:
             began = time.perf_counter()
             return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
