@@ -6,7 +6,6 @@ by nobody: then this process is rank 0 of 1. No MPI.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import logging
@@ -16,13 +15,10 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 from ds_classifier import files, launcher, rendezvous
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 _patience = timedelta(minutes=30)  # of a collective; init sets it
 
@@ -97,6 +93,8 @@ def pick_device():
     """
     import torch
 
+    from ds_classifier import memory
+
     if torch.cuda.is_available():
         if (gpus := torch.cuda.device_count()) <= local_rank():
             raise ValueError(
@@ -112,18 +110,8 @@ def pick_device():
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_world_size()))
-    _keep_freed_memory()
+    memory.keep_freed()
     return torch.device("cpu")
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse large tensors' memory. Given back to the kernel, as it is otherwise, each
-    comes anew page by page, zeroed: 500,000 page faults, 1 s of 6, in a step of the default
-    classifier (fp32, 2 cores)."""
-    with suppress(OSError, AttributeError):  # another C library
-        c = ctypes.CDLL("libc.so.6")
-        c.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        c.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def init(

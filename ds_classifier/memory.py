@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def keep_freed() -> None:
+    """Have glibc reuse large tensors' memory, for a process that trains on a CPU.
+
+    Given back to the kernel, as it is otherwise, each comes anew page by page, zeroed: 500,000 page
+    faults, 1 s of 6, in a step of the default classifier (fp32, 2 cores).
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        c = ctypes.CDLL("libc.so.6")
+        c.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        c.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _give_back_freed() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -18,13 +38,14 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Count the peak of `peak_memory` from here on.
+    """Count the peak of `peak_memory` from here on, of memory that is in use.
 
     Where a CPU's kernel refuses that, the peak is that of the process so far.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    _give_back_freed()
     try:
         (_PROC / "self/clear_refs").write_text("5")  # 5: proc(5), the peak resident set size
     except OSError:

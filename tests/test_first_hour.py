@@ -196,12 +196,15 @@ def test_a_disk_without_room():
 def test_the_peak_follows_what_is_taken():
     """200 MiB taken and given back are in the peak; begun anew, 50 MiB are the peak of them."""
     cpu = torch.device("cpu")
+    memory.keep_freed()  # as in training; what is kept for reuse must not count
     memory.restart_peak(cpu)
     before = memory.peak_memory(cpu)
     torch.ones(50 * MIB)
     assert 195 * MIB < memory.peak_memory(cpu) - before < 230 * MIB
     memory.restart_peak(cpu)
-    if memory.peak_memory(cpu) - before > 100 * MIB:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
         pytest.skip("this kernel does not restart the peak")
     torch.ones(12 * MIB)
     assert 45 * MIB < memory.peak_memory(cpu) - before < 80 * MIB
