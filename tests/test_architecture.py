@@ -10,7 +10,7 @@ PACKAGE = ROOT / "ds_classifier"
 
 # Lower layers know nothing of higher ones; within a layer, earlier names nothing of later ones.
 LAYERS = [
-    ["files", "processes", "rendezvous", "scaling", "data.urls"],
+    ["files", "processes", "rendezvous", "scaling", "memory", "data.urls"],
     ["launcher"],
     ["distributed"],
     [
@@ -21,7 +21,6 @@ LAYERS = [
         "data.connections",
         "data.images",
         "config",
-        "memory",
         "sanity",
         "sample_files",
         "picture_grid",
