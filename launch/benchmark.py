@@ -2,7 +2,8 @@
 
 Every figure is the median of several repeats; what is compared is interleaved, so that a machine
 whose speed drifts still gives ratios. Prints a table; --json FILE keeps the numbers. Flags of
-launch/train.py may follow those of `step`, `start` and `checkpoint`: --deepspeed_config above all.
+launch/train.py may follow those of `step`, `compare`, `start` and `checkpoint`: --deepspeed_config
+above all.
 """
 
 from __future__ import annotations
@@ -78,6 +79,19 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     step.add_argument(
         "--reference", type=Path, help="a guided-diffusion checkout, whose trainer is run beside"
     )
+    compare = add("compare", "whole trainers with different flags, in turn")
+    add_pictures(compare)
+    compare.set_defaults(program=TRAIN)
+    compare.add_argument(
+        "--way",
+        action="append",
+        required=True,
+        dest="ways",
+        metavar="'FLAGS'",
+        help="flags of launch/train.py of one of them; once for each, the first is the measure",
+    )
+    compare.add_argument("--ranks", type=int, nargs="+", default=[1], help="of each way [1]")
+    compare.add_argument("--steps", type=int, default=5, help="timed of each in a repeat [5]")
     start = add("start", "seconds from the command to the first step")
     add_pictures(start)
     start.set_defaults(program=TRAIN)
@@ -100,7 +114,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
         "checkpoint", "how long a save holds up training, written behind it or waited for"
     )
     checkpoint.add_argument("--folder", type=Path, help="on the disk to measure [a temporary one]")
-    return parser, {"step", "start", "checkpoint"}
+    return parser, {"step", "compare", "start", "checkpoint"}
 
 
 if __name__ == "__main__":

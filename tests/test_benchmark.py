@@ -73,6 +73,21 @@ def test_step_beside_the_reference(pictures, tmp_path):
     assert rows[-1]["images/s"] > 0
 
 
+def test_ways_to_train_are_compared(pictures, tmp_path):
+    ways = ["--microbatch 4", "--microbatch 1 --activation_checkpointing"]
+    rows = benchmark(
+        *("compare", pictures, "--repeats", 1, "--steps", 2, "--ranks", 1, 2),
+        *("--way", ways[0], "--way", ways[1], *TINY),
+        tmp_path / "json",
+    )
+    assert [(row["way"], row["ranks"]) for row in rows] == [(w, n) for n in (1, 2) for w in ways]
+    assert rows[0]["x the first"] == 1
+    for row in rows:
+        assert np.isclose(row["images/s"], row["x the first"] * rows[0]["images/s"])
+        assert 0 <= row["waiting for data, %"] <= 100
+        assert row["GiB of rank 0"] > 0.1
+
+
 def test_seconds_to_the_first_step(pictures, tmp_path):
     rows = benchmark("start", pictures, "--repeats", 1, "--ranks", 1, *TINY, tmp_path / "json")
     libraries, run = rows

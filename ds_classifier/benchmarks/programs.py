@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -48,16 +49,24 @@ def reference_images_per_sec(
     return steps * batch / (seconds[-1] - seconds[WARM_UP - 1])
 
 
-def trainer_images_per_sec(
+def trainer_rows(
     program: Path, words: list[str], run_dir: Path, *, ranks: int, steps: int
-) -> float:
-    """What the trainer logs over `steps` steps. program: launch/train.py. words: its flags."""
+) -> list[dict]:
+    """What the trainer logs of each of `steps` steps. program: launch/train.py. words: its flags.
+
+    run_dir: is emptied first.
+    """
+    shutil.rmtree(run_dir, ignore_errors=True)
     length = ["--run_dir", run_dir, "--iterations", WARM_UP + steps]
     length += ["--log_interval", 1, "--save_interval", 10**6, "--eval_interval", 10**6]
     _run([*launched(program, ranks), *words, *map(str, length)])
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    rates = [row["images_per_sec"] for row in rows if "images_per_sec" in row][WARM_UP:]
-    return len(rates) / sum(1 / rate for rate in rates)
+    return [row for row in rows if "images_per_sec" in row][WARM_UP:]
+
+
+def images_per_sec(rows: list[dict]) -> float:
+    """Of steps of equally many pictures."""
+    return len(rows) / sum(1 / row["images_per_sec"] for row in rows)
 
 
 def launched(program: Path, ranks: int) -> list[str]:

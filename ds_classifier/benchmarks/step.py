@@ -7,7 +7,6 @@ whole programs, started anew for each repeat, on the same pictures.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,11 @@ import torch
 from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.benchmarks.measuring import in_turn
-from ds_classifier.benchmarks.programs import reference_images_per_sec, trainer_images_per_sec
+from ds_classifier.benchmarks.programs import (
+    images_per_sec,
+    reference_images_per_sec,
+    trainer_rows,
+)
 from ds_classifier.config import parse_training_command
 from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import Batch
@@ -201,9 +204,8 @@ def measure(
             return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
 
         def trainer(count: int) -> float:
-            run_dir = folder / f"run on {count}"
-            shutil.rmtree(run_dir, ignore_errors=True)
-            return trainer_images_per_sec(program, words, run_dir, ranks=count, steps=steps)
+            run_dir = folder / "run"
+            return images_per_sec(trainer_rows(program, words, run_dir, ranks=count, steps=steps))
 
         here = {
             **{

@@ -1,0 +1,55 @@
+"""Whole trainers with different flags, in turn: which of two ways to train suits this machine?"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import tempfile
+from pathlib import Path
+
+from ds_classifier.benchmarks.programs import images_per_sec, trainer_rows
+from ds_classifier.config import parse_training_command
+from ds_classifier.data.convert import Store, convert
+from ds_classifier.data.sources import open_source
+
+
+def measure(
+    words: list[str],
+    *,
+    program: Path,
+    pictures: str,
+    ways: list[str],
+    ranks: list[int],
+    steps: int,
+    repeats: int,
+) -> list[dict]:
+    """A row a way and number of ranks. words: flags of the training command that all ways share.
+
+    program: launch/train.py. ways: the flags of each, as a shell would split them. steps: timed of
+    each in a repeat. Ratios are medians of those of each repeat, to the first row.
+    """
+    runs = [(way, count) for count in ranks for way in ways]
+    told: list[dict[str, list[float]]] = [{} for _ in runs]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        settings = parse_training_command(words).settings
+        convert(open_source(pictures), folder / "data", store=Store(settings.image_size, "jpg"))
+        data = ["--data_dir", str(folder / "data" / "train")]
+        for _ in range(repeats):
+            first = None
+            for (way, count), figures in zip(runs, told, strict=True):
+                command = [*words, *shlex.split(way), *data]
+                rows = trainer_rows(program, command, folder / "run", ranks=count, steps=steps)
+                rate = images_per_sec(rows)
+                first = first or rate
+                for name, value in {
+                    "images/s": rate,
+                    "x the first": rate / first,
+                    "waiting for data, %": 100 * statistics.mean(r["data_wait_frac"] for r in rows),
+                    "GiB of rank 0": max(r["memory_gib"] for r in rows),
+                }.items():
+                    figures.setdefault(name, []).append(value)
+    return [
+        {"way": way, "ranks": count, **{k: statistics.median(v) for k, v in figures.items()}}
+        for (way, count), figures in zip(runs, told, strict=True)
+    ]
