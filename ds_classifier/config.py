@@ -90,7 +90,11 @@ class Settings:
     noise_schedule: str = _setting("linear", "diffusion", "linear or cosine")
     timestep_respacing: str = _setting("", "diffusion", "keep some levels only, like 250 or ddim25")
     rescale_timesteps: bool = _setting(False, "diffusion", "show the network t * 1000 / T")
-    schedule_sampler: str = _setting("uniform", "diffusion", "uniform or loss-second-moment")
+    schedule_sampler: str = _setting(
+        "uniform",
+        "diffusion",
+        "uniform; noisy, which takes t in proportion to t and guides better; or loss-second-moment",
+    )
 
     iterations: int = _setting(150000, "training", "optimizer steps in all")
     lr: float = _setting(3e-4, "training", "learning rate, at its peak")
@@ -269,6 +273,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         classifier_depth=1,
         classifier_attention_resolutions="8",
         noise_schedule="cosine",
+        schedule_sampler="noisy",
         random_flip=False,
         global_batch=64,
         iterations=500,

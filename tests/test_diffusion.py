@@ -100,6 +100,26 @@ def test_uniform_timesteps_cover_all_levels_evenly():
     assert torch.equal(weights, torch.ones(100_000))
 
 
+def test_noisy_timesteps_come_in_proportion_to_their_noise():
+    t, weights = create_schedule_sampler("noisy", 50, "cpu").sample(
+        keyed_uniform(0, "t", torch.arange(100_000))
+    )
+    counts = torch.bincount(t, minlength=50).double()
+    assert counts.shape == (50,)
+    # The larger of two uniform draws has this distribution.
+    pairs = torch.cartesian_prod(torch.arange(50), torch.arange(50)).amax(dim=1)
+    expected = torch.bincount(pairs).double() * (100_000 / 2500)
+    assert ((counts - expected) / expected.sqrt()).abs().max() < 4
+    assert torch.equal(weights, torch.ones(100_000))
+
+
+@pytest.mark.parametrize("name", ["uniform", "noisy"])
+def test_the_largest_number_there_is_gives_the_last_timestep(name):
+    largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    t, _ = create_schedule_sampler(name, 1000, "cpu").sample(largest)
+    assert t.tolist() == [999]
+
+
 class LossHistory:
     """Improved DDPM's history by hand: the last `length` losses at every t."""
 
