@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_classifier import distributed
+
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -97,6 +99,13 @@ def grad_norm(engine) -> float:
     """Norm of the last step's gradient over all ranks, before clipping. Waits for the device."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def param_norm(engine) -> float:
+    """Norm of all fp32 master weights. Waits for the device; every rank must call it."""
+    partitions = [p for group in engine.optimizer.optimizer.param_groups for p in group["params"]]
+    norms = torch.stack([torch.linalg.vector_norm(p.detach()) for p in partitions])
+    return float(distributed.all_reduce_sum(norms.double().square().sum()).sqrt())
 
 
 def learning_rate(engine) -> float:

@@ -99,14 +99,22 @@ def log_snr(diffusion: GaussianDiffusion) -> np.ndarray:
 
 
 def level_grid(diffusion: GaussianDiffusion, count: int) -> list[int]:
-    """t = 0, and the timesteps nearest to `count` values evenly spaced in log-SNR down to T - 1's.
+    """t = 0 and `count` more timesteps, nearest to values evenly spaced in log-SNR down to T - 1's.
 
-    Ascending, each once: fewer than count + 1 where timesteps lie farther apart than the values,
-    such as at the cosine schedule's end.
+    Ascending, each once. Where timesteps lie farther apart than the values, such as at the cosine
+    schedule's end, several values share one; then as many more values are taken as it needs.
+    All timesteps, if there are no more than count + 1.
     """
     snr = log_snr(diffusion)
-    wanted = np.linspace(snr[0], snr[-1], count + 1)
-    return sorted({int(np.abs(snr - value).argmin()) for value in wanted})
+    if len(snr) <= count + 1:
+        return list(range(len(snr)))
+    spaces = count
+    while True:
+        wanted = np.linspace(snr[0], snr[-1], spaces + 1)
+        levels = sorted({int(np.abs(snr - value).argmin()) for value in wanted})
+        if len(levels) > count:
+            return levels
+        spaces += count + 1 - len(levels)
 
 
 def middle_level(diffusion: GaussianDiffusion, levels: Sequence[int]) -> int:

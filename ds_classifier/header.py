@@ -18,17 +18,18 @@ def announce(job: Job, command: CommandLine) -> None:
     schedule = {None: "the JSON's WarmupDecayLR", True: "linear to 0", False: "constant"}
     if settings.anneal_lr is None and "scheduler" not in job.resolved.ds_config:
         schedule[None] = "constant"
-    held_out = "no validation"
+    held_out = "none"
     if job.val_shards is not None:
-        held_out = f"{_split(job.val_shards)} in {shown(settings.val_data_dir)} to validate on"
+        held_out = f"{_split(job.val_shards)} in {shown(settings.val_data_dir)}"
     say(
         f"classifier  {parameters:,} parameters, {arithmetic(job).forward / 1e9:.3g} GFLOP forward "
         f"an image; {settings.image_size} px, {settings.num_classes} classes; "
         f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
     )
-    say(f"data        {_split(shards)} in {shown(settings.data_dir)}; {held_out}")
+    say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
+    say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps an epoch")
     say(
         f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "
@@ -41,7 +42,11 @@ def announce(job: Job, command: CommandLine) -> None:
     say(f"start       from {job.start.origin}; {length}")
     for note in job.start.notes:
         say(f"  NOTE      {note}")
-    where = "stays as it is" if command.instead else "(log.jsonl, progress.csv, tb/, checkpoints/)"
+    where = (
+        "stays as it is"
+        if command.instead
+        else "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
+    )
     say(f"run         {job.run_dir}/ {where}")
 
 

@@ -59,7 +59,7 @@ class LevelSums:
         A sample whose loss or gradient is not finite is wrong, and in no mean.
         """
         log_p, grad_norms = log_p.double(), grad_norms.double()
-        top = log_p.topk(min(TOP, log_p.shape[1]), dim=1).indices  # [N, 5]
+        top = likeliest(log_p)
         losses = -log_p.gather(1, labels[:, None])[:, 0]
         confidence = log_p.amax(dim=1).exp()
         seen = weights > 0
@@ -91,6 +91,15 @@ class LevelSums:
             bins.view(levels, ECE_BINS, 2),
             confidence.view(levels, ECE_BINS, 2),
         )
+
+
+def likeliest(log_p: Tensor) -> Tensor:
+    """The TOP likeliest classes, [N, 5] or [N, K], best first.
+
+    Of equally likely ones, which 16 bits often make, torch's choice hangs on how many are asked
+    for; so all that is counted asks here.
+    """
+    return log_p.topk(min(TOP, log_p.shape[1]), dim=1).indices
 
 
 def _whole(values: Tensor) -> Tensor:
@@ -180,7 +189,7 @@ class Confusion:
         """Count a batch. log_p [N, K]; labels, positions [N] int64; weights [N]: 0 is not counted,
         nor is a sample whose numbers are not finite."""
         counted = (weights > 0) & (positions >= 0) & log_p.amax(dim=1).isfinite()
-        pair = torch.stack([labels, log_p.argmax(dim=1)])
+        pair = torch.stack([labels, likeliest(log_p)[:, 0]])
         self._seen[:, positions[counted]] = 1 + pair[:, counted]
 
     def read(self) -> dict[str, list[int]]:

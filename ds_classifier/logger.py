@@ -287,6 +287,7 @@ def validation_line(row: dict[str, Any]) -> str:
     return (
         f"{row['step']:>6} validation: loss {row['val_loss']:.3f}, "
         f"acc@1 {100 * row['val_acc@1']:.1f} % (quartiles of t {accuracies}; "
-        f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %"
+        f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %, "
+        f"{row['val_seconds']:.1f} s"
         + (f"; without {bad:,} that did not decode (verify --decode names them)" if bad else "")
     )

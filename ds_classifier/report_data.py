@@ -7,7 +7,6 @@ import math
 import os
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ds_classifier import events, files
 from ds_classifier.picture_grid import PictureGrid, load_grid
 from ds_classifier.run_files import EVALUATION_FORMAT, read_done
 from ds_classifier.run_lock import LOCK, STALE_SECONDS
-from ds_classifier.sanity import KEPT, Guessing
+from ds_classifier.sanity import Guessing, RecentRows
 
 RUN_FILES = ("config.json", "log.jsonl", events.FILE, "checkpoints")
 
@@ -135,11 +134,11 @@ def read_run(path: Path) -> Run:
     if not path.is_dir() or not any((path / name).exists() for name in RUN_FILES):
         raise ValueError(f"got {path}; need a run directory, with one of {', '.join(RUN_FILES)}")
     training, validation = Columns(), Columns()
-    recent: deque[dict[str, Any]] = deque(maxlen=KEPT)
+    recent = RecentRows()
     for row in files.read_jsonl(path / "log.jsonl"):
         if isinstance(row.get("step"), int):
             (validation if "val_loss" in row else training).add(row)
-            recent.append(row)
+            recent.add(row)
     evaluations = [r for r in map(_evaluation, sorted(_listed(path / "eval", ".json"))) if r]
     evaluations.sort(key=lambda record: (record["step"] or 0, record["name"]))
     happened, faults = events.read(path), sorted(_faults(path), key=lambda fault: fault.time)
@@ -152,7 +151,7 @@ def read_run(path: Path) -> Run:
         command=_text(path / "command.sh"),
         training=training,
         validation=validation,
-        recent=list(recent),
+        recent=recent.together(),
         events=happened,
         faults=faults,
         skipped=list(files.read_jsonl(path / "skipped_steps.jsonl")),
@@ -186,7 +185,8 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     record = _json(path)
     if record.get("format") != EVALUATION_FORMAT or not record.get("classifier", {}).get("levels"):
         return None
-    return record
+    whole = isinstance(record.get("name"), str) and isinstance(record.get("step"), int | None)
+    return record if whole and isinstance(record.get("classes"), list) else None
 
 
 def _newest_grid(folder: Path) -> PictureGrid | None:
@@ -278,6 +278,9 @@ def thin(points: list[tuple[float, float]], most: int = 300) -> Thinned:
 # ------------------------------------------------------------------------------ jobs
 
 
+FILE_CLOCK = 0.1  # seconds that a file's time may lie behind an event's, of a finer clock
+
+
 @dataclass
 class Job:
     """One start of the run, until its end. end: how it ended; time_end: None if nothing tells."""
@@ -305,7 +308,7 @@ def jobs_of(run: Run, now: Callable[[], float] = time.time) -> list[Job]:
             job.end, job.time_end, job.last = ends[kind], event["time"], max(job.last, step)
     for job, later in zip(jobs, [*(job.time for job in jobs[1:]), math.inf], strict=False):
         for fault in run.faults:
-            if job.end == "killed" and job.time <= fault.time < later:
+            if job.end == "killed" and job.time - FILE_CLOCK <= fault.time < later - FILE_CLOCK:
                 job.end, job.time_end = "failed", fault.time
     if jobs and jobs[-1].end in ("killed", "failed"):
         jobs[-1].last = max(jobs[-1].last, run.step)

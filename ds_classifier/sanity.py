@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 PICTURES = 4000  # that a judgement rests on, where so many are at hand
 MAX_ROWS, MIN_ROWS = 20, 5  # that it rests on; the least for one that needs their scatter
 LEAST_PICTURES = 64  # before anything is said
-KEPT = 500  # rows that are remembered
+KEPT = 500  # training rows that are remembered, and as many of validation
 # Chance may seem exceeded by luck with probability exp(-12) = 6e-6 (Chernoff's bound), whatever
 # the number of pictures.
 EVIDENCE = 12.0
@@ -54,6 +54,24 @@ class Guessing:
         return f"{self.loss:.2f}, that of guessing by class frequency"
 
 
+class RecentRows:
+    """The last rows of training, and of validation, which may lie many more apart."""
+
+    def __init__(self):
+        self._kinds: dict[bool, deque[Row]] = {k: deque(maxlen=KEPT) for k in (False, True)}
+
+    def add(self, row: Row) -> None:
+        self._kinds["val_loss" in row].append(row)
+
+    def together(self) -> list[Row]:
+        """By step."""
+        return sorted((row for rows in self._kinds.values() for row in rows), key=_step)
+
+
+def _step(row: Row) -> int:
+    return row["step"]
+
+
 class SanityWatch:
     """Takes in a run's rows, of training and validation, and says what is new about them.
 
@@ -62,15 +80,24 @@ class SanityWatch:
 
     def __init__(self, guessing: Guessing, *, val_samples: int):
         self._guessing, self._val_samples = guessing, val_samples
-        self._rows: deque[Row] = deque(maxlen=KEPT)
-        self._phase = 0  # of PHASES; what was learnt once is not announced again
+        self._rows = RecentRows()
+        self._phase = 0  # what was learnt once is not announced again
         self._last_seen: dict[str, int] = {}  # by alarm: the row that last gave reason for it
         self._count = 0
 
+    def recall(self, rows: Iterable[Row]) -> None:
+        """The rows before a resumed run's first, of which nothing is new any more."""
+        for row in rows:
+            self._rows.add(row)
+        known = self._rows.together()
+        self._phase, _ = phase(known, self._guessing)
+        for kind in alarms(known, self._guessing, val_samples=self._val_samples):
+            self._last_seen[kind] = self._count
+
     def add(self, row: Row) -> list[str]:
         """A row of log.jsonl; returns lines that say what has changed, mostly none."""
-        self._rows.append(row)
-        rows = list(self._rows)
+        self._rows.add(row)
+        rows = self._rows.together()
         news = []
         if "train_loss" in row:
             reached, text = phase(rows, self._guessing)
@@ -97,28 +124,28 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
     if pictures < LEAST_PICTURES:
         return UNKNOWN, ""
     chance = guessing.accuracy
-    accuracy = {q: _mean(now, f"train_acc@1_q{q}") for q in QUARTILES}
+    accuracy = {q: _mean(now, _of(q)) for q in QUARTILES}
     accuracy = {q: value for q, value in accuracy.items() if value is not None}
-    learnt = [
-        q for q, value in accuracy.items() if above_chance(value, chance, pictures / len(accuracy))
-    ]
+    resting = {q: _pictures(now, q) for q in accuracy}
+    learnt = [q for q, value in accuracy.items() if above_chance(value, chance, resting[q])]
+    window = f" over {len(now)} lines" if len(now) > 1 else ""
+    known = f"{window}, chance {_percent(chance)}: learning"
     shown = " ".join(f"{100 * value:.0f}" for value in accuracy.values())
     if learnt and len(learnt) == len(accuracy):
-        return EVERYWHERE, (
-            f"accuracy {shown} % by quartile of t, chance {_percent(chance)}: learning at every "
-            "noise level"
-            if len(accuracy) > 1
-            else f"accuracy {shown} %, chance {_percent(chance)}: learning"
-        )
+        if len(accuracy) == 1:
+            return EVERYWHERE, f"accuracy {shown} %{known}"
+        return EVERYWHERE, f"accuracy {shown} % by quartile of t{known} at every noise level"
     if learnt:
-        first = "nearly clean pictures first, as it should be" if 0 in learnt else "but not in q0"
-        return FIRST, (
-            f"q{learnt[0]} accuracy {_percent(accuracy[learnt[0]])}, chance {_percent(chance)}: "
-            f"learning, {first}"
-        )
-    loss = _mean(now, "train_loss")
-    if loss is not None and loss > 0.97 * guessing.loss:
-        relation = "=" if abs(loss - guessing.loss) < 0.05 * guessing.loss else "above"
+        first = learnt[0]
+        text = f"q{first} accuracy {_percent(accuracy[first])}{known}"
+        if first == 0:
+            text += ", nearly clean pictures first, as it should be"
+        elif 0 in accuracy and _apart(accuracy[0], resting[0], accuracy[first], resting[first]):
+            text += ", but not in q0"
+        return FIRST, text
+    loss, error = _mean(now, "train_loss"), _mean_and_error(now)[1]
+    if loss is not None and loss > guessing.loss - max(0.01 * guessing.loss, DEVIATIONS * error):
+        relation = "=" if loss < 1.05 * guessing.loss else "above"
         known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
         return NOTHING, f"loss {loss:.2f} {relation} {known}: nothing learnt yet"
     return UNKNOWN, ""
@@ -180,24 +207,24 @@ def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
 
 def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
     """Training accuracy far above the validation's, or above it while its loss rises."""
-    validations = [row for row in rows if row.get("val_loss") is not None]
+    told = ("val_loss", "val_acc@1")
+    validations = [row for row in rows if all(_is_number(row.get(name)) for name in told)]
     trained = recent(
         [row for row in rows if validations and row["step"] <= validations[-1]["step"]]
     )
-    accuracy, pictures = _mean(trained, "train_acc@1"), _pictures(trained)
+    accuracy, error = _uniform_accuracy(trained)
     if accuracy is None or not val_samples:
         return None
     last = validations[-1]
     best = min(validations, key=lambda row: row["val_loss"])
     held_out = last["val_acc@1"]
-    error = math.hypot(_error(accuracy, pictures), _error(held_out, val_samples))
-    gap = accuracy - held_out - DEVIATIONS * error
+    gap = accuracy - held_out - DEVIATIONS * math.hypot(error, _error(held_out, val_samples))
     rising = last["val_loss"] > 1.05 * best["val_loss"]
     if gap < (0.05 if rising else 0.2):
         return None
     text = f"training accuracy {_percent(accuracy)}, validation {_percent(held_out)}"
     if rising:
-        text += f", its loss up from {best['val_loss']:.2f} at step {best['step']}"
+        text += f", loss up from {best['val_loss']:.2f} at step {best['step']}"
     return f"{text}: overfitting; take checkpoints/best"
 
 
@@ -223,11 +250,10 @@ def falling_loss_scale(rows: Sequence[Row]) -> str | None:
 def noisier_is_easier(rows: Sequence[Row]) -> str | None:
     """More noise hides more: q3 above q0 means that something is mixed up."""
     now = recent(rows)
-    clean, noisy = _mean(now, "train_acc@1_q0"), _mean(now, "train_acc@1_q3")
-    pictures = _pictures(now) / len(QUARTILES)
+    clean, noisy = _mean(now, _of(0)), _mean(now, _of(3))
     if clean is None or noisy is None or len(now) < MIN_ROWS:
         return None
-    if noisy - clean < DEVIATIONS * math.hypot(_error(noisy, pictures), _error(clean, pictures)):
+    if not _apart(clean, _pictures(now, 0), noisy, _pictures(now, 3)):
         return None
     return (
         f"accuracy {_percent(noisy)} in q3, most noise, above {_percent(clean)} in q0, least: odd, "
@@ -239,37 +265,72 @@ def noisier_is_easier(rows: Sequence[Row]) -> str | None:
 
 
 def recent(rows: Sequence[Row]) -> list[Row]:
-    """The last training rows: as few as hold PICTURES, at least MIN_ROWS and at most MAX_ROWS."""
+    """The last training rows: as few as hold PICTURES, at least MIN_ROWS and at most MAX_ROWS, or
+    as many as hold LEAST_PICTURES."""
     return next(windows(rows), [])
 
 
 def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """The training rows cut from the end into parts as of `recent`; what is left over is left out,
     but for the newest part."""
-    trained = [row for row in rows if row.get("train_loss") is not None]
+    trained = [row for row in rows if _is_number(row.get("train_loss"))]
     part: list[Row] = []
     first = True
     for row in reversed(trained):
         part.insert(0, row)
-        enough = _pictures(part) >= PICTURES and len(part) >= MIN_ROWS
-        if enough or len(part) == MAX_ROWS:
+        pictures = _pictures(part)
+        enough = pictures >= PICTURES and len(part) >= MIN_ROWS
+        if enough or (len(part) >= MAX_ROWS and pictures >= LEAST_PICTURES):
             yield part
             part, first = [], False
     if first:
         yield part
 
 
-def _pictures(rows: Sequence[Row]) -> float:
-    return sum(row.get("window_samples") or 0 for row in rows)
+def _of(quartile: int) -> str:
+    return f"train_acc@1_q{quartile}"
+
+
+def _pictures(rows: Sequence[Row], quartile: int | None = None) -> float:
+    """That the rows rest on; of a quartile of t: as counted, else a fourth of them."""
+    if quartile is None:
+        return sum(row.get("window_samples") or 0 for row in rows)
+    counts = (row.get(f"window_samples_q{quartile}") for row in rows)
+    counted = [count for count in counts if count is not None]
+    if len(counted) < len(rows):
+        return _pictures([row for row in rows if row.get(_of(quartile)) is not None]) / 4
+    return sum(counted)
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
     """The mean over pictures of all rows that have the key."""
-    having = [row for row in rows if row.get(key) is not None]
-    pictures = _pictures(having)
-    if not pictures:
+    having = [row for row in rows if _is_number(row.get(key))]
+    quartile = int(key[-1]) if key[-3:-1] == "_q" else None
+    counts = [_pictures([row], quartile) for row in having]
+    if not sum(counts):
         return None
-    return sum((row.get("window_samples") or 0) * row[key] for row in having) / pictures
+    return sum(n * row[key] for n, row in zip(counts, having, strict=True)) / sum(counts)
+
+
+def _uniform_accuracy(rows: Sequence[Row]) -> tuple[float | None, float]:
+    """The training accuracy under uniform t, as validation's is, and its standard error: each
+    quartile counts alike, however often a schedule sampler draws it."""
+    means = [_mean(rows, _of(q)) for q in QUARTILES]
+    if None in means:
+        accuracy = _mean(rows, "train_acc@1")
+        return accuracy, 0.0 if accuracy is None else _error(accuracy, _pictures(rows))
+    errors = [_error(mean, _pictures(rows, q)) for q, mean in enumerate(means)]
+    return sum(means) / len(means), math.hypot(*errors) / len(means)
+
+
+def _apart(low: float, low_pictures: float, high: float, high_pictures: float) -> bool:
+    """Whether one share is above another by more than luck."""
+    error = math.hypot(_error(low, low_pictures), _error(high, high_pictures))
+    return high - low >= DEVIATIONS * error
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:

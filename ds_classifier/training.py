@@ -227,7 +227,7 @@ def training_row(
 ) -> dict[str, Any]:
     """The numbers of the steps since the last row, over all ranks; memory and GFLOP/s are a rank's.
 
-    window_samples: pictures that its means rest on.
+    window_samples: pictures that its means rest on; by quartile of t too.
     """
     samples = engine.train_batch_size()
     images_per_sec = clock.steps * samples / clock.seconds()
@@ -235,8 +235,10 @@ def training_row(
         "step": engine.global_steps,
         "samples": engine.global_steps * samples,
         "window_samples": int(reading.weight),
+        **{f"window_samples_q{q}": int(n) for q, n in enumerate(reading.losses.sum(dim=1))},
         **{f"train_{name}": value for name, value in reading.means.items()},
         "grad_norm": engines.grad_norm(engine),
+        "param_norm": engines.param_norm(engine),
         "lg_loss_scale": math.log2(engines.loss_scale(engine)),
         "images_per_sec": images_per_sec,
         "data_wait_frac": clock.waited / clock.seconds(),

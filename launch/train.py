@@ -203,6 +203,7 @@ def train(job: Job) -> int:
     from ds_classifier.checkpoint_writer import CheckpointWriter
     from ds_classifier.evaluation import evaluate
     from ds_classifier.job import arithmetic, facts_of, guessing
+    from ds_classifier.logger import read_rows
     from ds_classifier.picture_grid import marked_sheet, save_grid
     from ds_classifier.predictions import predict_grid
     from ds_classifier.sanity import SanityWatch
@@ -268,6 +269,9 @@ def train(job: Job) -> int:
         return means | ({"bad_samples": bad} if bad else {})
 
     logger = start_log(job)
+    sanity = SanityWatch(guessing(job.shards), val_samples=job.val_samples)
+    if distributed.rank() == 0:
+        sanity.recall(read_rows(run_dir / "log.jsonl"))
     try:
         finished = training.train(
             engine,
@@ -298,7 +302,7 @@ def train(job: Job) -> int:
             watch=watch,
             logger=logger,
             arithmetic=arithmetic(job),
-            sanity=SanityWatch(guessing(job.shards), val_samples=job.val_samples),
+            sanity=sanity,
         )
     except training.TooManyBadSamples:
         with watch.during("save"):
@@ -317,7 +321,8 @@ def train(job: Job) -> int:
         return STOPPED
     distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), engine.device)
     events.append(run_dir, "finish", step=step)
-    distributed.say(f"finished: {step} steps; everything is in {run_dir}/")
+    steps = "1 step" if step == 1 else f"{step:,} steps"
+    distributed.say(f"finished: {steps}; everything is in {run_dir}/")
     return 0
 
 

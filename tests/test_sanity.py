@@ -107,6 +107,56 @@ def test_noise_around_a_good_training_raises_no_alarm(seed, pictures):
     assert "learning" in said[-1]
 
 
+def noisy_rows(random, count, *, accuracy, pictures):
+    """As the sampler `noisy` makes them: 1, 3, 5, 7 of 16 pictures in the quartiles of t."""
+    for step in range(1, count + 1):
+        drawn_in = random.multinomial(pictures, [1 / 16, 3 / 16, 5 / 16, 7 / 16])
+        hits = random.binomial(drawn_in, accuracy)
+        yield {
+            "step": step,
+            "window_samples": pictures,
+            "train_loss": random.normal(math.log(10), 0.3 / math.sqrt(pictures)),
+            "train_acc@1": hits.sum() / pictures,
+            **{f"window_samples_q{q}": int(n) for q, n in enumerate(drawn_in)},
+            **{f"train_acc@1_q{q}": hits[q] / drawn_in[q] for q in range(4) if drawn_in[q]},
+        }
+
+
+@pytest.mark.parametrize("pictures", [64, 200])
+def test_few_pictures_in_a_quartile_are_little_evidence(pictures):
+    """1,000 trainings of 5 rows at chance: where quartiles counted alike, dozens would speak."""
+    random = np.random.RandomState(0)
+    said = [
+        line
+        for _ in range(1000)
+        for line in watched(noisy_rows(random, 5, accuracy=[0.1] * 4, pictures=pictures))
+    ]
+    assert not [line for line in said if "nothing learnt yet" not in line]
+
+
+def test_a_quartile_that_is_near_is_not_called_behind():
+    """q0 a little below what proves it, q1 a little above."""
+    rows = [
+        {
+            "step": step,
+            "window_samples": 5120,
+            "train_loss": 2.29,
+            "train_acc@1": 0.12,
+            **{f"train_acc@1_q{q}": a for q, a in enumerate((0.138, 0.145, 0.1, 0.1))},
+        }
+        for step in (10,)
+    ]
+    (said,) = watched(rows)
+    assert said.endswith("learning")
+
+
+def test_a_loss_clearly_below_guessing_is_not_called_nothing():
+    rows = sequence(
+        range(10, 100, 10), accuracies=flat([0.001] * 4), loss=flat(6.72), spread=flat(0.3)
+    )
+    assert watched(rows, THOUSAND) == []
+
+
 def test_chance_is_that_of_the_labels_at_hand():
     """Nine of ten pictures of one class: 90 % right is nothing."""
     guessing = Guessing.of(np.repeat([0, 1], [900, 100]), 2)
@@ -156,10 +206,62 @@ def test_training_far_above_validation():
         return sorted(rows + validations, key=lambda row: row["step"])
 
     (said,) = [line for line in watched(rows_until(400, [0.9, 0.8, 1.2])) if "overfit" in line]
-    assert said.startswith("300 training accuracy 99 %, validation 70 %, its loss up")
+    assert said.startswith("300 training accuracy 99 %, validation 70 %, loss up")
     # Of 8 held-out pictures, 6 right: that tells nothing.
     few = watched(rows_until(400, [0.9, 0.8, 0.8]), val_samples=8)
     assert not any("overfit" in line for line in few)
+
+
+def test_validations_a_thousand_rows_apart_are_remembered():
+    """As with the defaults: a line every 10 steps, a validation every 10,000."""
+    rows = sequence(range(10, 30_001, 10), accuracies=flat([0.75] * 4), loss=flat(0.7))
+    losses = {10_000: 1.3, 20_000: 1.6, 30_000: 1.9}
+    validations = [{"step": s, "val_loss": v, "val_acc@1": 0.66} for s, v in losses.items()]
+    said = watched(sorted(rows + validations, key=lambda row: row["step"]), val_samples=5000)
+    assert any("loss up from 1.30 at step 10000: overfitting" in line for line in said), said
+
+
+def test_overfitting_is_seen_where_noisy_timesteps_are_drawn_more_often():
+    """Accuracies as under uniform t, so the mean over the pictures drawn is no measure."""
+    random = np.random.RandomState(0)
+    rows = list(noisy_rows(random, 20, accuracy=[0.99, 0.99, 0.96, 0.78], pictures=6400))
+    validations = [
+        {"step": step, "val_loss": loss, "val_acc@1": 0.85} for step, loss in ((10, 0.9), (20, 1.2))
+    ]
+    said = watched(sorted(rows + validations, key=lambda row: row["step"]), val_samples=5000)
+    assert any("training accuracy 93 %, validation 85 %" in line for line in said), said
+
+
+def test_what_was_said_before_a_stop_is_not_said_again():
+    def accuracies(step):
+        return [0.1] * 4 if step < 100 else [0.5, 0.4, 0.3, 0.2]
+
+    rows = sequence(range(10, 400, 10), accuracies=accuracies, loss=flat(2.303), spread=flat(0.3))
+    validations = [
+        {"step": step, "val_loss": loss, "val_acc@1": 0.3} for step, loss in ((90, 0.9), (350, 2.4))
+    ]
+    everything = sorted(rows + validations, key=lambda row: row["step"])
+    whole = watched(everything)
+    assert any("at every noise level" in line for line in whole)
+    before = [row for row in everything if row["step"] <= 200]
+    resumed = SanityWatch(TEN, val_samples=360)
+    resumed.recall(before)
+    after = [line for row in everything[len(before) :] for line in resumed.add(row)]
+    assert not any("learn" in line for line in after), after
+
+
+def test_numbers_that_are_none_are_passed_over():
+    watch = SanityWatch(TEN, val_samples=10)
+    for row in ({"val_loss": None}, {"val_loss": 2.0}, {"train_loss": math.nan}):
+        assert watch.add({"step": 1, "window_samples": 5000, **row}) == []
+
+
+def test_small_batches_are_judged_too():
+    """Of 2 pictures a line, 20 lines are too few to tell; more are taken."""
+    row = {"window_samples": 2, "train_loss": 0.3, "train_acc@1": 0.9}
+    row |= {f"train_acc@1_q{q}": 0.9 for q in range(4)}
+    (said,) = watched([{"step": step, **row} for step in range(1, 400)])
+    assert "over 32 lines, chance 10 %: learning at every noise level" in said
 
 
 def test_a_loss_scale_that_falls_and_falls():

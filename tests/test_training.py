@@ -1,6 +1,7 @@
 """Whole runs through the deepspeed launcher, compared with each other and the uninterrupted run."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -294,7 +295,7 @@ def test_the_screen_of_a_run(digits, tmp_path):
     """Nothing is printed that a user cannot act on, and every line fits 120 columns."""
     flags = ["--global_batch", "16", "--iterations", "4", "--val_data_dir", digits / "val"]
     done = train(2, "zero2_bf16", digits, tmp_path / "run", *flags, script=TRAIN, launcher=True)
-    kinds = ["classifier", "data", "batch", "engine", "start", "run", "step"]
+    kinds = ["classifier", "data", "validation", "batch", "engine", "start", "run", "step"]
     for line, kind in zip(done.lines, kinds, strict=False):
         assert line.split()[0] == kind
     rows = done.lines[len(kinds) :]
@@ -309,6 +310,11 @@ def test_the_screen_of_a_run(digits, tmp_path):
     assert json.loads((run / "config.json").read_text())["num_classes"] == 10
     validation = read_log(run)[-1]
     assert {"val_loss", "val_acc@1", "val_acc@5", "val_acc@1_q0", "val_loss_q3"} <= set(validation)
+    *_, last = (row for row in read_log(run) if "param_norm" in row)
+    weights = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors").values()
+    norm = math.sqrt(sum(float(w.double().square().sum()) for w in weights))
+    assert last["param_norm"] == pytest.approx(norm, rel=1e-5)
+    assert sum(last[f"window_samples_q{q}"] for q in range(4)) == last["window_samples"]
 
 
 def test_validation_does_not_depend_on_ranks(digits, tmp_path):
