@@ -103,9 +103,11 @@ def grad_norm(engine) -> float:
 
 def param_norm(engine) -> float:
     """Norm of all fp32 master weights. Waits for the device; every rank must call it."""
-    partitions = [p for group in engine.optimizer.optimizer.param_groups for p in group["params"]]
-    norms = torch.stack([torch.linalg.vector_norm(p.detach()) for p in partitions])
-    return float(distributed.all_reduce_sum(norms.double().square().sum()).sqrt())
+    groups = engine.optimizer.optimizer.param_groups
+    flat = [partition.detach() for group in groups for partition in group["params"]]
+    # In parts: fp32 sums of very many squares are inexact.
+    squares = [torch.dot(part, part).double() for p in flat for part in p.split(1 << 16)]
+    return float(distributed.all_reduce_sum(torch.stack(squares).sum()).sqrt())
 
 
 def learning_rate(engine) -> float:

@@ -29,6 +29,7 @@ from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
 
 if TYPE_CHECKING:
     from ds_classifier.picture_grid import PictureGrid
+    from ds_classifier.weights import Source
 
 BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
@@ -56,7 +57,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument
     add("source", nargs="?", type=Path, help="a run, a checkpoint, an export, or a file: .pt, "
         ".safetensors")  # fmt: skip
-    add("--checkpoints", nargs="+", default=[], metavar="PATH", help="several; or all, of the run")
+    add("--checkpoints", nargs="+", default=[], metavar="PATH", help="more of them, in a "
+        "series; or all: those of the run")  # fmt: skip
     add("--val_data_dir", default="", help="shards, or their URL (default: those of the run)")
     add("--levels", type=int, default=20, metavar="N", help="noise levels beside t = 0 [20]")
     add("--timesteps", type=_timesteps, metavar="T,T", help="these levels instead, like 0,100,500")
@@ -105,13 +107,13 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
     device = distributed.init()
     same_numbers_every_time()
-    records, runs = [], set()
+    records, runs, optima = [], set(), {}
     paths = distributed.on_rank_0(lambda: find_sources(arguments), device)
     for path in paths:
-        record, grid, home = evaluate_source(Path(path), arguments, given, device)
-        folder = arguments.out or home / "eval"
-        if record["step"] is not None and not arguments.out:
-            runs.add(home)
+        record, grid, source = evaluate_source(Path(path), arguments, given, device, optima)
+        folder = arguments.out or source.home / "eval"
+        if source.kind == "checkpoint" and not arguments.out:
+            runs.add(source.home)
 
         def write(record=record, grid=grid, folder=folder) -> None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -143,12 +145,19 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
 
 def find_sources(arguments: argparse.Namespace) -> list[str]:
-    """What to evaluate, in order; the checkpoints of a run from the oldest on."""
+    """What to evaluate, in order; the checkpoints of a run from the oldest on.
+
+    Raises ValueError before the first is evaluated if one of them is not there.
+    """
     from ds_classifier import checkpoint
+    from ds_classifier.weights import find_recorded
 
     if arguments.checkpoints != ["all"]:
         named = [arguments.source] if arguments.source else []
-        return list(map(str, [*named, *arguments.checkpoints]))
+        paths = [Path(path) for path in [*named, *arguments.checkpoints]]
+        for path in paths:
+            find_recorded(path)
+        return list(map(str, paths))
     if arguments.source is None:
         raise ValueError("--checkpoints: got all; need the run too; do: evaluate.py RUN ...")
     found = []
@@ -164,9 +173,12 @@ def find_sources(arguments: argparse.Namespace) -> list[str]:
 
 
 def evaluate_source(
-    path: Path, arguments: argparse.Namespace, given: dict, device
-) -> tuple[dict, PictureGrid | None, Path]:
-    """One classifier's record, rank 0's pictures, and the directory that its eval/ belongs into."""
+    path: Path, arguments: argparse.Namespace, given: dict, device, optima: dict[str, dict]
+) -> tuple[dict, PictureGrid | None, Source]:
+    """One classifier's record, rank 0's pictures, and whose weights it has.
+
+    optima: what exact posteriors gave, by all that decides it; those of a series are the same.
+    """
     import torch
 
     from ds_classifier import engine as engines
@@ -224,14 +236,22 @@ def evaluate_source(
         f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
         f"{settings.image_size} px, {settings.num_classes} classes"
     )
+    location = arguments.val_data_dir or settings.val_data_dir
+    distributed.say(f"{samples:,} pictures in {shown(location)}")
     distributed.say(
-        f"{samples:,} pictures at {len(levels)} noise levels and under uniform t, "
-        f"{arguments.precision}, on {distributed.world_size()} x {engines.describe_device(device)}"
+        f"at {len(levels)} noise levels and under uniform t, {arguments.precision}, on "
+        f"{distributed.world_size()} x {engines.describe_device(device)}"
     )
     posteriors = [evaluation.classifier_posterior(classifier, diffusion)]
     training_set, denoiser = open_training_set(source, arguments, shards, device)
+    fingerprint = shards.manifest.fingerprint
+    pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
+    of_optimum = json.dumps(
+        [training_set, fingerprint, levels, chosen, pixels, settings.diffusion_kwargs()]
+    )
     if denoiser is not None:
-        posteriors.append(evaluation.bayes_posterior(denoiser, diffusion))
+        if of_optimum not in optima:
+            posteriors.append(evaluation.bayes_posterior(denoiser, diffusion))
         distributed.say(
             f"beside it the exact posterior of the {len(denoiser):,} pictures in {training_set}, "
             "centre-cropped"
@@ -265,8 +285,8 @@ def evaluate_source(
         "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
         "classes": shards.manifest.classes,
         "data": {
-            "location": without_logins(arguments.val_data_dir or settings.val_data_dir),
-            "fingerprint": shards.manifest.fingerprint,
+            "location": without_logins(location),
+            "fingerprint": fingerprint,
             "samples": samples,
             "bad_samples": bad,
         },
@@ -284,19 +304,20 @@ def evaluate_source(
         },
     }
     if denoiser is not None:
-        record["bayes"] = {
-            "location": training_set,
-            "pictures": len(denoiser),
-            **evaluation.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
-        }
+        if optimum:
+            optima[of_optimum] = {
+                "location": training_set,
+                "pictures": len(denoiser),
+                **evaluation.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
+            }
+        record["bayes"] = optima[of_optimum]
 
     def pictures() -> PictureGrid | None:
-        pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
         where = dict(device=device, step=source.step)
         return predict_grid(classifier, diffusion, shards, **pixels, **where)
 
     grid = failures.tolerate("the pictures", pictures) if distributed.rank() == 0 else None
-    return record, grid, source.home
+    return record, grid, source
 
 
 def open_validation_data(source, arguments: argparse.Namespace, device) -> ShardSet:

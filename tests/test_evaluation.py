@@ -17,7 +17,7 @@ from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.data.sources import open_source
 from ds_classifier.diffusion import create_gaussian_diffusion, keyed_noise
 from ds_classifier.evaluation_table import class_table, level_table, series_table
-from ds_classifier.level_metrics import LevelSums
+from ds_classifier.level_metrics import Confusion, LevelSums
 from ds_classifier.model import create_classifier
 from ds_classifier.noised_classifier import NoisedClassifier
 
@@ -98,6 +98,24 @@ def test_sums_are_those_of_a_loop(classes, alone):
         losses = [sum(r[2] for r in row) / len(row) for row in rows]
         assert per_class["loss"] == pytest.approx(losses, rel=1e-6)
         assert sum(row["samples"] for row in numbers.reliability(level)) == expected["samples"]
+
+
+def test_tied_classes_are_counted_alike_everywhere(alone):
+    """16 bits often make two classes equally likely: accuracy and confusion must agree."""
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.randint(0, 3, (300, 10), generator=generator).double().log_softmax(dim=1)
+    labels = torch.randint(0, 10, (300,), generator=generator)
+    weights = torch.ones(300)
+    sums, confusion = LevelSums(1, 10, "cpu"), Confusion(300, "cpu")
+    sums.add(0, log_p=log_p, labels=labels, grad_norms=torch.ones(300), weights=weights)
+    confusion.add(log_p=log_p, labels=labels, positions=torch.arange(300), weights=weights)
+    pairs = confusion.read()
+    diagonal = sum(
+        n
+        for a, b, n in zip(pairs["label"], pairs["predicted"], pairs["samples"], strict=True)
+        if a == b
+    )
+    assert sums.read().overall(0)["correct@1"] == diagonal
 
 
 def test_sums_do_not_hang_on_the_order(alone):
@@ -327,6 +345,9 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
     length = ["--iterations", 4, "--save_interval", 2, "--batch_size", 16]
     done = launch(1, *flags, *data, *length, cwd=tmp_path)
     assert done.code == 0, done.output
+    done = launch(1, run, "--checkpoints", "nope", script=EVALUATE, cwd=tmp_path)
+    assert (done.code, len(done.lines)) == (2, 1), done.output
+    assert not list((run / "eval").glob("step-*"))  # nothing was done before it was seen
     done = launch(
         2,
         *(run, "--checkpoints", "all", "--timesteps", "0,300"),
@@ -338,6 +359,9 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
     records = json.loads((run / "eval" / "series.json").read_text())
     assert [record["step"] for record in records] == [2, 4]
     assert records[1] == json.loads((run / "eval" / "step-00000004.json").read_text())
+    done = launch(1, run, "--timesteps", "0,300", script=EVALUATE, cwd=tmp_path)
+    alone = json.loads((run / "eval" / "step-00000004.json").read_text())
+    assert records[0]["bayes"] == records[1]["bayes"] == alone["bayes"]  # computed once of a series
     for name in ("series.png", "step-00000002.png", "step-00000004.png"):
         assert (run / "eval" / name).read_bytes().startswith(b"\x89PNG")
     logged = {row["step"]: row for row in read_log(run) if "val_loss" in row}
