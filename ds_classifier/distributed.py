@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 from ds_classifier import files, launcher, rendezvous
 
 _patience = timedelta(minutes=30)  # of a collective; init sets it
+_SPEAK_SECONDS = 5.0  # that a host's first rank has to say what keeps its ranks from meeting
 
 
 class AgreedError(ValueError):
@@ -191,7 +193,15 @@ def _meet(card: dict[str, Any], start_timeout: timedelta):
     names = launcher.host_names()
     seconds = start_timeout.total_seconds()
     place = rendezvous.Rendezvous(rank(), world_size(), names, seconds)
-    store, verdict, elsewhere = place.meet(card, say)
+    try:
+        store, verdict, elsewhere = place.meet(card, say)
+    except OSError as error:
+        if local_rank() > 0:
+            # The launcher ends all when one ends: let the rank that speaks for the host find out.
+            time.sleep(_SPEAK_SECONDS)
+            if local_rank() == 1:
+                show(f"error: {error}", error=True)
+        raise
     if verdict:
         raise AgreedError(verdict)
     return store, elsewhere

@@ -128,12 +128,12 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"DS_ACCELERATOR": "cpu", **extra}
 
 
-def run_python(*arguments: object, cwd: Path, timeout: float = 300) -> Finished:
-    """Run a Python program to its end."""
+def run_python(*arguments: object, cwd: Path, timeout: float = 300, **variables: str) -> Finished:
+    """Run a Python program to its end, with these variables in its environment."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

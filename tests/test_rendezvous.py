@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
 
 import pytest
+from conftest import ROOT, run_python
 
 from ds_classifier import rendezvous
 from ds_classifier.distributed import _free_port
@@ -125,6 +127,19 @@ def test_ranks_of_another_start_leave_a_run_under_way_alone():
     assert store.get("card/1") == before
     assert not store.check(["card/2"])
     assert store.add("come", 0) == 2
+
+
+def test_a_rank_that_alone_meets_another_run_says_so(tmp_path):
+    """The host's first rank would speak for it, but has nothing to say, or is not there."""
+    running = rendezvous.connect(serves=True, seconds=10)
+    running.set("ranks", "2")
+    running.add("seat/1", 1)
+    place = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    rank = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_SIZE="2")
+    done = run_python(ROOT / "launch" / "evaluate.py", tmp_path, cwd=tmp_path, **place, **rank)
+    assert done.code == 1
+    assert "is another run, which has a rank 1 already; do: end it" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_what_accepts_and_never_answers_is_told_soon(monkeypatch):
