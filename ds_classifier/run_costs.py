@@ -89,7 +89,7 @@ def checkpoints_kept(
     for_good = 0
     if keep_every:
         for_good = steps // math.lcm(save_interval, keep_every)
-    return min(saves, keep_last + for_good + validated) + 1
+    return min(saves, keep_last + for_good + validated + 1)
 
 
 def times_done(first: int, last: int, interval: int) -> int:

@@ -66,7 +66,7 @@ def test_a_dry_run_through_the_launcher(digits, tmp_path):
     assert "global batch 16 = 2 micro-batch x 4 accumulation x 2 ranks" in done.output
     assert "from 2 of its 4 micro-batches" in done.output
     assert "loaded back equal" in done.output
-    assert "at most 5 at a time" in done.output  # those of 25, 50, 75, 100, and the one in hand
+    assert "at most 4 at a time" in done.output  # those of 25, 50, 75, and 100 in hand
 
 
 def test_a_dry_run_of_a_run_half_done(digits, tmp_path):
@@ -179,8 +179,18 @@ def test_checkpoints_on_the_disk_at_once():
     """Counted in a made-up run: those kept, the best wherever it lies, the one being written."""
     kept = checkpoints_kept(steps=100, save_interval=10, keep_last=3, keep_every=20, validated=True)
     assert kept == 3 + 5 + 1 + 1
-    short = checkpoints_kept(steps=20, save_interval=10, keep_last=3, keep_every=0, validated=True)
-    assert short == 2 + 1
+
+
+@pytest.mark.parametrize(("keep_last", "saves"), [(1, 1), (1, 2), (1, 3), (1, 9), (3, 2), (3, 9)])
+def test_no_more_checkpoints_than_saves(keep_last, saves):
+    """Counted save by save, the first one having validated best."""
+    steps = range(20, 20 * saves + 1, 20)
+    kept, most = set(), 0
+    for done, step in enumerate(steps, start=1):
+        most = max(most, len(kept | {step}))  # the one in hand, before any is deleted
+        kept = {20, *steps[:done][-keep_last:]}
+    named = dict(steps=20 * saves, save_interval=20, keep_last=keep_last, keep_every=0)
+    assert checkpoints_kept(**named, validated=True) == most
 
 
 def test_a_disk_without_room():
