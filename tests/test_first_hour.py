@@ -132,8 +132,17 @@ def test_the_largest_micro_batch_on_paper():
     assert line.largest() in (259, 260)
     text = "\n".join(memory_lines(line, Batch(32, 16, 2)))
     assert "0.98 GiB + 10.0 MiB an image" in text
-    assert "256 is the largest that divides a rank's 512" in text
-    assert "all 64 pictures" in memory_lines(line, Batch(32, 2, 1))[1]
+    assert "; dividing its 512: 256" in text
+    assert "all 64 pictures of a rank" in memory_lines(line, Batch(32, 2, 1))[1]
+
+
+@pytest.mark.parametrize("capacity", [4 * MIB, 2 * 1024**2 * MIB])
+def test_it_is_told_where_the_micro_batch_is_set(capacity):
+    """Whether all fit or not, in a line that a terminal of 120 columns shows whole."""
+    line = MemoryLine(fixed=10.0, per_image=MIB, capacity=capacity, sizes=(8, 16, 32))
+    told = memory_lines(line, Batch(32, 64, 1))[1]
+    assert "(train_micro_batch_size_per_gpu)" in told
+    assert len(told) <= 120
 
 
 def test_a_line_through_noise_of_pictures_that_cost_nothing():
