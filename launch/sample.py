@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import re
 import sys
 import textwrap
 import time
@@ -80,9 +82,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--model_path", default="", help="guided-diffusion's UNet, a .pt")
     add("--data_dir", default="", help="instead of a UNet: shards of a small training set, whose "
         "exact denoiser is sampled from")  # fmt: skip
-    add("--classifier_scale", type=float, nargs="+", default=[1.0], metavar="X", help="[1.0]")
-    add("--joint_temperature", type=float, default=1.0, metavar="X", help="of the asked logit [1]")
-    add("--marginal_temperature", type=float, default=1.0, metavar="X", help="of all logits [1]")
+    add("--classifier_scale", type=_finite, nargs="+", default=[1.0], metavar="X", help="[1.0]")
+    add(
+        "--joint_temperature", type=_finite, default=1.0, metavar="X", help="of the asked logit [1]"
+    )
+    add("--marginal_temperature", type=_finite, default=1.0, metavar="X", help="of all logits [1]")
     add("--num_samples", type=int, default=10000, metavar="N", help="at each scale [10000]")
     add("--classes", default="", metavar="K,K", help="asked for in turn (default: all)")
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time and rank [16]")
@@ -90,7 +94,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--clip_denoised", type=boolean, default=True, metavar="BOOL", help="[True]")
     add("--use_fp16", type=boolean, default=False, metavar="BOOL", help="of the UNet [False]")
     add("--classifier_use_fp16", type=boolean, default=False, metavar="BOOL", help="[False]")
-    add("--seed", type=int, default=0, help="of the noise; sample n is the same for any N [0]")
+    add("--seed", type=_seed, default=0, help="of the noise; sample n is the same for any N [0]")
     add("--out_dir", type=Path, help="(default: samples/ of the run, else samples/)")
     add("--measure", action="store_true", help="with data_dir: tell how well the classifier guides")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
@@ -111,6 +115,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.error("need one of --model_path and --data_dir, to sample from")
     if arguments.classifier_path == BAYES and not arguments.data_dir:
         parser.error("--classifier_path bayes: need --data_dir, whose pictures it knows")
+    for name in ("joint_temperature", "marginal_temperature"):
+        if arguments.classifier_path == BAYES and getattr(arguments, name) != 1:
+            parser.error(
+                f"--{name}: got {getattr(arguments, name):g}; need 1 for --classifier_path bayes, "
+                "which has probabilities and no logits"
+            )
+    shown = [f"{scale:g}" for scale in arguments.classifier_scale]
+    if twice := [scale for scale in shown if shown.count(scale) > 1]:
+        parser.error(
+            f"--classifier_scale: got {twice[0]} twice, to six digits; need different ones, since "
+            "each has a folder of its name"
+        )
     if arguments.measure and not arguments.data_dir:
         parser.error("--measure: need --data_dir, whose pictures tell what is right")
     if arguments.predict_xstart:
@@ -118,6 +134,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     if arguments.num_samples < 1 or arguments.batch_size < 1:
         parser.error("--num_samples and --batch_size need at least 1")
     return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a finite number")
+    return number
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,20}", text) or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a whole number from 0 to 2^64 - 1")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace, given: dict) -> None:
@@ -251,9 +283,12 @@ def parse_classes(text: str, num_classes: int):
 
     if not text:
         return np.arange(num_classes)
-    classes = [int(part) if part.strip().isdigit() else -1 for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    classes = [int(part) if re.fullmatch("[0-9]{1,9}", part) else -1 for part in parts]
     if min(classes) < 0 or max(classes) >= num_classes:
-        raise ValueError(f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}")
+        raise ValueError(
+            f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}, like 3,7"
+        )
     return np.array(classes)
 
 

@@ -24,6 +24,7 @@ from ds_classifier.sampling import (
     unet_denoiser,
 )
 
+BAYES = ["--classifier_path", "bayes", "--data_dir", "x"]
 STEP = 1e-6  # of a single step, relative to its largest number
 
 
@@ -168,6 +169,15 @@ def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
         (["--data_dir", "x", "--model_path", "y"], "one of --model_path and --data_dir"),
         (["--model_path", "y", "--measure"], "--measure: need --data_dir"),
         (["--model_path", "y", "--predict_xstart", "True"], "predicts the noise"),
+        (["--model_path", "y", "--classifier_scale", "1", "nan"], "got 'nan'; need a finite"),
+        (["--model_path", "y", "--classifier_scale", "inf"], "got 'inf'; need a finite"),
+        (["--model_path", "y", "--joint_temperature", "inf"], "got 'inf'; need a finite"),
+        (["--model_path", "y", "--classifier_scale", "3", "1", "3.0"], "got 3 twice"),
+        (["--model_path", "y", "--classifier_scale", "1", "1.0000001"], "got 1 twice"),
+        (["--model_path", "y", "--seed", "-1"], "got '-1'; need a whole number from 0 to 2^64"),
+        (["--model_path", "y", "--seed", str(2**64)], "need a whole number from 0 to 2^64 - 1"),
+        ([*BAYES, "--joint_temperature", "2"], "--joint_temperature: got 2; need 1"),
+        ([*BAYES, "--marginal_temperature", "0.5"], "--marginal_temperature: got 0.5; need 1"),
     ],
 )
 def test_wrong_flags_are_told(flags, words, capsys):
@@ -176,6 +186,23 @@ def test_wrong_flags_are_told(flags, words, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--classifier_path", "c", *flags])
     assert words in capsys.readouterr().err
+
+
+def test_the_largest_seed_is_taken():
+    from launch import sample as command
+
+    arguments, _ = command.parse([*BAYES, "--seed", str(2**64 - 1)])
+    assert arguments.seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("text", ["10", "-1", "\u00b2", "\u0663", "1,,2", "1.0", "9" * 5000])
+def test_classes_are_numbers_of_classes(text):
+    from launch import sample as command
+
+    assert command.parse_classes("3, 7", 10).tolist() == [3, 7]
+    assert command.parse_classes("", 3).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"--classes: got .*; need numbers from 0 to 9"):
+        command.parse_classes(text, 10)
 
 
 def test_a_unet_file_is_read_with_its_flags(tmp_path):
