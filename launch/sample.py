@@ -44,7 +44,7 @@ UNET = dict(
 )
 # Flags of guided-diffusion's script that change nothing in sampling.
 WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
-PROCESS = ("diffusion_steps", "noise_schedule", "timestep_respacing", "rescale_timesteps")
+OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
 LEVELS = 20  # noise levels at which --measure compares with the Bayes-optimal classifier
 LEVEL_PICTURES = 256  # training pictures shown at each of them, at most
 
@@ -106,7 +106,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         kind = boolean if isinstance(default, bool) else type(default)
         unet.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"[{default}]")
     own = {action.dest for action in parser._actions}
-    add_setting_flags(parser, ("classifier", "diffusion"))
+    add_setting_flags(parser, OF_MODEL)
     arguments = parser.parse_args(argv)
     flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
     if not arguments.classifier_path:
@@ -133,7 +133,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.error("--predict_xstart: got True; need a UNet that predicts the noise")
     if arguments.num_samples < 1 or arguments.batch_size < 1:
         parser.error("--num_samples and --batch_size need at least 1")
-    return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
+    # How a recipe trains is of no account here; an export does not even record all of it.
+    recipe = RECIPES.get(arguments.recipe, {})
+    of_model = {f.name for f in dataclasses.fields(Settings) if f.metadata["group"] in OF_MODEL}
+    return arguments, {**{k: v for k, v in recipe.items() if k in of_model}, **flags}
 
 
 def _finite(text: str) -> float:
@@ -228,14 +231,15 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
 
     if arguments.classifier_path == BAYES:
         return Settings(**given), None, Path()
-    of_process = {name: value for name, value in given.items() if name in PROCESS}
+    # Which levels are walked through may be chosen anew; what they are may not.
+    respaced = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load(Path(arguments.classifier_path), Settings(**given))
-    if wrong := source.contradicted_by({n: v for n, v in given.items() if n not in PROCESS}):
+    if wrong := source.contradicted_by({n: v for n, v in given.items() if n not in respaced}):
         raise ValueError(
             f"got --{wrong[0]}; need none for {source.path}, in which it is "
             f"{getattr(source.settings, wrong[0])!r}; do: drop it"
         )
-    settings = source.settings.replace(**of_process)
+    settings = source.settings.replace(**respaced)
     classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)
     return settings, classifier, source.home
 

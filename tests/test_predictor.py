@@ -35,8 +35,7 @@ SMALL = Settings(
 BLACK = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
 
 
-@pytest.fixture
-def run(tmp_path):
+def write_run(home):
     """A run with a checkpoint, of a classifier that was not trained."""
     torch.manual_seed(0)
     classifier = create_classifier(**SMALL.model_kwargs())
@@ -50,11 +49,15 @@ def run(tmp_path):
         classes=[f"the {digit}" for digit in range(10)],
         data="",
     )
-    home = tmp_path / "runs" / "digits32"
     (home / "checkpoints").mkdir(parents=True)
     final = home / "checkpoints" / checkpoint.step_name(7)
     checkpoint.commit(final, model=classifier.state_dict(), optimizer={}, state=state)
     return home
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "runs" / "digits32")
 
 
 def test_the_lines_of_the_readme(run, digits, tmp_path):

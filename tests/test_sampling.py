@@ -9,6 +9,7 @@ import torch
 from conftest import GOLDEN, ROOT, launch
 from PIL import Image
 from test_model import DEFAULT, filled, relative_error
+from test_predictor import write_run
 from test_unet import small_unet
 
 from ds_classifier.diffusion import create_gaussian_diffusion
@@ -203,6 +204,24 @@ def test_classes_are_numbers_of_classes(text):
     assert command.parse_classes("", 3).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match=r"--classes: got .*; need numbers from 0 to 9"):
         command.parse_classes(text, 10)
+
+
+def test_a_run_s_own_process_is_not_to_be_contradicted(tmp_path):
+    """Its levels stay those of its training; which of them are walked through is asked for."""
+    from launch import sample as command
+
+    flags = ["--classifier_path", str(write_run(tmp_path / "run")), "--data_dir", "x"]
+    for wrong in (["--noise_schedule", "linear"], ["--diffusion_steps", "500"]):
+        with pytest.raises(ValueError, match=f"got {wrong[0]}; need none for .*, in which it is"):
+            command.load_classifier(*command.parse([*flags, *wrong]), "cpu")
+    agreed = ["--noise_schedule", "cosine", "--timestep_respacing", "20"]
+    settings, _, _ = command.load_classifier(*command.parse([*flags, *agreed]), "cpu")
+    assert (settings.noise_schedule, settings.timestep_respacing) == ("cosine", "20")
+    settings, _, _ = command.load_classifier(*command.parse(flags), "cpu")
+    assert settings.timestep_respacing == "250"
+    _, given = command.parse([*flags, "--recipe", "digits32"])
+    assert given["noise_schedule"] == "cosine"
+    assert "log_interval" not in given
 
 
 def test_a_unet_file_is_read_with_its_flags(tmp_path):
