@@ -25,6 +25,7 @@ from ds_classifier.config import RECIPES, Settings, add_setting_flags, boolean
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import GaussianDiffusion
+    from ds_classifier.weights import Source
 
 BAYES = "bayes"  # instead of a classifier's path: the best possible one of the training set
 # guided-diffusion's defaults (`model_and_diffusion_defaults`).
@@ -45,6 +46,18 @@ UNET = dict(
 # Flags of guided-diffusion's script that change nothing in sampling.
 WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
+# Arguments, but for the classifier's and the denoiser's, that decide what is drawn.
+OF_SAMPLING = (
+    "classifier_scale",
+    "joint_temperature",
+    "marginal_temperature",
+    "classifier_use_fp16",
+    "num_samples",
+    "batch_size",
+    "use_ddim",
+    "clip_denoised",
+    "seed",
+)
 LEVELS = 20  # noise levels at which --measure compares with the Bayes-optimal classifier
 LEVEL_PICTURES = 256  # training pictures shown at each of them, at most
 
@@ -164,7 +177,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     from ds_classifier.diffusion import create_gaussian_diffusion
 
     def load():
-        settings, classifier, home = load_classifier(arguments, given, device)
+        settings, classifier, source = load_classifier(arguments, given, device)
         exact = pictures = None
         if arguments.data_dir:
             pictures = exact_denoiser.read_pictures(
@@ -172,9 +185,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
             )
             exact = exact_denoiser.ExactDenoiser(*pictures, device=device)
             settings = with_classes(settings, exact.num_classes, arguments)
-        return settings, classifier, home, exact, pictures
+        return settings, classifier, source, exact, pictures
 
-    settings, classifier, home, exact, pictures = distributed.together(load, device)
+    settings, classifier, source, exact, pictures = distributed.together(load, device)
     process = sampling.ReverseProcess(create_gaussian_diffusion(**settings.diffusion_kwargs()))
     original = create_gaussian_diffusion(
         **settings.replace(timestep_respacing="").diffusion_kwargs()
@@ -186,7 +199,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         denoiser = sampling.unet_denoiser(unet, process)
     classes = parse_classes(arguments.classes, settings.num_classes)
     labels = classes[np.arange(arguments.num_samples) % len(classes)]
-    out = arguments.out_dir or home / "samples"
+    out = arguments.out_dir or (source.home if source else Path()) / "samples"
     samples = []
     for scale in arguments.classifier_scale:
         began = time.monotonic()
@@ -213,6 +226,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     def finish() -> None:
         overview = out / "overview.png"
         sample_files.write_overview(overview, arguments.classifier_scale, samples, labels)
+        facts = origin(arguments, settings, source, classes.tolist())
+        files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
+        (out / "fidelity.json").unlink(missing_ok=True)  # an earlier one's, of other samples
         print(f"a row a class: {overview}", flush=True)
         if arguments.measure:
             report = measure(arguments, classifier, exact, original, pictures, samples, labels)
@@ -224,13 +240,13 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
 
 def load_classifier(arguments: argparse.Namespace, given: dict, device):
-    """(settings, classifier or None for bayes, the directory that samples/ belongs into)."""
+    """(settings, classifier, its source); for bayes neither of the two."""
     import torch
 
     from ds_classifier.weights import load_classifier as load
 
     if arguments.classifier_path == BAYES:
-        return Settings(**given), None, Path()
+        return Settings(**given), None, None
     # Which levels are walked through may be chosen anew; what they are may not.
     respaced = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load(Path(arguments.classifier_path), Settings(**given))
@@ -241,7 +257,27 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
         )
     settings = source.settings.replace(**respaced)
     classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)
-    return settings, classifier, source.home
+    return settings, classifier, source
+
+
+def origin(
+    arguments: argparse.Namespace, settings: Settings, source: Source | None, classes: list[int]
+) -> dict:
+    """What made the samples, for samples.json: JSON-able, and enough to make them again."""
+    classifier = {"path": arguments.classifier_path}
+    if source is not None:
+        classifier |= {"path": str(source.path), "step": source.step, "sha256": source.sha256}
+    denoiser = {"data_dir": arguments.data_dir}
+    if arguments.model_path:
+        unet = {name: getattr(arguments, name) for name in (*UNET, "use_fp16")}
+        denoiser = {"model_path": arguments.model_path, **unet}
+    return {
+        "classifier": classifier,
+        "denoiser": denoiser,
+        "diffusion": settings.diffusion_kwargs(),
+        "classes": classes,
+        **{name: getattr(arguments, name) for name in OF_SAMPLING},
+    }
 
 
 def with_classes(settings: Settings, num_classes: int, arguments: argparse.Namespace) -> Settings:

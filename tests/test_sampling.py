@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_model import DEFAULT, filled, relative_error
 from test_predictor import write_run
 from test_unet import small_unet
 
+from ds_classifier import sample_files
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
 from ds_classifier.guidance import classifier_gradient
@@ -117,6 +119,8 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
     arguments += ["--classifier_scale", "0", "2"]
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
+        out.mkdir()
+        (out / "fidelity.json").write_text("of other samples")
         arguments += ["--out_dir", out]
         done = launch(ranks, *arguments, cwd=tmp_path, script=ROOT / "launch/sample.py")
         assert done.code == 0, done.output
@@ -134,6 +138,29 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
             np.asarray(Image.open(tmp_path / f"1/{scale}/class_0008.png"))[:64, :64], first
         )
     assert (tmp_path / "1/overview.png").is_file()
+    assert not (tmp_path / "1/fidelity.json").exists()
+    facts = json.loads((tmp_path / "1/samples.json").read_text())
+    assert facts["classifier"]["path"] == str(classifier_file[1])
+    assert facts["classifier"]["sha256"] == sha256(classifier_file[1].read_bytes()).hexdigest()
+    assert facts["denoiser"] == {"data_dir": str(digits / "val")}
+    assert facts["diffusion"]["noise_schedule"] == "cosine"
+    assert facts["diffusion"]["timestep_respacing"] == "4"
+    told = [facts[k] for k in ("classes", "classifier_scale", "num_samples", "seed", "use_ddim")]
+    assert told == [[3, 8], [0.0, 2.0], 7, 0, False]
+
+
+def test_nothing_of_an_earlier_sampling_stays(tmp_path):
+    """Fewer pictures of other classes, and what a killed writing left; other files are let be."""
+    folder = sample_files.scale_folder(tmp_path, 3.0)
+    black = np.zeros((6, 8, 8, 3), np.uint8)
+    sample_files.write_samples(folder, black, np.arange(6))
+    for name in ("samples_9x8x8x3.staging.npz", "notes.txt"):
+        (folder / name).write_text("")
+    sample_files.write_samples(folder, black[:4] + 9, np.array([1, 7, 1, 7]))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("class_0001.png", "class_0007.png", "notes.txt", "samples_4x8x8x3.npz")
+    ]
+    assert np.load(folder / "samples_4x8x8x3.npz")["arr_0"].max() == 9
 
 
 def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
