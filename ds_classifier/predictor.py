@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -44,14 +44,15 @@ class Predictor:
     def device(self) -> torch.device:
         return next(self.classifier.parameters()).device
 
-    def read(self, paths: Iterable[str | Path]) -> Tensor:
+    def read(self, paths: str | Path | Iterable[str | Path]) -> Tensor:
         """Picture files as validation sees them: whole, centre-cropped to S. [N, S, S, C] uint8.
 
+        paths: of any number of files, or of one.
         Raises ValueError for a file that does not decode, OSError for one that is not there.
         """
         size, channels = self.settings.image_size, self.settings.in_channels
         pixels = []
-        for path in paths:
+        for path in [paths] if isinstance(paths, (str, Path)) else paths:
             try:
                 with warnings.catch_warnings():  # Pillow's remarks on odd EXIF
                     warnings.simplefilter("ignore")
@@ -59,37 +60,72 @@ class Predictor:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
             pixels.append(images.center_crop(image, size))
-        return torch.from_numpy(np.stack(pixels))
+        return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, size, size, channels))
 
     @torch.no_grad()
-    def predict(self, pictures: Tensor, t: int | Tensor = 0, noise: Tensor | None = None) -> Tensor:
+    def predict(
+        self,
+        pictures: Tensor | np.ndarray,
+        t: int | Tensor | np.ndarray = 0,
+        noise: Tensor | np.ndarray | None = None,
+    ) -> Tensor:
         """p(y | x_t) of clean pictures noised to level t, [N, K] fp32, on the classifier's device.
 
         pictures: [N, S, S, C] uint8. t: 0 (nearly clean) .. T - 1 (nearly noise), one for all or
-        [N] int64. noise: [N, S, S, C] fp32 Gaussian; None draws that of evaluation's positions
+        [N], whole. noise: [N, S, S, C] Gaussian; None draws that of evaluation's positions
         0 .. N - 1, the same at each call and level.
         Raises ValueError for other shapes, types or levels.
         """
-        size, channels = self.settings.image_size, self.settings.in_channels
-        if pictures.dtype != torch.uint8 or pictures.shape[1:] != (size, size, channels):
+        shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
+        got, pictures = _tensor_of(pictures)
+        if pictures is None or pictures.dtype != torch.uint8 or pictures.shape[1:] != shape:
             raise ValueError(
-                f"pictures: got {list(pictures.shape)} {pictures.dtype}; need "
-                f"[N, {size}, {size}, {channels}] torch.uint8; do: take those of read()"
+                f"pictures: got {got}; need [N, {', '.join(map(str, shape))}] torch.uint8; do: "
+                "take those of read()"
             )
-        steps = self.diffusion.num_timesteps
         count, device = len(pictures), self.device
-        levels = torch.as_tensor(t, device=device).long().expand(count)
-        if count and not (int(levels.min()) >= 0 and int(levels.max()) < steps):
-            raise ValueError(f"t: got {t}; need 0 to {steps - 1}, the process's noise levels")
-        positions = torch.arange(count, device=device)
+        levels = self._levels(t, count).to(device)
         if noise is None:
-            noise = keyed_noise(VALIDATION_SEED, "validation", positions, (size, size, channels))
-        elif noise.shape != pictures.shape:
-            raise ValueError(f"noise: got {list(noise.shape)}; need {list(pictures.shape)}")
+            positions = torch.arange(count, device=device)
+            noise = keyed_noise(VALIDATION_SEED, "validation", positions, shape)
+        else:
+            got, noise = _tensor_of(noise)
+            if noise is None or not noise.is_floating_point() or noise.shape != pictures.shape:
+                raise ValueError(f"noise: got {got}; need {list(pictures.shape)}, floating")
+        if count == 0:  # which the classifier's attention cannot reshape
+            return torch.empty(0, self.settings.num_classes, device=device)
         x_start = pictures.to(device).float() / 127.5 - 1.0
         x_t = self.diffusion.q_sample(x_start, levels, noise.to(device).float())
         timesteps = self.diffusion.model_timesteps(levels)
         return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)
+
+    def _levels(self, t: Any, count: int) -> Tensor:
+        """The noise levels of so many pictures, [N] int64; ValueError for what are none."""
+        steps, levels = self.diffusion.num_timesteps, _tensor_of(t)[1]
+        if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
+            levels = torch.tensor(t if t in range(steps) else -1)  # int64 does not hold every t
+        if (
+            levels is None
+            or levels.dtype == torch.bool
+            or levels.is_floating_point()
+            or levels.shape not in ((), (count,))
+            or bool(((levels.long() < 0) | (levels.long() >= steps)).any())
+        ):
+            got = " ".join(repr(t).split())  # a tensor's on one line
+            raise ValueError(
+                f"t: got {got}; need 0 to {steps - 1}, the process's noise levels, a whole number "
+                f"or one for each of {count} pictures"
+            )
+        return levels.long().expand(count)
+
+
+def _tensor_of(value: Any) -> tuple[str, Tensor | None]:
+    """What was given, in words, and as a tensor; None of what is neither a tensor nor an array."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "uif":
+        value = torch.from_numpy(value.copy())  # of any strides, writable or not
+    if not torch.is_tensor(value):
+        return f"a {type(value).__name__}", None
+    return f"{list(value.shape)} {value.dtype}", value
 
 
 def load(
@@ -98,20 +134,36 @@ def load(
     """A classifier from a run (its newest checkpoint), a checkpoint, or a file of weights.
 
     path: the run's directory, the checkpoint's, or a .pt or .safetensors file such as guided-
-    diffusion's published ones. recipe, settings: of such a file, by the names of the flags
-    (classifier_depth=4); a run and a checkpoint bring their own.
-    Raises ValueError for what is no classifier's, or for settings that do not fit the file.
+    diffusion's published ones. device: where it is to be used. recipe, settings: of such a file, by
+    the names of the flags (classifier_depth=4); a run, a checkpoint and an export bring their own,
+    which these may not contradict.
+    Raises ValueError for what is no classifier's, for settings that do not fit it, and for a device
+    that is not there.
     """
     if recipe and recipe not in RECIPES:
         raise ValueError(f"recipe: got {recipe!r}; need one of {', '.join(RECIPES)}")
-    unknown = sorted(settings.keys() - vars(Settings()).keys())
-    if unknown:
-        raise ValueError(f"load: got {', '.join(unknown)}; need names of train.py's flags")
-    given = Settings(**{**RECIPES.get(recipe, {}), **settings})
-    source, weights = open_weights(Path(path), given)
-    classifier = create_classifier(**source.settings.model_kwargs())
+    _check_types(settings)
+    _check_device(device)
+    of_recipe = RECIPES.get(recipe, {})
+    given = Settings(**{**of_recipe, **settings})
+    try:
+        source, weights = open_weights(Path(path), given)
+        classifier = create_classifier(**source.settings.model_kwargs())
+        diffusion = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
+    except ValueError as error:
+        if "--" not in str(error):
+            raise
+        raise ValueError(f"{error}; a flag --name is load(..., name=...)") from None
+    # How a recipe trains is of no account here; an export does not even record all of it.
+    used = given.model_kwargs() | given.diffusion_kwargs()
+    asked = {name: value for name, value in of_recipe.items() if name in used} | settings
+    if wrong := source.contradicted_by(asked):
+        name, of = wrong[0], "" if wrong[0] in settings else f" of recipe {recipe}"
+        raise ValueError(
+            f"got {name} {asked[name]!r}{of}; need none for {path}, in which it is "
+            f"{getattr(source.settings, name)!r}; do: drop it"
+        )
     classifier.load_state_dict(weights)
-    diffusion = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
     return Predictor(
         classifier.eval().requires_grad_(False).to(device),
         diffusion,
@@ -119,3 +171,28 @@ def load(
         source.classes,
         source.step,
     )
+
+
+def _check_types(settings: dict[str, Any]) -> None:
+    """ValueError for settings that do not exist, or are of another type."""
+    kinds = get_type_hints(Settings)
+    if unknown := sorted(settings.keys() - kinds.keys()):
+        raise ValueError(f"load: got {', '.join(unknown)}; need names of train.py's flags")
+    for name, value in settings.items():
+        kind = int | float if kinds[name] is float else kinds[name]
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name}: got {value!r}; need {getattr(kind, '__name__', kind)}, like "
+                f"{getattr(Settings(), name)!r}"
+            )
+
+
+def _check_device(device: str | torch.device) -> None:
+    """ValueError for a device that torch does not know or does not find."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch built without it
+        raise ValueError(
+            f"device: got {device}; need one that torch can use ({str(error).splitlines()[0]}); "
+            "do: device='cpu'"
+        ) from None

@@ -89,7 +89,7 @@ def checkpoints_kept(
     for_good = 0
     if keep_every:
         for_good = steps // math.lcm(save_interval, keep_every)
-    return min(saves, keep_last + for_good + validated) + 1
+    return min(saves, keep_last + for_good + validated + 1)
 
 
 def times_done(first: int, last: int, interval: int) -> int:
@@ -110,12 +110,13 @@ def memory_lines(line: MemoryLine, batch: BatchSize) -> list[str]:
 
 def _what_fits(line: MemoryLine, batch: BatchSize) -> str:
     per_rank = batch.micro * batch.accumulation
-    largest, room = line.largest(), f"{ROOM:.0%} of the {_gib(line.capacity)} that a rank may have"
+    largest, room = line.largest(), f"{ROOM:.0%} of its {_gib(line.capacity)}"
+    key = "micro-batch (train_micro_batch_size_per_gpu)"
     if largest is None or largest >= per_rank:
-        return f"all {per_rank} pictures of a rank fit in one micro-batch, by {room}"
+        return f"all {per_rank} pictures of a rank fit one {key} in {room}"
     fitting = [n for n in range(1, largest + 1) if per_rank % n == 0]
-    dividing = f"; {fitting[-1]} is the largest that divides a rank's {per_rank}" if fitting else ""
-    return f"the largest micro-batch that fits {room}: {largest}{dividing}"
+    dividing = f"; dividing its {per_rank}: {fitting[-1]}" if fitting else ""
+    return f"largest {key} in {room}: {largest}{dividing}"
 
 
 def time_lines(

@@ -3,6 +3,9 @@
 scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: pictures and classes
 scale_3/class_0007.png        the samples of a class
 overview.png                  a row a class, a block of columns a scale
+samples.json                  what made them: the classifier, the denoiser, scales, seed, process
+
+What an earlier sampling left in a scale's folder goes when its new samples are written.
 """
 
 from __future__ import annotations
@@ -26,11 +29,17 @@ def scale_folder(out: Path, scale: float) -> Path:
 
 
 def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
-    """Write the npz and a sheet a class. pixels: uint8 [N, H, W, C]; labels: int64 [N]."""
+    """Write the npz and a sheet a class, in place of older ones.
+
+    pixels: uint8 [N, H, W, C]; labels: int64 [N].
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
     staging = path.with_suffix(".staging.npz")
     np.savez(staging, pixels, labels)  # unnamed arrays are called arr_0, arr_1
+    for old in [*folder.glob("samples_*.npz"), *folder.glob("class_*.png")]:
+        if old != staging:
+            old.unlink()
     os.replace(staging, path)
     for label in np.unique(labels):
         shown = pixels[labels == label][:CLASS_PICTURES]

@@ -72,22 +72,27 @@ def create_unet(
             f"image_size {image_size}: {error}"
         ) from None
     factor = 2 ** (len(mult) - 1)
-    if image_size % factor:
+    if image_size < 1 or image_size % factor:
         raise ValueError(
             f"image_size: got {image_size}; need a multiple of {factor} for {len(mult)} levels"
         )
+    if num_res_blocks < 1:
+        raise ValueError(f"num_res_blocks: got {num_res_blocks}; need at least 1")
     channels = [int(m * num_channels) for m in mult]
     heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
     attention_ds = {image_size // side for side in sides if side > 0}
     attended = {c for level, c in enumerate(channels) if 2**level in attention_ds}
     for c in channels:
-        if c % NORM_GROUPS:
-            raise ValueError(f"num_channels: got {c} at a level; need a multiple of {NORM_GROUPS}")
-    for c in attended | {channels[-1]}:
-        if c % num_head_channels if num_head_channels != -1 else c % num_heads or c % heads_up:
+        if c < 1 or c % NORM_GROUPS:
             raise ValueError(
-                f"num_heads, num_head_channels: got {num_heads}, {num_head_channels}, which do not "
-                f"divide the {c} channels of a level that attends"
+                f"num_channels: got {c} at a level; need a multiple of {NORM_GROUPS}, not 0"
+            )
+    divisors = [num_heads, heads_up] if num_head_channels == -1 else [num_head_channels]
+    for c in attended | {channels[-1]}:
+        if any(divisor < 1 or c % divisor for divisor in divisors):
+            raise ValueError(
+                f"num_heads, num_heads_upsample, num_head_channels: got {num_heads}, {heads_up}, "
+                f"{num_head_channels}; need what divides the {c} channels of a level that attends"
             )
     return UNetModel(
         in_channels=in_channels,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import re
 import sys
 import textwrap
 import time
@@ -23,6 +25,7 @@ from ds_classifier.config import RECIPES, Settings, add_setting_flags, boolean
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import GaussianDiffusion
+    from ds_classifier.weights import Source
 
 BAYES = "bayes"  # instead of a classifier's path: the best possible one of the training set
 # guided-diffusion's defaults (`model_and_diffusion_defaults`).
@@ -42,7 +45,19 @@ UNET = dict(
 )
 # Flags of guided-diffusion's script that change nothing in sampling.
 WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
-PROCESS = ("diffusion_steps", "noise_schedule", "timestep_respacing", "rescale_timesteps")
+OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
+# Arguments, but for the classifier's and the denoiser's, that decide what is drawn.
+OF_SAMPLING = (
+    "classifier_scale",
+    "joint_temperature",
+    "marginal_temperature",
+    "classifier_use_fp16",
+    "num_samples",
+    "batch_size",
+    "use_ddim",
+    "clip_denoised",
+    "seed",
+)
 LEVELS = 20  # noise levels at which --measure compares with the Bayes-optimal classifier
 LEVEL_PICTURES = 256  # training pictures shown at each of them, at most
 
@@ -80,9 +95,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--model_path", default="", help="guided-diffusion's UNet, a .pt")
     add("--data_dir", default="", help="instead of a UNet: shards of a small training set, whose "
         "exact denoiser is sampled from")  # fmt: skip
-    add("--classifier_scale", type=float, nargs="+", default=[1.0], metavar="X", help="[1.0]")
-    add("--joint_temperature", type=float, default=1.0, metavar="X", help="of the asked logit [1]")
-    add("--marginal_temperature", type=float, default=1.0, metavar="X", help="of all logits [1]")
+    add("--classifier_scale", type=_finite, nargs="+", default=[1.0], metavar="X", help="[1.0]")
+    add(
+        "--joint_temperature", type=_finite, default=1.0, metavar="X", help="of the asked logit [1]"
+    )
+    add("--marginal_temperature", type=_finite, default=1.0, metavar="X", help="of all logits [1]")
     add("--num_samples", type=int, default=10000, metavar="N", help="at each scale [10000]")
     add("--classes", default="", metavar="K,K", help="asked for in turn (default: all)")
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time and rank [16]")
@@ -90,7 +107,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--clip_denoised", type=boolean, default=True, metavar="BOOL", help="[True]")
     add("--use_fp16", type=boolean, default=False, metavar="BOOL", help="of the UNet [False]")
     add("--classifier_use_fp16", type=boolean, default=False, metavar="BOOL", help="[False]")
-    add("--seed", type=int, default=0, help="of the noise; sample n is the same for any N [0]")
+    add("--seed", type=_seed, default=0, help="of the noise; sample n is the same for any N [0]")
     add("--out_dir", type=Path, help="(default: samples/ of the run, else samples/)")
     add("--measure", action="store_true", help="with data_dir: tell how well the classifier guides")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
@@ -102,7 +119,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         kind = boolean if isinstance(default, bool) else type(default)
         unet.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"[{default}]")
     own = {action.dest for action in parser._actions}
-    add_setting_flags(parser, ("classifier", "diffusion"))
+    add_setting_flags(parser, OF_MODEL)
     arguments = parser.parse_args(argv)
     flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
     if not arguments.classifier_path:
@@ -111,13 +128,44 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.error("need one of --model_path and --data_dir, to sample from")
     if arguments.classifier_path == BAYES and not arguments.data_dir:
         parser.error("--classifier_path bayes: need --data_dir, whose pictures it knows")
+    for name in ("joint_temperature", "marginal_temperature"):
+        if arguments.classifier_path == BAYES and getattr(arguments, name) != 1:
+            parser.error(
+                f"--{name}: got {getattr(arguments, name):g}; need 1 for --classifier_path bayes, "
+                "which has probabilities and no logits"
+            )
+    shown = [f"{scale:g}" for scale in arguments.classifier_scale]
+    if twice := [scale for scale in shown if shown.count(scale) > 1]:
+        parser.error(
+            f"--classifier_scale: got {twice[0]} twice, to six digits; need different ones, since "
+            "each has a folder of its name"
+        )
     if arguments.measure and not arguments.data_dir:
         parser.error("--measure: need --data_dir, whose pictures tell what is right")
     if arguments.predict_xstart:
         parser.error("--predict_xstart: got True; need a UNet that predicts the noise")
     if arguments.num_samples < 1 or arguments.batch_size < 1:
         parser.error("--num_samples and --batch_size need at least 1")
-    return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
+    # How a recipe trains is of no account here; an export does not even record all of it.
+    recipe = RECIPES.get(arguments.recipe, {})
+    of_model = {f.name for f in dataclasses.fields(Settings) if f.metadata["group"] in OF_MODEL}
+    return arguments, {**{k: v for k, v in recipe.items() if k in of_model}, **flags}
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a finite number")
+    return number
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,20}", text) or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a whole number from 0 to 2^64 - 1")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace, given: dict) -> None:
@@ -129,7 +177,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     from ds_classifier.diffusion import create_gaussian_diffusion
 
     def load():
-        settings, classifier, home = load_classifier(arguments, given, device)
+        settings, classifier, source = load_classifier(arguments, given, device)
         exact = pictures = None
         if arguments.data_dir:
             pictures = exact_denoiser.read_pictures(
@@ -137,9 +185,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
             )
             exact = exact_denoiser.ExactDenoiser(*pictures, device=device)
             settings = with_classes(settings, exact.num_classes, arguments)
-        return settings, classifier, home, exact, pictures
+        return settings, classifier, source, exact, pictures
 
-    settings, classifier, home, exact, pictures = distributed.together(load, device)
+    settings, classifier, source, exact, pictures = distributed.together(load, device)
     process = sampling.ReverseProcess(create_gaussian_diffusion(**settings.diffusion_kwargs()))
     original = create_gaussian_diffusion(
         **settings.replace(timestep_respacing="").diffusion_kwargs()
@@ -151,7 +199,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         denoiser = sampling.unet_denoiser(unet, process)
     classes = parse_classes(arguments.classes, settings.num_classes)
     labels = classes[np.arange(arguments.num_samples) % len(classes)]
-    out = arguments.out_dir or home / "samples"
+    out = arguments.out_dir or (source.home if source else Path()) / "samples"
     samples = []
     for scale in arguments.classifier_scale:
         began = time.monotonic()
@@ -178,6 +226,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     def finish() -> None:
         overview = out / "overview.png"
         sample_files.write_overview(overview, arguments.classifier_scale, samples, labels)
+        facts = origin(arguments, settings, source, classes.tolist())
+        files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
+        (out / "fidelity.json").unlink(missing_ok=True)  # an earlier one's, of other samples
         print(f"a row a class: {overview}", flush=True)
         if arguments.measure:
             report = measure(arguments, classifier, exact, original, pictures, samples, labels)
@@ -189,23 +240,44 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
 
 def load_classifier(arguments: argparse.Namespace, given: dict, device):
-    """(settings, classifier or None for bayes, the directory that samples/ belongs into)."""
+    """(settings, classifier, its source); for bayes neither of the two."""
     import torch
 
     from ds_classifier.weights import load_classifier as load
 
     if arguments.classifier_path == BAYES:
-        return Settings(**given), None, Path()
-    of_process = {name: value for name, value in given.items() if name in PROCESS}
+        return Settings(**given), None, None
+    # Which levels are walked through may be chosen anew; what they are may not.
+    respaced = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load(Path(arguments.classifier_path), Settings(**given))
-    if wrong := source.contradicted_by({n: v for n, v in given.items() if n not in PROCESS}):
+    if wrong := source.contradicted_by({n: v for n, v in given.items() if n not in respaced}):
         raise ValueError(
             f"got --{wrong[0]}; need none for {source.path}, in which it is "
             f"{getattr(source.settings, wrong[0])!r}; do: drop it"
         )
-    settings = source.settings.replace(**of_process)
+    settings = source.settings.replace(**respaced)
     classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)
-    return settings, classifier, source.home
+    return settings, classifier, source
+
+
+def origin(
+    arguments: argparse.Namespace, settings: Settings, source: Source | None, classes: list[int]
+) -> dict:
+    """What made the samples, for samples.json: JSON-able, and enough to make them again."""
+    classifier = {"path": arguments.classifier_path}
+    if source is not None:
+        classifier |= {"path": str(source.path), "step": source.step, "sha256": source.sha256}
+    denoiser = {"data_dir": arguments.data_dir}
+    if arguments.model_path:
+        unet = {name: getattr(arguments, name) for name in (*UNET, "use_fp16")}
+        denoiser = {"model_path": arguments.model_path, **unet}
+    return {
+        "classifier": classifier,
+        "denoiser": denoiser,
+        "diffusion": settings.diffusion_kwargs(),
+        "classes": classes,
+        **{name: getattr(arguments, name) for name in OF_SAMPLING},
+    }
 
 
 def with_classes(settings: Settings, num_classes: int, arguments: argparse.Namespace) -> Settings:
@@ -251,9 +323,12 @@ def parse_classes(text: str, num_classes: int):
 
     if not text:
         return np.arange(num_classes)
-    classes = [int(part) if part.strip().isdigit() else -1 for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    classes = [int(part) if re.fullmatch("[0-9]{1,9}", part) else -1 for part in parts]
     if min(classes) < 0 or max(classes) >= num_classes:
-        raise ValueError(f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}")
+        raise ValueError(
+            f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}, like 3,7"
+        )
     return np.array(classes)
 
 

@@ -66,7 +66,7 @@ def test_a_dry_run_through_the_launcher(digits, tmp_path):
     assert "global batch 16 = 2 micro-batch x 4 accumulation x 2 ranks" in done.output
     assert "from 2 of its 4 micro-batches" in done.output
     assert "loaded back equal" in done.output
-    assert "at most 5 at a time" in done.output  # those of 25, 50, 75, 100, and the one in hand
+    assert "at most 4 at a time" in done.output  # those of 25, 50, 75, and 100 in hand
 
 
 def test_a_dry_run_of_a_run_half_done(digits, tmp_path):
@@ -132,8 +132,17 @@ def test_the_largest_micro_batch_on_paper():
     assert line.largest() in (259, 260)
     text = "\n".join(memory_lines(line, Batch(32, 16, 2)))
     assert "0.98 GiB + 10.0 MiB an image" in text
-    assert "256 is the largest that divides a rank's 512" in text
-    assert "all 64 pictures" in memory_lines(line, Batch(32, 2, 1))[1]
+    assert "; dividing its 512: 256" in text
+    assert "all 64 pictures of a rank" in memory_lines(line, Batch(32, 2, 1))[1]
+
+
+@pytest.mark.parametrize("capacity", [4 * MIB, 2 * 1024**2 * MIB])
+def test_it_is_told_where_the_micro_batch_is_set(capacity):
+    """Whether all fit or not, in a line that a terminal of 120 columns shows whole."""
+    line = MemoryLine(fixed=10.0, per_image=MIB, capacity=capacity, sizes=(8, 16, 32))
+    told = memory_lines(line, Batch(32, 64, 1))[1]
+    assert "(train_micro_batch_size_per_gpu)" in told
+    assert len(told) <= 120
 
 
 def test_a_line_through_noise_of_pictures_that_cost_nothing():
@@ -179,8 +188,18 @@ def test_checkpoints_on_the_disk_at_once():
     """Counted in a made-up run: those kept, the best wherever it lies, the one being written."""
     kept = checkpoints_kept(steps=100, save_interval=10, keep_last=3, keep_every=20, validated=True)
     assert kept == 3 + 5 + 1 + 1
-    short = checkpoints_kept(steps=20, save_interval=10, keep_last=3, keep_every=0, validated=True)
-    assert short == 2 + 1
+
+
+@pytest.mark.parametrize(("keep_last", "saves"), [(1, 1), (1, 2), (1, 3), (1, 9), (3, 2), (3, 9)])
+def test_no_more_checkpoints_than_saves(keep_last, saves):
+    """Counted save by save, the first one having validated best."""
+    steps = range(20, 20 * saves + 1, 20)
+    kept, most = set(), 0
+    for done, step in enumerate(steps, start=1):
+        most = max(most, len(kept | {step}))  # the one in hand, before any is deleted
+        kept = {20, *steps[:done][-keep_last:]}
+    named = dict(steps=20 * saves, save_interval=20, keep_last=keep_last, keep_every=0)
+    assert checkpoints_kept(**named, validated=True) == most
 
 
 def test_a_disk_without_room():

@@ -56,9 +56,27 @@ def test_temperatures(classifier):
     )
 
 
-def test_a_class_is_needed(classifier):
-    with pytest.raises(ValueError, match="classes"):
-        classifier_gradient(classifier)(recorded_input(), torch.tensor([3, 750]))
+@pytest.mark.parametrize("guide", ["classifier", "bayes"])
+@pytest.mark.parametrize(
+    ("y", "words"),
+    [
+        (None, "got no classes y; need one for each of 2 pictures"),
+        (torch.tensor([1]), r"got classes y \[1\] torch.int64; need one for each of 2"),
+        (torch.tensor([1, 2, 0]), r"got classes y \[3\]"),
+        (torch.tensor([[1], [2]]), r"got classes y \[2, 1\]"),
+        (torch.tensor([1.0, 2.0]), r"torch.float32; need .* int64"),
+        (torch.tensor([1, 7]), r"got classes y \[1, 7\]; need 0 to "),
+        (torch.tensor([-1, 1]), r"got classes y \[-1, 1\]; need 0 to "),
+    ],
+)
+def test_a_class_is_needed_for_each_picture(classifier, guide, y, words):
+    x, process = recorded_input(), create_gaussian_diffusion()
+    cond_fn = classifier_gradient(classifier)
+    if guide == "bayes":
+        exact = ExactDenoiser(x, torch.tensor([0, 3]), 4)
+        cond_fn = bayes_gradient(exact, process.alphas_cumprod)
+    with pytest.raises(ValueError, match=words):
+        cond_fn(x, torch.tensor([3, 750]), y=y)
 
 
 def test_the_best_guide_reaches_every_class():
@@ -120,10 +138,30 @@ def test_every_prediction_type_moves_the_same_x_start(kind, monkeypatch):
     torch.testing.assert_close(x_start_of(moved), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_a_level_without_signal_is_not_guided(kind, monkeypatch):
+    """Where alpha_bar is 0, x_t is mere noise: p(y | x_t) = p(y), as the exact one's gradient says.
+
+    A classifier's is never quite 0 there, and Tweedie would move x_0 by infinitely much.
+    """
+    monkeypatch.setattr(OneScheduler.config, "prediction_type", kind)
+    monkeypatch.setattr(OneScheduler, "alphas_cumprod", torch.tensor([0.9, 0.5, 0.0]))
+    images, labels = training_set()
+    x_t, y = noisy(images, 0.0), torch.tensor([0, 1])
+    exact = bayes_gradient(ExactDenoiser(images, labels, CLASSES), np.array([0.9, 0.5, 0.0]))
+    assert not exact(x_t, torch.tensor([2, 2]), y=y).any()
+    output = torch.sin(torch.cat([x_t, x_t], dim=1))
+    moved = guide_scheduler_output(
+        OneScheduler, lambda x, t, y: torch.ones_like(x), output, torch.tensor(2), x_t, y
+    )
+    assert torch.equal(moved, output)
+
+
 def test_scheduler_misuse_is_told(monkeypatch):
     x, y = torch.zeros(1, 1, 2, 2), torch.tensor([0])
-    with pytest.raises(ValueError, match="leading"):
-        guide_scheduler_output(OneScheduler, None, x, torch.tensor(1.5), x, y)
+    for timestep in (torch.tensor(1.5), -1, 3, torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match=r"timestep: got .*0 to 2; do: .*leading"):
+            guide_scheduler_output(OneScheduler, None, x, timestep, x, y)
     monkeypatch.setattr(OneScheduler.config, "prediction_type", "flow")
     with pytest.raises(ValueError, match="prediction_type"):
         guide_scheduler_output(OneScheduler, None, x, 1, x, y)

@@ -4,14 +4,17 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import ds_classifier
 from ds_classifier import checkpoint
-from ds_classifier.config import Settings
+from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
 from ds_classifier.data.sources import open_source
 from ds_classifier.data.store import open_named
@@ -32,8 +35,7 @@ SMALL = Settings(
 BLACK = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
 
 
-@pytest.fixture
-def run(tmp_path):
+def write_run(home):
     """A run with a checkpoint, of a classifier that was not trained."""
     torch.manual_seed(0)
     classifier = create_classifier(**SMALL.model_kwargs())
@@ -47,11 +49,15 @@ def run(tmp_path):
         classes=[f"the {digit}" for digit in range(10)],
         data="",
     )
-    home = tmp_path / "runs" / "digits32"
     (home / "checkpoints").mkdir(parents=True)
     final = home / "checkpoints" / checkpoint.step_name(7)
     checkpoint.commit(final, model=classifier.state_dict(), optimizer={}, state=state)
     return home
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "runs" / "digits32")
 
 
 def test_the_lines_of_the_readme(run, digits, tmp_path):
@@ -108,6 +114,34 @@ def test_levels_and_noise_of_one_s_own(run):
     assert not torch.allclose(model.predict(pictures, 100, noise), model.predict(pictures, 100))
 
 
+def test_arrays_are_as_good_as_tensors(run):
+    model = ds_classifier.load(run)
+    pictures = np.random.RandomState(1).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    noise = np.random.RandomState(2).standard_normal((3, 8, 8, 3))[:, ::-1]
+    pictures.flags.writeable = False
+    expected = model.predict(
+        torch.from_numpy(pictures.copy()),
+        torch.tensor([3, 100, 200]),
+        torch.from_numpy(noise.copy()).float(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model.predict(pictures, np.array([3, 100, 200]), noise)
+    assert torch.equal(found, expected)
+    assert torch.equal(model.predict(pictures, np.int64(3), noise)[0], found[0])
+
+
+def test_no_picture_and_one(run, tmp_path):
+    model = ds_classifier.load(run)
+    nothing = model.read([])
+    assert (nothing.shape, nothing.dtype) == ((0, 8, 8, 3), torch.uint8)
+    assert model.predict(nothing, t=3).shape == (0, 10)
+    file = tmp_path / "one.png"
+    Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(file)
+    for one in (file, str(file)):
+        assert torch.equal(model.read(one), torch.full((1, 8, 8, 3), 7, dtype=torch.uint8))
+
+
 def test_a_file_of_weights_brings_no_names(run, tmp_path):
     weights = ds_classifier.load(run).classifier.state_dict()
     torch.save(weights, tmp_path / "model.pt")
@@ -126,6 +160,19 @@ def test_a_file_of_weights_brings_no_names(run, tmp_path):
         (dict(pictures=BLACK.permute(0, 3, 1, 2)), "need .N, 8, 8, 3."),
         (dict(pictures=BLACK, t=250), "t: got 250; need 0 to 249"),
         (dict(pictures=BLACK, t=-1), "t: got -1"),
+        (dict(pictures=BLACK, t=10**30), "t: got 10{30}; need 0 to 249"),
+        (dict(pictures=BLACK, t=1.7), "t: got 1.7; need 0 to 249, .* whole"),
+        (dict(pictures=BLACK, t="5"), "t: got '5'"),
+        (dict(pictures=BLACK, t=True), "t: got True"),
+        (dict(pictures=BLACK, t=torch.tensor([1.0, 2.0])), "t: got tensor"),
+        (dict(pictures=BLACK, t=torch.tensor([1, 2, 3])), "t: got tensor.*each of 2 pictures"),
+        (dict(pictures=BLACK, t=torch.tensor([[1], [2]])), "t: got tensor.*each of 2 pictures"),
+        (dict(pictures=[BLACK[0], BLACK[1]]), r"pictures: got a list; need .N, 8, 8, 3."),
+        (dict(pictures=BLACK.float().numpy()), r"pictures: got .2, 8, 8, 3. torch.float32"),
+        (dict(pictures=np.array(["a"])), "pictures: got a ndarray"),
+        (dict(pictures=BLACK, noise="none"), r"noise: got a str; need .2, 8, 8, 3., floating"),
+        (dict(pictures=BLACK, noise=BLACK), r"noise: got .2, 8, 8, 3. torch.uint8; need"),
+        (dict(pictures=BLACK, noise=torch.zeros(1, 8, 8, 3)), "noise: got .1, 8, 8, 3."),
     ],
 )
 def test_what_predict_refuses(run, arguments, words):
@@ -142,9 +189,38 @@ def test_what_load_and_read_refuse(run, tmp_path):
         ds_classifier.load(run, recipe="imagenet")
     with pytest.raises(ValueError, match="got depth; need names of"):
         ds_classifier.load(run, depth=4)
+    with pytest.raises(ValueError, match="classifier_depth: got 'four'; need int, like 2"):
+        ds_classifier.load(run, classifier_depth="four")
+    with pytest.raises(ValueError, match="device: got sun; need one that torch can use"):
+        ds_classifier.load(run, device="sun")
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"no\.png: "):
         ds_classifier.load(run).read([tmp_path / "no.png"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(run):
+    with pytest.raises(ValueError, match=r"device: got cuda; need .*do: device='cpu'"):
+        ds_classifier.load(run, device="cuda")
+
+
+def test_a_run_s_own_settings_are_not_to_be_contradicted(run):
+    """Neither by name nor by a recipe, of which only what builds the model and process counts."""
+    with pytest.raises(ValueError, match=r"got image_size 64; need none for .*, in which it is 8"):
+        ds_classifier.load(run, image_size=64)
+    with pytest.raises(ValueError, match="got classifier_width 64 of recipe cifar32; need none"):
+        ds_classifier.load(run, recipe="cifar32", image_size=8)
+    assert ds_classifier.load(run, image_size=8, noise_schedule="cosine").step == 7
+    of_build = {k: v for k, v in vars(SMALL).items() if k in RECIPES["digits32"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "small", of_build | {"lr": 1.0, "log_interval": 3})
+        assert ds_classifier.load(run, recipe="small").step == 7
+
+
+def test_flags_that_an_error_names_are_keywords(run, tmp_path):
+    torch.save(ds_classifier.load(run).classifier.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"(?s)--image_size: .*--name is load\(\.\.\., name="):
+        ds_classifier.load(tmp_path / "model.pt")
 
 
 def test_import_is_cheap():

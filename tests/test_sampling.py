@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from conftest import GOLDEN, ROOT, launch
 from PIL import Image
 from test_model import DEFAULT, filled, relative_error
+from test_predictor import write_run
 from test_unet import small_unet
 
+from ds_classifier import sample_files
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
 from ds_classifier.guidance import classifier_gradient
@@ -24,6 +27,7 @@ from ds_classifier.sampling import (
     unet_denoiser,
 )
 
+BAYES = ["--classifier_path", "bayes", "--data_dir", "x"]
 STEP = 1e-6  # of a single step, relative to its largest number
 
 
@@ -115,6 +119,8 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
     arguments += ["--classifier_scale", "0", "2"]
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
+        out.mkdir()
+        (out / "fidelity.json").write_text("of other samples")
         arguments += ["--out_dir", out]
         done = launch(ranks, *arguments, cwd=tmp_path, script=ROOT / "launch/sample.py")
         assert done.code == 0, done.output
@@ -132,6 +138,29 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
             np.asarray(Image.open(tmp_path / f"1/{scale}/class_0008.png"))[:64, :64], first
         )
     assert (tmp_path / "1/overview.png").is_file()
+    assert not (tmp_path / "1/fidelity.json").exists()
+    facts = json.loads((tmp_path / "1/samples.json").read_text())
+    assert facts["classifier"]["path"] == str(classifier_file[1])
+    assert facts["classifier"]["sha256"] == sha256(classifier_file[1].read_bytes()).hexdigest()
+    assert facts["denoiser"] == {"data_dir": str(digits / "val")}
+    assert facts["diffusion"]["noise_schedule"] == "cosine"
+    assert facts["diffusion"]["timestep_respacing"] == "4"
+    told = [facts[k] for k in ("classes", "classifier_scale", "num_samples", "seed", "use_ddim")]
+    assert told == [[3, 8], [0.0, 2.0], 7, 0, False]
+
+
+def test_nothing_of_an_earlier_sampling_stays(tmp_path):
+    """Fewer pictures of other classes, and what a killed writing left; other files are let be."""
+    folder = sample_files.scale_folder(tmp_path, 3.0)
+    black = np.zeros((6, 8, 8, 3), np.uint8)
+    sample_files.write_samples(folder, black, np.arange(6))
+    for name in ("samples_9x8x8x3.staging.npz", "notes.txt"):
+        (folder / name).write_text("")
+    sample_files.write_samples(folder, black[:4] + 9, np.array([1, 7, 1, 7]))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("class_0001.png", "class_0007.png", "notes.txt", "samples_4x8x8x3.npz")
+    ]
+    assert np.load(folder / "samples_4x8x8x3.npz")["arr_0"].max() == 9
 
 
 def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
@@ -168,6 +197,15 @@ def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
         (["--data_dir", "x", "--model_path", "y"], "one of --model_path and --data_dir"),
         (["--model_path", "y", "--measure"], "--measure: need --data_dir"),
         (["--model_path", "y", "--predict_xstart", "True"], "predicts the noise"),
+        (["--model_path", "y", "--classifier_scale", "1", "nan"], "got 'nan'; need a finite"),
+        (["--model_path", "y", "--classifier_scale", "inf"], "got 'inf'; need a finite"),
+        (["--model_path", "y", "--joint_temperature", "inf"], "got 'inf'; need a finite"),
+        (["--model_path", "y", "--classifier_scale", "3", "1", "3.0"], "got 3 twice"),
+        (["--model_path", "y", "--classifier_scale", "1", "1.0000001"], "got 1 twice"),
+        (["--model_path", "y", "--seed", "-1"], "got '-1'; need a whole number from 0 to 2^64"),
+        (["--model_path", "y", "--seed", str(2**64)], "need a whole number from 0 to 2^64 - 1"),
+        ([*BAYES, "--joint_temperature", "2"], "--joint_temperature: got 2; need 1"),
+        ([*BAYES, "--marginal_temperature", "0.5"], "--marginal_temperature: got 0.5; need 1"),
     ],
 )
 def test_wrong_flags_are_told(flags, words, capsys):
@@ -176,6 +214,41 @@ def test_wrong_flags_are_told(flags, words, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--classifier_path", "c", *flags])
     assert words in capsys.readouterr().err
+
+
+def test_the_largest_seed_is_taken():
+    from launch import sample as command
+
+    arguments, _ = command.parse([*BAYES, "--seed", str(2**64 - 1)])
+    assert arguments.seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("text", ["10", "-1", "\u00b2", "\u0663", "1,,2", "1.0", "9" * 5000])
+def test_classes_are_numbers_of_classes(text):
+    from launch import sample as command
+
+    assert command.parse_classes("3, 7", 10).tolist() == [3, 7]
+    assert command.parse_classes("", 3).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"--classes: got .*; need numbers from 0 to 9"):
+        command.parse_classes(text, 10)
+
+
+def test_a_run_s_own_process_is_not_to_be_contradicted(tmp_path):
+    """Its levels stay those of its training; which of them are walked through is asked for."""
+    from launch import sample as command
+
+    flags = ["--classifier_path", str(write_run(tmp_path / "run")), "--data_dir", "x"]
+    for wrong in (["--noise_schedule", "linear"], ["--diffusion_steps", "500"]):
+        with pytest.raises(ValueError, match=f"got {wrong[0]}; need none for .*, in which it is"):
+            command.load_classifier(*command.parse([*flags, *wrong]), "cpu")
+    agreed = ["--noise_schedule", "cosine", "--timestep_respacing", "20"]
+    settings, _, _ = command.load_classifier(*command.parse([*flags, *agreed]), "cpu")
+    assert (settings.noise_schedule, settings.timestep_respacing) == ("cosine", "20")
+    settings, _, _ = command.load_classifier(*command.parse(flags), "cpu")
+    assert settings.timestep_respacing == "250"
+    _, given = command.parse([*flags, "--recipe", "digits32"])
+    assert given["noise_schedule"] == "cosine"
+    assert "log_interval" not in given
 
 
 def test_a_unet_file_is_read_with_its_flags(tmp_path):

@@ -114,6 +114,14 @@ def test_half_precision_stays_near():
         (dict(num_channels=40), "num_channels"),
         (dict(num_heads=3), "num_heads"),
         (dict(num_head_channels=48), "num_head_channels"),
+        (dict(num_channels=0), "num_channels: got 0"),
+        (dict(channel_mult="1,0"), "num_channels: got 0"),
+        (dict(num_heads=0), "num_head_channels: got 0, 0, -1"),
+        (dict(num_heads_upsample=0), "num_head_channels: got 4, 0, -1"),
+        (dict(num_head_channels=0), "num_head_channels: got 4, 4, 0"),
+        (dict(num_head_channels=-2), "num_head_channels: got 4, 4, -2"),
+        (dict(num_res_blocks=0), "num_res_blocks: got 0"),
+        (dict(image_size=0), "image_size: got 0"),
     ],
 )
 def test_refuses_what_it_cannot_build(flags, words):
