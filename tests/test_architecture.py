@@ -80,7 +80,8 @@ LAYERS = [
     ["report_history"],
     ["report", "benchmarks.measuring"],
     ["benchmarks.programs", "benchmarks.data", "benchmarks.order", "benchmarks.cache"],
-    ["benchmarks.step", "benchmarks.convert", "benchmarks.memory", "benchmarks.start"],
+    ["benchmarks.step", "benchmarks.compare", "benchmarks.convert"],
+    ["benchmarks.memory", "benchmarks.start"],
     ["benchmarks.checkpoint"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
