@@ -123,6 +123,9 @@ class Judge:
 
 
 HEADER = (
+    "beside the best possible classifier, on training pictures noised to t; gradients of log p of\n"
+    "their class: the share of pictures that leave it a doubt, and of these the cosine to its\n"
+    "gradient and the length over its\n"
     f"{'t':>6s}{'KL(Bayes||model)':>18s}{'accuracy':>10s}{'Bayes':>9s}"
     f"{'gradients: compared':>22s}{'cosine':>8s}{'length':>8s}"
 )

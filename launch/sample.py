@@ -377,7 +377,7 @@ def measure(
         last = original.num_timesteps - 1
         stride = max(1, len(images) // LEVEL_PICTURES)
         shown = slice(None, LEVEL_PICTURES * stride, stride)
-        print(f"beside the best possible classifier:\n{fidelity.HEADER}", flush=True)
+        print(fidelity.HEADER, flush=True)
         for level in fidelity.compare_with_bayes(
             classifier,
             exact,
