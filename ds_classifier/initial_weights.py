@@ -84,9 +84,12 @@ def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:
 def _resize_positional_embedding(weights: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
     """Interpolate it in `weights` if it is of another feature map's size; returns whether."""
     got, need = weights.get(POSITIONAL_EMBEDDING), own.get(POSITIONAL_EMBEDDING)
-    if got is None or need is None or got.shape == need.shape or got.shape[0] != need.shape[0]:
+    if got is None or need is None or got.shape == need.shape:
         return False
-    if math.isqrt(got.shape[1] - 1) ** 2 != got.shape[1] - 1:
+    if got.dim() != 2 or got.shape[0] != need.shape[0]:
+        return False
+    pixels = got.shape[1] - 1
+    if pixels == 0 or math.isqrt(pixels) ** 2 != pixels:
         return False
     side = math.isqrt(need.shape[1] - 1)
     weights[POSITIONAL_EMBEDDING] = interpolate_positional_embedding(got, side)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,20 +134,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a .pt or .safetensors file; no code in it is run.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything but names and dense floating tensors with numbers in them.
     """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own text says how to run the code
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} is no plain state dict: "
+            + (f"it holds {code[1]}, whose code is not run" if code else "it cannot be unpickled")
+            + "; need names and tensors alone; do: save model.state_dict()"
+        ) from None
     except Exception as error:  # unpickling raises whatever the file makes it
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no plain state dict: {first_line}") from None
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise ValueError(f"got {path}; need a state dict of tensors")
+    fault = _fault_of_state_dict(weights)
+    if fault is not None:
+        raise ValueError(f"{path}: got {fault}; need a state dict of dense floating tensors")
     return weights
+
+
+def _fault_of_state_dict(weights: Any) -> str | None:
+    """What of it no classifier could be built with, whatever its settings; None: nothing."""
+    if not isinstance(weights, dict) or not weights:
+        return "nothing" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            return f"the name {name!r}"
+        if not torch.is_tensor(value):
+            return f"a {type(value).__name__} called {name!r}"
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            return f"{name!r} as a sparse tensor, or one without storage"
+        if not value.is_floating_point():
+            return f"{name!r} of {value.dtype}"
+        if value.numel() == 0:
+            return f"{name!r} of the shape {list(value.shape)}"
+    return None
 
 
 # --------------------------------------------------------------------------------------- exports
