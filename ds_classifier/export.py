@@ -209,7 +209,10 @@ def _compare(
     state, largest = live.state_dict(), 0.0
     timesteps, *expected = logits_and_gradients(live, settings)
     for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
-        source, weights = open_weights(path, Settings())  # by the JSON beside it, hashes compared
+        try:
+            source, weights = open_weights(path, Settings())  # by the JSON beside it, with hashes
+        except ValueError as error:
+            raise RuntimeError(f"{path.name}: cannot be read back: {error}") from None
         if path.suffix == ".pt" and list(weights) != list(state):
             raise RuntimeError(f"{path.name}: reads back with other names, or in another order")
         wrong = [key for key in state if not torch.equal(weights[key], state[key])]

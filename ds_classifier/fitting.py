@@ -17,14 +17,14 @@ def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | 
     weights: without empty dimensions, as `weights.read_weights` gives them; their names and shapes
     may be anything. None if no setting does.
     """
-    if _fits(weights, given):
+    if fits(weights, given):
         return given
     fitting = []
-    for candidate in filter(lambda settings: _fits(weights, settings), _candidates(weights, given)):
+    for candidate in filter(lambda settings: fits(weights, settings), _candidates(weights, given)):
         # What the tensors do not decide stays as given.
         for name, value in vars(given).items():
             nearer = candidate.replace(**{name: value})
-            if nearer != candidate and _fits(weights, nearer):
+            if nearer != candidate and fits(weights, nearer):
                 candidate = nearer
         fitting.append(candidate)
     return min(fitting, key=lambda settings: len(differences(settings, given)), default=None)
@@ -39,7 +39,8 @@ def differences(settings: Settings, given: Settings) -> list[str]:
     ]
 
 
-def _fits(weights: dict[str, Tensor], settings: Settings) -> bool:
+def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
+    """Whether settings build a classifier of exactly these names and shapes."""
     try:
         own = tensors_of(settings)
     except ValueError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_classifier.config import Settings
 from ds_classifier.fitting import differences, fitting_settings, tensors_of
 from ds_classifier.model import parse_channel_mult
-from ds_classifier.weights import find_recorded, read_tensors
+from ds_classifier.weights import find_recorded, read_recorded, read_weights
 
 HEAD = "out."  # parameters whose shapes may follow the class count
 POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # of the attention pool
@@ -34,7 +34,7 @@ def load_initial_weights(
     """
     try:
         recorded = find_recorded(path)
-        weights = read_tensors(recorded.path if recorded else path)
+        weights = read_recorded(recorded) if recorded else read_weights(path)
     except ValueError as error:
         raise ValueError(f"--init_from: {error}") from None
     theirs = recorded.settings if recorded else fitting_settings(weights, settings)

@@ -242,6 +242,62 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
     assert open_weights(folder / "model000020.pt", Settings(**SMALL))[0].kind == "file"
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_damaged_json_is_named(tmp_path, suffix):
+    """Each fault alone, in a whole export's JSON: one line that names the JSON and the fault."""
+    export.export(make_run(tmp_path / "run"))
+    path = tmp_path / "run" / "export" / "model000007.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    for key, value, words in [
+        *((key, None, f"{key}: got none") for key in ("files", "step", "classes", "data")),
+        *((key, None, f"{key}: got none") for key in ("classifier", "diffusion", "training")),
+        ("files", [], "files: got []; need dict"),
+        ("files", {"model000007.pt": "5f"}, "files: got '5f' for model000007.pt"),
+        ("files", {"model000007.pt": {}}, "files: got {} for model000007.pt"),
+        ("step", "7", "step: got '7'; need int or null"),
+        ("step", True, "step: got True"),
+        ("data", 7, "data: got 7"),
+        ("classes", "abcde", "classes: got 'abcde'"),
+        ("classes", [1, 2, 3, 4, 5], "classes: got a name that is no text"),
+        ("classes", CLASSES[:4], "classes: got 4 names; need num_classes, 5"),
+        ("diffusion", whole["diffusion"] | {"noise_schedule": "quartic"}, "got 'quartic'"),
+        ("diffusion", whole["diffusion"] | {"noise_schedule": 3}, "noise_schedule: got 3"),
+        ("diffusion", whole["diffusion"] | {"diffusion_steps": 0}, "diffusion_steps: got 0"),
+        ("diffusion", {}, "diffusion_steps: got none"),
+        ("classifier", whole["classifier"] | {"image_size": "16"}, "image_size: got '16'"),
+        ("classifier", whole["classifier"] | {"classifier_depth": 2}, "do not build the tensors"),
+        ("classifier", whole["classifier"] | {"classifier_width": 33}, "do not build the tensors"),
+        ("training", whole["training"] | {"lr": "fast"}, "lr: got 'fast'; need float"),
+    ]:
+        damaged = {k: v for k, v in whole.items() if k != key}
+        damaged |= {} if value is None else {key: value}
+        path.write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(ValueError) as caught:
+            open_weights(path.with_suffix(suffix), Settings())
+        assert str(caught.value).startswith(str(path))
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(whole | {"training": {"lr": 1, "unknown": 2}}), encoding="utf-8")
+    assert open_weights(path.with_suffix(suffix), Settings())[0].settings.lr == 1
+
+
+def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
+    export.export(make_run(tmp_path / "run"))
+    code = (
+        "from pathlib import Path; from ds_classifier.weights import find_recorded\n"
+        "print(ascii(find_recorded(Path('run/export/model000007.pt')).classes))"
+    )
+    ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | ascii_only,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == ascii(CLASSES), done.stderr
+
+
 def test_a_bare_file_is_exported_by_its_flags(tmp_path):
     settings = Settings(**SMALL)
     torch.save(filled(tensors_of(settings)), tmp_path / "64x64.v2.pt")
