@@ -44,6 +44,7 @@ from ds_classifier.weights import (
     EXPORT_VERSION,
     Source,
     open_weights,
+    refuse_not_finite,
 )
 
 CARD = "README.md"
@@ -73,11 +74,10 @@ def export(path: Path, given: Settings | None = None, out: Path | None = None) -
     was written reads back as another classifier; nothing has got its name then.
     """
     source, weights = open_weights(path, given or Settings())
+    refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)
     live.eval().requires_grad_(False)
-    if not all(value.isfinite().all() for value in live.state_dict().values()):
-        raise ValueError(f"got {source.path}, whose weights are not all finite; need another step")
     out = out or source.home / "export"
     out.mkdir(parents=True, exist_ok=True)
     staging = out / ".staging"

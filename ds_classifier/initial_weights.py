@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_classifier.config import Settings
 from ds_classifier.fitting import differences, fitting_settings, tensors_of
 from ds_classifier.model import parse_channel_mult
-from ds_classifier.weights import find_recorded, read_recorded, read_weights
+from ds_classifier.weights import find_recorded, read_recorded, read_weights, refuse_not_finite
 
 HEAD = "out."  # parameters whose shapes may follow the class count
 POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # of the attention pool
@@ -30,11 +30,13 @@ def load_initial_weights(
     path: a guided-diffusion .pt, an export, a checkpoint or a run. settings, classes: those of
     `classifier`. The first line says where the weights are from, the others what of them was left
     out or changed, and what they were trained for otherwise.
-    Raises ValueError for weights of another architecture, naming the flags that would fit.
+    Raises ValueError for weights of another architecture, naming the flags that would fit, and for
+    some that are not finite: training would skip every step.
     """
     try:
         recorded = find_recorded(path)
         weights = read_recorded(recorded) if recorded else read_weights(path)
+        refuse_not_finite(weights, path)
     except ValueError as error:
         raise ValueError(f"--init_from: {error}") from None
     theirs = recorded.settings if recorded else fitting_settings(weights, settings)

@@ -113,13 +113,19 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
 def find_recorded(path: Path) -> Source | None:
     """The weights that a path names, if their settings are recorded with them; None: a bare file.
 
-    path: as of `open_weights`. Raises ValueError for a directory without weights, for a damaged
-    checkpoint or JSON, and for a file that is not the one its JSON tells of.
+    path: as of `open_weights`. Raises ValueError for a path that does not exist, for a directory
+    without weights, for a damaged checkpoint or JSON, and for a file that is not the one its JSON
+    tells of.
     """
     if path.is_dir() and (exports := _exports_in(path)):
         path = max(exports, key=lambda file: _description(file)["step"] or 0)
     if path.is_file():
         return _find_export(path)
+    if not path.exists():
+        raise ValueError(
+            f"got {path}, which does not exist; need a run, one of its checkpoints, an export, or "
+            "a .pt or .safetensors file"
+        )
     found = checkpoint.resolve_checkpoint(path)
     state = checkpoint.read_state(found)
     manifest = json.loads((found / checkpoint.MANIFEST).read_text(encoding="utf-8"))
@@ -174,6 +180,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if fault is not None:
         raise ValueError(f"{path}: got {fault}; need a state dict of dense floating tensors")
     return weights
+
+
+def refuse_not_finite(weights: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError where an fp32 classifier of these weights, read at path, has NaN or inf."""
+    for name, value in weights.items():
+        if not value.float().isfinite().all():
+            raise ValueError(
+                f"got {path}, whose weights are not all finite ({name}); need those of another step"
+            )
 
 
 def _fault_of_state_dict(weights: Any) -> str | None:

@@ -160,3 +160,18 @@ def test_flags_that_would_fit_are_named(bare, tmp_path):
     for path in (tmp_path / "other.pt", tmp_path):
         with pytest.raises(ValueError, match="--init_from: got"):
             start(path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(tmp_path, weights, number):
+    """1e300 is none in fp32."""
+    weights["input_blocks.1.0.out_layers.0.weight"] = torch.full((32,), number, dtype=torch.float64)
+    torch.save(weights, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"--init_from: got .*bare\.pt.* not all finite \(input_b"):
+        start(tmp_path / "bare.pt")
+
+
+def test_a_path_that_does_not_exist_is_told_from_an_empty_one(tmp_path):
+    for path, words in ((tmp_path / "absent.pt", "does not exist"), (tmp_path, "holds no checkp")):
+        with pytest.raises(ValueError, match=f"--init_from: got .*, which {words}"):
+            start(path)
