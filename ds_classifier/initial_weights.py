@@ -18,7 +18,6 @@ from ds_classifier.fitting import differences, fitting_settings, tensors_of
 from ds_classifier.model import parse_channel_mult
 from ds_classifier.weights import find_recorded, read_recorded, read_weights, refuse_not_finite
 
-HEAD = "out."  # parameters whose shapes may follow the class count
 POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # of the attention pool
 
 
@@ -47,18 +46,14 @@ def load_initial_weights(
             "is interpolated"))  # fmt: skip
     elif theirs is not None and theirs.image_size != settings.image_size:
         notes.append(_size_note(settings, theirs, how="all weights are kept"))
-    head = [
-        name
-        for name, value in weights.items()
-        if name in own and own[name].shape != value.shape and _of_class_count(name, value, own)
-    ]
+    head = _head_of_other_classes(weights, own)
     kept = {name: value for name, value in weights.items() if name not in head}
     if weights.keys() != own.keys() or any(own[n].shape != v.shape for n, v in kept.items()):
         raise ValueError(_misfit(path, theirs, settings))
     classifier.load_state_dict(kept, strict=False)
     if head:
         notes.append(
-            f"another number of classes, {len(weights[head[-1]])} there and {len(classes)} here: "
+            f"another number of classes, {len(weights[head[0]])} there and {len(classes)} here: "
             f"the head starts anew ({', '.join(head)})"
         )
     if recorded is not None:
@@ -98,13 +93,15 @@ def _resize_positional_embedding(weights: dict[str, Tensor], own: dict[str, Tens
     return True
 
 
-def _of_class_count(name: str, value: Tensor, own: dict[str, Tensor]) -> bool:
-    """Whether a parameter differs in its outputs alone, as a head of other classes does."""
-    return (
-        name.startswith(HEAD)
-        and name != POSITIONAL_EMBEDDING
-        and own[name].shape[1:] == value.shape[1:]
-    )
+def _head_of_other_classes(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """The last layer's weight and bias if they differ by the class count and by nothing else."""
+    layer = list(own)[-1].rpartition(".")[0]  # out.2.c_proj, out.3 or out.2, as the pool has it
+    head = [f"{layer}.weight", f"{layer}.bias"]
+    if not weights.keys() >= set(head):
+        return []
+    theirs, ours = ([state[name].shape for name in head] for state in (weights, own))
+    other_count = theirs[0][:1] != ours[0][:1] and theirs[1] == theirs[0][:1]
+    return head if other_count and theirs[0][1:] == ours[0][1:] else []
 
 
 def _size_note(settings: Settings, theirs: Settings | None, *, how: str) -> str:
