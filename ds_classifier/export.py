@@ -30,7 +30,7 @@ from ds_classifier import files
 from ds_classifier.config import FIXED_SETTINGS, Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier, parse_channel_mult
-from ds_classifier.model_card import model_card
+from ds_classifier.model_card import is_evaluation, model_card
 from ds_classifier.reference_flags import (
     Obstacle,
     classifier_flags,
@@ -134,22 +134,35 @@ def _write(
 
 
 def find_evaluation(source: Source) -> dict[str, Any] | None:
-    """What evaluate.py has measured of exactly these weights, in eval/ of the run, or None."""
+    """What evaluate.py has measured of exactly this classifier, in eval/ of the run, or None.
+
+    None too for other settings, such as another noise process of a bare file's weights, and for a
+    record that is damaged.
+    """
+    settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
+    ours = dict(
+        format=EVALUATION_FORMAT,
+        version=EVALUATION_VERSION,
+        weights_sha256=source.sha256,
+        settings=settings,
+    )
     try:
-        record = json.loads((source.home / "eval" / f"{source.name}.json").read_text())
-    except (OSError, ValueError):
+        path = source.home / "eval" / f"{source.name}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if ours != {key: record[key] for key in ours}:
+            return None
+        rows = [record["classifier"]["uniform_t"], *record["classifier"]["levels"]]
+        evaluation = {
+            "precision": record["precision"],
+            "samples": record["data"]["samples"],
+            "data": record["data"]["fingerprint"],
+            "noise": record["noise"],
+            "uniform_t": rows[0],
+            "levels": rows[1:],
+        }
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    ours = (EVALUATION_FORMAT, EVALUATION_VERSION, source.sha256)
-    if ours != tuple(record.get(key) for key in ("format", "version", "weights_sha256")):
-        return None
-    return {
-        "precision": record["precision"],
-        "samples": record["data"]["samples"],
-        "data": record["data"]["fingerprint"],
-        "noise": record["noise"],
-        "uniform_t": record["classifier"]["uniform_t"],
-        "levels": record["classifier"]["levels"],
-    }
+    return evaluation if is_evaluation(evaluation) else None
 
 
 def describe(

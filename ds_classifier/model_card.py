@@ -6,9 +6,11 @@ What of it a machine reads: https://huggingface.co/docs/hub/model-cards (model-i
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 CLASSES_SHOWN = 100
+MEANS = ("acc@5", "loss", "ece", "grad_norm")  # shown beside acc@1; null where nothing is finite
 
 
 def model_card(description: dict[str, Any], flags: str) -> str:
@@ -127,6 +129,30 @@ def _use(name: str, flags: str) -> str:
         f'source, classifier = load_classifier(Path("{name}.safetensors"))\n'
         "cond_fn = classifier_gradient(classifier, scale=1.0)  # or .half(), .bfloat16()\n"
         "```"
+    )
+
+
+def is_evaluation(evaluation: dict[str, Any]) -> bool:
+    """Whether every value that the card shows of an export's evaluation is of its kind."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def row(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and number(row.get("acc@1"))
+            and all(name in row and (row[name] is None or number(row[name])) for name in MEANS)
+        )
+
+    return (
+        type(evaluation["samples"]) is int
+        and all(isinstance(evaluation[key], str) for key in ("precision", "data", "noise"))
+        and row(evaluation["uniform_t"])
+        and all(
+            row(level) and type(level.get("t")) is int and number(level.get("log_snr"))
+            for level in evaluation["levels"]
+        )
     )
 
 

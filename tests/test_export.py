@@ -50,11 +50,13 @@ def write_evaluation(run: Path, step: int = 7, **changes) -> None:
     """What evaluate.py writes of it, less what an export does not read."""
     final = run / "checkpoints" / checkpoint.step_name(step)
     manifest = json.loads((final / checkpoint.MANIFEST).read_text())
+    settings = Settings(**checkpoint.read_state(final)["settings"])
     numbers = {"acc@1": 0.75, "acc@5": 1.0, "loss": 0.5, "ece": 0.01, "grad_norm": 3.5}
     record = {
         "format": EVALUATION_FORMAT,
         "version": EVALUATION_VERSION,
         "weights_sha256": manifest["files"][checkpoint.MODEL]["sha256"],
+        "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
         "precision": "fp32",
         "data": {"samples": 360, "fingerprint": "a" * 64, "location": "/home/someone/val"},
         "noise": "keyed",
@@ -156,6 +158,58 @@ def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
     assert "/home/someone" not in json.dumps(described)
     card = (run / "export" / "README.md").read_text()
     assert "| 0 | 8.90 | 75.0 | 100.0 | 0.500 | 1.0 | 3.5 |" in card
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(noise_schedule="cosine"),
+        dict(diffusion_steps=500),
+        dict(timestep_respacing="250"),
+        dict(rescale_timesteps=True),
+    ],
+)
+def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypatch, other):
+    """The same bare file, measured once: its own process cannot be seen in it."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+    measured = Settings(**SMALL)
+    torch.save(filled(tensors_of(measured)), tmp_path / "bare.pt")
+    make_run(tmp_path / "run", noise_schedule="linear")
+    write_evaluation(tmp_path / "run")
+    record = json.loads((tmp_path / "run/eval/step-00000007.json").read_text())
+    record["weights_sha256"] = hashlib.sha256((tmp_path / "bare.pt").read_bytes()).hexdigest()
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "bare.json").write_text(json.dumps(record))
+    for settings, told in ((measured, True), (measured.replace(**other), False)):
+        assert export.export(tmp_path / "bare.pt", settings).evaluated == told
+        card = (tmp_path / "export" / "README.md").read_text()
+        assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
+
+
+def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
+    """Every value in turn gone, or of another kind; and no JSON at all."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+    run = make_run(tmp_path / "run")
+    write_evaluation(run)
+    path = run / "eval" / "step-00000007.json"
+    whole = json.loads(path.read_text())
+    records: list = [[], None]
+    for key in whole:
+        records += [whole | {key: value} for value in (None, [], {}, 7, [None])]
+        records.append({k: v for k, v in whole.items() if k != key})
+    numbers = whole["classifier"]["uniform_t"]
+    for key in numbers:
+        for row in (numbers | {key: "x"}, {k: v for k, v in numbers.items() if k != key}):
+            records.append(whole | {"classifier": {"uniform_t": row, "levels": []}})
+            level = dict(row, t=0, log_snr=8.9)
+            records.append(whole | {"classifier": {"uniform_t": numbers, "levels": [level]}})
+    source, _ = open_weights(run, Settings())
+    assert export.find_evaluation(source) is not None
+    for text in ("", "[" * 100_000, "\0", *map(json.dumps, records)):
+        path.write_text(text)
+        assert export.find_evaluation(source) is None, text
+    path.write_text(json.dumps(records[-1]))
+    assert not export.export(run).evaluated
 
 
 def test_the_json_tells_what_guidance_needs(tmp_path):
