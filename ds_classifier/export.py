@@ -65,15 +65,24 @@ class Exported:
     obstacles: list[Obstacle]
 
 
-def export(path: Path, given: Settings | None = None, out: Path | None = None) -> Exported:
+def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = None) -> Exported:
     """Export a classifier.
 
-    path, given: as of `weights.open_weights`. out: a directory; None: export/ of the run, or beside
-    the file. Files there of the same names are replaced, each at once.
-    Raises ValueError where path holds no weights or none that are finite, RuntimeError where what
-    was written reads back as another classifier; nothing has got its name then.
+    path: as of `weights.open_weights`. given: the settings that the user named; the others are the
+    defaults. out: a directory; None: export/ of the run, or beside the file. Files of an export of
+    the same name there are replaced, each at once.
+    Raises ValueError where path holds no weights or none that are finite, where what is given
+    contradicts the settings recorded with them, or where out holds a file that is no export's;
+    RuntimeError where what was written reads back as another classifier. Nothing has got its name
+    then.
     """
-    source, weights = open_weights(path, given or Settings())
+    given = given or {}
+    source, weights = open_weights(path, Settings(**given))
+    if wrong := source.contradicted_by(given):
+        raise ValueError(
+            f"got --{wrong[0]}; need none for {source.path}, in which it is "
+            f"{getattr(source.settings, wrong[0])!r}; do: drop it"
+        )
     refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)

@@ -172,16 +172,15 @@ def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
 def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypatch, other):
     """The same bare file, measured once: its own process cannot be seen in it."""
     monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
-    measured = Settings(**SMALL)
-    torch.save(filled(tensors_of(measured)), tmp_path / "bare.pt")
+    torch.save(filled(tensors_of(Settings(**SMALL))), tmp_path / "bare.pt")
     make_run(tmp_path / "run", noise_schedule="linear")
     write_evaluation(tmp_path / "run")
     record = json.loads((tmp_path / "run/eval/step-00000007.json").read_text())
     record["weights_sha256"] = hashlib.sha256((tmp_path / "bare.pt").read_bytes()).hexdigest()
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "bare.json").write_text(json.dumps(record))
-    for settings, told in ((measured, True), (measured.replace(**other), False)):
-        assert export.export(tmp_path / "bare.pt", settings).evaluated == told
+    for given, told in ((SMALL, True), (SMALL | other, False)):
+        assert export.export(tmp_path / "bare.pt", given).evaluated == told
         card = (tmp_path / "export" / "README.md").read_text()
         assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
 
@@ -369,12 +368,23 @@ def test_a_bare_file_is_exported_by_its_flags(tmp_path):
     assert "--classifier_depth: got 2; need 1" in done.output
 
 
+def test_a_flag_that_contradicts_a_checkpoint_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    done = run_python(ROOT / "launch" / "export.py", run, "--image_size", 64, cwd=tmp_path)
+    assert (done.code, "Traceback" in done.output) == (2, False)
+    assert "got --image_size; need none for" in done.output
+    assert "in which it is 16; do: drop it" in done.output
+    assert not (run / "export").exists()
+    done = run_python(ROOT / "launch" / "export.py", run, "--image_size", 16, cwd=tmp_path)
+    assert done.code == 0, done.output
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     weights = filled(tensors_of(Settings(**SMALL)))
     weights["out.0.bias"][3] = float("nan")
     torch.save(weights, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match="not all finite"):
-        export.export(tmp_path / "nan.pt", Settings(**SMALL))
+        export.export(tmp_path / "nan.pt", SMALL)
     assert not (tmp_path / "export").exists()
 
 
