@@ -30,7 +30,7 @@ from ds_classifier import files
 from ds_classifier.config import FIXED_SETTINGS, Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier, parse_channel_mult
-from ds_classifier.model_card import is_evaluation, model_card
+from ds_classifier.model_card import is_evaluation, is_model_card, model_card
 from ds_classifier.reference_flags import (
     Obstacle,
     classifier_flags,
@@ -44,9 +44,11 @@ from ds_classifier.weights import (
     EXPORT_VERSION,
     Source,
     open_weights,
+    own_json,
     refuse_not_finite,
 )
 
+SUFFIXES = (".pt", ".safetensors", ".json", ".flags.txt")
 CARD = "README.md"
 PROBES = 5  # timesteps at which the files are compared with the live classifier
 # Relative to the largest number; on one machine the same weights give the same numbers.
@@ -88,16 +90,18 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     live.load_state_dict(weights)
     live.eval().requires_grad_(False)
     out = out or source.home / "export"
+    name = source.name if source.step is None else f"model{source.step:06d}"
+    _refuse_others_files(out, name, source)
     out.mkdir(parents=True, exist_ok=True)
     staging = out / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         evaluation = find_evaluation(source)
-        name = source.name if source.step is None else f"model{source.step:06d}"
         names = _write(staging, name, source, live, evaluation)
         timesteps, difference = _compare(staging, name, live, source.settings)
-        for file in names:
+        # The JSON first: cut off here, an export is made anew, for it tells whose the files are.
+        for file in sorted(names, key=lambda file: not file.endswith(".json")):
             files.fsync(staging / file)
             os.replace(staging / file, out / file)
         files.fsync(out)
@@ -113,6 +117,24 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
 
 
 # ----------------------------------------------------------------------------------- the files
+
+
+def _refuse_others_files(out: Path, name: str, source: Source) -> None:
+    """Raise ValueError where a file to be replaced is the source, or was written by no export."""
+    described = own_json(out / f"{name}.json") is not None
+    ours = dict.fromkeys([name + suffix for suffix in SUFFIXES], described)
+    ours[CARD] = is_model_card(out / CARD)
+    found = [file for file in ours if (out / file).exists()]
+    problem = None
+    if others := [file for file in found if not ours[file]]:
+        problem = f"which holds {', '.join(others)} of another origin"
+    if own := [file for file in found if (out / file).samefile(source.path)]:
+        problem = f"in which {own[0]} is what is exported"
+    if problem:
+        raise ValueError(
+            f"--out: got {out}, {problem}; need a place where nothing but an earlier export is "
+            "replaced; do: choose another --out"
+        )
 
 
 def _write(

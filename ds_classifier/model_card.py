@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+LIBRARY = "library_name: ds_classifier"  # a line of the front matter
 CLASSES_SHOWN = 100
 MEANS = ("acc@5", "loss", "ece", "grad_norm")  # shown beside acc@1; null where nothing is finite
 
@@ -41,11 +43,21 @@ def model_card(description: dict[str, Any], flags: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def is_model_card(path: Path) -> bool:
+    """Whether a file is a card of an export, perhaps edited: its front matter tells."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    front_matter = text.removeprefix("---\n").partition("\n---")[0]
+    return text.startswith("---\n") and LIBRARY in front_matter.splitlines()
+
+
 def _front_matter(description: dict[str, Any]) -> str:
     """YAML; its strings are written as JSON, which YAML reads."""
     lines = [
         "---",
-        "library_name: ds_classifier",
+        LIBRARY,
         "pipeline_tag: image-classification",
         "tags:",
         *(f"- {tag}" for tag in ("classifier-guidance", "diffusion", "guided-diffusion")),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_model import filled
 from test_weights import SMALL
 
@@ -108,9 +108,9 @@ def test_same_bytes_in_another_place_and_process(tmp_path):
 def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
     """One number changed on the way into a file, or a setting that builds the same tensors."""
     run = make_run(tmp_path / "run")
-    kept = run / "export" / "model000007.pt"
-    kept.parent.mkdir()
-    kept.write_bytes(b"of before")
+    before = export.export(run).paths[0].parent
+    (before / "model000007.pt").write_bytes(b"of before")
+    kept = sums(before)
 
     def perturbed(write):
         def changed(tensors, *rest, **keywords):
@@ -142,7 +142,7 @@ def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
         monkeypatch.setattr(export, "describe", other_settings)
     with pytest.raises(RuntimeError):
         export.export(run)
-    assert {p.name: p.read_bytes() for p in kept.parent.iterdir()} == {kept.name: b"of before"}
+    assert sums(before) == kept
 
 
 def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
@@ -377,6 +377,59 @@ def test_a_flag_that_contradicts_a_checkpoint_is_refused(tmp_path):
     assert not (run / "export").exists()
     done = run_python(ROOT / "launch" / "export.py", run, "--image_size", 16, cwd=tmp_path)
     assert done.code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "model000007.pt",
+        "model000007.safetensors",
+        "model000007.json",
+        "model000007.flags.txt",
+    ],
+)
+@pytest.mark.parametrize("content", [b"mine", b"---\nlicense: mit\n---\n", b"{}", b"\xff"])
+def test_files_of_others_are_not_replaced(tmp_path, name, content):
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--out: got {out}, which holds {name} of another"):
+        export.export(run, out=out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {name: content}
+
+
+def test_an_earlier_export_is_replaced(tmp_path):
+    """Its card may have been edited, its JSON be of another version, its weights be cut short."""
+    run = make_run(tmp_path / "run")
+    folder = export.export(run).paths[0].parent
+    whole = sums(folder)
+    card, described = folder / "README.md", folder / "model000007.json"
+    card.write_text(card.read_text(encoding="utf-8").replace("---\n", "---\nlicense: mit\n", 1))
+    described.write_text(described.read_text().replace('"version": 1', '"version": 0'))
+    (folder / "model000007.pt").write_bytes(b"")
+    export.export(run)
+    assert sums(folder) == whole
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_exported_is_not_replaced(tmp_path, suffix):
+    """A bare file of another precision, and an export onto itself."""
+    half = {name: value.half() for name, value in filled(tensors_of(Settings(**SMALL))).items()}
+    path = tmp_path / f"model{suffix}"
+    torch.save(half, path) if suffix == ".pt" else save_file(half, path)
+    before = sums(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^--out: got .*, in which model\{suffix} is what is exp"
+    ):
+        export.export(path, SMALL, tmp_path)
+    assert sums(tmp_path) == before
+    export.export(path, SMALL)
+    folder = tmp_path / "export"
+    before = sums(folder)
+    with pytest.raises(ValueError, match="is what is exported"):
+        export.export(folder / path.name, out=folder)
+    assert sums(folder) == before
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
