@@ -147,6 +147,8 @@ def _write(
         torch.save(state, file)
     # One key: safetensors writes several in any order.
     save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    # It writes for its owner alone, whatever the umask.
+    shutil.copymode(folder / f"{name}.pt", folder / f"{name}.safetensors")
     of_weights = {
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in (folder / f"{name}.pt", folder / f"{name}.safetensors")

@@ -432,6 +432,17 @@ def test_what_is_exported_is_not_replaced(tmp_path, suffix):
     assert sums(folder) == before
 
 
+def test_files_are_for_whom_the_umask_says(tmp_path):
+    run = make_run(tmp_path / "run")
+    for umask, mode in ((0o022, 0o644), (0o007, 0o660)):
+        before = os.umask(umask)
+        try:
+            paths = export.export(run, out=tmp_path / f"{mode:o}").paths
+        finally:
+            os.umask(before)
+        assert {path.stat().st_mode & 0o777 for path in paths} == {mode}
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     weights = filled(tensors_of(Settings(**SMALL)))
     weights["out.0.bias"][3] = float("nan")
