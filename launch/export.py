@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in exported.paths:
         print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")
     if not exported.evaluated:
-        print("no accuracies in them: evaluate.py has not measured these weights yet")
+        print("no accuracies in them: evaluate.py has not measured this classifier and process yet")
     t = ", ".join(map(str, exported.timesteps))
     print(
         f"read back: logits and input gradients at t = {t} differ by "
