@@ -30,7 +30,7 @@ from ds_classifier import files
 from ds_classifier.config import FIXED_SETTINGS, Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier, parse_channel_mult
-from ds_classifier.model_card import model_card
+from ds_classifier.model_card import is_evaluation, is_model_card, model_card
 from ds_classifier.reference_flags import (
     Obstacle,
     classifier_flags,
@@ -44,8 +44,11 @@ from ds_classifier.weights import (
     EXPORT_VERSION,
     Source,
     open_weights,
+    own_json,
+    refuse_not_finite,
 )
 
+SUFFIXES = (".pt", ".safetensors", ".json", ".flags.txt")
 CARD = "README.md"
 PROBES = 5  # timesteps at which the files are compared with the live classifier
 # Relative to the largest number; on one machine the same weights give the same numbers.
@@ -64,31 +67,41 @@ class Exported:
     obstacles: list[Obstacle]
 
 
-def export(path: Path, given: Settings | None = None, out: Path | None = None) -> Exported:
+def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = None) -> Exported:
     """Export a classifier.
 
-    path, given: as of `weights.open_weights`. out: a directory; None: export/ of the run, or beside
-    the file. Files there of the same names are replaced, each at once.
-    Raises ValueError where path holds no weights or none that are finite, RuntimeError where what
-    was written reads back as another classifier; nothing has got its name then.
+    path: as of `weights.open_weights`. given: the settings that the user named; the others are the
+    defaults. out: a directory; None: export/ of the run, or beside the file. Files of an export of
+    the same name there are replaced, each at once.
+    Raises ValueError where path holds no weights or none that are finite, where what is given
+    contradicts the settings recorded with them, or where out holds a file that is no export's;
+    RuntimeError where what was written reads back as another classifier. Nothing has got its name
+    then.
     """
-    source, weights = open_weights(path, given or Settings())
+    given = given or {}
+    source, weights = open_weights(path, Settings(**given))
+    if wrong := source.contradicted_by(given):
+        raise ValueError(
+            f"got --{wrong[0]}; need none for {source.path}, in which it is "
+            f"{getattr(source.settings, wrong[0])!r}; do: drop it"
+        )
+    refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)
     live.eval().requires_grad_(False)
-    if not all(value.isfinite().all() for value in live.state_dict().values()):
-        raise ValueError(f"got {source.path}, whose weights are not all finite; need another step")
     out = out or source.home / "export"
+    name = source.name if source.step is None else f"model{source.step:06d}"
+    _refuse_others_files(out, name, source)
     out.mkdir(parents=True, exist_ok=True)
     staging = out / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         evaluation = find_evaluation(source)
-        name = source.name if source.step is None else f"model{source.step:06d}"
         names = _write(staging, name, source, live, evaluation)
         timesteps, difference = _compare(staging, name, live, source.settings)
-        for file in names:
+        # The JSON first: cut off here, an export is made anew, for it tells whose the files are.
+        for file in sorted(names, key=lambda file: not file.endswith(".json")):
             files.fsync(staging / file)
             os.replace(staging / file, out / file)
         files.fsync(out)
@@ -106,6 +119,24 @@ def export(path: Path, given: Settings | None = None, out: Path | None = None) -
 # ----------------------------------------------------------------------------------- the files
 
 
+def _refuse_others_files(out: Path, name: str, source: Source) -> None:
+    """Raise ValueError where a file to be replaced is the source, or was written by no export."""
+    described = own_json(out / f"{name}.json") is not None
+    ours = dict.fromkeys([name + suffix for suffix in SUFFIXES], described)
+    ours[CARD] = is_model_card(out / CARD)
+    found = [file for file in ours if (out / file).exists()]
+    problem = None
+    if others := [file for file in found if not ours[file]]:
+        problem = f"which holds {', '.join(others)} of another origin"
+    if own := [file for file in found if (out / file).samefile(source.path)]:
+        problem = f"in which {own[0]} is what is exported"
+    if problem:
+        raise ValueError(
+            f"--out: got {out}, {problem}; need a place where nothing but an earlier export is "
+            "replaced; do: choose another --out"
+        )
+
+
 def _write(
     folder: Path, name: str, source: Source, live: nn.Module, evaluation: dict[str, Any] | None
 ) -> list[str]:
@@ -116,6 +147,8 @@ def _write(
         torch.save(state, file)
     # One key: safetensors writes several in any order.
     save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    # It writes for its owner alone, whatever the umask.
+    shutil.copymode(folder / f"{name}.pt", folder / f"{name}.safetensors")
     of_weights = {
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in (folder / f"{name}.pt", folder / f"{name}.safetensors")
@@ -134,22 +167,35 @@ def _write(
 
 
 def find_evaluation(source: Source) -> dict[str, Any] | None:
-    """What evaluate.py has measured of exactly these weights, in eval/ of the run, or None."""
+    """What evaluate.py has measured of exactly this classifier, in eval/ of the run, or None.
+
+    None too for other settings, such as another noise process of a bare file's weights, and for a
+    record that is damaged.
+    """
+    settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
+    ours = dict(
+        format=EVALUATION_FORMAT,
+        version=EVALUATION_VERSION,
+        weights_sha256=source.sha256,
+        settings=settings,
+    )
     try:
-        record = json.loads((source.home / "eval" / f"{source.name}.json").read_text())
-    except (OSError, ValueError):
+        path = source.home / "eval" / f"{source.name}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if ours != {key: record[key] for key in ours}:
+            return None
+        rows = [record["classifier"]["uniform_t"], *record["classifier"]["levels"]]
+        evaluation = {
+            "precision": record["precision"],
+            "samples": record["data"]["samples"],
+            "data": record["data"]["fingerprint"],
+            "noise": record["noise"],
+            "uniform_t": rows[0],
+            "levels": rows[1:],
+        }
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    ours = (EVALUATION_FORMAT, EVALUATION_VERSION, source.sha256)
-    if ours != tuple(record.get(key) for key in ("format", "version", "weights_sha256")):
-        return None
-    return {
-        "precision": record["precision"],
-        "samples": record["data"]["samples"],
-        "data": record["data"]["fingerprint"],
-        "noise": record["noise"],
-        "uniform_t": record["classifier"]["uniform_t"],
-        "levels": record["classifier"]["levels"],
-    }
+    return evaluation if is_evaluation(evaluation) else None
 
 
 def describe(
@@ -209,7 +255,10 @@ def _compare(
     state, largest = live.state_dict(), 0.0
     timesteps, *expected = logits_and_gradients(live, settings)
     for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
-        source, weights = open_weights(path, Settings())  # by the JSON beside it, hashes compared
+        try:
+            source, weights = open_weights(path, Settings())  # by the JSON beside it, with hashes
+        except ValueError as error:
+            raise RuntimeError(f"{path.name}: cannot be read back: {error}") from None
         if path.suffix == ".pt" and list(weights) != list(state):
             raise RuntimeError(f"{path.name}: reads back with other names, or in another order")
         wrong = [key for key in state if not torch.equal(weights[key], state[key])]

@@ -14,16 +14,17 @@ from ds_classifier.model import create_classifier, parse_channel_mult
 def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | None:
     """The settings that build a classifier of exactly these tensors, as near to `given` as can be.
 
-    None if no setting does.
+    weights: without empty dimensions, as `weights.read_weights` gives them; their names and shapes
+    may be anything. None if no setting does.
     """
-    if _fits(weights, given):
+    if fits(weights, given):
         return given
     fitting = []
-    for candidate in filter(lambda settings: _fits(weights, settings), _candidates(weights, given)):
+    for candidate in filter(lambda settings: fits(weights, settings), _candidates(weights, given)):
         # What the tensors do not decide stays as given.
         for name, value in vars(given).items():
             nearer = candidate.replace(**{name: value})
-            if nearer != candidate and _fits(weights, nearer):
+            if nearer != candidate and fits(weights, nearer):
                 candidate = nearer
         fitting.append(candidate)
     return min(fitting, key=lambda settings: len(differences(settings, given)), default=None)
@@ -38,7 +39,8 @@ def differences(settings: Settings, given: Settings) -> list[str]:
     ]
 
 
-def _fits(weights: dict[str, Tensor], settings: Settings) -> bool:
+def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
+    """Whether settings build a classifier of exactly these names and shapes."""
     try:
         own = tensors_of(settings)
     except ValueError:
@@ -68,7 +70,7 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
         first_emb = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     except (KeyError, IndexError):
         return []
-    blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("input_blocks"))
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("input_blocks.")})
     strided = sum(f"input_blocks.{i}.0.op.weight" in weights for i in range(blocks))
     found = []
     for levels in [strided + 1] if strided else range(1, blocks):
@@ -79,7 +81,7 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
         image_size = side * 2 ** (levels - 1) if side else given.image_size
         firsts = [1 + level * (depth + 1) for level in range(levels)]
         norms = [weights.get(f"input_blocks.{i}.0.out_layers.0.weight") for i in firsts]
-        if any(norm is None for norm in norms):
+        if any(norm is None or norm.dim() == 0 for norm in norms):
             continue
         mult = tuple(norm.shape[0] / width for norm in norms)
         attended = [

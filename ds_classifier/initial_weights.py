@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ds_classifier.config import Settings
 from ds_classifier.fitting import differences, fitting_settings, tensors_of
 from ds_classifier.model import parse_channel_mult
-from ds_classifier.weights import find_recorded, read_tensors
+from ds_classifier.weights import find_recorded, read_recorded, read_weights, refuse_not_finite
 
-HEAD = "out."  # parameters whose shapes may follow the class count
 POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # of the attention pool
 
 
@@ -30,11 +29,13 @@ def load_initial_weights(
     path: a guided-diffusion .pt, an export, a checkpoint or a run. settings, classes: those of
     `classifier`. The first line says where the weights are from, the others what of them was left
     out or changed, and what they were trained for otherwise.
-    Raises ValueError for weights of another architecture, naming the flags that would fit.
+    Raises ValueError for weights of another architecture, naming the flags that would fit, and for
+    some that are not finite: training would skip every step.
     """
     try:
         recorded = find_recorded(path)
-        weights = read_tensors(recorded.path if recorded else path)
+        weights = read_recorded(recorded) if recorded else read_weights(path)
+        refuse_not_finite(weights, path)
     except ValueError as error:
         raise ValueError(f"--init_from: {error}") from None
     theirs = recorded.settings if recorded else fitting_settings(weights, settings)
@@ -45,18 +46,14 @@ def load_initial_weights(
             "is interpolated"))  # fmt: skip
     elif theirs is not None and theirs.image_size != settings.image_size:
         notes.append(_size_note(settings, theirs, how="all weights are kept"))
-    head = [
-        name
-        for name, value in weights.items()
-        if name in own and own[name].shape != value.shape and _of_class_count(name, value, own)
-    ]
+    head = _head_of_other_classes(weights, own)
     kept = {name: value for name, value in weights.items() if name not in head}
     if weights.keys() != own.keys() or any(own[n].shape != v.shape for n, v in kept.items()):
         raise ValueError(_misfit(path, theirs, settings))
     classifier.load_state_dict(kept, strict=False)
     if head:
         notes.append(
-            f"another number of classes, {len(weights[head[-1]])} there and {len(classes)} here: "
+            f"another number of classes, {len(weights[head[0]])} there and {len(classes)} here: "
             f"the head starts anew ({', '.join(head)})"
         )
     if recorded is not None:
@@ -84,22 +81,27 @@ def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:
 def _resize_positional_embedding(weights: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
     """Interpolate it in `weights` if it is of another feature map's size; returns whether."""
     got, need = weights.get(POSITIONAL_EMBEDDING), own.get(POSITIONAL_EMBEDDING)
-    if got is None or need is None or got.shape == need.shape or got.shape[0] != need.shape[0]:
+    if got is None or need is None or got.shape == need.shape:
         return False
-    if math.isqrt(got.shape[1] - 1) ** 2 != got.shape[1] - 1:
+    if got.dim() != 2 or got.shape[0] != need.shape[0]:
+        return False
+    pixels = got.shape[1] - 1
+    if pixels == 0 or math.isqrt(pixels) ** 2 != pixels:
         return False
     side = math.isqrt(need.shape[1] - 1)
     weights[POSITIONAL_EMBEDDING] = interpolate_positional_embedding(got, side)
     return True
 
 
-def _of_class_count(name: str, value: Tensor, own: dict[str, Tensor]) -> bool:
-    """Whether a parameter differs in its outputs alone, as a head of other classes does."""
-    return (
-        name.startswith(HEAD)
-        and name != POSITIONAL_EMBEDDING
-        and own[name].shape[1:] == value.shape[1:]
-    )
+def _head_of_other_classes(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """The last layer's weight and bias if they differ by the class count and by nothing else."""
+    layer = list(own)[-1].rpartition(".")[0]  # out.2.c_proj, out.3 or out.2, as the pool has it
+    head = [f"{layer}.weight", f"{layer}.bias"]
+    if not weights.keys() >= set(head):
+        return []
+    theirs, ours = ([state[name].shape for name in head] for state in (weights, own))
+    other_count = theirs[0][:1] != ours[0][:1] and theirs[1] == theirs[0][:1]
+    return head if other_count and theirs[0][1:] == ours[0][1:] else []
 
 
 def _size_note(settings: Settings, theirs: Settings | None, *, how: str) -> str:

@@ -6,9 +6,13 @@ What of it a machine reads: https://huggingface.co/docs/hub/model-cards (model-i
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
+LIBRARY = "library_name: ds_classifier"  # a line of the front matter
 CLASSES_SHOWN = 100
+MEANS = ("acc@5", "loss", "ece", "grad_norm")  # shown beside acc@1; null where nothing is finite
 
 
 def model_card(description: dict[str, Any], flags: str) -> str:
@@ -39,11 +43,21 @@ def model_card(description: dict[str, Any], flags: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def is_model_card(path: Path) -> bool:
+    """Whether a file is a card of an export, perhaps edited: its front matter tells."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    front_matter = text.removeprefix("---\n").partition("\n---")[0]
+    return text.startswith("---\n") and LIBRARY in front_matter.splitlines()
+
+
 def _front_matter(description: dict[str, Any]) -> str:
     """YAML; its strings are written as JSON, which YAML reads."""
     lines = [
         "---",
-        "library_name: ds_classifier",
+        LIBRARY,
         "pipeline_tag: image-classification",
         "tags:",
         *(f"- {tag}" for tag in ("classifier-guidance", "diffusion", "guided-diffusion")),
@@ -127,6 +141,30 @@ def _use(name: str, flags: str) -> str:
         f'source, classifier = load_classifier(Path("{name}.safetensors"))\n'
         "cond_fn = classifier_gradient(classifier, scale=1.0)  # or .half(), .bfloat16()\n"
         "```"
+    )
+
+
+def is_evaluation(evaluation: dict[str, Any]) -> bool:
+    """Whether every value that the card shows of an export's evaluation is of its kind."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def row(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and number(row.get("acc@1"))
+            and all(name in row and (row[name] is None or number(row[name])) for name in MEANS)
+        )
+
+    return (
+        type(evaluation["samples"]) is int
+        and all(isinstance(evaluation[key], str) for key in ("precision", "data", "noise"))
+        and row(evaluation["uniform_t"])
+        and all(
+            row(level) and type(level.get("t")) is int and number(level.get("log_snr"))
+            for level in evaluation["levels"]
+        )
     )
 
 

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from ds_classifier import checkpoint, files
 from ds_classifier.config import Settings
-from ds_classifier.fitting import differences, fitting_settings
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.fitting import differences, fits, fitting_settings
 from ds_classifier.model import create_classifier
 
 EXPORT_FORMAT, EXPORT_VERSION = "ds_classifier export", 1
 # Of an export's JSON: the sections that hold settings, under the names of `Settings`.
 SETTINGS_SECTIONS = ("classifier", "diffusion", "training")
+DESCRIPTION = {"files": dict, "step": int | None, "classes": list | None, "data": str | None}
+DESCRIPTION |= dict.fromkeys(SETTINGS_SECTIONS, dict)
+# Those that the tensors do not tell, or not all of them: a default would be another classifier's.
+NEEDED_SETTINGS = (*Settings().model_kwargs(), *Settings().diffusion_kwargs())
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,12 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
     path: a run or a directory of exports (the newest step), a checkpoint, or a .pt or .safetensors
     file. given: the settings for a file that does not tell them, where num_classes 0 means as many
     as it has.
-    Raises ValueError for what holds no weights, or for settings that do not fit a file.
+    Raises ValueError for what holds no weights, or for settings, given or recorded, that do not fit
+    them.
     """
     source = find_recorded(path)
     if source is not None:
-        return source, read_tensors(source.path)
+        return source, read_recorded(source)
     weights = read_weights(path)
     fitting = fitting_settings(weights, given)
     if fitting is None:
@@ -105,16 +113,22 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
 def find_recorded(path: Path) -> Source | None:
     """The weights that a path names, if their settings are recorded with them; None: a bare file.
 
-    path: as of `open_weights`. Raises ValueError for a directory without weights, for a damaged
-    checkpoint, and for a file that is not the one its JSON tells of.
+    path: as of `open_weights`. Raises ValueError for a path that does not exist, for a directory
+    without weights, for a damaged checkpoint or JSON, and for a file that is not the one its JSON
+    tells of.
     """
     if path.is_dir() and (exports := _exports_in(path)):
         path = max(exports, key=lambda file: _description(file)["step"] or 0)
     if path.is_file():
         return _find_export(path)
+    if not path.exists():
+        raise ValueError(
+            f"got {path}, which does not exist; need a run, one of its checkpoints, an export, or "
+            "a .pt or .safetensors file"
+        )
     found = checkpoint.resolve_checkpoint(path)
     state = checkpoint.read_state(found)
-    manifest = json.loads((found / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((found / checkpoint.MANIFEST).read_text(encoding="utf-8"))
     return Source(
         found,
         Settings(**state["settings"]),
@@ -124,28 +138,75 @@ def find_recorded(path: Path) -> Source | None:
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint or of a file of weights."""
-    return checkpoint.read_model(path) if path.is_dir() else read_weights(path)
+def read_recorded(source: Source) -> dict[str, Tensor]:
+    """The state dict of a checkpoint or an export.
+
+    Raises ValueError where the settings recorded with it build another classifier.
+    """
+    path = source.path
+    weights = checkpoint.read_model(path) if source.kind == "checkpoint" else read_weights(path)
+    if not fits(weights, source.settings):
+        told = path if source.kind == "checkpoint" else path.with_suffix(".json")
+        raise ValueError(
+            f"{told}: got settings that do not build the tensors in {path.name}; need those that "
+            "it was trained with; do: export it again, or restore the file"
+        )
+    return weights
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a .pt or .safetensors file; no code in it is run.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything but names and dense floating tensors with numbers in them.
     """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own text says how to run the code
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} is no plain state dict: "
+            + (f"it holds {code[1]}, whose code is not run" if code else "it cannot be unpickled")
+            + "; need names and tensors alone; do: save model.state_dict()"
+        ) from None
     except Exception as error:  # unpickling raises whatever the file makes it
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no plain state dict: {first_line}") from None
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise ValueError(f"got {path}; need a state dict of tensors")
+    fault = _fault_of_state_dict(weights)
+    if fault is not None:
+        raise ValueError(f"{path}: got {fault}; need a state dict of dense floating tensors")
     return weights
+
+
+def refuse_not_finite(weights: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError where an fp32 classifier of these weights, read at path, has NaN or inf."""
+    for name, value in weights.items():
+        if not value.float().isfinite().all():
+            raise ValueError(
+                f"got {path}, whose weights are not all finite ({name}); need those of another step"
+            )
+
+
+def _fault_of_state_dict(weights: Any) -> str | None:
+    """What of it no classifier could be built with, whatever its settings; None: nothing."""
+    if not isinstance(weights, dict) or not weights:
+        return "nothing" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            return f"the name {name!r}"
+        if not torch.is_tensor(value):
+            return f"a {type(value).__name__} called {name!r}"
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            return f"{name!r} as a sparse tensor, or one without storage"
+        if not value.is_floating_point():
+            return f"{name!r} of {value.dtype}"
+        if value.numel() == 0:
+            return f"{name!r} of the shape {list(value.shape)}"
+    return None
 
 
 # --------------------------------------------------------------------------------------- exports
@@ -156,23 +217,87 @@ def _exports_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.safetensors")) if _description(path)]
 
 
-def _description(path: Path) -> dict[str, Any] | None:
-    """Our JSON beside a file of weights; None where there is none, or another program's.
+def own_json(path: Path) -> dict[str, Any] | None:
+    """The JSON of an export beside a file of weights, of any version, whole or damaged.
 
-    Raises ValueError for one of a version that cannot be read.
+    None where there is none, or another program's.
     """
     try:
-        description = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(description, dict) or description.get("format") != EXPORT_FORMAT:
+    ours = isinstance(description, dict) and description.get("format") == EXPORT_FORMAT
+    return description if ours else None
+
+
+def _description(path: Path) -> dict[str, Any] | None:
+    """As `own_json`. Raises ValueError for one of a version that cannot be read, or damaged."""
+    description = own_json(path)
+    if description is None:
         return None
     if description.get("version") != EXPORT_VERSION:
         raise ValueError(
             f"{path.with_suffix('.json')}: got version {description.get('version')}; need "
             f"{EXPORT_VERSION}; do: export again with this version of ds_classifier"
         )
+    fault = _fault_of_description(description)
+    if fault is not None:
+        raise ValueError(
+            f"{path.with_suffix('.json')} is damaged: {fault}; do: export it again, or move the "
+            "JSON away and give its settings as flags"
+        )
     return description
+
+
+def _fault_of_description(description: dict[str, Any]) -> str | None:
+    """What of an export's JSON is not as `export.describe` writes it; None: nothing."""
+    fault = _fault_of_values(description, DESCRIPTION)
+    if fault is not None:
+        return fault
+    for name, facts in description["files"].items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
+            return f"files: got {facts!r:.60} for {name}; need its sha256"
+    told, kinds = _settings_in(description), get_type_hints(Settings)
+    fault = _fault_of_values(told, {name: kinds[name] for name in (*NEEDED_SETTINGS, *told)})
+    if fault is not None:
+        return fault
+    settings = Settings(**told)
+    try:
+        create_gaussian_diffusion(**settings.diffusion_kwargs())
+    except ValueError as error:
+        return str(error)
+    classes = description["classes"]
+    if classes is None:
+        return None
+    if not all(isinstance(name, str) for name in classes):
+        return "classes: got a name that is no text"
+    if len(classes) != settings.num_classes:
+        return f"classes: got {len(classes)} names; need num_classes, {settings.num_classes}"
+    return None
+
+
+def _fault_of_values(values: dict[str, Any], kinds: dict[str, Any]) -> str | None:
+    """Which value is not of its kind, a type or several; a whole number may stand for a float."""
+    for name, kind in kinds.items():
+        allowed = get_args(kind) or (kind,)
+        if name not in values:
+            return f"{name}: got none; need it"
+        exact = type(values[name])
+        if exact not in allowed and not (exact is int and float in allowed):
+            words = " or ".join("null" if k is type(None) else k.__name__ for k in allowed)
+            return f"{name}: got {values[name]!r:.60}; need {words}"
+    return None
+
+
+def _settings_in(description: dict[str, Any]) -> dict[str, Any]:
+    """The settings told in an export's JSON, by name; what is none of ours is left out."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    return {
+        name: value
+        for section in SETTINGS_SECTIONS
+        for name, value in description[section].items()
+        if name in known
+    }
 
 
 def _find_export(path: Path) -> Source | None:
@@ -185,16 +310,9 @@ def _find_export(path: Path) -> Source | None:
             f"got {path}, which is not the file that {path.with_suffix('.json').name} beside it "
             "tells of; do: export it again, or move the JSON away and give its settings as flags"
         )
-    known = {field.name for field in dataclasses.fields(Settings)}
-    settings = {
-        name: value
-        for section in SETTINGS_SECTIONS
-        for name, value in description[section].items()
-        if name in known
-    }
     return Source(
         path.resolve(),
-        Settings(**settings),
+        Settings(**_settings_in(description)),
         "export",
         sha256,
         **{name: description[name] for name in ("step", "classes", "data")},

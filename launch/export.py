@@ -14,7 +14,7 @@ if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import failures
-from ds_classifier.config import RECIPES, Settings, add_setting_flags
+from ds_classifier.config import RECIPES, add_setting_flags
 
 KINDS = {
     ".pt": "guided-diffusion's state dict",
@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     from ds_classifier.export import export
 
     try:
-        exported = export(arguments.source, Settings(**given), arguments.out)
+        exported = export(arguments.source, given, arguments.out)
     except (ValueError, OSError, RuntimeError) as error:
         return failures.tell(error)
     width = max(len(str(path)) for path in exported.paths)
     for path in exported.paths:
         print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")
     if not exported.evaluated:
-        print("no accuracies in them: evaluate.py has not measured these weights yet")
+        print("no accuracies in them: evaluate.py has not measured this classifier and process yet")
     t = ", ".join(map(str, exported.timesteps))
     print(
         f"read back: logits and input gradients at t = {t} differ by "

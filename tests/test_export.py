@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_model import filled
 from test_weights import SMALL
 
@@ -50,11 +50,13 @@ def write_evaluation(run: Path, step: int = 7, **changes) -> None:
     """What evaluate.py writes of it, less what an export does not read."""
     final = run / "checkpoints" / checkpoint.step_name(step)
     manifest = json.loads((final / checkpoint.MANIFEST).read_text())
+    settings = Settings(**checkpoint.read_state(final)["settings"])
     numbers = {"acc@1": 0.75, "acc@5": 1.0, "loss": 0.5, "ece": 0.01, "grad_norm": 3.5}
     record = {
         "format": EVALUATION_FORMAT,
         "version": EVALUATION_VERSION,
         "weights_sha256": manifest["files"][checkpoint.MODEL]["sha256"],
+        "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
         "precision": "fp32",
         "data": {"samples": 360, "fingerprint": "a" * 64, "location": "/home/someone/val"},
         "noise": "keyed",
@@ -106,9 +108,9 @@ def test_same_bytes_in_another_place_and_process(tmp_path):
 def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
     """One number changed on the way into a file, or a setting that builds the same tensors."""
     run = make_run(tmp_path / "run")
-    kept = run / "export" / "model000007.pt"
-    kept.parent.mkdir()
-    kept.write_bytes(b"of before")
+    before = export.export(run).paths[0].parent
+    (before / "model000007.pt").write_bytes(b"of before")
+    kept = sums(before)
 
     def perturbed(write):
         def changed(tensors, *rest, **keywords):
@@ -140,7 +142,7 @@ def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
         monkeypatch.setattr(export, "describe", other_settings)
     with pytest.raises(RuntimeError):
         export.export(run)
-    assert {p.name: p.read_bytes() for p in kept.parent.iterdir()} == {kept.name: b"of before"}
+    assert sums(before) == kept
 
 
 def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
@@ -156,6 +158,57 @@ def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
     assert "/home/someone" not in json.dumps(described)
     card = (run / "export" / "README.md").read_text()
     assert "| 0 | 8.90 | 75.0 | 100.0 | 0.500 | 1.0 | 3.5 |" in card
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(noise_schedule="cosine"),
+        dict(diffusion_steps=500),
+        dict(timestep_respacing="250"),
+        dict(rescale_timesteps=True),
+    ],
+)
+def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypatch, other):
+    """The same bare file, measured once: its own process cannot be seen in it."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+    torch.save(filled(tensors_of(Settings(**SMALL))), tmp_path / "bare.pt")
+    make_run(tmp_path / "run", noise_schedule="linear")
+    write_evaluation(tmp_path / "run")
+    record = json.loads((tmp_path / "run/eval/step-00000007.json").read_text())
+    record["weights_sha256"] = hashlib.sha256((tmp_path / "bare.pt").read_bytes()).hexdigest()
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "bare.json").write_text(json.dumps(record))
+    for given, told in ((SMALL, True), (SMALL | other, False)):
+        assert export.export(tmp_path / "bare.pt", given).evaluated == told
+        card = (tmp_path / "export" / "README.md").read_text()
+        assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
+
+
+def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
+    """Every value in turn gone, or of another kind; and no JSON at all."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+    run = make_run(tmp_path / "run")
+    write_evaluation(run)
+    path = run / "eval" / "step-00000007.json"
+    whole = json.loads(path.read_text())
+    records: list = [[], None]
+    for key in whole:
+        records += [whole | {key: value} for value in (None, [], {}, 7, [None])]
+        records.append({k: v for k, v in whole.items() if k != key})
+    numbers = whole["classifier"]["uniform_t"]
+    for key in numbers:
+        for row in (numbers | {key: "x"}, {k: v for k, v in numbers.items() if k != key}):
+            records.append(whole | {"classifier": {"uniform_t": row, "levels": []}})
+            level = dict(row, t=0, log_snr=8.9)
+            records.append(whole | {"classifier": {"uniform_t": numbers, "levels": [level]}})
+    source, _ = open_weights(run, Settings())
+    assert export.find_evaluation(source) is not None
+    for text in ("", "[" * 100_000, "\0", *map(json.dumps, records)):
+        path.write_text(text)
+        assert export.find_evaluation(source) is None, text
+    path.write_text(json.dumps(records[-1]))
+    assert not export.export(run).evaluated
 
 
 def test_the_json_tells_what_guidance_needs(tmp_path):
@@ -242,6 +295,62 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
     assert open_weights(folder / "model000020.pt", Settings(**SMALL))[0].kind == "file"
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_damaged_json_is_named(tmp_path, suffix):
+    """Each fault alone, in a whole export's JSON: one line that names the JSON and the fault."""
+    export.export(make_run(tmp_path / "run"))
+    path = tmp_path / "run" / "export" / "model000007.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    for key, value, words in [
+        *((key, None, f"{key}: got none") for key in ("files", "step", "classes", "data")),
+        *((key, None, f"{key}: got none") for key in ("classifier", "diffusion", "training")),
+        ("files", [], "files: got []; need dict"),
+        ("files", {"model000007.pt": "5f"}, "files: got '5f' for model000007.pt"),
+        ("files", {"model000007.pt": {}}, "files: got {} for model000007.pt"),
+        ("step", "7", "step: got '7'; need int or null"),
+        ("step", True, "step: got True"),
+        ("data", 7, "data: got 7"),
+        ("classes", "abcde", "classes: got 'abcde'"),
+        ("classes", [1, 2, 3, 4, 5], "classes: got a name that is no text"),
+        ("classes", CLASSES[:4], "classes: got 4 names; need num_classes, 5"),
+        ("diffusion", whole["diffusion"] | {"noise_schedule": "quartic"}, "got 'quartic'"),
+        ("diffusion", whole["diffusion"] | {"noise_schedule": 3}, "noise_schedule: got 3"),
+        ("diffusion", whole["diffusion"] | {"diffusion_steps": 0}, "diffusion_steps: got 0"),
+        ("diffusion", {}, "diffusion_steps: got none"),
+        ("classifier", whole["classifier"] | {"image_size": "16"}, "image_size: got '16'"),
+        ("classifier", whole["classifier"] | {"classifier_depth": 2}, "do not build the tensors"),
+        ("classifier", whole["classifier"] | {"classifier_width": 33}, "do not build the tensors"),
+        ("training", whole["training"] | {"lr": "fast"}, "lr: got 'fast'; need float"),
+    ]:
+        damaged = {k: v for k, v in whole.items() if k != key}
+        damaged |= {} if value is None else {key: value}
+        path.write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(ValueError) as caught:
+            open_weights(path.with_suffix(suffix), Settings())
+        assert str(caught.value).startswith(str(path))
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(whole | {"training": {"lr": 1, "unknown": 2}}), encoding="utf-8")
+    assert open_weights(path.with_suffix(suffix), Settings())[0].settings.lr == 1
+
+
+def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
+    export.export(make_run(tmp_path / "run"))
+    code = (
+        "from pathlib import Path; from ds_classifier.weights import find_recorded\n"
+        "print(ascii(find_recorded(Path('run/export/model000007.pt')).classes))"
+    )
+    ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | ascii_only,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == ascii(CLASSES), done.stderr
+
+
 def test_a_bare_file_is_exported_by_its_flags(tmp_path):
     settings = Settings(**SMALL)
     torch.save(filled(tensors_of(settings)), tmp_path / "64x64.v2.pt")
@@ -259,12 +368,87 @@ def test_a_bare_file_is_exported_by_its_flags(tmp_path):
     assert "--classifier_depth: got 2; need 1" in done.output
 
 
+def test_a_flag_that_contradicts_a_checkpoint_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    done = run_python(ROOT / "launch" / "export.py", run, "--image_size", 64, cwd=tmp_path)
+    assert (done.code, "Traceback" in done.output) == (2, False)
+    assert "got --image_size; need none for" in done.output
+    assert "in which it is 16; do: drop it" in done.output
+    assert not (run / "export").exists()
+    done = run_python(ROOT / "launch" / "export.py", run, "--image_size", 16, cwd=tmp_path)
+    assert done.code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "model000007.pt",
+        "model000007.safetensors",
+        "model000007.json",
+        "model000007.flags.txt",
+    ],
+)
+@pytest.mark.parametrize("content", [b"mine", b"---\nlicense: mit\n---\n", b"{}", b"\xff"])
+def test_files_of_others_are_not_replaced(tmp_path, name, content):
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--out: got {out}, which holds {name} of another"):
+        export.export(run, out=out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {name: content}
+
+
+def test_an_earlier_export_is_replaced(tmp_path):
+    """Its card may have been edited, its JSON be of another version, its weights be cut short."""
+    run = make_run(tmp_path / "run")
+    folder = export.export(run).paths[0].parent
+    whole = sums(folder)
+    card, described = folder / "README.md", folder / "model000007.json"
+    card.write_text(card.read_text(encoding="utf-8").replace("---\n", "---\nlicense: mit\n", 1))
+    described.write_text(described.read_text().replace('"version": 1', '"version": 0'))
+    (folder / "model000007.pt").write_bytes(b"")
+    export.export(run)
+    assert sums(folder) == whole
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_exported_is_not_replaced(tmp_path, suffix):
+    """A bare file of another precision, and an export onto itself."""
+    half = {name: value.half() for name, value in filled(tensors_of(Settings(**SMALL))).items()}
+    path = tmp_path / f"model{suffix}"
+    torch.save(half, path) if suffix == ".pt" else save_file(half, path)
+    before = sums(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^--out: got .*, in which model\{suffix} is what is exp"
+    ):
+        export.export(path, SMALL, tmp_path)
+    assert sums(tmp_path) == before
+    export.export(path, SMALL)
+    folder = tmp_path / "export"
+    before = sums(folder)
+    with pytest.raises(ValueError, match="is what is exported"):
+        export.export(folder / path.name, out=folder)
+    assert sums(folder) == before
+
+
+def test_files_are_for_whom_the_umask_says(tmp_path):
+    run = make_run(tmp_path / "run")
+    for umask, mode in ((0o022, 0o644), (0o007, 0o660)):
+        before = os.umask(umask)
+        try:
+            paths = export.export(run, out=tmp_path / f"{mode:o}").paths
+        finally:
+            os.umask(before)
+        assert {path.stat().st_mode & 0o777 for path in paths} == {mode}
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     weights = filled(tensors_of(Settings(**SMALL)))
     weights["out.0.bias"][3] = float("nan")
     torch.save(weights, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match="not all finite"):
-        export.export(tmp_path / "nan.pt", Settings(**SMALL))
+        export.export(tmp_path / "nan.pt", SMALL)
     assert not (tmp_path / "export").exists()
 
 

@@ -67,6 +67,34 @@ def test_a_head_of_other_classes_starts_anew_and_the_rest_is_kept(tmp_path, pool
     assert len(state) - len(kept) == 2
 
 
+@pytest.mark.parametrize(
+    ("pool", "changed"),
+    [
+        ("attention", {"out.2.qkv_proj.weight": (96, 64, 1), "out.2.qkv_proj.bias": (96,)}),
+        ("attention", {"out.0.weight": (96,), "out.0.bias": (96,)}),
+        ("attention", {"out.2.c_proj.bias": (3,)}),
+        ("attention", {"out.2.c_proj.weight": (3, 64, 1)}),
+        ("attention", {"out.2.c_proj.weight": (3, 64, 1), "out.2.c_proj.bias": (4,)}),
+        ("attention", {"out.2.c_proj.weight": (3, 64, 1), "out.2.c_proj.bias": ()}),
+        ("attention", {"out.2.c_proj.weight": (), "out.2.c_proj.bias": ()}),
+        ("attention", {"out.2.c_proj.weight": (3, 32, 1), "out.2.c_proj.bias": (3,)}),
+        ("attention", {"out.2.positional_embedding": (64, 1)}),
+        ("attention", {"out.2.positional_embedding": (64,)}),
+        ("attention", {"out.2.positional_embedding": (64, 18)}),
+        ("adaptive", {"out.0.weight": (96,), "out.0.bias": (96,)}),
+        ("spatial", {"out.0.weight": (96, 224), "out.0.bias": (96,)}),
+        ("spatial_v2", {"out.1.weight": (96,), "out.1.bias": (96,)}),
+    ],
+)
+def test_only_the_last_layer_may_be_of_other_classes(tmp_path, pool, changed):
+    weights = filled(tensors_of(Settings(**SMALL, classifier_pool=pool)))
+    assert weights.keys() >= changed.keys()
+    weights |= {name: torch.zeros(shape) for name, shape in changed.items()}
+    torch.save(weights, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"--init_from: got .*bare\.pt, whose parameters are not"):
+        start(tmp_path / "bare.pt", classifier_pool=pool)
+
+
 def test_another_image_size_interpolates_the_positional_embedding(bare, weights):
     own = dict(image_size=32, classifier_attention_resolutions="16")
     (_, note), state, _ = start(bare, **own)
@@ -159,4 +187,19 @@ def test_flags_that_would_fit_are_named(bare, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     for path in (tmp_path / "other.pt", tmp_path):
         with pytest.raises(ValueError, match="--init_from: got"):
+            start(path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(tmp_path, weights, number):
+    """1e300 is none in fp32."""
+    weights["input_blocks.1.0.out_layers.0.weight"] = torch.full((32,), number, dtype=torch.float64)
+    torch.save(weights, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"--init_from: got .*bare\.pt.* not all finite \(input_b"):
+        start(tmp_path / "bare.pt")
+
+
+def test_a_path_that_does_not_exist_is_told_from_an_empty_one(tmp_path):
+    for path, words in ((tmp_path / "absent.pt", "does not exist"), (tmp_path, "holds no checkp")):
+        with pytest.raises(ValueError, match=f"--init_from: got .*, which {words}"):
             start(path)

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from ds_classifier.data.convert import convert
+from ds_classifier.data.layouts import class_lines
 from ds_classifier.data.samples import Sample, Slice, Source
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.sources import image_folder, open_source
@@ -632,3 +633,23 @@ def test_the_command_line_takes_val_labels(plain, tmp_path):
     assert "9 pictures of 3 classes" in done.output
     assert "5 pictures of 3 classes" in done.output
     assert_equal_to(plain, open_source(str(tmp_path / "out")))
+
+
+def test_a_class_that_is_no_utf_8_is_refused(tmp_path):
+    """Latin-1 as a folder's name and in foreign shards' list of classes; an escape in a .jsonl."""
+    for name in (b"cat", b"caf\xe9"):
+        folder = os.path.join(os.fsencode(tmp_path / "pictures"), name)
+        os.makedirs(folder)
+        with open(os.path.join(folder, b"0.jpg"), "wb") as file:
+            file.write(fake_picture(0))
+    assert r"pictures: got the class 'caf\udce9', which is no UTF-8" in refused(
+        tmp_path / "pictures"
+    )
+    (tmp_path / "list.jsonl").write_text(
+        f'{{"path": "pictures/cat/0.jpg", "label": "{chr(92)}udce9"}}'
+    )
+    assert r"list.jsonl: got the class '\udce9'" in refused(tmp_path / "list.jsonl")
+    assert class_lines("\ufeffcat\r\ncafé\n".encode(), "f") == ["cat", "café"]
+    for text in (b"cat\ncaf\xe9\n", b"\xef\xbb\xbfcat\rcaf\xe9 "):
+        with pytest.raises(ValueError, match=r"^f: got the class 'caf\\udce9', which is no UTF-8"):
+            class_lines(text, "f")

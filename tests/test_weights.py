@@ -1,5 +1,8 @@
 """Weights wherever they lie: what fits them, and the flag that is named where nothing does."""
 
+import argparse
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,7 +10,7 @@ from safetensors.torch import save_file
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.fitting import fitting_settings
 from ds_classifier.model import create_classifier
-from ds_classifier.weights import open_weights
+from ds_classifier.weights import open_weights, read_weights
 
 SMALL = dict(
     image_size=16,
@@ -106,9 +109,75 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"model\.pt is no plain state dict"):
         open_weights(path, Settings())
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="need a state dict of tensors"):
-        open_weights(path, Settings())
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="are no classifier's"):
         open_weights(path, Settings())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2], "got a list"),
+        ({}, "got nothing"),
+        ({7: torch.zeros(1)}, "got the name 7"),
+        ({"a": torch.zeros(1), ("b",): torch.zeros(1)}, r"got the name \('b',\)"),
+        ({"a": 1.5}, "got a float called 'a'"),
+        ({"model": {"a": torch.zeros(1)}}, "got a dict called 'model'"),
+        ({"a": torch.zeros(0, 3)}, r"got 'a' of the shape \[0, 3\]"),
+        ({"a": torch.zeros(2).to_sparse()}, "got 'a' as a sparse tensor"),
+        ({"a": torch.empty(2, device="meta")}, "got 'a' as .* without storage"),
+        ({"a": torch.zeros(2, dtype=torch.bool)}, "got 'a' of torch.bool"),
+        ({"a": torch.zeros(2, dtype=torch.int64)}, "got 'a' of torch.int64"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "got 'a' of torch.complex64"),
+    ],
+)
+def test_what_holds_no_floating_tensors_is_refused(tmp_path, content, words):
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"model\.pt: {words}.*; need a state dict") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+class Opened:
+    def __reduce__(self):
+        return os.getpid, ()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"args": argparse.Namespace()}, "it holds argparse.Namespace, whose code is not run"),
+        (Opened(), "it holds posix.getpid, whose code is not run"),
+        (None, "it cannot be unpickled"),
+    ],
+)
+def test_nobody_is_told_to_run_the_code_in_a_file(tmp_path, content, words):
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    if content is None:
+        path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=f"is no plain state dict: {words}") as caught:
+        read_weights(path)
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("input_blocks.x.w", (1,)),
+        ("input_blocks.99999999999999.0.weight", (1,)),
+        ("input_blocks", (1,)),
+        ("input_blocks.3.0.out_layers.0.weight", ()),
+        ("out.2.c_proj.bias", ()),
+        ("out.2.c_proj.weight", ()),
+        ("out.2.positional_embedding", (64,)),
+        ("out.2.positional_embedding", (64, 1)),
+    ],
+)
+def test_names_and_shapes_may_be_anything(tmp_path, name, shape):
+    weights = create_classifier(**Settings(**SMALL).model_kwargs()).state_dict()
+    torch.save(weights | {name: torch.zeros(shape)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt, whose tensors .* are no classifier's"):
+        open_weights(tmp_path / "model.pt", Settings())

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_classifier.data.fetch import NotServed, Patience, fetch_small
+from ds_classifier.data.samples import refuse_not_utf8
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
 from ds_classifier.data.tars import printable
@@ -382,10 +383,10 @@ def _classnames(place: Place) -> list[str] | None:
 
 
 def class_lines(text: bytes, where: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in text.decode("utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: got no UTF-8 ({error})") from None
+    """The names in a file of a class a line. Raises ValueError for an empty line or no UTF-8."""
+    lines = text.decode("utf-8-sig", "surrogateescape").rstrip().splitlines()
+    lines = [line.strip() for line in lines]
     if not lines or "" in lines:
         raise ValueError(f"{where}: got an empty line or nothing; need a class name in every line")
+    refuse_not_utf8(where, lines)
     return lines

@@ -111,12 +111,28 @@ class Source:
     """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
 
     halved: (pixels, form) where the pictures were halved already, as Store tells; None: originals.
+    Raises ValueError for a class name that is no UTF-8.
     """
 
     name: str
     classes: list[str]
     splits: dict[str, list[Sample]]
     halved: tuple[int, str] | None = None
+
+    def __post_init__(self):
+        refuse_not_utf8(self.name, self.classes)
+
+
+def refuse_not_utf8(where: str, classes: list[str]) -> None:
+    """Raise ValueError for a class name of bytes that are no UTF-8, read with surrogateescape."""
+    for class_name in classes:
+        try:
+            class_name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: got the class {class_name!r}, which is no UTF-8; need a name that every "
+                "manifest and export can hold; do: rename its folder, or write its list in UTF-8"
+            ) from None
 
 
 class Named(NamedTuple):
