@@ -39,6 +39,7 @@ VERSION = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 PREFIX = "classifier."  # the engine's module is the NoisedClassifier
+NAME = re.compile(r"step-\d{8,}")  # of a checkpoint's directory
 SAMPLER = "schedule_sampler."
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.int64: "I64"}
 
@@ -169,7 +170,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Directories named as checkpoints, newest step first, whole or not."""
     if not checkpoints.is_dir():
         return []
-    named = [p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)]
+    named = [p for p in checkpoints.iterdir() if NAME.fullmatch(p.name)]
     return sorted(named, key=_step, reverse=True)
 
 
@@ -264,9 +265,19 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def named_by(path: Path) -> Path:
+    """What `checkpoints/best` or `checkpoints/latest` names; any other path as it is."""
+    if path.name in ("best", "latest") and path.is_file():
+        name = path.read_text(errors="replace").partition(" ")[0].strip()
+        if NAME.fullmatch(name):
+            return path.with_name(name)
+    return path
+
+
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint directory from what a user names: it, its run directory, or its checkpoints/."""
-    path = path.resolve()
+    """A checkpoint directory from what a user names: it, its run directory, its checkpoints/, or
+    `best` or `latest` in them."""
+    path = named_by(path.resolve())
     if path.is_file():
         raise ValueError(
             f"got {path}, a file; need a run directory or a checkpoint in it; do: give "

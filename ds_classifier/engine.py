@@ -16,6 +16,7 @@ from torch import nn
 from ds_classifier import distributed
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+NORM_ROW = 1 << 14  # numbers whose norm is taken at a time
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -103,11 +104,15 @@ def grad_norm(engine) -> float:
 
 def param_norm(engine) -> float:
     """Norm of all fp32 master weights. Waits for the device; every rank must call it."""
-    groups = engine.optimizer.optimizer.param_groups
-    flat = [partition.detach() for group in groups for partition in group["params"]]
-    # In parts: fp32 sums of very many squares are inexact.
-    squares = [torch.dot(part, part).double() for p in flat for part in p.split(1 << 16)]
-    return float(distributed.all_reduce_sum(torch.stack(squares).sum()).sqrt())
+    squares = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for group in engine.optimizer.optimizer.param_groups:
+        for partition in group["params"]:
+            # Row by row, for a sum of very many fp32 squares is inexact.
+            whole = partition.numel() // NORM_ROW * NORM_ROW
+            rows, rest = partition.detach()[:whole], partition.detach()[whole:]
+            norms = torch.linalg.vector_norm(rows.view(-1, NORM_ROW), dim=1)
+            squares += norms.double().square().sum() + rest.double().square().sum()
+    return float(distributed.all_reduce_sum(squares).sqrt())
 
 
 def learning_rate(engine) -> float:

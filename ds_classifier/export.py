@@ -58,13 +58,15 @@ TOLERANCE = 1e-6
 @dataclass(frozen=True)
 class Exported:
     """What was written. timesteps: where it was compared. largest_difference: of logits and input
-    gradients, relative to their largest. obstacles: why stock guided-diffusion cannot load it."""
+    gradients, relative to their largest. obstacles: why stock guided-diffusion cannot load it.
+    assumed: in words, the noise process that a bare file does not tell; empty where it is known."""
 
     paths: list[Path]
     timesteps: list[int]
     largest_difference: float
     evaluated: bool
     obstacles: list[Obstacle]
+    assumed: str
 
 
 def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = None) -> Exported:
@@ -113,7 +115,13 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
         difference,
         evaluation is not None,
         reference_obstacles(source.settings),
+        _process_in_words(source.settings) if source.kind == "file" else "",
     )
+
+
+def _process_in_words(settings: Settings) -> str:
+    text = f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
+    return text + (", rescaled timesteps" if settings.rescale_timesteps else "")
 
 
 # ----------------------------------------------------------------------------------- the files

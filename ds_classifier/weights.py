@@ -117,6 +117,7 @@ def find_recorded(path: Path) -> Source | None:
     without weights, for a damaged checkpoint or JSON, and for a file that is not the one its JSON
     tells of.
     """
+    path = checkpoint.named_by(path)
     if path.is_dir() and (exports := _exports_in(path)):
         path = max(exports, key=lambda file: _description(file)["step"] or 0)
     if path.is_file():

@@ -23,7 +23,7 @@ from ds_classifier.guidance import classifier_gradient
 from ds_classifier.model import create_classifier
 from ds_classifier.reference_flags import classifier_flags, flags_text
 from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
-from ds_classifier.weights import load_classifier, open_weights
+from ds_classifier.weights import find_recorded, load_classifier, open_weights
 
 CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
 
@@ -86,6 +86,20 @@ def test_stock_tools_read_it(tmp_path):
         assert tensors.keys() == model.keys()
         assert all(torch.equal(tensors[name], value) for name, value in model.items())
         assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+def test_the_best_checkpoint_goes_by_its_name(tmp_path):
+    """checkpoints/best and latest are files that name one."""
+    run = make_run(tmp_path / "run", step=7)
+    make_run(tmp_path / "run", step=9)
+    best = run / "checkpoints" / "best"
+    best.write_text("step-00000007 val_loss 0.25\n")
+    assert find_recorded(best).step == 7
+    (run / "checkpoints" / "latest").write_text("step-00000009\n")
+    assert find_recorded(run / "checkpoints" / "latest").step == 9
+    best.write_text("../../elsewhere val_loss 0.25\n")
+    with pytest.raises(ValueError, match="best"):
+        open_weights(best, Settings())
 
 
 def test_same_bytes_in_another_place_and_process(tmp_path):
