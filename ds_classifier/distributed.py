@@ -143,7 +143,7 @@ def init(
         raise
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = _import_deepspeed_quietly()
     card = {"host": socket.gethostname(), "problem": check(device)}
     card["same"] = code_versions() | (same or {})
@@ -253,7 +253,7 @@ def _import_deepspeed_quietly():
     return deepspeed
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -155,6 +155,7 @@ def train(
         last = step == cadence.iterations
         if last or step % cadence.log == 0:
             reading = meter.read()
+            following = clock.ended()
             row = {
                 **training_row(engine, reading=reading, clock=clock, arithmetic=arithmetic),
                 "lr": lr,
@@ -174,7 +175,7 @@ def train(
                 with watch.during("save"):  # what was learnt from the others is sound
                     save(None)
                 bad_samples.refuse(row["samples"])
-            clock = Clock()
+            clock = following
         val_loss = None
         with clock.paused():
             if validate is not None and (last or step % cadence.evaluate == 0):
@@ -311,10 +312,13 @@ class BadSamples:
 
 
 class Clock:
-    """Seconds spent training since it was made, less the pauses for validation and saving."""
+    """Seconds spent training since a moment, now if none is given, less the pauses for validation
+    and saving."""
 
-    def __init__(self):
-        self._began, self._paused = time.perf_counter(), 0.0
+    def __init__(self, began: float | None = None):
+        self._began = time.perf_counter() if began is None else began
+        self._end: float | None = None
+        self._paused = 0.0
         self.steps, self.waited = 0, 0.0
 
     def stepped(self, waited: float) -> None:
@@ -327,5 +331,10 @@ class Clock:
         yield
         self._paused += time.perf_counter() - began
 
+    def ended(self) -> Clock:
+        """Stop; the clock that goes on from there, so that what is done between counts too."""
+        self._end = time.perf_counter()
+        return Clock(self._end)
+
     def seconds(self) -> float:
-        return time.perf_counter() - self._began - self._paused
+        return (self._end or time.perf_counter()) - self._began - self._paused

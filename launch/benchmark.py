@@ -21,20 +21,22 @@ from ds_classifier import files
 from ds_classifier.config import Settings
 
 TRAIN = Path(__file__).with_name("train.py")
-DEFAULT_CONFIG = "ds_configs/zero1_fp32.json"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1_fp32.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser, training = _parser()
-    arguments, words = parser.parse_known_args(argv)
+    arguments, words = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     keywords = vars(arguments)
     command, json_path = keywords.pop("command"), keywords.pop("json")
     if command in training:
         if "--deepspeed_config" not in words:
-            words = ["--deepspeed_config", DEFAULT_CONFIG, *words]
+            words = ["--deepspeed_config", str(DEFAULT_CONFIG), *words]
         keywords["words"] = words
     elif words:
         parser.error(f"got {' '.join(words)}; need only flags that --help shows")
+    if json_path and not json_path.resolve().parent.is_dir():
+        parser.error(f"--json: got {json_path}, in no directory; need one that is there")
     # Here, so that --help answers at once.
     measurement = importlib.import_module(f"ds_classifier.benchmarks.{command}")
     from ds_classifier.benchmarks.measuring import print_table
@@ -46,8 +48,41 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print_table(rows)
     if json_path:
-        json_path.write_text(json.dumps(rows, indent=1) + "\n")
+        facts = {"command": sys.argv if argv is None else argv, **machine()}
+        json_path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     return 0
+
+
+def machine() -> dict[str, object]:
+    """What the numbers are of."""
+    import platform
+
+    import deepspeed
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {m.__name__: m.__version__ for m in (torch, deepspeed)},
+    }
+
+
+def _joined(words: list[str]) -> list[str]:
+    """--way FLAGS as one word, for argparse takes a value that begins with - for a flag."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--way":
+            joined[-1] = f"--way={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; need a whole number, at least 1")
+    return int(text)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
@@ -55,13 +90,13 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
 
     A command is a module of ds_classifier.benchmarks, its flags the keywords of `measure` there.
     """
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.split(":")[0] + ".")
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.partition("\n\n")[2])
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
     def add(name: str, text: str, *, repeats: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         if repeats:
-            command.add_argument("--repeats", type=int, default=5, help="of each figure [5]")
+            command.add_argument("--repeats", type=_count, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
         return command
 
@@ -74,8 +109,8 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     step = add("step", "a training step: bare, in its engine, in the trainer")
     add_pictures(step)
     step.set_defaults(program=TRAIN)
-    step.add_argument("--ranks", type=int, nargs="+", default=[1], help="of the trainer [1]")
-    step.add_argument("--steps", type=int, default=3, help="timed of each in a repeat [3]")
+    step.add_argument("--ranks", type=_count, nargs="+", default=[1], help="of the trainer [1]")
+    step.add_argument("--steps", type=_count, default=3, help="timed of each in a repeat [3]")
     step.add_argument(
         "--reference", type=Path, help="a guided-diffusion checkout, whose trainer is run beside"
     )
@@ -90,15 +125,15 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
         metavar="'FLAGS'",
         help="flags of launch/train.py of one of them; once for each, the first is the measure",
     )
-    compare.add_argument("--ranks", type=int, nargs="+", default=[1], help="of each way [1]")
-    compare.add_argument("--steps", type=int, default=5, help="timed of each in a repeat [5]")
+    compare.add_argument("--ranks", type=_count, nargs="+", default=[1], help="of each way [1]")
+    compare.add_argument("--steps", type=_count, default=5, help="timed of each in a repeat [5]")
     start = add("start", "seconds from the command to the first step")
     add_pictures(start)
     start.set_defaults(program=TRAIN)
-    start.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    start.add_argument("--ranks", type=_count, nargs="+", default=[1, 2])
     data = add("data", "pictures a second and core, from shards and from a folder")
     add_pictures(data, sizes=True)
-    data.add_argument("--count", type=int, default=600, help="pictures a repeat [600]")
+    data.add_argument("--count", type=_count, default=600, help="pictures a repeat [600]")
     add_pictures(add("convert", "pictures a second and core written to shards"), sizes=True)
     add("order", "time and memory of the sample order")
     cache = add(
@@ -108,7 +143,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     )
     cache.add_argument("--lanes", type=int, nargs="+", default=[16, Settings().lanes, 256])
     cache.add_argument("--shuffle_shards", nargs="+", default=["1", "4"])
-    cache.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="8 a node")
+    cache.add_argument("--ranks", type=_count, nargs="+", default=[8, 64, 512], help="8 a node")
     add("memory", "memory of 8 loader workers, for large data sets")
     checkpoint = add(
         "checkpoint", "how long a save holds up training, written behind it or waited for"

@@ -155,9 +155,9 @@ def launch(
     launcher: through the real deepspeed launcher; else the ranks are started here, 6 s sooner, with
     the environment that it would give them.
     """
-    from ds_classifier.distributed import _free_port
+    from ds_classifier.distributed import free_port
 
-    port = str(_free_port())
+    port = str(free_port())
     command = [sys.executable, str(script), *map(str, arguments)]
     if launcher:
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))

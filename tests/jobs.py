@@ -26,12 +26,12 @@ class Job:
     """
 
     def __init__(self, ranks: int, config: str, run: Path, *flags: object, **extra: str):
-        from ds_classifier.distributed import _free_port
+        from ds_classifier.distributed import free_port
 
         self.mark, self.run = uuid.uuid4().hex, run
         self._output = open(run.parent / f"{self.mark}.out", "w+")
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [sys.executable, deepspeed, "--quiet", "--master_port", _free_port()]
+        command = [sys.executable, deepspeed, "--quiet", "--master_port", free_port()]
         command += ["--num_gpus", ranks, TRACED, "--deepspeed_config", CONFIGS / f"{config}.json"]
         command += ["--run_dir", run, *TINY, *flags]
         self.process = subprocess.Popen(

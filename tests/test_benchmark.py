@@ -40,7 +40,9 @@ def benchmark(*words: object) -> list[dict]:
         env=environment(),
         check=True,
     )
-    return json.loads(out.read_text())
+    record = json.loads(out.read_text())
+    assert record["versions"]["torch"]
+    return record["rows"]
 
 
 def test_step_and_its_layers(pictures, tmp_path):
@@ -96,6 +98,37 @@ def test_seconds_to_the_first_step(pictures, tmp_path):
         run[name] for name in ("engine built", "ready to train", "first step", "second step")
     ]
     assert moments == sorted(moments)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["step", "PICTURES", "--ranks", "0"], "--ranks: got 0; need a whole number, at least 1"),
+        (["compare", "PICTURES", "--way", "--compile", "--steps", "0"], "--steps: got 0"),
+        (["order", "--json", "nowhere/x.json"], "--json: got nowhere/x.json, in no directory"),
+        (["compare", "PICTURES", "--way", "--microbatch 3"], "--way '--microbatch 3' on 1 ranks"),
+        (["step", "PICTURES", "--reference", "nowhere"], "--reference: got nowhere; need"),
+        (
+            ["step", "PICTURES", "--classifier_channel_mult", "1,1", "--reference", "CHECKOUT"],
+            "--reference: got image_size 64 with multipliers 1, 1",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is(pictures, tmp_path, words, told):
+    script = tmp_path / "checkout" / "scripts" / "classifier_train.py"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    names = {"PICTURES": pictures, "CHECKOUT": tmp_path / "checkout"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "benchmark.py", *(names.get(w, w) for w in words)],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_flags_of_the_trainer_belong_to_commands_that_train():

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from ds_classifier import rendezvous
-from ds_classifier.distributed import _free_port
+from ds_classifier.distributed import free_port
 from ds_classifier.rendezvous import Rendezvous, interface_towards
 
 ALIKE = {"the code": "1f", "--lr": 0.1}
@@ -23,7 +23,7 @@ def place(monkeypatch):
     for name in ("GLOO_SOCKET_IFNAME", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
 
 def card(rank: int, same: dict | None = None, problem: str | None = None) -> dict:

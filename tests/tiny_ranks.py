@@ -73,7 +73,7 @@ def be_rank(rank: int, kind: str, folder: Path, port: int) -> None:
 
 def run(name: str, faulty: list[int], kind: str, folder: Path) -> None:
     folder.mkdir(parents=True)
-    port = distributed._free_port()
+    port = distributed.free_port()
     ranks = {}
     for rank in range(WORLD):
         pid = os.fork()

@@ -7,7 +7,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ds_classifier.benchmarks.programs import images_per_sec, trainer_rows
+from ds_classifier.benchmarks.programs import (
+    ProgramFailed,
+    images_per_sec,
+    resolve_words,
+    trainer_rows,
+)
 from ds_classifier.config import parse_training_command
 from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.sources import open_source
@@ -29,6 +34,11 @@ def measure(
     each in a repeat. Ratios are medians of those of each repeat, to the first row.
     """
     runs = [(way, count) for count in ranks for way in ways]
+    for way, count in runs:  # what can be known at once
+        try:
+            resolve_words([*words, *shlex.split(way)], count)
+        except ValueError as error:
+            raise ValueError(f"--way '{way}' on {count} ranks: {error}") from None
     told: list[dict[str, list[float]]] = [{} for _ in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -39,7 +49,10 @@ def measure(
             first = None
             for (way, count), figures in zip(runs, told, strict=True):
                 command = [*words, *shlex.split(way), *data]
-                rows = trainer_rows(program, command, folder / "run", ranks=count, steps=steps)
+                try:
+                    rows = trainer_rows(program, command, folder / "run", ranks=count, steps=steps)
+                except ProgramFailed as error:
+                    raise ProgramFailed(f"--way '{way}' on {count} ranks: {error}") from None
                 rate = images_per_sec(rows)
                 first = first or rate
                 for name, value in {

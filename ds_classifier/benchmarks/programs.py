@@ -10,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from ds_classifier.config import Settings
+from ds_classifier import distributed
+from ds_classifier.config import Settings, parse_training_command
+from ds_classifier.data.loader import PREFETCH, default_workers
+from ds_classifier.ds_config import Resolved, read_ds_config, resolve
 from ds_classifier.reference_flags import classifier_flags, process_flags
 
-WARM_UP = 2  # steps that are not timed: the first ones make buffers, and fill the queue
+WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers
+REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
 
 
 class ProgramFailed(ValueError):
@@ -49,19 +53,30 @@ def reference_images_per_sec(
     return steps * batch / (seconds[-1] - seconds[WARM_UP - 1])
 
 
+def resolve_words(words: list[str], ranks: int) -> Resolved:
+    """What a training command asks for on so many ranks. Raises ValueError if it cannot be."""
+    command = parse_training_command(words)
+    return resolve(command, read_ds_config(command.deepspeed_config), world_size=ranks)
+
+
 def trainer_rows(
     program: Path, words: list[str], run_dir: Path, *, ranks: int, steps: int
 ) -> list[dict]:
     """What the trainer logs of each of `steps` steps. program: launch/train.py. words: its flags.
 
+    Timed are those after what the loader had read ahead while the rest of the program started.
     run_dir: is emptied first.
     """
+    resolved = resolve_words(words, ranks)
+    workers = resolved.settings.workers
+    ahead = PREFETCH * (default_workers(ranks) if workers < 0 else workers)
+    warm_up = WARM_UP + -(-ahead // resolved.batch.accumulation)
     shutil.rmtree(run_dir, ignore_errors=True)
-    length = ["--run_dir", run_dir, "--iterations", WARM_UP + steps]
+    length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
     length += ["--log_interval", 1, "--save_interval", 10**6, "--eval_interval", 10**6]
     _run([*launched(program, ranks), *words, *map(str, length)])
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if "images_per_sec" in row][WARM_UP:]
+    return [row for row in rows if "images_per_sec" in row][warm_up:]
 
 
 def images_per_sec(rows: list[dict]) -> float:
@@ -74,7 +89,8 @@ def launched(program: Path, ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, str(program)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    return [sys.executable, deepspeed, "--quiet", "--num_gpus", str(ranks), str(program)]
+    here = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(distributed.free_port())]
+    return [sys.executable, deepspeed, *here, str(program)]
 
 
 def seconds_to_lines(words: list[str], marks: dict[str, str]) -> dict[str, float]:

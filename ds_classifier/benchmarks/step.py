@@ -21,11 +21,12 @@ from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.benchmarks.measuring import in_turn
 from ds_classifier.benchmarks.programs import (
+    REFERENCE_SCRIPT,
     images_per_sec,
     reference_images_per_sec,
     trainer_rows,
 )
-from ds_classifier.config import parse_training_command
+from ds_classifier.config import Settings, parse_training_command
 from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
@@ -36,12 +37,13 @@ from ds_classifier.flops import forward_flops, training_flops
 from ds_classifier.metrics import Meter
 from ds_classifier.model import create_classifier
 from ds_classifier.noised_classifier import noised_classifier
+from ds_classifier.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.training import train_step
 
 # Of the square matrices whose product is taken for the peak: the best of these.
 GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 PRODUCTS = 10  # of them at a time
-GEMM, REFERENCE = "matrix product", "guided-diffusion, fp32"
+GEMM, TRAINER, REFERENCE = "matrix product", "whole trainer", "guided-diffusion, fp32"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -185,10 +187,13 @@ def measure(
 ) -> list[dict]:
     """Every layer, interleaved. words: of the training command; its shards are made of `pictures`.
 
-    program: launch/train.py. ranks: the trainer is run on each of these numbers of them, with the
-    same global batch. steps: timed of each program in a repeat. reference: a checkout of
-    guided-diffusion, run as it is.
+    program: launch/train.py. ranks: the trainer is run on each of these numbers of them, by the
+    same words, in which --batch_size is a rank's and --global_batch all ranks'. steps: timed of
+    each program in a repeat. reference: a checkout of guided-diffusion, run as it is.
+    Raises ValueError where the reference cannot be run, or only with another classifier.
     """
+    if reference is not None:
+        _check_reference(reference, parse_training_command(words).settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         settings = parse_training_command(words).settings
@@ -219,7 +224,7 @@ def measure(
         ways = {name: partial(rate, step) for name, step in here.items()}
         in_turn(ways, 1)  # the first is slower than any other; programs warm up by themselves
         for count in ranks:
-            ways["whole trainer" + f", {count} ranks" * (count > 1)] = partial(trainer, count)
+            ways[TRAINER + f", {count} ranks" * (count > 1)] = partial(trainer, count)
         if reference is not None:
             ways[REFERENCE] = lambda: reference_images_per_sec(
                 program.with_name("run_reference.py"),
@@ -230,11 +235,28 @@ def measure(
                 batch=bench.pictures,
                 steps=steps,
             )
-        return rows_of(in_turn(ways, repeats), bench)
+        devices = {f"{TRAINER}, {count} ranks": count for count in ranks}
+        if device.type == "cpu":  # its cores are shared by all ranks
+            devices = {}
+        return rows_of(in_turn(ways, repeats), bench, devices)
 
 
-def rows_of(medians: dict[str, float], bench: Bench) -> list[dict]:
-    """A row a layer. medians: pictures a second by layer, and operations of the matrix products."""
+def _check_reference(checkout: Path, settings: Settings) -> None:
+    if not (checkout / REFERENCE_SCRIPT).is_file():
+        raise ValueError(f"--reference: got {checkout}; need a checkout with {REFERENCE_SCRIPT}")
+    # How many classes there are changes its last layer alone.
+    obstacles = reference_obstacles(settings.replace(num_classes=REFERENCE_CLASSES))
+    if obstacles:
+        raise ValueError(
+            f"--reference: got {obstacles[0].reason}; need a classifier that it can build"
+        )
+
+
+def rows_of(medians: dict[str, float], bench: Bench, devices: dict[str, int]) -> list[dict]:
+    """A row a layer. medians: pictures a second by layer, and operations of the matrix products.
+
+    devices: that a layer has, where it is not one.
+    """
     peak = max(medians.pop(name) for name in list(medians) if name.startswith(GEMM))
     flops = training_flops(forward_flops(bench.resolved.settings.model_kwargs()))
     rows, below = [], None
@@ -246,7 +268,7 @@ def rows_of(medians: dict[str, float], bench: Bench) -> list[dict]:
             "precision": "" if theirs else bench.precision,
             "images/s": rate,
             "GFLOP/s": rate * flops / 1e9,
-            "of GEMM peak": "" if theirs else rate * flops / peak,
+            "of GEMM peak": "" if theirs else rate * flops / (peak * devices.get(name, 1)),
             "of the layer above": "" if theirs or below is None else rate / below,
             "x guided-diffusion": rate / slowest if slowest else "",
         }

@@ -29,6 +29,7 @@ from ds_classifier.data.store import store_of
 from ds_classifier.keyed_random import Draws, fold, stream_key
 
 AHEAD = 2**17  # positions a rank looks ahead at most, to name the shards it will need
+PREFETCH = 4  # batches ahead a worker
 MAX_RESTARTS = 3  # in a row, without a batch between: more is no accident
 DEATH_S = 1.0  # seconds until a process whose pipe broke counts as alive
 
@@ -302,7 +303,7 @@ def _first_death(workers: set[multiprocessing.Process]) -> str | None:
 
 
 def create_loader(
-    dataset: ShardDataset, positions: Sampler, *, workers: int, prefetch: int = 4
+    dataset: ShardDataset, positions: Sampler, *, workers: int, prefetch: int = PREFETCH
 ) -> Loader:
     """Batches of the dataset at the given positions, in their order.
 
