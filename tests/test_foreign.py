@@ -172,9 +172,8 @@ def test_indexed_shards_are_trained_on(tmp_path):
     losses = [row["train_loss"] for row in read_log(tmp_path / "run") if "train_loss" in row]
     assert len(losses) == 3
     assert np.isfinite(losses).all()
-    assert (
-        f"40 pictures (2 shards) in {tmp_path / 'data/train'}; 6 pictures (1 shard)" in done.output
-    )
+    assert f"data        40 pictures (2 shards) in {tmp_path / 'data/train'}\n" in done.output
+    assert "validation  6 pictures (1 shard) in " in done.output
 
 
 def test_the_command_line(tmp_path):

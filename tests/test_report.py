@@ -563,7 +563,7 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     done = launch(2, *flags, *data, *length, cwd=tmp_path)
     assert done.code == 0, done.output
     assert (run / "DONE").exists()
-    (line,) = [line for line in done.lines if "report.html" in line]
+    (line,) = [line for line in done.lines if "report.html:" in line]
     assert "not made, and nothing else is lost" in line
     (run / "report.html").rmdir()
     done = run_python(REPORT, run, cwd=tmp_path)
