@@ -1,7 +1,7 @@
 """The training loop: step s trains on positions [sB, (s+1)B) of the stream, on all ranks together.
 
-Nothing inside a step waits for the device on our account (DeepSpeed asks it once for overflow);
-sums are read when a log line is due.
+Nothing inside a step waits for the device on our account, but for the loss-second-moment sampler
+(DeepSpeed asks it for overflow); sums are read when a log line is due.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ def reference_images_per_sec(
     settings: Settings,
     *,
     batch: int,
+    microbatch: int,
     steps: int,
 ) -> float:
     """classifier_train.py's pictures a second over `steps` steps, of its own loader and logging.
@@ -43,7 +44,7 @@ def reference_images_per_sec(
     moments.unlink(missing_ok=True)
     flags = classifier_flags(settings) | process_flags(settings)
     flags |= dict(lr=settings.lr, weight_decay=settings.weight_decay, log_interval=10)
-    flags |= dict(data_dir=pictures, batch_size=batch, iterations=10**6)
+    flags |= dict(data_dir=pictures, batch_size=batch, microbatch=microbatch, iterations=10**6)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     _run(
         [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],

@@ -175,6 +175,12 @@ def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], in
     return whole
 
 
+def make_room(device: torch.device) -> None:
+    """Give back what this process keeps of a GPU's memory for reuse, for a program to run there."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure(
     words: list[str],
     *,
@@ -209,6 +215,7 @@ def measure(
             return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
 
         def trainer(count: int) -> float:
+            make_room(device)
             run_dir = folder / "run"
             return images_per_sec(trainer_rows(program, words, run_dir, ranks=count, steps=steps))
 
@@ -225,16 +232,22 @@ def measure(
         in_turn(ways, 1)  # the first is slower than any other; programs warm up by themselves
         for count in ranks:
             ways[TRAINER + f", {count} ranks" * (count > 1)] = partial(trainer, count)
-        if reference is not None:
-            ways[REFERENCE] = lambda: reference_images_per_sec(
+
+        def theirs() -> float:
+            make_room(device)
+            return reference_images_per_sec(
                 program.with_name("run_reference.py"),
                 reference,
                 Path(pictures),
                 folder,
                 settings,
                 batch=bench.pictures,
+                microbatch=bench.resolved.batch.micro,
                 steps=steps,
             )
+
+        if reference is not None:
+            ways[REFERENCE] = theirs
         devices = {f"{TRAINER}, {count} ranks": count for count in ranks}
         if device.type == "cpu":  # its cores are shared by all ranks
             devices = {}
