@@ -271,7 +271,8 @@ def train(job: Job) -> int:
     logger = start_log(job)
     sanity = SanityWatch(guessing(job.shards), val_samples=job.val_samples)
     if distributed.rank() == 0:
-        sanity.recall(read_rows(run_dir / "log.jsonl"))
+        rows = run_dir / "log.jsonl"
+        failures.tolerate("a look at the log so far", lambda: sanity.recall(read_rows(rows)))
     try:
         finished = training.train(
             engine,
