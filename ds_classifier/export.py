@@ -82,11 +82,7 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     """
     given = given or {}
     source, weights = open_weights(path, Settings(**given))
-    if wrong := source.contradicted_by(given):
-        raise ValueError(
-            f"got --{wrong[0]}; need none for {source.path}, in which it is "
-            f"{getattr(source.settings, wrong[0])!r}; do: drop it"
-        )
+    source.refuse_contradicting_flags(given)
     refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)

@@ -66,6 +66,14 @@ class Source:
             return []
         return [name for name, value in given.items() if value != getattr(self.settings, name)]
 
+    def refuse_contradicting_flags(self, given: dict[str, Any]) -> None:
+        """Raise ValueError, which names the first flag whose setting is recorded otherwise."""
+        for name in self.contradicted_by(given):
+            raise ValueError(
+                f"got --{name}; need none for {self.path}, in which it is "
+                f"{getattr(self.settings, name)!r}; do: drop it"
+            )
+
 
 def load_classifier(path: Path, given: Settings | None = None) -> tuple[Source, nn.Module]:
     """A classifier to use: fp32, on the CPU, in eval mode, its parameters without gradients.

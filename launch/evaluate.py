@@ -194,11 +194,7 @@ def evaluate_source(
     def read() -> dict:
         source, tensors = open_weights(path, Settings(**given))
         weights.update(tensors)
-        if wrong := source.contradicted_by(given):
-            raise ValueError(
-                f"got --{wrong[0]}; need none for {path}, in which it is "
-                f"{getattr(source.settings, wrong[0])!r}; do: drop it"
-            )
+        source.refuse_contradicting_flags(given)
         return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}
 
     answer = distributed.on_rank_0(read, device)

@@ -250,11 +250,7 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
     # Which levels are walked through may be chosen anew; what they are may not.
     respaced = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load(Path(arguments.classifier_path), Settings(**given))
-    if wrong := source.contradicted_by({n: v for n, v in given.items() if n not in respaced}):
-        raise ValueError(
-            f"got --{wrong[0]}; need none for {source.path}, in which it is "
-            f"{getattr(source.settings, wrong[0])!r}; do: drop it"
-        )
+    source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respaced})
     settings = source.settings.replace(**respaced)
     classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)
     return settings, classifier, source
