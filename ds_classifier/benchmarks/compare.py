@@ -11,11 +11,9 @@ from ds_classifier.benchmarks.programs import (
     ProgramFailed,
     images_per_sec,
     resolve_words,
+    shards_for,
     trainer_rows,
 )
-from ds_classifier.config import parse_training_command
-from ds_classifier.data.convert import Store, convert
-from ds_classifier.data.sources import open_source
 
 
 def measure(
@@ -42,9 +40,7 @@ def measure(
     told: list[dict[str, list[float]]] = [{} for _ in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        settings = parse_training_command(words).settings
-        convert(open_source(pictures), folder / "data", store=Store(settings.image_size, "jpg"))
-        data = ["--data_dir", str(folder / "data" / "train")]
+        data = ["--data_dir", str(shards_for(words, pictures, folder))]
         for _ in range(repeats):
             first = None
             for (way, count), figures in zip(runs, told, strict=True):

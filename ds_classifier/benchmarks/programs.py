@@ -12,7 +12,9 @@ from pathlib import Path
 
 from ds_classifier import distributed
 from ds_classifier.config import Settings, parse_training_command
+from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import PREFETCH, default_workers
+from ds_classifier.data.sources import open_source
 from ds_classifier.ds_config import Resolved, read_ds_config, resolve
 from ds_classifier.reference_flags import classifier_flags, process_flags
 
@@ -58,6 +60,13 @@ def resolve_words(words: list[str], ranks: int) -> Resolved:
     """What a training command asks for on so many ranks. Raises ValueError if it cannot be."""
     command = parse_training_command(words)
     return resolve(command, read_ds_config(command.deepspeed_config), world_size=ranks)
+
+
+def shards_for(words: list[str], pictures: str, folder: Path) -> Path:
+    """The training split of pictures, converted as the training command's image size asks for."""
+    store = Store(parse_training_command(words).settings.image_size, "jpg")
+    convert(open_source(pictures), folder / "data", store=store)
+    return folder / "data" / "train"
 
 
 def trainer_rows(

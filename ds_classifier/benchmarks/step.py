@@ -24,15 +24,15 @@ from ds_classifier.benchmarks.programs import (
     REFERENCE_SCRIPT,
     images_per_sec,
     reference_images_per_sec,
+    resolve_words,
+    shards_for,
     trainer_rows,
 )
 from ds_classifier.config import Settings, parse_training_command
-from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import open_source
 from ds_classifier.diffusion import UniformSampler, keyed_noise
-from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
+from ds_classifier.ds_config import Resolved, fill_bucket_sizes
 from ds_classifier.flops import forward_flops, training_flops
 from ds_classifier.metrics import Meter
 from ds_classifier.model import create_classifier
@@ -57,8 +57,7 @@ class Bench:
 
     @classmethod
     def of(cls, words: list[str]) -> Bench:
-        command = parse_training_command(words)
-        resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=1)
+        resolved = resolve_words(words, 1)
         settings = resolved.settings
         distributed.init()
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
@@ -203,10 +202,9 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         settings = parse_training_command(words).settings
-        store = Store(settings.image_size, "jpg")
-        convert(open_source(pictures), folder / "data", store=store)
-        words = [*words, "--data_dir", str(folder / "data" / "train")]
-        classes = open_shards(folder / "data" / "train").manifest.classes
+        shards = shards_for(words, pictures, folder)
+        words = [*words, "--data_dir", str(shards)]
+        classes = open_shards(shards).manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
         device = bench.engine.device
 
