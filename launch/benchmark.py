@@ -21,6 +21,8 @@ from ds_classifier import files
 from ds_classifier.config import Settings
 
 TRAIN = Path(__file__).with_name("train.py")
+IMAGE_FOLDER = "an image folder, as make_shards.py takes it"
+SHARDS = "shards; or what make_shards.py takes, of which at most 2,000 pictures are converted"
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1_fp32.json"
 
 
@@ -56,15 +58,15 @@ def main(argv: list[str] | None = None) -> int:
 def machine() -> dict[str, object]:
     """What the numbers are of."""
     import platform
+    from importlib.metadata import version
 
-    import deepspeed
     import torch
 
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
-        "versions": {m.__name__: m.__version__ for m in (torch, deepspeed)},
+        "versions": {name: version(name) for name in ("torch", "deepspeed")},
     }
 
 
@@ -80,7 +82,9 @@ def _joined(words: list[str]) -> list[str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal():  # such as PICTURES after --ranks, which takes several
+        raise argparse.ArgumentTypeError(f"got {text}; need a whole number; PICTURES stands first")
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}; need a whole number, at least 1")
     return int(text)
 
@@ -101,7 +105,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
         return command
 
     def add_pictures(command: argparse.ArgumentParser, *, sizes: bool = False) -> None:
-        command.add_argument("pictures", help="an image folder, as make_shards.py takes it")
+        command.add_argument("pictures", help=IMAGE_FOLDER if sizes else SHARDS)
         if sizes:
             sized = dict(type=int, nargs="+", default=[64, 256], dest="image_sizes")
             command.add_argument("--image_size", metavar="PIXELS", **sized)

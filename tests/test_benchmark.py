@@ -11,6 +11,12 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
+from ds_classifier.benchmarks import programs
+from ds_classifier.benchmarks.programs import shards_for
+from ds_classifier.data.convert import convert
+from ds_classifier.data.shards import open_shards
+from ds_classifier.data.sources import open_source
+
 TINY = ["--image_size", "8", "--classifier_width", "32", "--classifier_channel_mult", "1,2"]
 TINY += ["--classifier_depth", "1", "--classifier_attention_resolutions", "4"]
 TINY += [
@@ -49,6 +55,8 @@ def test_step_and_its_layers(pictures, tmp_path):
     rows = benchmark(
         *("step", pictures, "--repeats", 1, "--steps", 2, "--ranks", 1, *TINY), tmp_path / "json"
     )
+    peak, *rows = rows
+    assert peak["layer"] == "matrix product"
     assert [row["layer"] for row in rows] == [
         "bare model + AdamW",
         "engine",
@@ -59,6 +67,10 @@ def test_step_and_its_layers(pictures, tmp_path):
     # What is the same for all: the operations of a picture.
     flops = [row["GFLOP/s"] / row["images/s"] for row in rows]
     assert np.allclose(flops, flops[0])
+    for above, row in zip([None, *rows[:-1]], rows, strict=True):  # ratios, of one repeat
+        assert np.isclose(row["of GEMM peak"], row["GFLOP/s"] / peak["GFLOP/s"])
+        if above is not None:
+            assert np.isclose(row["of the layer above"], row["images/s"] / above["images/s"])
 
 
 def test_step_beside_the_reference(pictures, tmp_path):
@@ -90,6 +102,22 @@ def test_ways_to_train_are_compared(pictures, tmp_path):
         assert row["GiB of rank 0"] > 0.1
 
 
+def test_shards_are_taken_as_they_are(pictures, tmp_path):
+    shards = tmp_path / "data"
+    convert(open_source(str(pictures)), shards)
+    assert shards_for([], str(shards), tmp_path / "made") == shards / "train"
+    assert shards_for([], str(shards / "train"), tmp_path / "made") == shards / "train"
+    assert not (tmp_path / "made").exists()
+
+
+def test_of_many_pictures_some_are_converted(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "MOST_CONVERTED", 5)
+    words = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero1_bf16.json")]
+    made = open_shards(shards_for(words, str(pictures), tmp_path))
+    assert made.manifest.samples == 4  # every third of 12
+    assert made.manifest.classes == ["a", "b"]
+
+
 def test_seconds_to_the_first_step(pictures, tmp_path):
     rows = benchmark("start", pictures, "--repeats", 1, "--ranks", 1, *TINY, tmp_path / "json")
     libraries, run = rows
@@ -107,7 +135,9 @@ def test_seconds_to_the_first_step(pictures, tmp_path):
         (["compare", "PICTURES", "--way", "--compile", "--steps", "0"], "--steps: got 0"),
         (["order", "--json", "nowhere/x.json"], "--json: got nowhere/x.json, in no directory"),
         (["compare", "PICTURES", "--way", "--microbatch 3"], "--way '--microbatch 3' on 1 ranks"),
+        (["step", "--ranks", "1", "PICTURES"], "need a whole number; PICTURES stands first"),
         (["step", "PICTURES", "--reference", "nowhere"], "--reference: got nowhere; need"),
+        (["step", "digits", "--reference", "CHECKOUT"], "--reference: got the pictures digits;"),
         (
             ["step", "PICTURES", "--classifier_channel_mult", "1,1", "--reference", "CHECKOUT"],
             "--reference: got image_size 64 with multipliers 1, 1",

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from ds_classifier.benchmarks.programs import (
     ProgramFailed,
-    images_per_sec,
     resolve_words,
     shards_for,
-    trainer_rows,
+    trainer_row,
 )
 
 
@@ -46,16 +45,16 @@ def measure(
             for (way, count), figures in zip(runs, told, strict=True):
                 command = [*words, *shlex.split(way), *data]
                 try:
-                    rows = trainer_rows(program, command, folder / "run", ranks=count, steps=steps)
+                    row = trainer_row(program, command, folder / "run", ranks=count, steps=steps)
                 except ProgramFailed as error:
                     raise ProgramFailed(f"--way '{way}' on {count} ranks: {error}") from None
-                rate = images_per_sec(rows)
+                rate = row["images_per_sec"]
                 first = first or rate
                 for name, value in {
                     "images/s": rate,
                     "x the first": rate / first,
-                    "waiting for data, %": 100 * statistics.mean(r["data_wait_frac"] for r in rows),
-                    "GiB of rank 0": max(r["memory_gib"] for r in rows),
+                    "waiting for data, %": 100 * row["data_wait_frac"],
+                    "GiB of rank 0": row["memory_gib"],
                 }.items():
                     figures.setdefault(name, []).append(value)
     return [

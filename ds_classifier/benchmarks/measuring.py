@@ -8,13 +8,13 @@ from collections.abc import Callable
 from functools import partial
 
 
-def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The median of what each of the ways tells, asked in turn: A B A B ..."""
+def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each of the ways tells, asked in turn: A B A B ..."""
     told: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             told[name].append(way())
-    return {name: statistics.median(values) for name, values in told.items()}
+    return told
 
 
 def interleaved(
@@ -37,7 +37,7 @@ def interleaved(
 
     ways = {name: partial(rate, run) for name, run in runs.items()}
     in_turn(ways, 1)
-    return in_turn(ways, repeats)
+    return {name: statistics.median(rates) for name, rates in in_turn(ways, repeats).items()}
 
 
 def print_table(rows: list[dict]) -> None:

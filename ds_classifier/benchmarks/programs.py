@@ -8,16 +8,19 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ds_classifier import distributed
 from ds_classifier.config import Settings, parse_training_command
 from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import PREFETCH, default_workers
+from ds_classifier.data.shards import MANIFEST
 from ds_classifier.data.sources import open_source
 from ds_classifier.ds_config import Resolved, read_ds_config, resolve
 from ds_classifier.reference_flags import classifier_flags, process_flags
 
+MOST_CONVERTED = 2000  # pictures, which are read again and again
 WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers
 REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
 
@@ -62,36 +65,44 @@ def resolve_words(words: list[str], ranks: int) -> Resolved:
     return resolve(command, read_ds_config(command.deepspeed_config), world_size=ranks)
 
 
+def split_of_shards(pictures: Path) -> Path | None:
+    """Where pictures are shards already: their training split, or the split named."""
+    splits = (pictures, pictures / "train")
+    return next((split for split in splits if (split / MANIFEST).is_file()), None)
+
+
 def shards_for(words: list[str], pictures: str, folder: Path) -> Path:
-    """The training split of pictures, converted as the training command's image size asks for."""
+    """The training split of pictures; if they are no shards, at most MOST_CONVERTED of them,
+    converted into the folder as the training command's image size asks for."""
+    if (split := split_of_shards(Path(pictures))) is not None:
+        return split.resolve()
+    source = open_source(pictures)
+    samples = source.splits["train"]
+    samples = samples[:: -(-len(samples) // MOST_CONVERTED)]
     store = Store(parse_training_command(words).settings.image_size, "jpg")
-    convert(open_source(pictures), folder / "data", store=store)
+    convert(replace(source, splits={"train": samples}), folder / "data", store=store)
     return folder / "data" / "train"
 
 
-def trainer_rows(
+def trainer_row(
     program: Path, words: list[str], run_dir: Path, *, ranks: int, steps: int
-) -> list[dict]:
-    """What the trainer logs of each of `steps` steps. program: launch/train.py. words: its flags.
+) -> dict[str, float]:
+    """What the trainer logs of `steps` steps. program: launch/train.py. words: its flags.
 
-    Timed are those after what the loader had read ahead while the rest of the program started.
-    run_dir: is emptied first.
+    It logs as often, and what is told comes after all that the loader had read ahead while the
+    rest of the program started. run_dir: is emptied first.
     """
     resolved = resolve_words(words, ranks)
     workers = resolved.settings.workers
     ahead = PREFETCH * (default_workers(ranks) if workers < 0 else workers)
     warm_up = WARM_UP + -(-ahead // resolved.batch.accumulation)
+    warm_up = -(-warm_up // steps) * steps
     shutil.rmtree(run_dir, ignore_errors=True)
     length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
-    length += ["--log_interval", 1, "--save_interval", 10**6, "--eval_interval", 10**6]
+    length += ["--log_interval", steps, "--save_interval", 10**6, "--eval_interval", 10**6]
     _run([*launched(program, ranks), *words, *map(str, length)])
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if "images_per_sec" in row][warm_up:]
-
-
-def images_per_sec(rows: list[dict]) -> float:
-    """Of steps of equally many pictures."""
-    return len(rows) / sum(1 / row["images_per_sec"] for row in rows)
+    return [row for row in rows if "images_per_sec" in row][-1]
 
 
 def launched(program: Path, ranks: int) -> list[str]:

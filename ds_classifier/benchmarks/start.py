@@ -7,9 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ds_classifier.benchmarks.programs import launched, seconds_to_lines
-from ds_classifier.data.convert import Store, convert
-from ds_classifier.data.sources import open_source
+from ds_classifier.benchmarks.programs import launched, seconds_to_lines, shards_for
 
 # What a run's lines begin with, and what was done when they come.
 MARKS = {
@@ -23,13 +21,14 @@ MARKS = {
 def measure(
     words: list[str], *, program: Path, pictures: str, ranks: list[int], repeats: int
 ) -> list[dict]:
-    """Seconds since the command. words: of the training command; shards are made of `pictures`."""
+    """Seconds since the command. words: of the training command. pictures: shards, or what they
+    are made of."""
     imports = [sys.executable, "-c", "import torch, deepspeed; print('done', flush=True)"]
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        convert(open_source(pictures), folder / "data", store=Store())
-        flags = ["--data_dir", folder / "data" / "train", "--iterations", 100, "--log_interval", 1]
+        flags = ["--data_dir", shards_for(words, pictures, folder), "--iterations", 100]
+        flags += ["--log_interval", 1]
         for repeat in range(repeats):
             ways = {"importing torch and deepspeed": (imports, {"imported": "done"})}
             for count in ranks:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_classifier import distributed
@@ -22,11 +23,11 @@ from ds_classifier import engine as engines
 from ds_classifier.benchmarks.measuring import in_turn
 from ds_classifier.benchmarks.programs import (
     REFERENCE_SCRIPT,
-    images_per_sec,
     reference_images_per_sec,
     resolve_words,
     shards_for,
-    trainer_rows,
+    split_of_shards,
+    trainer_row,
 )
 from ds_classifier.config import Settings, parse_training_command
 from ds_classifier.data.loader import Batch
@@ -155,8 +156,12 @@ def gemm(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], in
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
 
     def product() -> int:
+        before = torch.get_float32_matmul_precision()
+        if device.type == "cuda":  # in TF32, as cuDNN's convolutions take fp32 unless told not to
+            torch.set_float32_matmul_precision("high")
         for _ in range(PRODUCTS):
             torch.mm(a, b)
+        torch.set_float32_matmul_precision(before)
         return PRODUCTS * 2 * side**3
 
     return product
@@ -190,15 +195,17 @@ def measure(
     steps: int,
     repeats: int,
 ) -> list[dict]:
-    """Every layer, interleaved. words: of the training command; its shards are made of `pictures`.
+    """Every layer, interleaved. words: of the training command. pictures: shards, or what they are
+    made of.
 
     program: launch/train.py. ranks: the trainer is run on each of these numbers of them, by the
     same words, in which --batch_size is a rank's and --global_batch all ranks'. steps: timed of
     each program in a repeat. reference: a checkout of guided-diffusion, run as it is.
-    Raises ValueError where the reference cannot be run, or only with another classifier.
+    Raises ValueError where the reference cannot be run, or only with other pictures or another
+    classifier.
     """
     if reference is not None:
-        _check_reference(reference, parse_training_command(words).settings)
+        _check_reference(reference, Path(pictures), parse_training_command(words).settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         settings = parse_training_command(words).settings
@@ -214,8 +221,8 @@ def measure(
 
         def trainer(count: int) -> float:
             make_room(device)
-            run_dir = folder / "run"
-            return images_per_sec(trainer_rows(program, words, run_dir, ranks=count, steps=steps))
+            row = trainer_row(program, words, folder / "run", ranks=count, steps=steps)
+            return row["images_per_sec"]
 
         here = {
             **{
@@ -252,9 +259,14 @@ def measure(
         return rows_of(in_turn(ways, repeats), bench, devices)
 
 
-def _check_reference(checkout: Path, settings: Settings) -> None:
+def _check_reference(checkout: Path, pictures: Path, settings: Settings) -> None:
     if not (checkout / REFERENCE_SCRIPT).is_file():
         raise ValueError(f"--reference: got {checkout}; need a checkout with {REFERENCE_SCRIPT}")
+    if not pictures.is_dir() or split_of_shards(pictures) is not None:
+        raise ValueError(
+            f"--reference: got the pictures {pictures}; need a folder of picture files, which is "
+            "all that it reads"
+        )
     # How many classes there are changes its last layer alone.
     obstacles = reference_obstacles(settings.replace(num_classes=REFERENCE_CLASSES))
     if obstacles:
@@ -263,26 +275,38 @@ def _check_reference(checkout: Path, settings: Settings) -> None:
         )
 
 
-def rows_of(medians: dict[str, float], bench: Bench, devices: dict[str, int]) -> list[dict]:
-    """A row a layer. medians: pictures a second by layer, and operations of the matrix products.
+def rows_of(
+    told: dict[str, list[float]], bench: Bench, devices: dict[str, int]
+) -> list[dict[str, object]]:
+    """A row a layer, of medians; ratios are medians of those of each repeat.
 
+    told: pictures a second by layer, and operations of the matrix products, a number a repeat.
     devices: that a layer has, where it is not one.
     """
-    peak = max(medians.pop(name) for name in list(medians) if name.startswith(GEMM))
+    rates = {name: np.array(values) for name, values in told.items()}
+    peak = np.max([rates.pop(name) for name in told if name.startswith(GEMM)], axis=0)
     flops = training_flops(forward_flops(bench.resolved.settings.model_kwargs()))
-    rows, below = [], None
-    slowest = medians.get(REFERENCE)
-    for name, rate in medians.items():
+    rows = [{"layer": GEMM, "precision": bench.precision, "GFLOP/s": median(peak) / 1e9}]
+    above = None
+    slowest = rates.get(REFERENCE)
+    for name, rate in rates.items():
         theirs = name == REFERENCE
         row = {
             "layer": name,
             "precision": "" if theirs else bench.precision,
-            "images/s": rate,
-            "GFLOP/s": rate * flops / 1e9,
-            "of GEMM peak": "" if theirs else rate * flops / (peak * devices.get(name, 1)),
-            "of the layer above": "" if theirs or below is None else rate / below,
-            "x guided-diffusion": rate / slowest if slowest else "",
+            "images/s": median(rate),
+            "GFLOP/s": median(rate) * flops / 1e9,
         }
+        if not theirs:
+            row["of GEMM peak"] = median(rate * flops / (peak * devices.get(name, 1)))
+        if above is not None and not theirs:
+            row["of the layer above"] = median(rate / above)
+        if slowest is not None:
+            row["x guided-diffusion"] = median(rate / slowest)
         rows.append(row)
-        below = rate
+        above = rate
     return rows
+
+
+def median(values: np.ndarray) -> float:
+    return float(np.median(values))
