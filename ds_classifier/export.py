@@ -38,7 +38,12 @@ from ds_classifier.reference_flags import (
     process_flags,
     reference_obstacles,
 )
-from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
+from ds_classifier.run_files import (
+    EVALUATION_FORMAT,
+    EVALUATION_VERSION,
+    PRECISIONS,
+    evaluation_name,
+)
 from ds_classifier.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
@@ -173,9 +178,15 @@ def _write(
 def find_evaluation(source: Source) -> dict[str, Any] | None:
     """What evaluate.py has measured of exactly this classifier, in eval/ of the run, or None.
 
-    None too for other settings, such as another noise process of a bare file's weights, and for a
-    record that is damaged.
+    The one of the highest precision. None too for other settings, such as another noise process of
+    a bare file's weights, and for a record that is damaged.
     """
+    names = [evaluation_name(source.name, precision) for precision in PRECISIONS]
+    found = (_evaluation(source, source.home / "eval" / f"{name}.json") for name in names)
+    return next((evaluation for evaluation in found if evaluation is not None), None)
+
+
+def _evaluation(source: Source, path: Path) -> dict[str, Any] | None:
     settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
     ours = dict(
         format=EVALUATION_FORMAT,
@@ -184,7 +195,6 @@ def find_evaluation(source: Source) -> dict[str, Any] | None:
         settings=settings,
     )
     try:
-        path = source.home / "eval" / f"{source.name}.json"
         record = json.loads(path.read_text(encoding="utf-8"))
         if ours != {key: record[key] for key in ours}:
             return None

@@ -22,16 +22,20 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 from ds_classifier import distributed, failures, files
 from ds_classifier.config import RECIPES, Settings, add_setting_flags
-from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import open_named
 from ds_classifier.data.urls import shown, without_logins
-from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
+from ds_classifier.run_files import (
+    EVALUATION_FORMAT,
+    EVALUATION_VERSION,
+    PRECISIONS,
+    evaluation_name,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ds_classifier.picture_grid import PictureGrid
     from ds_classifier.weights import Source
 
-BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
 
@@ -70,7 +74,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         help="training shards whose exact posterior is shown "
         "beside (default: the run's, if they have at most 10 million numbers)",
     )
-    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="[fp32]")
+    add("--precision", default=PRECISIONS[0], choices=PRECISIONS, help="[fp32]")
     add("--batch_size", type=int, default=0, metavar="N", help="pictures at a time (default: 64, "
         "fewer from 256 px on); the same for numbers to compare to the last digit")  # fmt: skip
     add("--out", type=Path, help="a directory (default: eval/ of the run)")
@@ -184,46 +188,29 @@ def evaluate_source(
     from ds_classifier import engine as engines
     from ds_classifier import evaluation
     from ds_classifier.diffusion import create_gaussian_diffusion
-    from ds_classifier.level_metrics import Confusion
-    from ds_classifier.model import create_classifier
-    from ds_classifier.predictions import predict_grid
-    from ds_classifier.weights import Source, open_weights
-
-    weights: dict[str, torch.Tensor] = {}  # on rank 0
-
-    def read() -> dict:
-        source, tensors = open_weights(path, Settings(**given))
-        weights.update(tensors)
-        source.refuse_contradicting_flags(given)
-        return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}
-
-    answer = distributed.on_rank_0(read, device)
-    source = Source(
-        **answer | {"path": Path(answer["path"]), "settings": Settings(**answer["settings"])}
+    from ds_classifier.evaluation_data import (
+        create_validation_loader,
+        open_training_set,
+        open_validation_data,
     )
-    settings = source.settings
-    shards = open_validation_data(source, arguments, device)
-    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
-    asked = [*(arguments.timesteps or []), *(arguments.class_timesteps or [])]
-    if asked and not 0 <= min(asked) <= max(asked) < diffusion.num_timesteps:
-        raise ValueError(
-            f"--timesteps, --class_timesteps: got {min(asked)} to {max(asked)}; need 0 to "
-            f"{diffusion.num_timesteps - 1}"
-        )
-    levels = arguments.timesteps or evaluation.level_grid(diffusion, arguments.levels)
-    chosen = arguments.class_timesteps
-    if chosen is None:
-        chosen = sorted({levels[0], evaluation.middle_level(diffusion, levels)})
-    levels = sorted({*levels, *chosen})
+    from ds_classifier.level_metrics import Confusion
+    from ds_classifier.predictions import predict_grid
 
-    classifier = create_classifier(**settings.model_kwargs())
-    if weights:
-        classifier.load_state_dict(weights)
-    classifier.to(device).eval().requires_grad_(False)
-    for tensor in classifier.state_dict().values():
-        distributed.broadcast(tensor)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    classifier.to(dtype[arguments.precision])
+    source, weights = read_source(path, given, device)
+    settings = source.settings
+    location = arguments.val_data_dir
+    if not location and source.kind == "checkpoint":
+        location = settings.val_data_dir
+    shards = open_validation_data(
+        source,
+        location,
+        cache_dir=arguments.cache_dir,
+        cache_gb=arguments.cache_gb,
+        device=device,
+    )
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    levels, chosen = levels_of(arguments, diffusion)
+    classifier = build_classifier(settings, weights, arguments.precision, device)
 
     samples = shards.manifest.samples
     side_by_side = max(1, min(64, BATCH_PIXELS // settings.image_size**2))
@@ -232,14 +219,13 @@ def evaluate_source(
         f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
         f"{settings.image_size} px, {settings.num_classes} classes"
     )
-    location = arguments.val_data_dir or settings.val_data_dir
     distributed.say(f"{samples:,} pictures in {shown(location)}")
     distributed.say(
         f"at {len(levels)} noise levels and under uniform t, {arguments.precision}, on "
         f"{distributed.world_size()} x {engines.describe_device(device)}"
     )
     posteriors = [evaluation.classifier_posterior(classifier, diffusion)]
-    training_set, denoiser = open_training_set(source, arguments, shards, device)
+    training_set, denoiser = open_training_set(source, arguments.bayes, shards, device)
     fingerprint = shards.manifest.fingerprint
     pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
     of_optimum = json.dumps(
@@ -257,7 +243,9 @@ def evaluate_source(
     (numbers, *optimum), bad = evaluation.evaluate_levels(
         posteriors,
         diffusion,
-        create_validation_loader(shards, settings, batch_size, arguments.workers),
+        create_validation_loader(
+            shards, settings, batch_size=batch_size, workers=arguments.workers
+        ),
         levels=levels,
         num_classes=settings.num_classes,
         samples=samples,
@@ -274,7 +262,7 @@ def evaluate_source(
     record = {
         "format": EVALUATION_FORMAT,
         "version": EVALUATION_VERSION,
-        "name": source.name,
+        "name": evaluation_name(source.name, arguments.precision),
         "weights": str(source.path),
         "weights_sha256": source.sha256,
         "step": source.step,
@@ -316,100 +304,54 @@ def evaluate_source(
     return record, grid, source
 
 
-def open_validation_data(source, arguments: argparse.Namespace, device) -> ShardSet:
-    """The shards to evaluate on, the same on all ranks and with the classifier's classes."""
-    settings = source.settings
-    location = arguments.val_data_dir or (
-        settings.val_data_dir if source.kind == "checkpoint" else ""
-    )
-    if not location:
-        raise ValueError(f"--val_data_dir: got none; need it, since {source.path} names no data")
+def read_source(path: Path, given: dict, device) -> tuple[Source, dict[str, Tensor]]:
+    """Whose weights lie at a path, known to all ranks; and the weights, on rank 0 alone."""
+    from ds_classifier.weights import Source, open_weights
 
-    def open_shards() -> ShardSet:
-        try:
-            return open_named(
-                location,
-                cache_dir=arguments.cache_dir or settings.cache_dir,
-                cache_gb=settings.cache_gb if arguments.cache_gb is None else arguments.cache_gb,
-                image_size=settings.image_size,
-            )
-        except (ValueError, OSError) as error:
-            raise ValueError(f"--val_data_dir: {error}") from None
+    weights = {}
 
-    shards = distributed.together(open_shards, device)
-    classes = shards.manifest.classes
-    if source.classes not in (None, classes) or len(classes) != settings.num_classes:
-        raise ValueError(
-            f"--val_data_dir: got {len(classes)} classes in {shown(location)}; need the same list "
-            f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
-            "with --val"
-        )
-    fingerprint, problem = shards.manifest.fingerprint, None
-    if distributed.broadcast_json(fingerprint, device) != fingerprint:
-        problem = f"the shards in {shown(location)} here are not those of rank 0's node"
-    distributed.raise_together(problem, device)
-    return shards
+    def read() -> dict:
+        source, tensors = open_weights(path, Settings(**given))
+        weights.update(tensors)
+        source.refuse_contradicting_flags(given)
+        return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}
+
+    answer = distributed.on_rank_0(read, device)
+    paths = {"path": Path(answer["path"]), "settings": Settings(**answer["settings"])}
+    return Source(**answer | paths), weights
 
 
-def open_training_set(source, arguments: argparse.Namespace, val_shards: ShardSet, device):
-    """Where the training set is and its exact denoiser, if it is asked for or small; or (.., None).
-
-    Unasked, on all ranks or none: a training set that is gone, or another now, is left out.
-    """
-    from ds_classifier.data.shards import open_shards
-    from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
-
-    settings, location = source.settings, arguments.bayes
-    asked, problem, opened = bool(location), None, None
-    if not asked:
-        location = settings.data_dir if source.kind == "checkpoint" else ""
-    numbers_a_picture = settings.in_channels * settings.image_size**2
-    try:
-        opened = open_shards(location) if location else None
-    except (ValueError, OSError) as error:
-        problem = f"--bayes: {error}"
-    if opened is not None:
-        if set(val_shards.index["label"].tolist()) - set(opened.index["label"].tolist()):
-            problem = f"--bayes: got {location}; need pictures of every class in the validation set"
-        elif opened.manifest.classes != val_shards.manifest.classes:
-            problem = f"--bayes: got {location}; need the classes of the validation set"
-        elif not asked and opened.manifest.fingerprint != source.data:
-            problem = "another data set now"
-    if asked:
-        distributed.raise_together(problem, device)
-    small = opened is not None and opened.manifest.samples * numbers_a_picture <= BAYES_NUMBERS
-    use = on_all_ranks(problem is None and opened is not None and (asked or small), device)
-    if not use:
-        return location, None
-    pictures, labels, classes = read_pictures(
-        location, image_size=settings.image_size, channels=settings.in_channels
-    )
-    return location, ExactDenoiser(pictures, labels, classes, device=device)
-
-
-def on_all_ranks(value: bool, device) -> bool:
-    """Whether it is so on every rank."""
+def build_classifier(settings: Settings, weights: dict[str, Tensor], precision: str, device):
+    """The classifier, to be asked only, with rank 0's weights on every rank."""
     import torch
 
-    no = torch.tensor(int(not value), device=device)
-    return int(distributed.all_reduce_sum(no)) == 0
+    from ds_classifier.model import create_classifier
+
+    classifier = create_classifier(**settings.model_kwargs())
+    if weights:
+        classifier.load_state_dict(weights)
+    classifier.to(device).eval().requires_grad_(False)
+    for tensor in classifier.state_dict().values():
+        distributed.broadcast(tensor)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return classifier.to(dtype[precision])
 
 
-def create_validation_loader(shards: ShardSet, settings: Settings, batch_size: int, workers: int):
-    """This rank's batches; which pictures share one does not hang on the number of ranks."""
-    from ds_classifier.data import loader
+def levels_of(arguments: argparse.Namespace, diffusion) -> tuple[list[int], list[int]]:
+    """The noise levels to measure at, and those of them with numbers per class."""
+    from ds_classifier.evaluation import level_grid, middle_level
 
-    positions = loader.ValidationPositions(
-        shards.manifest.samples,
-        batch=batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    if workers < 0:
-        workers = loader.default_workers(distributed.local_world_size())
-    pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
-    dataset = loader.ShardDataset(shards, batches=positions, **pixels)
-    return loader.create_loader(dataset, positions, workers=min(workers, len(positions)))
+    asked = [*(arguments.timesteps or []), *(arguments.class_timesteps or [])]
+    if asked and not 0 <= min(asked) <= max(asked) < diffusion.num_timesteps:
+        raise ValueError(
+            f"--timesteps, --class_timesteps: got {min(asked)} to {max(asked)}; need 0 to "
+            f"{diffusion.num_timesteps - 1}"
+        )
+    levels = arguments.timesteps or level_grid(diffusion, arguments.levels)
+    chosen = arguments.class_timesteps
+    if chosen is None:
+        chosen = sorted({levels[0], middle_level(diffusion, levels)})
+    return sorted({*levels, *chosen}), chosen
 
 
 def same_numbers_every_time() -> None:

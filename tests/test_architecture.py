@@ -73,6 +73,7 @@ LAYERS = [
         "evaluation_plots",
     ],
     ["run_costs", "training", "preflight", "export", "initial_weights", "guidance", "sampling"],
+    ["evaluation_data"],
     ["predictor", "predictions", "job"],
     ["header"],
     ["report_data", "fidelity", "dry_run", "overfit"],

@@ -199,6 +199,16 @@ def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypat
         assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
 
 
+def test_of_several_precisions_the_highest_is_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    source, _ = open_weights(run, Settings())
+    for name, precision in (("-fp16", "fp16"), ("-bf16", "bf16"), ("", "fp32")):
+        write_evaluation(run, precision=precision)
+        written = run / "eval" / "step-00000007.json"
+        written.rename(written.with_name(f"step-00000007{name}.json"))
+        assert export.find_evaluation(source)["precision"] == precision
+
+
 def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
     """Every value in turn gone, or of another kind; and no JSON at all."""
     monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested

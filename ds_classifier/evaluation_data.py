@@ -1,0 +1,120 @@
+"""What an evaluation reads: validation shards, a rank's batches of them, a small training set."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_classifier import distributed
+from ds_classifier.config import Settings
+from ds_classifier.data.loader import (
+    Loader,
+    ShardDataset,
+    ValidationPositions,
+    create_loader,
+    default_workers,
+)
+from ds_classifier.data.shards import ShardSet, open_shards
+from ds_classifier.data.store import open_named
+from ds_classifier.data.urls import shown
+from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.weights import Source
+
+BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
+
+
+def open_validation_data(
+    source: Source,
+    location: str,
+    *,
+    cache_dir: str | None,
+    cache_gb: float | None,
+    device: torch.device,
+) -> ShardSet:
+    """The shards to evaluate on, the same on all ranks and with the classifier's classes.
+
+    location: a directory or URL. cache_dir, cache_gb: of remote shards; None: as in training.
+    Raises ValueError if they are not there or do not fit the classifier.
+    """
+    settings = source.settings
+    if not location:
+        raise ValueError(f"--val_data_dir: got none; need it, since {source.path} names no data")
+
+    def open_shards() -> ShardSet:
+        try:
+            return open_named(
+                location,
+                cache_dir=cache_dir or settings.cache_dir,
+                cache_gb=settings.cache_gb if cache_gb is None else cache_gb,
+                image_size=settings.image_size,
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--val_data_dir: {error}") from None
+
+    shards = distributed.together(open_shards, device)
+    classes = shards.manifest.classes
+    if source.classes not in (None, classes) or len(classes) != settings.num_classes:
+        raise ValueError(
+            f"--val_data_dir: got {len(classes)} classes in {shown(location)}; need the same list "
+            f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
+            "with --val"
+        )
+    fingerprint, problem = shards.manifest.fingerprint, None
+    if distributed.broadcast_json(fingerprint, device) != fingerprint:
+        problem = f"the shards in {shown(location)} here are not those of rank 0's node"
+    distributed.raise_together(problem, device)
+    return shards
+
+
+def create_validation_loader(
+    shards: ShardSet, settings: Settings, *, batch_size: int, workers: int
+) -> Loader:
+    """This rank's batches; which pictures share one does not hang on the number of ranks.
+
+    workers: processes a rank; below 0: as many as suit the machine.
+    """
+    positions = ValidationPositions(
+        shards.manifest.samples,
+        batch=batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    if workers < 0:
+        workers = default_workers(distributed.local_world_size())
+    pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
+    dataset = ShardDataset(shards, batches=positions, **pixels)
+    return create_loader(dataset, positions, workers=min(workers, len(positions)))
+
+
+def open_training_set(
+    source: Source, asked: str, val_shards: ShardSet, device: torch.device
+) -> tuple[str, ExactDenoiser | None]:
+    """Where the training set is, and its exact denoiser if it is asked for or small, else None.
+
+    asked: shards; "": those of the run, and on all ranks or none: a training set that is gone, or
+    another now, is left out. Raises ValueError if those asked for do not fit.
+    """
+    settings, problem, opened = source.settings, None, None
+    location = asked or (settings.data_dir if source.kind == "checkpoint" else "")
+    try:
+        opened = open_shards(location) if location else None
+    except (ValueError, OSError) as error:
+        problem = f"--bayes: {error}"
+    if opened is not None:
+        if set(val_shards.index["label"].tolist()) - set(opened.index["label"].tolist()):
+            problem = f"--bayes: got {location}; need pictures of every class in the validation set"
+        elif opened.manifest.classes != val_shards.manifest.classes:
+            problem = f"--bayes: got {location}; need the classes of the validation set"
+        elif not asked and opened.manifest.fingerprint != source.data:
+            problem = "another data set now"
+    if asked:
+        distributed.raise_together(problem, device)
+    numbers_a_picture = settings.in_channels * settings.image_size**2
+    small = opened is not None and opened.manifest.samples * numbers_a_picture <= BAYES_NUMBERS
+    use = problem is None and opened is not None and (bool(asked) or small)
+    without = torch.tensor(int(not use), device=device)
+    if int(distributed.all_reduce_sum(without)):
+        return location, None
+    pictures, labels, classes = read_pictures(
+        location, image_size=settings.image_size, channels=settings.in_channels
+    )
+    return location, ExactDenoiser(pictures, labels, classes, device=device)
