@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_classifier import distributed
@@ -41,6 +40,7 @@ class Meter:
         columns = len(NAMES) + 1 + len(LOSS_EDGES) + 1
         self._sums = torch.zeros(QUARTILES, columns, dtype=torch.float64, device=device)
         self._edges = torch.tensor(LOSS_EDGES, device=device)
+        self._bins = torch.arange(len(LOSS_EDGES) + 1, device=device)
 
     @torch.no_grad()
     def add(
@@ -51,8 +51,8 @@ class Meter:
         hits = top == labels[:, None]
         ones = torch.ones_like(losses)
         values = torch.stack([losses, hits[:, 0].float(), hits.any(dim=1).float(), ones], dim=1)
-        bins = torch.bucketize(losses, self._edges)
-        values = torch.cat([values, F.one_hot(bins, len(LOSS_EDGES) + 1)], dim=1)
+        bins = torch.bucketize(losses, self._edges)[:, None] == self._bins  # [N, bins]
+        values = torch.cat([values, bins.float()], dim=1)
         # A bad sample's loss means nothing, and 0 * nan is nan: leave it out, do not weigh it.
         counted = torch.where(weights[:, None] > 0, values * weights[:, None], 0.0).double()
         quartile = t * QUARTILES // self.num_timesteps

@@ -1,8 +1,10 @@
-"""What this program keeps of DeepSpeed's loss scaling; whole runs are in test_elastic.py."""
+"""What this program keeps of DeepSpeed's loss scaling, and what a step in its engine waits for."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, run_python
 
 from ds_classifier import engine as engines
 
@@ -48,3 +50,20 @@ def test_only_a_loss_scalers_own_fields_are_set():
     engine = fresh(dynamic=True)
     engines.set_loss_scaler_state(engine, LEARNT | {"update_scale": 3})
     assert callable(engine.optimizer.loss_scaler.update_scale)
+
+
+@pytest.mark.parametrize("config", ["zero1_fp32", "zero1_bf16", "zero2_bf16"])
+def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
+    """It asks whether the gradient is finite, and its norm; and it imports no compiler."""
+    flags = "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --batch_size 4"
+    flags += " --classifier_depth 1 --classifier_attention_resolutions 4 --microbatch 2"
+    done = run_python(
+        *(ROOT / "tests" / "watched_step.py", *flags.split()),
+        *("--deepspeed_config", ROOT / "ds_configs" / f"{config}.json"),
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.output
+    told = json.loads(done.output.splitlines()[-1])
+    assert told["waits"], "DeepSpeed's own are seen, so others would be"
+    assert [w for w in told["waits"] if not w[0].startswith("deepspeed/")] == []
+    assert not told["compiler"]
