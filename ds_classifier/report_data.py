@@ -19,6 +19,7 @@ from ds_classifier.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.sanity import Guessing, RecentRows
 
 RUN_FILES = ("config.json", "log.jsonl", events.FILE, "checkpoints")
+FILE_CLOCK = 0.1  # seconds that a file's time may lie behind an event's, of a finer clock
 
 
 class Columns:
@@ -174,7 +175,7 @@ def state_of(path: Path, happened: list[dict[str, Any]], faults: list[Fault]) ->
     except OSError:
         pass
     last = happened[-1] if happened else {"event": "", "time": 0.0}
-    if last["event"] == "failed" or (faults and faults[-1].time >= last["time"]):
+    if last["event"] == "failed" or (faults and faults[-1].time >= last["time"] - FILE_CLOCK):
         return "failed"
     if last["event"] == "stop":
         return "stopped"
@@ -276,9 +277,6 @@ def thin(points: list[tuple[float, float]], most: int = 300) -> Thinned:
 
 
 # ------------------------------------------------------------------------------ jobs
-
-
-FILE_CLOCK = 0.1  # seconds that a file's time may lie behind an event's, of a finer clock
 
 
 @dataclass

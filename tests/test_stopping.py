@@ -119,7 +119,9 @@ if sys.argv[2] == "nohup":
 with StopRequests() as requests:
     requests.defer()
     os.kill(os.getpid(), signal.SIGHUP)
-    time.sleep(0.5)
+    until = time.monotonic() + 2
+    while not requests.reason and time.monotonic() < until:
+        time.sleep(0.02)
     print(requests.reason or "nothing")
 """
 
