@@ -68,6 +68,7 @@ def create_engine(
     from torch.optim.lr_scheduler import LambdaLR
 
     _import_muon_uncompiled()
+    torch.backends.cudnn.benchmark = True  # batches have one shape: its quickest convolutions
     parameters = [p for p in module.parameters() if p.requires_grad]
     schedule = {}
     if lr_factor is not None:

@@ -362,6 +362,11 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
     done = launch(1, run, "--timesteps", "0,300", script=EVALUATE, cwd=tmp_path)
     alone = json.loads((run / "eval" / "step-00000004.json").read_text())
     assert records[0]["bayes"] == records[1]["bayes"] == alone["bayes"]  # computed once of a series
+    flags = ("--timesteps", "0", "--precision", "bf16", "--bayes", digits / "train")
+    done = launch(1, run, *flags, script=EVALUATE, cwd=tmp_path)
+    rough = json.loads((run / "eval" / "step-00000004-bf16.json").read_text())
+    assert (rough["precision"], rough["weights_sha256"]) == ("bf16", alone["weights_sha256"])
+    assert alone == json.loads((run / "eval" / "step-00000004.json").read_text())  # stays
     for name in ("series.png", "step-00000002.png", "step-00000004.png"):
         assert (run / "eval" / name).read_bytes().startswith(b"\x89PNG")
     logged = {row["step"]: row for row in read_log(run) if "val_loss" in row}
