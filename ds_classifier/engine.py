@@ -85,8 +85,8 @@ def create_engine(
 
 def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon, as it does to see whether an optimizer is one, but leave its kernels
-    as they are: to have them compiled would import torch's compiler, which takes two seconds."""
-    with suppress(ImportError, AttributeError):  # of another DeepSpeed
+    as they are: to have them compiled would import torch's compiler, which takes a second."""
+    with suppress(ImportError, AttributeError, TypeError):  # of another DeepSpeed
         from deepspeed.runtime import compiler
 
         with patch.object(compiler, "compile", lambda: lambda kernel: kernel):

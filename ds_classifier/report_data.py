@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_classifier import events, files
 from ds_classifier.picture_grid import PictureGrid, load_grid
-from ds_classifier.run_files import EVALUATION_FORMAT, read_done
+from ds_classifier.run_files import EVALUATION_FORMAT, PRECISIONS, read_done
 from ds_classifier.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.sanity import Guessing, RecentRows
 
@@ -141,7 +141,7 @@ def read_run(path: Path) -> Run:
             (validation if "val_loss" in row else training).add(row)
             recent.add(row)
     evaluations = [r for r in map(_evaluation, sorted(_listed(path / "eval", ".json"))) if r]
-    evaluations.sort(key=lambda record: (record["step"] or 0, record["name"]))
+    evaluations.sort(key=_standing)
     happened, faults = events.read(path), sorted(_faults(path), key=lambda fault: fault.time)
     ranks = _listed(path, ".jsonl", "bad_samples.rank")
     return Run(
@@ -188,6 +188,12 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(record.get("name"), str) and isinstance(record.get("step"), int | None)
     return record if whole and isinstance(record.get("classes"), list) else None
+
+
+def _standing(evaluation: dict[str, Any]) -> tuple[int, bool, str]:
+    """The report tells of the last: of the highest step, in full precision if there is one."""
+    full = evaluation.get("precision") == PRECISIONS[0]
+    return evaluation["step"] or 0, full, evaluation["name"]
 
 
 def _newest_grid(folder: Path) -> PictureGrid | None:

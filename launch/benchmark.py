@@ -3,7 +3,7 @@
 Every figure is the median of several repeats; what is compared is interleaved, so that a machine
 whose speed drifts still gives ratios. Prints a table; --json FILE keeps the numbers. Flags of
 launch/train.py may follow those of `step`, `compare`, `start` and `checkpoint`: --deepspeed_config
-above all.
+above all (zero1_fp32.json where none is given).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
@@ -21,7 +22,9 @@ from ds_classifier import files
 from ds_classifier.config import Settings
 
 TRAIN = Path(__file__).with_name("train.py")
-IMAGE_FOLDER = "an image folder, as make_shards.py takes it"
+WITH_FLAGS = {"step", "compare", "start", "checkpoint"}  # of launch/train.py too
+WITHOUT_PICTURES = {"order", "cache", "memory", "checkpoint"}
+IMAGE_FOLDER = "what make_shards.py converts, such as a folder of pictures"
 SHARDS = "shards; or what make_shards.py takes, of which at most 2,000 pictures are converted"
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1_fp32.json"
 
@@ -37,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         keywords["words"] = words
     elif words:
         parser.error(f"got {' '.join(words)}; need only flags that --help shows")
-    if json_path and not json_path.resolve().parent.is_dir():
-        parser.error(f"--json: got {json_path}, in no directory; need one that is there")
+    if json_path and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
+        parser.error(f"--json: got {json_path}; need a file, in a directory that is there")
     # Here, so that --help answers at once.
     measurement = importlib.import_module(f"ds_classifier.benchmarks.{command}")
     from ds_classifier.benchmarks.measuring import print_table
@@ -48,26 +51,39 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept", file=sys.stderr)
+        return 130
     print_table(rows)
     if json_path:
-        facts = {"command": sys.argv if argv is None else argv, **machine()}
+        measured = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
+        facts = {"command": command, "settings": measured, **machine()}
         json_path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     return 0
 
 
 def machine() -> dict[str, object]:
-    """What the numbers are of."""
-    import platform
-    from importlib.metadata import version
-
+    """What the numbers are of, and when they were taken."""
     import torch
+
+    from ds_classifier.run_files import environment
 
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
+        "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "device": torch.cuda.get_device_name() if gpu else processor(),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "deepspeed")},
+        **environment(),
     }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
 
 
 def _joined(words: list[str]) -> list[str]:
@@ -98,7 +114,9 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
     def add(name: str, text: str, *, repeats: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text)
+        training = " [flags of launch/train.py]" if name in WITH_FLAGS else ""
+        usage = f"%(prog)s{' PICTURES' * (name not in WITHOUT_PICTURES)} [options]{training}"
+        command = commands.add_parser(name, help=text, description=text, usage=usage)
         if repeats:
             command.add_argument("--repeats", type=_count, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -107,8 +125,8 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     def add_pictures(command: argparse.ArgumentParser, *, sizes: bool = False) -> None:
         command.add_argument("pictures", help=IMAGE_FOLDER if sizes else SHARDS)
         if sizes:
-            sized = dict(type=int, nargs="+", default=[64, 256], dest="image_sizes")
-            command.add_argument("--image_size", metavar="PIXELS", **sized)
+            sized = dict(type=_count, nargs="+", default=[64, 256], dest="image_sizes")
+            command.add_argument("--image_size", metavar="PIXELS", help="[64 256]", **sized)
 
     step = add("step", "a training step: bare, in its engine, in the trainer")
     add_pictures(step)
@@ -134,7 +152,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     start = add("start", "seconds from the command to the first step")
     add_pictures(start)
     start.set_defaults(program=TRAIN)
-    start.add_argument("--ranks", type=_count, nargs="+", default=[1, 2])
+    start.add_argument("--ranks", type=_count, nargs="+", default=[1, 2], help="[1 2]")
     data = add("data", "pictures a second and core, from shards and from a folder")
     add_pictures(data, sizes=True)
     data.add_argument("--count", type=_count, default=600, help="pictures a repeat [600]")
@@ -153,7 +171,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
         "checkpoint", "how long a save holds up training, written behind it or waited for"
     )
     checkpoint.add_argument("--folder", type=Path, help="on the disk to measure [a temporary one]")
-    return parser, {"step", "compare", "start", "checkpoint"}
+    return parser, WITH_FLAGS
 
 
 if __name__ == "__main__":

@@ -119,33 +119,45 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         if source.kind == "checkpoint" and not arguments.out:
             runs.add(source.home)
 
-        def write(record=record, grid=grid, folder=folder) -> None:
+        def write(record=record, grid=grid, folder=folder) -> str:
             folder.mkdir(parents=True, exist_ok=True)
+            before = levels_before(folder / f"{record['name']}.json")
             files.replace_text(folder / f"{record['name']}.json", json.dumps(record, indent=1))
             evaluation_plots.plot_evaluation(record, folder / f"{record['name']}.png")
             if grid is not None:
                 save_grid(grid, folder / f"{record['name']}.pictures.png")
+            fewer = before > len(record["classifier"]["levels"])
+            return f", in the place of an evaluation at {before} levels" if fewer else ""
 
-        distributed.on_rank_0(write, device)
+        replaced = distributed.on_rank_0(write, device)
         distributed.say("\n".join(evaluation_table.level_table(record)))
         if len(paths) == 1:
             distributed.say("\n" + "\n".join(evaluation_table.class_table(record)))
-        distributed.say(f"\nwritten: {folder}/{record['name']}.json and .png")
+        distributed.say(f"\nwritten: {folder}/{record['name']}.json and .png{replaced}")
         records.append(record)
     if len(records) > 1:
+        series = evaluation_name("series", arguments.precision)
 
         def write_series() -> None:
-            files.replace_text(folder / "series.json", json.dumps(records, indent=1))
-            evaluation_plots.plot_series(records, folder / "series.png")
+            files.replace_text(folder / f"{series}.json", json.dumps(records, indent=1))
+            evaluation_plots.plot_series(records, folder / f"{series}.png")
 
         distributed.on_rank_0(write_series, device)
         distributed.say("\n" + "\n".join(evaluation_table.series_table(records)))
-        distributed.say(f"\nwritten: {folder}/series.json and .png")
+        distributed.say(f"\nwritten: {folder}/{series}.json and .png")
     distributed.finish()
     if distributed.rank() == 0:  # alone: nobody waits for it any more
         for run_dir in runs:
             if failures.tolerate("report.html", lambda run_dir=run_dir: write_report(run_dir)):
                 print(f"written: {run_dir}/report.html")
+
+
+def levels_before(path: Path) -> int:
+    """How many noise levels the evaluation in a file has; 0 if there is none."""
+    try:
+        return len(json.loads(path.read_text())["classifier"]["levels"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def find_sources(arguments: argparse.Namespace) -> list[str]:

@@ -47,7 +47,7 @@ def benchmark(*words: object) -> list[dict]:
         check=True,
     )
     record = json.loads(out.read_text())
-    assert record["versions"]["torch"]
+    assert record["packages"]["torch"]
     return record["rows"]
 
 
@@ -133,8 +133,15 @@ def test_seconds_to_the_first_step(pictures, tmp_path):
     [
         (["step", "PICTURES", "--ranks", "0"], "--ranks: got 0; need a whole number, at least 1"),
         (["compare", "PICTURES", "--way", "--compile", "--steps", "0"], "--steps: got 0"),
-        (["order", "--json", "nowhere/x.json"], "--json: got nowhere/x.json, in no directory"),
-        (["compare", "PICTURES", "--way", "--microbatch 3"], "--way '--microbatch 3' on 1 ranks"),
+        (["order", "--json", "nowhere/x.json"], "--json: got nowhere/x.json; need a file"),
+        (["order", "--json", "PICTURES"], "need a file, in a directory that is there"),
+        (["compare", "PICTURES", "--way", "--microbatch 3"], "--way '--microbatch 3', --ranks 1:"),
+        (["compare", "PICTURES", "--way", "--dry_run"], "--way '--dry_run', --ranks 1: got a"),
+        (["compare", "PICTURES", "--way", "--bogus"], "--way '--bogus', --ranks 1: unrecognized"),
+        (["step", "PICTURES", "--data_dir", "x"], "got --data_dir; need flags of training alone"),
+        (["step", "--lr", "1", "PICTURES"], "flags of launch/train.py come after PICTURES"),
+        (["step", "PICTURES", "--deepspeed_config", "FP16"], "fp16.enabled: got true on this CPU"),
+        (["checkpoint", "--folder", "nowhere"], "--folder: got nowhere, which is no directory"),
         (["step", "--ranks", "1", "PICTURES"], "need a whole number; PICTURES stands first"),
         (["step", "PICTURES", "--reference", "nowhere"], "--reference: got nowhere; need"),
         (["step", "digits", "--reference", "CHECKOUT"], "--reference: got the pictures digits;"),
@@ -149,6 +156,7 @@ def test_what_cannot_be_measured_is_told_before_anything_is(pictures, tmp_path, 
     script.parent.mkdir(parents=True)
     script.touch()
     names = {"PICTURES": pictures, "CHECKOUT": tmp_path / "checkout"}
+    names["FP16"] = ROOT / "ds_configs" / "zero2_fp16.json"
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "benchmark.py", *(names.get(w, w) for w in words)],
         env=environment(),

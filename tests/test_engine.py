@@ -54,7 +54,8 @@ def test_only_a_loss_scalers_own_fields_are_set():
 
 @pytest.mark.parametrize("config", ["zero1_fp32", "zero1_bf16", "zero2_bf16"])
 def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
-    """It asks whether the gradient is finite, and its norm; and it imports no compiler."""
+    """For numbers and masks, as a CPU can show; it asks whether the gradient is finite, and its
+    norm. And it imports no compiler."""
     flags = "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --batch_size 4"
     flags += " --classifier_depth 1 --classifier_attention_resolutions 4 --microbatch 2"
     done = run_python(

@@ -2,7 +2,8 @@
 
 Prints JSON: {"waits": [["ds_classifier/training.py:60", "aten.nonzero.default"], ...],
 "compiler": whether it was imported}. Each wait is put down to the innermost line of this package or
-of DeepSpeed. Arguments: those of launch/train.py.
+of DeepSpeed. Copies from the device (.cpu(), .tolist()) are nothing on a CPU, and are not seen.
+Arguments: those of launch/train.py.
 """
 
 import json

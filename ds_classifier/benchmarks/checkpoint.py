@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ds_classifier.benchmarks.programs import training_command
 from ds_classifier.benchmarks.step import Bench
 from ds_classifier.checkpoint_writer import CheckpointWriter
 from ds_classifier.diffusion import UniformSampler
@@ -16,6 +17,9 @@ from ds_classifier.diffusion import UniformSampler
 
 def measure(words: list[str], *, folder: Path | None, repeats: int) -> list[dict]:
     """One rank, random pictures of 64 px: saves that are waited for and saves behind, in turn."""
+    training_command(words)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--folder: got {folder}, which is no directory; need one on the disk")
     bench = Bench.of([*words, "--num_classes", "1000"])
     engine, take_step = bench.engine, bench.trainer_step()
 
@@ -71,7 +75,7 @@ def measure(words: list[str], *, folder: Path | None, repeats: int) -> list[dict
         rows.append(
             {
                 "checkpoint": way,
-                "parameters": f"{parameters:,}",
+                "parameters": parameters,
                 "step s": usual,
                 "snapshot s": medians["snapshot"],
                 "written after s": medians["write"],

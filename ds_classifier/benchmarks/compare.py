@@ -7,11 +7,13 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from ds_classifier.benchmarks.measuring import show_progress, spread
 from ds_classifier.benchmarks.programs import (
     ProgramFailed,
     resolve_words,
     shards_for,
     trainer_row,
+    training_command,
 )
 
 
@@ -33,21 +35,22 @@ def measure(
     runs = [(way, count) for count in ranks for way in ways]
     for way, count in runs:  # what can be known at once
         try:
+            training_command([*words, *shlex.split(way)])
             resolve_words([*words, *shlex.split(way)], count)
         except ValueError as error:
-            raise ValueError(f"--way '{way}' on {count} ranks: {error}") from None
+            raise ValueError(f"--way '{way}', --ranks {count}: {error}") from None
     told: list[dict[str, list[float]]] = [{} for _ in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = ["--data_dir", str(shards_for(words, pictures, folder))]
-        for _ in range(repeats):
+        for repeat in range(repeats):
             first = None
             for (way, count), figures in zip(runs, told, strict=True):
                 command = [*words, *shlex.split(way), *data]
                 try:
                     row = trainer_row(program, command, folder / "run", ranks=count, steps=steps)
                 except ProgramFailed as error:
-                    raise ProgramFailed(f"--way '{way}' on {count} ranks: {error}") from None
+                    raise ProgramFailed(f"--way '{way}', --ranks {count}: {error}") from None
                 rate = row["images_per_sec"]
                 first = first or rate
                 for name, value in {
@@ -57,7 +60,15 @@ def measure(
                     "GiB of rank 0": row["memory_gib"],
                 }.items():
                     figures.setdefault(name, []).append(value)
+                show_progress(repeat, repeats, f"--way '{way}', --ranks {count}")
     return [
-        {"way": way, "ranks": count, **{k: statistics.median(v) for k, v in figures.items()}}
+        {
+            "way": way or "(as it is)",
+            "ranks": count,
+            "batch": resolve_words([*words, *shlex.split(way)], count).batch.total,
+            **{k: statistics.median(v) for k, v in figures.items()},
+            "spread": spread(figures["images/s"]),
+            "each repeat's images/s": figures["images/s"],
+        }
         for (way, count), figures in zip(runs, told, strict=True)
     ]

@@ -45,8 +45,8 @@ def measure(*, repeats: int) -> list[dict]:
                     largest[number] = [max(column) / 1e6 for column in zip(*facts, strict=True)]
         rows.append(
             {
-                "samples": f"{samples:,}",
-                "shards": f"{count:,}",
+                "samples": samples,
+                "shards": count,
                 "index MB": samples * shards.index.itemsize / 1e6,
                 f"own MB a worker after {early * batch:,} pictures": largest[early][0],
                 f"after {late * batch:,}": largest[late][0],

@@ -33,8 +33,8 @@ def measure(*, repeats: int) -> list[dict]:
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         rows.append(
             {
-                "samples": f"{samples:,}",
-                "shards": f"{count:,}",
+                "samples": samples,
+                "shards": count,
                 "open ms": 1e3 * statistics.median(open_s),
                 "seek to mid-epoch ms": 1e3 * statistics.median(seek_s),
                 "batch of 256 ms": 1e3 * statistics.median(batch_s),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
 from ds_classifier import distributed
-from ds_classifier.config import Settings, parse_training_command
+from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.data.convert import Store, convert
 from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
@@ -25,8 +27,31 @@ WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers
 REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
 
 
+# Settings of a training command that a benchmark chooses itself.
+OURS = ("data_dir", "val_data_dir", "run_dir", "iterations", "log_interval", "save_interval")
+OURS += ("eval_interval", "num_classes", "resume_checkpoint", "init_from")
+
+
 class ProgramFailed(ValueError):
     """A program that is measured did not run to its end; the last that it said."""
+
+
+def training_command(words: list[str]) -> CommandLine:
+    """A user's flags of launch/train.py. Raises ValueError for those that cannot be measured."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            command = parse_training_command(words)
+    except SystemExit:
+        problem = said.getvalue().strip().splitlines()[-1:] or ["--help"]
+        problem = problem[0].removeprefix("train.py: error: ")
+        raise ValueError(f"{problem} (flags of launch/train.py come after PICTURES)") from None
+    flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    chosen = sorted(set(OURS) & flags)
+    if chosen or command.instead:
+        named = ", ".join(f"--{name}" for name in chosen) or "a rehearsal or a look"
+        raise ValueError(f"got {named}; need flags of training alone, less what a benchmark sets")
+    return command
 
 
 def reference_images_per_sec(
@@ -152,7 +177,7 @@ def _run(words: list[object], environment: dict[str, str] | None = None) -> None
         check=False,
     )
     if done.returncode:
-        raise ProgramFailed((done.stdout + done.stderr)[-3000:])
+        raise ProgramFailed((done.stdout + done.stderr)[-3000:].removeprefix("error: "))
 
 
 def _of_its_own() -> dict[str, str]:

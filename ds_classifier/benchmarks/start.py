@@ -7,7 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ds_classifier.benchmarks.programs import launched, seconds_to_lines, shards_for
+from ds_classifier.benchmarks.measuring import show_progress
+from ds_classifier.benchmarks.programs import (
+    launched,
+    seconds_to_lines,
+    shards_for,
+    training_command,
+)
 
 # What a run's lines begin with, and what was done when they come.
 MARKS = {
@@ -23,6 +29,7 @@ def measure(
 ) -> list[dict]:
     """Seconds since the command. words: of the training command. pictures: shards, or what they
     are made of."""
+    training_command(words)
     imports = [sys.executable, "-c", "import torch, deepspeed; print('done', flush=True)"]
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -38,6 +45,7 @@ def measure(
             for name, (command, marks) in ways.items():
                 for mark, value in seconds_to_lines(command, marks).items():
                     seconds.setdefault(name, {}).setdefault(mark, []).append(value)
+                show_progress(repeat, repeats, name)
     return [
         {"seconds until": name, **{mark: statistics.median(v) for mark, v in marks.items()}}
         for name, marks in seconds.items()

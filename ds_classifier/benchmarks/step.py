@@ -7,6 +7,7 @@ whole programs, started anew for each repeat, on the same pictures.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ds_classifier import distributed
 from ds_classifier import engine as engines
-from ds_classifier.benchmarks.measuring import in_turn
+from ds_classifier.benchmarks.measuring import in_turn, spread
 from ds_classifier.benchmarks.programs import (
     REFERENCE_SCRIPT,
     reference_images_per_sec,
@@ -28,8 +30,9 @@ from ds_classifier.benchmarks.programs import (
     shards_for,
     split_of_shards,
     trainer_row,
+    training_command,
 )
-from ds_classifier.config import Settings, parse_training_command
+from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler, keyed_noise
@@ -60,7 +63,9 @@ class Bench:
     def of(cls, words: list[str]) -> Bench:
         resolved = resolve_words(words, 1)
         settings = resolved.settings
-        distributed.init()
+        device = distributed.init()
+        if problem := engines.precision_problem(resolved.ds_config, device):
+            raise ValueError(problem)
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
         parameters = sum(p.numel() for p in module.parameters())
         ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
@@ -74,6 +79,8 @@ class Bench:
             weights=torch.ones(count),
             bad=[],
         )
+        if device.type == "cuda":  # as the loader's
+            batch = Batch(*(tensor.pin_memory() for tensor in batch[:4]), [])
         return cls(resolved, engine, batch)
 
     @property
@@ -151,16 +158,25 @@ class Bench:
         return batch.images, batch.labels, t, noise
 
 
-def gemm(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], int]:
-    """A product of two square matrices, which returns its operations."""
+def gemm(
+    side: int, dtype: torch.dtype, device: torch.device, *, as_convolution: bool
+) -> Callable[[], int]:
+    """A product of two square matrices, which returns its operations.
+
+    as_convolution: by the library of convolutions, which on some CPUs is the quicker of the two.
+    """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
+    pixels = a.view(1, 32, side // 32, side).permute(0, 3, 1, 2)  # [1, side, 32, side / 32]
 
     def product() -> int:
         before = torch.get_float32_matmul_precision()
         if device.type == "cuda":  # in TF32, as cuDNN's convolutions take fp32 unless told not to
             torch.set_float32_matmul_precision("high")
         for _ in range(PRODUCTS):
-            torch.mm(a, b)
+            if as_convolution:
+                F.conv2d(pixels, b[:, :, None, None])
+            else:
+                torch.mm(a, b)
         torch.set_float32_matmul_precision(before)
         return PRODUCTS * 2 * side**3
 
@@ -204,16 +220,16 @@ def measure(
     Raises ValueError where the reference cannot be run, or only with other pictures or another
     classifier.
     """
+    settings = training_command(words).settings
     if reference is not None:
-        _check_reference(reference, Path(pictures), parse_training_command(words).settings)
+        _check_reference(reference, Path(pictures), settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        settings = parse_training_command(words).settings
         shards = shards_for(words, pictures, folder)
         words = [*words, "--data_dir", str(shards)]
         classes = open_shards(shards).manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
-        device = bench.engine.device
+        device, dtype = bench.engine.device, TYPES[bench.precision]
 
         def rate(step: Callable[[], int]) -> float:
             began = time.perf_counter()
@@ -226,8 +242,11 @@ def measure(
 
         here = {
             **{
-                f"{GEMM} {side}": waited_for(gemm(side, TYPES[bench.precision], device), device)
+                f"{GEMM} {side}, {convolution}": waited_for(
+                    gemm(side, dtype, device, as_convolution=convolution), device
+                )
                 for side in GEMM_SIDES[device.type]
+                for convolution in (False, True)
             },
             "bare model + AdamW": bench.bare_step(),
             "engine": bench.engine_step(),
@@ -253,9 +272,11 @@ def measure(
 
         if reference is not None:
             ways[REFERENCE] = theirs
+        print(described(bench, steps=steps, repeats=repeats), flush=True)
         devices = {f"{TRAINER}, {count} ranks": count for count in ranks}
-        if device.type == "cpu":  # its cores are shared by all ranks
-            devices = {}
+        if device.type == "cpu":  # unless OMP_NUM_THREADS says so, one rank has all cores
+            cores = len(os.sched_getaffinity(0)) // torch.get_num_threads()
+            devices = {name: min(count, max(1, cores)) for name, count in devices.items()}
         return rows_of(in_turn(ways, repeats), bench, devices)
 
 
@@ -273,6 +294,18 @@ def _check_reference(checkout: Path, pictures: Path, settings: Settings) -> None
         raise ValueError(
             f"--reference: got {obstacles[0].reason}; need a classifier that it can build"
         )
+
+
+def described(bench: Bench, *, steps: int, repeats: int) -> str:
+    """What is measured, in a line."""
+    settings, device = bench.resolved.settings, bench.engine.device
+    flops = training_flops(forward_flops(settings.model_kwargs())) / 1e9
+    parameters = sum(p.numel() for p in bench.engine.module.parameters())
+    return (
+        f"{settings.image_size} px, {parameters:,} parameters, {flops:,.1f} GFLOP a picture; "
+        f"{bench.precision}, {bench.resolved.batch}, on {engines.describe_device(device)}; "
+        f"medians of {repeats}, of {steps} steps each"
+    )
 
 
 def rows_of(
@@ -303,6 +336,8 @@ def rows_of(
             row["of the layer above"] = median(rate / above)
         if slowest is not None:
             row["x guided-diffusion"] = median(rate / slowest)
+        row["spread"] = spread(told[name])
+        row["each repeat's images/s"] = told[name]
         rows.append(row)
         above = rate
     return rows
