@@ -362,6 +362,17 @@ class Brightness(torch.nn.Module):
         return scores * torch.tensor([1.0, -1.0] * 5)
 
 
+def test_of_a_steps_evaluations_the_one_in_full_precision_leads(run):
+    """And of all, one of the last step, in whatever precision there is."""
+    for step, precision in ((5, "fp32"), (10, "bf16"), (10, "fp32"), (20, "bf16")):
+        made = record(step, ["a", "b"], {(0, 0): 4})
+        name = made["name"] + ("" if precision == "fp32" else f"-{precision}")
+        write_record(run, made | {"name": name, "precision": precision})
+    read = [(e["step"], e["precision"]) for e in read_run(run).evaluations]
+    assert read == [(5, "fp32"), (10, "bf16"), (10, "fp32"), (20, "bf16")]
+    assert "step-00000020-bf16" in opened(run).sections["noise"]
+
+
 def test_pictures_are_those_of_the_evaluation(digits):
     shards = open_shards(digits / "val")
     diffusion = create_gaussian_diffusion(noise_schedule="cosine")
