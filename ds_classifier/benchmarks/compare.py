@@ -33,10 +33,12 @@ def measure(
     each in a repeat. Ratios are medians of those of each repeat, to the first row.
     """
     runs = [(way, count) for count in ranks for way in ways]
+    batches = []
     for way, count in runs:  # what can be known at once
+        command = [*words, *shlex.split(way)]
         try:
-            training_command([*words, *shlex.split(way)])
-            resolve_words([*words, *shlex.split(way)], count)
+            training_command(command)
+            batches.append(resolve_words(command, count).batch.total)
         except ValueError as error:
             raise ValueError(f"--way '{way}', --ranks {count}: {error}") from None
     told: list[dict[str, list[float]]] = [{} for _ in runs]
@@ -65,10 +67,10 @@ def measure(
         {
             "way": way or "(as it is)",
             "ranks": count,
-            "batch": resolve_words([*words, *shlex.split(way)], count).batch.total,
+            "batch": batch,
             **{k: statistics.median(v) for k, v in figures.items()},
             "spread": spread(figures["images/s"]),
             "each repeat's images/s": figures["images/s"],
         }
-        for (way, count), figures in zip(runs, told, strict=True)
+        for (way, count), batch, figures in zip(runs, batches, told, strict=True)
     ]

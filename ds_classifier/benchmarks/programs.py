@@ -25,8 +25,6 @@ from ds_classifier.reference_flags import classifier_flags, process_flags
 MOST_CONVERTED = 2000  # pictures, which are read again and again
 WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers
 REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
-
-
 # Settings of a training command that a benchmark chooses itself.
 OURS = ("data_dir", "val_data_dir", "run_dir", "iterations", "log_interval", "save_interval")
 OURS += ("eval_interval", "num_classes", "resume_checkpoint", "init_from")
