@@ -17,6 +17,7 @@ from torch import nn
 
 from ds_classifier import distributed
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ROW = 1 << 14  # numbers whose norm is taken at a time
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -94,7 +95,7 @@ def _import_muon_uncompiled() -> None:
 
 
 def precision(engine) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(engine.get_data_types()[0], "fp32")
+    return next(name for name, dtype in DTYPES.items() if dtype == engine.get_data_types()[0])
 
 
 def loss_scale(engine) -> float:

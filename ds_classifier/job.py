@@ -15,7 +15,6 @@ from ds_classifier.config import Settings
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
-    ValidationPositions,
     create_loader,
     default_workers,
 )
@@ -23,6 +22,7 @@ from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.ds_config import Resolved
+from ds_classifier.evaluation_data import create_validation_loader
 from ds_classifier.flops import Arithmetic, forward_flops
 from ds_classifier.initial_weights import load_initial_weights
 from ds_classifier.run_files import find_checkpoint, read_done, refuse_changes
@@ -175,14 +175,9 @@ def create_loaders(
     loader = create_loader(dataset, positions, workers=workers)
     if val_shards is None:
         return loader, None
-    val_positions = ValidationPositions(
-        val_shards.manifest.samples, batch=batch.micro, rank=rank, world_size=world_size
-    )
     # Validation is always exact: its figures stand beside those of other runs.
-    return loader, create_loader(
-        ShardDataset(val_shards, batches=val_positions, **pixels),
-        val_positions,
-        workers=min(workers, 1),
+    return loader, create_validation_loader(
+        val_shards, settings, batch_size=batch.micro, workers=min(workers, 1)
     )
 
 

@@ -335,8 +335,7 @@ def read_source(path: Path, given: dict, device) -> tuple[Source, dict[str, Tens
 
 def build_classifier(settings: Settings, weights: dict[str, Tensor], precision: str, device):
     """The classifier, to be asked only, with rank 0's weights on every rank."""
-    import torch
-
+    from ds_classifier.engine import DTYPES
     from ds_classifier.model import create_classifier
 
     classifier = create_classifier(**settings.model_kwargs())
@@ -345,8 +344,7 @@ def build_classifier(settings: Settings, weights: dict[str, Tensor], precision: 
     classifier.to(device).eval().requires_grad_(False)
     for tensor in classifier.state_dict().values():
         distributed.broadcast(tensor)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return classifier.to(dtype[precision])
+    return classifier.to(DTYPES[precision])
 
 
 def levels_of(arguments: argparse.Namespace, diffusion) -> tuple[list[int], list[int]]:

@@ -48,7 +48,6 @@ from ds_classifier.training import train_step
 GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 PRODUCTS = 10  # of them at a time
 GEMM, TRAINER, REFERENCE = "matrix product", "whole trainer", "guided-diffusion, fp32"
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Bench:
         device, accumulation = self.engine.device, self.engine.gradient_accumulation_steps()
         settings = self.resolved.settings
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
-        module = module.to(device=device, dtype=TYPES[self.precision])
+        module = module.to(device=device, dtype=engines.DTYPES[self.precision])
         optimizer = torch.optim.AdamW(module.parameters(), lr=settings.lr, fused=True)
         inputs = self._inputs()
 
@@ -229,7 +228,7 @@ def measure(
         words = [*words, "--data_dir", str(shards)]
         classes = open_shards(shards).manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
-        device, dtype = bench.engine.device, TYPES[bench.precision]
+        device, dtype = bench.engine.device, engines.DTYPES[bench.precision]
 
         def rate(step: Callable[[], int]) -> float:
             began = time.perf_counter()
