@@ -5,17 +5,18 @@ checkpoint of step 2, its evaluation and its export; the run's log goes on to st
 """
 
 import re
+import shlex
 import tarfile
 
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, read_log, run_python
 
-FLAGS = (
+FLAGS = shlex.split(
     "--image_size 4 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "
     "--classifier_pool adaptive --classifier_attention_resolutions 2 --noise_schedule cosine "
     "--lr 1e-3 --log_interval 1 --workers 0 --batch_size 6 --iterations 4 --save_interval 2"
-).split()
+)
 CONFIG = ROOT / "ds_configs" / "zero1_fp32.json"
 
 
