@@ -7,7 +7,7 @@ In Python: `load` a trained classifier. What stands here is imported when it is 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ds_classifier.common.version import __version__
 
 _HOME = {
     "load": "predictor",
@@ -15,7 +15,7 @@ _HOME = {
     "create_classifier": "model",
     "create_gaussian_diffusion": "diffusion",
 }
-__all__ = ["Predictor", "create_classifier", "create_gaussian_diffusion", "load"]
+__all__ = ["Predictor", "__version__", "create_classifier", "create_gaussian_diffusion", "load"]
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import create_gaussian_diffusion

@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ds_classifier import checkpoint, distributed, events, files
+from ds_classifier import checkpoint, distributed, files
 from ds_classifier import engine as engines
 from ds_classifier.replicas import check_replicas
 
@@ -65,6 +65,7 @@ class CheckpointWriter:
 
     keep_last, keep_every: see checkpoint.prune. max_failed: writes that may fail in a row before
     check() raises OSError on all ranks; the last of a run may not fail at all.
+    on_failure: called by rank 0's thread with the step and the message of a failed write.
     Rank 0 keeps the snapshot, 12 bytes a parameter, in (on GPUs: pinned) memory of its own.
     """
 
@@ -77,10 +78,11 @@ class CheckpointWriter:
         keep_last: int,
         keep_every: int,
         max_failed: int,
+        on_failure: Callable[[int, str], None] = lambda step, message: None,
     ):
         self._checkpoints, self._engine, self._sampler = checkpoints, engine, sampler
         self._keep = dict(keep_last=keep_last, keep_every=keep_every)
-        self._max_failed = max_failed
+        self._max_failed, self._on_failure = max_failed, on_failure
         self._group = distributed.cpu_group()
         self.under_way: int | None = None  # the step being written; the same on all ranks
         self._failed, self._error = 0, ""  # writes in a row; known to all ranks
@@ -240,8 +242,7 @@ class CheckpointWriter:
             )
             self._outcome = {"error": message}
             distributed.say(f"{'':>6} the checkpoint of step {self._state['step']}: {message}")
-            run_dir = self._checkpoints.parent
-            events.append(run_dir, "save failed", step=self._state["step"], message=message)
+            self._on_failure(self._state["step"], message)
             return
         except Exception as error:
             self._outcome = {"bug": f"while writing {final}: {type(error).__name__}: {error}"}

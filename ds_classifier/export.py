@@ -25,10 +25,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import ds_classifier
 from ds_classifier import files
+from ds_classifier.common.version import __version__
 from ds_classifier.config import FIXED_SETTINGS, Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.evaluation_record import (
+    EVALUATION_FORMAT,
+    EVALUATION_VERSION,
+    PRECISIONS,
+    evaluation_name,
+)
 from ds_classifier.model import create_classifier, parse_channel_mult
 from ds_classifier.model_card import is_evaluation, is_model_card, model_card
 from ds_classifier.reference_flags import (
@@ -37,12 +43,6 @@ from ds_classifier.reference_flags import (
     flags_text,
     process_flags,
     reference_obstacles,
-)
-from ds_classifier.run_files import (
-    EVALUATION_FORMAT,
-    EVALUATION_VERSION,
-    PRECISIONS,
-    evaluation_name,
 )
 from ds_classifier.weights import (
     EXPORT_FORMAT,
@@ -234,7 +234,7 @@ def describe(
     return {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
-        "written_by": f"ds_classifier {ds_classifier.__version__}",
+        "written_by": f"ds_classifier {__version__}",
         "name": name,
         "step": source.step,
         "parameters": parameters,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier import events, files
+from ds_classifier.evaluation_record import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.picture_grid import PictureGrid, load_grid
-from ds_classifier.run_files import EVALUATION_FORMAT, PRECISIONS, read_done
+from ds_classifier.run_files import read_done
 from ds_classifier.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.sanity import Guessing, RecentRows
 

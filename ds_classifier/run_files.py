@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_classifier import distributed, events
+from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings, changed_settings
 from ds_classifier.data.urls import shown
 from ds_classifier.ds_config import Resolved
 
-EVALUATION_FORMAT, EVALUATION_VERSION = "ds_classifier evaluation", 1  # of eval/NAME.json
-PRECISIONS = ("fp32", "bf16", "fp16")  # of an evaluation
 SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
 
@@ -24,11 +23,6 @@ DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
 def read_done(run_dir: Path) -> str | None:
     """What a finished run left in DONE, or None."""
     return (run_dir / DONE).read_text().strip() if (run_dir / DONE).exists() else None
-
-
-def evaluation_name(weights: str, precision: str) -> str:
-    """NAME of eval/NAME.json. weights: the name of a Source; precision: that they are asked in."""
-    return weights if precision == PRECISIONS[0] else f"{weights}-{precision}"
 
 
 def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:
@@ -107,8 +101,6 @@ def environment() -> dict[str, object]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    import ds_classifier
-
     packages = {}
     for name in (
         "torch",
@@ -135,7 +127,7 @@ def environment() -> dict[str, object]:
         except (OSError, subprocess.TimeoutExpired):
             git[fact] = None
     return {
-        "ds_classifier": ds_classifier.__version__,
+        "ds_classifier": __version__,
         "python": platform.python_version(),
         "packages": packages,
         "host": platform.node(),

@@ -227,6 +227,9 @@ def train(job: Job) -> int:
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         max_failed=settings.max_failed_saves,
+        on_failure=lambda step, message: events.append(
+            run_dir, "save failed", step=step, message=message
+        ),
     )
 
     def save(val_loss: float | None) -> None:

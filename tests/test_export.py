@@ -18,11 +18,11 @@ from test_weights import SMALL
 
 from ds_classifier import checkpoint, export
 from ds_classifier.config import Settings
+from ds_classifier.evaluation_record import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.fitting import tensors_of
 from ds_classifier.guidance import classifier_gradient
 from ds_classifier.model import create_classifier
 from ds_classifier.reference_flags import classifier_flags, flags_text
-from ds_classifier.run_files import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.weights import find_recorded, load_classifier, open_weights
 
 CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]

@@ -1,0 +1,1 @@
+"""Files, URLs and keyed random numbers: what knows nothing of training."""
