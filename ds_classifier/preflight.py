@@ -172,7 +172,7 @@ def notes(ranks: list[dict[str, Any]]) -> list[str]:
         if odd:
             lines.append(
                 f"{host} has {', '.join(odd)} otherwise than {ranks[0]['host']}: the launcher does "
-                "not pass them on; launch/environment.py makes the file by which it does"
+                "not pass them on; do: write them as NAME=VALUE lines into ./.deepspeed_env"
             )
     hosts = launcher.host_names()
     if len(set(hosts)) > 1 and _keepalive(hosts[-1]) == 0:

@@ -53,10 +53,7 @@ class Hosts(Cluster):
         # As a user hands variables to all hosts. One thread, as two ranks of one host have.
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # training sets it, but the seams import torch
         variables = {"OMP_NUM_THREADS": "1"} | quiet | environment
-        text = "".join(f"{k}={v}\n\n# and\n" for k, v in variables.items())
-        (here / "variables").write_text(text)
-        program = ROOT / "launch" / "environment.py"
-        subprocess.run([sys.executable, program, "variables"], cwd=here, check=True)
+        (here / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
         deepspeed = Path(sys.executable).with_name("deepspeed")
         command = [deepspeed, "--quiet", "--hostfile", "hosts", script, *self.flags(), *flags]
         return Start(self, here / "run", {nodes[0]: command})
