@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ds_classifier.keyed_random import GOLDEN, MIX_1, MIX_2
+from ds_classifier.keyed_random import GOLDEN, MIX_1, MIX_2, stream_key
 
 
 def _signed(value: int) -> int:
@@ -52,3 +52,14 @@ def normal(keys: Tensor, count: int) -> Tensor:
     angle = (z & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
     both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)  # [N, 2 * pairs]
     return both[:, :count]
+
+
+def keyed_uniform(seed: int, stream: str, positions: Tensor) -> Tensor:
+    """Return a number in [0, 1) for each position of the training stream, [N] float64."""
+    return uniform(sample_keys(stream_key(seed, stream), positions))
+
+
+def keyed_noise(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return Gaussian noise, [N, *shape] fp32, that depends on (seed, stream, position) alone."""
+    keys = sample_keys(stream_key(seed, stream), positions)
+    return normal(keys, math.prod(shape)).view(len(positions), *shape)

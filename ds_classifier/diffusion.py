@@ -16,9 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_classifier import device_random
-from ds_classifier.keyed_random import stream_key
-
 NOISE_SCHEDULES = ("linear", "cosine")
 SCHEDULE_SAMPLERS = ("uniform", "noisy", "loss-second-moment")
 
@@ -263,14 +260,3 @@ def create_schedule_sampler(
             f"schedule_sampler: got {name!r}; need one of {', '.join(SCHEDULE_SAMPLERS)}"
         )
     return makers[name]()
-
-
-def keyed_uniform(seed: int, stream: str, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each position of the training stream, [N] float64."""
-    return device_random.uniform(device_random.sample_keys(stream_key(seed, stream), positions))
-
-
-def keyed_noise(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Gaussian noise [N, *shape] fp32 that depends on (seed, stream, position) alone."""
-    keys = device_random.sample_keys(stream_key(seed, stream), positions)
-    return device_random.normal(keys, math.prod(shape)).view(len(positions), *shape)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_classifier import distributed
-from ds_classifier.diffusion import GaussianDiffusion, keyed_noise
+from ds_classifier.device_random import keyed_noise
+from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.exact_denoiser import ExactDenoiser
 
 

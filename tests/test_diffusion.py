@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import GOLDEN
 
+from ds_classifier.device_random import keyed_noise, keyed_uniform
 from ds_classifier.diffusion import (
     LossSecondMomentSampler,
     UniformSampler,
     create_gaussian_diffusion,
     create_schedule_sampler,
-    keyed_noise,
-    keyed_uniform,
 )
 
 

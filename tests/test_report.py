@@ -16,7 +16,8 @@ from test_training import CONFIGS, TINY, TRACED
 
 from ds_classifier import distributed, events, failures
 from ds_classifier.data.shards import open_shards
-from ds_classifier.diffusion import create_gaussian_diffusion, keyed_noise
+from ds_classifier.device_random import keyed_noise
+from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.level_metrics import Confusion
 from ds_classifier.logger import RunLogger
 from ds_classifier.picture_grid import (

@@ -35,7 +35,8 @@ from ds_classifier.benchmarks.programs import (
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
-from ds_classifier.diffusion import UniformSampler, keyed_noise
+from ds_classifier.device_random import keyed_noise
+from ds_classifier.diffusion import UniformSampler
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes
 from ds_classifier.flops import forward_flops, training_flops
 from ds_classifier.metrics import Meter
