@@ -31,8 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_classifier import distributed, files
+from ds_classifier import distributed
 from ds_classifier import engine as engines
+from ds_classifier.common import files
 
 FORMAT = "ds_classifier checkpoint"
 VERSION = 1

@@ -23,8 +23,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ds_classifier import checkpoint, distributed, files
+from ds_classifier import checkpoint, distributed
 from ds_classifier import engine as engines
+from ds_classifier.common import files
 from ds_classifier.replicas import check_replicas
 
 # What a network file system or a failing-over disk may say once and not again.

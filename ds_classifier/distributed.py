@@ -19,7 +19,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from ds_classifier import files, launcher, rendezvous
+from ds_classifier import launcher, rendezvous
+from ds_classifier.common import files
 
 _patience = timedelta(minutes=30)  # of a collective; init sets it
 _SPEAK_SECONDS = 5.0  # that a host's first rank has to say what keeps its ranks from meeting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_classifier import distributed
+from ds_classifier.common.urls import shown
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import (
     Loader,
@@ -15,7 +16,6 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import open_named
-from ds_classifier.data.urls import shown
 from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
 from ds_classifier.weights import Source
 

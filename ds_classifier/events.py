@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed, files
+from ds_classifier import distributed
+from ds_classifier.common import files
 
 FILE = "events.jsonl"
 LAST_BYTES = 1 << 16  # of log.jsonl: several of its rows

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds_classifier import files
+from ds_classifier.common import files
 from ds_classifier.common.version import __version__
 from ds_classifier.config import FIXED_SETTINGS, Settings
 from ds_classifier.diffusion import create_gaussian_diffusion

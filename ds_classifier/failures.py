@@ -17,7 +17,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from ds_classifier import distributed, files
+from ds_classifier import distributed
+from ds_classifier.common import files
 
 FAILED = 1  # exit code: an error that is not the user's
 WRONG_USE = 2  # exit code: what the user asked for cannot be done

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.device_random import keyed_noise
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance import classifier_gradient

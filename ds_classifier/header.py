@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ds_classifier import distributed
 from ds_classifier import engine as engines
+from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
-from ds_classifier.data.urls import shown
 from ds_classifier.job import Job, arithmetic
 
 

@@ -17,7 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed, files
+from ds_classifier import distributed
+from ds_classifier.common import files
 
 
 class RunLogger:

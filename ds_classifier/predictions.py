@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
-from ds_classifier.device_random import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation import VALIDATION_SEED, log_snr
 from ds_classifier.picture_grid import PictureGrid, Predictions

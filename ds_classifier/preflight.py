@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from ds_classifier import distributed, files, launcher, rendezvous
+from ds_classifier import distributed, launcher, rendezvous
 from ds_classifier import engine as engines
 from ds_classifier.checkpoint_writer import check_free
+from ds_classifier.common import files
 from ds_classifier.config import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from ds_classifier import files
+from ds_classifier.common import files
 from ds_classifier.report_data import Run, read_run
 from ds_classifier.report_evaluation import confusion, noise_levels, picture_grid
 from ds_classifier.report_history import settings, time_line

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import events, files
+from ds_classifier import events
+from ds_classifier.common import files
 from ds_classifier.evaluation_record import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.picture_grid import PictureGrid, load_grid
 from ds_classifier.run_files import read_done

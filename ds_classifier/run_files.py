@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_classifier import distributed, events
+from ds_classifier.common.urls import shown
 from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings, changed_settings
-from ds_classifier.data.urls import shown
 from ds_classifier.ds_config import Resolved
 
 SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_classifier import distributed
-from ds_classifier.device_random import keyed_noise
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.exact_denoiser import ExactDenoiser
 

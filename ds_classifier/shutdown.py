@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed, files, processes
+from ds_classifier import distributed, processes
+from ds_classifier.common import files
 
 STOPPED = 75  # exit code: stopped, run the same command again (EX_TEMPFAIL of sysexits.h)
 STOP_FILE = "STOP"

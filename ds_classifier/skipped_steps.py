@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ds_classifier import distributed, files
+from ds_classifier import distributed
 from ds_classifier import engine as engines
+from ds_classifier.common import files
 from ds_classifier.metrics import by_position
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from ds_classifier import distributed, events, files
+from ds_classifier import distributed, events
 from ds_classifier import engine as engines
+from ds_classifier.common import files
+from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
-from ds_classifier.device_random import keyed_noise, keyed_uniform
 from ds_classifier.flops import Arithmetic
 from ds_classifier.logger import (
     CONSOLE_HEADER,

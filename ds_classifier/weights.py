@@ -18,7 +18,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from ds_classifier import checkpoint, files
+from ds_classifier import checkpoint
+from ds_classifier.common import files
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.fitting import differences, fits, fitting_settings

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures, files
+from ds_classifier import distributed, failures
+from ds_classifier.common import files
+from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import RECIPES, Settings, add_setting_flags
-from ds_classifier.data.urls import shown, without_logins
 from ds_classifier.evaluation_record import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,

@@ -12,8 +12,8 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import files
-from ds_classifier.data.urls import shown
+from ds_classifier.common import files
+from ds_classifier.common.urls import shown
 
 
 def main(argv: list[str] | None = None) -> int:

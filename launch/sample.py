@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures, files
+from ds_classifier import distributed, failures
+from ds_classifier.common import files
 from ds_classifier.config import RECIPES, Settings, add_setting_flags, boolean
 
 if TYPE_CHECKING:

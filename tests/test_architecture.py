@@ -27,10 +27,6 @@ MOST_ENTRIES = 14  # in the package, and in each package inside it, __init__.py 
 
 # Modules that still lie flat, and the package that each is about to move to.
 MOVING = {
-    "files": "common",
-    "keyed_random": "common",
-    "device_random": "common",
-    "data.urls": "common",
     "config": "config",
     "ds_config": "config",
     "batch": "config",

@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def fails(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("ds_classifier.files.sha256", fails)
+    monkeypatch.setattr("ds_classifier.common.files.sha256", fails)
     problem = checkpoint.damage(tmp_path / "step-00000010")
     assert problem == "model.safetensors: Input/output error"
 

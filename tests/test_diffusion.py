@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from ds_classifier.device_random import keyed_noise, keyed_uniform
+from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.diffusion import (
     LossSecondMomentSampler,
     UniformSampler,

@@ -12,10 +12,10 @@ from test_model import filled
 from test_training import CONFIGS, TINY
 
 from ds_classifier import distributed, evaluation
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.data.sources import open_source
-from ds_classifier.device_random import keyed_noise
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation_table import class_table, level_table, series_table
 from ds_classifier.level_metrics import Confusion, LevelSums

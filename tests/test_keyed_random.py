@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ds_classifier import device_random, keyed_random
+from ds_classifier.common import keyed_noise, keyed_random
 
 
 def test_is_splitmix64():
@@ -26,7 +26,7 @@ def test_one_number_is_that_of_the_array():
 def test_numpy_and_torch_agree():
     positions = [0, 1, 2, 10**6, 2**40]
     key = keyed_random.stream_key(7, "noise")
-    in_torch = device_random.sample_keys(key, torch.tensor(positions))
+    in_torch = keyed_noise.sample_keys(key, torch.tensor(positions))
     in_numpy = [keyed_random.fold(key, position) for position in positions]
     assert [int(value) % 2**64 for value in in_torch] == in_numpy
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ds_classifier.common.keyed_random import fold, permutation, stream_key
 from ds_classifier.data.loader import ShardDataset, TrainingPositions, create_loader
 from ds_classifier.data.order import OPEN_LIMIT, SampleOrder, node_shards, share_of_rank
 from ds_classifier.data.shards import INDEX_DTYPE, Manifest, Shard, ShardSet
-from ds_classifier.keyed_random import fold, permutation, stream_key
 
 layouts = st.fixed_dictionaries(
     {

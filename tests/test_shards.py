@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, pictures, run_python
 from PIL import Image
 
-from ds_classifier import files
+from ds_classifier.common import files
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.scan import scan_shard

@@ -32,10 +32,10 @@ from ds_classifier.benchmarks.programs import (
     trainer_row,
     training_command,
 )
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
-from ds_classifier.device_random import keyed_noise
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.ds_config import Resolved, fill_bucket_sizes
 from ds_classifier.flops import forward_flops, training_flops

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ds_classifier import files
+from ds_classifier.common import files
 
 _locks: set[int] = set()  # handles of this process
 

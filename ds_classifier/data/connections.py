@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from ds_classifier import files
-from ds_classifier.data.urls import scheme
+from ds_classifier.common import files
+from ds_classifier.common.urls import scheme
 
 CHUNK = 1 << 20  # bytes asked for at a time
 WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # of the HTTP statuses 4xx

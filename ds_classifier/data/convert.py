@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier import files
+from ds_classifier.common import files
+from ds_classifier.common.keyed_random import permutation, stream_key
 from ds_classifier.data import images
 from ds_classifier.data.bad_files import (
     Bad,
@@ -56,7 +57,6 @@ from ds_classifier.data.shards import (
     open_shards,
 )
 from ds_classifier.data.spool import gathered
-from ds_classifier.keyed_random import permutation, stream_key
 
 
 def convert(

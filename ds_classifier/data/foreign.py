@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier import files
+from ds_classifier.common import files
+from ds_classifier.common.urls import shown
 from ds_classifier.data.fetch import stream
 from ds_classifier.data.layouts import (
     CLASSNAMES,
@@ -41,7 +42,6 @@ from ds_classifier.data.shards import (
 )
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
-from ds_classifier.data.urls import shown
 
 MOST_PROBLEMS = 20  # told of a shard, and in all
 CHUNK = 1 << 20

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ds_classifier.keyed_random import fold, permutation, stream_key
+from ds_classifier.common.keyed_random import fold, permutation, stream_key
 
 OPEN_LIMIT = 2**27  # samples in the blocks read side by side: with the next, 1 GB a process
 

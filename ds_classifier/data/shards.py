@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ds_classifier import files
+from ds_classifier.common import files
+from ds_classifier.common.urls import shown
 from ds_classifier.data.samples import IMAGE_SUFFIXES
 from ds_classifier.data.tars import NAME_REACH, key_of, member_name
-from ds_classifier.data.urls import shown
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"

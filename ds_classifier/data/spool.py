@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier import files
+from ds_classifier.common import files
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.samples import Sample, Slice
 

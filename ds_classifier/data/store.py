@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, scheme, shown
 from ds_classifier.data.cache import FileCache
 from ds_classifier.data.fetch import (
     NotServed,
@@ -33,7 +34,6 @@ from ds_classifier.data.shards import (
     parse_manifest,
     read_index,
 )
-from ds_classifier.data.urls import refuse_hidden_login, refuse_pipe, scheme, shown
 
 OPEN_SHARDS = 256  # file handles a process keeps
 MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB

@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ds_classifier import files
+from ds_classifier.common import files
+from ds_classifier.common.urls import shown
 from ds_classifier.data.connections import CHUNK
 from ds_classifier.data.fetch import stream
 from ds_classifier.data.pool import in_processes, shared
@@ -20,7 +21,6 @@ from ds_classifier.data.scan import ScannedSample, class_numbers, scan_samples
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet, open_split, url_of
 from ds_classifier.data.tars import Sequential
-from ds_classifier.data.urls import shown
 
 
 @dataclass(frozen=True)

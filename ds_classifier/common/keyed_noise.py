@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ds_classifier.keyed_random import GOLDEN, MIX_1, MIX_2, stream_key
+from ds_classifier.common.keyed_random import GOLDEN, MIX_1, MIX_2, stream_key
 
 
 def _signed(value: int) -> int:
