@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ds_classifier.common.version import __version__
 
 _HOME = {
-    "load": "predictor",
-    "Predictor": "predictor",
+    "load": "export.predictor",
+    "Predictor": "export.predictor",
     "create_classifier": "model",
     "create_gaussian_diffusion": "diffusion",
 }
@@ -19,8 +19,8 @@ __all__ = ["Predictor", "__version__", "create_classifier", "create_gaussian_dif
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.export.predictor import Predictor, load
     from ds_classifier.model import create_classifier
-    from ds_classifier.predictor import Predictor, load
 
 
 def __getattr__(name: str) -> Any:

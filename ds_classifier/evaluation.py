@@ -21,7 +21,7 @@ from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.level_metrics import Confusion, LevelNumbers, LevelSums
 from ds_classifier.metrics import Meter
 from ds_classifier.noised_classifier import NoisedClassifier

@@ -16,7 +16,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import open_named
-from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
 from ds_classifier.weights import Source
 
 BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked

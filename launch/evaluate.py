@@ -106,9 +106,10 @@ def _timesteps(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace, given: dict) -> None:
     """Evaluate every source; files and tables on rank 0. Raises ValueError for wrong use."""
-    from ds_classifier import evaluation_plots, evaluation_table
+    from ds_classifier import evaluation_table
     from ds_classifier.picture_grid import save_grid
-    from ds_classifier.report import write_report
+    from ds_classifier.report import plots
+    from ds_classifier.report.page import write_report
 
     device = distributed.init()
     same_numbers_every_time()
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             before = levels_before(folder / f"{record['name']}.json")
             files.replace_text(folder / f"{record['name']}.json", json.dumps(record, indent=1))
-            evaluation_plots.plot_evaluation(record, folder / f"{record['name']}.png")
+            plots.plot_evaluation(record, folder / f"{record['name']}.png")
             if grid is not None:
                 save_grid(grid, folder / f"{record['name']}.pictures.png")
             fewer = before > len(record["classifier"]["levels"])
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
         def write_series() -> None:
             files.replace_text(folder / f"{series}.json", json.dumps(records, indent=1))
-            evaluation_plots.plot_series(records, folder / f"{series}.png")
+            plots.plot_series(records, folder / f"{series}.png")
 
         distributed.on_rank_0(write_series, device)
         distributed.say("\n" + "\n".join(evaluation_table.series_table(records)))

@@ -27,7 +27,7 @@ KINDS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments, given = parse(sys.argv[1:] if argv is None else argv)
-    from ds_classifier.export import export
+    from ds_classifier.export.export import export
 
     try:
         exported = export(arguments.source, given, arguments.out)

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="[RUN/report.html]")
     arguments = parser.parse_args(argv)
 
-    from ds_classifier.report import write_report
+    from ds_classifier.report.page import write_report
 
     try:
         print(write_report(arguments.run, arguments.out))

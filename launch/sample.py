@@ -174,8 +174,8 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     device = distributed.init()
     import numpy as np
 
-    from ds_classifier import exact_denoiser, sample_files, sampling
     from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.guidance import exact_denoiser, sample_files, sampling
 
     def load():
         settings, classifier, source = load_classifier(arguments, given, device)
@@ -291,7 +291,7 @@ def load_unet(arguments: argparse.Namespace, settings: Settings, device):
     """guided-diffusion's UNet; ValueError where its file was built with other flags."""
     import torch
 
-    from ds_classifier.unet import create_unet
+    from ds_classifier.guidance.unet import create_unet
     from ds_classifier.weights import read_weights
 
     unet = create_unet(
@@ -333,15 +333,15 @@ def gradient_of(
     scale: float, arguments: argparse.Namespace, classifier, exact, original: GaussianDiffusion
 ):
     """The cond_fn of a scale; None at 0."""
-    from ds_classifier import guidance
+    from ds_classifier.guidance import gradient
 
     if scale == 0:
         return None
     if classifier is None:
         if original.rescale_timesteps and original.num_timesteps != 1000:
             raise ValueError("--classifier_path bayes: got --rescale_timesteps; do: drop it")
-        return guidance.bayes_gradient(exact, original.alphas_cumprod, scale=scale)
-    return guidance.classifier_gradient(
+        return gradient.bayes_gradient(exact, original.alphas_cumprod, scale=scale)
+    return gradient.classifier_gradient(
         classifier,
         scale=scale,
         joint_temperature=arguments.joint_temperature,
@@ -355,7 +355,7 @@ def measure(
     """Tables of how well the classifier guides, printed; returned as JSON-able numbers."""
     import torch
 
-    from ds_classifier import fidelity
+    from ds_classifier.guidance import fidelity
 
     images, own_labels, _ = pictures
     judge = fidelity.Judge(images.permute(0, 2, 3, 1).numpy(), own_labels.numpy())

@@ -191,7 +191,7 @@ def train_on(
     watch.leave()
     distributed.finish()
     if distributed.rank() == 0 and not command.instead:  # alone: nobody waits for it any more
-        from ds_classifier.report import write_report
+        from ds_classifier.report.page import write_report
 
         failures.tolerate("report.html", lambda: write_report(run_dir))
     return code

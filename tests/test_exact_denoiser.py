@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_classifier.data.images import center_crop, decode
-from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
 
 CLASSES = 3
 LEVELS = (1e-9, 0.02, 0.5, 0.9, 0.9999)  # alpha_bar, from nearly all noise to nearly none

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from test_model import filled
 from test_weights import SMALL
 
-from ds_classifier import checkpoint, export
+from ds_classifier import checkpoint
 from ds_classifier.config import Settings
 from ds_classifier.evaluation_record import EVALUATION_FORMAT, EVALUATION_VERSION
+from ds_classifier.export import export
+from ds_classifier.export.reference_flags import classifier_flags, flags_text
 from ds_classifier.fitting import tensors_of
-from ds_classifier.guidance import classifier_gradient
+from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.model import create_classifier
-from ds_classifier.reference_flags import classifier_flags, flags_text
 from ds_classifier.weights import find_recorded, load_classifier, open_weights
 
 CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
@@ -106,7 +107,8 @@ def test_same_bytes_in_another_place_and_process(tmp_path):
     """Another directory, hash seed, process, and clock; other files beside them."""
     first, second = (make_run(tmp_path / name) for name in ("here", "there/deeper"))
     export.export(first)
-    code = f"from pathlib import Path; from ds_classifier.export import export; export({second!r})"
+    code = "from pathlib import Path; from ds_classifier.export.export import export"
+    code = f"{code}; export({second!r})"
     code = code.replace("PosixPath", "Path")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -7,8 +7,8 @@ from test_exact_denoiser import CLASSES, training_set
 from torch import nn
 
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.exact_denoiser import ExactDenoiser
-from ds_classifier.fidelity import HEADER, Judge, compare_with_bayes, level_line
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.fidelity import HEADER, Judge, compare_with_bayes, level_line
 
 
 class BayesModule(nn.Module):
@@ -93,7 +93,7 @@ def test_an_ignorant_and_an_inverted_classifier(world):
 
 def test_the_judge_knows_digits(digits):
     pytest.importorskip("sklearn")
-    from ds_classifier.exact_denoiser import read_pictures
+    from ds_classifier.guidance.exact_denoiser import read_pictures
 
     images, labels, _ = read_pictures(digits / "val", image_size=16)
     pixels = images.permute(0, 2, 3, 1).numpy()

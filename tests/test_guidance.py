@@ -10,10 +10,14 @@ from test_exact_denoiser import CLASSES, noisy, training_set
 from test_model import DEFAULT, filled, relative_error
 
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance import bayes_gradient, classifier_gradient, guide_scheduler_output
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.gradient import (
+    bayes_gradient,
+    classifier_gradient,
+    guide_scheduler_output,
+)
+from ds_classifier.guidance.sampling import ReverseProcess, exact_denoiser, sample
 from ds_classifier.model import create_classifier
-from ds_classifier.sampling import ReverseProcess, exact_denoiser, sample
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from test_model import filled
 from test_weights import SMALL
 
 from ds_classifier.config import Settings
-from ds_classifier.export import export
+from ds_classifier.export.export import export
 from ds_classifier.fitting import tensors_of
 from ds_classifier.initial_weights import (
     interpolate_positional_embedding,

@@ -28,9 +28,9 @@ from ds_classifier.picture_grid import (
     save_grid,
 )
 from ds_classifier.predictions import choose_positions, predict_grid
-from ds_classifier.report import page, write_report
-from ds_classifier.report_charts import Axis, Line, line_chart, nice_ticks
-from ds_classifier.report_data import jobs_of, read_run, thin
+from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
+from ds_classifier.report.data import jobs_of, read_run, thin
+from ds_classifier.report.page import page, write_report
 from ds_classifier.sanity import Guessing, SanityWatch
 
 REPORT = ROOT / "launch" / "report.py"

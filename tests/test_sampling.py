@@ -13,12 +13,11 @@ from test_model import DEFAULT, filled, relative_error
 from test_predictor import write_run
 from test_unet import small_unet
 
-from ds_classifier import sample_files
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.exact_denoiser import ExactDenoiser, read_pictures
-from ds_classifier.guidance import classifier_gradient
-from ds_classifier.model import create_classifier
-from ds_classifier.sampling import (
+from ds_classifier.guidance import sample_files
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.guidance.sampling import (
     Prediction,
     ReverseProcess,
     prediction_of_output,
@@ -26,6 +25,7 @@ from ds_classifier.sampling import (
     to_pixels,
     unet_denoiser,
 )
+from ds_classifier.model import create_classifier
 
 BAYES = ["--classifier_path", "bayes", "--data_dir", "x"]
 STEP = 1e-6  # of a single step, relative to its largest number

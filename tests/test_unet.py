@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN
 from test_model import RELATIVE, filled, relative_error
 
-from ds_classifier.unet import create_unet
+from ds_classifier.guidance.unet import create_unet
 
 SMALL = dict(
     image_size=16,

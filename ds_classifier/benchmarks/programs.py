@@ -20,7 +20,7 @@ from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
 from ds_classifier.data.sources import open_source
 from ds_classifier.ds_config import Resolved, read_ds_config, resolve
-from ds_classifier.reference_flags import classifier_flags, process_flags
+from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
 MOST_CONVERTED = 2000  # pictures, which are read again and again
 WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers

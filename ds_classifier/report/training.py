@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ds_classifier import sanity
-from ds_classifier.report_charts import (
+from ds_classifier.report.charts import (
     BLUE,
     GREEN,
     QUARTILE_COLORS,
@@ -19,7 +19,7 @@ from ds_classifier.report_charts import (
     percent,
     short,
 )
-from ds_classifier.report_data import Columns, Run, jobs_of, thin
+from ds_classifier.report.data import Columns, Run, jobs_of, thin
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 SIGNS = {GOOD: "✓", NOTE: "i", BAD: "!"}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 
 CondFn = Callable[..., Tensor]
 

@@ -11,9 +11,9 @@ from html import escape
 from typing import Any
 
 from ds_classifier.config import GROUPS, Settings
-from ds_classifier.report_charts import BLUE, GREEN, ORANGE, QUIET, VERMILION, nice_ticks, short
-from ds_classifier.report_data import Job, Run, jobs_of
-from ds_classifier.report_evaluation import table
+from ds_classifier.report.charts import BLUE, GREEN, ORANGE, QUIET, VERMILION, nice_ticks, short
+from ds_classifier.report.data import Job, Run, jobs_of
+from ds_classifier.report.evaluation import table
 
 WIDTH, ROW, LEFT, RIGHT = 1160, 20, 92, 120  # of the time line, pixels
 JOBS_SHOWN, ROWS_SHOWN = 12, 60

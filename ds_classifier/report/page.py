@@ -12,10 +12,10 @@ from html import escape
 from pathlib import Path
 
 from ds_classifier.common import files
-from ds_classifier.report_data import Run, read_run
-from ds_classifier.report_evaluation import confusion, noise_levels, picture_grid
-from ds_classifier.report_history import settings, time_line
-from ds_classifier.report_training import checks, curves, headline
+from ds_classifier.report.data import Run, read_run
+from ds_classifier.report.evaluation import confusion, noise_levels, picture_grid
+from ds_classifier.report.history import settings, time_line
+from ds_classifier.report.training import checks, curves, headline
 
 STATES = {
     "finished": "finished",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ds_classifier.report_charts import (
+from ds_classifier.report.charts import (
     BLUE,
     GREEN,
     INK,
@@ -24,7 +24,7 @@ from ds_classifier.report_charts import (
     percent,
     short,
 )
-from ds_classifier.report_data import Run
+from ds_classifier.report.data import Run
 
 Record = dict[str, Any]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance import classifier_gradient
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.gradient import classifier_gradient
 
 # Where x_t leaves less doubt of its class, log p(y | x_t) is flat: there is no gradient to compare.
 DOUBT = 1e-6

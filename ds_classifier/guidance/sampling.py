@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,15 @@ from ds_classifier.evaluation_record import (
     PRECISIONS,
     evaluation_name,
 )
-from ds_classifier.model import create_classifier, parse_channel_mult
-from ds_classifier.model_card import is_evaluation, is_model_card, model_card
-from ds_classifier.reference_flags import (
+from ds_classifier.export.model_card import is_evaluation, is_model_card, model_card
+from ds_classifier.export.reference_flags import (
     Obstacle,
     classifier_flags,
     flags_text,
     process_flags,
     reference_obstacles,
 )
+from ds_classifier.model import create_classifier, parse_channel_mult
 from ds_classifier.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
