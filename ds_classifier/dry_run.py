@@ -22,10 +22,10 @@ import torch
 
 from ds_classifier import checkpoint, distributed, memory
 from ds_classifier import engine as engines
-from ds_classifier.batch import Batch as BatchSize
 from ds_classifier.checkpoint_writer import BYTES_A_PARAMETER, CheckpointWriter
 from ds_classifier.common import files
 from ds_classifier.config import Settings
+from ds_classifier.config.batch_sizes import Batch as BatchSize
 from ds_classifier.data.loader import Batch, Loader
 from ds_classifier.evaluation import evaluate
 from ds_classifier.flops import Arithmetic, training_flops

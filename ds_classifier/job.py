@@ -12,6 +12,7 @@ import torch
 from ds_classifier import distributed
 from ds_classifier import engine as engines
 from ds_classifier.config import Settings
+from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
@@ -21,7 +22,6 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
-from ds_classifier.ds_config import Resolved
 from ds_classifier.evaluation_data import create_validation_loader
 from ds_classifier.flops import Arithmetic, forward_flops
 from ds_classifier.initial_weights import load_initial_weights

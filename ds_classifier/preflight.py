@@ -20,10 +20,10 @@ from ds_classifier import distributed, launcher, rendezvous
 from ds_classifier import engine as engines
 from ds_classifier.checkpoint_writer import check_free
 from ds_classifier.common import files
-from ds_classifier.config import OF_A_NODE
+from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.config.settings import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
-from ds_classifier.ds_config import Resolved
 from ds_classifier.fitting import tensors_of
 from ds_classifier.run_lock import RunLock
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier.batch import Batch as BatchSize
+from ds_classifier.config.batch_sizes import Batch as BatchSize
 from ds_classifier.logger import duration
 
 ACCUMULATION = 2  # micro-batches of a rehearsed step at most: one within, one that ends it

@@ -13,8 +13,8 @@ from pathlib import Path
 from ds_classifier import distributed, events
 from ds_classifier.common.urls import shown
 from ds_classifier.common.version import __version__
-from ds_classifier.config import Settings, changed_settings
-from ds_classifier.ds_config import Resolved
+from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.config.settings import Settings, changed_settings
 
 SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted

@@ -23,7 +23,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier import distributed, failures
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown, without_logins
-from ds_classifier.config import RECIPES, Settings, add_setting_flags
+from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags
 from ds_classifier.evaluation_record import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,

@@ -22,7 +22,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 from ds_classifier import distributed, failures
 from ds_classifier.common import files
-from ds_classifier.config import RECIPES, Settings, add_setting_flags, boolean
+from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags, boolean
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import GaussianDiffusion

@@ -24,9 +24,9 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier import distributed, events, failures, launcher
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import CommandLine, Settings, parse_training_command
+from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes, read_ds_config, resolve
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
-from ds_classifier.ds_config import Resolved, fill_bucket_sizes, read_ds_config, resolve
 from ds_classifier.run_files import DONE, write_run_files
 from ds_classifier.run_lock import RunLock
 from ds_classifier.shutdown import STOPPED, StopRequests, StopVote

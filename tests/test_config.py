@@ -6,9 +6,9 @@ import re
 import pytest
 from conftest import ROOT, run_python
 
-from ds_classifier import config, ds_config
-from ds_classifier.config import RECIPES, parse_training_command
-from ds_classifier.ds_config import read_ds_config, resolve
+from ds_classifier.config import RECIPES, deepspeed_json, parse_training_command
+from ds_classifier.config import settings as config
+from ds_classifier.config.deepspeed_json import read_ds_config, resolve
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 ZERO2 = json.loads((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
@@ -182,7 +182,7 @@ def test_shipped_configs_are_whole(path):
     precision = path.stem.split("_")[1]
     enabled = {p for p in ("fp16", "bf16") if result.ds_config.get(p, {}).get("enabled")}
     assert enabled == ({precision} - {"fp32"})
-    filled = ds_config.fill_bucket_sizes(result.ds_config, 40_000_000)
+    filled = deepspeed_json.fill_bucket_sizes(result.ds_config, 40_000_000)
     assert filled["zero_optimization"]["reduce_bucket_size"] == 10_000_000
     if precision == "fp16":
         assert result.ds_config["fp16"]["initial_scale_power"] == 16
@@ -191,7 +191,9 @@ def test_shipped_configs_are_whole(path):
 @pytest.mark.parametrize("parameters", [1, 40_000_000, *range(40_000_004, 40_000_012)])
 def test_bucket_sizes_are_even(parameters):
     """DeepSpeed refuses an odd one; the parameters' number comes from any class count."""
-    zero = ds_config.fill_bucket_sizes({"zero_optimization": {}}, parameters)["zero_optimization"]
+    zero = deepspeed_json.fill_bucket_sizes({"zero_optimization": {}}, parameters)[
+        "zero_optimization"
+    ]
     assert zero["reduce_bucket_size"] >= parameters // 4 - 1
     assert zero["allgather_bucket_size"] % 2 == 0
 
@@ -206,7 +208,7 @@ def test_schema_names_are_deepspeeds():
         ("fp16", DeepSpeedFP16Config),
         ("bf16", DeepSpeedBF16Config),
     ):
-        assert set(ds_config.SCHEMA[section]) <= set(model.model_fields)
+        assert set(deepspeed_json.SCHEMA[section]) <= set(model.model_fields)
 
 
 def test_auto_is_filled_from_the_settings():

@@ -706,7 +706,7 @@ def test_wandb_has_the_rows_under_the_same_keys(tmp_path, monkeypatch):
 def test_wandb_that_is_not_there_is_told_before_anything_starts(monkeypatch):
     import importlib.util
 
-    from ds_classifier.config import Settings, check_settings
+    from ds_classifier.config.settings import Settings, check_settings
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else found(n))

@@ -34,10 +34,10 @@ from ds_classifier.benchmarks.programs import (
 )
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
+from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
-from ds_classifier.ds_config import Resolved, fill_bucket_sizes
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.flops import forward_flops, training_flops
 from ds_classifier.metrics import Meter

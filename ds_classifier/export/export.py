@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ds_classifier.common import files
 from ds_classifier.common.version import __version__
-from ds_classifier.config import FIXED_SETTINGS, Settings
+from ds_classifier.config import Settings
+from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation_record import (
     EVALUATION_FORMAT,

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from ds_classifier.config import GROUPS, Settings
+from ds_classifier.config import Settings
+from ds_classifier.config.settings import GROUPS
 from ds_classifier.report.charts import BLUE, GREEN, ORANGE, QUIET, VERMILION, nice_ticks, short
 from ds_classifier.report.data import Job, Run, jobs_of
 from ds_classifier.report.evaluation import table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ds_classifier.config import Settings
+from ds_classifier.config.settings import Settings
 
 AUTO = "auto"  # in the JSON: a number that the settings own, or that is derived
 AUTO_MICRO_BATCH = 32  # the most that "auto" takes at a time; a number in the JSON may be any

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_classifier.batch import AUTO, Batch, settle_batch
-from ds_classifier.config import SHIPPED_CONFIGS, CommandLine, Settings, check_settings
+from ds_classifier.config.batch_sizes import AUTO, Batch, settle_batch
+from ds_classifier.config.settings import SHIPPED_CONFIGS, CommandLine, Settings, check_settings
 
 _INT, _NUMBER, _BOOL, _STR = "a whole number", "a number", "true or false", "a string"
 _PAIR = "a list of two numbers"
@@ -142,7 +142,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
-        package = Path(__file__).resolve().parent  # beside it in a checkout, in it where installed
+        package = (
+            Path(__file__).resolve().parents[1]
+        )  # beside it in a checkout, in it where installed
         folders = [package.parent / "ds_configs", package / "ds_configs"]
         where = next((f"{folder}/" for folder in folders if folder.is_dir()), "ds_configs/")
         raise ValueError(
