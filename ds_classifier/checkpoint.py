@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier import engine as engines
 from ds_classifier.common import files
+from ds_classifier.distributed import deepspeed_engine
 
 FORMAT = "ds_classifier checkpoint"
 VERSION = 1
@@ -348,12 +348,12 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
             full.copy_(opened[file].get_tensor(name))
         return distributed.broadcast(full)
 
-    for adam_state in engines.ensure_adam_state(engine):
+    for adam_state in deepspeed_engine.ensure_adam_state(engine):
         adam_state["step"].fill_(float(state["adam_step"]))
     for name, parameter in engine.module.named_parameters():
         name = name.removeprefix(PREFIX)
         safe_set_full_fp32_param(parameter, tensor(0, name, parameter))
-        for moment in engines.ADAM_MOMENTS:
+        for moment in deepspeed_engine.ADAM_MOMENTS:
             value = tensor(1, f"{moment}.{name}", parameter)
             safe_set_full_optimizer_state(parameter, value, moment)
     engine.optimizer.update_lp_params()
@@ -366,8 +366,8 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     engine.global_steps = state["step"]
     engine.skipped_steps = state["skipped_steps"]
     engine.global_samples = state["step"] * engine.train_batch_size()
-    engines.set_schedule(engine, state["step"] - state["skipped_steps"])
-    engines.set_loss_scaler_state(engine, state["loss_scaler"])
+    deepspeed_engine.set_schedule(engine, state["step"] - state["skipped_steps"])
+    deepspeed_engine.set_loss_scaler_state(engine, state["loss_scaler"])
 
 
 def _check_tensors(checkpoint: Path, engine, sampler) -> None:
@@ -376,7 +376,9 @@ def _check_tensors(checkpoint: Path, engine, sampler) -> None:
     for name, parameter in engine.module.named_parameters():
         name = name.removeprefix(PREFIX)
         wanted[0][name] = list(parameter.shape)
-        wanted[1].update({f"{m}.{name}": list(parameter.shape) for m in engines.ADAM_MOMENTS})
+        wanted[1].update(
+            {f"{m}.{name}": list(parameter.shape) for m in deepspeed_engine.ADAM_MOMENTS}
+        )
     wanted[1].update({SAMPLER + name: list(v.shape) for name, v in sampler.state().items()})
     for file, need, got in zip((MODEL, OPTIMIZER), wanted, _names(checkpoint), strict=True):
         for name, shape in need.items():

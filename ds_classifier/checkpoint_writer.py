@@ -24,8 +24,8 @@ import torch.distributed
 from torch import Tensor
 
 from ds_classifier import checkpoint, distributed
-from ds_classifier import engine as engines
 from ds_classifier.common import files
+from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.replicas import check_replicas
 
 # What a network file system or a failing-over disk may say once and not again.
@@ -121,8 +121,8 @@ class CheckpointWriter:
             "version": checkpoint.VERSION,
             "step": engine.global_steps,
             "skipped_steps": engine.skipped_steps,
-            "adam_step": float(engines.ensure_adam_state(engine)[0]["step"]),
-            "loss_scaler": engines.loss_scaler_state(engine),
+            "adam_step": float(deepspeed_engine.ensure_adam_state(engine)[0]["step"]),
+            "loss_scaler": deepspeed_engine.loss_scaler_state(engine),
             "val_loss": val_loss if finite else None,
             **state,
         }
@@ -168,10 +168,10 @@ class CheckpointWriter:
         """Full fp32 weights and Adam moments into rank 0's buffers, which are used again."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        engines.ensure_adam_state(self._engine)
+        deepspeed_engine.ensure_adam_state(self._engine)
         for name, parameter in parameters.items():
             self._keep_copy(self._model, name, safe_get_full_fp32_param(parameter))
-            for moment in engines.ADAM_MOMENTS:
+            for moment in deepspeed_engine.ADAM_MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, moment)
                 self._keep_copy(self._optimizer, f"{moment}.{name}", full)
         for name, value in sampled.items():

@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_classifier import checkpoint, distributed, memory
-from ds_classifier import engine as engines
+from ds_classifier import checkpoint, distributed
 from ds_classifier.checkpoint_writer import BYTES_A_PARAMETER, CheckpointWriter
 from ds_classifier.common import files
 from ds_classifier.config import Settings
 from ds_classifier.config.batch_sizes import Batch as BatchSize
 from ds_classifier.data.loader import Batch, Loader
+from ds_classifier.distributed import deepspeed_engine, memory
+from ds_classifier.distributed.stopping import Stopped, StopVote
+from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation import evaluate
 from ds_classifier.flops import Arithmetic, training_flops
 from ds_classifier.metrics import Meter
@@ -43,9 +45,7 @@ from ds_classifier.run_costs import (
     time_lines,
     times_done,
 )
-from ds_classifier.shutdown import Stopped, StopVote
 from ds_classifier.training import train_step
-from ds_classifier.watchdog import Watchdog
 
 TIMED_STEPS, LEAST_TIMED, TIMING_SECONDS = 7, 2, 60.0
 WARM_UP_SECONDS = 20.0
@@ -230,7 +230,7 @@ class Rehearsal:
 
     def _fingerprint(self) -> list[int]:
         """Of this rank's share of master weights and Adam moments, bit by bit."""
-        return [int(bit_sum(value)) for value in engines.optimizer_share(self._engine)]
+        return [int(bit_sum(value)) for value in deepspeed_engine.optimizer_share(self._engine)]
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ds_classifier import distributed
-from ds_classifier import engine as engines
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
+from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.job import Job, arithmetic
 
 
@@ -32,8 +32,9 @@ def announce(job: Job, command: CommandLine) -> None:
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps an epoch")
     say(
-        f"engine      {engines.precision(engine)}, ZeRO {engine.zero_optimization_stage()}, on "
-        f"{engines.describe_device(engine.device)}; lr {settings.lr:g}, "
+        f"engine      {deepspeed_engine.precision(engine)}, "
+        f"ZeRO {engine.zero_optimization_stage()}, on "
+        f"{deepspeed_engine.describe_device(engine.device)}; lr {settings.lr:g}, "
         f"{schedule[settings.anneal_lr]}"
     )
     length = f"{settings.iterations:,} steps in all"

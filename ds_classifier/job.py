@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ds_classifier import distributed
-from ds_classifier import engine as engines
 from ds_classifier.config import Settings
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import (
@@ -22,13 +21,14 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.stopping import StopVote
+from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation_data import create_validation_loader
 from ds_classifier.flops import Arithmetic, forward_flops
 from ds_classifier.initial_weights import load_initial_weights
 from ds_classifier.run_files import find_checkpoint, read_done, refuse_changes
 from ds_classifier.sanity import Guessing
-from ds_classifier.shutdown import StopVote
-from ds_classifier.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,11 @@ def lr_factor(settings: Settings) -> Callable[[int], float] | None:
     """The learning rate of step k as a share of the peak; None: the JSON's scheduler decides."""
     if settings.anneal_lr is None:
         return None
-    return engines.linear_anneal(settings.iterations) if settings.anneal_lr else lambda step: 1.0
+    return (
+        deepspeed_engine.linear_anneal(settings.iterations)
+        if settings.anneal_lr
+        else lambda step: 1.0
+    )
 
 
 def arithmetic(job: Job):
@@ -129,7 +133,7 @@ def arithmetic(job: Job):
     return Arithmetic(
         forward_flops(job.resolved.settings.model_kwargs()),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        precision=engines.precision(job.engine),
+        precision=deepspeed_engine.precision(job.engine),
     )
 
 

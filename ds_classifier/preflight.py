@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from ds_classifier import distributed, launcher, rendezvous
-from ds_classifier import engine as engines
+from ds_classifier import distributed
 from ds_classifier.checkpoint_writer import check_free
 from ds_classifier.common import files
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
 from ds_classifier.fitting import tensors_of
 from ds_classifier.run_lock import RunLock
 
@@ -42,7 +42,7 @@ def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> t
         timedelta(minutes=5 + max(minutes.values())),
         start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
         same=same_on_all_ranks(resolved, shards, val_shards),
-        check=lambda device: engines.precision_problem(resolved.ds_config, device),
+        check=lambda device: deepspeed_engine.precision_problem(resolved.ds_config, device),
     )
 
 
@@ -68,7 +68,7 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     folders = [run_dir] if distributed.rank() == 0 else []
     if isinstance(shards, RemoteShardSet):
         folders.append(Path(settings.cache_dir))
-    found = look_at_rank(engines.describe_device(device), folders)
+    found = look_at_rank(deepspeed_engine.describe_device(device), folders)
     ranks = distributed.gather_json(found, device)
     rate = reduction_rate(device)
     say = distributed.say

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier import engine as engines
+from ds_classifier.distributed import deepspeed_engine
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,7 +43,7 @@ def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
     Raises FloatingPointError on all ranks alike.
     """
     infinite = [not_finite(value) for value in tensors.values()]
-    share = sum(not_finite(value) for value in engines.optimizer_share(engine))
+    share = sum(not_finite(value) for value in deepspeed_engine.optimizer_share(engine))
     sums = [bit_sum(value) for value in tensors.values()]
     everyone = distributed.all_gather(torch.stack([*sums, *infinite, share])).cpu()  # [W, 2n + 1]
     rows, infinite_rows = everyone[:, : len(sums)], everyone[:, len(sums) :]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_classifier import processes
+from ds_classifier.distributed import processes
 
 LOCK = "LOCK"
 BEAT_SECONDS = 10.0

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier import engine as engines
 from ds_classifier.common import files
+from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.metrics import by_position
 
 
@@ -32,7 +32,7 @@ class SkippedSteps:
         self._engine, self._limit, self._key_of = engine, limit, key_of
         self._path = run_dir / self.FILE
         self._in_a_row = 0
-        self._at_floor, self._scale = 0, engines.loss_scale(engine)
+        self._at_floor, self._scale = 0, deepspeed_engine.loss_scale(engine)
         self._positions: list[int] = []  # of losses not finite, since the last news
 
     def check(self, trained: Tensor) -> None:
@@ -41,8 +41,8 @@ class SkippedSteps:
         Raises FloatingPointError on all ranks after `limit` skipped in a row, or at the floor
         even with good steps between.
         """
-        before, self._scale = self._scale, engines.loss_scale(self._engine)
-        floor = engines.loss_scale_floor(self._engine)
+        before, self._scale = self._scale, deepspeed_engine.loss_scale(self._engine)
+        floor = deepspeed_engine.loss_scale_floor(self._engine)
         if floor is not None and self._scale > floor:
             self._at_floor = 0
         if self._engine.was_step_applied():
@@ -78,7 +78,7 @@ class SkippedSteps:
                 "step": self._engine.global_steps,
                 "positions": [first, first + batch],
                 "not_finite": [{"position": q, "key": self._key_of(q)} for q in positions],
-                "loss_scale": engines.loss_scale(self._engine),
+                "loss_scale": deepspeed_engine.loss_scale(self._engine),
             }
             try:
                 files.append(self._path, json.dumps(row) + "\n")
@@ -89,7 +89,7 @@ class SkippedSteps:
         """What is known of the skipped steps since the last news, for the screen."""
         known = ["gradient not finite"]
         if self._engine.fp16_enabled():
-            known.append(f"loss scale {engines.loss_scale(self._engine):g}")
+            known.append(f"loss scale {deepspeed_engine.loss_scale(self._engine):g}")
         if self._positions:
             shown = ", ".join(map(str, self._positions[:4]))
             more = f" and {len(self._positions) - 4} more" if len(self._positions) > 4 else ""

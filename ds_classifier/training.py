@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from ds_classifier import distributed, events
-from ds_classifier import engine as engines
 from ds_classifier.common import files
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
+from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.memory import memory_in_use
+from ds_classifier.distributed.stopping import Stopped, StopVote
+from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.flops import Arithmetic
 from ds_classifier.logger import (
     CONSOLE_HEADER,
@@ -30,12 +33,9 @@ from ds_classifier.logger import (
     counts_line,
     validation_line,
 )
-from ds_classifier.memory import memory_in_use
 from ds_classifier.metrics import LOSS_EDGES, Meter, Reading, by_position
 from ds_classifier.sanity import SanityWatch
-from ds_classifier.shutdown import Stopped, StopVote
 from ds_classifier.skipped_steps import SkippedSteps
-from ds_classifier.watchdog import Watchdog
 
 
 def train_step(
@@ -135,7 +135,7 @@ def train(
     batches = watch.batches(batches)
     while engine.global_steps < cadence.iterations:
         watch.stepping(engine.global_steps + 1)
-        lr = engines.learning_rate(engine)
+        lr = deepspeed_engine.learning_rate(engine)
         bad, waited, trained = train_step(
             engine,
             batches,
@@ -239,9 +239,9 @@ def training_row(
         "window_samples": int(reading.weight),
         **{f"window_samples_q{q}": int(n) for q, n in enumerate(reading.losses.sum(dim=1))},
         **{f"train_{name}": value for name, value in reading.means.items()},
-        "grad_norm": engines.grad_norm(engine),
-        "param_norm": engines.param_norm(engine),
-        "lg_loss_scale": math.log2(engines.loss_scale(engine)),
+        "grad_norm": deepspeed_engine.grad_norm(engine),
+        "param_norm": deepspeed_engine.param_norm(engine),
+        "lg_loss_scale": math.log2(deepspeed_engine.loss_scale(engine)),
         "images_per_sec": images_per_sec,
         "data_wait_frac": clock.waited / clock.seconds(),
         **arithmetic.achieved(images_per_sec / distributed.world_size()),

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures
+from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags
+from ds_classifier.distributed import failures
 from ds_classifier.evaluation_record import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,
@@ -199,9 +200,9 @@ def evaluate_source(
     """
     import torch
 
-    from ds_classifier import engine as engines
     from ds_classifier import evaluation
     from ds_classifier.diffusion import create_gaussian_diffusion
+    from ds_classifier.distributed import deepspeed_engine
     from ds_classifier.evaluation_data import (
         create_validation_loader,
         open_training_set,
@@ -236,7 +237,7 @@ def evaluate_source(
     distributed.say(f"{samples:,} pictures in {shown(location)}")
     distributed.say(
         f"at {len(levels)} noise levels and under uniform t, {arguments.precision}, on "
-        f"{distributed.world_size()} x {engines.describe_device(device)}"
+        f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"
     )
     posteriors = [evaluation.classifier_posterior(classifier, diffusion)]
     training_set, denoiser = open_training_set(source, arguments.bayes, shards, device)
@@ -295,7 +296,7 @@ def evaluate_source(
         "confusion": {"t": levels[0], **confusion.read()},
         "machine": {
             "world_size": distributed.world_size(),
-            "device": engines.describe_device(device),
+            "device": deepspeed_engine.describe_device(device),
             "torch": torch.__version__,
             "seconds": round(seconds, 3),
             "samples_per_sec": round(samples / seconds, 3),
@@ -337,7 +338,7 @@ def read_source(path: Path, given: dict, device) -> tuple[Source, dict[str, Tens
 
 def build_classifier(settings: Settings, weights: dict[str, Tensor], precision: str, device):
     """The classifier, to be asked only, with rank 0's weights on every rank."""
-    from ds_classifier.engine import DTYPES
+    from ds_classifier.distributed.deepspeed_engine import DTYPES
     from ds_classifier.model import create_classifier
 
     classifier = create_classifier(**settings.model_kwargs())

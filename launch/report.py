@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import failures
+from ds_classifier.distributed import failures
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, failures
+from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags, boolean
+from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import GaussianDiffusion

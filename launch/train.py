@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, events, failures, launcher
+from ds_classifier import distributed, events
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes, read_ds_config, resolve
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import open_named
+from ds_classifier.distributed import failures, launcher
+from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
+from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.run_files import DONE, write_run_files
 from ds_classifier.run_lock import RunLock
-from ds_classifier.shutdown import STOPPED, StopRequests, StopVote
-from ds_classifier.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ds_classifier.job import Job  # with it comes torch, which --help does without
@@ -133,12 +134,12 @@ def train_on(
     import torch
 
     from ds_classifier import checkpoint, preflight
-    from ds_classifier import engine as engines
     from ds_classifier.checkpoint_writer import check_room
     from ds_classifier.diffusion import create_schedule_sampler
+    from ds_classifier.distributed import deepspeed_engine
+    from ds_classifier.distributed.memory import MemoryAdvice
     from ds_classifier.header import announce
     from ds_classifier.job import Job, Start, facts_of, find_start, load_given_weights, lr_factor
-    from ds_classifier.memory import MemoryAdvice
     from ds_classifier.model import create_classifier
     from ds_classifier.noised_classifier import noised_classifier
     from ds_classifier.run_costs import rehearsed
@@ -173,7 +174,9 @@ def train_on(
         distributed.on_rank_0(lambda: write_run_files(run_dir, resolved, ds_config, words), device)
 
     batch = rehearsed(resolved.batch) if command.dry_run else resolved.batch
-    engine = engines.create_engine(module, ds_config | batch.ds_numbers(), lr_factor(settings))
+    engine = deepspeed_engine.create_engine(
+        module, ds_config | batch.ds_numbers(), lr_factor(settings)
+    )
     sampler = create_schedule_sampler(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )
@@ -332,7 +335,7 @@ def train(job: Job) -> int:
 
 def start_log(job: Job):
     """The run's logger, and a word of this start in its history; every rank calls it."""
-    from ds_classifier.engine import describe_device
+    from ds_classifier.distributed.deepspeed_engine import describe_device
     from ds_classifier.job import guessing
     from ds_classifier.logger import RunLogger
 
@@ -359,10 +362,10 @@ def start_log(job: Job):
 
 def rehearse(job: Job) -> int:
     """--dry_run: what `dry_run.py` measures, on this job."""
+    from ds_classifier.distributed.stopping import Stopped
     from ds_classifier.dry_run import TIMED_STEPS, dry_run
     from ds_classifier.job import arithmetic, facts_of
     from ds_classifier.run_costs import rehearsed
-    from ds_classifier.shutdown import Stopped
 
     first, batch = job.engine.global_steps, rehearsed(job.resolved.batch)
     settings = job.resolved.settings.replace(iterations=first + 100 * TIMED_STEPS)

@@ -160,7 +160,7 @@ class Cluster:
 
 def _hold(command: list[str]) -> subprocess.Popen:
     """Start a process that dies with this one, and wait until it says that it is ready."""
-    from ds_classifier.processes import die_with
+    from ds_classifier.distributed.processes import die_with
 
     parent = os.getpid()
     process = subprocess.Popen(

@@ -14,7 +14,7 @@ from pathlib import Path
 from conftest import environment
 from test_training import CONFIGS, TINY, TRACED
 
-from ds_classifier.processes import parent
+from ds_classifier.distributed.processes import parent
 
 ALIVE_SECONDS = 40  # what a job may take to be gone, of these 30 are the launcher's patience
 

@@ -27,16 +27,6 @@ MOST_ENTRIES = 14  # in the package, and in each package inside it, __init__.py 
 
 # Modules that still lie flat, and the package that each is about to move to.
 MOVING = {
-    "distributed": "distributed",
-    "rendezvous": "distributed",
-    "launcher": "distributed",
-    "engine": "distributed",
-    "shutdown": "distributed",
-    "watchdog": "distributed",
-    "peers": "distributed",
-    "failures": "distributed",
-    "processes": "distributed",
-    "memory": "distributed",
     "data.connections": "data",
     "data.fetch": "data",
     "data.cache": "data",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, run_python
 
-from ds_classifier import engine as engines
+from ds_classifier.distributed import deepspeed_engine
 
 LEARNT = {"cur_scale": 64.0, "cur_iter": 30, "last_overflow_iter": 12, "cur_hysteresis": 1}
 
@@ -25,9 +25,9 @@ def fresh(*, dynamic):
 
 def test_a_dynamic_loss_scale_goes_on_where_it_stood():
     before, after = fresh(dynamic=True), fresh(dynamic=True)
-    engines.set_loss_scaler_state(before, LEARNT)
-    engines.set_loss_scaler_state(after, engines.loss_scaler_state(before))
-    assert engines.loss_scaler_state(after) == LEARNT
+    deepspeed_engine.set_loss_scaler_state(before, LEARNT)
+    deepspeed_engine.set_loss_scaler_state(after, deepspeed_engine.loss_scaler_state(before))
+    assert deepspeed_engine.loss_scaler_state(after) == LEARNT
 
 
 @pytest.mark.parametrize(("dynamic", "scale"), [(False, 128), (True, 65536)])
@@ -35,20 +35,20 @@ def test_a_dynamic_loss_scale_goes_on_where_it_stood():
 def test_a_fixed_scale_of_before_is_not_taken_over(dynamic, scale, state):
     """The JSON says which, of now; a checkpoint of a fixed scale has no count of steps."""
     engine = fresh(dynamic=dynamic)
-    engines.set_loss_scaler_state(engine, state)
+    deepspeed_engine.set_loss_scaler_state(engine, state)
     assert engine.optimizer.loss_scaler.cur_scale == scale
 
 
 def test_a_fixed_scale_of_now_is_the_jsons():
     engine = fresh(dynamic=False)
-    engines.set_loss_scaler_state(engine, LEARNT)
+    deepspeed_engine.set_loss_scaler_state(engine, LEARNT)
     assert engine.optimizer.loss_scaler.cur_scale == 128
-    assert engines.loss_scaler_state(engine) == {}
+    assert deepspeed_engine.loss_scaler_state(engine) == {}
 
 
 def test_only_a_loss_scalers_own_fields_are_set():
     engine = fresh(dynamic=True)
-    engines.set_loss_scaler_state(engine, LEARNT | {"update_scale": 3})
+    deepspeed_engine.set_loss_scaler_state(engine, LEARNT | {"update_scale": 3})
     assert callable(engine.optimizer.loss_scaler.update_scale)
 
 

@@ -20,9 +20,9 @@ from stores import (
     whole,
 )
 
-from ds_classifier import processes
 from ds_classifier.data import fetch
 from ds_classifier.data.store import ShardStore
+from ds_classifier.distributed import processes
 
 
 @pytest.mark.parametrize("no_ranges", [False, True])

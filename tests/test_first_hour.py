@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, launch
 
-from ds_classifier import memory
 from ds_classifier.config.batch_sizes import Batch
+from ds_classifier.distributed import memory
 from ds_classifier.dry_run import micro_batches_to_measure
 from ds_classifier.run_costs import (
     MemoryLine,

@@ -11,9 +11,8 @@ import time
 import pytest
 from conftest import ROOT, run_python
 
-from ds_classifier import rendezvous
-from ds_classifier.distributed import free_port
-from ds_classifier.rendezvous import Rendezvous, interface_towards
+from ds_classifier.distributed import free_port, rendezvous
+from ds_classifier.distributed.rendezvous import Rendezvous, interface_towards
 
 ALIKE = {"the code": "1f", "--lr": 0.1}
 

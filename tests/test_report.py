@@ -14,10 +14,11 @@ import torch
 from conftest import ROOT, launch, read_log, run_python
 from test_training import CONFIGS, TINY, TRACED
 
-from ds_classifier import distributed, events, failures
+from ds_classifier import distributed, events
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.distributed import failures
 from ds_classifier.level_metrics import Confusion
 from ds_classifier.logger import RunLogger
 from ds_classifier.picture_grid import (

@@ -20,8 +20,8 @@ import torch
 import torch.distributed
 
 from ds_classifier import distributed
-from ds_classifier.shutdown import StopRequests
-from ds_classifier.watchdog import Watchdog
+from ds_classifier.distributed.stopping import StopRequests
+from ds_classifier.distributed.watchdog import Watchdog
 
 WORLD, FAULTY_STEP = 4, 5
 MINUTES = {"start": 0.5, "step": 0.07, "save": 0.5, "validation": 0.5}

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from ds_classifier import distributed
-from ds_classifier import engine as engines
 from ds_classifier.benchmarks.measuring import in_turn, spread
 from ds_classifier.benchmarks.programs import (
     REFERENCE_SCRIPT,
@@ -38,6 +37,7 @@ from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
+from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.flops import forward_flops, training_flops
 from ds_classifier.metrics import Meter
@@ -64,12 +64,12 @@ class Bench:
         resolved = resolve_words(words, 1)
         settings = resolved.settings
         device = distributed.init()
-        if problem := engines.precision_problem(resolved.ds_config, device):
+        if problem := deepspeed_engine.precision_problem(resolved.ds_config, device):
             raise ValueError(problem)
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
         parameters = sum(p.numel() for p in module.parameters())
         ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
-        engine = engines.create_engine(module, ds_config, None)
+        engine = deepspeed_engine.create_engine(module, ds_config, None)
         count, size = resolved.batch.micro, settings.image_size
         shape = (count, size, size, settings.in_channels)
         batch = Batch(
@@ -85,7 +85,7 @@ class Bench:
 
     @property
     def precision(self) -> str:
-        return engines.precision(self.engine)
+        return deepspeed_engine.precision(self.engine)
 
     @property
     def pictures(self) -> int:
@@ -132,7 +132,7 @@ class Bench:
         device, accumulation = self.engine.device, self.engine.gradient_accumulation_steps()
         settings = self.resolved.settings
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
-        module = module.to(device=device, dtype=engines.DTYPES[self.precision])
+        module = module.to(device=device, dtype=deepspeed_engine.DTYPES[self.precision])
         optimizer = torch.optim.AdamW(module.parameters(), lr=settings.lr, fused=True)
         inputs = self._inputs()
 
@@ -229,7 +229,7 @@ def measure(
         words = [*words, "--data_dir", str(shards)]
         classes = open_shards(shards).manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
-        device, dtype = bench.engine.device, engines.DTYPES[bench.precision]
+        device, dtype = bench.engine.device, deepspeed_engine.DTYPES[bench.precision]
 
         def rate(step: Callable[[], int]) -> float:
             began = time.perf_counter()
@@ -303,7 +303,8 @@ def described(bench: Bench, *, steps: int, repeats: int) -> str:
     parameters = sum(p.numel() for p in bench.engine.module.parameters())
     return (
         f"{settings.image_size} px, {parameters:,} parameters, {flops:,.1f} GFLOP a picture; "
-        f"{bench.precision}, {bench.resolved.batch}, on {engines.describe_device(device)}; "
+        f"{bench.precision}, {bench.resolved.batch}, on "
+        f"{deepspeed_engine.describe_device(device)}; "
         f"medians of {repeats}, of {steps} steps each"
     )
 

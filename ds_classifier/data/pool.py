@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ds_classifier import processes
+from ds_classifier.distributed import processes
 
 _shared: Any = None
 

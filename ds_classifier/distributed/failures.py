@@ -26,7 +26,7 @@ HUNG = 70  # exit code: no progress within a time-out (EX_SOFTWARE of sysexits.h
 
 # Code in which a rank waits for others: torch's and deepspeed's collectives, and our vote.
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-_VOTE = ("ds_classifier/shutdown.py", "_count")
+_VOTE = ("ds_classifier/distributed/stopping.py", "_count")
 
 
 def summary(error: BaseException) -> str:

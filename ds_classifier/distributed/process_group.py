@@ -19,8 +19,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from ds_classifier import launcher, rendezvous
 from ds_classifier.common import files
+from ds_classifier.distributed import launcher, rendezvous
 
 _patience = timedelta(minutes=30)  # of a collective; init sets it
 _SPEAK_SECONDS = 5.0  # that a host's first rank has to say what keeps its ranks from meeting
@@ -96,7 +96,7 @@ def pick_device():
     """
     import torch
 
-    from ds_classifier import memory
+    from ds_classifier.distributed import memory
 
     if torch.cuda.is_available():
         if (gpus := torch.cuda.device_count()) <= local_rank():
@@ -215,7 +215,7 @@ def code_versions() -> dict[str, str]:
     from pathlib import Path
 
     source = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(__file__).resolve().parents[1]  # the whole package
     for path in sorted(folder.rglob("*.py")):
         source.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     script = getattr(sys.modules["__main__"], "__file__", None)

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from ds_classifier import processes
+from ds_classifier.distributed import processes
 
 
 def host_names() -> list[str]:

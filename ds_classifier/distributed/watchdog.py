@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed, failures, processes
-from ds_classifier.peers import Peers
+from ds_classifier import distributed
+from ds_classifier.distributed import failures, processes
+from ds_classifier.distributed.peers import Peers
 
 DATA, COMPUTING, COLLECTIVE = "data", "forward/backward", "collective"
 _END = object()  # of the batches

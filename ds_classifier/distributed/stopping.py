@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import distributed, processes
+from ds_classifier import distributed
 from ds_classifier.common import files
+from ds_classifier.distributed import processes
 
 STOPPED = 75  # exit code: stopped, run the same command again (EX_TEMPFAIL of sysexits.h)
 STOP_FILE = "STOP"

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from ds_classifier import distributed, processes, rendezvous
+from ds_classifier import distributed
+from ds_classifier.distributed import processes, rendezvous
 
 BEAT_SECONDS = 1.0
 _START_SECONDS = 120  # for all ranks to have said who they are, once they are connected
