@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_classifier import checkpoint, distributed
-from ds_classifier.checkpoint_writer import BYTES_A_PARAMETER, CheckpointWriter
+from ds_classifier import distributed
+from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.replicas import bit_sum
+from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter
 from ds_classifier.common import files
 from ds_classifier.config import Settings
 from ds_classifier.config.batch_sizes import Batch as BatchSize
@@ -29,10 +31,9 @@ from ds_classifier.data.loader import Batch, Loader
 from ds_classifier.distributed import deepspeed_engine, memory
 from ds_classifier.distributed.stopping import Stopped, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation import evaluate
+from ds_classifier.evaluation.evaluate import evaluate
+from ds_classifier.evaluation.metrics import Meter
 from ds_classifier.flops import Arithmetic, training_flops
-from ds_classifier.metrics import Meter
-from ds_classifier.replicas import bit_sum
 from ds_classifier.run_costs import (
     MemoryLine,
     SaveCost,
@@ -216,13 +217,13 @@ class Rehearsal:
         self.take_step(iter([batch] * engine.gradient_accumulation_steps()))
 
         def find() -> list[Any]:
-            (found,) = checkpoint.list_checkpoints(folder)
+            (found,) = disk.list_checkpoints(folder)
             size = sum(file.stat().st_size for file in found.iterdir())
-            return [str(found), checkpoint.read_state(found), size]
+            return [str(found), disk.read_state(found), size]
 
         began = time.perf_counter()
         found, state, size = distributed.on_rank_0(find, engine.device)
-        checkpoint.load(Path(found), state, engine=engine, sampler=sampler)
+        disk.load(Path(found), state, engine=engine, sampler=sampler)
         loaded = time.perf_counter() - began
         if self._fingerprint() != saved:
             raise RuntimeError("a checkpoint was loaded, and is not what was saved")
@@ -332,9 +333,9 @@ def dry_run(
         validated=val_loader is not None,
     )
 
-    def disk() -> str:
-        present = bytes_of(checkpoint.list_checkpoints(run_dir / "checkpoints"))
+    def line_of_disk() -> str:
+        present = bytes_of(disk.list_checkpoints(run_dir / "checkpoints"))
         return disk_line(save, kept=kept, present=present)
 
-    distributed.say(distributed.on_rank_0(disk, engine.device))
+    distributed.say(distributed.on_rank_0(line_of_disk, engine.device))
     distributed.say(f"dry run: all well; {run_dir}/ is as it was")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ds_classifier import distributed
+from ds_classifier.checkpoint.initial_weights import load_initial_weights
 from ds_classifier.config import Settings
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import (
@@ -24,9 +25,8 @@ from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation_data import create_validation_loader
+from ds_classifier.evaluation.data import create_validation_loader
 from ds_classifier.flops import Arithmetic, forward_flops
-from ds_classifier.initial_weights import load_initial_weights
 from ds_classifier.run_files import find_checkpoint, read_done, refuse_changes
 from ds_classifier.sanity import Guessing
 

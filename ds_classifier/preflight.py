@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.checkpoint_writer import check_free
+from ds_classifier.checkpoint.fitting import tensors_of
+from ds_classifier.checkpoint.writer import check_free
 from ds_classifier.common import files
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
-from ds_classifier.fitting import tensors_of
 from ds_classifier.run_lock import RunLock
 
 PROBE_BYTES = 2**24

@@ -27,16 +27,16 @@ def read_done(run_dir: Path) -> str | None:
 
 def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:
     """The checkpoint to continue from and its state.json, on all ranks; (None, None) for none."""
-    from ds_classifier import checkpoint
+    from ds_classifier.checkpoint import disk
 
     def find() -> list | None:
         if settings.resume_checkpoint:
-            found = checkpoint.resolve_checkpoint(Path(settings.resume_checkpoint))
+            found = disk.resolve_checkpoint(Path(settings.resume_checkpoint))
         else:
-            found = checkpoint.newest_valid(run_dir / "checkpoints", distributed.say)
+            found = disk.newest_valid(run_dir / "checkpoints", distributed.say)
             if found is None and read_done(run_dir) is None:
                 refuse_lost_checkpoints(run_dir, distributed.say)
-        return None if found is None else [str(found), checkpoint.read_state(found)]
+        return None if found is None else [str(found), disk.read_state(found)]
 
     answer = distributed.on_rank_0(find, device)
     return (None, None) if answer is None else (Path(answer[0]), answer[1])

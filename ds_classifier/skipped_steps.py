@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.metrics import by_position
+from ds_classifier.evaluation.metrics import by_position
 
 
 class SkippedSteps:

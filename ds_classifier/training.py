@@ -25,6 +25,7 @@ from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.memory import memory_in_use
 from ds_classifier.distributed.stopping import Stopped, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
+from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter, Reading, by_position
 from ds_classifier.flops import Arithmetic
 from ds_classifier.logger import (
     CONSOLE_HEADER,
@@ -33,7 +34,6 @@ from ds_classifier.logger import (
     counts_line,
     validation_line,
 )
-from ds_classifier.metrics import LOSS_EDGES, Meter, Reading, by_position
 from ds_classifier.sanity import SanityWatch
 from ds_classifier.skipped_steps import SkippedSteps
 

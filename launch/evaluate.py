@@ -25,7 +25,7 @@ from ds_classifier.common import files
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags
 from ds_classifier.distributed import failures
-from ds_classifier.evaluation_record import (
+from ds_classifier.evaluation.record import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,
     PRECISIONS,
@@ -35,8 +35,8 @@ from ds_classifier.evaluation_record import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ds_classifier.picture_grid import PictureGrid
-    from ds_classifier.weights import Source
+    from ds_classifier.checkpoint.weights import Source
+    from ds_classifier.evaluation.picture_grid import PictureGrid
 
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
@@ -107,8 +107,8 @@ def _timesteps(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace, given: dict) -> None:
     """Evaluate every source; files and tables on rank 0. Raises ValueError for wrong use."""
-    from ds_classifier import evaluation_table
-    from ds_classifier.picture_grid import save_grid
+    from ds_classifier.evaluation import table
+    from ds_classifier.evaluation.picture_grid import save_grid
     from ds_classifier.report import plots
     from ds_classifier.report.page import write_report
 
@@ -133,9 +133,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
             return f", in the place of an evaluation at {before} levels" if fewer else ""
 
         replaced = distributed.on_rank_0(write, device)
-        distributed.say("\n".join(evaluation_table.level_table(record)))
+        distributed.say("\n".join(table.level_table(record)))
         if len(paths) == 1:
-            distributed.say("\n" + "\n".join(evaluation_table.class_table(record)))
+            distributed.say("\n" + "\n".join(table.class_table(record)))
         distributed.say(f"\nwritten: {folder}/{record['name']}.json and .png{replaced}")
         records.append(record)
     if len(records) > 1:
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
             plots.plot_series(records, folder / f"{series}.png")
 
         distributed.on_rank_0(write_series, device)
-        distributed.say("\n" + "\n".join(evaluation_table.series_table(records)))
+        distributed.say("\n" + "\n".join(table.series_table(records)))
         distributed.say(f"\nwritten: {folder}/{series}.json and .png")
     distributed.finish()
     if distributed.rank() == 0:  # alone: nobody waits for it any more
@@ -168,8 +168,8 @@ def find_sources(arguments: argparse.Namespace) -> list[str]:
 
     Raises ValueError before the first is evaluated if one of them is not there.
     """
-    from ds_classifier import checkpoint
-    from ds_classifier.weights import find_recorded
+    from ds_classifier.checkpoint import disk
+    from ds_classifier.checkpoint.weights import find_recorded
 
     if arguments.checkpoints != ["all"]:
         named = [arguments.source] if arguments.source else []
@@ -180,8 +180,8 @@ def find_sources(arguments: argparse.Namespace) -> list[str]:
     if arguments.source is None:
         raise ValueError("--checkpoints: got all; need the run too; do: evaluate.py RUN ...")
     found = []
-    for path in reversed(checkpoint.list_checkpoints(arguments.source / "checkpoints")):
-        problem = checkpoint.damage(path)
+    for path in reversed(disk.list_checkpoints(arguments.source / "checkpoints")):
+        problem = disk.damage(path)
         if problem:
             distributed.say(f"passed over {path}: {problem}")
         else:
@@ -200,16 +200,16 @@ def evaluate_source(
     """
     import torch
 
-    from ds_classifier import evaluation
     from ds_classifier.diffusion import create_gaussian_diffusion
     from ds_classifier.distributed import deepspeed_engine
-    from ds_classifier.evaluation_data import (
+    from ds_classifier.evaluation import evaluate
+    from ds_classifier.evaluation.data import (
         create_validation_loader,
         open_training_set,
         open_validation_data,
     )
-    from ds_classifier.level_metrics import Confusion
-    from ds_classifier.predictions import predict_grid
+    from ds_classifier.evaluation.levels import Confusion
+    from ds_classifier.evaluation.predictions import predict_grid
 
     source, weights = read_source(path, given, device)
     settings = source.settings
@@ -239,7 +239,7 @@ def evaluate_source(
         f"at {len(levels)} noise levels and under uniform t, {arguments.precision}, on "
         f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"
     )
-    posteriors = [evaluation.classifier_posterior(classifier, diffusion)]
+    posteriors = [evaluate.classifier_posterior(classifier, diffusion)]
     training_set, denoiser = open_training_set(source, arguments.bayes, shards, device)
     fingerprint = shards.manifest.fingerprint
     pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
@@ -248,14 +248,14 @@ def evaluate_source(
     )
     if denoiser is not None:
         if of_optimum not in optima:
-            posteriors.append(evaluation.bayes_posterior(denoiser, diffusion))
+            posteriors.append(evaluate.bayes_posterior(denoiser, diffusion))
         distributed.say(
             f"beside it the exact posterior of the {len(denoiser):,} pictures in {training_set}, "
             "centre-cropped"
         )
     confusion = Confusion(samples, device)
     progress = Progress(samples, 1 + len(levels))
-    (numbers, *optimum), bad = evaluation.evaluate_levels(
+    (numbers, *optimum), bad = evaluate.evaluate_levels(
         posteriors,
         diffusion,
         create_validation_loader(
@@ -291,8 +291,8 @@ def evaluate_source(
         },
         "precision": arguments.precision,
         "batch_size": batch_size,
-        "noise": f"keyed by ({evaluation.VALIDATION_SEED}, 'validation', position)",
-        "classifier": evaluation.describe_levels(numbers, diffusion, levels, chosen=chosen),
+        "noise": f"keyed by ({evaluate.VALIDATION_SEED}, 'validation', position)",
+        "classifier": evaluate.describe_levels(numbers, diffusion, levels, chosen=chosen),
         "confusion": {"t": levels[0], **confusion.read()},
         "machine": {
             "world_size": distributed.world_size(),
@@ -307,7 +307,7 @@ def evaluate_source(
             optima[of_optimum] = {
                 "location": training_set,
                 "pictures": len(denoiser),
-                **evaluation.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
+                **evaluate.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
             }
         record["bayes"] = optima[of_optimum]
 
@@ -321,7 +321,7 @@ def evaluate_source(
 
 def read_source(path: Path, given: dict, device) -> tuple[Source, dict[str, Tensor]]:
     """Whose weights lie at a path, known to all ranks; and the weights, on rank 0 alone."""
-    from ds_classifier.weights import Source, open_weights
+    from ds_classifier.checkpoint.weights import Source, open_weights
 
     weights = {}
 
@@ -352,7 +352,7 @@ def build_classifier(settings: Settings, weights: dict[str, Tensor], precision: 
 
 def levels_of(arguments: argparse.Namespace, diffusion) -> tuple[list[int], list[int]]:
     """The noise levels to measure at, and those of them with numbers per class."""
-    from ds_classifier.evaluation import level_grid, middle_level
+    from ds_classifier.evaluation.evaluate import level_grid, middle_level
 
     asked = [*(arguments.timesteps or []), *(arguments.class_timesteps or [])]
     if asked and not 0 <= min(asked) <= max(asked) < diffusion.num_timesteps:

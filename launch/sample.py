@@ -26,8 +26,8 @@ from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags, 
 from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:
+    from ds_classifier.checkpoint.weights import Source
     from ds_classifier.diffusion import GaussianDiffusion
-    from ds_classifier.weights import Source
 
 BAYES = "bayes"  # instead of a classifier's path: the best possible one of the training set
 # guided-diffusion's defaults (`model_and_diffusion_defaults`).
@@ -245,7 +245,7 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
     """(settings, classifier, its source); for bayes neither of the two."""
     import torch
 
-    from ds_classifier.weights import load_classifier as load
+    from ds_classifier.checkpoint.weights import load_classifier as load
 
     if arguments.classifier_path == BAYES:
         return Settings(**given), None, None
@@ -292,8 +292,8 @@ def load_unet(arguments: argparse.Namespace, settings: Settings, device):
     """guided-diffusion's UNet; ValueError where its file was built with other flags."""
     import torch
 
+    from ds_classifier.checkpoint.weights import read_weights
     from ds_classifier.guidance.unet import create_unet
-    from ds_classifier.weights import read_weights
 
     unet = create_unet(
         image_size=settings.image_size,

@@ -133,8 +133,9 @@ def train_on(
     """Build everything, find where to start, do what was asked for; returns the exit code."""
     import torch
 
-    from ds_classifier import checkpoint, preflight
-    from ds_classifier.checkpoint_writer import check_room
+    from ds_classifier import preflight
+    from ds_classifier.checkpoint import disk
+    from ds_classifier.checkpoint.writer import check_room
     from ds_classifier.diffusion import create_schedule_sampler
     from ds_classifier.distributed import deepspeed_engine
     from ds_classifier.distributed.memory import MemoryAdvice
@@ -181,7 +182,7 @@ def train_on(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )
     if start.state is not None:
-        checkpoint.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
+        disk.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
     job = Job(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
     announce(job, command)
@@ -203,12 +204,12 @@ def train_on(
 def train(job: Job) -> int:
     """Train to the last step, or until asked to stop; returns the exit code."""
     from ds_classifier import training
-    from ds_classifier.checkpoint_writer import CheckpointWriter
-    from ds_classifier.evaluation import evaluate
+    from ds_classifier.checkpoint.writer import CheckpointWriter
+    from ds_classifier.evaluation.evaluate import evaluate
+    from ds_classifier.evaluation.picture_grid import marked_sheet, save_grid
+    from ds_classifier.evaluation.predictions import predict_grid
     from ds_classifier.job import arithmetic, facts_of, guessing
     from ds_classifier.logger import read_rows
-    from ds_classifier.picture_grid import marked_sheet, save_grid
-    from ds_classifier.predictions import predict_grid
     from ds_classifier.sanity import SanityWatch
     from ds_classifier.skipped_steps import SkippedSteps
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_classifier import checkpoint
+from ds_classifier.checkpoint import disk
 
 
 def commit(folder, step, value=1.0, val_loss=None):
-    final = folder / checkpoint.step_name(step)
-    checkpoint.commit(
+    final = folder / disk.step_name(step)
+    disk.commit(
         final,
         model={"a": torch.full((4,), value), "b": torch.zeros(2, 3)},
         optimizer={"exp_avg.a": torch.zeros(4)},
-        state={"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step}
+        state={"format": disk.FORMAT, "version": disk.VERSION, "step": step}
         | {"val_loss": val_loss},
     )
     return final
@@ -29,23 +29,23 @@ def commit(folder, step, value=1.0, val_loss=None):
 def find(folder):
     """The newest valid checkpoint's name, and what was said about the others."""
     said = []
-    found = checkpoint.newest_valid(folder, said.append)
+    found = disk.newest_valid(folder, said.append)
     return (found.name if found else None), said
 
 
 def test_a_commit_is_whole_and_named_by_latest(tmp_path):
     final = commit(tmp_path, 10)
-    assert checkpoint.damage(final) is None
+    assert disk.damage(final) is None
     assert (tmp_path / "latest").read_text() == "step-00000010\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000010"]
-    assert torch.equal(checkpoint.read_model(final)["a"], torch.ones(4))
-    assert checkpoint.read_state(final)["step"] == 10
+    assert torch.equal(disk.read_model(final)["a"], torch.ones(4))
+    assert disk.read_state(final)["step"] == 10
 
 
 def test_stock_safetensors_reads_what_is_written(tmp_path):
     model = {"a.weight": torch.randn(5, 3), "b": torch.randn(7, 1, 2, 2), "none": torch.zeros(0, 3)}
     optimizer = {"moment": torch.randn(9), "counts": torch.arange(5), "one": torch.tensor(2.5)}
-    checkpoint.commit(tmp_path / "step-00000001", model=model, optimizer=optimizer, state={})
+    disk.commit(tmp_path / "step-00000001", model=model, optimizer=optimizer, state={})
     for name, tensors in (("model", model), ("optimizer", optimizer)):
         read = load_file(tmp_path / "step-00000001" / f"{name}.safetensors")
         assert read.keys() == tensors.keys()
@@ -74,7 +74,7 @@ def test_a_pickle_under_a_good_hash_is_refused_and_never_run(tmp_path):
     assert name == "step-00000010"
     assert "no safetensors file" in said[0]
     with pytest.raises(ValueError, match="no safetensors file"):
-        checkpoint.resolve_checkpoint(final)
+        disk.resolve_checkpoint(final)
     assert not (tmp_path / "ran").exists()
 
 
@@ -126,14 +126,14 @@ def test_a_state_that_is_none_under_a_good_hash_counts_as_damage(tmp_path, text)
     assert find(tmp_path)[1] == [
         f"passed over {tmp_path / 'step-00000020'}: state.json is no JSON object"
     ]
-    assert checkpoint.best_checkpoint(tmp_path) is None
+    assert disk.best_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("loss", ['"low"', "NaN", "-Infinity", "[1]", "null"])
 def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path, loss):
     commit(tmp_path, 10, val_loss=1.0)
     swap_state(commit(tmp_path, 20), f'{{"val_loss": {loss}}}')
-    assert checkpoint.best_checkpoint(tmp_path).name == "step-00000010"
+    assert disk.best_checkpoint(tmp_path).name == "step-00000010"
 
 
 def swap_state(path, text):
@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("ds_classifier.common.files.sha256", fails)
-    problem = checkpoint.damage(tmp_path / "step-00000010")
+    problem = disk.damage(tmp_path / "step-00000010")
     assert problem == "model.safetensors: Input/output error"
 
 
@@ -184,15 +184,15 @@ def test_leftovers_of_a_killed_save_are_ignored_and_overwritten(tmp_path):
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     assert find(tmp_path)[0] == "step-00000010"
     final = commit(tmp_path, 20)
-    assert checkpoint.damage(final) is None
+    assert disk.damage(final) is None
     assert not (tmp_path / ".step-00000020.staging").exists()
 
 
 def test_keep_last(tmp_path):
     for step in (1, 2, 3, 10, 100_000_000):
         commit(tmp_path, step)
-    checkpoint.prune(tmp_path, keep_last=2, keep_every=0)
-    names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
+    disk.prune(tmp_path, keep_last=2, keep_every=0)
+    names = [p.name for p in disk.list_checkpoints(tmp_path)]
     assert names == ["step-100000000", "step-00000010"]
 
 
@@ -200,13 +200,13 @@ def test_every_nth_and_the_best_are_never_pruned(tmp_path):
     losses = {1: None, 2: 0.5, 3: 0.2, 4: 0.7, 5: None, 6: 0.2000001, 7: 0.3, 8: 0.4}
     for step, val_loss in losses.items():
         commit(tmp_path, step, val_loss=val_loss)
-        checkpoint.name_best(tmp_path)
-        checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
-    names = [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)]
+        disk.name_best(tmp_path)
+        disk.prune(tmp_path, keep_last=2, keep_every=4)
+    names = [p.name[-1] for p in disk.list_checkpoints(tmp_path)]
     assert names == ["8", "7", "4", "3"]
     assert (tmp_path / "best").read_text() == "step-00000003 val_loss 0.2\n"
     os.truncate(tmp_path / "step-00000003" / "model.safetensors", 5)
-    assert checkpoint.best_checkpoint(tmp_path).name == "step-00000007"
+    assert disk.best_checkpoint(tmp_path).name == "step-00000007"
 
 
 def test_what_cannot_be_deleted_is_told_and_the_rest_goes(tmp_path, monkeypatch):
@@ -220,9 +220,9 @@ def test_what_cannot_be_deleted_is_told_and_the_rest_goes(tmp_path, monkeypatch)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", stubborn)
-    (problem,) = checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
+    (problem,) = disk.prune(tmp_path, keep_last=1, keep_every=0)
     assert "step-00000002" in problem
-    names = [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)]
+    names = [p.name[-1] for p in disk.list_checkpoints(tmp_path)]
     assert names == ["4", "2"]
 
 
@@ -231,7 +231,7 @@ def test_leftovers_of_any_step_are_removed(tmp_path):
     for name in (".step-00000007.staging", ".step-00000010.replaced", ".step-00000003.pruned"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    checkpoint.remove_leftovers(tmp_path)
+    disk.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000010"]
 
 
@@ -239,7 +239,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     for step in (1, 2, 3):
         commit(tmp_path, step)
     os.truncate(tmp_path / "step-00000003" / "model.safetensors", 5)
-    checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
+    disk.prune(tmp_path, keep_last=1, keep_every=0)
     assert find(tmp_path)[0] == "step-00000002"
 
 
@@ -249,27 +249,27 @@ def test_tensors_of_another_classifier_are_refused_before_any_is_sent(tmp_path):
     layer = torch.nn.Linear(3, 2)
     model = {name: value.detach() for name, value in layer.named_parameters()}
     moments = {f"{m}.{n}": v for m in ("exp_avg", "exp_avg_sq") for n, v in model.items()}
-    checkpoint.commit(
+    disk.commit(
         final, model=model, optimizer=moments | {"schedule_sampler.n": torch.ones(4)}, state={}
     )
     engine, sampler = (
         SimpleNamespace(module=layer),
         SimpleNamespace(state=lambda: {"n": torch.ones(4)}),
     )
-    checkpoint._check_tensors(final, engine, sampler)
+    disk._check_tensors(final, engine, sampler)
     sampler.state = lambda: {"n": torch.ones(5)}
     with pytest.raises(ValueError, match=r"got \[4\] for schedule_sampler.n; need the shape \[5\]"):
-        checkpoint._check_tensors(final, engine, sampler)
+        disk._check_tensors(final, engine, sampler)
     engine.module = torch.nn.Linear(2, 3)
     with pytest.raises(ValueError, match=r"model.safetensors: got \[2, 3\] for weight"):
-        checkpoint._check_tensors(final, engine, sampler)
+        disk._check_tensors(final, engine, sampler)
 
 
 def test_later_checkpoints_of_before_are_set_aside(tmp_path):
     """A run taken up again from step 10 must not be overtaken by what lay at 20."""
     for step in (10, 20, 12):
         final = commit(tmp_path, step)
-    checkpoint._set_later_aside(final)
+    disk._set_later_aside(final)
     assert find(tmp_path) == ("step-00000012", [])
     assert (tmp_path / "abandoned-step-00000020" / "manifest.json").exists()
 
@@ -293,15 +293,15 @@ def test_what_a_user_names(tmp_path):
     run = tmp_path / "run"
     step_10 = commit(run / "checkpoints", 10)
     step_20 = commit(run / "checkpoints", 20)
-    assert checkpoint.resolve_checkpoint(run) == step_20
-    assert checkpoint.resolve_checkpoint(run / "checkpoints") == step_20
-    assert checkpoint.resolve_checkpoint(step_10) == step_10
+    assert disk.resolve_checkpoint(run) == step_20
+    assert disk.resolve_checkpoint(run / "checkpoints") == step_20
+    assert disk.resolve_checkpoint(step_10) == step_10
     with pytest.raises(ValueError, match="--init_from"):
-        checkpoint.resolve_checkpoint(step_20 / "model.safetensors")
+        disk.resolve_checkpoint(step_20 / "model.safetensors")
     os.truncate(step_20 / "model.safetensors", 5)
-    assert checkpoint.resolve_checkpoint(run) == step_10
+    assert disk.resolve_checkpoint(run) == step_10
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        checkpoint.resolve_checkpoint(step_20)
+        disk.resolve_checkpoint(step_20)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        checkpoint.resolve_checkpoint(run)
+        disk.resolve_checkpoint(run)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed
 
-from ds_classifier import checkpoint, checkpoint_writer
-from ds_classifier.checkpoint_writer import CheckpointWriter
+from ds_classifier.checkpoint import disk as checkpoint
+from ds_classifier.checkpoint import writer as checkpoint_writer
+from ds_classifier.checkpoint.writer import CheckpointWriter
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,6 +13,7 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import torch
 from ds_classifier import distributed
+from ds_classifier.distributed import process_group
 
 device = distributed.init()
 rank, out = distributed.rank(), {{}}
@@ -77,6 +78,7 @@ def test_more_ranks_than_gpus_are_told_to_all(monkeypatch):
     import torch
 
     from ds_classifier import distributed
+    from ds_classifier.distributed import process_group
 
     met = []
     monkeypatch.setenv("RANK", "1")
@@ -87,7 +89,7 @@ def test_more_ranks_than_gpus_are_told_to_all(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(distributed, "_meet", lambda card, timeout: met.append(card["problem"]))
+    monkeypatch.setattr(process_group, "_meet", lambda card, timeout: met.append(card["problem"]))
     with pytest.raises(distributed.AgreedError, match="slots=1"):
         distributed.init()
     assert met == [
@@ -100,6 +102,7 @@ UNHEARD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from ds_classifier import distributed
+from ds_classifier.distributed import process_group
 for _ in range(3):
     distributed.say("a line")
     distributed.complain("an error")

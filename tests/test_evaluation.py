@@ -11,14 +11,15 @@ from conftest import ROOT, launch, pictures, read_log
 from test_model import filled
 from test_training import CONFIGS, TINY
 
-from ds_classifier import distributed, evaluation
+from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.convert import convert
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.data.sources import open_source
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.evaluation_table import class_table, level_table, series_table
-from ds_classifier.level_metrics import Confusion, LevelSums
+from ds_classifier.evaluation import evaluate
+from ds_classifier.evaluation.levels import Confusion, LevelSums
+from ds_classifier.evaluation.table import class_table, level_table, series_table
 from ds_classifier.model import create_classifier
 from ds_classifier.noised_classifier import NoisedClassifier
 
@@ -192,8 +193,8 @@ def test_levels_are_those_of_a_loop(alone):
     diffusion = create_gaussian_diffusion(**RESPACED)
     model = Linear(3 * size * size, classes)
     loader = batches(count, size, classes, 5)
-    (numbers,), bad = evaluation.evaluate_levels(
-        [evaluation.classifier_posterior(model, diffusion)],
+    (numbers,), bad = evaluate.evaluate_levels(
+        [evaluate.classifier_posterior(model, diffusion)],
         diffusion,
         loader,
         levels=levels,
@@ -230,7 +231,7 @@ def test_levels_are_those_of_a_loop(alone):
         assert got["samples"] == count - 1
         assert got["acc@1"] == pytest.approx(hits, abs=1e-12)
         assert (got["loss"], got["grad_norm"]) == pytest.approx((loss, norm), rel=1e-5)
-    described = evaluation.describe_levels(numbers, diffusion, levels, chosen=[7])
+    described = evaluate.describe_levels(numbers, diffusion, levels, chosen=[7])
     assert [row["timestep"] for row in described["levels"]] == [2.0 * kept[t] for t in levels]
     snr = [math.log(alpha_bar[t] / (1 - alpha_bar[t])) for t in levels]
     assert [row["log_snr"] for row in described["levels"]] == pytest.approx(snr)
@@ -239,9 +240,7 @@ def test_levels_are_those_of_a_loop(alone):
     # The validation during training shows the same pictures with the same noise.
     module = NoisedClassifier(model, diffusion)
     for row, t in ((0, None), (1, 0)):
-        means, _ = evaluation.evaluate(
-            module, loader, samples=count, device=torch.device("cpu"), t=t
-        )
+        means, _ = evaluate.evaluate(module, loader, samples=count, device=torch.device("cpu"), t=t)
         got = numbers.overall(row)
         assert means["loss"] == pytest.approx(got["loss"], rel=1e-6)
         assert (means["acc@1"], means["acc@5"]) == pytest.approx((got["acc@1"], got["acc@5"]))
@@ -249,15 +248,15 @@ def test_levels_are_those_of_a_loop(alone):
 
 def test_a_sample_left_out_is_an_error(alone):
     diffusion = create_gaussian_diffusion(diffusion_steps=20)
-    posterior = evaluation.classifier_posterior(Linear(48, 4), diffusion)
+    posterior = evaluate.classifier_posterior(Linear(48, 4), diffusion)
     keywords = dict(levels=[0], num_classes=4, device=torch.device("cpu"))
     loader = batches(10, 4, 4, 5)
     with pytest.raises(RuntimeError, match="counted 9 of 11 samples, and 1 bad"):
-        evaluation.evaluate_levels([posterior], diffusion, loader, samples=11, **keywords)
+        evaluate.evaluate_levels([posterior], diffusion, loader, samples=11, **keywords)
     (only_bad,) = batches(2, 4, 4, 2)
     only_bad.weights[:] = 0
     with pytest.raises(ValueError, match="none of its 1 pictures decodes"):
-        evaluation.evaluate_levels([posterior], diffusion, [only_bad], samples=1, **keywords)
+        evaluate.evaluate_levels([posterior], diffusion, [only_bad], samples=1, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +265,7 @@ def test_a_sample_left_out_is_an_error(alone):
 @pytest.mark.parametrize("count", [1, 20])
 def test_levels_are_even_in_log_snr(schedule, count):
     diffusion = create_gaussian_diffusion(**schedule)
-    levels = evaluation.level_grid(diffusion, count)
+    levels = evaluate.level_grid(diffusion, count)
     snr = [math.log(a / (1 - a)) for a in diffusion.alphas_cumprod]
     # As many as asked, if there are; where timesteps lie far apart one value more may be needed.
     assert min(count + 1, len(snr)) <= len(levels) <= count + 2
@@ -276,7 +275,7 @@ def test_levels_are_even_in_log_snr(schedule, count):
     gaps = [(snr[a] - snr[b], b - a) for a, b in itertools.pairwise(levels)]
     even = (snr[0] - snr[-1]) / count
     assert all(gap < 1.5 * even for gap, steps in gaps if steps > 1)
-    middle = evaluation.middle_level(diffusion, levels)
+    middle = evaluate.middle_level(diffusion, levels)
     assert abs(snr[middle]) == min(abs(snr[t]) for t in levels)
 
 

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from test_model import filled
 from test_weights import SMALL
 
-from ds_classifier import checkpoint
+from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fitting import tensors_of
+from ds_classifier.checkpoint.weights import find_recorded, load_classifier, open_weights
 from ds_classifier.config import Settings
-from ds_classifier.evaluation_record import EVALUATION_FORMAT, EVALUATION_VERSION
+from ds_classifier.evaluation.record import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.export import export
 from ds_classifier.export.reference_flags import classifier_flags, flags_text
-from ds_classifier.fitting import tensors_of
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.model import create_classifier
-from ds_classifier.weights import find_recorded, load_classifier, open_weights
 
 CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
 
@@ -33,30 +33,28 @@ def make_run(run: Path, *, step: int = 7, **own) -> Path:
     """A run with one checkpoint, of weights made from their names."""
     settings = Settings(**SMALL | dict(noise_schedule="cosine", lr=1e-3) | own)
     state = {
-        "format": checkpoint.FORMAT,
-        "version": checkpoint.VERSION,
+        "format": disk.FORMAT,
+        "version": disk.VERSION,
         "step": step,
         "settings": asdict(settings),
         "classes": CLASSES,
         "data": "f" * 64,
     }
     model = filled(tensors_of(settings))
-    checkpoint.commit(
-        run / "checkpoints" / checkpoint.step_name(step), model=model, optimizer={}, state=state
-    )
+    disk.commit(run / "checkpoints" / disk.step_name(step), model=model, optimizer={}, state=state)
     return run
 
 
 def write_evaluation(run: Path, step: int = 7, **changes) -> None:
     """What evaluate.py writes of it, less what an export does not read."""
-    final = run / "checkpoints" / checkpoint.step_name(step)
-    manifest = json.loads((final / checkpoint.MANIFEST).read_text())
-    settings = Settings(**checkpoint.read_state(final)["settings"])
+    final = run / "checkpoints" / disk.step_name(step)
+    manifest = json.loads((final / disk.MANIFEST).read_text())
+    settings = Settings(**disk.read_state(final)["settings"])
     numbers = {"acc@1": 0.75, "acc@5": 1.0, "loss": 0.5, "ece": 0.01, "grad_norm": 3.5}
     record = {
         "format": EVALUATION_FORMAT,
         "version": EVALUATION_VERSION,
-        "weights_sha256": manifest["files"][checkpoint.MODEL]["sha256"],
+        "weights_sha256": manifest["files"][disk.MODEL]["sha256"],
         "settings": settings.model_kwargs() | settings.diffusion_kwargs(),
         "precision": "fp32",
         "data": {"samples": 360, "fingerprint": "a" * 64, "location": "/home/someone/val"},
@@ -78,7 +76,7 @@ def test_stock_tools_read_it(tmp_path):
     assert [path.name for path in exported.paths] == [*names, "README.md"]
     assert sorted(p.name for p in (run / "export").iterdir()) == sorted([*names, "README.md"])
     assert exported.timesteps == [0, 250, 500, 749, 999]
-    model = checkpoint.read_model(run / "checkpoints" / "step-00000007")
+    model = disk.read_model(run / "checkpoints" / "step-00000007")
     pickled = torch.load(run / "export" / names[0], weights_only=True)
     assert type(pickled) is dict
     live = create_classifier(**Settings(**SMALL).model_kwargs())
@@ -363,7 +361,7 @@ def test_a_damaged_json_is_named(tmp_path, suffix):
 def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
     export.export(make_run(tmp_path / "run"))
     code = (
-        "from pathlib import Path; from ds_classifier.weights import find_recorded\n"
+        "from pathlib import Path; from ds_classifier.checkpoint.weights import find_recorded\n"
         "print(ascii(find_recorded(Path('run/export/model000007.pt')).classes))"
     )
     ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONPATH=str(ROOT))

@@ -12,7 +12,7 @@ import pytest
 from conftest import read_log
 from test_training import CONFIGS, assert_same_state, losses, train, without_clocks
 
-from ds_classifier import checkpoint
+from ds_classifier.checkpoint import disk
 
 pytestmark = pytest.mark.faults
 
@@ -56,7 +56,7 @@ class Watch(threading.Thread):
             name = (self._checkpoints / "latest").read_text().strip()
             if name.startswith("step") and name not in self.named:
                 self.named.append(name)
-                problem = checkpoint.damage(self._checkpoints / name)
+                problem = disk.damage(self._checkpoints / name)
                 self.broken += [problem] if problem else []
 
     def end(self):
@@ -66,7 +66,7 @@ class Watch(threading.Thread):
 
 def names(run: Path) -> list[int]:
     """The steps of the checkpoints there, and of nothing half-written: those must be hidden."""
-    return [int(p.name[5:]) for p in checkpoint.list_checkpoints(run / "checkpoints")][::-1]
+    return [int(p.name[5:]) for p in disk.list_checkpoints(run / "checkpoints")][::-1]
 
 
 def test_a_run_under_a_series_of_faults_ends_as_if_undisturbed(digits, tmp_path):

@@ -19,11 +19,11 @@ import torch
 from test_export import make_run
 from test_model import relative_error
 
+from ds_classifier.checkpoint.weights import load_classifier
 from ds_classifier.config import Settings
 from ds_classifier.export.export import export
 from ds_classifier.export.reference_flags import classifier_flags, flags_text, reference_obstacles
 from ds_classifier.guidance.gradient import classifier_gradient
-from ds_classifier.weights import load_classifier
 
 STUBS = {
     "mpi4py.py": "class _World:\n"

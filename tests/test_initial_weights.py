@@ -8,13 +8,13 @@ from test_export import CLASSES, make_run
 from test_model import filled
 from test_weights import SMALL
 
-from ds_classifier.config import Settings
-from ds_classifier.export.export import export
-from ds_classifier.fitting import tensors_of
-from ds_classifier.initial_weights import (
+from ds_classifier.checkpoint.fitting import tensors_of
+from ds_classifier.checkpoint.initial_weights import (
     interpolate_positional_embedding,
     load_initial_weights,
 )
+from ds_classifier.config import Settings
+from ds_classifier.export.export import export
 from ds_classifier.model import create_classifier
 
 HEAD = "out.2.c_proj.weight", "out.2.c_proj.bias"

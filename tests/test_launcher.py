@@ -13,7 +13,8 @@ RUN_CHILD = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:2] + ['
 
 def ask(folder, question: str, *words: str, program: str = "deepspeed"):
     """The answer of a rank whose parent is a program of this name, called with these words."""
-    child = f"import json; from ds_classifier import launcher; print(json.dumps({question}))"
+    child = "import json; from ds_classifier.distributed import launcher; "
+    child += f"print(json.dumps({question}))"
     parent = folder / program
     parent.write_text(RUN_CHILD.format(child=child))
     done = subprocess.run(

@@ -13,12 +13,12 @@ from conftest import ROOT
 from PIL import Image
 
 import ds_classifier
-from ds_classifier import checkpoint
+from ds_classifier.checkpoint import disk
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
 from ds_classifier.data.sources import open_source
 from ds_classifier.data.store import open_named
-from ds_classifier.evaluation import evaluate
+from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.model import create_classifier
 from ds_classifier.noised_classifier import NoisedClassifier
 
@@ -42,16 +42,16 @@ def write_run(home):
     for parameter in classifier.parameters():  # some start at zero and would hide what is wrong
         torch.nn.init.normal_(parameter, std=0.2)
     state = dict(
-        format=checkpoint.FORMAT,
-        version=checkpoint.VERSION,
+        format=disk.FORMAT,
+        version=disk.VERSION,
         step=7,
         settings=vars(SMALL),
         classes=[f"the {digit}" for digit in range(10)],
         data="",
     )
     (home / "checkpoints").mkdir(parents=True)
-    final = home / "checkpoints" / checkpoint.step_name(7)
-    checkpoint.commit(final, model=classifier.state_dict(), optimizer={}, state=state)
+    final = home / "checkpoints" / disk.step_name(7)
+    disk.commit(final, model=classifier.state_dict(), optimizer={}, state=state)
     return home
 
 

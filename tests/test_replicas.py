@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_classifier.replicas import bit_sum, describe_difference, not_finite
+from ds_classifier.checkpoint.replicas import bit_sum, describe_difference, not_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])

@@ -19,16 +19,16 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.distributed import failures
-from ds_classifier.level_metrics import Confusion
-from ds_classifier.logger import RunLogger
-from ds_classifier.picture_grid import (
+from ds_classifier.evaluation.levels import Confusion
+from ds_classifier.evaluation.picture_grid import (
     PictureGrid,
     Predictions,
     load_grid,
     marked_sheet,
     save_grid,
 )
-from ds_classifier.predictions import choose_positions, predict_grid
+from ds_classifier.evaluation.predictions import choose_positions, predict_grid
+from ds_classifier.logger import RunLogger
 from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
 from ds_classifier.report.data import jobs_of, read_run, thin
 from ds_classifier.report.page import page, write_report

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ds_classifier.checkpoint.fitting import fitting_settings
+from ds_classifier.checkpoint.weights import open_weights, read_weights
 from ds_classifier.config import RECIPES, Settings
-from ds_classifier.fitting import fitting_settings
 from ds_classifier.model import create_classifier
-from ds_classifier.weights import open_weights, read_weights
 
 SMALL = dict(
     image_size=16,

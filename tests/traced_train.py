@@ -33,8 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from ds_classifier import checkpoint, checkpoint_writer, distributed, evaluation, training
+from ds_classifier import distributed, training
+from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint import writer as checkpoint_writer
 from ds_classifier.data.loader import ShardDataset
+from ds_classifier.evaluation import evaluate
 from launch import train as program
 
 
@@ -121,7 +124,7 @@ def traced_step(engine, batches, **keywords):
 
 untouched_step = training.train_step
 training.train_step = traced_step
-untouched_commit, untouched_evaluate = checkpoint.commit, evaluation.evaluate
+untouched_commit, untouched_evaluate = disk.commit, evaluate.evaluate
 untouched_getitem = ShardDataset.__getitem__
 
 
@@ -148,7 +151,7 @@ def slow_evaluate(module, loader, **keywords):
     return untouched_evaluate(module, batches(), **keywords)
 
 
-checkpoint.commit, evaluation.evaluate = slow_commit, slow_evaluate
+disk.commit, evaluate.evaluate = slow_commit, slow_evaluate
 ShardDataset.__getitem__ = slow_getitem
 
 

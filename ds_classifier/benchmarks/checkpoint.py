@@ -11,7 +11,7 @@ import torch
 
 from ds_classifier.benchmarks.programs import training_command
 from ds_classifier.benchmarks.step import Bench
-from ds_classifier.checkpoint_writer import CheckpointWriter
+from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.diffusion import UniformSampler
 
 

@@ -38,9 +38,9 @@ from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.evaluation.metrics import Meter
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.flops import forward_flops, training_flops
-from ds_classifier.metrics import Meter
 from ds_classifier.model import create_classifier
 from ds_classifier.noised_classifier import noised_classifier
 from ds_classifier.training import train_step

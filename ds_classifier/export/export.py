@@ -25,12 +25,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ds_classifier.checkpoint.weights import (
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    Source,
+    open_weights,
+    own_json,
+    refuse_not_finite,
+)
 from ds_classifier.common import files
 from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.evaluation_record import (
+from ds_classifier.evaluation.record import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,
     PRECISIONS,
@@ -45,14 +53,6 @@ from ds_classifier.export.reference_flags import (
     reference_obstacles,
 )
 from ds_classifier.model import create_classifier, parse_channel_mult
-from ds_classifier.weights import (
-    EXPORT_FORMAT,
-    EXPORT_VERSION,
-    Source,
-    open_weights,
-    own_json,
-    refuse_not_finite,
-)
 
 SUFFIXES = (".pt", ".safetensors", ".json", ".flags.txt")
 CARD = "README.md"

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_classifier.checkpoint.weights import open_weights
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data import images
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
-from ds_classifier.evaluation import VALIDATION_SEED
+from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.model import create_classifier
-from ds_classifier.weights import open_weights
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from ds_classifier import events
 from ds_classifier.common import files
-from ds_classifier.evaluation_record import EVALUATION_FORMAT, PRECISIONS
-from ds_classifier.picture_grid import PictureGrid, load_grid
+from ds_classifier.evaluation.picture_grid import PictureGrid, load_grid
+from ds_classifier.evaluation.record import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.run_files import read_done
 from ds_classifier.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.sanity import Guessing, RecentRows

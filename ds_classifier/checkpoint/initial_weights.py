@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_classifier.checkpoint.fitting import differences, fitting_settings, tensors_of
+from ds_classifier.checkpoint.weights import (
+    find_recorded,
+    read_recorded,
+    read_weights,
+    refuse_not_finite,
+)
 from ds_classifier.config import Settings
-from ds_classifier.fitting import differences, fitting_settings, tensors_of
 from ds_classifier.model import parse_channel_mult
-from ds_classifier.weights import find_recorded, read_recorded, read_weights, refuse_not_finite
 
 POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # of the attention pool
 

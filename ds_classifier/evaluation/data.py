@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_classifier import distributed
+from ds_classifier.checkpoint.weights import Source
 from ds_classifier.common.urls import shown
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import (
@@ -17,7 +18,6 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import open_named
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
-from ds_classifier.weights import Source
 
 BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 

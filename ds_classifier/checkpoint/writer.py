@@ -23,10 +23,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ds_classifier import checkpoint, distributed
+from ds_classifier import distributed
+from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.replicas import check_replicas
 from ds_classifier.common import files
 from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.replicas import check_replicas
 
 # What a network file system or a failing-over disk may say once and not again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOLCK)
@@ -39,7 +40,7 @@ def check_room(checkpoints: Path, parameters: int) -> None:
     probe = checkpoints / ".probe"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(checkpoints)
+        disk.remove_leftovers(checkpoints)
         probe.write_bytes(b"1")
         probe.unlink()
     except OSError as error:
@@ -111,14 +112,14 @@ class CheckpointWriter:
                     f"{self.under_way}, which is still being written"
                 )
             self._settle()
-        sampled = {checkpoint.SAMPLER + name: v for name, v in sampler.state().items()}
-        names = {n.removeprefix(checkpoint.PREFIX): p for n, p in engine.module.named_parameters()}
+        sampled = {disk.SAMPLER + name: v for name, v in sampler.state().items()}
+        names = {n.removeprefix(disk.PREFIX): p for n, p in engine.module.named_parameters()}
         check_replicas(engine, names | sampled)
         self._snapshot(names, sampled)
         finite = val_loss is not None and math.isfinite(val_loss)
         self._state = {
-            "format": checkpoint.FORMAT,
-            "version": checkpoint.VERSION,
+            "format": disk.FORMAT,
+            "version": disk.VERSION,
             "step": engine.global_steps,
             "skipped_steps": engine.skipped_steps,
             "adam_step": float(deepspeed_engine.ensure_adam_state(engine)[0]["step"]),
@@ -226,10 +227,10 @@ class CheckpointWriter:
 
     def _write(self) -> None:
         self._outcome = {}
-        final = self._checkpoints / checkpoint.step_name(self._state["step"])
+        final = self._checkpoints / disk.step_name(self._state["step"])
         try:
             with_retries(
-                lambda: checkpoint.commit(
+                lambda: disk.commit(
                     final, model=self._model, optimizer=self._optimizer, state=self._state
                 )
             )
@@ -253,8 +254,8 @@ class CheckpointWriter:
     def _clear_up(self) -> None:
         """Name the best and prune. That this fails is no reason to stop."""
         try:
-            checkpoint.name_best(self._checkpoints)
-            problems = checkpoint.prune(self._checkpoints, **self._keep)
+            disk.name_best(self._checkpoints)
+            problems = disk.prune(self._checkpoints, **self._keep)
         except OSError as error:
             problems = [str(error)]
         if problems and not self._warned_of_pruning:

@@ -21,9 +21,9 @@ from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion
+from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
+from ds_classifier.evaluation.metrics import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.level_metrics import Confusion, LevelNumbers, LevelSums
-from ds_classifier.metrics import Meter
 from ds_classifier.noised_classifier import NoisedClassifier
 
 VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs compare

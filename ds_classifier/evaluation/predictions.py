@@ -13,8 +13,8 @@ from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.evaluation import VALIDATION_SEED, log_snr
-from ds_classifier.picture_grid import PictureGrid, Predictions
+from ds_classifier.evaluation.evaluate import VALIDATION_SEED, log_snr
+from ds_classifier.evaluation.picture_grid import PictureGrid, Predictions
 
 ROWS, LEVELS = 10, 8
 TILE_SIDE = 128  # pixels; larger pictures are shrunk by a whole factor
