@@ -171,8 +171,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             f"--form: got {arguments.form} without --image_size; need the size that pictures are "
             "halved for; without it they are stored untouched"
         )
-    from ds_classifier.data.convert import Store, convert
-    from ds_classifier.data.sources import open_source
+    from ds_classifier.data.convert.convert import Store, convert
+    from ds_classifier.data.convert.sources import open_source
 
     source = open_source(arguments.source, arguments.val, arguments.val_labels)
     with _Progress() as progress:
@@ -196,7 +196,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from ds_classifier.data.convert import merge
+    from ds_classifier.data.convert.convert import merge
     from ds_classifier.data.shards import open_shards
 
     merged = merge(arguments.out)
@@ -210,7 +210,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     if arguments.workers < 1:
         raise ValueError(f"--workers: got {arguments.workers}; need at least 1")
-    from ds_classifier.data.foreign import index
+    from ds_classifier.data.foreign.index import index
 
     with _Progress() as progress:
         splits = index(
@@ -244,7 +244,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _describe(folder: Path, manifest) -> None:
-    from ds_classifier.data.convert import Store
+    from ds_classifier.data.convert.convert import Store
 
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     store = Store(manifest.image_size, manifest.form)
@@ -264,7 +264,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ds_classifier.data.verify import verify
+    from ds_classifier.data.foreign.verify import verify
 
     damaged = unchecked = False
     for folder in arguments.folder:

@@ -93,8 +93,8 @@ def main() -> int:
 
 def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
     """Returns 0 if every run finished as the undisturbed one did."""
-    from ds_classifier.data.convert import convert
-    from ds_classifier.data.sources import open_source
+    from ds_classifier.data.convert.convert import convert
+    from ds_classifier.data.convert.sources import open_source
 
     convert(open_source("digits"), root / "data")
     data, final = root / "data" / "train", f"run/checkpoints/step-{steps:08d}"

@@ -47,8 +47,8 @@ def imagenet_sample() -> Path:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """Shards of the digits: a directory with train/ and val/."""
-    from ds_classifier.data.convert import convert
-    from ds_classifier.data.sources import open_source
+    from ds_classifier.data.convert.convert import convert
+    from ds_classifier.data.convert.sources import open_source
 
     out = tmp_path_factory.mktemp("digits")
     convert(open_source("digits"), out)
@@ -100,7 +100,7 @@ def served_folder(tmp_path, monkeypatch):
     """An empty directory at a URL: (server, directory); pauses are short."""
     from flaky_server import FlakyServer
 
-    from ds_classifier.data import fetch
+    from ds_classifier.data.remote import fetch
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(fetch, "LONGEST_PAUSE_S", 0.02)

@@ -27,20 +27,6 @@ MOST_ENTRIES = 14  # in the package, and in each package inside it, __init__.py 
 
 # Modules that still lie flat, and the package that each is about to move to.
 MOVING = {
-    "data.connections": "data",
-    "data.fetch": "data",
-    "data.cache": "data",
-    "data.samples": "data",
-    "data.sources": "data",
-    "data.imagenet": "data",
-    "data.parquet": "data",
-    "data.convert": "data",
-    "data.plan": "data",
-    "data.spool": "data",
-    "data.bad_files": "data",
-    "data.layouts": "data",
-    "data.foreign": "data",
-    "data.verify": "data",
     "training": "training",
     "job": "training",
     "logger": "training",

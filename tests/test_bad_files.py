@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, pictures, run_python
 
-from ds_classifier.data.convert import convert
-from ds_classifier.data.foreign import index
-from ds_classifier.data.sources import image_folder, open_source
-from ds_classifier.data.verify import verify
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import image_folder, open_source
+from ds_classifier.data.foreign.index import index
+from ds_classifier.data.foreign.verify import verify
 
 MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 

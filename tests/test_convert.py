@@ -17,13 +17,13 @@ import pytest
 from conftest import ROOT, environment, pictures, run_python
 from PIL import Image
 
-from ds_classifier.data import convert as conversion
 from ds_classifier.data import images
-from ds_classifier.data.convert import Store, convert, merge
+from ds_classifier.data.convert import convert as conversion
+from ds_classifier.data.convert.convert import Store, convert, merge
+from ds_classifier.data.convert.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import Sample, Source, image_folder, open_source
-from ds_classifier.data.verify import verify
 
 MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 
@@ -158,7 +158,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    from ds_classifier.data import parquet
+    from ds_classifier.data.convert import parquet
 
     reads = tmp_path / "reads"
     untouched = parquet._cells

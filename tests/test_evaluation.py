@@ -13,9 +13,9 @@ from test_training import CONFIGS, TINY
 
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
-from ds_classifier.data.convert import convert
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import BadSample, Batch
-from ds_classifier.data.sources import open_source
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation import evaluate
 from ds_classifier.evaluation.levels import Confusion, LevelSums

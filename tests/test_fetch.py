@@ -20,7 +20,7 @@ from stores import (
     whole,
 )
 
-from ds_classifier.data import fetch
+from ds_classifier.data.remote import fetch
 from ds_classifier.data.store import ShardStore
 from ds_classifier.distributed import processes
 

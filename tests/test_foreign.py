@@ -22,9 +22,9 @@ from layouts_of_others import (
     timm,
 )
 
-from ds_classifier.data.foreign import index
+from ds_classifier.data.foreign.index import index
+from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.verify import verify
 
 
 @pytest.mark.parametrize("name", ["", "_info.json"])

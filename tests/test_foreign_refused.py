@@ -13,7 +13,7 @@ from layouts_of_others import (
     write_tar,
 )
 
-from ds_classifier.data.foreign import index
+from ds_classifier.data.foreign.index import index
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import open_shards
 

@@ -15,8 +15,8 @@ from layouts_of_others import (
     timm,
 )
 
-from ds_classifier.data import fetch
-from ds_classifier.data.foreign import index
+from ds_classifier.data.foreign.index import index
+from ds_classifier.data.remote import fetch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.store import open_split
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ds_classifier.benchmarks.memory import made_up_shards, memory_of
 from ds_classifier.data import images
-from ds_classifier.data.convert import convert
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import Sample, Source
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
@@ -23,7 +24,6 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import Sample, Source
 
 GLOBAL_BATCH = 12
 

@@ -15,8 +15,8 @@ from PIL import Image
 import ds_classifier
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import RECIPES, Settings
+from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
-from ds_classifier.data.sources import open_source
 from ds_classifier.data.store import open_named
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.model import create_classifier

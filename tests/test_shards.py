@@ -18,12 +18,12 @@ from conftest import ROOT, pictures, run_python
 from PIL import Image
 
 from ds_classifier.common import files
-from ds_classifier.data.convert import convert
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import Manifest, Shard, open_shards
-from ds_classifier.data.sources import Sample, Source, image_folder, open_source
-from ds_classifier.data.verify import verify
 
 
 def test_stock_webdataset_reads_the_same_samples(folder, tmp_path):

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 
-from ds_classifier.data.convert import convert
-from ds_classifier.data.layouts import class_lines
-from ds_classifier.data.samples import Sample, Slice, Source
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.samples import Sample, Slice, Source
+from ds_classifier.data.convert.sources import image_folder, open_source
+from ds_classifier.data.foreign.layouts import class_lines
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import image_folder, open_source
 
 # ILSVRC ids run against the order of the sorted WordNet ids; 4 is a synset that is no class.
 WNIDS = ["n01440764", "n01443537", "n02084071"]
@@ -619,7 +619,9 @@ def test_places_that_are_no_source(tmp_path):
 
 def test_sources_are_light_to_import():
     heavy = {"numpy", "torch", "PIL", "scipy", "pyarrow", "sklearn"}
-    code = f"import sys, ds_classifier.data.sources; sys.exit(str({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys, ds_classifier.data.convert.sources; sys.exit(str({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "set()\n"
 

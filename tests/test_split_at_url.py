@@ -16,7 +16,8 @@ from stores import (
     wait_until,
 )
 
-from ds_classifier.data.convert import convert
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import Source, open_source
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
@@ -25,7 +26,6 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, Shard, open_shards
-from ds_classifier.data.sources import Source, open_source
 from ds_classifier.data.store import open_named, open_split
 
 

@@ -501,8 +501,8 @@ def test_shards_by_url_train_as_local_ones(digits, tmp_path):
 
 def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
     """40 digits as a training split; some of them cut short."""
-    from ds_classifier.data.convert import convert
-    from ds_classifier.data.sources import Sample, Source, digits
+    from ds_classifier.data.convert.convert import convert
+    from ds_classifier.data.convert.sources import Sample, Source, digits
 
     whole = digits().splits["train"][:40]
     cut = [

@@ -11,11 +11,11 @@ from flaky_server import FlakyServer
 
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import parse_training_command
-from ds_classifier.data.convert import convert
-from ds_classifier.data.fetch import Patience, fetch_small, stream
-from ds_classifier.data.foreign import index
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import image_folder
+from ds_classifier.data.foreign.index import index
+from ds_classifier.data.remote.fetch import Patience, fetch_small, stream
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import image_folder
 from ds_classifier.data.store import open_split
 from ds_classifier.run_files import write_run_files
 

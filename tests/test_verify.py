@@ -9,12 +9,12 @@ import pytest
 from conftest import ROOT, environment, run_python
 from flaky_server import FlakyServer
 
-from ds_classifier.data import fetch
-from ds_classifier.data.convert import convert
-from ds_classifier.data.foreign import index
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import image_folder
+from ds_classifier.data.foreign.index import index
+from ds_classifier.data.foreign.verify import verify
+from ds_classifier.data.remote import fetch
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import image_folder
-from ds_classifier.data.verify import verify
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from cluster import missing
 from test_nodes import Hosts, Start
 from test_training import CONFIGS, TINY, TRAIN
 
-from ds_classifier.data.convert import convert
-from ds_classifier.data.sources import open_source
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import open_source
 
 STEPS = (6, 26)  # between these, all is steady
 MICRO = 4

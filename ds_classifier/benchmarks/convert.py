@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ds_classifier.benchmarks.data import stores
 from ds_classifier.benchmarks.measuring import interleaved
-from ds_classifier.data.convert import convert
-from ds_classifier.data.sources import open_source
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import open_source
 
 
 def measure(pictures: str, *, image_sizes: list[int], repeats: int) -> list[dict]:

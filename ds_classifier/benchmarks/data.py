@@ -16,11 +16,11 @@ from PIL import Image
 from ds_classifier.benchmarks.measuring import interleaved
 from ds_classifier.config import Settings
 from ds_classifier.data import images
-from ds_classifier.data.convert import Store, convert
+from ds_classifier.data.convert.convert import Store, convert
+from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.sources import open_source
 from ds_classifier.data.store import store_of
 
 

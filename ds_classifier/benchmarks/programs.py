@@ -16,10 +16,10 @@ from pathlib import Path
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.config.deepspeed_json import Resolved, read_ds_config, resolve
-from ds_classifier.data.convert import Store, convert
+from ds_classifier.data.convert.convert import Store, convert
+from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
-from ds_classifier.data.sources import open_source
 from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
 MOST_CONVERTED = 2000  # pictures, which are read again and again

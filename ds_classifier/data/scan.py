@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ds_classifier.data.samples import IMAGE_SUFFIXES
+from ds_classifier.data.convert.samples import IMAGE_SUFFIXES
 from ds_classifier.data.tars import Member, Sequential, key_of, printable, tar_members
 
 LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's JSON has a few KB

@@ -17,13 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, scheme, shown
-from ds_classifier.data.cache import FileCache
-from ds_classifier.data.fetch import (
-    NotServed,
-    Patience,
-    fetch_file,
-    fetch_small,
-)
+from ds_classifier.data.remote.cache import FileCache
+from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_file, fetch_small
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,

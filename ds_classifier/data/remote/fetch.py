@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import refuse_pipe, shown, without_logins
-from ds_classifier.data.connections import Failed, Stream, failures, opened_url
+from ds_classifier.data.remote.connections import Failed, Stream, failures, opened_url
 
 SLOWEST = 1024  # bytes a second; a slower stream is a stalled one
 PROGRESS = 1 << 20  # new bytes that make a broken try no failure

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_classifier.data.samples import (
+from ds_classifier.data.convert.samples import (
     IMAGE_SUFFIXES,
     OTHER_SUFFIXES,
     Named,
@@ -100,7 +100,7 @@ def _kind(place: Path) -> str:
 
 def _pictures(place: Path, kind: str) -> list[Named]:
     if kind == "tar":
-        from ds_classifier.data import imagenet
+        from ds_classifier.data.convert import imagenet
 
         return imagenet.train_pictures(place)
     return _listed_files(place) if kind == "list" else _labelled_files(place)
@@ -112,7 +112,7 @@ def _val_pictures(place: Path, kind: str, labels: str | None) -> list[Named]:
             raise ValueError(
                 f"--val_labels: got {labels} beside the list {place}, which has labels; do: drop it"
             )
-        from ds_classifier.data import imagenet
+        from ds_classifier.data.convert import imagenet
 
         return imagenet.val_pictures(place, Path(labels))
     if kind == "tar":
@@ -274,7 +274,7 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
 
 def parquet(train: Path, val: Path | None = None) -> Source:
     """Hugging Face's parquet files; a folder may bring its own validation split."""
-    from ds_classifier.data.parquet import read_parquet
+    from ds_classifier.data.convert.parquet import read_parquet
 
     opened = read_parquet(train, "train")
     if opened is None:

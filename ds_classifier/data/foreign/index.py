@@ -17,8 +17,8 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.fetch import stream
-from ds_classifier.data.layouts import (
+from ds_classifier.data.convert.samples import size_of_file
+from ds_classifier.data.foreign.layouts import (
     CLASSNAMES,
     Listing,
     Place,
@@ -28,7 +28,7 @@ from ds_classifier.data.layouts import (
     stats_of,
 )
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.samples import size_of_file
+from ds_classifier.data.remote.fetch import stream
 from ds_classifier.data.scan import class_numbers, scan_samples
 from ds_classifier.data.shards import (
     INDEX,

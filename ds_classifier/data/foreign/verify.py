@@ -13,10 +13,10 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.connections import CHUNK
-from ds_classifier.data.fetch import stream
+from ds_classifier.data.convert.samples import size_of_file
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.samples import size_of_file
+from ds_classifier.data.remote.connections import CHUNK
+from ds_classifier.data.remote.fetch import stream
 from ds_classifier.data.scan import ScannedSample, class_numbers, scan_samples
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet, open_split, url_of

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier.data.samples import Sample, Source
+from ds_classifier.data.convert.samples import Sample, Source
 from ds_classifier.data.shards import MANIFEST, open_shards
 
 PLAN = "plan.json"

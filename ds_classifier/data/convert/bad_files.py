@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ds_classifier.data.convert.samples import Sample
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.samples import Sample
 
 Bad = tuple[str, str]  # a sample's name, and what is wrong with it
 

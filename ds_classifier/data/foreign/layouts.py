@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_classifier.common.urls import scheme, shown, without_logins
-from ds_classifier.data.fetch import NotServed, Patience, fetch_small
-from ds_classifier.data.samples import refuse_not_utf8
+from ds_classifier.data.convert.samples import refuse_not_utf8
+from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
 from ds_classifier.data.tars import printable

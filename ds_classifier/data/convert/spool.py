@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier.common import files
+from ds_classifier.data.convert.samples import Sample, Slice
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.samples import Sample, Slice
 
 
 def gathered(

@@ -26,7 +26,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.keyed_random import permutation, stream_key
 from ds_classifier.data import images
-from ds_classifier.data.bad_files import (
+from ds_classifier.data.convert.bad_files import (
     Bad,
     bad_among,
     bad_of_many,
@@ -34,7 +34,7 @@ from ds_classifier.data.bad_files import (
     refuse_bad,
     sort_out,
 )
-from ds_classifier.data.plan import (
+from ds_classifier.data.convert.plan import (
     ORIGINAL,
     PLAN,
     Plan,
@@ -45,8 +45,9 @@ from ds_classifier.data.plan import (
     refuse_other_splits,
     settled,
 )
+from ds_classifier.data.convert.samples import Sample, Source
+from ds_classifier.data.convert.spool import gathered
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.samples import Sample, Source
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
     INDEX,
@@ -56,7 +57,6 @@ from ds_classifier.data.shards import (
     Shard,
     open_shards,
 )
-from ds_classifier.data.spool import gathered
 
 
 def convert(
