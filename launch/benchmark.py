@@ -66,7 +66,7 @@ def machine() -> dict[str, object]:
     """What the numbers are of, and when they were taken."""
     import torch
 
-    from ds_classifier.run_files import environment
+    from ds_classifier.training.run_dir import environment
 
     gpu = torch.cuda.is_available()
     return {

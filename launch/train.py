@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier import distributed, events
+from ds_classifier import distributed
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes, read_ds_config, resolve
@@ -30,11 +30,12 @@ from ds_classifier.data.store import open_named
 from ds_classifier.distributed import failures, launcher
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.run_files import DONE, write_run_files
-from ds_classifier.run_lock import RunLock
+from ds_classifier.training import events
+from ds_classifier.training.run_dir import DONE, write_run_files
+from ds_classifier.training.run_lock import RunLock
 
 if TYPE_CHECKING:
-    from ds_classifier.job import Job  # with it comes torch, which --help does without
+    from ds_classifier.training.job import Job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,8 +76,8 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=home)
     with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
         if command.preflight:
-            from ds_classifier import preflight
-            from ds_classifier.job import facts_of, find_start
+            from ds_classifier.training.job import facts_of, find_start
+            from ds_classifier.training.rehearsal import preflight
 
             device = preflight.join(resolved, shards, val_shards)
             find_start(resolved, facts_of(resolved, shards), device)
@@ -133,17 +134,24 @@ def train_on(
     """Build everything, find where to start, do what was asked for; returns the exit code."""
     import torch
 
-    from ds_classifier import preflight
     from ds_classifier.checkpoint import disk
     from ds_classifier.checkpoint.writer import check_room
     from ds_classifier.diffusion import create_schedule_sampler
     from ds_classifier.distributed import deepspeed_engine
     from ds_classifier.distributed.memory import MemoryAdvice
-    from ds_classifier.header import announce
-    from ds_classifier.job import Job, Start, facts_of, find_start, load_given_weights, lr_factor
+    from ds_classifier.loss import noised_classifier
     from ds_classifier.model import create_classifier
-    from ds_classifier.noised_classifier import noised_classifier
-    from ds_classifier.run_costs import rehearsed
+    from ds_classifier.training.header import announce
+    from ds_classifier.training.job import (
+        Job,
+        Start,
+        facts_of,
+        find_start,
+        load_given_weights,
+        lr_factor,
+    )
+    from ds_classifier.training.rehearsal import preflight
+    from ds_classifier.training.rehearsal.costs import rehearsed
 
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
@@ -203,21 +211,21 @@ def train_on(
 
 def train(job: Job) -> int:
     """Train to the last step, or until asked to stop; returns the exit code."""
-    from ds_classifier import training
     from ds_classifier.checkpoint.writer import CheckpointWriter
     from ds_classifier.evaluation.evaluate import evaluate
     from ds_classifier.evaluation.picture_grid import marked_sheet, save_grid
     from ds_classifier.evaluation.predictions import predict_grid
-    from ds_classifier.job import arithmetic, facts_of, guessing
-    from ds_classifier.logger import read_rows
-    from ds_classifier.sanity import SanityWatch
-    from ds_classifier.skipped_steps import SkippedSteps
+    from ds_classifier.training import loop
+    from ds_classifier.training.job import arithmetic, facts_of, guessing
+    from ds_classifier.training.log import read_rows
+    from ds_classifier.training.sanity import SanityWatch
+    from ds_classifier.training.skipped_steps import SkippedSteps
 
     settings, batch = job.resolved.settings, job.resolved.batch
     engine, stop, watch, run_dir = job.engine, job.stop, job.watch, job.run_dir
     state, facts = job.start.state, facts_of(job.resolved, job.shards)
     loader, val_loader = job.loaders(engine.global_steps)
-    bad_samples = training.BadSamples(
+    bad_samples = loop.BadSamples(
         run_dir,
         device=engine.device,
         known=state["bad_samples"] if state else 0,
@@ -281,10 +289,10 @@ def train(job: Job) -> int:
         rows = run_dir / "log.jsonl"
         failures.tolerate("a look at the log so far", lambda: sanity.recall(read_rows(rows)))
     try:
-        finished = training.train(
+        finished = loop.train(
             engine,
             iter(loader),
-            cadence=training.Cadence(
+            cadence=loop.Cadence(
                 iterations=settings.iterations,
                 log=settings.log_interval,
                 save=settings.save_interval,
@@ -312,7 +320,7 @@ def train(job: Job) -> int:
             arithmetic=arithmetic(job),
             sanity=sanity,
         )
-    except training.TooManyBadSamples:
+    except loop.TooManyBadSamples:
         with watch.during("save"):
             writer.finish()
         raise
@@ -337,8 +345,8 @@ def train(job: Job) -> int:
 def start_log(job: Job):
     """The run's logger, and a word of this start in its history; every rank calls it."""
     from ds_classifier.distributed.deepspeed_engine import describe_device
-    from ds_classifier.job import guessing
-    from ds_classifier.logger import RunLogger
+    from ds_classifier.training.job import guessing
+    from ds_classifier.training.log import RunLogger
 
     run_dir, settings, step = job.run_dir, job.resolved.settings, job.engine.global_steps
     reached = events.last_logged_step(run_dir)  # before the log is cut to what is resumed from
@@ -364,9 +372,9 @@ def start_log(job: Job):
 def rehearse(job: Job) -> int:
     """--dry_run: what `dry_run.py` measures, on this job."""
     from ds_classifier.distributed.stopping import Stopped
-    from ds_classifier.dry_run import TIMED_STEPS, dry_run
-    from ds_classifier.job import arithmetic, facts_of
-    from ds_classifier.run_costs import rehearsed
+    from ds_classifier.training.job import arithmetic, facts_of
+    from ds_classifier.training.rehearsal.costs import rehearsed
+    from ds_classifier.training.rehearsal.dry_run import TIMED_STEPS, dry_run
 
     first, batch = job.engine.global_steps, rehearsed(job.resolved.batch)
     settings = job.resolved.settings.replace(iterations=first + 100 * TIMED_STEPS)
@@ -396,7 +404,7 @@ def overfit(job: Job, *, steps: int) -> int:
     """--overfit_batch: exit code 0 if the batch was learnt by heart, 1 if not."""
     from itertools import islice
 
-    from ds_classifier.overfit import overfit_batch
+    from ds_classifier.training.rehearsal.overfit import overfit_batch
 
     settings, batch = job.resolved.settings, job.resolved.batch
     loader, _ = job.loaders(0)

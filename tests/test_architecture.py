@@ -26,23 +26,7 @@ ROW = {package: row for row, packages in enumerate(LAYERS) for package in packag
 MOST_ENTRIES = 14  # in the package, and in each package inside it, __init__.py not counted
 
 # Modules that still lie flat, and the package that each is about to move to.
-MOVING = {
-    "training": "training",
-    "job": "training",
-    "logger": "training",
-    "header": "training",
-    "sanity": "training",
-    "skipped_steps": "training",
-    "flops": "training",
-    "run_files": "training",
-    "events": "training",
-    "run_lock": "training",
-    "preflight": "training",
-    "dry_run": "training",
-    "run_costs": "training",
-    "overfit": "training",
-    "noised_classifier": "loss",
-}
+MOVING = {}
 
 
 def module_name(path: Path) -> str:

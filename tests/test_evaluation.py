@@ -20,8 +20,8 @@ from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation import evaluate
 from ds_classifier.evaluation.levels import Confusion, LevelSums
 from ds_classifier.evaluation.table import class_table, level_table, series_table
+from ds_classifier.loss import NoisedClassifier
 from ds_classifier.model import create_classifier
-from ds_classifier.noised_classifier import NoisedClassifier
 
 EVALUATE = ROOT / "launch" / "evaluate.py"
 RESPACED = dict(diffusion_steps=500, timestep_respacing="50", rescale_timesteps=True)

@@ -12,8 +12,7 @@ from conftest import ROOT, launch
 
 from ds_classifier.config.batch_sizes import Batch
 from ds_classifier.distributed import memory
-from ds_classifier.dry_run import micro_batches_to_measure
-from ds_classifier.run_costs import (
+from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,
     StepTime,
@@ -23,6 +22,7 @@ from ds_classifier.run_costs import (
     time_lines,
     times_done,
 )
+from ds_classifier.training.rehearsal.dry_run import micro_batches_to_measure
 
 CONFIGS = ROOT / "ds_configs"
 TINY = shlex.split(

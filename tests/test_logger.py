@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from ds_classifier.logger import RunLogger, counts_line, validation_line
+from ds_classifier.training.log import RunLogger, counts_line, validation_line
 
 
 def train_row(step: int) -> dict:

@@ -19,8 +19,8 @@ from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
 from ds_classifier.data.store import open_named
 from ds_classifier.evaluation.evaluate import evaluate
+from ds_classifier.loss import NoisedClassifier
 from ds_classifier.model import create_classifier
-from ds_classifier.noised_classifier import NoisedClassifier
 
 SMALL = Settings(
     image_size=8,

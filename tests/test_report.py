@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, launch, read_log, run_python
 from test_training import CONFIGS, TINY, TRACED
 
-from ds_classifier import distributed, events
+from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import create_gaussian_diffusion
@@ -28,11 +28,12 @@ from ds_classifier.evaluation.picture_grid import (
     save_grid,
 )
 from ds_classifier.evaluation.predictions import choose_positions, predict_grid
-from ds_classifier.logger import RunLogger
 from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
 from ds_classifier.report.data import jobs_of, read_run, thin
 from ds_classifier.report.page import page, write_report
-from ds_classifier.sanity import Guessing, SanityWatch
+from ds_classifier.training import events
+from ds_classifier.training.log import RunLogger
+from ds_classifier.training.sanity import Guessing, SanityWatch
 
 REPORT = ROOT / "launch" / "report.py"
 HOSTILE = '<script>alert("x")</script>&"\''

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ds_classifier import events
-from ds_classifier.run_files import refuse_lost_checkpoints
+from ds_classifier.training import events
+from ds_classifier.training.run_dir import refuse_lost_checkpoints
 
 
 def refused(run):

@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import ROOT
 
-from ds_classifier import run_lock
-from ds_classifier.run_lock import RunLock
+from ds_classifier.training import run_lock
+from ds_classifier.training.run_lock import RunLock
 
 OWNER = """
 import sys, time

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ds_classifier.data.loader import BadSample
-from ds_classifier.skipped_steps import SkippedSteps
-from ds_classifier.training import BadSamples
+from ds_classifier.training.loop import BadSamples
+from ds_classifier.training.skipped_steps import SkippedSteps
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ds_classifier.data.foreign.index import index
 from ds_classifier.data.remote.fetch import Patience, fetch_small, stream
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.store import open_split
-from ds_classifier.run_files import write_run_files
+from ds_classifier.training.run_dir import write_run_files
 
 FAST = dict(stall_timeout_s=0.5, retries=1, pause_s=0.02)
 LOGIN = "me:se%20cret%40x"  # as a URL has it; "se cret@x" is the password

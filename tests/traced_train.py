@@ -33,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from ds_classifier import distributed, training
+from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint import writer as checkpoint_writer
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.evaluation import evaluate
+from ds_classifier.training import loop
 from launch import train as program
 
 
@@ -122,8 +123,8 @@ def traced_step(engine, batches, **keywords):
         module.forward = forward
 
 
-untouched_step = training.train_step
-training.train_step = traced_step
+untouched_step = loop.train_step
+loop.train_step = traced_step
 untouched_commit, untouched_evaluate = disk.commit, evaluate.evaluate
 untouched_getitem = ShardDataset.__getitem__
 

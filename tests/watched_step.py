@@ -1,6 +1,6 @@
 """A step of the trainer on one rank, watched: what in it waits for the device, what it imported.
 
-Prints JSON: {"waits": [["ds_classifier/training.py:60", "aten.nonzero.default"], ...],
+Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "aten.nonzero.default"], ...],
 "compiler": whether it was imported}. Each wait is put down to the innermost line of this package or
 of DeepSpeed. Copies from the device (.cpu(), .tolist()) are nothing on a CPU, and are not seen.
 Arguments: those of launch/train.py.

@@ -40,10 +40,10 @@ from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.evaluation.metrics import Meter
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
-from ds_classifier.flops import forward_flops, training_flops
+from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
-from ds_classifier.noised_classifier import noised_classifier
-from ds_classifier.training import train_step
+from ds_classifier.training.flops import forward_flops, training_flops
+from ds_classifier.training.loop import train_step
 
 # Of the square matrices whose product is taken for the peak: the best of these.
 GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}

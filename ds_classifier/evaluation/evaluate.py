@@ -24,7 +24,7 @@ from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
 from ds_classifier.evaluation.metrics import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.noised_classifier import NoisedClassifier
+from ds_classifier.loss import NoisedClassifier
 
 VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs compare
 GOLDEN_RATIO = 0.6180339887498949

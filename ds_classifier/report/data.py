@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_classifier import events
 from ds_classifier.common import files
 from ds_classifier.evaluation.picture_grid import PictureGrid, load_grid
 from ds_classifier.evaluation.record import EVALUATION_FORMAT, PRECISIONS
-from ds_classifier.run_files import read_done
-from ds_classifier.run_lock import LOCK, STALE_SECONDS
-from ds_classifier.sanity import Guessing, RecentRows
+from ds_classifier.training import events
+from ds_classifier.training.run_dir import read_done
+from ds_classifier.training.run_lock import LOCK, STALE_SECONDS
+from ds_classifier.training.sanity import Guessing, RecentRows
 
 RUN_FILES = ("config.json", "log.jsonl", events.FILE, "checkpoints")
 FILE_CLOCK = 0.1  # seconds that a file's time may lie behind an event's, of a finer clock

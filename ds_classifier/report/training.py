@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from ds_classifier import sanity
 from ds_classifier.report.charts import (
     BLUE,
     GREEN,
@@ -20,6 +19,7 @@ from ds_classifier.report.charts import (
     short,
 )
 from ds_classifier.report.data import Columns, Run, jobs_of, thin
+from ds_classifier.training import sanity
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 SIGNS = {GOOD: "✓", NOTE: "i", BAD: "!"}

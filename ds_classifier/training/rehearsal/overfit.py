@@ -20,7 +20,7 @@ from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.metrics import Meter
-from ds_classifier.training import train_step
+from ds_classifier.training.loop import train_step
 
 NEAR_ZERO = 0.01  # as a share of the loss of guessing, ln K
 

@@ -26,9 +26,9 @@ from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader
-from ds_classifier.flops import Arithmetic, forward_flops
-from ds_classifier.run_files import find_checkpoint, read_done, refuse_changes
-from ds_classifier.sanity import Guessing
+from ds_classifier.training.flops import Arithmetic, forward_flops
+from ds_classifier.training.run_dir import find_checkpoint, read_done, refuse_changes
+from ds_classifier.training.sanity import Guessing
 
 
 @dataclasses.dataclass(frozen=True)

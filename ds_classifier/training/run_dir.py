@@ -10,11 +10,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_classifier import distributed, events
+from ds_classifier import distributed
 from ds_classifier.common.urls import shown
 from ds_classifier.common.version import __version__
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings, changed_settings
+from ds_classifier.training import events
 
 SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
@@ -116,7 +117,7 @@ def environment() -> dict[str, object]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    tree = Path(__file__).resolve().parents[1]
+    tree = Path(__file__).resolve().parents[2]
     git = {}
     for fact, arguments in (("commit", ["rev-parse", "HEAD"]), ("changes", ["status", "--short"])):
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ds_classifier import distributed, events
+from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
@@ -26,16 +26,17 @@ from ds_classifier.distributed.memory import memory_in_use
 from ds_classifier.distributed.stopping import Stopped, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter, Reading, by_position
-from ds_classifier.flops import Arithmetic
-from ds_classifier.logger import (
+from ds_classifier.training import events
+from ds_classifier.training.flops import Arithmetic
+from ds_classifier.training.log import (
     CONSOLE_HEADER,
     RunLogger,
     console_line,
     counts_line,
     validation_line,
 )
-from ds_classifier.sanity import SanityWatch
-from ds_classifier.skipped_steps import SkippedSteps
+from ds_classifier.training.sanity import SanityWatch
+from ds_classifier.training.skipped_steps import SkippedSteps
 
 
 def train_step(

@@ -25,7 +25,7 @@ from ds_classifier.config.settings import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
-from ds_classifier.run_lock import RunLock
+from ds_classifier.training.run_lock import RunLock
 
 PROBE_BYTES = 2**24
 _PROBES = 4

@@ -33,8 +33,9 @@ from ds_classifier.distributed.stopping import Stopped, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.metrics import Meter
-from ds_classifier.flops import Arithmetic, training_flops
-from ds_classifier.run_costs import (
+from ds_classifier.training.flops import Arithmetic, training_flops
+from ds_classifier.training.loop import train_step
+from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,
     StepTime,
@@ -46,7 +47,6 @@ from ds_classifier.run_costs import (
     time_lines,
     times_done,
 )
-from ds_classifier.training import train_step
 
 TIMED_STEPS, LEAST_TIMED, TIMING_SECONDS = 7, 2, 60.0
 WARM_UP_SECONDS = 20.0

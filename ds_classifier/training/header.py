@@ -7,7 +7,7 @@ from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.job import Job, arithmetic
+from ds_classifier.training.job import Job, arithmetic
 
 
 def announce(job: Job, command: CommandLine) -> None:
