@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     if json_path and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
         parser.error(f"--json: got {json_path}; need a file, in a directory that is there")
     # Here, so that --help answers at once.
-    measurement = importlib.import_module(f"ds_classifier.benchmarks.{command}")
-    from ds_classifier.benchmarks.measuring import print_table
+    benchmarks = f"{__package__ or 'launch'}.benchmarks"  # ds_classifier.launch where installed
+    measurement = importlib.import_module(f"{benchmarks}.{command}")
+    print_table = importlib.import_module(f"{benchmarks}.measuring").print_table
 
     try:
         rows = measurement.measure(**keywords)
@@ -108,7 +109,7 @@ def _count(text: str) -> int:
 def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     """The parser, and the commands that take flags of launch/train.py too.
 
-    A command is a module of ds_classifier.benchmarks, its flags the keywords of `measure` there.
+    A command is a module of launch/benchmarks, its flags the keywords of `measure` there.
     """
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.partition("\n\n")[2])
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")

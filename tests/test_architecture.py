@@ -20,13 +20,9 @@ LAYERS = [
     ["export"],
     ["training"],
     ["report"],
-    ["benchmarks"],
 ]
 ROW = {package: row for row, packages in enumerate(LAYERS) for package in packages}
 MOST_ENTRIES = 14  # in the package, and in each package inside it, __init__.py not counted
-
-# Modules that still lie flat, and the package that each is about to move to.
-MOVING = {}
 
 
 def module_name(path: Path) -> str:
@@ -58,7 +54,7 @@ def own_imports(path: Path) -> set[str]:
 
 
 def package_of(module: str) -> str:
-    return MOVING.get(module, module.split(".")[0])
+    return module.split(".")[0]
 
 
 @functools.cache

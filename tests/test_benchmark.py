@@ -11,11 +11,11 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
-from ds_classifier.benchmarks import programs
-from ds_classifier.benchmarks.programs import shards_for
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.shards import open_shards
+from launch.benchmarks import programs
+from launch.benchmarks.programs import shards_for
 
 TINY = ["--image_size", "8", "--classifier_width", "32", "--classifier_channel_mult", "1,2"]
 TINY += ["--classifier_depth", "1", "--classifier_attention_resolutions", "4"]

@@ -12,7 +12,6 @@ import torch
 from conftest import GOLDEN
 from PIL import Image
 
-from ds_classifier.benchmarks.memory import made_up_shards, memory_of
 from ds_classifier.data import images
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import Sample, Source
@@ -24,6 +23,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
+from launch.benchmarks.memory import made_up_shards, memory_of
 
 GLOBAL_BATCH = 12
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_classifier.benchmarks.step import Bench
+from launch.benchmarks.step import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 ATEN = torch.ops.aten

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ds_classifier.benchmarks.measuring import interleaved
 from ds_classifier.config import Settings
 from ds_classifier.data import images
 from ds_classifier.data.convert.convert import Store, convert
@@ -22,6 +21,8 @@ from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.store import store_of
+
+from .measuring import interleaved
 
 
 def measure(pictures: str, *, image_sizes: list[int], count: int, repeats: int) -> list[dict]:

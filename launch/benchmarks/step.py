@@ -21,16 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from ds_classifier import distributed
-from ds_classifier.benchmarks.measuring import in_turn, spread
-from ds_classifier.benchmarks.programs import (
-    REFERENCE_SCRIPT,
-    reference_images_per_sec,
-    resolve_words,
-    shards_for,
-    split_of_shards,
-    trainer_row,
-    training_command,
-)
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
 from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes
@@ -44,6 +34,17 @@ from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
 from ds_classifier.training.flops import forward_flops, training_flops
 from ds_classifier.training.loop import train_step
+
+from .measuring import in_turn, spread
+from .programs import (
+    REFERENCE_SCRIPT,
+    reference_images_per_sec,
+    resolve_words,
+    shards_for,
+    split_of_shards,
+    trainer_row,
+    training_command,
+)
 
 # Of the square matrices whose product is taken for the peak: the best of these.
 GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
@@ -260,7 +261,7 @@ def measure(
         def theirs() -> float:
             make_room(device)
             return reference_images_per_sec(
-                program.with_name("run_reference.py"),
+                program.parent / "benchmarks" / "run_reference.py",
                 reference,
                 Path(pictures),
                 folder,

@@ -7,8 +7,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ds_classifier.benchmarks.measuring import show_progress, spread
-from ds_classifier.benchmarks.programs import (
+from .measuring import show_progress, spread
+from .programs import (
     ProgramFailed,
     resolve_words,
     shards_for,

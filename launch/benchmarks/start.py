@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ds_classifier.benchmarks.measuring import show_progress
-from ds_classifier.benchmarks.programs import (
+from .measuring import show_progress
+from .programs import (
     launched,
     seconds_to_lines,
     shards_for,

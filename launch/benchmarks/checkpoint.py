@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ds_classifier.benchmarks.programs import training_command
-from ds_classifier.benchmarks.step import Bench
 from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.diffusion import UniformSampler
+
+from .programs import training_command
+from .step import Bench
 
 
 def measure(words: list[str], *, folder: Path | None, repeats: int) -> list[dict]:

@@ -8,10 +8,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ds_classifier.benchmarks.data import stores
-from ds_classifier.benchmarks.measuring import interleaved
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
+
+from .data import stores
+from .measuring import interleaved
 
 
 def measure(pictures: str, *, image_sizes: list[int], repeats: int) -> list[dict]:
