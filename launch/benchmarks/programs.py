@@ -65,7 +65,8 @@ def reference_images_per_sec(
 ) -> float:
     """classifier_train.py's pictures a second over `steps` steps, of its own loader and logging.
 
-    runner: launch/benchmarks/run_reference.py. pictures: a folder whose files begin with their class and _.
+    runner: launch/benchmarks/run_reference.py. pictures: a folder whose files begin with their
+    class and _.
     folder: for what it writes.
     """
     moments = folder / "moments.json"

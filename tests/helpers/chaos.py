@@ -6,7 +6,7 @@ process of the job is gone the same command is given again, until the run finish
 Adam moments must then be bit-equal to those of a run that nobody killed, and each step must last
 have been trained on that run's samples. Prints a line a kill and a table at the end.
 
-    python tests/chaos.py --kills 200     # about an hour on 2 cores
+    python tests/helpers/chaos.py --kills 200     # about an hour on 2 cores
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs import ALIVE_SECONDS, Job, command_line
 from safetensors.torch import load_file

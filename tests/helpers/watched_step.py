@@ -15,11 +15,11 @@ import deepspeed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.benchmarks.step import Bench
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ATEN = torch.ops.aten
 # Operations whose result, or its shape, the host must know before it goes on.
 WAITING = {

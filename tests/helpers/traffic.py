@@ -1,6 +1,6 @@
 """Bytes that a rank sends in a step, counted by the kernel on the wire between two hosts.
 
-    python tests/traffic.py
+    python tests/helpers/traffic.py
 
 Trains the tiny classifier on two hosts of cluster.py for ZeRO 1 and 2, with accumulation 1 and 4,
 and prints bytes a step and parameter, beside what docs/scaling.md computes. Needs root.
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster import missing
 from test_nodes import Hosts, Start
