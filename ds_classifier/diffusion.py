@@ -180,7 +180,7 @@ class NoisySampler(UniformSampler):
     """p(t) = (2t + 1) / T^2: the noisiest levels twice as often as uniformly, the cleanest rarely.
 
     Losses count alike, so the objective leans to the noise levels at which a sampler decides what
-    a picture will be. README's "Does it guide?" tells what that brings.
+    an image will be. README's "Does it guide?" tells what that brings.
     """
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:

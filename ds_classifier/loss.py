@@ -1,4 +1,4 @@
-"""The module that DeepSpeed wraps: noise a batch of pictures, classify it, per-sample losses."""
+"""The module that DeepSpeed wraps: noise a batch of images, classify it, per-sample losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NoisedClassifier(nn.Module):
         """Classify x_t of a batch.
 
         images [N, S, S, C] uint8; labels [N] int64; t [N] int64 in 0 .. T-1;
-        noise [N, S, S, C] fp32, or None for clean pictures (t is then the t they are shown with).
+        noise [N, S, S, C] fp32, or None for clean images (t is then the t they are shown with).
         Returns cross-entropies [N] fp32 and logits [N, K] fp32.
         """
         x = images.float() / 127.5 - 1.0  # x_start in [-1, 1]

@@ -45,7 +45,7 @@ def default_channel_mult(image_size: int) -> tuple[float, ...]:
     if not listed:
         raise ValueError(
             f"image_size: got {image_size}; need at least {min(CHANNEL_MULT)} pixels; "
-            "do: enlarge the pictures, or give the levels with --classifier_channel_mult"
+            "do: enlarge the images, or give the levels with --classifier_channel_mult"
         )
     return CHANNEL_MULT[max(listed)]
 
@@ -133,7 +133,7 @@ def _check_architecture(
         nearest = f"{below} or {below + factor}" if below else f"{factor}"
         raise ValueError(
             f"image_size: got {image_size}; need a multiple of {factor}, since {levels} levels "
-            f"halve the picture {levels - 1} times; do: use {nearest}, or give fewer levels with "
+            f"halve the image {levels - 1} times; do: use {nearest}, or give fewer levels with "
             "--classifier_channel_mult"
         )
     for width in channels:

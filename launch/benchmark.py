@@ -1,4 +1,4 @@
-"""Measure this machine: `python launch/benchmark.py step PICTURES` and its other commands.
+"""Measure this machine: `python launch/benchmark.py step IMAGES` and its other commands.
 
 Every figure is the median of several repeats; what is compared is interleaved, so that a machine
 whose speed drifts still gives ratios. Prints a table; --json FILE keeps the numbers. Flags of
@@ -23,9 +23,9 @@ from ds_classifier.config import Settings
 
 TRAIN = Path(__file__).with_name("train.py")
 WITH_FLAGS = {"step", "compare", "start", "checkpoint"}  # of launch/train.py too
-WITHOUT_PICTURES = {"order", "cache", "memory", "checkpoint"}
-IMAGE_FOLDER = "what make_shards.py converts, such as a folder of pictures"
-SHARDS = "shards; or what make_shards.py takes, of which at most 2,000 pictures are converted"
+WITHOUT_IMAGES = {"order", "cache", "memory", "checkpoint"}
+IMAGE_FOLDER = "what make_shards.py converts, such as a folder of images"
+SHARDS = "shards; or what make_shards.py takes, of which at most 2,000 images are converted"
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1_fp32.json"
 
 
@@ -99,8 +99,8 @@ def _joined(words: list[str]) -> list[str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():  # such as PICTURES after --ranks, which takes several
-        raise argparse.ArgumentTypeError(f"got {text}; need a whole number; PICTURES stands first")
+    if not text.isdecimal():  # such as IMAGES after --ranks, which takes several
+        raise argparse.ArgumentTypeError(f"got {text}; need a whole number; IMAGES stands first")
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}; need a whole number, at least 1")
     return int(text)
@@ -116,21 +116,21 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
 
     def add(name: str, text: str, *, repeats: bool = True) -> argparse.ArgumentParser:
         training = " [flags of launch/train.py]" if name in WITH_FLAGS else ""
-        usage = f"%(prog)s{' PICTURES' * (name not in WITHOUT_PICTURES)} [options]{training}"
+        usage = f"%(prog)s{' IMAGES' * (name not in WITHOUT_IMAGES)} [options]{training}"
         command = commands.add_parser(name, help=text, description=text, usage=usage)
         if repeats:
             command.add_argument("--repeats", type=_count, default=5, help="of each figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
         return command
 
-    def add_pictures(command: argparse.ArgumentParser, *, sizes: bool = False) -> None:
-        command.add_argument("pictures", help=IMAGE_FOLDER if sizes else SHARDS)
+    def add_images(command: argparse.ArgumentParser, *, sizes: bool = False) -> None:
+        command.add_argument("images", help=IMAGE_FOLDER if sizes else SHARDS)
         if sizes:
             sized = dict(type=_count, nargs="+", default=[64, 256], dest="image_sizes")
             command.add_argument("--image_size", metavar="PIXELS", help="[64 256]", **sized)
 
     step = add("step", "a training step: bare, in its engine, in the trainer")
-    add_pictures(step)
+    add_images(step)
     step.set_defaults(program=TRAIN)
     step.add_argument("--ranks", type=_count, nargs="+", default=[1], help="of the trainer [1]")
     step.add_argument("--steps", type=_count, default=3, help="timed of each in a repeat [3]")
@@ -138,7 +138,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
         "--reference", type=Path, help="a guided-diffusion checkout, whose trainer is run beside"
     )
     compare = add("compare", "whole trainers with different flags, in turn")
-    add_pictures(compare)
+    add_images(compare)
     compare.set_defaults(program=TRAIN)
     compare.add_argument(
         "--way",
@@ -151,13 +151,13 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
     compare.add_argument("--ranks", type=_count, nargs="+", default=[1], help="of each way [1]")
     compare.add_argument("--steps", type=_count, default=5, help="timed of each in a repeat [5]")
     start = add("start", "seconds from the command to the first step")
-    add_pictures(start)
+    add_images(start)
     start.set_defaults(program=TRAIN)
     start.add_argument("--ranks", type=_count, nargs="+", default=[1, 2], help="[1 2]")
-    data = add("data", "pictures a second and core, from shards and from a folder")
-    add_pictures(data, sizes=True)
-    data.add_argument("--count", type=_count, default=600, help="pictures a repeat [600]")
-    add_pictures(add("convert", "pictures a second and core written to shards"), sizes=True)
+    data = add("data", "images a second and core, from shards and from a folder")
+    add_images(data, sizes=True)
+    data.add_argument("--count", type=_count, default=600, help="images a repeat [600]")
+    add_images(add("convert", "images a second and core written to shards"), sizes=True)
     add("order", "time and memory of the sample order")
     cache = add(
         "cache",

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ds_classifier.checkpoint.weights import Source
-    from ds_classifier.evaluation.picture_grid import PictureGrid
+    from ds_classifier.evaluation.image_grid import ImageGrid
 
-BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 pictures at most
+BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 images at most
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a file of weights does not tell
 
 
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         "beside (default: the run's, if they have at most 10 million numbers)",
     )
     add("--precision", default=PRECISIONS[0], choices=PRECISIONS, help="[fp32]")
-    add("--batch_size", type=int, default=0, metavar="N", help="pictures at a time (default: 64, "
+    add("--batch_size", type=int, default=0, metavar="N", help="images at a time (default: 64, "
         "fewer from 256 px on); the same for numbers to compare to the last digit")  # fmt: skip
     add("--out", type=Path, help="a directory (default: eval/ of the run)")
     add("--cache_dir", help="where a node keeps shards read by URL (default: as in training)")
@@ -108,7 +108,7 @@ def _timesteps(text: str) -> list[int]:
 def run(arguments: argparse.Namespace, given: dict) -> None:
     """Evaluate every source; files and tables on rank 0. Raises ValueError for wrong use."""
     from ds_classifier.evaluation import table
-    from ds_classifier.evaluation.picture_grid import save_grid
+    from ds_classifier.evaluation.image_grid import save_grid
     from ds_classifier.report import plots
     from ds_classifier.report.page import write_report
 
@@ -193,8 +193,8 @@ def find_sources(arguments: argparse.Namespace) -> list[str]:
 
 def evaluate_source(
     path: Path, arguments: argparse.Namespace, given: dict, device, optima: dict[str, dict]
-) -> tuple[dict, PictureGrid | None, Source]:
-    """One classifier's record, rank 0's pictures, and whose weights it has.
+) -> tuple[dict, ImageGrid | None, Source]:
+    """One classifier's record, rank 0's images, and whose weights it has.
 
     optima: what exact posteriors gave, by all that decides it; those of a series are the same.
     """
@@ -234,7 +234,7 @@ def evaluate_source(
         f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
         f"{settings.image_size} px, {settings.num_classes} classes"
     )
-    distributed.say(f"{samples:,} pictures in {shown(location)}")
+    distributed.say(f"{samples:,} images in {shown(location)}")
     distributed.say(
         f"at {len(levels)} noise levels and under uniform t, {arguments.precision}, on "
         f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"
@@ -250,7 +250,7 @@ def evaluate_source(
         if of_optimum not in optima:
             posteriors.append(evaluate.bayes_posterior(denoiser, diffusion))
         distributed.say(
-            f"beside it the exact posterior of the {len(denoiser):,} pictures in {training_set}, "
+            f"beside it the exact posterior of the {len(denoiser):,} images in {training_set}, "
             "centre-cropped"
         )
     confusion = Confusion(samples, device)
@@ -271,7 +271,7 @@ def evaluate_source(
     seconds = progress.end()
     if bad:
         distributed.say(
-            f"{bad} pictures could not be decoded and are not counted; "
+            f"{bad} images could not be decoded and are not counted; "
             "make_shards.py verify --decode names them"
         )
     record = {
@@ -311,11 +311,11 @@ def evaluate_source(
             }
         record["bayes"] = optima[of_optimum]
 
-    def pictures() -> PictureGrid | None:
+    def images() -> ImageGrid | None:
         where = dict(device=device, step=source.step)
         return predict_grid(classifier, diffusion, shards, **pixels, **where)
 
-    grid = failures.tolerate("the pictures", pictures) if distributed.rank() == 0 else None
+    grid = failures.tolerate("the images", images) if distributed.rank() == 0 else None
     return record, grid, source
 
 
@@ -395,7 +395,7 @@ class Progress:
         done = min(self._done * distributed.world_size(), self._samples)
         rate = done / (now - self._began)
         line = (
-            f"  {done:,} of {self._samples:,} pictures, {rate:,.1f}/s "
+            f"  {done:,} of {self._samples:,} images, {rate:,.1f}/s "
             f"({rate * self._passes:,.0f}/s through the network), "
             f"{(self._samples - done) / rate:,.0f} s to go"
         )
@@ -407,7 +407,7 @@ class Progress:
         seconds = time.perf_counter() - self._began
         if self._screen and distributed.rank() == 0:
             print("\r" + " " * 98, end="\r")
-        distributed.say(f"{self._samples:,} pictures in {seconds:.1f} s, "
+        distributed.say(f"{self._samples:,} images in {seconds:.1f} s, "
                         f"{self._samples / seconds:,.1f}/s\n")  # fmt: skip
         return seconds
 

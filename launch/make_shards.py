@@ -1,4 +1,4 @@
-"""Make shards of pictures, and check them: `python launch/make_shards.py convert SOURCE OUT`."""
+"""Make shards of images, and check them: `python launch/make_shards.py convert SOURCE OUT`."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "convert",
         help="write a source as shards under OUT/train and OUT/val",
-        description="Write pictures as shards under OUT/train (and OUT/val), with one class list. "
-        "Pictures are copied untouched unless --image_size is given; the training split is "
+        description="Write images as shards under OUT/train (and OUT/val), with one class list. "
+        "Images are copied untouched unless --image_size is given; the training split is "
         "shuffled once. A killed conversion goes on where it was when called again.",
     )
     command.add_argument(
         "source",
-        help="a folder with a directory a class, or with CLASS_picture.jpg files; "
+        help="a folder with a directory a class, or with CLASS_image.jpg files; "
         "ILSVRC2012_img_train.tar, as downloaded; a .csv with columns path and label, or a .jsonl "
         "with these keys; Hugging Face .parquet, a file or a folder; shards; or the word digits, "
         "the handwritten digits that scikit-learn carries",
@@ -63,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--image_size",
         type=int,
-        help="store pictures halved as far as every crop at this size begins with [untouched]",
+        help="store images halved as far as every crop at this size begins with [untouched]",
     )
     command.add_argument(
         "--form",
         choices=["jpg", "png"],
-        help="of halved pictures: png, the very pixels, or jpg, quality 95 without chroma "
+        help="of halved images: png, the very pixels, or jpg, quality 95 without chroma "
         "subsampling, a third of the size [jpg]",
     )
     command.add_argument(
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("folder", nargs="+", help="a split, such as data/train, or its URL")
     command.add_argument("--hash", action="store_true", help="also read all bytes and compare them")
-    command.add_argument("--decode", action="store_true", help="also decode all pictures")
+    command.add_argument("--decode", action="store_true", help="also decode all images")
     _add_workers(command)
     command.set_defaults(run=_verify)
     return parser
@@ -168,7 +168,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name}: got {value}; need at least 1")
     if arguments.form and not arguments.image_size:
         raise ValueError(
-            f"--form: got {arguments.form} without --image_size; need the size that pictures are "
+            f"--form: got {arguments.form} without --image_size; need the size that images are "
             "halved for; without it they are stored untouched"
         )
     from ds_classifier.data.convert.convert import Store, convert
@@ -230,7 +230,7 @@ def _index(arguments: argparse.Namespace) -> int:
             checked = f"counts agree with {indexed.checked_by}"
         place = shown(manifest.location or str(folder))
         print(
-            f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
+            f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
             f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, at {place}; " + checked
         )
         if split == "train":
@@ -249,12 +249,12 @@ def _describe(folder: Path, manifest) -> None:
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     store = Store(manifest.image_size, manifest.form)
     print(
-        f"{folder}: {manifest.samples:,} pictures of {len(manifest.classes)} classes in "
+        f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
         f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, {store}"
     )
     if manifest.undecodable:
         print(
-            f"  {_count(len(manifest.undecodable), 'picture')} without pixels, such as "
+            f"  {_count(len(manifest.undecodable), 'image')} without pixels, such as "
             f"{manifest.undecodable[0]}: stored untouched, they will count as bad samples"
         )
 
@@ -301,14 +301,14 @@ class _Progress:
         if self._phase != phase:
             self.__exit__()
             self._phase, self._told = phase, time.monotonic()
-            shape = dict(desc=phase, unit=" pictures", disable=None, leave=False)
+            shape = dict(desc=phase, unit=" images", disable=None, leave=False)
             # What an earlier call has written tells nothing of the rate.
             self._bar = tqdm(total=total, initial=done, **shape)
         self._bar.update(done - self._bar.n)
         if self._bar.disable and time.monotonic() - self._told > 60:
             self._told = time.monotonic()
             print(
-                f"{phase}: {done:,} of {'unknown' if total is None else f'{total:,}'} pictures",
+                f"{phase}: {done:,} of {'unknown' if total is None else f'{total:,}'} images",
                 file=sys.stderr,
             )
 

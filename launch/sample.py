@@ -1,7 +1,7 @@
 """Draw guided samples, and measure guidance: `python launch/sample.py --classifier_path RUN ...`.
 
 Flags have the names and defaults of guided-diffusion's classifier_sample.py. Also through the
-deepspeed launcher or torchrun, on any number of ranks: the pictures are the same.
+deepspeed launcher or torchrun, on any number of ranks: the images are the same.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ OF_SAMPLING = (
     "seed",
 )
 LEVELS = 20  # noise levels at which --measure compares with the Bayes-optimal classifier
-LEVEL_PICTURES = 256  # training pictures shown at each of them, at most
+LEVEL_IMAGES = 256  # training images shown at each of them, at most
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     )
     add = parser.add_argument
     add("--classifier_path", default="", help="a run, a checkpoint, a .pt or .safetensors file; or "
-        "bayes: the best possible classifier of the pictures in data_dir")  # fmt: skip
+        "bayes: the best possible classifier of the images in data_dir")  # fmt: skip
     add("--model_path", default="", help="guided-diffusion's UNet, a .pt")
     add("--data_dir", default="", help="instead of a UNet: shards of a small training set, whose "
         "exact denoiser is sampled from")  # fmt: skip
@@ -129,7 +129,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     if bool(arguments.model_path) == bool(arguments.data_dir):
         parser.error("need one of --model_path and --data_dir, to sample from")
     if arguments.classifier_path == BAYES and not arguments.data_dir:
-        parser.error("--classifier_path bayes: need --data_dir, whose pictures it knows")
+        parser.error("--classifier_path bayes: need --data_dir, whose images it knows")
     for name in ("joint_temperature", "marginal_temperature"):
         if arguments.classifier_path == BAYES and getattr(arguments, name) != 1:
             parser.error(
@@ -143,7 +143,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
             "each has a folder of its name"
         )
     if arguments.measure and not arguments.data_dir:
-        parser.error("--measure: need --data_dir, whose pictures tell what is right")
+        parser.error("--measure: need --data_dir, whose images tell what is right")
     if arguments.predict_xstart:
         parser.error("--predict_xstart: got True; need a UNet that predicts the noise")
     if arguments.num_samples < 1 or arguments.batch_size < 1:
@@ -180,16 +180,16 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
     def load():
         settings, classifier, source = load_classifier(arguments, given, device)
-        exact = pictures = None
+        exact = training_set = None
         if arguments.data_dir:
-            pictures = exact_denoiser.read_pictures(
+            training_set = exact_denoiser.read_images(
                 arguments.data_dir, image_size=settings.image_size, channels=settings.in_channels
             )
-            exact = exact_denoiser.ExactDenoiser(*pictures, device=device)
+            exact = exact_denoiser.ExactDenoiser(*training_set, device=device)
             settings = with_classes(settings, exact.num_classes, arguments)
-        return settings, classifier, source, exact, pictures
+        return settings, classifier, source, exact, training_set
 
-    settings, classifier, source, exact, pictures = distributed.together(load, device)
+    settings, classifier, source, exact, training_set = distributed.together(load, device)
     process = sampling.ReverseProcess(create_gaussian_diffusion(**settings.diffusion_kwargs()))
     original = create_gaussian_diffusion(
         **settings.replace(timestep_respacing="").diffusion_kwargs()
@@ -233,7 +233,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         (out / "fidelity.json").unlink(missing_ok=True)  # an earlier one's, of other samples
         print(f"a row a class: {overview}", flush=True)
         if arguments.measure:
-            report = measure(arguments, classifier, exact, original, pictures, samples, labels)
+            report = measure(arguments, classifier, exact, original, training_set, samples, labels)
             files.replace_text(out / "fidelity.json", json.dumps(report, indent=1))
             print(f"written: {out / 'fidelity.json'}", flush=True)
 
@@ -351,30 +351,28 @@ def gradient_of(
 
 
 def measure(
-    arguments: argparse.Namespace, classifier, exact, original, pictures, samples, labels
+    arguments: argparse.Namespace, classifier, exact, original, training_set, samples, labels
 ) -> dict:
     """Tables of how well the classifier guides, printed; returned as JSON-able numbers."""
     import torch
 
     from ds_classifier.guidance import fidelity
 
-    images, own_labels, _ = pictures
+    images, own_labels, _ = training_set
     judge = fidelity.Judge(images.permute(0, 2, 3, 1).numpy(), own_labels.numpy())
     shares = {
         f"{scale:g}": judge.share(pixels, labels)
         for scale, pixels in zip(arguments.classifier_scale, samples, strict=True)
     }
-    print(
-        f"share of {len(labels)} samples that an SVM on the clean pictures takes for their class:"
-    )
+    print(f"share of {len(labels)} samples that an SVM on the clean images takes for their class:")
     for scale, share in shares.items():
         print(f"  scale {scale:>5s}  {100 * share:5.1f} %")
     levels = []
     if classifier is not None:
         device = next(classifier.parameters()).device
         last = original.num_timesteps - 1
-        stride = max(1, len(images) // LEVEL_PICTURES)
-        shown = slice(None, LEVEL_PICTURES * stride, stride)
+        stride = max(1, len(images) // LEVEL_IMAGES)
+        shown = slice(None, LEVEL_IMAGES * stride, stride)
         print(fidelity.HEADER, flush=True)
         for level in fidelity.compare_with_bayes(
             classifier,

@@ -213,7 +213,7 @@ def train(job: Job) -> int:
     """Train to the last step, or until asked to stop; returns the exit code."""
     from ds_classifier.checkpoint.writer import CheckpointWriter
     from ds_classifier.evaluation.evaluate import evaluate
-    from ds_classifier.evaluation.picture_grid import marked_sheet, save_grid
+    from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
     from ds_classifier.evaluation.predictions import predict_grid
     from ds_classifier.training import loop
     from ds_classifier.training.job import arithmetic, facts_of, guessing
@@ -252,8 +252,8 @@ def train(job: Job) -> int:
         }
         writer.save(facts | counts, val_loss=val_loss)
 
-    def show_pictures() -> None:
-        """The grid of pictures and predictions, of this step, for the report and TensorBoard."""
+    def show_images() -> None:
+        """The grid of images and predictions, of this step, for the report and TensorBoard."""
         grid = predict_grid(
             engine.module.classifier,
             engine.module.diffusion,
@@ -267,7 +267,7 @@ def train(job: Job) -> int:
             (run_dir / "eval").mkdir(exist_ok=True)
             save_grid(grid, run_dir / "eval" / "validation.pictures.png")
             sheet = marked_sheet(grid, job.shards.manifest.classes)
-            logger.picture("val_pictures", sheet, engine.global_steps)
+            logger.image("val_pictures", sheet, engine.global_steps)
 
     def validate() -> dict[str, float]:
         """The means over all noise levels, and those at t = 0 beside them, as NAME_t0."""
@@ -280,7 +280,7 @@ def train(job: Job) -> int:
         at_0, _ = evaluate(engine.module, batches(), t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in ("loss", "acc@1", "acc@5")}
         if distributed.rank() == 0:
-            failures.tolerate("the grid of pictures", show_pictures)
+            failures.tolerate("the grid of images", show_images)
         return means | ({"bad_samples": bad} if bad else {})
 
     logger = start_log(job)

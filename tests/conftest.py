@@ -1,4 +1,4 @@
-"""Shared fixtures: recorded numbers, pictures, shards of digits, the deepspeed launcher."""
+"""Shared fixtures: recorded numbers, images, shards of digits, the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reference() -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet_sample() -> Path:
-    """A folder of real pictures, nNNNNNNNN_name.JPEG."""
+    """A folder of real images, nNNNNNNNN_name.JPEG."""
     return shared("data", "imagenet-sample")
 
 
@@ -55,8 +55,8 @@ def digits(tmp_path_factory) -> Path:
     return out
 
 
-def pictures(folder: Path, names: list[str]) -> Path:
-    """A folder of small different pictures, in the format of their suffix."""
+def make_images(folder: Path, names: list[str]) -> Path:
+    """A folder of small different images, in the format of their suffix."""
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ def pictures(folder: Path, names: list[str]) -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     names = [f"{c}/{c}_{i}.png" for c in ("cat", "dog", "emu") for i in range(5)]
-    return pictures(tmp_path / "pictures", names)
+    return make_images(tmp_path / "images", names)
 
 
 @pytest.fixture
 def many(tmp_path) -> Path:
-    """120 pictures of 6 classes."""
-    return pictures(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
+    """120 images of 6 classes."""
+    return make_images(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
 
 
 @pytest.fixture

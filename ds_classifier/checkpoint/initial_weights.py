@@ -71,7 +71,7 @@ def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:
     """An attention pool's positional embedding for a feature map of another side.
 
     embedding: [C, 1 + S^2], the mean token's first, then the pixels' row by row. Returns
-    [C, 1 + side^2]. The mean token's stays; the others are a picture of S x S that is interpolated,
+    [C, 1 + side^2]. The mean token's stays; the others are an image of S x S that is interpolated,
     as is usual for vision transformers (Dosovitskiy et al. 2021, section 3.2): bicubic, with
     antialiasing, as open_clip and timm do.
     """

@@ -1,4 +1,4 @@
-"""The global batch: how many pictures a step trains on, and how they are cut."""
+"""The global batch: how many images a step trains on, and how they are cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AUTO_MICRO_BATCH = 32  # the most that "auto" takes at a time; a number in the J
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch comes about: micro x accumulation x world_size pictures a step."""
+    """How a global batch comes about: micro x accumulation x world_size images a step."""
 
     micro: int
     accumulation: int

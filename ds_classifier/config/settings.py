@@ -47,7 +47,7 @@ class Settings:
         0.0, "data", "gigabytes of them at most (default: no limit)", fixed=False
     )
     random_crop: bool = _setting(True, "data", "random crops of 80 to 100 %% of the short side")
-    random_flip: bool = _setting(True, "data", "mirror half of the training pictures")
+    random_flip: bool = _setting(True, "data", "mirror half of the training images")
     lanes: int = _setting(
         64, "data", "places of the data set read side by side, at most one a shard; see order.py"
     )
@@ -65,7 +65,7 @@ class Settings:
     )
 
     image_size: int = _setting(64, "classifier", "pixels of a side")
-    in_channels: int = _setting(3, "classifier", "channels of a picture, 1 to 4")
+    in_channels: int = _setting(3, "classifier", "channels of an image, 1 to 4")
     num_classes: int = _setting(0, "classifier", "classes (default: those of the data)")
     classifier_width: int = _setting(128, "classifier", "channels at multiplier 1")
     classifier_depth: int = _setting(2, "classifier", "residual blocks a level")
@@ -76,7 +76,7 @@ class Settings:
         True, "classifier", "timesteps scale and shift the norms, else shift"
     )
     classifier_resblock_updown: bool = _setting(
-        True, "classifier", "residual blocks halve the picture, else strided convolutions"
+        True, "classifier", "residual blocks halve the image, else strided convolutions"
     )
     classifier_pool: str = _setting(
         "attention", "classifier", "attention, adaptive, spatial or spatial_v2"
@@ -85,7 +85,7 @@ class Settings:
         "", "classifier", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
     )
 
-    noised: bool = _setting(True, "diffusion", "train on noisy pictures; False: clean ones, t = 0")
+    noised: bool = _setting(True, "diffusion", "train on noisy images; False: clean ones, t = 0")
     diffusion_steps: int = _setting(1000, "diffusion", "noise levels T")
     noise_schedule: str = _setting("linear", "diffusion", "linear or cosine")
     timestep_respacing: str = _setting("", "diffusion", "keep some levels only, like 250 or ddim25")
@@ -111,16 +111,16 @@ class Settings:
         "2 %% of iterations, 1000 at most)",
     )
     global_batch: int = _setting(
-        0, "training", "pictures a step over all ranks (default: batch_size x ranks)"
+        0, "training", "images a step over all ranks (default: batch_size x ranks)"
     )
     batch_size: int = _setting(
         0,
         "training",
-        "pictures a step and rank (default: what the JSON's numbers give, else 4)",
+        "images a step and rank (default: what the JSON's numbers give, else 4)",
         fixed=False,
     )
     microbatch: int = _setting(
-        -1, "training", "pictures a rank takes at a time where the JSON says auto", fixed=False
+        -1, "training", "images a rank takes at a time where the JSON says auto", fixed=False
     )
     seed: int = _setting(0, "training", "of weights, order, crops, timesteps and noise")
     compile: bool = _setting(
@@ -253,7 +253,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet128": _imagenet(image_size=128, iterations=300_000),
     "imagenet256": _imagenet(image_size=256, iterations=500_000),
     "imagenet512": _imagenet(image_size=512, iterations=500_000),
-    # CIFAR-10 and the like: 32 px colour pictures of things.
+    # CIFAR-10 and the like: 32 px colour images of things.
     "cifar32": dict(
         image_size=32,
         classifier_width=64,

@@ -1,1 +1,1 @@
-"""Pictures on disk -> shards -> the sample at position q -> batches."""
+"""Images on disk -> shards -> the sample at position q -> batches."""

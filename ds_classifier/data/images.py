@@ -1,4 +1,4 @@
-"""Bytes of a picture -> uint8 pixels: decode, halve, resize, crop; the reference's pixels.
+"""Bytes of an image -> uint8 pixels: decode, halve, resize, crop; the reference's pixels.
 
 guided-diffusion `image_datasets.py`: halve with a box filter while the short side is at least twice
 the target, then one bicubic resize, then crop. Its rounding is kept: sides are halved with //, and
@@ -20,17 +20,17 @@ except ImportError:  # no wheel for this platform: Pillow gives the same pixels,
     simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow plugins that may open a sample
-MAX_PIXELS = 2**27  # 134 megapixels; larger pictures are refused before they are decoded
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode of a picture with so many channels
+MAX_PIXELS = 2**27  # 134 megapixels; larger images are refused before they are decoded
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode of an image with so many channels
 MIN_CROP_FRAC = 0.8  # the random crop keeps at least this much of the short side
 WORTH_CUTTING = 0.9  # share of the rows; to leave out fewer costs more than it saves
 FAST_TOLERANCE = 2  # of 255: the most that a value of a fast resize differs from the exact one's
 
 
 def decode(data: bytes, channels: int = 3) -> Image.Image:
-    """Decode a picture to `channels` channels, by content whatever its name says.
+    """Decode an image to `channels` channels, by content whatever its name says.
 
-    Raises ValueError for what is not a whole picture in one of FORMATS, or one over MAX_PIXELS.
+    Raises ValueError for what is not a whole image in one of FORMATS, or one over MAX_PIXELS.
     """
     pixels = _plain_jpeg(data, channels)
     return _decode_any(data, channels) if pixels is None else Image.fromarray(pixels)
@@ -47,8 +47,8 @@ def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
 
     Pillow's pixels, as both have them from libjpeg-turbo, in two thirds of its time.
     What Pillow refuses for a JFIF, Adobe or ICC segment that is shorter than its fields is read
-    here: such a picture has weight where simplejpeg is installed, and none elsewhere. To ask Pillow
-    first would cost a fifth of the time of pictures halved for 64 px, 2 % of that of originals.
+    here: such an image has weight where simplejpeg is installed, and none elsewhere. To ask Pillow
+    first would cost a fifth of the time of images halved for 64 px, 2 % of that of originals.
     """
     if simplejpeg is None or channels != 3 or not data.startswith(b"\xff\xd8"):
         return None
@@ -73,7 +73,7 @@ def _decode_any(data: bytes, channels: int) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise ValueError("no picture in a known format") from None
+        raise ValueError("no image in a known format") from None
     except Exception as error:  # Pillow's plugins let struct, zlib and other errors through
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
@@ -83,24 +83,24 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
 
 
-def _as_image(picture: Image.Image | np.ndarray) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    return Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
+def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
 
 
-def _as_pixels(picture: Image.Image | np.ndarray) -> np.ndarray:
+def _as_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     """[H, W, C] uint8"""
-    if isinstance(picture, Image.Image):
-        return np.array(picture).reshape(picture.height, picture.width, -1)
-    return picture
+    if isinstance(image, Image.Image):
+        return np.array(image).reshape(image.height, image.width, -1)
+    return image
 
 
-def _size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
     """(width, height)"""
-    if isinstance(picture, Image.Image):
-        return picture.size
-    return picture.shape[1], picture.shape[0]
+    if isinstance(image, Image.Image):
+        return image.size
+    return image.shape[1], image.shape[0]
 
 
 def _halve_to(image: Image.Image, short_side: int) -> Image.Image:
@@ -110,17 +110,17 @@ def _halve_to(image: Image.Image, short_side: int) -> Image.Image:
     return image
 
 
-def _rows_first(picture: Image.Image | np.ndarray) -> bool:
+def _rows_first(image: Image.Image | np.ndarray) -> bool:
     """Whether Pillow's resize is two plain passes: along the rows, rounded, along the columns.
 
-    Pictures more than twice as tall as wide it takes columns first; those with alpha it multiplies
+    Images more than twice as tall as wide it takes columns first; those with alpha it multiplies
     by alpha before, and divides after.
     """
-    width, height = _size(picture)
-    if isinstance(picture, Image.Image):
-        alpha = picture.mode in ("LA", "RGBA")
+    width, height = _size(image)
+    if isinstance(image, Image.Image):
+        alpha = image.mode in ("LA", "RGBA")
     else:
-        alpha = picture.shape[2] in (2, 4)
+        alpha = image.shape[2] in (2, 4)
     return height <= 2 * width and not alpha
 
 
@@ -138,7 +138,7 @@ def _halve_once(image: Image.Image) -> Image.Image:
 
 
 def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(width, height) that a picture of this size is shrunk or enlarged to, aspect ratio kept."""
+    """(width, height) that an image of this size is shrunk or enlarged to, aspect ratio kept."""
     width, height = size
     while min(width, height) >= 2 * short_side:
         width, height = width // 2, height // 2
@@ -160,7 +160,7 @@ def halve(image: Image.Image, size: int) -> Image.Image | None:
 
 
 def encode(image: Image.Image, form: str) -> bytes:
-    """A picture's bytes: "png", lossless, or "jpg", quality 95 without chroma subsampling."""
+    """An image's bytes: "png", lossless, or "jpg", quality 95 without chroma subsampling."""
     data = io.BytesIO()
     if form == "png":
         image.save(data, format="PNG")
@@ -170,7 +170,7 @@ def encode(image: Image.Image, form: str) -> bytes:
 
 
 def resize_and_crop(
-    picture: Image.Image | np.ndarray,
+    image: Image.Image | np.ndarray,
     short_side: int,
     size: int,
     top: int,
@@ -180,17 +180,17 @@ def resize_and_crop(
 ) -> np.ndarray:
     """Resize to the short side, then cut a square: uint8 [size, size, channels].
 
-    picture: decoded, or as uint8 [H, W, channels]; a fast resize takes that without a copy.
+    image: decoded, or as uint8 [H, W, channels]; a fast resize takes that without a copy.
     fast: by torch's bicubic filter, whose weights have fewer bits than Pillow's: no value differs
-    by more than FAST_TOLERANCE. Pictures with alpha, or very tall ones, stay with Pillow.
+    by more than FAST_TOLERANCE. Images with alpha, or very tall ones, stay with Pillow.
     """
-    resized = resized_size(_size(picture), short_side)
-    if min(_size(picture)) >= 2 * short_side:
-        picture = _halve_to(_as_image(picture), short_side)
-    if fast and _rows_first(picture):
-        return _torch_crop(_as_pixels(picture), resized, size, top, left)
-    image = _as_image(picture)
-    if _rows_first(picture):
+    resized = resized_size(_size(image), short_side)
+    if min(_size(image)) >= 2 * short_side:
+        image = _halve_to(_as_image(image), short_side)
+    if fast and _rows_first(image):
+        return _torch_crop(_as_pixels(image), resized, size, top, left)
+    image = _as_image(image)
+    if _rows_first(image):
         return _pillow_crop(image, resized, size, top, left)
     whole = image.resize(resized, resample=Image.Resampling.BICUBIC)
     pixels = np.asarray(whole.crop((left, top, left + size, top + size)))
@@ -238,27 +238,27 @@ def _torch_crop(
     return whole[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
-def center_crop(picture: Image.Image | np.ndarray, size: int, *, fast: bool = False) -> np.ndarray:
+def center_crop(image: Image.Image | np.ndarray, size: int, *, fast: bool = False) -> np.ndarray:
     """The middle square at short side `size`: uint8 [size, size, channels]."""
-    width, height = resized_size(_size(picture), size)
+    width, height = resized_size(_size(image), size)
     top, left = (height - size) // 2, (width - size) // 2
-    return resize_and_crop(picture, size, size, top, left, fast=fast)
+    return resize_and_crop(image, size, size, top, left, fast=fast)
 
 
 def random_crop(
-    picture: Image.Image | np.ndarray,
+    image: Image.Image | np.ndarray,
     size: int,
     randrange: Callable[[int], int],
     *,
     fast: bool = False,
 ) -> np.ndarray:
-    """A random square of size/target of the picture: uint8 [size, size, channels].
+    """A random square of size/target of the image: uint8 [size, size, channels].
 
     Draws, in the reference's order: target short side in [size, ceil(size / 0.8)], top, left.
     randrange(n): a random whole number in [0, n).
     """
     short_side = size + randrange(math.ceil(size / MIN_CROP_FRAC) - size + 1)
-    width, height = resized_size(_size(picture), short_side)
+    width, height = resized_size(_size(image), short_side)
     top = randrange(height - size + 1)
     left = randrange(width - size + 1)
-    return resize_and_crop(picture, short_side, size, top, left, fast=fast)
+    return resize_and_crop(image, short_side, size, top, left, fast=fast)

@@ -137,19 +137,19 @@ class ShardDataset(Dataset):
     def _crop(self, data: bytes, position: int) -> tuple[np.ndarray, bool]:
         """The crop, [S, S, C] uint8, and whether it is to be flipped."""
         decode = images.decode_pixels if self.fast else images.decode
-        picture = decode(data, self.channels)
+        image = decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))
         if self.random_crop:
-            pixels = images.random_crop(picture, self.image_size, draws.randrange, fast=self.fast)
+            pixels = images.random_crop(image, self.image_size, draws.randrange, fast=self.fast)
         else:
-            pixels = images.center_crop(picture, self.image_size, fast=self.fast)
+            pixels = images.center_crop(image, self.image_size, fast=self.fast)
         return pixels, self.random_flip and draws.randrange(2) == 1
 
 
 def _flip(pixels: Tensor) -> None:
-    """Mirror a picture, [H, W, C], in place; torch does it ten times quicker than numpy."""
-    picture = pixels.permute(2, 0, 1)[None]  # [1, C, H, W], channels last
-    picture.copy_(picture.flip(-1))
+    """Mirror an image, [H, W, C], in place; torch does it ten times quicker than numpy."""
+    image = pixels.permute(2, 0, 1)[None]  # [1, C, H, W], channels last
+    image.copy_(image.flip(-1))
 
 
 class TrainingPositions(Sampler):
@@ -335,7 +335,7 @@ def _start_worker(worker: int) -> None:
     processes.die_with(multiprocessing.parent_process().pid)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF; bad pictures are counted
+    warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF; bad images are counted
 
 
 def default_workers(ranks_here: int) -> int:

@@ -17,7 +17,7 @@ from ds_classifier.data.convert.samples import IMAGE_SUFFIXES
 from ds_classifier.data.tars import Member, Sequential, key_of, printable, tar_members
 
 LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's JSON has a few KB
-LARGEST_PICTURE = (1 << 32) - 1  # bytes, as the index counts them
+LARGEST_IMAGE = (1 << 32) - 1  # bytes, as the index counts them
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class _Group:
     """The members of one key, as they come."""
 
     key: str
-    picture: Member | None = None
+    image: Member | None = None
     label: int | None = None
     faults: list[str] = field(default_factory=list)
     label_seen: bool = False
 
     @property
     def whole(self) -> bool:
-        return self.picture is not None and self.label is not None and not self.faults
+        return self.image is not None and self.label is not None and not self.faults
 
 
 def scan_shard(
@@ -71,7 +71,7 @@ def scan_samples(
 ) -> Iterator[ScannedSample]:
     """Walk a tar and yield its whole samples in order, trusting nothing.
 
-    A sample is a run of members with one key, in any order: one picture, and its label. Members of
+    A sample is a run of members with one key, in any order: one image, and its label. Members of
     other kinds are passed, never decoded.
     size: bytes; None: wherever the file ends. labels: "cls", or "json:KEY" for a field of .json.
     numbers: class name -> label, where labels may be names. report: called for every sample that
@@ -83,21 +83,21 @@ def scan_samples(
     group: _Group | None = None
 
     def end(group: _Group | None) -> Iterator[ScannedSample]:
-        if group is None or (group.picture is None and not group.label_seen):
+        if group is None or (group.image is None and not group.label_seen):
             return
-        if group.picture is None:
-            group.faults.append("has a label but no picture")
+        if group.image is None:
+            group.faults.append("has a label but no image")
         elif not group.label_seen:
-            group.faults.append(f"has a picture but no .{suffix_of_label}")
-        elif group.picture.size > LARGEST_PICTURE:
-            group.faults.append(f"has a picture of {group.picture.size} bytes; need 4 GiB at most")
+            group.faults.append(f"has an image but no .{suffix_of_label}")
+        elif group.image.size > LARGEST_IMAGE:
+            group.faults.append(f"has an image of {group.image.size} bytes; need 4 GiB at most")
         if group.key in seen:
             group.faults = ["comes twice; need its members side by side, and each key once"]
         seen.add(group.key)
         for fault in group.faults:
             report(f"{where}: {printable(group.key)} {fault}")
         if not group.faults:
-            entry = (group.picture.offset, group.picture.size, group.label, 0)
+            entry = (group.image.offset, group.image.size, group.label, 0)
             yield ScannedSample(group.key, entry)
 
     members = tar_members(file, where, 0, size)
@@ -118,9 +118,9 @@ def scan_samples(
             yield from end(group)
             group = _Group(key)
         if f".{suffix}" in IMAGE_SUFFIXES:
-            if group.picture is not None:
-                group.faults.append("has two pictures; need one")
-            group.picture = member
+            if group.image is not None:
+                group.faults.append("has two images; need one")
+            group.image = member
         elif suffix == suffix_of_label:
             group.label_seen = True
             file.seek(member.offset)

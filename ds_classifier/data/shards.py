@@ -3,7 +3,7 @@
 A split is a directory:
 
     train-000000.tar ...  members KEY.jpg (or .png ...) and KEY.cls (class index in ASCII), mtime 0
-    index.npy             [N] INDEX_DTYPE: where each picture lies, and its label; memory-mapped
+    index.npy             [N] INDEX_DTYPE: where each image lies, and its label; memory-mapped
     manifest.json         class names, counts, what is stored; per shard name, samples, bytes,
                           sha256; and a fingerprint of it all
 
@@ -61,7 +61,7 @@ class Manifest:
     made by others and only indexed.
     stored: "original", the source's bytes untouched; or "halved", as far as every crop at
     image_size pixels begins with, in `form` ("png" or "jpg"): see `images.halve`.
-    undecodable: names of pictures that could not be halved and are stored untouched.
+    undecodable: names of images that could not be halved and are stored untouched.
     location: where the tars lie: None, beside the manifest; an absolute directory; or a URL.
     labels: where a sample's label stands: "cls", or "json:KEY".
     """
@@ -121,7 +121,7 @@ class ShardSet:
         return self.folder / self.manifest.shards[shard].name
 
     def key(self, sample: int) -> str:
-        """The sample's key, read from the tar headers before its picture."""
+        """The sample's key, read from the tar headers before its image."""
         row = self.index[sample]
         offset, reach = int(row["offset"]), min(int(row["offset"]), NAME_REACH)
         try:
@@ -165,7 +165,7 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
 
     What is checked: that manifest and index belong together and are whole, and that every shard is
     there in its size. to_verify: the index of any length, but no shard; `verify` will.
-    Pictures are read by the index, so a damaged header between them loses none; a picture whose
+    Images are read by the index, so a damaged header between them loses none; an image whose
     bytes changed is left to `verify` with its hash, and to the decoder.
     Raises ValueError that says what to run where there are no shards, or names what is damaged.
     """
@@ -290,7 +290,7 @@ def _no_shards(folder: Path) -> str:
     if not folder.is_dir():
         return (
             f"got {folder}, which does not exist; need a directory of shards; do: "
-            f"{CONVERT} PICTURES {folder.parent}"
+            f"{CONVERT} IMAGES {folder.parent}"
         )
     tars = any(folder.glob("*.tar"))
     if (folder / "train" / MANIFEST).is_file():
@@ -302,5 +302,5 @@ def _no_shards(folder: Path) -> str:
         )
     names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
-        return f"got {folder}, a folder of pictures; need shards; do: {CONVERT} {folder} data"
-    return f"got {folder}, which holds no shards; do: {CONVERT} PICTURES {folder.parent}"
+        return f"got {folder}, a folder of images; need shards; do: {CONVERT} {folder} data"
+    return f"got {folder}, which holds no shards; do: {CONVERT} IMAGES {folder.parent}"

@@ -347,10 +347,10 @@ def open_split(
 
 
 def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:
-    """Open a split that the command line names, by a path or a URL, for pictures of image_size.
+    """Open a split that the command line names, by a path or a URL, for images of image_size.
 
     cache_dir, cache_gb: of the node, for shards behind a URL; 0 gigabytes: no limit.
-    Raises ValueError where there is none, or the server says so, or where its pictures are stored
+    Raises ValueError where there is none, or the server says so, or where its images are stored
     smaller than that.
     """
     try:
@@ -365,7 +365,7 @@ def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: in
     stored = split.manifest.image_size
     if stored is not None and image_size > stored:
         raise ValueError(
-            f"the pictures in {split.folder} are stored halved for {stored} px, got --image_size "
+            f"the images in {split.folder} are stored halved for {stored} px, got --image_size "
             f"{image_size}; need that size or less; do: convert the originals with --image_size "
             f"{image_size}"
         )

@@ -17,7 +17,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import open_named
-from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
 BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
 
@@ -68,7 +68,7 @@ def open_validation_data(
 def create_validation_loader(
     shards: ShardSet, settings: Settings, *, batch_size: int, workers: int
 ) -> Loader:
-    """This rank's batches; which pictures share one does not hang on the number of ranks.
+    """This rank's batches; which images share one does not hang on the number of ranks.
 
     workers: processes a rank; below 0: as many as suit the machine.
     """
@@ -101,20 +101,20 @@ def open_training_set(
         problem = f"--bayes: {error}"
     if opened is not None:
         if set(val_shards.index["label"].tolist()) - set(opened.index["label"].tolist()):
-            problem = f"--bayes: got {location}; need pictures of every class in the validation set"
+            problem = f"--bayes: got {location}; need images of every class in the validation set"
         elif opened.manifest.classes != val_shards.manifest.classes:
             problem = f"--bayes: got {location}; need the classes of the validation set"
         elif not asked and opened.manifest.fingerprint != source.data:
             problem = "another data set now"
     if asked:
         distributed.raise_together(problem, device)
-    numbers_a_picture = settings.in_channels * settings.image_size**2
-    small = opened is not None and opened.manifest.samples * numbers_a_picture <= BAYES_NUMBERS
+    numbers_a_image = settings.in_channels * settings.image_size**2
+    small = opened is not None and opened.manifest.samples * numbers_a_image <= BAYES_NUMBERS
     use = problem is None and opened is not None and (bool(asked) or small)
     without = torch.tensor(int(not use), device=device)
     if int(distributed.all_reduce_sum(without)):
         return location, None
-    pictures, labels, classes = read_pictures(
+    images, labels, classes = read_images(
         location, image_size=settings.image_size, channels=settings.in_channels
     )
-    return location, ExactDenoiser(pictures, labels, classes, device=device)
+    return location, ExactDenoiser(images, labels, classes, device=device)

@@ -1,6 +1,6 @@
 """The whole validation set, every sample exactly once, with fixed timesteps and noise.
 
-So two checkpoints, or two numbers of ranks, are compared on the same pictures at the same noise: a
+So two checkpoints, or two numbers of ranks, are compared on the same images at the same noise: a
 sample's noise is keyed by (VALIDATION_SEED, "validation", its position in the set), and is the same
 at every noise level; t under uniform t is `spread_timesteps` of the position.
 
@@ -50,10 +50,10 @@ def evaluate(
     noised: bool = True,
     t: int | None = None,
 ) -> tuple[dict[str, float], int]:
-    """Loss and accuracy over a validation set, and how many of its pictures could not be decoded.
+    """Loss and accuracy over a validation set, and how many of its images could not be decoded.
 
     loader: batches at `ValidationPositions`, on every rank. samples: in the whole set.
-    noised: False shows clean pictures at t = 0. t: one noise level, 0 .. T-1, for all; None spreads
+    noised: False shows clean images at t = 0. t: one noise level, 0 .. T-1, for all; None spreads
     them. Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     num_timesteps = module.diffusion.num_timesteps
@@ -86,7 +86,7 @@ def _check_counted(counted: int, bad: int, samples: int) -> None:
         raise RuntimeError(f"validation counted {counted} of {samples} samples, and {bad} bad ones")
     if counted == 0:
         raise ValueError(
-            f"validation: none of its {samples} pictures decodes; do: make_shards.py verify "
+            f"validation: none of its {samples} images decodes; do: make_shards.py verify "
             "--decode names them"
         )
 
@@ -124,7 +124,7 @@ def middle_level(diffusion: GaussianDiffusion, levels: Sequence[int]) -> int:
 
 
 class Posterior(Protocol):
-    """Another answer to the same pictures: x_t [N, C, S, S], t [N], labels [N] -> log p(y | x_t)
+    """Another answer to the same images: x_t [N, C, S, S], t [N], labels [N] -> log p(y | x_t)
     [N, K] and the norms [N] of its gradient at the labels."""
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -173,7 +173,7 @@ def evaluate_levels(
     confusion: filled with what the first posterior makes of the first level.
     progress: called on each rank with the positions it has done.
     Returns the numbers of each posterior, row 0 under uniform t and row 1 + i at levels[i], the
-    same on every rank and for any number of ranks; and how many pictures could not be decoded.
+    same on every rank and for any number of ranks; and how many images could not be decoded.
     Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     sums = [LevelSums(1 + len(levels), num_classes, device) for _ in posteriors]

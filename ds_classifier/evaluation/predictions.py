@@ -1,4 +1,4 @@
-"""What a classifier takes a few validation pictures for, at several noise levels."""
+"""What a classifier takes a few validation images for, at several noise levels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED, log_snr
-from ds_classifier.evaluation.picture_grid import PictureGrid, Predictions
+from ds_classifier.evaluation.image_grid import ImageGrid, Predictions
 
 ROWS, LEVELS = 10, 8
-TILE_SIDE = 128  # pixels; larger pictures are shrunk by a whole factor
+TILE_SIDE = 128  # pixels; larger images are shrunk by a whole factor
 
 
 def choose_positions(shards: ShardSet, rows: int = ROWS) -> np.ndarray:
-    """The first picture of up to `rows` classes, evenly spaced among those there are: [R] int64.
+    """The first image of up to `rows` classes, evenly spaced among those there are: [R] int64.
 
     Behind a URL, of the first shard alone, so that no other is fetched for them.
     """
@@ -43,8 +43,8 @@ def predict_grid(
     channels: int,
     device: torch.device,
     step: int | None = None,
-) -> PictureGrid | None:
-    """Classify the grid on this rank alone, with the noise of the evaluation; None if no picture
+) -> ImageGrid | None:
+    """Classify the grid on this rank alone, with the noise of the evaluation; None if no image
     decodes."""
     training = classifier.training
     dataset = ShardDataset(shards, image_size=image_size, channels=channels)
@@ -75,7 +75,7 @@ def predict_grid(
         confidence.append([v if math.isfinite(v) else None for v in surest.values.tolist()])
     classifier.train(training)
     snr = log_snr(diffusion)
-    return PictureGrid(
+    return ImageGrid(
         np.stack(tiles, axis=1),
         Predictions(
             step=step,

@@ -297,7 +297,7 @@ def _compare(
 def logits_and_gradients(
     classifier: nn.Module, settings: Settings
 ) -> tuple[list[int], Tensor, Tensor]:
-    """What a classifier makes of fixed pictures, noised by its own process at timesteps from the
+    """What a classifier makes of fixed images, noised by its own process at timesteps from the
     first to the last: these; logits [N, K]; and the gradient [N, C, S, S] of log p(y | x_t), for
     y = 0, 1, ..., which guidance follows."""
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())

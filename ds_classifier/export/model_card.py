@@ -23,7 +23,7 @@ def model_card(description: dict[str, Any], flags: str) -> str:
     sections = [
         _front_matter(description),
         f"# Noise-aware classifier, {size} px, {count} classes\n\n"
-        f"`{name}`: tells the class of a picture at every noise level of a diffusion process, so "
+        f"`{name}`: tells the class of an image at every noise level of a diffusion process, so "
         "that its gradient can steer a diffusion model (classifier guidance, "
         "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233), Alg. 1 and 2). "
         f"{description['parameters']:,} parameters, fp32"
@@ -35,7 +35,7 @@ def model_card(description: dict[str, Any], flags: str) -> str:
         _training(description),
         _classes(classes, count),
         "## Limits\n\n"
-        "It knows pictures like those it was trained on, at its own size, noised by its own "
+        "It knows images like those it was trained on, at its own size, noised by its own "
         "process: a diffusion model with another schedule or another scale of pixels needs "
         "another classifier. " + _clean_only(description) + "Its licence and that of its training "
         "data are for whoever shares it to state.",
@@ -103,7 +103,7 @@ def _input(description: dict[str, Any]) -> str:
     lines = [
         "## Input and output",
         "",
-        f"- pictures: {shown['shape']}, {shown['normalisation']}",
+        f"- images: {shown['shape']}, {shown['normalisation']}",
         f"- made square by: {shown['resize']}",
         f"- noise: {process['noise_schedule']} schedule of {process['diffusion_steps']} steps"
         + (f", respaced to {respaced}" if respaced else ""),
@@ -177,7 +177,7 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
     lines = [
         "## Accuracy by noise level",
         "",
-        f"On all {evaluation['samples']:,} held-out pictures, with fixed noise, computed in "
+        f"On all {evaluation['samples']:,} held-out images, with fixed noise, computed in "
         f"{evaluation['precision']}. t = 0 is almost clean; ECE: expected calibration error; "
         "gradient: the mean norm of what guidance follows at scale 1.",
         "",
@@ -225,7 +225,7 @@ def _classes(classes: list[str] | None, count: int) -> str:
 def _clean_only(description: dict[str, Any]) -> str:
     if description["training"].get("noised", True):
         return ""
-    return "It was trained on clean pictures alone, as if t were 0. "
+    return "It was trained on clean images alone, as if t were 0. "
 
 
 def _indented(lines: list[str]) -> str:

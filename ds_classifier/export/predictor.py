@@ -1,6 +1,6 @@
-"""The classifier in Python: `ds_classifier.load(path)`, then pictures, noise and probabilities.
+"""The classifier in Python: `ds_classifier.load(path)`, then images, noise and probabilities.
 
-Two ways to use what is loaded: `predict` takes clean pictures and noises them itself, as evaluation
+Two ways to use what is loaded: `predict` takes clean images and noises them itself, as evaluation
 does; inside a sampler, `classifier(x_t, diffusion.model_timesteps(t))` takes noisy ones.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ds_classifier.checkpoint.weights import open_weights
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import RECIPES, Settings
-from ds_classifier.data import images
+from ds_classifier.data.images import center_crop, decode
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.model import create_classifier
@@ -46,7 +46,7 @@ class Predictor:
         return next(self.classifier.parameters()).device
 
     def read(self, paths: str | Path | Iterable[str | Path]) -> Tensor:
-        """Picture files as validation sees them: whole, centre-cropped to S. [N, S, S, C] uint8.
+        """Image files as validation sees them: whole, centre-cropped to S. [N, S, S, C] uint8.
 
         paths: of any number of files, or of one.
         Raises ValueError for a file that does not decode, OSError for one that is not there.
@@ -57,51 +57,51 @@ class Predictor:
             try:
                 with warnings.catch_warnings():  # Pillow's remarks on odd EXIF
                     warnings.simplefilter("ignore")
-                    image = images.decode(Path(path).read_bytes(), channels)
+                    image = decode(Path(path).read_bytes(), channels)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-            pixels.append(images.center_crop(image, size))
+            pixels.append(center_crop(image, size))
         return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, size, size, channels))
 
     @torch.no_grad()
     def predict(
         self,
-        pictures: Tensor | np.ndarray,
+        images: Tensor | np.ndarray,
         t: int | Tensor | np.ndarray = 0,
         noise: Tensor | np.ndarray | None = None,
     ) -> Tensor:
-        """p(y | x_t) of clean pictures noised to level t, [N, K] fp32, on the classifier's device.
+        """p(y | x_t) of clean images noised to level t, [N, K] fp32, on the classifier's device.
 
-        pictures: [N, S, S, C] uint8. t: 0 (nearly clean) .. T - 1 (nearly noise), one for all or
+        images: [N, S, S, C] uint8. t: 0 (nearly clean) .. T - 1 (nearly noise), one for all or
         [N], whole. noise: [N, S, S, C] Gaussian; None draws that of evaluation's positions
         0 .. N - 1, the same at each call and level.
         Raises ValueError for other shapes, types or levels.
         """
         shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
-        got, pictures = _tensor_of(pictures)
-        if pictures is None or pictures.dtype != torch.uint8 or pictures.shape[1:] != shape:
+        got, images = _tensor_of(images)
+        if images is None or images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise ValueError(
-                f"pictures: got {got}; need [N, {', '.join(map(str, shape))}] torch.uint8; do: "
+                f"images: got {got}; need [N, {', '.join(map(str, shape))}] torch.uint8; do: "
                 "take those of read()"
             )
-        count, device = len(pictures), self.device
+        count, device = len(images), self.device
         levels = self._levels(t, count).to(device)
         if noise is None:
             positions = torch.arange(count, device=device)
             noise = keyed_noise(VALIDATION_SEED, "validation", positions, shape)
         else:
             got, noise = _tensor_of(noise)
-            if noise is None or not noise.is_floating_point() or noise.shape != pictures.shape:
-                raise ValueError(f"noise: got {got}; need {list(pictures.shape)}, floating")
+            if noise is None or not noise.is_floating_point() or noise.shape != images.shape:
+                raise ValueError(f"noise: got {got}; need {list(images.shape)}, floating")
         if count == 0:  # which the classifier's attention cannot reshape
             return torch.empty(0, self.settings.num_classes, device=device)
-        x_start = pictures.to(device).float() / 127.5 - 1.0
+        x_start = images.to(device).float() / 127.5 - 1.0
         x_t = self.diffusion.q_sample(x_start, levels, noise.to(device).float())
         timesteps = self.diffusion.model_timesteps(levels)
         return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)
 
     def _levels(self, t: Any, count: int) -> Tensor:
-        """The noise levels of so many pictures, [N] int64; ValueError for what are none."""
+        """The noise levels of so many images, [N] int64; ValueError for what are none."""
         steps, levels = self.diffusion.num_timesteps, _tensor_of(t)[1]
         if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
             levels = torch.tensor(t if t in range(steps) else -1)  # int64 does not hold every t
@@ -115,7 +115,7 @@ class Predictor:
             got = " ".join(repr(t).split())  # a tensor's on one line
             raise ValueError(
                 f"t: got {got}; need 0 to {steps - 1}, the process's noise levels, a whole number "
-                f"or one for each of {count} pictures"
+                f"or one for each of {count} images"
             )
         return levels.long().expand(count)
 

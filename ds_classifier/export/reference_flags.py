@@ -20,7 +20,7 @@ SCRIPT_UTIL, SAMPLE = "guided_diffusion/script_util.py", "scripts/classifier_sam
 def classifier_flags(settings: Settings) -> dict[str, Any]:
     """The eight flags that build a classifier there, as in its `classifier_defaults`."""
     sides = [int(s) for s in settings.classifier_attention_resolutions.split(",") if s.strip()]
-    # It cannot read an empty list; no feature map has a side above the picture's.
+    # It cannot read an empty list; no feature map has a side above the image's.
     sides = [side for side in sides if side > 0] or [2 * settings.image_size]
     return {
         "image_size": settings.image_size,
@@ -131,7 +131,7 @@ def flags_text(settings: Settings, name: str) -> str:
         "# The diffusion model must have the same image_size and noise process.",
     ]
     if not settings.noised:
-        lines.append("# This classifier was trained on clean pictures, as if t were 0.")
+        lines.append("# This classifier was trained on clean images, as if t were 0.")
     if obstacles:
         lines.append("#")
         lines.append("# Unmodified guided-diffusion cannot load this classifier. It would need:")

@@ -1,7 +1,7 @@
 """The exact denoiser of a small training set, and its exact class posterior, in closed form.
 
-Of pictures x_1 .. x_M, each equally likely, noised to x_t = sqrt(alpha_bar) x_0 + sqrt(1 -
-alpha_bar) noise, the optimal estimate of x_0 is an average of the pictures (Karras et al. 2022,
+Of images x_1 .. x_M, each equally likely, noised to x_t = sqrt(alpha_bar) x_0 + sqrt(1 -
+alpha_bar) noise, the optimal estimate of x_0 is an average of the images (Karras et al. 2022,
 "Elucidating the Design Space of Diffusion-Based Generative Models", appendix B.3):
 
     w_i = softmax_i( -||x_t - sqrt(alpha_bar) x_i||^2 / (2 (1 - alpha_bar)) )      p(i | x_t)
@@ -12,7 +12,7 @@ alpha_bar) noise, the optimal estimate of x_0 is an average of the pictures (Kar
 So guidance can be tried and measured with no trained diffusion model, and a trained classifier be
 compared with the Bayes-optimal one at every noise level.
 
-Shapes: N noisy pictures, M training pictures, K classes, D = C*S*S numbers a picture.
+Shapes: N noisy images, M training images, K classes, D = C*S*S numbers an image.
 Precision: float64 inside, whatever x_t has. At t = 0 the squared distances, up to 4 D, are divided
 by 1e-4: float32 would err by more than the differences that decide.
 """
@@ -29,8 +29,8 @@ from torch import Tensor
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
 
-CHUNK_NUMBERS = 1 << 24  # float64 numbers of training pictures in memory at a time: 128 MiB
-READ_BATCH = 256  # pictures decoded at a time
+CHUNK_NUMBERS = 1 << 24  # float64 numbers of training images in memory at a time: 128 MiB
+READ_BATCH = 256  # images decoded at a time
 LOWEST = -1e300  # of a logit; finite, so that the difference of two is a number
 
 
@@ -39,7 +39,7 @@ class Posterior:
     """What x_t says of x_0 and its class, given the training set.
 
     x_start: [N, C, S, S] E[x_0 | x_t]; in x_t's dtype, as gradient is.
-    log_class: [N, K] log p(y | x_t), float64; -inf for a class without pictures.
+    log_class: [N, K] log p(y | x_t), float64; -inf for a class without images.
     gradient: [N, C, S, S] of log p(y | x_t) with respect to x_t, for the y asked for, else None.
     """
 
@@ -53,7 +53,7 @@ class ExactDenoiser:
 
     images: [M, C, S, S] uint8, shown as u / 127.5 - 1 as the classifier sees them; or floating,
         taken as they are. labels: [M] int64 in 0 .. num_classes - 1; both move to `device`.
-    chunk: training pictures at a time; None: as many as take 128 MiB.
+    chunk: training images at a time; None: as many as take 128 MiB.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ExactDenoiser:
         if len(images) == 0 or images.dim() != 4 or labels.shape != (len(images),):
             raise ValueError(
                 f"got images {tuple(images.shape)} and labels {tuple(labels.shape)}; need "
-                "[M, C, S, S] and [M] with at least one picture"
+                "[M, C, S, S] and [M] with at least one image"
             )
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(
@@ -85,12 +85,12 @@ class ExactDenoiser:
         return len(self._images)
 
     def _chunks(self):
-        """(pictures [m, D] float64 as the process sees them, their slice), in order."""
+        """(images [m, D] float64 as the process sees them, their slice), in order."""
         for start in range(0, len(self), self._chunk):
             part = slice(start, start + self._chunk)
-            pictures = self._images[part]
-            x = pictures.double()
-            yield (x / 127.5 - 1.0 if pictures.dtype == torch.uint8 else x), part
+            images = self._images[part]
+            x = images.double()
+            yield (x / 127.5 - 1.0 if images.dtype == torch.uint8 else x), part
 
     @torch.no_grad()
     def posterior(self, x_t: Tensor, alpha_bar: Tensor, y: Tensor | None = None) -> Posterior:
@@ -115,21 +115,21 @@ class ExactDenoiser:
         # Each class has its own largest logit, so that log p of the unlikeliest is exact too.
         largest = x.new_full((n, self.num_classes), LOWEST)
         mass = x.new_zeros(n, self.num_classes)
-        for pictures, part in self._chunks():
+        for images, part in self._chunks():
             labels = self._labels[part]
-            # ||x_t||^2 is the same for every picture and cancels in the softmax.
-            logits = x @ pictures.T - signal * self._half_norms[part]
+            # ||x_t||^2 is the same for every image and cancels in the softmax.
+            logits = x @ images.T - signal * self._half_norms[part]
             logits *= signal / variance  # [N, m]
             before = largest
             largest = before.scatter_reduce(1, labels.expand(n, -1), logits, "amax")
             mass *= (before - largest).exp_()
             mass.index_add_(1, labels, (logits - largest[:, labels]).exp_())
-            every.add(logits, pictures)
+            every.add(logits, images)
             if of_class is not None:
                 others = labels != y[:, None]
-                of_class.add(logits.masked_fill(others, LOWEST), pictures)
+                of_class.add(logits.masked_fill(others, LOWEST), images)
         if y is not None and bool((mass.gather(1, y[:, None]) == 0).any()):
-            raise ValueError("got a class y of which the training set has no picture")
+            raise ValueError("got a class y of which the training set has no image")
         log_mass = largest + mass.log()
         gradient = None
         if of_class is not None:
@@ -143,7 +143,7 @@ class ExactDenoiser:
 
 
 class _Average:
-    """A softmax-weighted average of pictures that come in chunks (online softmax).
+    """A softmax-weighted average of images that come in chunks (online softmax).
 
     Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", Alg. 3.
     """
@@ -153,8 +153,8 @@ class _Average:
         self.total = x.new_zeros(len(x), 1)
         self.sum = torch.zeros_like(x)
 
-    def add(self, logits: Tensor, pictures: Tensor) -> None:
-        """logits: [N, m], LOWEST for a picture left out; pictures: [m, D].
+    def add(self, logits: Tensor, images: Tensor) -> None:
+        """logits: [N, m], LOWEST for an image left out; images: [m, D].
 
         While all are left out each weighs 1; the first that is not shrinks that to 0.
         """
@@ -162,7 +162,7 @@ class _Average:
         weights = (logits - largest).exp_()
         shrink = (self.largest - largest).exp_()
         self.total = self.total * shrink + weights.sum(dim=1, keepdim=True)
-        self.sum = torch.addmm(self.sum * shrink, weights, pictures)
+        self.sum = torch.addmm(self.sum * shrink, weights, images)
         self.largest = largest
 
     def mean(self) -> Tensor:
@@ -170,23 +170,23 @@ class _Average:
         return self.sum / self.total
 
 
-def read_pictures(
+def read_images(
     folder: Path | str, *, image_size: int, channels: int = 3
 ) -> tuple[Tensor, Tensor, int]:
     """A whole split, centre-cropped: [M, C, S, S] uint8, [M] int64 labels, and the class count.
 
-    Pictures that do not decode are left out, as they are from training.
-    Raises ValueError where there are no shards, or none of their pictures decodes.
+    Images that do not decode are left out, as they are from training.
+    Raises ValueError where there are no shards, or none of their images decodes.
     """
     shards = open_shards(folder)
     dataset = ShardDataset(shards, image_size=image_size, channels=channels)
-    images, labels = [], []
+    parts, labels = [], []
     for start in range(0, len(shards.index), READ_BATCH):
         batch = dataset[np.arange(start, min(start + READ_BATCH, len(shards.index)))]
         decoded = batch.weights > 0
-        images.append(batch.images[decoded].permute(0, 3, 1, 2).contiguous())
+        parts.append(batch.images[decoded].permute(0, 3, 1, 2).contiguous())
         labels.append(batch.labels[decoded])
-    pictures = torch.cat(images) if images else torch.empty(0)
-    if len(pictures) == 0:
-        raise ValueError(f"{folder}: none of its {len(shards.index)} pictures decodes")
-    return pictures, torch.cat(labels), len(shards.manifest.classes)
+    images = torch.cat(parts) if parts else torch.empty(0)
+    if len(images) == 0:
+        raise ValueError(f"{folder}: none of its {len(shards.index)} images decodes")
+    return images, torch.cat(labels), len(shards.manifest.classes)

@@ -28,11 +28,11 @@ DOUBT = 1e-6
 
 @dataclass(frozen=True)
 class LevelFidelity:
-    """A classifier beside the best possible one at a noise level; means over pictures.
+    """A classifier beside the best possible one at a noise level; means over images.
 
     t: of the original process. kl: KL(p_Bayes(y | x_t) || p(y | x_t)) in nats.
-    accuracy, bayes_accuracy: shares of pictures whose class comes first.
-    compared: share of pictures where the best classifier doubts their class. Over these: cosine,
+    accuracy, bayes_accuracy: shares of images whose class comes first.
+    compared: share of images where the best classifier doubts their class. Over these: cosine,
     the mean of the two gradients' of log p(own class | x_t), and length_ratio, the root mean square
     length of the classifier's over that of the best; None if there are none.
     """
@@ -102,7 +102,7 @@ def compare_with_bayes(
 
 
 class Judge:
-    """An independent classifier of clean pictures: a support vector machine on their pixels."""
+    """An independent classifier of clean images: a support vector machine on their pixels."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         """images: uint8 [M, ...]; labels: [M]. Raises ValueError without scikit-learn."""
@@ -124,8 +124,8 @@ class Judge:
 
 
 HEADER = (
-    "beside the best possible classifier, on training pictures noised to t; gradients of log p of\n"
-    "their class: the share of pictures that leave it a doubt, and of these the cosine to its\n"
+    "beside the best possible classifier, on training images noised to t; gradients of log p of\n"
+    "their class: the share of images that leave it a doubt, and of these the cosine to its\n"
     "gradient and the length over its\n"
     f"{'t':>6s}{'KL(Bayes||model)':>18s}{'accuracy':>10s}{'Bayes':>9s}"
     f"{'gradients: compared':>22s}{'cosine':>8s}{'length':>8s}"

@@ -4,7 +4,7 @@ Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", Alg. 1 
 guided-diffusion's signature, cond_fn(x [N, C, S, S], t [N], y=[N]) -> [N, C, S, S], so it fits the
 p_sample and ddim loops there as well as those of `sampling.py`; t are the timesteps that a network
 is shown, those of the original process; y are int64. Those here raise ValueError for classes that
-are not one for each picture and, on a CPU, which need not wait for it, that do not exist.
+are not one for each image and, on a CPU, which need not wait for it, that do not exist.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def bayes_gradient(
 
 
 def _classes(y: Tensor | None, n: int, num_classes: int) -> Tensor:
-    """y, one class for each of n pictures; else ValueError."""
-    need = f"need one for each of {n} pictures, [{n}] int64"
+    """y, one class for each of n images; else ValueError."""
+    need = f"need one for each of {n} images, [{n}] int64"
     if y is None:
         raise ValueError(f"guidance: got no classes y; {need}")
     if y.shape != (n,) or y.dtype != torch.int64:

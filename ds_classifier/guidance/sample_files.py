@@ -1,6 +1,6 @@
 """Samples on disk: guided-diffusion's npz, and PNG sheets to look at.
 
-scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: pictures and classes
+scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: images and classes
 scale_3/class_0007.png        the samples of a class
 overview.png                  a row a class, a block of columns a scale
 samples.json                  what made them: the classifier, the denoiser, scales, seed, process
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-GAP = 2  # pixels between pictures
-SHEET_SIDE = 64  # pictures smaller than this are shown enlarged by a whole factor
-CLASS_PICTURES = 64  # of a class on its sheet, at most
-OVERVIEW_CLASSES, OVERVIEW_PICTURES = 10, 8  # rows, and columns of each scale, at most
+GAP = 2  # pixels between images
+SHEET_SIDE = 64  # images smaller than this are shown enlarged by a whole factor
+CLASS_IMAGES = 64  # of a class on its sheet, at most
+OVERVIEW_CLASSES, OVERVIEW_IMAGES = 10, 8  # rows, and columns of each scale, at most
 HEADER, MARGIN = 16, 30  # pixels of an overview's line of text, and of its column of class numbers
 
 
@@ -42,7 +42,7 @@ def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
             old.unlink()
     os.replace(staging, path)
     for label in np.unique(labels):
-        shown = pixels[labels == label][:CLASS_PICTURES]
+        shown = pixels[labels == label][:CLASS_IMAGES]
         columns = min(8, len(shown))
         rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
         _save(sheet(rows), folder / f"class_{label:04d}.png")
@@ -58,7 +58,7 @@ def write_overview(
     """
     classes = np.unique(labels)[:OVERVIEW_CLASSES]
     blocks = [
-        sheet([pixels[labels == label][:OVERVIEW_PICTURES] for label in classes])
+        sheet([pixels[labels == label][:OVERVIEW_IMAGES] for label in classes])
         for pixels in samples
     ]
     height = blocks[0].shape[0]
@@ -76,15 +76,15 @@ def write_overview(
 
 
 def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures in rows, white between them: rows of uint8 [n, H, W, C] -> uint8 [h, w, C]."""
+    """Images in rows, white between them: rows of uint8 [n, H, W, C] -> uint8 [h, w, C]."""
     height, width, channels = rows[0].shape[1:]
     factor = max(1, SHEET_SIDE // max(height, width))
     tile = (height * factor + GAP, width * factor + GAP)
     columns = max(map(len, rows))
     canvas = np.full((len(rows) * tile[0] - GAP, columns * tile[1] - GAP, channels), 255, np.uint8)
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+        for j, image in enumerate(row):
+            large = image.repeat(factor, axis=0).repeat(factor, axis=1)
             top, left = i * tile[0], j * tile[1]
             canvas[top : top + large.shape[0], left : left + large.shape[1]] = large
     return canvas

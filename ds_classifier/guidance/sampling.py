@@ -231,7 +231,7 @@ def sample_classes(
 
     labels: [N] int64, the classes asked for. shape: (C, S, S). progress: called with samples done.
     Sample n's noise depends on (seed, n) alone, and batches have the same samples on any number of
-    ranks, so pictures are those of one rank as far as its device rounds alike.
+    ranks, so images are those of one rank as far as its device rounds alike.
     """
     ranks, rank = distributed.world_size(), distributed.rank()
     pixels = []

@@ -185,7 +185,7 @@ def _shown(point: Point, log: bool) -> bool:
 
 
 def _cut(top: float, body: str) -> str:
-    """A picture in the picture: what leaves the axes is cut off."""
+    """An image in the image: what leaves the axes is cut off."""
     x, y = LEFT - EDGE, top - EDGE
     width, height = WIDTH - RIGHT + EDGE - x, HEIGHT - BOTTOM + EDGE - y
     box = f'x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{x} {y} {width} {height}"'

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
-from ds_classifier.evaluation.picture_grid import PictureGrid, load_grid
+from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
 from ds_classifier.evaluation.record import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.training import events
 from ds_classifier.training.run_dir import read_done
@@ -80,7 +80,7 @@ class Run:
     skipped: list[dict[str, Any]]
     bad_samples: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]  # the oldest first
-    grid: PictureGrid | None
+    grid: ImageGrid | None
     best: str  # checkpoints/best: a name, and its val_loss
     latest: str  # checkpoints/latest
     state: str  # see state_of
@@ -110,7 +110,7 @@ class Run:
 
     @property
     def guessing(self) -> Guessing | None:
-        """What a classifier gets that sees no picture: by the labels, as a start noted them, else
+        """What a classifier gets that sees no image: by the labels, as a start noted them, else
         for classes equally frequent; None if nothing tells how many there are."""
         for event in reversed(self.events):
             try:
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def val_samples(self) -> int:
-        """Pictures to validate on; 0 if nothing tells it."""
+        """Images to validate on; 0 if nothing tells it."""
         noted = [event["val_samples"] for event in self.events if "val_samples" in event]
         return noted[-1] if noted and isinstance(noted[-1], int) else 0
 
@@ -198,7 +198,7 @@ def _standing(evaluation: dict[str, Any]) -> tuple[int, bool, str]:
     return evaluation["step"] or 0, full, evaluation["name"]
 
 
-def _newest_grid(folder: Path) -> PictureGrid | None:
+def _newest_grid(folder: Path) -> ImageGrid | None:
     """Of the highest step; of those the one an evaluation made."""
     paths = _listed(folder, ".pictures.png")
     grids = [(path.name != "validation.pictures.png", load_grid(path)) for path in paths]

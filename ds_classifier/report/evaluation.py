@@ -1,4 +1,4 @@
-"""The report's parts on evaluations: numbers against noise, pictures, confusion."""
+"""The report's parts on evaluations: numbers against noise, images, confusion."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def noise_levels(run: Run) -> str:
     charts.append(_per_class(newest))
     overall = ours["uniform_t"]
     words = (
-        f"{newest['name']}: {newest['data']['samples']:,} pictures, {newest['precision']}. Under "
+        f"{newest['name']}: {newest['data']['samples']:,} images, {newest['precision']}. Under "
         f"uniform t: top 1 {_share(overall['acc@1'])}, cross-entropy {_plain(overall['loss'])}, "
         f"calibration error {_share(overall['ece'])}."
     )
@@ -99,7 +99,7 @@ def noise_levels(run: Run) -> str:
         words += f" Earlier evaluations stand behind, {shown}."
     if bayes:
         words += (
-            f" Bayes: the exact posterior of the {bayes['pictures']:,} training pictures; of "
+            f" Bayes: the exact posterior of the {bayes['pictures']:,} training images; of "
             "held-out ones it is far too sure at little noise."
         )
     return f'<p>{escape(words)}</p><div class="charts">{"".join(charts)}</div>{_table(newest)}'
@@ -147,7 +147,7 @@ def _known(numbers: Record, key: str) -> list[float]:
 
 
 def _reliability(numbers: Record) -> str:
-    """Accuracy against confidence; a dot's area is its share of the pictures."""
+    """Accuracy against confidence; a dot's area is its share of the images."""
     lines = []
     for level, color in zip(numbers["reliability"], LEVEL_COLORS, strict=False):
         bins = level["bins"]
@@ -219,15 +219,15 @@ def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if abs(value) < 1000 else short(value)
 
 
-# ------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------ images
 
 
-def picture_grid(run: Run) -> str:
-    """Validation pictures at rising noise, each with what it is taken for."""
+def image_grid(run: Run) -> str:
+    """Validation images at rising noise, each with what it is taken for."""
     grid = run.grid
     if grid is None:
         return (
-            '<div class="empty">No pictures yet: a validation in training, or '
+            '<div class="empty">No images yet: a validation in training, or '
             f"<code>python launch/evaluate.py {escape(str(run.path))}</code>, takes them.</div>"
         )
     told, names = grid.predictions, run.classes or []
@@ -258,11 +258,11 @@ def picture_grid(run: Run) -> str:
     step = f" at step {told.step:,}" if told.step is not None else ""
     shrunk = f" Shown at 1/{told.shrunk} of their size." if told.shrunk > 1 else ""
     words = (
-        f"Held-out pictures{step}, from nearly clean to nearly noise; under each what the "
+        f"Held-out images{step}, from nearly clean to nearly noise; under each what the "
         f"classifier takes it for, and how sure it is.{shrunk}"
     )
     style = f"grid-template-columns: 92px repeat({columns}, minmax(0, 1fr))"
-    return f'<p>{escape(words)}</p><div class="pictures" style="{style}">{"".join(cells)}</div>'
+    return f'<p>{escape(words)}</p><div class="images" style="{style}">{"".join(cells)}</div>'
 
 
 def class_name(names: Sequence[str], label: int) -> str:
@@ -271,7 +271,7 @@ def class_name(names: Sequence[str], label: int) -> str:
 
 
 def _data_uri(tile: np.ndarray) -> str:
-    """uint8 [h, w, 3] as an address that holds the picture itself."""
+    """uint8 [h, w, 3] as an address that holds the image itself."""
     form = "PNG" if tile.shape[0] <= JPEG_SIDE else "JPEG"
     kept = io.BytesIO()
     Image.fromarray(tile).save(kept, format=form, **({"quality": 85} if form == "JPEG" else {}))
@@ -295,7 +295,7 @@ def confusion(run: Run) -> str:
         totals[label] += count
     wrong = sum(count for label, predicted, count in triples if label != predicted)
     words = (
-        f"{_name(record)} at t = {told['t']}, nearly clean: {wrong:,} of {sum(totals):,} pictures "
+        f"{_name(record)} at t = {told['t']}, nearly clean: {wrong:,} of {sum(totals):,} images "
         "taken for another class."
     )
     pairs = sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[0], t[1]))
@@ -303,7 +303,7 @@ def confusion(run: Run) -> str:
         [names[label], names[predicted], f"{count:,}", f"{100 * count / totals[label]:.0f} %"]
         for label, predicted, count in pairs[:PAIRS_SHOWN]
     ]
-    often = ["class", "taken for", "pictures", "of the class"]
+    often = ["class", "taken for", "images", "of the class"]
     if len(names) <= CLASSES_IN_MATRIX:
         matrix = _matrix(triples, totals, names)
         if len(names) <= CLASSES_BESIDE and rows:
@@ -322,7 +322,7 @@ def confusion(run: Run) -> str:
     return (
         f'<p>{escape(words)}</p><div class="two">'
         + table(often, rows, "words")
-        + table(["class", "pictures", "right"], worst, "words")
+        + table(["class", "images", "right"], worst, "words")
         + "</div>"
     )
 
@@ -337,7 +337,7 @@ def _matrix(triples: Sequence[tuple[int, int, int]], totals: list[int], names: l
         rest = f'<td class="rest">{totals[i]:,}</td><td class="rest">{hit}</td>'
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}{rest}</tr>")
     heads = "".join(f"<th><span>{escape(name)}</span></th>" for name in names)
-    heads += "".join(f'<th class="rest"><span>{word}</span></th>' for word in ("pictures", "right"))
+    heads += "".join(f'<th class="rest"><span>{word}</span></th>' for word in ("images", "right"))
     long = " long" if max(map(len, names)) > 4 else ""
     return (
         f'<table class="matrix{long}" style="--cell: {min(42, MATRIX_WIDTH // len(names))}px">'

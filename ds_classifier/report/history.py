@@ -96,7 +96,7 @@ def _marks(run: Run, jobs: Sequence[Job]) -> list[tuple[str, str, str, list[floa
     failed = [e.get("step", 0) for e in run.events if e["event"] == "save failed"]
     kinds = [
         ("skipped", ORANGE, "▲", [r["step"] for r in run.skipped if "step" in r]),
-        ("bad pictures", VERMILION, "◆", bad),
+        ("bad images", VERMILION, "◆", bad),
         ("failed saves", VERMILION, "✕", failed),
         ("faults", VERMILION, "!", [_step_of(fault.time, jobs) for fault in run.faults]),
     ]

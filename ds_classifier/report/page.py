@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_classifier.common import files
 from ds_classifier.report.data import Run, read_run
-from ds_classifier.report.evaluation import confusion, noise_levels, picture_grid
+from ds_classifier.report.evaluation import confusion, image_grid, noise_levels
 from ds_classifier.report.history import settings, time_line
 from ds_classifier.report.training import checks, curves, headline
 
@@ -30,7 +30,7 @@ SECTIONS: list[tuple[str, str, Callable[[Run], str]]] = [
     ("working", "Is it working?", checks),
     ("curves", "Training", curves),
     ("noise", "Against noise", noise_levels),
-    ("pictures", "What it sees", picture_grid),
+    ("images", "What it sees", image_grid),
     ("confusion", "What it confuses", confusion),
     ("history", "Time line", time_line),
     ("settings", "Settings and environment", settings),

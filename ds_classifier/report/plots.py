@@ -1,4 +1,4 @@
-"""An evaluation's record as pictures: numbers against noise, calibration, classes; a series."""
+"""An evaluation's record as images: numbers against noise, calibration, classes; a series."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plot_evaluation(record: Record, path: Path) -> None:
         _line(loss, bayes, "loss", OPTIMUM, "Bayes of the training set")
     loss.axhline(math.log(classes), color=QUIET, linewidth=1, linestyle=":", label="chance")
     largest = max([math.log(classes), *_known(ours, "loss")])
-    loss.set_ylim(0, 1.15 * largest)  # the posterior of few pictures is far too sure of itself
+    loss.set_ylim(0, 1.15 * largest)  # the posterior of few images is far too sure of itself
     loss.legend(loc="best")
 
     _against_noise(grad_norm, ours, "mean |gradient of log p(y | x_t)|")
@@ -57,7 +57,7 @@ def plot_evaluation(record: Record, path: Path) -> None:
     _per_class(per_class, record)
     overall = ours["uniform_t"]
     figure.suptitle(
-        f"{record['name']}: {record['data']['samples']:,} pictures, uniform t: "
+        f"{record['name']}: {record['data']['samples']:,} images, uniform t: "
         f"top 1 {100 * overall['acc@1']:.1f} %, cross-entropy {_shown(overall['loss'])}, "
         f"calibration error {_shown(overall['ece'], 100)} %",
         fontsize=12,

@@ -44,7 +44,7 @@ def headline(run: Run) -> str:
         else (_percent(source.last("train_acc@1_q0")), "top-1, least noise", "first quarter of t"),
         (_number(source.last(f"{prefix}_loss")), "cross-entropy, nats", _chance(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
-        (_speed(run), "pictures a second", _wait(run)),
+        (_speed(run), "images a second", _wait(run)),
         best_checkpoint(run),
     ]
     cells = "".join(
@@ -79,7 +79,7 @@ def _chance(run: Run) -> str:
 
 def _samples(run: Run) -> str:
     samples = run.training.last("samples")
-    return f"{short(samples)} pictures seen" if samples else ""
+    return f"{short(samples)} images seen" if samples else ""
 
 
 def _speed(run: Run) -> str:
@@ -143,7 +143,7 @@ def _sentence(words: str) -> str:
 def _validating(run: Run) -> list[tuple[str, str]]:
     points = [p for p in run.validation.points("val_loss") if math.isfinite(p[1])]
     if not points:
-        return [(NOTE, "No validation: what stands here is of the training pictures.")] * bool(
+        return [(NOTE, "No validation: what stands here is of the training images.")] * bool(
             run.training.rows
         )
     best_step, best = min(points, key=lambda point: point[1])
@@ -161,7 +161,7 @@ def _losses(run: Run) -> list[tuple[str, str]]:
     if wait is not None and wait > WAITING:
         found.append(
             (BAD, f"{100 * wait:.0f} % of the time goes on waiting for data: more --workers, "
-             "smaller stored pictures (make_shards.py --image_size), or --resize fast.")
+             "smaller stored images (make_shards.py --image_size), or --resize fast.")
         )  # fmt: skip
     skipped = int(run.training.last("skipped_steps") or len(run.skipped))
     if skipped:
@@ -174,7 +174,7 @@ def _losses(run: Run) -> list[tuple[str, str]]:
     bad = int(run.training.last("bad_samples") or len(run.bad_samples))
     if bad:
         found.append(
-            (NOTE, f"{_count(bad, 'picture')} could not be decoded; bad_samples.rank*.jsonl lists "
+            (NOTE, f"{_count(bad, 'image')} could not be decoded; bad_samples.rank*.jsonl lists "
              "them.")
         )  # fmt: skip
     failed = sum(event["event"] == "save failed" for event in run.events)
@@ -188,7 +188,7 @@ def _losses(run: Run) -> list[tuple[str, str]]:
              "time line tells.")
         )  # fmt: skip
     if run.training.rows and not (skipped or bad or failed or unplanned):
-        found.append((GOOD, "No step skipped, no picture lost, every checkpoint written."))
+        found.append((GOOD, "No step skipped, no image lost, every checkpoint written."))
     return found
 
 
@@ -224,7 +224,7 @@ def curves(run: Run) -> str:
         ("Gradient norm", "grad_norm", 1, Axis("", low=0)),
         ("Learning rate", "lr", 1, Axis("", low=0)),
         ("Loss scale", "lg_loss_scale", 1, Axis("", text=_power)),
-        ("Speed", "images_per_sec", 1, Axis("pictures a second", low=0)),
+        ("Speed", "images_per_sec", 1, Axis("images a second", low=0)),
         ("Waiting for data", "data_wait_frac", 100, Axis("% of the time", low=0, text=percent)),
     ]
     for title, key, scale, axis in of_machine:

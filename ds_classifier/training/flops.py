@@ -40,7 +40,7 @@ PEAK_TFLOPS = {
 
 
 def forward_flops(model_kwargs: dict[str, Any]) -> int:
-    """Operations of one picture's forward through the classifier that create_classifier builds.
+    """Operations of one image's forward through the classifier that create_classifier builds.
 
     Nothing is computed: shapes alone go through it.
     """
@@ -54,7 +54,7 @@ def forward_flops(model_kwargs: dict[str, Any]) -> int:
 
 
 def training_flops(forward: int) -> int:
-    """Operations of one picture's forward and backward."""
+    """Operations of one image's forward and backward."""
     return (1 + BACKWARD) * forward
 
 
@@ -76,7 +76,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 class Arithmetic:
     """What a rank does, of what its device could do.
 
-    forward: operations of a picture. device_name: None for a CPU.
+    forward: operations of an image. device_name: None for a CPU.
     """
 
     def __init__(self, forward: int, *, device_name: str | None, precision: str):
@@ -85,7 +85,7 @@ class Arithmetic:
 
     def achieved(self, images_per_sec: float) -> dict[str, float]:
         """gflops_per_sec, and mfu (0 to 1) where the peak is known, of a rank that trains on so
-        many pictures a second. mfu: model FLOPs utilization (PaLM, appendix B)."""
+        many images a second. mfu: model FLOPs utilization (PaLM, appendix B)."""
         flops = images_per_sec * training_flops(self.forward)
         row = {"gflops_per_sec": flops / 1e9}
         return row if self._peak is None else row | {"mfu": flops / self._peak}

@@ -53,4 +53,4 @@ def announce(job: Job, command: CommandLine) -> None:
 
 def _split(shards: ShardSet) -> str:
     count = len(shards.manifest.shards)
-    return f"{shards.manifest.samples:,} pictures ({count} shard{'s' * (count > 1)})"
+    return f"{shards.manifest.samples:,} images ({count} shard{'s' * (count > 1)})"

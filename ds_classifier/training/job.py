@@ -66,7 +66,7 @@ class Job:
 
     @property
     def val_samples(self) -> int:
-        """Pictures to validate on."""
+        """Images to validate on."""
         return self.val_shards.manifest.samples if self.val_shards is not None else 0
 
     def loaders(self, first_step: int, *, resolved: Resolved | None = None):
@@ -128,7 +128,7 @@ def lr_factor(settings: Settings) -> Callable[[int], float] | None:
 
 
 def arithmetic(job: Job):
-    """What a rank's pictures a second are in operations."""
+    """What a rank's images a second are in operations."""
     device = job.engine.device
     return Arithmetic(
         forward_flops(job.resolved.settings.model_kwargs()),

@@ -84,8 +84,8 @@ class RunLogger:
         while self._waiting:
             self._waiting = self._waiting[self._jsonl.write(self._waiting) :]
 
-    def picture(self, name: str, pixels: Any, step: int) -> None:
-        """Show a picture, uint8 [h, w, 3]."""
+    def image(self, name: str, pixels: Any, step: int) -> None:
+        """Show an image, uint8 [h, w, 3]."""
         if self._tb is not None:
             self._tb.add_image(name, pixels, step, dataformats="HWC")
 

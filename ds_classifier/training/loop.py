@@ -230,7 +230,7 @@ def training_row(
 ) -> dict[str, Any]:
     """The numbers of the steps since the last row, over all ranks; memory and GFLOP/s are a rank's.
 
-    window_samples: pictures that its means rest on; by quartile of t too.
+    window_samples: images that its means rest on; by quartile of t too.
     """
     samples = engine.train_batch_size()
     images_per_sec = clock.steps * samples / clock.seconds()
@@ -259,7 +259,7 @@ class BadSamples:
     """Undecodable samples of a run: listed by the rank that met them, counted over all ranks.
 
     known: those met before this start. limit: how many an epoch of epoch_samples may hold; a bad
-    picture is met again in every epoch.
+    image is met again in every epoch.
     """
 
     def __init__(

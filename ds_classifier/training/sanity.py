@@ -1,6 +1,6 @@
 """Is it working? What a run's rows say, in a line, when it changes.
 
-Judged are numbers, not time: accuracies against chance, by how many pictures they rest on; losses
+Judged are numbers, not time: accuracies against chance, by how many images they rest on; losses
 against their own scatter. What a few noisy rows cannot tell is not said.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 
 Row = dict[str, Any]
 
-PICTURES = 4000  # that a judgement rests on, where so many are at hand
+IMAGES = 4000  # that a judgement rests on, where so many are at hand
 MAX_ROWS, MIN_ROWS = 20, 5  # that it rests on; the least for one that needs their scatter
-LEAST_PICTURES = 64  # before anything is said
+LEAST_IMAGES = 64  # before anything is said
 KEPT = 500  # training rows that are remembered, and as many of validation
 # Chance may seem exceeded by luck with probability exp(-12) = 6e-6 (Chernoff's bound), whatever
-# the number of pictures.
+# the number of images.
 EVIDENCE = 12.0
 DEVIATIONS = 4.0  # standard errors that a difference must have
 QUARTILES = range(4)
@@ -30,7 +30,7 @@ QUARTILES = range(4)
 
 @dataclass(frozen=True)
 class Guessing:
-    """What a classifier gets that knows how frequent the classes are, and nothing of a picture.
+    """What a classifier gets that knows how frequent the classes are, and nothing of an image.
 
     loss: the entropy of the labels, nats; ln K for equally frequent ones. accuracy: the share of
     the most frequent class.
@@ -75,7 +75,7 @@ def _step(row: Row) -> int:
 class SanityWatch:
     """Takes in a run's rows, of training and validation, and says what is new about them.
 
-    val_samples: pictures in the validation set.
+    val_samples: images in the validation set.
     """
 
     def __init__(self, guessing: Guessing, *, val_samples: int):
@@ -120,13 +120,13 @@ UNKNOWN, NOTHING, FIRST, EVERYWHERE = range(4)
 def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
     """How far the training is, UNKNOWN to EVERYWHERE, and that in words."""
     now = recent(rows)
-    pictures = _pictures(now)
-    if pictures < LEAST_PICTURES:
+    images = _images(now)
+    if images < LEAST_IMAGES:
         return UNKNOWN, ""
     chance = guessing.accuracy
     accuracy = {q: _mean(now, _of(q)) for q in QUARTILES}
     accuracy = {q: value for q, value in accuracy.items() if value is not None}
-    resting = {q: _pictures(now, q) for q in accuracy}
+    resting = {q: _images(now, q) for q in accuracy}
     learnt = [q for q, value in accuracy.items() if above_chance(value, chance, resting[q])]
     window = f" over {len(now)} lines" if len(now) > 1 else ""
     known = f"{window}, chance {_percent(chance)}: learning"
@@ -139,7 +139,7 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
         first = learnt[0]
         text = f"q{first} accuracy {_percent(accuracy[first])}{known}"
         if first == 0:
-            text += ", nearly clean pictures first, as it should be"
+            text += ", nearly clean images first, as it should be"
         elif 0 in accuracy and _apart(accuracy[0], resting[0], accuracy[first], resting[first]):
             text += ", but not in q0"
         return FIRST, text
@@ -151,15 +151,15 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
     return UNKNOWN, ""
 
 
-def above_chance(accuracy: float, chance: float, pictures: float) -> bool:
-    """Whether so many pictures' accuracy is no luck.
+def above_chance(accuracy: float, chance: float, images: float) -> bool:
+    """Whether so many images' accuracy is no luck.
 
     P(accuracy or more by chance) <= exp(-n KL(accuracy || chance)) (Chernoff 1952).
     """
     if accuracy <= chance:
         return False
     rest = (1 - accuracy) * math.log((1 - accuracy) / (1 - chance)) if accuracy < 1 else 0.0
-    return pictures * (accuracy * math.log(accuracy / chance) + rest) > EVIDENCE
+    return images * (accuracy * math.log(accuracy / chance) + rest) > EVIDENCE
 
 
 # ------------------------------------------------------------------------- what is wrong
@@ -253,11 +253,11 @@ def noisier_is_easier(rows: Sequence[Row]) -> str | None:
     clean, noisy = _mean(now, _of(0)), _mean(now, _of(3))
     if clean is None or noisy is None or len(now) < MIN_ROWS:
         return None
-    if not _apart(clean, _pictures(now, 0), noisy, _pictures(now, 3)):
+    if not _apart(clean, _images(now, 0), noisy, _images(now, 3)):
         return None
     return (
         f"accuracy {_percent(noisy)} in q3, most noise, above {_percent(clean)} in q0, least: odd, "
-        "since noise hides what a picture shows"
+        "since noise hides what an image shows"
     )
 
 
@@ -265,8 +265,8 @@ def noisier_is_easier(rows: Sequence[Row]) -> str | None:
 
 
 def recent(rows: Sequence[Row]) -> list[Row]:
-    """The last training rows: as few as hold PICTURES, at least MIN_ROWS and at most MAX_ROWS, or
-    as many as hold LEAST_PICTURES."""
+    """The last training rows: as few as hold IMAGES, at least MIN_ROWS and at most MAX_ROWS, or
+    as many as hold LEAST_IMAGES."""
     return next(windows(rows), [])
 
 
@@ -278,9 +278,9 @@ def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
     first = True
     for row in reversed(trained):
         part.insert(0, row)
-        pictures = _pictures(part)
-        enough = pictures >= PICTURES and len(part) >= MIN_ROWS
-        if enough or (len(part) >= MAX_ROWS and pictures >= LEAST_PICTURES):
+        images = _images(part)
+        enough = images >= IMAGES and len(part) >= MIN_ROWS
+        if enough or (len(part) >= MAX_ROWS and images >= LEAST_IMAGES):
             yield part
             part, first = [], False
     if first:
@@ -291,22 +291,22 @@ def _of(quartile: int) -> str:
     return f"train_acc@1_q{quartile}"
 
 
-def _pictures(rows: Sequence[Row], quartile: int | None = None) -> float:
+def _images(rows: Sequence[Row], quartile: int | None = None) -> float:
     """That the rows rest on; of a quartile of t: as counted, else a fourth of them."""
     if quartile is None:
         return sum(row.get("window_samples") or 0 for row in rows)
     counts = (row.get(f"window_samples_q{quartile}") for row in rows)
     counted = [count for count in counts if count is not None]
     if len(counted) < len(rows):
-        return _pictures([row for row in rows if row.get(_of(quartile)) is not None]) / 4
+        return _images([row for row in rows if row.get(_of(quartile)) is not None]) / 4
     return sum(counted)
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
-    """The mean over pictures of all rows that have the key."""
+    """The mean over images of all rows that have the key."""
     having = [row for row in rows if _is_number(row.get(key))]
     quartile = int(key[-1]) if key[-3:-1] == "_q" else None
-    counts = [_pictures([row], quartile) for row in having]
+    counts = [_images([row], quartile) for row in having]
     if not sum(counts):
         return None
     return sum(n * row[key] for n, row in zip(counts, having, strict=True)) / sum(counts)
@@ -318,14 +318,14 @@ def _uniform_accuracy(rows: Sequence[Row]) -> tuple[float | None, float]:
     means = [_mean(rows, _of(q)) for q in QUARTILES]
     if None in means:
         accuracy = _mean(rows, "train_acc@1")
-        return accuracy, 0.0 if accuracy is None else _error(accuracy, _pictures(rows))
-    errors = [_error(mean, _pictures(rows, q)) for q, mean in enumerate(means)]
+        return accuracy, 0.0 if accuracy is None else _error(accuracy, _images(rows))
+    errors = [_error(mean, _images(rows, q)) for q, mean in enumerate(means)]
     return sum(means) / len(means), math.hypot(*errors) / len(means)
 
 
-def _apart(low: float, low_pictures: float, high: float, high_pictures: float) -> bool:
+def _apart(low: float, low_images: float, high: float, high_images: float) -> bool:
     """Whether one share is above another by more than luck."""
-    error = math.hypot(_error(low, low_pictures), _error(high, high_pictures))
+    error = math.hypot(_error(low, low_images), _error(high, high_images))
     return high - low >= DEVIATIONS * error
 
 
@@ -341,10 +341,10 @@ def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:
     return _mean(rows, "train_loss"), float(np.std(losses, ddof=1)) / math.sqrt(len(losses))
 
 
-def _error(share: float, pictures: float) -> float:
-    """Standard error of a share of so many pictures; never 0 (Agresti-Coull)."""
-    share = (share * pictures + 2) / (pictures + 4)
-    return math.sqrt(share * (1 - share) / pictures)
+def _error(share: float, images: float) -> float:
+    """Standard error of a share of so many images; never 0 (Agresti-Coull)."""
+    share = (share * images + 2) / (images + 4)
+    return math.sqrt(share * (1 - share) / images)
 
 
 def _percent(share: float) -> str:

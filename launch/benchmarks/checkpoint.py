@@ -17,7 +17,7 @@ from .step import Bench
 
 
 def measure(words: list[str], *, folder: Path | None, repeats: int) -> list[dict]:
-    """One rank, random pictures of 64 px: saves that are waited for and saves behind, in turn."""
+    """One rank, random images of 64 px: saves that are waited for and saves behind, in turn."""
     training_command(words)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--folder: got {folder}, which is no directory; need one on the disk")

@@ -21,7 +21,7 @@ def measure(
     words: list[str],
     *,
     program: Path,
-    pictures: str,
+    images: str,
     ways: list[str],
     ranks: list[int],
     steps: int,
@@ -44,7 +44,7 @@ def measure(
     told: list[dict[str, list[float]]] = [{} for _ in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = ["--data_dir", str(shards_for(words, pictures, folder))]
+        data = ["--data_dir", str(shards_for(words, images, folder))]
         for repeat in range(repeats):
             first = None
             for (way, count), figures in zip(runs, told, strict=True):

@@ -1,4 +1,4 @@
-"""Pictures a second written to shards of every store, beside `cp` of the same files."""
+"""Images a second written to shards of every store, beside `cp` of the same files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .data import stores
 from .measuring import interleaved
 
 
-def measure(pictures: str, *, image_sizes: list[int], repeats: int) -> list[dict]:
+def measure(images: str, *, image_sizes: list[int], repeats: int) -> list[dict]:
     """Every store on one worker and on all cores; `cp -r` of the same files beside them."""
-    source = open_source(pictures)
+    source = open_source(images)
     samples = source.splits["train"]
     megabytes = sum(sample.size() for sample in samples) / 1e6
     cores = len(os.sched_getaffinity(0))
@@ -34,10 +34,10 @@ def measure(pictures: str, *, image_sizes: list[int], repeats: int) -> list[dict
             return len(samples)
 
         def copy() -> int:
-            subprocess.run(["cp", "-r", pictures, out], check=True)
+            subprocess.run(["cp", "-r", images, out], check=True)
             return len(samples)
 
-        runs = {("cp -r", 1): copy} if Path(pictures).is_dir() else {}
+        runs = {("cp -r", 1): copy} if Path(images).is_dir() else {}
         for name, store in written.items():
             for workers in sorted({1, cores}):
                 runs[name, workers] = lambda s=store, w=workers: write(s, w)

@@ -1,4 +1,4 @@
-"""Pictures a second and core, from shards of every store and from a folder."""
+"""Images a second and core, from shards of every store and from a folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from ds_classifier.config import Settings
-from ds_classifier.data import images
 from ds_classifier.data.convert.convert import Store, convert
 from ds_classifier.data.convert.sources import open_source
+from ds_classifier.data.images import decode, random_crop
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
@@ -25,13 +25,13 @@ from ds_classifier.data.store import store_of
 from .measuring import interleaved
 
 
-def measure(pictures: str, *, image_sizes: list[int], count: int, repeats: int) -> list[dict]:
+def measure(images: str, *, image_sizes: list[int], count: int, repeats: int) -> list[dict]:
     """The plain way (folder, Pillow, float32), and shards of every store, by a core's own seconds.
 
     exact, fast: what `--resize` says. decode: the bytes to pixels of the stored size, no more.
     """
     torch.set_num_threads(1)
-    source = open_source(pictures)
+    source = open_source(images)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in image_sizes:
@@ -76,20 +76,20 @@ def _decode_alone(folder: Path, count: int) -> Callable[[], int]:
 
     def run() -> int:
         for i in range(count):
-            images.decode(data[i % len(data)])
+            decode(data[i % len(data)])
         return count
 
     return run
 
 
 def _plain(source, size: int, count: int) -> Callable[[], int]:
-    """As the reference reads: a file a picture, its crop, flip, float32, collated 16 at a time."""
+    """As the reference reads: a file an image, its crop, flip, float32, collated 16 at a time."""
     samples = source.splits["train"]
 
     def one(i: int) -> tuple[np.ndarray, int]:
         sample = samples[i % len(samples)]
         image = Image.open(io.BytesIO(sample.read())).convert("RGB")
-        pixels = images.random_crop(image, size, random.randrange)
+        pixels = random_crop(image, size, random.randrange)
         if random.random() < 0.5:
             pixels = pixels[:, ::-1]
         return np.transpose(pixels.astype(np.float32) / 127.5 - 1, [2, 0, 1]), sample.label

@@ -18,7 +18,7 @@ from ds_classifier.data.shards import INDEX, INDEX_DTYPE, Manifest, Shard, Shard
 
 
 def measure(*, repeats: int) -> list[dict]:
-    """8 workers on an index of ImageNet's size and on one of a billion; its rows name one picture.
+    """8 workers on an index of ImageNet's size and on one of a billion; its rows name one image.
 
     own: what a worker shares with nobody, the index's cached pages not counted; the largest of 8.
     """
@@ -48,7 +48,7 @@ def measure(*, repeats: int) -> list[dict]:
                 "samples": samples,
                 "shards": count,
                 "index MB": samples * shards.index.itemsize / 1e6,
-                f"own MB a worker after {early * batch:,} pictures": largest[early][0],
+                f"own MB a worker after {early * batch:,} images": largest[early][0],
                 f"after {late * batch:,}": largest[late][0],
                 "index copied, MB": largest[late][1],
             }
@@ -57,17 +57,17 @@ def measure(*, repeats: int) -> list[dict]:
 
 
 def made_up_shards(folder: Path, sizes: list[int], touched: np.ndarray):
-    """A split of `sizes` samples a shard, of which only rows `touched` may be read: one picture.
+    """A split of `sizes` samples a shard, of which only rows `touched` may be read: one image.
 
     Its index is as long as a real one and takes no space on disk but for those rows.
     """
     noise = np.random.RandomState(0).randint(0, 256, (80, 100, 3)).astype(np.uint8)
-    picture = encode(Image.fromarray(noise), "jpg")
-    shards = [Shard(f"train-{n:06d}.tar", k, len(picture), "0" * 64) for n, k in enumerate(sizes)]
-    (folder / shards[0].name).write_bytes(picture)
+    image = encode(Image.fromarray(noise), "jpg")
+    shards = [Shard(f"train-{n:06d}.tar", k, len(image), "0" * 64) for n, k in enumerate(sizes)]
+    (folder / shards[0].name).write_bytes(image)
     samples = sum(sizes)
     rows = np.lib.format.open_memmap(folder / INDEX, "w+", dtype=INDEX_DTYPE, shape=(samples,))
-    rows["length"][touched] = len(picture)
+    rows["length"][touched] = len(image)
     rows.flush()
     manifest = Manifest(
         split="train",

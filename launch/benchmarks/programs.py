@@ -22,7 +22,7 @@ from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
 from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
-MOST_CONVERTED = 2000  # pictures, which are read again and again
+MOST_CONVERTED = 2000  # images, which are read again and again
 WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers
 REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
 # Settings of a training command that a benchmark chooses itself.
@@ -43,7 +43,7 @@ def training_command(words: list[str]) -> CommandLine:
     except SystemExit:
         problem = said.getvalue().strip().splitlines()[-1:] or ["--help"]
         problem = problem[0].removeprefix("train.py: error: ")
-        raise ValueError(f"{problem} (flags of launch/train.py come after PICTURES)") from None
+        raise ValueError(f"{problem} (flags of launch/train.py come after IMAGES)") from None
     flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     chosen = sorted(set(OURS) & flags)
     if chosen or command.instead:
@@ -55,7 +55,7 @@ def training_command(words: list[str]) -> CommandLine:
 def reference_images_per_sec(
     runner: Path,
     checkout: Path,
-    pictures: Path,
+    images: Path,
     folder: Path,
     settings: Settings,
     *,
@@ -63,9 +63,9 @@ def reference_images_per_sec(
     microbatch: int,
     steps: int,
 ) -> float:
-    """classifier_train.py's pictures a second over `steps` steps, of its own loader and logging.
+    """classifier_train.py's images a second over `steps` steps, of its own loader and logging.
 
-    runner: launch/benchmarks/run_reference.py. pictures: a folder whose files begin with their
+    runner: launch/benchmarks/run_reference.py. images: a folder whose files begin with their
     class and _.
     folder: for what it writes.
     """
@@ -73,7 +73,7 @@ def reference_images_per_sec(
     moments.unlink(missing_ok=True)
     flags = classifier_flags(settings) | process_flags(settings)
     flags |= dict(lr=settings.lr, weight_decay=settings.weight_decay, log_interval=10)
-    flags |= dict(data_dir=pictures, batch_size=batch, microbatch=microbatch, iterations=10**6)
+    flags |= dict(data_dir=images, batch_size=batch, microbatch=microbatch, iterations=10**6)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     _run(
         [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],
@@ -89,18 +89,18 @@ def resolve_words(words: list[str], ranks: int) -> Resolved:
     return resolve(command, read_ds_config(command.deepspeed_config), world_size=ranks)
 
 
-def split_of_shards(pictures: Path) -> Path | None:
-    """Where pictures are shards already: their training split, or the split named."""
-    splits = (pictures, pictures / "train")
+def split_of_shards(images: Path) -> Path | None:
+    """Where images are shards already: their training split, or the split named."""
+    splits = (images, images / "train")
     return next((split for split in splits if (split / MANIFEST).is_file()), None)
 
 
-def shards_for(words: list[str], pictures: str, folder: Path) -> Path:
-    """The training split of pictures; if they are no shards, at most MOST_CONVERTED of them,
+def shards_for(words: list[str], images: str, folder: Path) -> Path:
+    """The training split of images; if they are no shards, at most MOST_CONVERTED of them,
     converted into the folder as the training command's image size asks for."""
-    if (split := split_of_shards(Path(pictures))) is not None:
+    if (split := split_of_shards(Path(images))) is not None:
         return split.resolve()
-    source = open_source(pictures)
+    source = open_source(images)
     samples = source.splits["train"]
     samples = samples[:: -(-len(samples) // MOST_CONVERTED)]
     store = Store(parse_training_command(words).settings.image_size, "jpg")

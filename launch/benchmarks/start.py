@@ -25,16 +25,16 @@ MARKS = {
 
 
 def measure(
-    words: list[str], *, program: Path, pictures: str, ranks: list[int], repeats: int
+    words: list[str], *, program: Path, images: str, ranks: list[int], repeats: int
 ) -> list[dict]:
-    """Seconds since the command. words: of the training command. pictures: shards, or what they
+    """Seconds since the command. words: of the training command. images: shards, or what they
     are made of."""
     training_command(words)
     imports = [sys.executable, "-c", "import torch, deepspeed; print('done', flush=True)"]
     seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        flags = ["--data_dir", shards_for(words, pictures, folder), "--iterations", 100]
+        flags = ["--data_dir", shards_for(words, images, folder), "--iterations", 100]
         flags += ["--log_interval", 1]
         for repeat in range(repeats):
             ways = {"importing torch and deepspeed": (imports, {"imported": "done"})}

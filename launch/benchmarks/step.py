@@ -1,8 +1,8 @@
-"""Pictures a second of training: bare, in an engine, in the whole trainer, in the reference.
+"""Images a second of training: bare, in an engine, in the whole trainer, in the reference.
 
 Each layer does what the one below does and more, so that what it costs can be seen. The bare model
 and the engine run in this process on one batch that lies ready; the trainer and the reference are
-whole programs, started anew for each repeat, on the same pictures.
+whole programs, started anew for each repeat, on the same images.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Bench:
         return deepspeed_engine.precision(self.engine)
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Of a step."""
         return self.resolved.batch.total
 
     def trainer_step(self) -> Callable[[], int]:
-        """All of a step but the loader: noise, metrics, the engine. Returns the pictures of it."""
+        """All of a step but the loader: noise, metrics, the engine. Returns the images of it."""
         settings, engine = self.resolved.settings, self.engine
         meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
         sampler = UniformSampler(engine.module.diffusion.num_timesteps)
@@ -110,7 +110,7 @@ class Bench:
                 seed=settings.seed,
                 noised=settings.noised,
             )
-            return self.pictures
+            return self.images
 
         return waited_for(step, engine.device)
 
@@ -124,7 +124,7 @@ class Bench:
                 losses, _ = engine(*inputs)
                 engine.backward(losses.mean())
                 engine.step()
-            return self.pictures
+            return self.images
 
         return waited_for(step, engine.device)
 
@@ -143,7 +143,7 @@ class Bench:
                 (losses.mean() / accumulation).backward()
             optimizer.step()
             optimizer.zero_grad()
-            return self.pictures
+            return self.images
 
         return waited_for(step, device)
 
@@ -206,27 +206,27 @@ def measure(
     words: list[str],
     *,
     program: Path,
-    pictures: str,
+    images: str,
     reference: Path | None,
     ranks: list[int],
     steps: int,
     repeats: int,
 ) -> list[dict]:
-    """Every layer, interleaved. words: of the training command. pictures: shards, or what they are
+    """Every layer, interleaved. words: of the training command. images: shards, or what they are
     made of.
 
     program: launch/train.py. ranks: the trainer is run on each of these numbers of them, by the
     same words, in which --batch_size is a rank's and --global_batch all ranks'. steps: timed of
     each program in a repeat. reference: a checkout of guided-diffusion, run as it is.
-    Raises ValueError where the reference cannot be run, or only with other pictures or another
+    Raises ValueError where the reference cannot be run, or only with other images or another
     classifier.
     """
     settings = training_command(words).settings
     if reference is not None:
-        _check_reference(reference, Path(pictures), settings)
+        _check_reference(reference, Path(images), settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shards = shards_for(words, pictures, folder)
+        shards = shards_for(words, images, folder)
         words = [*words, "--data_dir", str(shards)]
         classes = open_shards(shards).manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
@@ -263,10 +263,10 @@ def measure(
             return reference_images_per_sec(
                 program.parent / "benchmarks" / "run_reference.py",
                 reference,
-                Path(pictures),
+                Path(images),
                 folder,
                 settings,
-                batch=bench.pictures,
+                batch=bench.images,
                 microbatch=bench.resolved.batch.micro,
                 steps=steps,
             )
@@ -281,12 +281,12 @@ def measure(
         return rows_of(in_turn(ways, repeats), bench, devices)
 
 
-def _check_reference(checkout: Path, pictures: Path, settings: Settings) -> None:
+def _check_reference(checkout: Path, images: Path, settings: Settings) -> None:
     if not (checkout / REFERENCE_SCRIPT).is_file():
         raise ValueError(f"--reference: got {checkout}; need a checkout with {REFERENCE_SCRIPT}")
-    if not pictures.is_dir() or split_of_shards(pictures) is not None:
+    if not images.is_dir() or split_of_shards(images) is not None:
         raise ValueError(
-            f"--reference: got the pictures {pictures}; need a folder of picture files, which is "
+            f"--reference: got the images {images}; need a folder of image files, which is "
             "all that it reads"
         )
     # How many classes there are changes its last layer alone.
@@ -303,7 +303,7 @@ def described(bench: Bench, *, steps: int, repeats: int) -> str:
     flops = training_flops(forward_flops(settings.model_kwargs())) / 1e9
     parameters = sum(p.numel() for p in bench.engine.module.parameters())
     return (
-        f"{settings.image_size} px, {parameters:,} parameters, {flops:,.1f} GFLOP a picture; "
+        f"{settings.image_size} px, {parameters:,} parameters, {flops:,.1f} GFLOP an image; "
         f"{bench.precision}, {bench.resolved.batch}, on "
         f"{deepspeed_engine.describe_device(device)}; "
         f"medians of {repeats}, of {steps} steps each"
@@ -315,7 +315,7 @@ def rows_of(
 ) -> list[dict[str, object]]:
     """A row a layer, of medians; ratios are medians of those of each repeat.
 
-    told: pictures a second by layer, and operations of the matrix products, a number a repeat.
+    told: images a second by layer, and operations of the matrix products, a number a repeat.
     devices: that a layer has, where it is not one.
     """
     rates = {name: np.array(values) for name, values in told.items()}

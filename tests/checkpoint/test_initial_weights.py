@@ -110,15 +110,15 @@ def test_another_image_size_interpolates_the_positional_embedding(bare, weights)
 
 
 def test_interpolation_keeps_places():
-    """A smooth picture over the feature map is the same picture over another; so says the formula
-    of the picture, at the new pixels' centres."""
+    """A smooth image over the feature map is the same image over another; so says the formula
+    of the image, at the new pixels' centres."""
 
-    def picture(side):
+    def image(side):
         at = (np.arange(side) + 0.5) / side
         return np.stack([np.add.outer(2.0 * at, 3.0 * at), np.multiply.outer(at, at)])
 
     mean = np.array([[7.0], [-7.0]])
-    embedding = np.concatenate([mean, picture(8).reshape(2, 64)], axis=1)
+    embedding = np.concatenate([mean, image(8).reshape(2, 64)], axis=1)
     for side in (4, 12, 16):
         got = interpolate_positional_embedding(torch.from_numpy(embedding).float(), side)
         assert got.shape == (2, 1 + side**2)
@@ -126,15 +126,15 @@ def test_interpolation_keeps_places():
         inner = slice(side // 4, -(side // 4))  # at the edge there is nothing to look at beyond
         np.testing.assert_allclose(
             got[:, 1:].unflatten(1, (side, side))[:, inner, inner],
-            picture(side)[:, inner, inner],
+            image(side)[:, inner, inner],
             atol=0.05,
         )
     same = interpolate_positional_embedding(torch.from_numpy(embedding).float(), 8)
     np.testing.assert_allclose(same, embedding, atol=1e-6)
 
 
-def test_the_resized_classifier_still_knows_enlarged_pictures(bare, weights):
-    """Its pooled features of a picture twice as large stay nearer to the original's than with the
+def test_the_resized_classifier_still_knows_enlarged_images(bare, weights):
+    """Its pooled features of an image twice as large stay nearer to the original's than with the
     embedding of another shuffle: the interpolation is along the right axes."""
     own = dict(image_size=32, classifier_attention_resolutions="16")
     _, state, _ = start(bare, **own)

@@ -18,7 +18,7 @@ def png(mode, size=(20, 30), **save):
     return data.getvalue()
 
 
-def test_agrees_with_the_golden_picture():
+def test_agrees_with_the_golden_image():
     golden = np.load(GOLDEN / "images.npz")
     image = Image.fromarray(golden["pixels"])
     assert np.array_equal(images.center_crop(image, 16), golden["center_16"])
@@ -30,7 +30,7 @@ def test_agrees_with_the_golden_picture():
         assert np.array_equal(crop, golden[f"random_16_{seed}"])
 
 
-def test_agrees_with_the_recorded_pictures(reference, imagenet_sample):
+def test_agrees_with_the_recorded_images(reference, imagenet_sample):
     recorded = np.load(reference / "images.npz")
     compared = 0
     for case in json.loads((reference / "cases.json").read_text())["images"]:
@@ -67,13 +67,13 @@ def test_any_mode_becomes_the_channels_asked_for(mode, channels, fast):
 def test_cmyk_jpeg_and_one_pixel(fast):
     data = io.BytesIO()
     Image.new("CMYK", (9, 9)).save(data, format="JPEG")
-    for picture in (data.getvalue(), png("RGB", (1, 1))):
-        crop = images.center_crop(images.decode(picture), 4, fast=fast)
+    for image in (data.getvalue(), png("RGB", (1, 1))):
+        crop = images.center_crop(images.decode(image), 4, fast=fast)
         assert crop.shape == (4, 4, 3)
 
 
 def test_a_sampling_that_the_quick_decoder_does_not_know_is_pillows():
-    """4:4:1: a 4:2:0 picture whose header is patched, since no encoder here writes it."""
+    """4:4:1: a 4:2:0 image whose header is patched, since no encoder here writes it."""
     stored = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(stored, "JPEG", subsampling=2)
     data = bytearray(stored.getvalue())
@@ -117,13 +117,13 @@ def test_jpegs_are_decoded_to_pillows_pixels(imagenet_sample):
     assert errors > 200
 
 
-def kinds_of_jpeg(picture):
+def kinds_of_jpeg(original):
     for size in ((1, 1), (17, 33), (40, 23)):
         for mode in ("RGB", "L", "CMYK"):
             for subsampling in (0, 1, 2) if mode == "RGB" else (0,):
                 for save in ({}, {"progressive": True}, {"restart_marker_blocks": 2}):
                     data = io.BytesIO()
-                    image = picture.resize(size).convert(mode)
+                    image = original.resize(size).convert(mode)
                     image.save(data, format="JPEG", subsampling=subsampling, **save)
                     yield data.getvalue()
 
@@ -152,7 +152,7 @@ def test_a_sliver_is_not_blown_up():
             images.center_crop(images.decode(png("L", size)), 64, fast=fast)
 
 
-def test_huge_pictures_are_refused_before_decoding():
+def test_huge_images_are_refused_before_decoding():
     header = png("1", (20_000, 20_000))  # 400 megapixels in a few kilobytes
     with pytest.raises(ValueError, match="pixels"):
         images.decode(header)
@@ -171,7 +171,7 @@ def whole_then_crop(image, short_side, size, top, left):
 
 
 def test_nothing_that_is_left_out_changes_a_pixel():
-    """Wide and tall pictures of all sizes: exact equals the whole resize, fast nearly."""
+    """Wide and tall images of all sizes: exact equals the whole resize, fast nearly."""
     draw, noise = random.Random(0), np.random.RandomState(0)
     differing = []
     for _ in range(400):
@@ -203,8 +203,8 @@ def test_nothing_that_is_left_out_changes_a_pixel():
 
 
 @pytest.mark.parametrize(("size", "mean", "decibels"), [(64, 0.005, 66.0), (256, 0.005, 66.0)])
-def test_fast_pixels_of_real_pictures(imagenet_sample, size, mean, decibels):
-    """What the README states: at most 2 of 255, and how far on average, over all the pictures."""
+def test_fast_pixels_of_real_images(imagenet_sample, size, mean, decibels):
+    """What the README states: at most 2 of 255, and how far on average, over all the images."""
     means = []
     for i, path in enumerate(sorted(imagenet_sample.iterdir())):
         image = images.decode(path.read_bytes())
@@ -218,7 +218,7 @@ def test_fast_pixels_of_real_pictures(imagenet_sample, size, mean, decibels):
     assert np.mean(means) < mean
 
 
-def test_fast_pixels_of_the_golden_picture():
+def test_fast_pixels_of_the_golden_image():
     golden = np.load(GOLDEN / "images.npz")
     image = Image.fromarray(golden["pixels"])
     for seed in range(3):

@@ -96,7 +96,7 @@ def test_resuming_gives_the_suffix_on_other_ranks_too(digits):
     assert whole[: 30 * GLOBAL_BATCH] != whole[30 * GLOBAL_BATCH :][: 30 * GLOBAL_BATCH]
 
 
-def test_each_epoch_trains_on_every_picture_once(digits):
+def test_each_epoch_trains_on_every_image_once(digits):
     shards = open_shards(digits / "val")
     order = SampleOrder([360], seed=0, lanes=8, shuffle_shards=1)
     dataset = ShardDataset(shards, image_size=8, order=order)
@@ -105,9 +105,9 @@ def test_each_epoch_trains_on_every_picture_once(digits):
     )
     seen = [batch.images for batch in create_loader(dataset, positions, workers=2)]
     plain = ShardDataset(shards, image_size=8)[np.arange(360)].images
-    expected = sorted(picture.numpy().tobytes() for picture in plain)
+    expected = sorted(image.numpy().tobytes() for image in plain)
     for epoch in (torch.cat(seen[:30]), torch.cat(seen[30:])):
-        assert sorted(picture.numpy().tobytes() for picture in epoch) == expected
+        assert sorted(image.numpy().tobytes() for image in epoch) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -186,7 +186,7 @@ def test_workers_hold_one_index_and_do_not_grow(tmp_path):
             own.append(private)
             assert copied == 0
     assert 0 < own[0] < 100e6
-    assert own[1] - own[0] < 15e6  # these pictures, were they kept, would be 60 MB by then
+    assert own[1] - own[0] < 15e6  # these images, were they kept, would be 60 MB by then
 
 
 @pytest.mark.parametrize(("workers", "fast"), [(0, False), (2, False), (0, True)])
@@ -274,7 +274,7 @@ def test_an_error_in_a_worker_is_no_death(digits, tmp_path):
         list(loader)
 
 
-def test_the_manifest_says_how_pictures_are_stored(digits):
+def test_the_manifest_says_how_images_are_stored(digits):
     manifest = json.loads((digits / "train" / "manifest.json").read_text())
     assert (manifest["stored"], manifest["samples"]) == ("original", 1437)
     assert len(manifest["fingerprint"]) == 64

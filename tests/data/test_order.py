@@ -100,12 +100,12 @@ def test_ranks_share_out_the_global_batch_by_lane(layout, share, world_size, ste
 
 def shards_of(folder, shard_samples):
     """A split with so many samples in its shards, each labelled with its number."""
-    picture = io.BytesIO()
-    Image.new("L", (1, 1)).save(picture, format="PNG")
+    image = io.BytesIO()
+    Image.new("L", (1, 1)).save(image, format="PNG")
     shards, rows = [], []
     for number, samples in enumerate(shard_samples):
-        (folder / f"{number}.tar").write_bytes(picture.getvalue() * samples)
-        length = len(picture.getvalue())
+        (folder / f"{number}.tar").write_bytes(image.getvalue() * samples)
+        length = len(image.getvalue())
         shards.append(Shard(f"{number}.tar", samples, samples * length, ""))
         rows += [(i * length, length, len(rows) + i, number) for i in range(samples)]
     facts = dict(split="", source="", plan="", classes=[], stored="original", image_size=None)

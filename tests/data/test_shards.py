@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, pictures, run_python
+from conftest import ROOT, make_images, run_python
 from PIL import Image
 
 from ds_classifier.common import files
@@ -39,27 +39,27 @@ def test_stock_webdataset_reads_the_same_samples(folder, tmp_path):
     assert len(by_webdataset) == 15
     for i, row in enumerate(opened.index):
         data = opened.path(row["shard"]).read_bytes()
-        picture = data[row["offset"] : row["offset"] + row["length"]]
-        assert by_webdataset[opened.key(i)] == (picture, row["label"])
+        image = data[row["offset"] : row["offset"] + row["length"]]
+        assert by_webdataset[opened.key(i)] == (image, row["label"])
     originals = {p.read_bytes(): p.parent.name for p in folder.rglob("*.png")}
-    for picture, label in by_webdataset.values():
-        assert originals.pop(picture) == opened.manifest.classes[label]
+    for image, label in by_webdataset.values():
+        assert originals.pop(image) == opened.manifest.classes[label]
     assert not originals
 
 
 def test_one_class_list_for_both_splits(folder, tmp_path):
-    val = pictures(tmp_path / "val", ["emu/a.png", "cat/b.png"])
+    val = make_images(tmp_path / "val", ["emu/a.png", "cat/b.png"])
     convert(image_folder(folder, val), tmp_path / "data")
     train, held_out = (open_shards(tmp_path / "data" / split) for split in ("train", "val"))
     assert train.manifest.classes == held_out.manifest.classes == ["cat", "dog", "emu"]
     assert sorted(held_out.index["label"].tolist()) == [0, 2]
-    pictures(val, ["fox/c.png"])
+    make_images(val, ["fox/c.png"])
     with pytest.raises(ValueError, match="'fox'"):
         image_folder(folder, val)
 
 
 def test_classes_by_file_prefix_as_the_reference_names_files(tmp_path):
-    source = image_folder(pictures(tmp_path / "flat", ["b_1.png", "a_2.png", "a_1_x.png"]))
+    source = image_folder(make_images(tmp_path / "flat", ["b_1.png", "a_2.png", "a_1_x.png"]))
     assert source.classes == ["a", "b"]
     found = [(Path(s.name).name, s.label) for s in source.splits["train"]]
     assert found == [("a_1_x.png", 0), ("a_2.png", 0), ("b_1.png", 1)]
@@ -68,14 +68,14 @@ def test_classes_by_file_prefix_as_the_reference_names_files(tmp_path):
 def test_linked_roots_and_deep_folders(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert image_folder(tmp_path / "link").classes == ["cat", "dog", "emu"]
-    deep = image_folder(pictures(tmp_path / "deep", ["a/x/1.png", "a/y/1.png", "b/1.png"]))
+    deep = image_folder(make_images(tmp_path / "deep", ["a/x/1.png", "a/y/1.png", "b/1.png"]))
     assert [s.label for s in deep.splits["train"]] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "without any picture"),
+        ([], "without any image"),
         (["a/1.png", "2_b.png"], "both directly"),
         (["nounderscore.png"], "before the first underscore"),
     ],
@@ -83,31 +83,31 @@ def test_linked_roots_and_deep_folders(folder, tmp_path):
 def test_folders_that_cannot_be_read_as_classes(tmp_path, names, message):
     (tmp_path / "odd").mkdir()
     with pytest.raises(ValueError, match=message):
-        image_folder(pictures(tmp_path / "odd", names))
+        image_folder(make_images(tmp_path / "odd", names))
 
 
-def test_folders_without_pictures_do_not_vanish(folder):
+def test_folders_without_images_do_not_vanish(folder):
     (folder / "fox").mkdir()
     (folder / ".cache").mkdir()
-    with pytest.raises(ValueError, match=r"fox.*without any picture"):
+    with pytest.raises(ValueError, match=r"fox.*without any image"):
         image_folder(folder)
 
 
-def test_pictures_of_other_formats_do_not_vanish(folder, tmp_path):
+def test_images_of_other_formats_do_not_vanish(folder, tmp_path):
     """A TIFF among PNGs is named; a JPEG that is called .jfif is one of the class."""
-    picture = Image.new("RGB", (9, 9))
-    picture.save(folder / "cat" / "saved.jfif", format="JPEG")
+    image = Image.new("RGB", (9, 9))
+    image.save(folder / "cat" / "saved.jfif", format="JPEG")
     names = [sample.name for sample in image_folder(folder).splits["train"]]
     convert(image_folder(folder), tmp_path / "data")
     assert open_shards(tmp_path / "data/train").manifest.samples == len(names)
     assert "cat/saved.jfif" in names
-    picture.save(folder / "cat" / "scan.TIF", format="TIFF")
+    image.save(folder / "cat" / "scan.TIF", format="TIFF")
     with pytest.raises(ValueError, match=r"1 file that cannot be stored(.|\n)*cat/scan\.TIF"):
         convert(image_folder(folder), tmp_path / "other")
 
 
 def test_splits_are_not_taken_for_classes(tmp_path):
-    both = pictures(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"])
+    both = make_images(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"])
     with pytest.raises(ValueError, match=r"splits \(train, val\)"):
         image_folder(both)
 
@@ -123,9 +123,9 @@ def test_digits_are_the_ones_of_scikit_learn(digits):
         for i, row in enumerate(opened.index):
             with open(opened.path(row["shard"]), "rb") as file:
                 file.seek(row["offset"])
-                picture = np.asarray(Image.open(io.BytesIO(file.read(row["length"]))))
+                image = np.asarray(Image.open(io.BytesIO(file.read(row["length"]))))
             number = int(opened.key(i).split("_")[-1])
-            assert np.array_equal(picture, np.round(bunch.images[number] * 255 / 16))
+            assert np.array_equal(image, np.round(bunch.images[number] * 255 / 16))
             assert row["label"] == bunch.target[number]
             seen.add(number)
         assert seen == set(range(first, first + count))
@@ -263,12 +263,12 @@ def test_labels_that_are_none_are_named(tmp_path, text):
 
 
 @pytest.mark.parametrize("missing", [1, 3])
-def test_pictures_without_a_label_are_named(tmp_path, missing):
+def test_images_without_a_label_are_named(tmp_path, missing):
     """In the midst, and at a shard's end, where the label may be the next shard's first member."""
     members = {"k1.png": b"", "k1.cls": b"0", "k2.png": b"", "k2.cls": b"1"}
     del members[list(members)[missing]]
     pack(tmp_path / "x.tar", members)
-    with pytest.raises(ValueError, match=r"x\.tar: k[12] has a picture but no \.cls"):
+    with pytest.raises(ValueError, match=r"x\.tar: k[12] has an image but no \.cls"):
         list(scan_shard(tmp_path / "x.tar"))
 
 
@@ -293,8 +293,8 @@ def test_keys_that_appear_twice_are_found(folder, tmp_path):
     assert all(problem.startswith(str(third)) for problem in in_two)
 
 
-def test_no_member_but_the_picture_is_ever_decoded(tmp_path):
-    """A pickle beside a picture, and one that calls itself a picture, run nothing."""
+def test_no_member_but_the_image_is_ever_decoded(tmp_path):
+    """A pickle beside an image, and one that calls itself an image, run nothing."""
 
     class Evil:
         def __reduce__(self):
@@ -325,7 +325,7 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
     unfinished.mkdir(parents=True)
     (unfinished / "train-000000.tar").touch()
     for place, words in (
-        (folder, ["folder of pictures", "make_shards.py convert"]),
+        (folder, ["folder of images", "make_shards.py convert"]),
         (tmp_path / "nowhere", ["does not exist", "make_shards.py convert"]),
         (split.parent, ["one level down", str(split)]),
         (unfinished, ["not finished", f"merge {unfinished.parent}"]),
@@ -373,7 +373,7 @@ def test_the_command_line(folder, tmp_path):
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "convert", folder, tmp_path / "out", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (0, 1), done.output
-    assert "15 pictures of 3 classes in 1 shard," in done.output
+    assert "15 images of 3 classes in 1 shard," in done.output
     done = run_python(script, "verify", tmp_path / "out/train", "--hash", "--decode", cwd=tmp_path)
     assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)

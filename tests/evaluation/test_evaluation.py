@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, pictures, read_log
+from conftest import ROOT, launch, make_images, read_log
 from test_model import filled
 from test_training import CONFIGS, TINY
 
@@ -46,7 +46,7 @@ def made_up(count, classes, seed=0):
         -5, 6, (count,), generator=generator
     )
     weights = (torch.rand(count, generator=generator) < 0.9).float()
-    log_p[weights == 0] = math.nan  # a picture that did not decode may give anything
+    log_p[weights == 0] = math.nan  # an image that did not decode may give anything
     return log_p, labels, grad_norms, weights
 
 
@@ -169,7 +169,7 @@ class Linear(torch.nn.Module):
 
 
 def batches(count, size, classes, batch):
-    """Random pictures as the loader gives them: padded to whole batches, one that is bad."""
+    """Random images as the loader gives them: padded to whole batches, one that is bad."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator).to(torch.uint8)
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -181,7 +181,7 @@ def batches(count, size, classes, batch):
         weights = inside.float()
         bad = []
         if start == 0:
-            weights[1], bad = 0.0, [BadSample(1, "key", "no picture")]
+            weights[1], bad = 0.0, [BadSample(1, "key", "no image")]
         positions = positions.where(inside, -1)
         made.append(Batch(pixels[rows], labels[rows], positions, weights, bad))
     return made
@@ -237,7 +237,7 @@ def test_levels_are_those_of_a_loop(alone):
     assert [row["log_snr"] for row in described["levels"]] == pytest.approx(snr)
     assert [level["t"] for level in described["per_class"]] == [None, 7]
 
-    # The validation during training shows the same pictures with the same noise.
+    # The validation during training shows the same images with the same noise.
     module = NoisedClassifier(model, diffusion)
     for row, t in ((0, None), (1, 0)):
         means, _ = evaluate.evaluate(module, loader, samples=count, device=torch.device("cpu"), t=t)
@@ -255,7 +255,7 @@ def test_a_sample_left_out_is_an_error(alone):
         evaluate.evaluate_levels([posterior], diffusion, loader, samples=11, **keywords)
     (only_bad,) = batches(2, 4, 4, 2)
     only_bad.weights[:] = 0
-    with pytest.raises(ValueError, match="none of its 1 pictures decodes"):
+    with pytest.raises(ValueError, match="none of its 1 images decodes"):
         evaluate.evaluate_levels([posterior], diffusion, [only_bad], samples=1, **keywords)
 
 
@@ -283,14 +283,14 @@ def test_levels_are_even_in_log_snr(schedule, count):
 
 
 def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
-    """A published-format .pt on 1, 2 and 3 ranks: sets of 1, 7 and 1,000 pictures."""
+    """A published-format .pt on 1, 2 and 3 ranks: sets of 1, 7 and 1,000 images."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun and the launcher have it
     names = [f"train/{c}/{i}.png" for c in ("cat", "dog", "emu") for i in range(2)]
-    pictures(tmp_path, names)
+    make_images(tmp_path, names)
     sets = []
     for count, batch in ((1, 64), (7, 3), (1000, 64)):
         held_out = tmp_path / f"held_out{count}"
-        pictures(held_out, [f"{('cat', 'dog', 'emu')[i % 3]}/{i}.png" for i in range(count)])
+        make_images(held_out, [f"{('cat', 'dog', 'emu')[i % 3]}/{i}.png" for i in range(count)])
         source = open_source(str(tmp_path / "train"), val=str(held_out))
         manifests = convert(source, tmp_path / f"shards{count}")
         assert manifests["val"].samples == count
@@ -376,7 +376,7 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
             assert numbers["uniform_t"][name] == pytest.approx(row[f"val_{name}"], rel=1e-5)
             assert numbers["levels"][0][name] == pytest.approx(row[f"val_{name}_t0"], rel=1e-5)
         # The digits are small: the exact posterior stands beside, and knows better than 4 steps.
-        assert record["bayes"]["pictures"] == 1437
+        assert record["bayes"]["images"] == 1437
         assert record["bayes"]["levels"][0]["acc@1"] > 0.9
         tables = [*level_table(record), *class_table(record), *series_table(records)]
         assert max(map(len, tables)) <= 100

@@ -39,7 +39,7 @@ def test_means_are_those_of_a_loop(classes, num_timesteps):
             t=torch.randint(0, num_timesteps, (33,), generator=generator),
             weights=(torch.rand(33, generator=generator) < 0.9).float(),
         )
-        batch["losses"][batch["weights"] == 0] = float("nan")  # of a picture that did not decode
+        batch["losses"][batch["weights"] == 0] = float("nan")  # of an image that did not decode
         meter.add(**batch)
         samples += list(zip(*(batch[k].tolist() for k in batch), strict=True))
     means, weight, losses = meter.read()

@@ -477,7 +477,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_no_attention_is_said_in_a_way_that_guided_diffusion_can_read():
-    """It cannot parse an empty list; a side above the picture's stands for none."""
+    """It cannot parse an empty list; a side above the image's stands for none."""
     flags = classifier_flags(Settings(classifier_attention_resolutions=""))
     assert 64 // int(flags["classifier_attention_resolutions"]) == 0
 
@@ -487,7 +487,7 @@ def test_flags_are_words_of_a_command_line():
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert all(len(line.split(" ")) == 2 for line in lines)
     assert "--timestep_respacing" not in text
-    assert "clean pictures" in text
+    assert "clean images" in text
     respaced = flags_text(Settings(num_classes=1000, timestep_respacing="250"), "model.pt")
     assert "--timestep_respacing 250" in respaced
     assert "cannot load" not in respaced

@@ -61,7 +61,7 @@ def run(tmp_path):
 
 
 def test_the_lines_of_the_readme(run, digits, tmp_path):
-    """Run as they stand there, in a process of its own, on pictures of the training set."""
+    """Run as they stand there, in a process of its own, on images of the training set."""
     section = (ROOT / "README.md").read_text().split("## In Python\n")[1]
     block = textwrap.dedent(section.strip("\n").split("\n\n")[0])
     assert len(block.splitlines()) == 5
@@ -105,33 +105,33 @@ def test_predictions_are_those_of_evaluation(run, digits):
 
 def test_levels_and_noise_of_one_s_own(run):
     model = ds_classifier.load(run)
-    pictures = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
     levels = torch.tensor([0, 10, 100, 249])
-    together = model.predict(pictures, levels)
+    together = model.predict(images, levels)
     for i, t in enumerate(levels.tolist()):
-        assert torch.allclose(model.predict(pictures, t)[i], together[i], atol=1e-6)
+        assert torch.allclose(model.predict(images, t)[i], together[i], atol=1e-6)
     noise = torch.randn(4, 8, 8, 3)
-    assert not torch.allclose(model.predict(pictures, 100, noise), model.predict(pictures, 100))
+    assert not torch.allclose(model.predict(images, 100, noise), model.predict(images, 100))
 
 
 def test_arrays_are_as_good_as_tensors(run):
     model = ds_classifier.load(run)
-    pictures = np.random.RandomState(1).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    images = np.random.RandomState(1).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     noise = np.random.RandomState(2).standard_normal((3, 8, 8, 3))[:, ::-1]
-    pictures.flags.writeable = False
+    images.flags.writeable = False
     expected = model.predict(
-        torch.from_numpy(pictures.copy()),
+        torch.from_numpy(images.copy()),
         torch.tensor([3, 100, 200]),
         torch.from_numpy(noise.copy()).float(),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = model.predict(pictures, np.array([3, 100, 200]), noise)
+        found = model.predict(images, np.array([3, 100, 200]), noise)
     assert torch.equal(found, expected)
-    assert torch.equal(model.predict(pictures, np.int64(3), noise)[0], found[0])
+    assert torch.equal(model.predict(images, np.int64(3), noise)[0], found[0])
 
 
-def test_no_picture_and_one(run, tmp_path):
+def test_no_image_and_one(run, tmp_path):
     model = ds_classifier.load(run)
     nothing = model.read([])
     assert (nothing.shape, nothing.dtype) == ((0, 8, 8, 3), torch.uint8)
@@ -149,30 +149,30 @@ def test_a_file_of_weights_brings_no_names(run, tmp_path):
     process = dict(noise_schedule="cosine", timestep_respacing="250")
     model = ds_classifier.load(tmp_path / "model.pt", image_size=8, **flags, **process)
     assert (model.classes, model.step) == (None, None)
-    pictures = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
-    assert torch.equal(model.predict(pictures, 5), ds_classifier.load(run).predict(pictures, 5))
+    images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    assert torch.equal(model.predict(images, 5), ds_classifier.load(run).predict(images, 5))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(pictures=torch.zeros(2, 8, 8, 3)), "need .N, 8, 8, 3. torch.uint8"),
-        (dict(pictures=BLACK.permute(0, 3, 1, 2)), "need .N, 8, 8, 3."),
-        (dict(pictures=BLACK, t=250), "t: got 250; need 0 to 249"),
-        (dict(pictures=BLACK, t=-1), "t: got -1"),
-        (dict(pictures=BLACK, t=10**30), "t: got 10{30}; need 0 to 249"),
-        (dict(pictures=BLACK, t=1.7), "t: got 1.7; need 0 to 249, .* whole"),
-        (dict(pictures=BLACK, t="5"), "t: got '5'"),
-        (dict(pictures=BLACK, t=True), "t: got True"),
-        (dict(pictures=BLACK, t=torch.tensor([1.0, 2.0])), "t: got tensor"),
-        (dict(pictures=BLACK, t=torch.tensor([1, 2, 3])), "t: got tensor.*each of 2 pictures"),
-        (dict(pictures=BLACK, t=torch.tensor([[1], [2]])), "t: got tensor.*each of 2 pictures"),
-        (dict(pictures=[BLACK[0], BLACK[1]]), r"pictures: got a list; need .N, 8, 8, 3."),
-        (dict(pictures=BLACK.float().numpy()), r"pictures: got .2, 8, 8, 3. torch.float32"),
-        (dict(pictures=np.array(["a"])), "pictures: got a ndarray"),
-        (dict(pictures=BLACK, noise="none"), r"noise: got a str; need .2, 8, 8, 3., floating"),
-        (dict(pictures=BLACK, noise=BLACK), r"noise: got .2, 8, 8, 3. torch.uint8; need"),
-        (dict(pictures=BLACK, noise=torch.zeros(1, 8, 8, 3)), "noise: got .1, 8, 8, 3."),
+        (dict(images=torch.zeros(2, 8, 8, 3)), "need .N, 8, 8, 3. torch.uint8"),
+        (dict(images=BLACK.permute(0, 3, 1, 2)), "need .N, 8, 8, 3."),
+        (dict(images=BLACK, t=250), "t: got 250; need 0 to 249"),
+        (dict(images=BLACK, t=-1), "t: got -1"),
+        (dict(images=BLACK, t=10**30), "t: got 10{30}; need 0 to 249"),
+        (dict(images=BLACK, t=1.7), "t: got 1.7; need 0 to 249, .* whole"),
+        (dict(images=BLACK, t="5"), "t: got '5'"),
+        (dict(images=BLACK, t=True), "t: got True"),
+        (dict(images=BLACK, t=torch.tensor([1.0, 2.0])), "t: got tensor"),
+        (dict(images=BLACK, t=torch.tensor([1, 2, 3])), "t: got tensor.*each of 2 images"),
+        (dict(images=BLACK, t=torch.tensor([[1], [2]])), "t: got tensor.*each of 2 images"),
+        (dict(images=[BLACK[0], BLACK[1]]), r"images: got a list; need .N, 8, 8, 3."),
+        (dict(images=BLACK.float().numpy()), r"images: got .2, 8, 8, 3. torch.float32"),
+        (dict(images=np.array(["a"])), "images: got a ndarray"),
+        (dict(images=BLACK, noise="none"), r"noise: got a str; need .2, 8, 8, 3., floating"),
+        (dict(images=BLACK, noise=BLACK), r"noise: got .2, 8, 8, 3. torch.uint8; need"),
+        (dict(images=BLACK, noise=torch.zeros(1, 8, 8, 3)), "noise: got .1, 8, 8, 3."),
     ],
 )
 def test_what_predict_refuses(run, arguments, words):
@@ -193,7 +193,7 @@ def test_what_load_and_read_refuse(run, tmp_path):
         ds_classifier.load(run, classifier_depth="four")
     with pytest.raises(ValueError, match="device: got sun; need one that torch can use"):
         ds_classifier.load(run, device="sun")
-    (tmp_path / "no.png").write_text("no picture")
+    (tmp_path / "no.png").write_text("no image")
     with pytest.raises(ValueError, match=r"no\.png: "):
         ds_classifier.load(run).read([tmp_path / "no.png"])
 

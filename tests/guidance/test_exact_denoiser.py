@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_classifier.data.images import center_crop, decode
-from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
 CLASSES = 3
 LEVELS = (1e-9, 0.02, 0.5, 0.9, 0.9999)  # alpha_bar, from nearly all noise to nearly none
@@ -20,7 +20,7 @@ def training_set(m=11, side=4):
 
 
 def noisy(images, alpha_bar):
-    """Two noisy versions of the first pictures, float64."""
+    """Two noisy versions of the first images, float64."""
     generator = torch.Generator().manual_seed(6)
     clean = images[:2].double() / 127.5 - 1
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
@@ -28,7 +28,7 @@ def noisy(images, alpha_bar):
 
 
 def brute_log_weights(images, x, alpha_bar):
-    """log p(i | x_t), [M], one picture at a time, differentiable in x [C, S, S]."""
+    """log p(i | x_t), [M], one image at a time, differentiable in x [C, S, S]."""
     clean = images.double() / 127.5 - 1
     distances = [((x - math.sqrt(alpha_bar) * c) ** 2).sum() for c in clean]
     return torch.stack([-d / (2 * (1 - alpha_bar)) for d in distances]).log_softmax(dim=0)
@@ -55,7 +55,7 @@ def test_equals_brute_force_and_autograd(alpha_bar, chunk):
         torch.testing.assert_close(found.gradient[n], gradient, rtol=1e-8, atol=1e-10)
 
 
-def test_one_call_takes_a_noise_level_for_each_picture():
+def test_one_call_takes_a_noise_level_for_each_image():
     images, labels = training_set()
     denoiser = ExactDenoiser(images, labels, CLASSES)
     x = torch.cat([noisy(images, a)[:1] for a in LEVELS])
@@ -66,7 +66,7 @@ def test_one_call_takes_a_noise_level_for_each_picture():
 
 
 def test_float32_at_the_least_noise_still_tells_near_twins_apart():
-    """Two pictures of 3072 numbers that differ by one grey level in one of them: at t = 0 of the
+    """Two images of 3072 numbers that differ by one grey level in one of them: at t = 0 of the
     cosine schedule their distances differ by 6e-5 in 12,000, below float32's step there."""
     alpha_bar = 1 - 4.1e-5
     twin = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
@@ -81,14 +81,14 @@ def test_float32_at_the_least_noise_still_tells_near_twins_apart():
     assert found.x_start.dtype == torch.float32
 
 
-def test_a_class_without_pictures_has_no_share():
+def test_a_class_without_images_has_no_share():
     images, labels = training_set()
     denoiser = ExactDenoiser(images, labels, CLASSES + 1)
     x, level = noisy(images, 0.5), torch.full((2,), 0.5)
     log_class = denoiser.posterior(x, level).log_class
     assert log_class[:, CLASSES].isneginf().all()
     torch.testing.assert_close(log_class.exp().sum(1), torch.ones(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         denoiser.posterior(x, level, torch.tensor([0, CLASSES]))
 
 
@@ -102,7 +102,7 @@ def test_refuses_noise_levels_that_are_none(level):
 
 
 def test_reads_a_split(digits):
-    images, labels, classes = read_pictures(digits / "val", image_size=32)
+    images, labels, classes = read_images(digits / "val", image_size=32)
     assert images.shape == (360, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert classes == 10

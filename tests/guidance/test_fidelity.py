@@ -93,9 +93,9 @@ def test_an_ignorant_and_an_inverted_classifier(world):
 
 def test_the_judge_knows_digits(digits):
     pytest.importorskip("sklearn")
-    from ds_classifier.guidance.exact_denoiser import read_pictures
+    from ds_classifier.guidance.exact_denoiser import read_images
 
-    images, labels, _ = read_pictures(digits / "val", image_size=16)
+    images, labels, _ = read_images(digits / "val", image_size=16)
     pixels = images.permute(0, 2, 3, 1).numpy()
     judge = Judge(pixels[:260], labels[:260].numpy())
     held_out, own = pixels[260:], labels[260:].numpy()

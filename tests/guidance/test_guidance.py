@@ -64,7 +64,7 @@ def test_temperatures(classifier):
 @pytest.mark.parametrize(
     ("y", "words"),
     [
-        (None, "got no classes y; need one for each of 2 pictures"),
+        (None, "got no classes y; need one for each of 2 images"),
         (torch.tensor([1]), r"got classes y \[1\] torch.int64; need one for each of 2"),
         (torch.tensor([1, 2, 0]), r"got classes y \[3\]"),
         (torch.tensor([[1], [2]]), r"got classes y \[2, 1\]"),
@@ -73,7 +73,7 @@ def test_temperatures(classifier):
         (torch.tensor([-1, 1]), r"got classes y \[-1, 1\]; need 0 to "),
     ],
 )
-def test_a_class_is_needed_for_each_picture(classifier, guide, y, words):
+def test_a_class_is_needed_for_each_image(classifier, guide, y, words):
     x, process = recorded_input(), create_gaussian_diffusion()
     cond_fn = classifier_gradient(classifier)
     if guide == "bayes":
@@ -231,7 +231,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_best_guide_reaches_every_class_by_diffusers(name, kind):
-    """Guided by the exact classifier, each scheduler's samples are pictures of the asked class."""
+    """Guided by the exact classifier, each scheduler's samples are images of the asked class."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
     images, labels = training_set(m=30)
     exact = ExactDenoiser(images, labels, CLASSES)

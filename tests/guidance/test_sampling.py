@@ -15,7 +15,7 @@ from test_unet import small_unet
 
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance import sample_files
-from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_pictures
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.guidance.sampling import (
     Prediction,
@@ -112,7 +112,7 @@ def classifier_file(tmp_path_factory):
     return ["--classifier_path", path, "--classifier_channel_mult", "1,2", *flags]
 
 
-def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
+def test_two_ranks_draw_the_images_of_one(digits, classifier_file, tmp_path):
     """Seven samples in batches of two: the second rank runs out of samples before the first."""
     arguments = [*classifier_file, "--data_dir", digits / "val", "--num_samples", "7"]
     arguments += ["--batch_size", "2", "--timestep_respacing", "4", "--classes", "3,8"]
@@ -150,7 +150,7 @@ def test_two_ranks_draw_the_pictures_of_one(digits, classifier_file, tmp_path):
 
 
 def test_nothing_of_an_earlier_sampling_stays(tmp_path):
-    """Fewer pictures of other classes, and what a killed writing left; other files are let be."""
+    """Fewer images of other classes, and what a killed writing left; other files are let be."""
     folder = sample_files.scale_folder(tmp_path, 3.0)
     black = np.zeros((6, 8, 8, 3), np.uint8)
     sample_files.write_samples(folder, black, np.arange(6))
@@ -164,23 +164,23 @@ def test_nothing_of_an_earlier_sampling_stays(tmp_path):
 
 
 def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
-    """Samples that are pictures of the asked class at one scale, of the next class at another."""
+    """Samples that are images of the asked class at one scale, of the next class at another."""
     pytest.importorskip("sklearn")
     from launch import sample as command
 
     monkeypatch.setattr(command, "LEVELS", 2)
-    monkeypatch.setattr(command, "LEVEL_PICTURES", 6)
-    pictures = read_pictures(digits / "val", image_size=16)
-    images, labels, _ = pictures
+    monkeypatch.setattr(command, "LEVEL_IMAGES", 6)
+    training_set = read_images(digits / "val", image_size=16)
+    images, labels, _ = training_set
     pixels = images[:40].permute(0, 2, 3, 1).numpy()
     classifier = create_classifier(**DEFAULT | dict(num_classes=10))
     classifier.load_state_dict(filled(classifier.state_dict()))
     report = command.measure(
         argparse.Namespace(classifier_scale=[0.0, 2.0], seed=0),
         classifier,
-        ExactDenoiser(*pictures),
+        ExactDenoiser(*training_set),
         create_gaussian_diffusion(),
-        pictures,
+        training_set,
         [pixels, pixels[(np.arange(40) + 1) % 40]],
         labels[:40].numpy(),
     )

@@ -16,7 +16,7 @@ from ds_classifier.data.store import store_of
 FAST = dict(stall_timeout_s=0.5, retries=3, pause_s=0.02)
 
 
-def picture(number: int, form: str = "JPEG") -> bytes:
+def image(number: int, form: str = "JPEG") -> bytes:
     pixels = np.random.RandomState(number).randint(0, 256, (10, 12, 3)).astype(np.uint8)
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, form, **({"lossless": True} if form == "WEBP" else {}))
@@ -47,7 +47,7 @@ def timm(folder: Path, lengths=(4, 5), val_lengths=(3,)) -> Path:
                 samples.append(
                     {
                         "__key__": key,
-                        "jpg": picture(number),
+                        "jpg": image(number),
                         "cls": label_of(number),
                         "json": facts,
                     }
@@ -69,7 +69,7 @@ def clip_benchmark(folder: Path) -> Path:
         (folder / split).mkdir(parents=True)
         sink = webdataset.ShardWriter(str(folder / split / "%d.tar"), maxcount=2, verbose=0)
         for i, number in enumerate(numbers):
-            sample = {"__key__": f"s{i:07d}", "webp": picture(number, "WEBP")}
+            sample = {"__key__": f"s{i:07d}", "webp": image(number, "WEBP")}
             sink.write(sample | {"cls": label_of(number)})
         shards = sink.shard
         sink.close()
@@ -83,10 +83,10 @@ def img2dataset(folder: Path, counts=(3, 0, 4), label=label_of) -> Path:
         samples = []
         for i in range(count):
             number, key = shard * 100 + i, f"{shard:05d}{i:04d}"
-            facts = {"caption": "a picture", "key": key, "status": "success", "class": 0}
+            facts = {"caption": "an image", "key": key, "status": "success", "class": 0}
             facts["class"] = label(number)
             samples.append(
-                {"__key__": key, "jpg": picture(number), "txt": "a picture"}
+                {"__key__": key, "jpg": image(number), "txt": "an image"}
                 | {"json": json.dumps(facts, indent=4)}
             )
         write_tar(folder / f"{shard:05d}.tar", samples)
@@ -102,7 +102,7 @@ def open_clip(folder: Path, counts=(2, 3)) -> Path:
             [
                 {
                     "__key__": f"{shard}/{i}",
-                    "png": picture(shard * 10 + i, "PNG"),
+                    "png": image(shard * 10 + i, "PNG"),
                     "cls": i % 2,
                     "txt": "a",
                 }
@@ -115,7 +115,7 @@ def open_clip(folder: Path, counts=(2, 3)) -> Path:
 
 
 def by_stock(tars: list[Path], label=lambda sample: int(sample["cls"])) -> dict:
-    """key -> (picture, label), as stock webdataset reads them."""
+    """key -> (image, label), as stock webdataset reads them."""
     found = {}
     for sample in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False):
         data = next(sample[suffix] for suffix in ("jpg", "png", "webp") if suffix in sample)
@@ -139,7 +139,7 @@ def problems(*arguments, **keywords) -> str:
     return str(error.value)
 
 
-JPG = picture(0)
+JPG = image(0)
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]], **options) -> Path:

@@ -30,12 +30,12 @@ TINY += [
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Twelve pictures of two classes, named as guided-diffusion wants them."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """Twelve images of two classes, named as guided-diffusion wants them."""
+    folder = tmp_path_factory.mktemp("images")
     pixels = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
-    for number, picture in enumerate(pixels):
-        Image.fromarray(picture).save(folder / f"{'ab'[number % 2]}_{number}.png")
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{'ab'[number % 2]}_{number}.png")
     return folder
 
 
@@ -51,9 +51,9 @@ def benchmark(*words: object) -> list[dict]:
     return record["rows"]
 
 
-def test_step_and_its_layers(pictures, tmp_path):
+def test_step_and_its_layers(images, tmp_path):
     rows = benchmark(
-        *("step", pictures, "--repeats", 1, "--steps", 2, "--ranks", 1, *TINY), tmp_path / "json"
+        *("step", images, "--repeats", 1, "--steps", 2, "--ranks", 1, *TINY), tmp_path / "json"
     )
     peak, *rows = rows
     assert peak["layer"] == "matrix product"
@@ -64,7 +64,7 @@ def test_step_and_its_layers(pictures, tmp_path):
         "whole trainer",
     ]
     assert all(row["images/s"] > 0 for row in rows)
-    # What is the same for all: the operations of a picture.
+    # What is the same for all: the operations of an image.
     flops = [row["GFLOP/s"] / row["images/s"] for row in rows]
     assert np.allclose(flops, flops[0])
     for above, row in zip([None, *rows[:-1]], rows, strict=True):  # ratios, of one repeat
@@ -73,13 +73,13 @@ def test_step_and_its_layers(pictures, tmp_path):
             assert np.isclose(row["of the layer above"], row["images/s"] / above["images/s"])
 
 
-def test_step_beside_the_reference(pictures, tmp_path):
+def test_step_beside_the_reference(images, tmp_path):
     checkout = os.environ.get("GUIDED_DIFFUSION", "")
     if not checkout:
         pytest.skip("GUIDED_DIFFUSION names no checkout of guided-diffusion")
     words = ["--repeats", 1, "--steps", 2, "--reference", checkout, "--image_size", "64"]
     rows = benchmark(
-        *("step", pictures, *words, "--classifier_width", 64, "--classifier_depth", 1),
+        *("step", images, *words, "--classifier_width", 64, "--classifier_depth", 1),
         *("--batch_size", 4, "--workers", 0),
         tmp_path / "json",
     )
@@ -87,10 +87,10 @@ def test_step_beside_the_reference(pictures, tmp_path):
     assert rows[-1]["images/s"] > 0
 
 
-def test_ways_to_train_are_compared(pictures, tmp_path):
+def test_ways_to_train_are_compared(images, tmp_path):
     ways = ["--microbatch 4", "--microbatch 1 --activation_checkpointing"]
     rows = benchmark(
-        *("compare", pictures, "--repeats", 1, "--steps", 2, "--ranks", 1, 2),
+        *("compare", images, "--repeats", 1, "--steps", 2, "--ranks", 1, 2),
         *("--way", ways[0], "--way", ways[1], *TINY),
         tmp_path / "json",
     )
@@ -102,24 +102,24 @@ def test_ways_to_train_are_compared(pictures, tmp_path):
         assert row["GiB of rank 0"] > 0.1
 
 
-def test_shards_are_taken_as_they_are(pictures, tmp_path):
+def test_shards_are_taken_as_they_are(images, tmp_path):
     shards = tmp_path / "data"
-    convert(open_source(str(pictures)), shards)
+    convert(open_source(str(images)), shards)
     assert shards_for([], str(shards), tmp_path / "made") == shards / "train"
     assert shards_for([], str(shards / "train"), tmp_path / "made") == shards / "train"
     assert not (tmp_path / "made").exists()
 
 
-def test_of_many_pictures_some_are_converted(pictures, tmp_path, monkeypatch):
+def test_of_many_images_some_are_converted(images, tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "MOST_CONVERTED", 5)
     words = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero1_bf16.json")]
-    made = open_shards(shards_for(words, str(pictures), tmp_path))
+    made = open_shards(shards_for(words, str(images), tmp_path))
     assert made.manifest.samples == 4  # every third of 12
     assert made.manifest.classes == ["a", "b"]
 
 
-def test_seconds_to_the_first_step(pictures, tmp_path):
-    rows = benchmark("start", pictures, "--repeats", 1, "--ranks", 1, *TINY, tmp_path / "json")
+def test_seconds_to_the_first_step(images, tmp_path):
+    rows = benchmark("start", images, "--repeats", 1, "--ranks", 1, *TINY, tmp_path / "json")
     libraries, run = rows
     assert libraries["imported"] > 0
     moments = [
@@ -131,31 +131,31 @@ def test_seconds_to_the_first_step(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["step", "PICTURES", "--ranks", "0"], "--ranks: got 0; need a whole number, at least 1"),
-        (["compare", "PICTURES", "--way", "--compile", "--steps", "0"], "--steps: got 0"),
+        (["step", "IMAGES", "--ranks", "0"], "--ranks: got 0; need a whole number, at least 1"),
+        (["compare", "IMAGES", "--way", "--compile", "--steps", "0"], "--steps: got 0"),
         (["order", "--json", "nowhere/x.json"], "--json: got nowhere/x.json; need a file"),
-        (["order", "--json", "PICTURES"], "need a file, in a directory that is there"),
-        (["compare", "PICTURES", "--way", "--microbatch 3"], "--way '--microbatch 3', --ranks 1:"),
-        (["compare", "PICTURES", "--way", "--dry_run"], "--way '--dry_run', --ranks 1: got a"),
-        (["compare", "PICTURES", "--way", "--bogus"], "--way '--bogus', --ranks 1: unrecognized"),
-        (["step", "PICTURES", "--data_dir", "x"], "got --data_dir; need flags of training alone"),
-        (["step", "--lr", "1", "PICTURES"], "flags of launch/train.py come after PICTURES"),
-        (["step", "PICTURES", "--deepspeed_config", "FP16"], "fp16.enabled: got true on this CPU"),
+        (["order", "--json", "IMAGES"], "need a file, in a directory that is there"),
+        (["compare", "IMAGES", "--way", "--microbatch 3"], "--way '--microbatch 3', --ranks 1:"),
+        (["compare", "IMAGES", "--way", "--dry_run"], "--way '--dry_run', --ranks 1: got a"),
+        (["compare", "IMAGES", "--way", "--bogus"], "--way '--bogus', --ranks 1: unrecognized"),
+        (["step", "IMAGES", "--data_dir", "x"], "got --data_dir; need flags of training alone"),
+        (["step", "--lr", "1", "IMAGES"], "flags of launch/train.py come after IMAGES"),
+        (["step", "IMAGES", "--deepspeed_config", "FP16"], "fp16.enabled: got true on this CPU"),
         (["checkpoint", "--folder", "nowhere"], "--folder: got nowhere, which is no directory"),
-        (["step", "--ranks", "1", "PICTURES"], "need a whole number; PICTURES stands first"),
-        (["step", "PICTURES", "--reference", "nowhere"], "--reference: got nowhere; need"),
-        (["step", "digits", "--reference", "CHECKOUT"], "--reference: got the pictures digits;"),
+        (["step", "--ranks", "1", "IMAGES"], "need a whole number; IMAGES stands first"),
+        (["step", "IMAGES", "--reference", "nowhere"], "--reference: got nowhere; need"),
+        (["step", "digits", "--reference", "CHECKOUT"], "--reference: got the images digits;"),
         (
-            ["step", "PICTURES", "--classifier_channel_mult", "1,1", "--reference", "CHECKOUT"],
+            ["step", "IMAGES", "--classifier_channel_mult", "1,1", "--reference", "CHECKOUT"],
             "--reference: got image_size 64 with multipliers 1, 1",
         ),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_is(pictures, tmp_path, words, told):
+def test_what_cannot_be_measured_is_told_before_anything_is(images, tmp_path, words, told):
     script = tmp_path / "checkout" / "scripts" / "classifier_train.py"
     script.parent.mkdir(parents=True)
     script.touch()
-    names = {"PICTURES": pictures, "CHECKOUT": tmp_path / "checkout"}
+    names = {"IMAGES": images, "CHECKOUT": tmp_path / "checkout"}
     names["FP16"] = ROOT / "ds_configs" / "zero2_fp16.json"
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "benchmark.py", *(names.get(w, w) for w in words)],

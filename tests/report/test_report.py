@@ -19,14 +19,14 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.distributed import failures
-from ds_classifier.evaluation.levels import Confusion
-from ds_classifier.evaluation.picture_grid import (
-    PictureGrid,
+from ds_classifier.evaluation.image_grid import (
+    ImageGrid,
     Predictions,
     load_grid,
     marked_sheet,
     save_grid,
 )
+from ds_classifier.evaluation.levels import Confusion
 from ds_classifier.evaluation.predictions import choose_positions, predict_grid
 from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
 from ds_classifier.report.data import jobs_of, read_run, thin
@@ -246,7 +246,7 @@ def test_damaged_files_cost_their_part_alone(run):
     damaged = record(20, ["a", "b"], {(0, 0): 3}) | {"confusion": {"t": 0}}
     write_record(run, damaged)
     (run / "eval" / "other.json").write_text("[1, 2")
-    (run / "eval" / "x.pictures.png").write_bytes(b"no picture")
+    (run / "eval" / "x.pictures.png").write_bytes(b"no image")
     parsed = Page(page(read_run(run)))
     assert "cannot be shown: KeyError" in parsed.sections["confusion"]
     assert "uniform t" in parsed.sections["noise"]
@@ -279,11 +279,11 @@ def test_every_word_from_data_is_escaped(run, tmp_path):
     told = Predictions(
         10, [0, 9], [1.0, -1.0], 1, [0, 1], [0, 1], [[0, 1], [1, 7]], [[0.5, None]] * 2
     )
-    save_grid(PictureGrid(tiles, told), hostile_run / "eval" / "step-10.pictures.png")
+    save_grid(ImageGrid(tiles, told), hostile_run / "eval" / "step-10.pictures.png")
     parsed = opened(hostile_run)
-    for section in ("pictures", "confusion", "history", "settings"):
+    for section in ("images", "confusion", "history", "settings"):
         assert HOSTILE in parsed.sections[section], section
-    assert "class 7" in parsed.sections["pictures"]
+    assert "class 7" in parsed.sections["images"]
 
 
 # ------------------------------------------------------------------------------ evaluations
@@ -305,7 +305,7 @@ def test_noise_levels_and_those_before(run):
 def test_few_classes_have_a_matrix(run):
     write_record(run, record(10, ["cat", "dog"], {(0, 0): 31, (0, 1): 17, (1, 1): 5}))
     parsed = opened(run)
-    assert "17 of 53 pictures taken for another class" in parsed.sections["confusion"]
+    assert "17 of 53 images taken for another class" in parsed.sections["confusion"]
     rows = re.findall(r"<tr>.*?</tr>", write_report(run).read_text().split('class="matrix')[1])
     cells = [re.sub("<.*?>", " ", row).split() for row in rows[1:3]]
     assert cells == [["cat", "31", "17", "48", "65", "%"], ["dog", "5", "5", "100", "%"]]
@@ -354,11 +354,11 @@ def test_confusion_counts_each_sample_once(monkeypatch):
     assert dict(zip(pairs, told["samples"], strict=True)) == expected
 
 
-# ------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------ images
 
 
 class Brightness(torch.nn.Module):
-    """Takes a picture for the class that its mean and t say."""
+    """Takes an image for the class that its mean and t say."""
 
     def forward(self, x, timesteps):
         scores = x.mean(dim=(1, 2, 3))[:, None] * torch.arange(10.0) + timesteps[:, None] / 1000
@@ -376,7 +376,7 @@ def test_of_a_steps_evaluations_the_one_in_full_precision_leads(run):
     assert "step-00000020-bf16" in opened(run).sections["noise"]
 
 
-def test_pictures_are_those_of_the_evaluation(digits):
+def test_images_are_those_of_the_evaluation(digits):
     shards = open_shards(digits / "val")
     diffusion = create_gaussian_diffusion(noise_schedule="cosine")
     model = Brightness()
@@ -391,7 +391,7 @@ def test_pictures_are_those_of_the_evaluation(digits):
     for row in (0, 9):
         position, t = told.positions[row], told.t[3]
         noise = keyed_noise(0, "validation", torch.tensor([position]), (8, 8, 3))[0]
-        # The clean picture, but for the noise of t = 0.
+        # The clean image, but for the noise of t = 0.
         alpha = diffusion.alphas_cumprod[t]
         clean = torch.from_numpy(grid.tiles[row, 0].copy()).double() / 127.5 - 1
         x_t = math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise.double()
@@ -402,7 +402,7 @@ def test_pictures_are_those_of_the_evaluation(digits):
         assert told.confidence[row][3] == pytest.approx(float(scores.softmax(0).max()), abs=0.02)
 
 
-def test_pictures_are_of_classes_far_apart(digits):
+def test_images_are_of_classes_far_apart(digits):
     shards = open_shards(digits / "val")
     labels = shards.index["label"]
     assert labels[choose_positions(shards, rows=3)].tolist() == [0, 4, 9]
@@ -414,7 +414,7 @@ def test_a_grid_comes_back_as_it_was(tmp_path):
     told = Predictions(
         None, [0, 9], [1.0, -1.0], 1, [4, 5, 6], [0, 1, 2], [[0, 1]] * 3, [[0.5, None]] * 3
     )
-    save_grid(PictureGrid(tiles, told), tmp_path / "x.pictures.png")
+    save_grid(ImageGrid(tiles, told), tmp_path / "x.pictures.png")
     again = load_grid(tmp_path / "x.pictures.png")
     assert (again.tiles == tiles).all()
     assert again.predictions == told
@@ -588,8 +588,8 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     assert f"{100 * last['val_acc@1']:.1f} %" in parsed.text
     assert f"{last['val_loss']:.3f}" in parsed.text
     assert "No evaluation yet" in parsed.sections["noise"]
-    assert "10 of 10" not in parsed.sections["pictures"]
-    assert "Held-out pictures at step 6" in parsed.sections["pictures"]
+    assert "10 of 10" not in parsed.sections["images"]
+    assert "Held-out images at step 6" in parsed.sections["images"]
     grid = load_grid(run / "eval" / "validation.pictures.png")
     assert grid.tiles.shape == (10, 8, 8, 8, 3)
     assert [e["event"] for e in events.read(run)] == ["start", "stop", "resume", "finish"]
@@ -604,8 +604,8 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     pairs = zip(told["label"], told["predicted"], told["samples"], strict=True)
     right = sum(count for label, predicted, count in pairs if label == predicted)
     assert right == made["classifier"]["levels"][0]["correct@1"]
-    assert f"{360 - right:,} of 360 pictures taken" in parsed.sections["confusion"]
-    # The same pictures at the same noise: what a validation saw, the evaluation sees.
+    assert f"{360 - right:,} of 360 images taken" in parsed.sections["confusion"]
+    # The same images at the same noise: what a validation saw, the evaluation sees.
     again = load_grid(run / "eval" / "step-00000006.pictures.png")
     assert (again.tiles == grid.tiles).all()
     assert (
@@ -638,9 +638,9 @@ def tensorboard_values(run):
         yield from ((event.step, value) for value in event.summary.value)
 
 
-def test_tensorboard_has_the_pictures(tmp_path):
+def test_tensorboard_has_the_images(tmp_path):
     logger = RunLogger(tmp_path, first_step=0)
-    logger.picture("val_pictures", np.zeros((20, 30, 3), np.uint8), 5)
+    logger.image("val_pictures", np.zeros((20, 30, 3), np.uint8), 5)
     logger.close()
     found = [
         (step, v.tag, v.image.height, v.image.width) for step, v in tensorboard_values(tmp_path)
@@ -651,7 +651,7 @@ def test_tensorboard_has_the_pictures(tmp_path):
 def test_tensorboard_has_the_losses_of_each_quartile(tmp_path):
     logger = RunLogger(tmp_path, first_step=0)
     logger.histogram("train_losses_q0", [0, 3, 0, 1], [1.0, 2.0, 4.0], 5)
-    logger.histogram("train_losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5)  # no sample: no picture
+    logger.histogram("train_losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5)  # no sample: no image
     logger.close()
     ((step, value),) = tensorboard_values(tmp_path)
     shown = value.histo

@@ -16,7 +16,7 @@ FLAGS += ["--save_interval", "10"]
 
 
 def run(ranks, config, digits, folder, *flags, **environment):
-    """Train 20 steps of 16 pictures, or what is left of them; returns the command's end."""
+    """Train 20 steps of 16 images, or what is left of them; returns the command's end."""
     environment = {"TRACE": str(folder / "trace"), **environment}
     os.environ.update(environment)
     try:

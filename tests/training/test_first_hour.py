@@ -109,7 +109,7 @@ def test_overfitting_one_batch(digits, tmp_path, steps, code):
     assert float(need) == pytest.approx(0.01 * math.log(10), abs=1e-4)
     assert (float(loss) <= float(need)) == (code == 0) == last.startswith("overfitted")
     assert int(taken) <= steps
-    # The same pictures, crops, t and noise at every step: a loss that hardly jumps.
+    # The same images, crops, t and noise at every step: a loss that hardly jumps.
     losses = [float(x) for x in re.findall(r"^ +\d+ loss (\S+),", done.output, re.MULTILINE)]
     assert losses == sorted(losses, reverse=True)
 
@@ -123,7 +123,7 @@ def test_what_the_command_line_refuses(digits, tmp_path):
 
 
 def test_the_largest_micro_batch_on_paper():
-    """1,000 MiB and 10 MiB a picture, of 4,000 MiB: 0.9 * 4,000 = 1,000 + 10 * 260."""
+    """1,000 MiB and 10 MiB an image, of 4,000 MiB: 0.9 * 4,000 = 1,000 + 10 * 260."""
     peaks = {size: (1000 + 10 * size) * MIB for size in (8, 16, 32)}
     line = MemoryLine.through(peaks, 4000 * MIB)
     assert line.fixed == pytest.approx(1000 * MIB)
@@ -133,7 +133,7 @@ def test_the_largest_micro_batch_on_paper():
     text = "\n".join(memory_lines(line, Batch(32, 16, 2)))
     assert "0.98 GiB + 10.0 MiB an image" in text
     assert "; dividing its 512: 256" in text
-    assert "all 64 pictures of a rank" in memory_lines(line, Batch(32, 2, 1))[1]
+    assert "all 64 images of a rank" in memory_lines(line, Batch(32, 2, 1))[1]
 
 
 @pytest.mark.parametrize("capacity", [4 * MIB, 2 * 1024**2 * MIB])
@@ -145,7 +145,7 @@ def test_it_is_told_where_the_micro_batch_is_set(capacity):
     assert len(told) <= 120
 
 
-def test_a_line_through_noise_of_pictures_that_cost_nothing():
+def test_a_line_through_noise_of_images_that_cost_nothing():
     line = MemoryLine.through({1: 100.0 * MIB, 2: 99.9 * MIB}, 1000 * MIB)
     assert line.largest() is None
 

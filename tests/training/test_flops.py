@@ -5,7 +5,7 @@ import pytest
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.training.flops import Arithmetic, forward_flops, peak_flops
 
-# Forward GFLOP a picture of guided-diffusion's classifiers, 1,000 classes, counted on its code.
+# Forward GFLOP an image of guided-diffusion's classifiers, 1,000 classes, counted on its code.
 KNOWN = {
     ("imagenet64", 2): 20.25,
     ("imagenet64", 4): 38.2,
@@ -75,7 +75,7 @@ def test_a_peak_is_known_or_not_guessed(name, precision, tflops):
 
 
 def test_what_a_rank_achieves():
-    """1,000 pictures a second of 38.2 GFLOP forward: 114.6 TFLOP/s, 36.7 % of an A100."""
+    """1,000 images a second of 38.2 GFLOP forward: 114.6 TFLOP/s, 36.7 % of an A100."""
     on_a100 = Arithmetic(38_200_000_000, device_name="NVIDIA A100-SXM4-80GB", precision="bf16")
     assert on_a100.achieved(1000) == pytest.approx({"gflops_per_sec": 114_600, "mfu": 0.3673}, 1e-3)
     on_cpu = Arithmetic(38_200_000_000, device_name=None, precision="bf16")

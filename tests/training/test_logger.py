@@ -138,7 +138,7 @@ def test_tensorboard_on_a_full_disk_stops_nobody(tmp_path):
     assert not writing.is_alive()
 
 
-def test_bad_pictures_are_told_on_the_screen():
+def test_bad_images_are_told_on_the_screen():
     means = {"val_loss": 2.3, "val_acc@1": 0.1, "val_acc@5": 0.5, "val_acc@1_t0": 0.1}
     means["val_seconds"] = 8.83
     assert validation_line({"step": 3, **means}).endswith("acc@5 50.0 %, 8.8 s")

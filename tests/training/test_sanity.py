@@ -22,16 +22,16 @@ def watched(rows, guessing=TEN, val_samples=360) -> list[str]:
 
 
 def drawn(
-    random, step: int, *, accuracies, loss: float, pictures: int = 640, spread: float = 1.5, **more
+    random, step: int, *, accuracies, loss: float, images: int = 640, spread: float = 1.5, **more
 ):
     """A row as a training of these true accuracies and losses might write it."""
-    counts = random.binomial(pictures // 4, accuracies)
+    counts = random.binomial(images // 4, accuracies)
     return {
         "step": step,
-        "window_samples": pictures,
-        "train_loss": random.normal(loss, spread / math.sqrt(pictures)),
-        "train_acc@1": counts.sum() / pictures,
-        **{f"train_acc@1_q{q}": count / (pictures // 4) for q, count in enumerate(counts)},
+        "window_samples": images,
+        "train_loss": random.normal(loss, spread / math.sqrt(images)),
+        "train_acc@1": counts.sum() / images,
+        **{f"train_acc@1_q{q}": count / (images // 4) for q, count in enumerate(counts)},
         **more,
     }
 
@@ -63,22 +63,22 @@ def test_a_training_that_learns_says_so_three_times():
     assert len(said) == 3, said
     assert "= ln 10: nothing learnt yet" in said[0]
     assert "q0 accuracy" in said[1]
-    assert "learning, nearly clean pictures first" in said[1]
+    assert "learning, nearly clean images first" in said[1]
     assert "learning at every noise level" in said[2]
     steps = [int(line.split()[0]) for line in said]
     assert 100 < steps[1] < 250
     assert 400 < steps[2] < 700
 
 
-@pytest.mark.parametrize("pictures", [4, 16, 64, 640])
+@pytest.mark.parametrize("images", [4, 16, 64, 640])
 @pytest.mark.parametrize(("guessing", "chance"), [(TEN, 0.1), (THOUSAND, 0.001)])
-def test_nothing_is_learnt_from_noise(guessing, chance, pictures):
+def test_nothing_is_learnt_from_noise(guessing, chance, images):
     """500 rows at chance, of any size: no learning, and nothing wrong either."""
     rows = sequence(
         range(1, 501),
         accuracies=flat([chance] * 4),
         loss=flat(guessing.loss),
-        pictures=flat(pictures),
+        images=flat(images),
         spread=flat(0.3),
     )
     said = watched(rows, guessing)
@@ -87,15 +87,15 @@ def test_nothing_is_learnt_from_noise(guessing, chance, pictures):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("pictures", [16, 640])
-def test_noise_around_a_good_training_raises_no_alarm(seed, pictures):
+@pytest.mark.parametrize("images", [16, 640])
+def test_noise_around_a_good_training_raises_no_alarm(seed, images):
     """500 rows of a training that has settled, and validations that agree with it."""
     rows = sequence(
         range(1, 501),
         seed,
         accuracies=flat([0.95, 0.9, 0.8, 0.4]),
         loss=flat(0.8),
-        pictures=flat(pictures),
+        images=flat(images),
     )
     random = np.random.RandomState(seed)
     rows[99::100] = [
@@ -107,29 +107,29 @@ def test_noise_around_a_good_training_raises_no_alarm(seed, pictures):
     assert "learning" in said[-1]
 
 
-def noisy_rows(random, count, *, accuracy, pictures):
-    """As the sampler `noisy` makes them: 1, 3, 5, 7 of 16 pictures in the quartiles of t."""
+def noisy_rows(random, count, *, accuracy, images):
+    """As the sampler `noisy` makes them: 1, 3, 5, 7 of 16 images in the quartiles of t."""
     for step in range(1, count + 1):
-        drawn_in = random.multinomial(pictures, [1 / 16, 3 / 16, 5 / 16, 7 / 16])
+        drawn_in = random.multinomial(images, [1 / 16, 3 / 16, 5 / 16, 7 / 16])
         hits = random.binomial(drawn_in, accuracy)
         yield {
             "step": step,
-            "window_samples": pictures,
-            "train_loss": random.normal(math.log(10), 0.3 / math.sqrt(pictures)),
-            "train_acc@1": hits.sum() / pictures,
+            "window_samples": images,
+            "train_loss": random.normal(math.log(10), 0.3 / math.sqrt(images)),
+            "train_acc@1": hits.sum() / images,
             **{f"window_samples_q{q}": int(n) for q, n in enumerate(drawn_in)},
             **{f"train_acc@1_q{q}": hits[q] / drawn_in[q] for q in range(4) if drawn_in[q]},
         }
 
 
-@pytest.mark.parametrize("pictures", [64, 200])
-def test_few_pictures_in_a_quartile_are_little_evidence(pictures):
+@pytest.mark.parametrize("images", [64, 200])
+def test_few_images_in_a_quartile_are_little_evidence(images):
     """1,000 trainings of 5 rows at chance: where quartiles counted alike, dozens would speak."""
     random = np.random.RandomState(0)
     said = [
         line
         for _ in range(1000)
-        for line in watched(noisy_rows(random, 5, accuracy=[0.1] * 4, pictures=pictures))
+        for line in watched(noisy_rows(random, 5, accuracy=[0.1] * 4, images=images))
     ]
     assert not [line for line in said if "nothing learnt yet" not in line]
 
@@ -158,7 +158,7 @@ def test_a_loss_clearly_below_guessing_is_not_called_nothing():
 
 
 def test_chance_is_that_of_the_labels_at_hand():
-    """Nine of ten pictures of one class: 90 % right is nothing."""
+    """Nine of ten images of one class: 90 % right is nothing."""
     guessing = Guessing.of(np.repeat([0, 1], [900, 100]), 2)
     assert guessing.accuracy == pytest.approx(0.9)
     assert guessing.loss == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
@@ -207,7 +207,7 @@ def test_training_far_above_validation():
 
     (said,) = [line for line in watched(rows_until(400, [0.9, 0.8, 1.2])) if "overfit" in line]
     assert said.startswith("300 training accuracy 99 %, validation 70 %, loss up")
-    # Of 8 held-out pictures, 6 right: that tells nothing.
+    # Of 8 held-out images, 6 right: that tells nothing.
     few = watched(rows_until(400, [0.9, 0.8, 0.8]), val_samples=8)
     assert not any("overfit" in line for line in few)
 
@@ -222,9 +222,9 @@ def test_validations_a_thousand_rows_apart_are_remembered():
 
 
 def test_overfitting_is_seen_where_noisy_timesteps_are_drawn_more_often():
-    """Accuracies as under uniform t, so the mean over the pictures drawn is no measure."""
+    """Accuracies as under uniform t, so the mean over the images drawn is no measure."""
     random = np.random.RandomState(0)
-    rows = list(noisy_rows(random, 20, accuracy=[0.99, 0.99, 0.96, 0.78], pictures=6400))
+    rows = list(noisy_rows(random, 20, accuracy=[0.99, 0.99, 0.96, 0.78], images=6400))
     validations = [
         {"step": step, "val_loss": loss, "val_acc@1": 0.85} for step, loss in ((10, 0.9), (20, 1.2))
     ]
@@ -257,7 +257,7 @@ def test_numbers_that_are_none_are_passed_over():
 
 
 def test_small_batches_are_judged_too():
-    """Of 2 pictures a line, 20 lines are too few to tell; more are taken."""
+    """Of 2 images a line, 20 lines are too few to tell; more are taken."""
     row = {"window_samples": 2, "train_loss": 0.3, "train_acc@1": 0.9}
     row |= {f"train_acc@1_q{q}": 0.9 for q in range(4)}
     (said,) = watched([{"step": step, **row} for step in range(1, 400)])
@@ -291,7 +291,7 @@ def test_more_noise_that_is_easier():
 @pytest.mark.parametrize(
     ("run", "wanted"),
     [
-        ("good", ["nothing learnt yet", "nearly clean pictures first", "at every noise level"]),
+        ("good", ["nothing learnt yet", "nearly clean images first", "at every noise level"]),
         ("diverging", ["worse than guessing"]),
         ("overfitting", ["at every noise level", "overfitting"]),
     ],

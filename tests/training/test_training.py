@@ -271,7 +271,7 @@ def test_a_run_that_only_skips_gives_up(digits, tmp_path):
     assert "Traceback" not in done.output
 
 
-def test_clean_pictures_with_the_references_anneal(digits, tmp_path):
+def test_clean_images_with_the_references_anneal(digits, tmp_path):
     """--noised False trains at t = 0 alone; --anneal_lr True runs step k at lr * (1 - k / n)."""
     flags = ["--global_batch", "8", "--iterations", "8", "--noised", "False", "--anneal_lr", "True"]
     train(
@@ -384,9 +384,9 @@ def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
 ZERO2 = CONFIGS / "zero2_bf16.json"
 BAD_INPUT = {
     "no data": (["--deepspeed_config", ZERO2], ["data/train", "make_shards.py convert"]),
-    "a folder of pictures": (
-        ["--deepspeed_config", ZERO2, "--data_dir", "pictures"],
-        ["folder of pictures", "make_shards.py convert pictures"],
+    "a folder of images": (
+        ["--deepspeed_config", ZERO2, "--data_dir", "images"],
+        ["folder of images", "make_shards.py convert images"],
     ),
     "no such config": (["--deepspeed_config", "x.json"], ["x.json", "zero2_fp16.json"]),
     "an unknown key": (["--deepspeed_config", "unknown.json"], ["fp61", "'fp16'"]),
@@ -402,8 +402,8 @@ BAD_INPUT = {
         ["image_size: got 100", "96 or 104"],
     ),
     "a run directory that cannot be": (
-        ["--deepspeed_config", ZERO2, "--data_dir", "DIGITS", "--run_dir", "pictures/cat/1.png"],
-        ["--run_dir", "pictures/cat/1.png", "nothing can be written", "choose another"],
+        ["--deepspeed_config", ZERO2, "--data_dir", "DIGITS", "--run_dir", "images/cat/1.png"],
+        ["--run_dir", "images/cat/1.png", "nothing can be written", "choose another"],
     ),
     "wrong world": (["--deepspeed_config", ZERO2, "--expect_world", "8"], ["--expect_world", "8"]),
 }
@@ -413,8 +413,8 @@ BAD_INPUT = {
 def test_bad_input_is_one_clear_message(case, digits, tmp_path):
     from PIL import Image
 
-    (tmp_path / "pictures" / "cat").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/cat/1.png")
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/cat/1.png")
     base = json.loads(ZERO2.read_text())
     batches = {"train_micro_batch_size_per_gpu": 3, "train_batch_size": 8}
     for name, change in (
@@ -499,7 +499,7 @@ def test_shards_by_url_train_as_local_ones(digits, tmp_path):
 # ------------------------------------------------------------------------- bad samples
 
 
-def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
+def shards_with_bad_images(folder: Path, bad: set[int]) -> Path:
     """40 digits as a training split; some of them cut short."""
     from ds_classifier.data.convert.convert import convert
     from ds_classifier.data.convert.sources import Sample, Source, digits
@@ -515,12 +515,12 @@ def shards_with_bad_pictures(folder: Path, bad: set[int]) -> Path:
 
 @pytest.mark.faults
 def test_bad_samples_are_counted_listed_and_limited(tmp_path):
-    """Two epochs over 40 pictures, 3 of them bad: 6 in all, on whichever rank they fell.
+    """Two epochs over 40 images, 3 of them bad: 6 in all, on whichever rank they fell.
 
-    The limit is per epoch: 3 bad pictures, met again and again, stay 3. The counts of bad samples
+    The limit is per epoch: 3 bad images, met again and again, stay 3. The counts of bad samples
     and skipped steps, and all else, are the same where a loader worker and then a rank is killed.
     """
-    data = shards_with_bad_pictures(tmp_path / "data", {5, 6, 30})
+    data = shards_with_bad_images(tmp_path / "data", {5, 6, 30})
     flags = ["--global_batch", "8", "--iterations", "10", "--save_interval", "6"]
     flags += ["--max_bad_samples", "3"]
     nan, run, killed = {"NAN_AT": "3:1"}, tmp_path / "run", tmp_path / "killed"

@@ -1,4 +1,4 @@
-"""Files that cannot be stored as pictures: found by size and first bytes, listed together."""
+"""Files that cannot be stored as images: found by size and first bytes, listed together."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ds_classifier.data.pool import in_processes, shared
 
 Bad = tuple[str, str]  # a sample's name, and what is wrong with it
 
-LARGEST_PICTURE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
+LARGEST_IMAGE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
 MOST_BAD = 20  # files of a split that are told of
 LOOKED_AT = 256  # by a process, until it says so
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
-def picture_of(sample: Sample) -> tuple[bytes, str]:
+def image_of(sample: Sample) -> tuple[bytes, str]:
     """A sample's bytes, and its suffix by content: a PNG named .JPEG is stored as .png.
 
-    Raises ValueError where they cannot be read, or begin like no picture.
+    Raises ValueError where they cannot be read, or begin like no image.
     """
     try:
         data = sample.read()
@@ -30,15 +30,15 @@ def picture_of(sample: Sample) -> tuple[bytes, str]:
             return data, suffix
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return data, "webp"
-    raise ValueError(f"got {data[:8]!r}..., which no picture format begins with")
+    raise ValueError(f"got {data[:8]!r}..., which no image format begins with")
 
 
 def bad_among(samples: Sequence[Sample]) -> list[Bad]:
-    """Those that are no pictures; reads them all."""
+    """Those that are no images; reads them all."""
     bad = []
     for sample in samples:
         try:
-            picture_of(sample)
+            image_of(sample)
         except ValueError as error:
             bad.append((sample.name, str(error)))
     return bad
@@ -70,8 +70,8 @@ def sort_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Bad]]:
         except OSError as error:
             bad.append((sample.name, f"cannot be read ({error.strerror})"))
             continue
-        if size > LARGEST_PICTURE:
-            bad.append((sample.name, f"got {size} bytes; need at most {LARGEST_PICTURE}"))
+        if size > LARGEST_IMAGE:
+            bad.append((sample.name, f"got {size} bytes; need at most {LARGEST_IMAGE}"))
         else:
             good.append(sample)
     return good, bad
@@ -101,7 +101,7 @@ def refuse_bad(bad: dict[str, list[Bad]], out: Path, part: tuple[int, int]) -> N
         ("1 file" if count == 1 else f"{count:,} files")
         + " that cannot be stored"
         + (f" ({each})" if len(bad) > 1 else "")
-        + "; need whole JPEG, PNG, WebP, GIF or BMP pictures; do: remove or replace those in "
+        + "; need whole JPEG, PNG, WebP, GIF or BMP images; do: remove or replace those in "
         + " and ".join(str(listings[split]) for split in bad)
         + ", and remove "
         + " and ".join(f"{out / split}.partial" for split in bad)

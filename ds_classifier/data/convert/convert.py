@@ -4,7 +4,7 @@ OUT/train.partial/ is filled shard by shard, each under its name when it is whol
 (samples, bytes, sha256, index rows) beside it. When no shard is missing, index and manifest are
 written and the directory becomes OUT/train by one rename. What a shard holds follows from the plan
 alone, so the bytes are the same for any number of processes or machines, and after a kill: the same
-command goes on with the shards that are missing, and with those whose pictures changed since. A
+command goes on with the shards that are missing, and with those whose images changed since. A
 split that is finished is not compared with its source again, but by names, labels and sizes.
 """
 
@@ -30,7 +30,7 @@ from ds_classifier.data.convert.bad_files import (
     Bad,
     bad_among,
     bad_of_many,
-    picture_of,
+    image_of,
     refuse_bad,
     sort_out,
 )
@@ -74,10 +74,10 @@ def convert(
 
     The training split is shuffled once, so that every shard holds all kinds of classes.
     part: (i, n): write every n-th shard from the i-th on; `merge` finishes when all are there.
-    progress: called with split, pictures written, pictures in all.
+    progress: called with split, images written, images in all.
     Returns each split's manifest, None where shards of other parts are missing.
     Raises ValueError where out holds something else already; or that lists the files of all
-    splits that are no pictures: after the first the others are only looked for, nothing more is
+    splits that are no images: after the first the others are only looked for, nothing more is
     written.
     """
     store = settled(store, source)
@@ -157,7 +157,7 @@ def _write_shards(
     workers: int,
     progress: Callable[[str, int, int], None],
 ) -> list[tuple[str, str]]:
-    """Write what is missing; returns the files that are no pictures, see `refuse_bad`."""
+    """Write what is missing; returns the files that are no images, see `refuse_bad`."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
     numbers = range(part[0], len(plan.shard_samples), part[1])
     shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
@@ -188,7 +188,7 @@ def _write_shards(
 
 
 def _up_to_date(path: Path, samples: list[Sample]) -> bool:
-    """Whether a shard is written, and no file of its pictures has changed since it was begun."""
+    """Whether a shard is written, and no file of its images has changed since it was begun."""
     if not path.exists():
         return False
     began_ns = json.loads(path.with_suffix(".json").read_text())["began_ns"]
@@ -196,7 +196,7 @@ def _up_to_date(path: Path, samples: list[Sample]) -> bool:
 
 
 def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
-    """Write one shard and its facts; returns its number, and its files that are no pictures.
+    """Write one shard and its facts; returns its number, and its files that are no images.
 
     Where there is one, and once another process has met one, the rest is only looked at.
     """
@@ -217,7 +217,7 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     ):
         for i, sample in enumerate(samples, first):
             try:
-                data, suffix = picture_of(sample)
+                data, suffix = image_of(sample)
             except ValueError:
                 bad_met.set()
                 return number, bad_among(samples[i - first :])

@@ -1,10 +1,10 @@
 """ImageNet as it is handed out: tars read in place by offset, and the labels of its validation.
 
-    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one a class (a WordNet id), with its pictures
+    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one a class (a WordNet id), with its images
     ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ..., without classes
     ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (not in the order of the
                                    sorted WNIDs); data/ILSVRC2012_validation_ground_truth.txt: line
-                                   i is the ILSVRC2012_ID of picture i, from 1
+                                   i is the ILSVRC2012_ID of image i, from 1
     LOC_val_solution.csv           Kaggle's labels: ImageId,PredictionString; WNID, then boxes
 
 Formats: POSIX.1-1988 ustar, with pax and GNU headers; the devkit's readme.txt; MATLAB 5.
@@ -31,13 +31,13 @@ NEED_LABELS = (
 )
 
 
-def train_pictures(tar: Path) -> list[Named]:
-    """The pictures of a tar of tars, each inner one named by its class; nothing is unpacked.
+def train_images(tar: Path) -> list[Named]:
+    """The images of a tar of tars, each inner one named by its class; nothing is unpacked.
 
     Raises ValueError for another tar, for one cut short or damaged, and for members that are links,
     devices, outside of it, or there twice.
     """
-    pictures = []
+    images = []
     with open(tar, "rb") as file:
         inner_tars = list(tar_members(file, tar, 0, os.fstat(file.fileno()).st_size))
         for inner in inner_tars:
@@ -57,17 +57,17 @@ def train_pictures(tar: Path) -> list[Named]:
                 if name.lower().endswith(IMAGE_SUFFIXES)
             ]
             if not found:
-                raise ValueError(f"{where}: got no picture; need one at least; do: download again")
-            pictures += found
-    if not pictures:
+                raise ValueError(f"{where}: got no image; need one at least; do: download again")
+            images += found
+    if not images:
         raise ValueError(f"{tar}: got an empty tar; need one tar a class in it; do: download again")
-    return pictures
+    return images
 
 
-def val_pictures(place: Path, labels: Path) -> list[Named]:
-    """The pictures of a tar, or of a folder, with classes from a devkit or Kaggle's CSV.
+def val_images(place: Path, labels: Path) -> list[Named]:
+    """The images of a tar, or of a folder, with classes from a devkit or Kaggle's CSV.
 
-    Raises ValueError where a picture has no label, or a label no picture: one of them is not whole.
+    Raises ValueError where an image has no label, or a label no image: one of them is not whole.
     """
     if place.is_dir():
         found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES)]
@@ -82,34 +82,34 @@ def val_pictures(place: Path, labels: Path) -> list[Named]:
             ]
     wnids = kaggle_labels(labels) if labels.suffix.lower() == ".csv" else devkit_labels(labels)
     seen = set()
-    pictures = []
+    images = []
     for name, content in found:
         stem = os.path.splitext(os.path.basename(name))[0]
         if stem not in wnids:
             raise ValueError(
-                f"{name}: got no label for {stem} in {labels}; need one for every picture; do: "
+                f"{name}: got no label for {stem} in {labels}; need one for every image; do: "
                 "give the --val_labels that belong to --val"
             )
         if stem in seen:
-            raise ValueError(f"{name}: got a second picture called {stem}; need each name once")
+            raise ValueError(f"{name}: got a second image called {stem}; need each name once")
         seen.add(stem)
-        pictures.append(Named(name, wnids[stem], content))
+        images.append(Named(name, wnids[stem], content))
     if len(seen) != len(wnids):
         lacking = next(stem for stem in wnids if stem not in seen)
         raise ValueError(
-            f"--val: got {len(seen)} pictures in {place}, without {lacking}; need the {len(wnids)} "
-            f"that {labels} labels; do: download the pictures again"
+            f"--val: got {len(seen)} images in {place}, without {lacking}; need the {len(wnids)} "
+            f"that {labels} labels; do: download the images again"
         )
-    return pictures
+    return images
 
 
 # ---------------------------------------------------------------------------------------- labels
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
-    """Picture name without suffix -> WNID, from LOC_val_solution.csv.
+    """Image name without suffix -> WNID, from LOC_val_solution.csv.
 
-    Raises ValueError that names the line where there is no picture, no WNID, or two of them.
+    Raises ValueError that names the line where there is no image, no WNID, or two of them.
     """
     wnids: dict[str, str] = {}
     try:
@@ -125,7 +125,7 @@ def kaggle_labels(path: Path) -> dict[str, str]:
                 if not stem or not tokens or stem in wnids:
                     raise ValueError(
                         f"{path}:{rows.line_num}: got {stem!r} with {tokens[:1]}"
-                        f"{' for the second time' if stem in wnids else ''}; need each picture "
+                        f"{' for the second time' if stem in wnids else ''}; need each image "
                         "once, with its class first; do: download the file again"
                     )
                 wnids[stem] = tokens[0]
@@ -135,7 +135,7 @@ def kaggle_labels(path: Path) -> dict[str, str]:
 
 
 def devkit_labels(devkit: Path) -> dict[str, str]:
-    """Picture name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
+    """Image name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
 
     Raises ValueError where a file is missing or damaged, or an id has no WNID.
     """

@@ -24,7 +24,7 @@ _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
-    """The picture in one row. Reading takes its whole row group, of which a process keeps one."""
+    """The image in one row. Reading takes its whole row group, of which a process keeps one."""
 
     file: Path
     row_group: int
@@ -34,7 +34,7 @@ class ParquetCell:
         return _row_group(self.file, self.row_group)[self.row].as_py()
 
     def size(self) -> int:
-        """Bytes of the picture. Parquet has no such list: the first call reads the file once."""
+        """Bytes of the image. Parquet has no such list: the first call reads the file once."""
         return int(_lengths(self.file)[self.row_group][self.row])
 
     def changed_ns(self) -> int:
@@ -56,7 +56,7 @@ def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None
     files = [place] if place.is_file() else _files_of_split(place, split)
     if not files:
         return None
-    pictures: list[Named] = []
+    images: list[Named] = []
     classes = None
     for i, file in enumerate(files):
         rows, own_classes = _read_file(file)
@@ -66,10 +66,10 @@ def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None
                 "one data set at a time"
             )
         classes = own_classes
-        pictures += rows
-    if not pictures:
-        raise ValueError(f"{place}: got no row; need pictures; do: download it again")
-    return pictures, classes
+        images += rows
+    if not images:
+        raise ValueError(f"{place}: got no row; need images; do: download it again")
+    return images, classes
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -79,7 +79,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     for file in found:
         if file.suffix.lower() != PARQUET:
             raise ValueError(
-                f"source: got parquet files and a picture ({file}) under {folder}; need one or the "
+                f"source: got parquet files and an image ({file}) under {folder}; need one or the "
                 "other; do: name the folder of one of them"
             )
         *parents, name = file.relative_to(folder).parts
@@ -117,7 +117,7 @@ def _pyarrow_parquet():
 
 
 def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
-    """Labels and names of the rows; no picture is read."""
+    """Labels and names of the rows; no image is read."""
     size_of_file(path)  # not one to wait for
     parquet = _pyarrow_parquet()
     import pyarrow
@@ -193,7 +193,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: got no whole parquet file ({error}); do: download it again")
 
 
-def _pictures(file, group: int):
+def _images(file, group: int):
     """The bytes column of a row group, a pyarrow.ChunkedArray."""
     import pyarrow.compute
 
@@ -215,12 +215,12 @@ def _cells(path: Path, first: int = 0, last: int | None = None):
     try:
         with parquet.ParquetFile(path) as file:
             for group in range(first, file.num_row_groups if last is None else last):
-                column = _pictures(file, group)
+                column = _images(file, group)
                 if column.null_count:
                     row = column.is_null().index(True).as_py()
                     raise ValueError(
-                        f"{path}: got no bytes in row {row} of row group {group}; need the picture "
-                        "itself; do: embed the pictures in the file, or remove the row"
+                        f"{path}: got no bytes in row {row} of row group {group}; need the image "
+                        "itself; do: embed the images in the file, or remove the row"
                     )
                 yield column
     except pyarrow.ArrowException as error:
@@ -234,7 +234,7 @@ def _row_group(path: Path, group: int):
 
 @cache
 def _lengths(path: Path) -> list:
-    """Bytes of every picture, [row group][row]; one pass over the file."""
+    """Bytes of every image, [row group][row]; one pass over the file."""
     import pyarrow.compute
 
     return [pyarrow.compute.binary_length(c).to_numpy() for c in _cells(path)]

@@ -20,10 +20,10 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Store:
-    """How pictures are stored.
+    """How images are stored.
 
     image_size: None: bytes untouched. S: halved as far as every crop at S pixels begins with, and
-    encoded as `form`; pictures that are small enough already are copied untouched.
+    encoded as `form`; images that are small enough already are copied untouched.
     form: "png", the reference's very pixels, or "jpg", quality 95 4:4:4.
     """
 
@@ -72,7 +72,7 @@ def refuse_other_splits(out: Path, source: Source, planned: set[str]) -> None:
 
 
 def settled(store: Store, source: Source) -> Store:
-    """The store that comes out: pictures that were halved stay so, and cannot grow again."""
+    """The store that comes out: images that were halved stay so, and cannot grow again."""
     if source.halved is None:
         return store
     size, form = source.halved
@@ -80,7 +80,7 @@ def settled(store: Store, source: Source) -> Store:
         return Store(size, form)
     if store.image_size > size or (form, store.form) == ("jpg", "png"):
         raise ValueError(
-            f"--image_size, --form: got {store}, from pictures that are {Store(size, form)} in "
+            f"--image_size, --form: got {store}, from images that are {Store(size, form)} in "
             f"{source.name}; need what they still allow; do: convert the originals"
         )
     return store

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-# What else is meant as a picture: read if its content is one of the above, else refused by name.
+# What else is meant as an image: read if its content is one of the above, else refused by name.
 OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 
 
 class Content(Protocol):
-    """Where a picture's bytes lie, when that is neither a file nor memory; small, picklable."""
+    """Where an image's bytes lie, when that is neither a file nor memory; small, picklable."""
 
     def read(self) -> bytes: ...
 
@@ -60,20 +60,20 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One labelled picture. name: where it came from; content: its file, bytes, or their place."""
+    """One labelled image. name: where it came from; content: its file, bytes, or their place."""
 
     name: str
     label: int
     content: Path | bytes | Content
 
     def read(self) -> bytes:
-        """The picture's bytes, as they are at the source."""
+        """The image's bytes, as they are at the source."""
         if isinstance(self.content, bytes):
             return self.content
         return self.content.read_bytes() if isinstance(self.content, Path) else self.content.read()
 
     def size(self) -> int:
-        """Bytes of the picture, without reading it where the source knows them.
+        """Bytes of the image, without reading it where the source knows them.
 
         Raises OSError for a file that is not there, or is none: a FIFO may never answer, a device
         never end.
@@ -110,7 +110,7 @@ def size_of_file(path: Path) -> int:
 class Source:
     """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
 
-    halved: (pixels, form) where the pictures were halved already, as Store tells; None: originals.
+    halved: (pixels, form) where the images were halved already, as Store tells; None: originals.
     Raises ValueError for a class name that is no UTF-8.
     """
 
@@ -136,7 +136,7 @@ def refuse_not_utf8(where: str, classes: list[str]) -> None:
 
 
 class Named(NamedTuple):
-    """A picture that knows its class by name, or by a number of the user's."""
+    """An image that knows its class by name, or by a number of the user's."""
 
     name: str
     class_name: str | int
@@ -156,19 +156,19 @@ def share_classes(
     Raises ValueError for a validation class that training lacks, and for a gap in integers.
     """
     if classes is None:
-        classes = _class_list(name, {picture.class_name for picture in train})
+        classes = _class_list(name, {image.class_name for image in train})
     label = {class_name: i for i, class_name in enumerate(classes)}
     if val is not None:
-        unknown = sorted({str(picture.class_name) for picture in val} - set(label))
+        unknown = sorted({str(image.class_name) for image in val} - set(label))
         if unknown:
             raise ValueError(
                 f"--val: got {len(unknown)} classes that {name} lacks, such as {unknown[0]!r}; "
-                "need validation pictures of training classes only; do: name or move them alike"
+                "need validation images of training classes only; do: name or move them alike"
             )
     splits = {
-        split: [Sample(p.name, label[str(p.class_name)], p.content) for p in pictures]
-        for split, pictures in (("train", train), ("val", val))
-        if pictures is not None
+        split: [Sample(p.name, label[str(p.class_name)], p.content) for p in images]
+        for split, images in (("train", train), ("val", val))
+        if images is not None
     }
     return Source(name, classes, splits)
 
@@ -178,7 +178,7 @@ def _class_list(name: str, found: set[str | int]) -> list[str]:
         return sorted(map(str, found))
     if min(found) < 0:
         raise ValueError(
-            f"{name}: got label {min(found)}; need integers from 0; do: remove its pictures, or "
+            f"{name}: got label {min(found)}; need integers from 0; do: remove its images, or "
             "number the classes anew"
         )
     gap = next(i for i in range(len(found) + 1) if i not in found)
@@ -206,7 +206,7 @@ def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
             link = os.path.join(folder, inner)
             if os.path.islink(link) and here.startswith(os.path.join(os.path.realpath(link), "")):
                 raise ValueError(
-                    f"source: got {link}, a link to a folder that it lies in; need each picture "
+                    f"source: got {link}, a link to a folder that it lies in; need each image "
                     "once; do: remove the link"
                 )
         for name in sorted(names):

@@ -1,4 +1,4 @@
-"""What people have on disk -> samples (name, picture, class); light until a source needs more."""
+"""What people have on disk -> samples (name, image, class); light until a source needs more."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from ds_classifier.data.convert.samples import (
 
 DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # never taken for classes alone
-DIGITS_HELD_OUT = 360  # the last pictures of scikit-learn's digits: other writers than the first
+DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits: other writers than the first
 LISTS = (".csv", ".jsonl")
-MOST_NAMED = 10  # folders without pictures
+MOST_NAMED = 10  # folders without images
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that int() and str() leave alone; 01 is a name
 
 
 def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> Source:
-    """Open what holds pictures and classes; what it is shows in its suffix and content.
+    """Open what holds images and classes; what it is shows in its suffix and content.
 
     source, val (for validation):
     - an image folder, classes as directories or as file prefixes
-    - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its pictures, with
+    - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its images, with
       val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
     - a .csv with columns path and label, or a .jsonl of objects with these keys
     - parquet files as Hugging Face writes them, one or a folder
@@ -42,11 +42,11 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     - the word digits
 
     Of these the first three mix. Raises ValueError where there is nothing to convert or the classes
-    do not fit together; no picture is read.
+    do not fit together; no image is read.
     """
     if val_labels is not None and val is None:
         raise ValueError(
-            f"--val_labels: got {val_labels!r} without --val; need the pictures that it labels"
+            f"--val_labels: got {val_labels!r} without --val; need the images that it labels"
         )
     if source == DIGITS and not Path(source).exists():
         if val is not None:
@@ -74,9 +74,9 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     if kind == "parquet":
         return parquet(train, None if val is None else Path(val))
     if val is None:
-        return share_classes(source, _pictures(train, kind))
+        return share_classes(source, _images(train, kind))
     return share_classes(
-        source, _pictures(train, kind), _val_pictures(Path(val), val_kind, val_labels)
+        source, _images(train, kind), _val_images(Path(val), val_kind, val_labels)
     )
 
 
@@ -92,21 +92,21 @@ def _kind(place: Path) -> str:
     if kind is None or not place.is_file():
         raise ValueError(
             f"source: got {place}, which is not a directory{'' if kind is None else ' or a file'}; "
-            f"need a folder of pictures, a .tar of ImageNet, a .csv or .jsonl of path and label, "
+            f"need a folder of images, a .tar of ImageNet, a .csv or .jsonl of path and label, "
             f".parquet, shards, or the word {DIGITS!r} for the built-in handwritten digits"
         )
     return kind
 
 
-def _pictures(place: Path, kind: str) -> list[Named]:
+def _images(place: Path, kind: str) -> list[Named]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
-        return imagenet.train_pictures(place)
+        return imagenet.train_images(place)
     return _listed_files(place) if kind == "list" else _labelled_files(place)
 
 
-def _val_pictures(place: Path, kind: str, labels: str | None) -> list[Named]:
+def _val_images(place: Path, kind: str, labels: str | None) -> list[Named]:
     if labels is not None:
         if kind == "list":
             raise ValueError(
@@ -114,20 +114,20 @@ def _val_pictures(place: Path, kind: str, labels: str | None) -> list[Named]:
             )
         from ds_classifier.data.convert import imagenet
 
-        return imagenet.val_pictures(place, Path(labels))
+        return imagenet.val_images(place, Path(labels))
     if kind == "tar":
         raise ValueError(
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _pictures(place, kind)
+    return _images(place, kind)
 
 
 # --------------------------------------------------------------------------------------- folders
 
 
 def image_folder(train: Path, val: Path | None = None) -> Source:
-    """Pictures in directories, one a class; or side by side, the class before the first underscore.
+    """Images in directories, one a class; or side by side, the class before the first underscore.
 
     Train and validation share one class list, the sorted names of the training classes.
     """
@@ -137,10 +137,10 @@ def image_folder(train: Path, val: Path | None = None) -> Source:
 
 
 def _labelled_files(root: Path) -> list[Named]:
-    """Every picture under root with its class name, in the order of their paths."""
+    """Every image under root with its class name, in the order of their paths."""
     if not root.is_dir():
         raise ValueError(
-            f"source: got {root}, which is not a directory; need a folder of pictures, or the word "
+            f"source: got {root}, which is not a directory; need a folder of images, or the word "
             f"{DIGITS!r} for the built-in handwritten digits"
         )
 
@@ -153,20 +153,20 @@ def _labelled_files(root: Path) -> list[Named]:
             sorted_by_class.append((file, parts[0]))
     if loose and sorted_by_class:
         raise ValueError(
-            f"source: got pictures both directly in {root} ({loose[0][0].name}) and in class "
+            f"source: got images both directly in {root} ({loose[0][0].name}) and in class "
             f"directories ({sorted_by_class[0][1]}/); need one or the other; do: move the loose "
             "ones"
         )
     found = loose or sorted_by_class
     if not found:
         raise ValueError(
-            f"source: got {root} without any picture ({' '.join(IMAGE_SUFFIXES)}); need "
-            "CLASS/picture.jpg, or CLASS_picture.jpg side by side"
+            f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}); need "
+            "CLASS/image.jpg, or CLASS_image.jpg side by side"
         )
     if loose and any("_" not in file.name for file, _ in loose):
         bare = next(file.name for file, _ in loose if "_" not in file.name)
         raise ValueError(
-            f"source: got {bare} directly in {root}; need CLASS_picture.jpg there, the class "
+            f"source: got {bare} directly in {root}; need CLASS_image.jpg there, the class "
             "before the first underscore, or one directory a class"
         )
     classes = {class_name for _, class_name in found}
@@ -179,9 +179,9 @@ def _labelled_files(root: Path) -> list[Named]:
     if empty:
         names = ", ".join(empty[:MOST_NAMED]) + (" ..." if len(empty) > MOST_NAMED else "")
         raise ValueError(
-            f"source: got {names} in {root} ({len(empty)} such) without any picture "
+            f"source: got {names} in {root} ({len(empty)} such) without any image "
             f"({' '.join(IMAGE_SUFFIXES)}), or a broken link; a class needs one; do: remove the "
-            "folder, mend the link, or convert its pictures to one of these formats"
+            "folder, mend the link, or convert its images to one of these formats"
         )
     return [Named(str(file.relative_to(root)), class_name, file) for file, class_name in found]
 
@@ -200,36 +200,36 @@ def _class_folders(root: Path) -> set[str]:
 
 
 def _listed_files(path: Path) -> list[Named]:
-    """The pictures of a .csv or .jsonl of path and label; integers where all labels are such."""
+    """The images of a .csv or .jsonl of path and label; integers where all labels are such."""
     rows = list(_rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_jsonl(path))
     first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
-    for line, picture, label in rows:
-        if not isinstance(picture, str) or not picture:
-            raise ValueError(f"{path}:{line}: got no path; need the file of a picture")
+    for line, image, label in rows:
+        if not isinstance(image, str) or not image:
+            raise ValueError(f"{path}:{line}: got no path; need the file of an image")
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
             raise ValueError(
-                f"{path}:{line}: got label {label!r} for {picture}; need a class name or an "
-                "integer; do: label the picture, or remove its line"
+                f"{path}:{line}: got label {label!r} for {image}; need a class name or an "
+                "integer; do: label the image, or remove its line"
             )
-        if not os.path.isfile(path.parent / picture):
+        if not os.path.isfile(path.parent / image):
             raise ValueError(
-                f"{path}:{line}: got {picture}, but there is no file {path.parent / picture}; need "
+                f"{path}:{line}: got {image}, but there is no file {path.parent / image}; need "
                 "a path from the list's own folder, or an absolute one; do: correct or remove it"
             )
-        earlier, other = first.setdefault(picture, (line, label))
+        earlier, other = first.setdefault(image, (line, label))
         if other != label:
             raise ValueError(
-                f"{path}:{line}: got label {label!r} for {picture}, and {other!r} in line "
-                f"{earlier}; need one class a picture; do: remove one of the lines"
+                f"{path}:{line}: got label {label!r} for {image}, and {other!r} in line "
+                f"{earlier}; need one class an image; do: remove one of the lines"
             )
     if not rows:
-        raise ValueError(f"{path}: got no picture; need a path and a label in every line")
+        raise ValueError(f"{path}: got no image; need a path and a label in every line")
     labels = [str(label).strip() for _, _, label in rows]
     if all(_INTEGER.fullmatch(label) for label in labels):
         labels = [int(label) for label in labels]
     return [
-        Named(str(picture), label, path.parent / picture)
-        for (_, picture, _), label in zip(rows, labels, strict=True)
+        Named(str(image), label, path.parent / image)
+        for (_, image, _), label in zip(rows, labels, strict=True)
     ]
 
 
@@ -279,13 +279,13 @@ def parquet(train: Path, val: Path | None = None) -> Source:
     opened = read_parquet(train, "train")
     if opened is None:
         raise ValueError(f"source: got {train} without train-*.parquet; do: name the files' folder")
-    pictures, classes = opened
+    images, classes = opened
     held_out = read_parquet(train if val is None else val, "val") if val or train.is_dir() else None
     if val is not None and held_out is None:
         raise ValueError(
             f"--val: got {val} without validation-*.parquet; do: name the file of the split"
         )
-    return share_classes(str(train), pictures, held_out and held_out[0], classes)
+    return share_classes(str(train), images, held_out and held_out[0], classes)
 
 
 def shards(train: Path, val: Path | None = None) -> Source:
@@ -328,7 +328,7 @@ def shards(train: Path, val: Path | None = None) -> Source:
 def digits() -> Source:
     """The 1,797 handwritten digits that scikit-learn carries (UCI, Alpaydin & Kaynak 1998).
 
-    8 x 8 grey pictures; the last 360 are held out for validation, as PNG bytes.
+    8 x 8 grey images; the last 360 are held out for validation, as PNG bytes.
     """
     import numpy as np
     from PIL import Image
@@ -343,9 +343,9 @@ def digits() -> Source:
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
     samples = []
-    for i, (picture, label) in enumerate(zip(pixels, bunch.target, strict=True)):
+    for i, (image, label) in enumerate(zip(pixels, bunch.target, strict=True)):
         png = io.BytesIO()
-        Image.fromarray(picture).save(png, format="PNG")
+        Image.fromarray(image).save(png, format="PNG")
         samples.append(Sample(f"digit_{i:04d}", int(label), png.getvalue()))
     held_out = len(samples) - DIGITS_HELD_OUT
     splits = {"train": samples[:held_out], "val": samples[held_out:]}

@@ -1,4 +1,4 @@
-"""Pictures that lie in groups and are wanted in another order, gathered once."""
+"""Images that lie in groups and are wanted in another order, gathered once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gathered(
 ) -> list[Sample]:
     """The same samples, each quick to read alone.
 
-    Pictures that lie in groups, such as a parquet file's row groups, and are wanted in another
+    Images that lie in groups, such as a parquet file's row groups, and are wanted in another
     order are written to files under `spool` once, group by group: as many bytes as they have.
     """
     shutil.rmtree(spool, ignore_errors=True)
@@ -55,7 +55,7 @@ def gathered(
 
 
 def _spool_some(job: tuple[int, int]) -> tuple[int, int, list[int]]:
-    """Write some of the wanted pictures to one file; returns the job, and where each begins."""
+    """Write some of the wanted images to one file; returns the job, and where each begins."""
     first, last = job
     samples, wanted, spool = shared()
     ends = [0]

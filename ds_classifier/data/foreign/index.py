@@ -76,7 +76,7 @@ def index(
     validation split that lies beside train, if there is one.
     labels: "cls", or "json:KEY"; None: as the metadata says, else "cls".
     classes: file with a class name a line; None: classnames.txt beside the shards, else numbers.
-    progress: called with split, pictures found, and pictures in all, None if unknown.
+    progress: called with split, images found, and images in all, None if unknown.
     Raises ValueError that lists what is wrong; nothing is written then.
     """
     listings = {"train": find_shards(train, "train")}
@@ -296,7 +296,7 @@ def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, 
     key = printable(_keys(job, scan, wanted)[0])
     label = scan.rows["label"].max()
     return None, [
-        f"{job.listing.place}: no picture has label {gap}, but {key} in {scan.shard.name} has "
+        f"{job.listing.place}: no image has label {gap}, but {key} in {scan.shard.name} has "
         f"{label}; need 0, 1, 2, ... without a gap, or --classes FILE with a name for every label"
     ]
 

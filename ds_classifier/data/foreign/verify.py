@@ -59,8 +59,8 @@ def verify(
     compared; to decode them, each lies in a temporary file meanwhile.
     Finds what breaks a tar's structure: shards missing, cut, with damaged or zeroed headers, or
     that are none. Raises ValueError or OSError where there is no manifest and index to compare
-    with. check_hash: read all bytes and compare sha256. check_decode: decode every picture too.
-    progress: called with pictures checked and pictures in all.
+    with. check_hash: read all bytes and compare sha256. check_decode: decode every image too.
+    progress: called with images checked and images in all.
     """
     with tempfile.TemporaryDirectory() as scratch:
         shards = open_split(str(location), cache_dir=Path(scratch), allow_pipe=True, to_verify=True)

@@ -47,7 +47,7 @@ class MemoryLine:
         return self.fixed + self.per_image * micro_batch
 
     def largest(self) -> int | None:
-        """The micro-batch that fills ROOM of the capacity; None where a picture costs nothing
+        """The micro-batch that fills ROOM of the capacity; None where an image costs nothing
         that could be measured."""
         if self.per_image < 1024:
             return None
@@ -113,7 +113,7 @@ def _what_fits(line: MemoryLine, batch: BatchSize) -> str:
     largest, room = line.largest(), f"{ROOM:.0%} of its {_gib(line.capacity)}"
     key = "micro-batch (train_micro_batch_size_per_gpu)"
     if largest is None or largest >= per_rank:
-        return f"all {per_rank} pictures of a rank fit one {key} in {room}"
+        return f"all {per_rank} images of a rank fit one {key} in {room}"
     fitting = [n for n in range(1, largest + 1) if per_rank % n == 0]
     dividing = f"; dividing its {per_rank}: {fitting[-1]}" if fitting else ""
     return f"largest {key} in {room}: {largest}{dividing}"

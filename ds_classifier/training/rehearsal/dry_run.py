@@ -55,13 +55,13 @@ LEFTOVER = ".dry_run-"  # begins the name of the directory that is removed at th
 
 
 def micro_batches_to_measure(micro_batch: int) -> list[int]:
-    """Ascending; up to the run's own, but for a run that takes single pictures."""
+    """Ascending; up to the run's own, but for a run that takes single images."""
     sizes = {max(1, micro_batch // 4), max(1, micro_batch // 2), micro_batch}
     return sorted(sizes if len(sizes) > 1 else {1, 2})
 
 
 def resized(batch: Batch, size: int) -> Batch:
-    """A batch of another size, of the same pictures over and over."""
+    """A batch of another size, of the same images over and over."""
     rows = torch.arange(size) % len(batch.labels)
     return Batch(*(tensor[rows] for tensor in batch[:4]), [])
 

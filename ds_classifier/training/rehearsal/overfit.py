@@ -1,10 +1,10 @@
 """Can it learn at all? One fixed batch, until its loss is near 0.
 
 The accepted first test of a training set-up (Karpathy, "A Recipe for Training Neural Networks",
-2019, "overfit one batch"): whatever is between the pictures and the weights, labels, noise,
+2019, "overfit one batch"): whatever is between the images and the weights, labels, noise,
 precision, gradients between ranks, learning rate, must work for a network to learn a handful of
-samples by heart. Pictures, crops, flips, timesteps and noise stay fixed: with fresh noise at every
-step, heavily noised pictures could not be told apart, and no loss near 0 would be reachable. The
+samples by heart. Images, crops, flips, timesteps and noise stay fixed: with fresh noise at every
+step, heavily noised images could not be told apart, and no loss near 0 would be reachable. The
 timesteps are uniform, the learning rate is constant, weight decay and clipping are the run's.
 """
 
@@ -91,7 +91,7 @@ def overfit_batch(
         means, weight, _ = meter.read()
         if not weight:
             raise distributed.AgreedError(
-                "--overfit_batch: none of the batch's pictures decodes; do: make_shards.py verify "
+                "--overfit_batch: none of the batch's images decodes; do: make_shards.py verify "
                 "--decode names them"
             )
         result = Overfit(means["loss"], means["acc@1"], step, need)

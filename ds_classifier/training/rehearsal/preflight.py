@@ -49,7 +49,7 @@ def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> t
 def same_on_all_ranks(
     resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None
 ) -> dict[str, Any]:
-    """What ranks must not have otherwise: flags, the completed JSON, the pictures, the classes."""
+    """What ranks must not have otherwise: flags, the completed JSON, the images, the classes."""
     same = {f"--{name}": v for name, v in dataclasses.asdict(resolved.settings).items()}
     for name in OF_A_NODE:
         same.pop(f"--{name}")
@@ -80,7 +80,7 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
         say(f"note: {note}")
     say(
         f"{'all ' if len(ranks) > 1 else ''}{len(ranks)} rank{'s' * (len(ranks) > 1)} can start "
-        "alike: code, libraries, settings, JSON, pictures; "
+        "alike: code, libraries, settings, JSON, images; "
         f"measured in {time.monotonic() - began:.1f} s"
     )
 

@@ -1,4 +1,4 @@
-"""Files that are no pictures: named together, whatever is wrong, and never waited for."""
+"""Files that are no images: named together, whatever is wrong, and never waited for."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, pictures, run_python
+from conftest import ROOT, make_images, run_python
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import image_folder, open_source
@@ -18,7 +18,7 @@ MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_files_that_are_no_pictures_are_listed_together(many, tmp_path, workers):
+def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
     """Wherever they stand: the first 20, their number, and all in a file; once gone, it works."""
     bad = [f"c{i % 6}/{i:03d}.jpg" for i in range(0, 120, 4)]
     for i, name in enumerate(bad):
@@ -29,7 +29,7 @@ def test_files_that_are_no_pictures_are_listed_together(many, tmp_path, workers)
     assert (done.code, len(done.lines)) == (2, 22), done.output
     assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole JPEG")
     assert f"those in {listing}" in done.lines[0]
-    assert done.lines[1] == f"  {min(bad)}: got b''..., which no picture format begins with"
+    assert done.lines[1] == f"  {min(bad)}: got b''..., which no image format begins with"
     assert done.lines[-1] == "  ... and 10 more"
     assert not (tmp_path / "data" / "train").exists()
     listed = listing.read_text().splitlines()
@@ -52,7 +52,7 @@ def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
         convert(source, tmp_path / "data")
 
 
-def test_a_file_too_large_for_a_picture_is_refused_unread(folder, tmp_path):
+def test_a_file_too_large_for_a_image_is_refused_unread(folder, tmp_path):
     (folder / "cat" / "huge.png").touch()
     os.truncate(folder / "cat" / "huge.png", 10 << 30)
     with pytest.raises(ValueError, match=r"huge\.png: got 10737418240 bytes; need at most"):
@@ -63,7 +63,7 @@ def test_a_file_too_large_for_a_picture_is_refused_unread(folder, tmp_path):
 def two(tmp_path) -> tuple[Path, Path]:
     """Folders for training and validation, of classes cat and dog."""
     names = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(6)]
-    return pictures(tmp_path / "train", names), pictures(tmp_path / "val", names)
+    return make_images(tmp_path / "train", names), make_images(tmp_path / "val", names)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -73,7 +73,7 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
     (train / "dog/loop.jpg").symlink_to("loop.jpg")
     (train / "dog/html.jpg").write_text("<html>")
     os.mkfifo(train / "dog/fifo.jpg")
-    os.mkfifo(train / "dog/fifo")  # no picture's name: passed over, as other such files are
+    os.mkfifo(train / "dog/fifo")  # no image's name: passed over, as other such files are
     (train / "cat/zero.png").symlink_to("/dev/zero")
     (val / "dog/empty.png").touch()
     (val / "cat/link.png").symlink_to("gone.png")
@@ -93,11 +93,11 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
         f"train: cat/link.png: cannot be read ({absent})",
         f"train: cat/zero.png: cannot be read ({no_file})",
         f"train: dog/fifo.jpg: cannot be read ({no_file})",
-        "train: dog/html.jpg: got b'<html>'..., which no picture format begins with",
+        "train: dog/html.jpg: got b'<html>'..., which no image format begins with",
         "train: dog/loop.jpg: cannot be read (Too many levels of symbolic links)",
         f"val: cat/link.png: cannot be read ({absent})",
         f"val: cat/socket.gif: cannot be read ({no_file})",
-        "val: dog/empty.png: got b''..., which no picture format begins with",
+        "val: dog/empty.png: got b''..., which no image format begins with",
     ]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["train.bad.txt", "val.bad.txt"]
     for folder, listing in zip(two, listings, strict=True):

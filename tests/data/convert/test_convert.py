@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, pictures, run_python
+from conftest import ROOT, environment, make_images, run_python
 from PIL import Image
 
 from ds_classifier.data import images
@@ -45,7 +45,7 @@ def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_p
     before = os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns
     convert(image_folder(folder), tmp_path / "data")
     assert os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns == before
-    pictures(folder, ["cat/new.png"])
+    make_images(folder, ["cat/new.png"])
     with pytest.raises(ValueError, match="something else already"):
         convert(image_folder(folder), tmp_path / "data")
 
@@ -60,7 +60,7 @@ def test_a_killed_conversion_leaves_nothing_under_a_final_name(folder, tmp_path)
 
 
 def test_format_by_content_not_by_name(tmp_path):
-    mixed = pictures(tmp_path / "mixed", ["a/1.png", "b/1.jpg"])
+    mixed = make_images(tmp_path / "mixed", ["a/1.png", "b/1.jpg"])
     (mixed / "a/1.png").rename(mixed / "a/1.JPEG")
     convert(image_folder(mixed), tmp_path / "data")
     with tarfile.open(tmp_path / "data/train/train-000000.tar") as tar:
@@ -131,9 +131,9 @@ def convert_some(source: Source, out: Path, shards: int, **keywords) -> None:
 
 
 def test_going_on_rewrites_what_changed_in_between(tmp_path):
-    """A picture replaced by one of the same size, with an older date, before the second call."""
+    """An image replaced by one of the same size, with an older date, before the second call."""
     many = tmp_path / "bmp"
-    pictures(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of one size
+    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of one size
     source = image_folder(many)
     convert_some(source, tmp_path / "out", 3)
     partial = tmp_path / "out" / "train.partial"
@@ -207,7 +207,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
 
 def test_shards_of_halved_shards_stay_halved(tmp_path):
     """The mark goes along; other sizes only downwards, other forms only where nothing is lost."""
-    convert(large_pictures(), tmp_path / "a", store=Store(64, "png"))
+    convert(large_images(), tmp_path / "a", store=Store(64, "png"))
     convert(open_source(str(tmp_path / "a")), tmp_path / "b")
     for split in ("train", "val"):
         first, again = (open_shards(tmp_path / name / split) for name in "ab")
@@ -215,12 +215,12 @@ def test_shards_of_halved_shards_stay_halved(tmp_path):
             assert getattr(again.manifest, key) == getattr(first.manifest, key)
     assert np.array_equal(crops(tmp_path / "b/val", 64), crops(tmp_path / "a/val", 64))
     convert(open_source(str(tmp_path / "b")), tmp_path / "c", store=Store(32, "png"))
-    convert(large_pictures(), tmp_path / "direct", store=Store(32, "png"))
+    convert(large_images(), tmp_path / "direct", store=Store(32, "png"))
     assert open_shards(tmp_path / "c/val").manifest.image_size == 32
     assert np.array_equal(crops(tmp_path / "c/val", 32), crops(tmp_path / "direct/val", 32))
     with pytest.raises(ValueError, match=r"got halved for 65 px.*are halved for 64 px, png"):
         convert(open_source(str(tmp_path / "b")), tmp_path / "d", store=Store(65, "png"))
-    convert(large_pictures(), tmp_path / "jpg", store=Store(32))
+    convert(large_images(), tmp_path / "jpg", store=Store(32))
     with pytest.raises(ValueError, match="are halved for 32 px, jpg"):
         convert(open_source(str(tmp_path / "jpg")), tmp_path / "d", store=Store(32, "png"))
     with pytest.raises(ValueError, match="splits halved otherwise"):
@@ -261,14 +261,14 @@ def png(width, height, *chunks):
 zeros = zlib.compressobj(1)
 bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB
 line = zlib.compress(bytes(31 * 10))
-pictures = {
+images = {
     "pixels": png(20000, 20000, (b"IDAT", bomb)),  # 400 megapixels
     "data": png(10, 10, (b"IDAT", bomb)),  # more than its pixels
     "text": png(10, 10, (b"zTXt", b"k\\0\\0" + bomb), (b"IDAT", line)),
     "profile": png(10, 10, (b"iCCP", b"k\\0\\0" + bomb), (b"IDAT", line)),
 }
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for name, data in pictures.items():
+for name, data in images.items():
     try:
         print(name, images.decode(data).size)
     except ValueError as error:
@@ -285,8 +285,8 @@ def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
     assert int(grown.split()[-1]) < 100
 
 
-def large_pictures() -> Source:
-    """Colour pictures of several sizes with structure, as JPEG and PNG."""
+def large_images() -> Source:
+    """Colour images of several sizes with structure, as JPEG and PNG."""
     samples = []
     for i, (width, height) in enumerate([(500, 375), (320, 480), (161, 170), (90, 70), (640, 200)]):
         y, x = np.mgrid[:height, :width]
@@ -307,19 +307,19 @@ def crops(folder: Path, size: int) -> np.ndarray:
 
 
 def test_halved_png_trains_on_the_very_pixels(tmp_path):
-    convert(large_pictures(), tmp_path / "original")
-    convert(large_pictures(), tmp_path / "halved", store=Store(32, "png"))
+    convert(large_images(), tmp_path / "original")
+    convert(large_images(), tmp_path / "halved", store=Store(32, "png"))
     original, halved = (tmp_path / name / "val" for name in ("original", "halved"))
     for size in (32, 24):  # and any smaller size
         assert np.array_equal(crops(halved, size), crops(original, size))
     sizes = [row["length"] for row in open_shards(halved).index]
-    assert sizes[3] == len(large_pictures().splits["val"][3].content)  # too small to be halved
-    assert sum(sizes) < sum(len(s.content) for s in large_pictures().splits["val"]) / 2
+    assert sizes[3] == len(large_images().splits["val"][3].content)  # too small to be halved
+    assert sum(sizes) < sum(len(s.content) for s in large_images().splits["val"]) / 2
 
 
 def test_halved_jpeg_stays_near_the_pixels(tmp_path):
-    convert(large_pictures(), tmp_path / "original")
-    convert(large_pictures(), tmp_path / "halved", store=Store(32, "jpg"))
+    convert(large_images(), tmp_path / "original")
+    convert(large_images(), tmp_path / "halved", store=Store(32, "jpg"))
     difference = crops(tmp_path / "halved/val", 32).astype(float) - crops(
         tmp_path / "original/val", 32
     )
@@ -329,8 +329,8 @@ def test_halved_jpeg_stays_near_the_pixels(tmp_path):
     assert (manifest.stored, manifest.image_size, manifest.form) == ("halved", 32, "jpg")
 
 
-def test_a_picture_that_cannot_be_halved_is_kept_and_told(tmp_path):
-    source = large_pictures()
+def test_a_image_that_cannot_be_halved_is_kept_and_told(tmp_path):
+    source = large_images()
     cut = Sample("cut", 0, source.splits["train"][0].content[:3000])
     convert(Source("made", source.classes, {"val": [cut]}), tmp_path / "out", store=Store(32))
     manifest = open_shards(tmp_path / "out" / "val").manifest
@@ -359,7 +359,7 @@ def test_the_command_line_of_parts(many, tmp_path):
         )
     done = run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path)
     assert done.code == 0
-    assert "120 pictures of 6 classes in 3 shards" in done.output
+    assert "120 images of 6 classes in 3 shards" in done.output
     assert "halved for 8 px, jpg" in done.output
     assert run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path).code == 2
     done = run_python(MAKE_SHARDS, "convert", many, "o", "--form", "png", cwd=tmp_path)
@@ -373,14 +373,14 @@ def test_the_command_line_of_parts(many, tmp_path):
 
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     """As a terminal sends it, to the program and its workers alike. What is left is not lost to
-    another source: one with fewer pictures is refused."""
+    another source: one with fewer images is refused."""
     noise = np.random.RandomState(0).randint(0, 256, (600, 600, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png", compress_level=0)
     for i in range(1500):  # ten seconds of work in one file
-        path = tmp_path / "pictures" / f"c{i % 2}" / f"{i}.png"
+        path = tmp_path / "images" / f"c{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         os.link(tmp_path / "one.png", path)
-    command = [sys.executable, ROOT / "launch" / "make_shards.py", "convert", "pictures", "data"]
+    command = [sys.executable, ROOT / "launch" / "make_shards.py", "convert", "images", "data"]
     command += ["--image_size", "32", "--samples_per_shard", "3", "--workers", "2"]
     job = subprocess.Popen(
         list(map(str, command)),
@@ -400,7 +400,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     assert (job.returncode, output) == (130, "stopped; the same command again goes on\n")
     with pytest.raises(ProcessLookupError):  # the group is empty
         os.killpg(job.pid, 0)
-    for path in (tmp_path / "pictures").glob("*/1*.png"):
+    for path in (tmp_path / "images").glob("*/1*.png"):
         path.unlink()
     again = run_python(*command[1:], cwd=tmp_path)
     assert (again.code, "unfinished conversion" in again.output) == (2, True), again.output
@@ -441,12 +441,10 @@ def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch)
     assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "alone/train")
 
 
-def test_a_picture_that_changed_after_a_killed_merge_is_in_manifest_and_index(
-    tmp_path, monkeypatch
-):
+def test_a_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_path, monkeypatch):
     """What the killed merge had gathered told of the shard as it was before."""
     many = tmp_path / "bmp"
-    pictures(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of one size
+    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of one size
 
     def killed(source, target):
         if Path(target).name == "train":
@@ -468,7 +466,7 @@ def test_a_picture_that_changed_after_a_killed_merge_is_in_manifest_and_index(
 
 
 def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
-    """90 of 100 pictures were there: the bar begins at 90, so that they do not count as fast."""
+    """90 of 100 images were there: the bar begins at 90, so that they do not count as fast."""
     from launch.make_shards import _Progress
 
     screen = io.StringIO()

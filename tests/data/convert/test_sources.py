@@ -1,4 +1,4 @@
-"""Sources: each one against the plain folder of the same pictures; and what is refused."""
+"""Sources: each one against the plain folder of the same images; and what is refused."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ ILSVRC_ID = {"n01440764": 3, "n01443537": 1, "n02084071": 2, "n00001740": 4}
 VAL_WNIDS = ["n02084071", "n01440764", "n02084071", "n01443537", "n01440764"]
 
 
-def fake_picture(number: int) -> bytes:
+def fake_image(number: int) -> bytes:
     """Bytes that begin as a JPEG does; sources never decode."""
     return b"\xff\xd8\xff" + np.random.RandomState(number).bytes(300 + 97 * number)
 
@@ -51,18 +51,18 @@ def plain(tmp_path) -> Path:
         for i in range(3):
             file = tmp_path / "plain/train" / wnid / f"{wnid}_{i}.JPEG"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(fake_picture(number))
+            file.write_bytes(fake_image(number))
             number += 1
     for i, wnid in enumerate(VAL_WNIDS, start=1):
         file = tmp_path / "plain/val" / wnid / f"ILSVRC2012_val_{i:08d}.JPEG"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(fake_picture(number))
+        file.write_bytes(fake_image(number))
         number += 1
     return tmp_path / "plain"
 
 
 def answer(plain: Path, split: str) -> Counter:
-    """(bytes, class name) of every picture of a plain folder, from a glob alone."""
+    """(bytes, class name) of every image of a plain folder, from a glob alone."""
     return Counter((p.read_bytes(), p.parent.name) for p in (plain / split).glob("*/*.JPEG"))
 
 
@@ -203,9 +203,9 @@ def test_damage_inside_an_inner_tar_is_refused(plain):
     assert f"{inner.name}: cut short or damaged" in refused(train)
     # without its end mark the walk would go on into the next inner tar
     with tarfile.open(train) as tar:
-        pictures = [tar.extractfile(m).read() for m in tar]
-    unmarked = pictures[0][: len(pictures[0].rstrip(b"\0")) // 512 * 512 + 512]
-    train.write_bytes(pack({"n01.tar": unmarked, "n02.tar": pictures[1]}))
+        images = [tar.extractfile(m).read() for m in tar]
+    unmarked = images[0][: len(images[0].rstrip(b"\0")) // 512 * 512 + 512]
+    train.write_bytes(pack({"n01.tar": unmarked, "n02.tar": images[1]}))
     assert "n01.tar: cut short or damaged" in refused(train)
 
 
@@ -230,7 +230,7 @@ def member(kind: bytes = tarfile.REGTYPE, name: str = "a.JPEG", size: int = 0) -
         (member(size=10 << 30), "need 10737418240"),
         (member(tarfile.GNUTYPE_LONGNAME, size=10 << 30), "10737418240 bytes"),
         (member(tarfile.XHDTYPE, size=10 << 30), "10737418240 bytes"),
-        (b"", "no picture"),
+        (b"", "no image"),
         (b"<html>not found</html>".ljust(512), " damaged "),
     ],
 )
@@ -255,7 +255,7 @@ def test_other_tars_are_refused(plain):
     assert "empty.tar" in refused(plain.parent / "empty.tar")
 
 
-def test_labels_and_pictures_of_validation_must_match(plain):
+def test_labels_and_images_of_validation_must_match(plain):
     train, val = imagenet(plain)
     root = plain.parent
     devkit = devkit_folder(root)
@@ -348,7 +348,7 @@ def test_lists_hold_what_the_folder_holds(plain, write, monkeypatch):
 def write_list(tmp_path: Path, suffix: str, labels: list, name: str = "list") -> Path:
     rows = []
     for i, label in enumerate(labels):
-        (tmp_path / f"{i}.jpg").write_bytes(fake_picture(i))
+        (tmp_path / f"{i}.jpg").write_bytes(fake_image(i))
         rows.append((f"{i}.jpg", label))
     path = tmp_path / f"{name}{suffix}"
     if suffix == ".csv":
@@ -382,7 +382,7 @@ def test_labels_that_are_names_although_some_look_like_numbers(tmp_path):
     [
         ("file,class\n0.jpg,a\n", "columns ['file', 'class']"),
         ("", "need a first line"),
-        ("path,label\n", "no picture"),
+        ("path,label\n", "no image"),
         ("path,label\n0.jpg,a\nabsent.jpg,a\n", ".csv:3: got absent.jpg"),
         ("path,label\n0.jpg,a\n.,a\n", ".csv:3: got ."),
         ("path,label\npipe:cat 0.jpg,a\n", ".csv:2: got pipe:cat 0.jpg"),
@@ -599,7 +599,7 @@ def test_a_folder_that_cannot_be_read_is_refused(plain, monkeypatch):
     assert f"{WNIDS[1]}: Permission denied" in refused(plain / "train")
 
 
-def test_a_picture_that_vanishes_leaves_no_split(plain, tmp_path):
+def test_a_image_that_vanishes_leaves_no_split(plain, tmp_path):
     source = open_source(str(as_csv(plain, "train")))
     next((plain / "train" / WNIDS[2]).iterdir()).unlink()
     with pytest.raises(ValueError, match=r"1 file that.*\n.*cannot be read \(No such file"):
@@ -613,7 +613,7 @@ def test_places_that_are_no_source(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert "notes.txt" in refused(tmp_path / "notes.txt")
     (tmp_path / "nothing").mkdir()
-    assert "without any picture" in refused(tmp_path / "nothing")
+    assert "without any image" in refused(tmp_path / "nothing")
     assert "does not exist" in refused(tmp_path / "nothing", tmp_path / "absent")
 
 
@@ -632,23 +632,21 @@ def test_the_command_line_takes_val_labels(plain, tmp_path):
     command = [script, "convert", train, tmp_path / "out", "--val", val, "--val_labels"]
     done = run_python(*command, devkit_archive(tmp_path), cwd=tmp_path)
     assert done.code == 0, done.output
-    assert "9 pictures of 3 classes" in done.output
-    assert "5 pictures of 3 classes" in done.output
+    assert "9 images of 3 classes" in done.output
+    assert "5 images of 3 classes" in done.output
     assert_equal_to(plain, open_source(str(tmp_path / "out")))
 
 
 def test_a_class_that_is_no_utf_8_is_refused(tmp_path):
     """Latin-1 as a folder's name and in foreign shards' list of classes; an escape in a .jsonl."""
     for name in (b"cat", b"caf\xe9"):
-        folder = os.path.join(os.fsencode(tmp_path / "pictures"), name)
+        folder = os.path.join(os.fsencode(tmp_path / "images"), name)
         os.makedirs(folder)
         with open(os.path.join(folder, b"0.jpg"), "wb") as file:
-            file.write(fake_picture(0))
-    assert r"pictures: got the class 'caf\udce9', which is no UTF-8" in refused(
-        tmp_path / "pictures"
-    )
+            file.write(fake_image(0))
+    assert r"images: got the class 'caf\udce9', which is no UTF-8" in refused(tmp_path / "images")
     (tmp_path / "list.jsonl").write_text(
-        f'{{"path": "pictures/cat/0.jpg", "label": "{chr(92)}udce9"}}'
+        f'{{"path": "images/cat/0.jpg", "label": "{chr(92)}udce9"}}'
     )
     assert r"list.jsonl: got the class '\udce9'" in refused(tmp_path / "list.jsonl")
     assert class_lines("\ufeffcat\r\ncafé\n".encode(), "f") == ["cat", "café"]

@@ -13,10 +13,10 @@ from layouts_of_others import (
     by_ours,
     by_stock,
     clip_benchmark,
+    image,
     img2dataset,
     label_of,
     open_clip,
-    picture,
     problems,
     tar_of,
     timm,
@@ -116,8 +116,8 @@ def test_long_names_folders_and_other_members(tmp_path):
         members = [
             ("./", None),
             (f"{'d' * 95}/a.cls", b"1\n"),
-            (f"{'d' * 95}/a.jpg", picture(1)),
-            ("b.JPG", picture(2)),
+            (f"{'d' * 95}/a.jpg", image(1)),
+            ("b.JPG", image(2)),
             ("b.pyd", b"\0"),
             ("b.pkl", b"cos\nsystem\n(S'false'\ntR."),
             ("b.cls", b" 0 "),
@@ -125,7 +125,7 @@ def test_long_names_folders_and_other_members(tmp_path):
             ("__notes__/c.jpg", b"passed by webdataset too"),
             ("readme.txt", b"about"),
             (f"{long}.json", b"{" * 100_000),
-            (f"{long}.png", picture(3, "PNG")),
+            (f"{long}.png", image(3, "PNG")),
             (f"{long}.cls", b"0002"),
         ]
         tar = tmp_path / f"{form}" / "long.tar"
@@ -139,9 +139,9 @@ def test_long_names_folders_and_other_members(tmp_path):
         index(str(tar), tmp_path / f"out{form}")
         ours = by_ours(open_shards(tmp_path / f"out{form}/train"))
         assert ours == {
-            f"{'d' * 95}/a": (picture(1), 1),
-            "b": (picture(2), 0),
-            long: (picture(3, "PNG"), 2),
+            f"{'d' * 95}/a": (image(1), 1),
+            "b": (image(2), 0),
+            long: (image(3, "PNG"), 2),
         }
 
 
@@ -150,7 +150,7 @@ def test_indexed_shards_are_trained_on(tmp_path):
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "index", folder, tmp_path / "data", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (0, 3), done.output
-    assert "40 pictures of 3 classes in 2 shards" in done.lines[0]
+    assert "40 images of 3 classes in 2 shards" in done.lines[0]
     assert f"at {folder}; counts agree with _info.json" in done.lines[0]
     assert "0.0% of neighbours share their class, 33" in done.lines[1]
     assert "lane" not in done.output
@@ -172,8 +172,8 @@ def test_indexed_shards_are_trained_on(tmp_path):
     losses = [row["train_loss"] for row in read_log(tmp_path / "run") if "train_loss" in row]
     assert len(losses) == 3
     assert np.isfinite(losses).all()
-    assert f"data        40 pictures (2 shards) in {tmp_path / 'data/train'}\n" in done.output
-    assert "validation  6 pictures (1 shard) in " in done.output
+    assert f"data        40 images (2 shards) in {tmp_path / 'data/train'}\n" in done.output
+    assert "validation  6 images (1 shard) in " in done.output
 
 
 def test_the_command_line(tmp_path):
@@ -190,7 +190,7 @@ def test_the_command_line(tmp_path):
     done = run_python(script, "index", "x.tar", "new", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 3), done.output
     assert done.lines[0].startswith("error: these shards cannot be used as they are")
-    assert done.lines[1].endswith("x.tar: z has a picture but no .cls")
+    assert done.lines[1].endswith("x.tar: z has an image but no .cls")
     assert "do: say where labels stand with --label" in done.lines[2]
     assert not (tmp_path / "new").exists()
     done = run_python(script, "index", "x.tar", "new", "--label", "txt", cwd=tmp_path)

@@ -75,20 +75,20 @@ def test_counts_that_do_not_agree(tmp_path):
 
 
 FAULTS = {
-    "no label": ([("a.jpg", JPG)], "a has a picture but no .cls"),
-    "no picture": ([("a.cls", b"0")], "a has a label but no picture"),
+    "no label": ([("a.jpg", JPG)], "a has an image but no .cls"),
+    "no image": ([("a.cls", b"0")], "a has a label but no image"),
     "negative": ([("a.jpg", JPG), ("a.cls", b"-1")], "a has no usable label in .cls: got '-1'"),
     "no number": ([("a.jpg", JPG), ("a.cls", b"cat")], "got 'cat'; need a class index in digits"),
     "empty": ([("a.jpg", JPG), ("a.cls", b"")], "got ''; need"),
     "huge": ([("a.jpg", JPG), ("a.cls", b"9" * 12)], "a has no usable label"),
     "long": ([("a.jpg", JPG), ("a.cls", b"1" + b" " * (1 << 20))], "got more than 1048576 bytes"),
-    "two pictures": ([("a.jpg", JPG), ("a.cls", b"0"), ("a.png", JPG)], "a has two pictures"),
+    "two images": ([("a.jpg", JPG), ("a.cls", b"0"), ("a.png", JPG)], "a has two images"),
     "twice": (
         [("a.jpg", JPG), ("a.cls", b"0"), ("b.jpg", JPG), ("b.cls", b"0"), ("a.jpeg", JPG)],
         "a comes twice",
     ),
     "apart": ([("a.jpg", JPG), ("b.jpg", JPG), ("a.cls", b"0"), ("b.cls", b"0")], "b comes twice"),
-    "unprintable": ([("a\x1b[2J.jpg", JPG)], r"'a\x1b[2J' has a picture"),
+    "unprintable": ([("a\x1b[2J.jpg", JPG)], r"'a\x1b[2J' has an image"),
 }
 
 
@@ -141,7 +141,7 @@ def test_labels_out_of_range_and_gaps(tmp_path):
     tar_of(tmp_path / "t-0.tar", [("a.jpg", JPG), ("a.cls", b"0"), ("b.jpg", JPG), ("b.cls", b"1")])
     tar_of(tmp_path / "t-1.tar", [("c.jpg", JPG), ("c.cls", b"7")])
     message = problems(tmp_path, tmp_path / "out")
-    assert "no picture has label 2, but c in t-1.tar has 7" in message
+    assert "no image has label 2, but c in t-1.tar has 7" in message
     assert "--classes" in message
     (tmp_path / "names").write_text("cat\ndog\n")
     message = problems(tmp_path, tmp_path / "out", classes=tmp_path / "names")
@@ -158,8 +158,8 @@ def test_keys_over_shards(tmp_path):
     tar_of(tmp_path / "t-0.tar", [("a.jpg", JPG), ("a.cls", b"0"), ("b.jpg", JPG)])
     tar_of(tmp_path / "t-1.tar", [("b.cls", b"0"), ("c.jpg", JPG), ("c.cls", b"0")])
     message = problems(tmp_path, tmp_path / "out")  # a sample split over two shards
-    assert "t-0.tar: b has a picture but no .cls" in message
-    assert "t-1.tar: b has a label but no picture" in message
+    assert "t-0.tar: b has an image but no .cls" in message
+    assert "t-1.tar: b has a label but no image" in message
     tar_of(tmp_path / "t-0.tar", [("a.jpg", JPG), ("a.cls", b"0"), ("b.jpg", JPG), ("b.cls", b"0")])
     tar_of(tmp_path / "t-1.tar", [("c.jpg", JPG), ("c.cls", b"0"), ("b.jpg", JPG), ("b.cls", b"0")])
     message = problems(tmp_path, tmp_path / "out")

@@ -44,7 +44,7 @@ def damage_a_header(tar):
     tar.write_bytes(data[:at] + bytes(512) + data[at + 512 :])
 
 
-def damage_a_picture(tar):
+def damage_a_image(tar):
     data = bytearray(tar.read_bytes())
     data[data.index(b"IDAT") + 9] ^= 0xFF
     tar.write_bytes(data)
@@ -55,7 +55,7 @@ def swap(tar):
 
 
 @pytest.mark.parametrize("decode", [False, True])
-@pytest.mark.parametrize("damage", [cut, lengthen, damage_a_header, damage_a_picture, swap])
+@pytest.mark.parametrize("damage", [cut, lengthen, damage_a_header, damage_a_image, swap])
 def test_problems_at_a_url_are_those_of_the_files(far, damage, decode):
     server, folder = far
     assert verify(server.url, check_decode=decode, workers=2) == []
@@ -79,7 +79,7 @@ def test_a_manifest_here_of_shards_at_a_url(far, tmp_path):
     assert verify(split, progress=lambda *counts: seen.append(counts)) == []
     assert seen == [(5, 15), (10, 15), (15, 15)]
     assert server.requests == [(f"{number}.tar", None) for number in range(3)]
-    damage_a_picture(folder / "1.tar")
+    damage_a_image(folder / "1.tar")
     (problem,) = verify(split)
     assert problem == f"{server.url}/1.tar: its sha256 is not the manifest's"
 
@@ -99,7 +99,7 @@ def test_the_command_takes_urls(far, tmp_path):
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "verify", server.url, "--hash", "--decode", cwd=tmp_path)
     assert (done.code, done.output) == (0, f"{server.url}: whole\n")
-    damage_a_picture(folder / "train-000001.tar")
+    damage_a_image(folder / "train-000001.tar")
     done = run_python(script, "verify", f"pipe:cat {folder}/{{name}}", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (1, 2), done.output
     assert "its sha256 is not the manifest's" in done.lines[0]
@@ -134,7 +134,7 @@ def test_what_breaks_off_every_time_is_not_whole(far, monkeypatch):
 
 def test_every_split_that_can_be_checked_is(far, tmp_path):
     server, folder = far
-    damage_a_picture(folder / "train-000001.tar")
+    damage_a_image(folder / "train-000001.tar")
     script = ROOT / "launch" / "make_shards.py"
     places = [tmp_path / "nothing", f"{server.url}/nowhere", server.url]
     done = run_python(script, "verify", *places, cwd=tmp_path)

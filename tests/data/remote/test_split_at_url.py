@@ -31,7 +31,7 @@ from ds_classifier.data.store import open_named, open_split
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory) -> Path:
-    """The digits in shards of a few dozen pictures."""
+    """The digits in shards of a few dozen images."""
     out = tmp_path_factory.mktemp("many")
     digits = open_source("digits")
     val = Source("digits", digits.classes, {"val": digits.splits["val"]})

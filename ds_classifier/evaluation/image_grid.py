@@ -1,6 +1,6 @@
-"""A few validation pictures at several noise levels, and what a classifier takes them for.
+"""A few validation images at several noise levels, and what a classifier takes them for.
 
-Kept as one PNG of bare tiles, a row a picture and a column a level, which anybody can look at; what
+Kept as one PNG of bare tiles, a row an image and a column a level, which anybody can look at; what
 was predicted stands in the PNG's own text, under TEXT_KEY, as JSON. predictions.py makes it.
 """
 
@@ -23,7 +23,7 @@ MARKED_SIDE, CAPTION = 64, 15  # pixels of a tile at least, and of the words und
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted of a grid's pictures. R rows, L levels."""
+    """What was predicted of a grid's images. R rows, L levels."""
 
     step: int | None
     t: list[int]  # [L]
@@ -36,14 +36,14 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class PictureGrid:
+class ImageGrid:
     """tiles: uint8 [R, L, side, side, 3]."""
 
     tiles: np.ndarray
     predictions: Predictions
 
 
-def save_grid(grid: PictureGrid, path: Path) -> None:
+def save_grid(grid: ImageGrid, path: Path) -> None:
     """Write the PNG, at once."""
     rows, levels, side = grid.tiles.shape[:3]
     sheet = grid.tiles.transpose(0, 2, 1, 3, 4).reshape(rows * side, levels * side, 3)
@@ -54,7 +54,7 @@ def save_grid(grid: PictureGrid, path: Path) -> None:
     os.replace(staging, path)
 
 
-def load_grid(path: Path) -> PictureGrid | None:
+def load_grid(path: Path) -> ImageGrid | None:
     """What save_grid wrote; None for any other file, or none."""
     try:
         with Image.open(path) as image:
@@ -66,10 +66,10 @@ def load_grid(path: Path) -> PictureGrid | None:
         tiles = pixels.reshape(rows, height, levels, width, 3).transpose(0, 2, 1, 3, 4)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None
-    return PictureGrid(tiles, predictions)
+    return ImageGrid(tiles, predictions)
 
 
-def marked_sheet(grid: PictureGrid, classes: Sequence[str]) -> np.ndarray:
+def marked_sheet(grid: ImageGrid, classes: Sequence[str]) -> np.ndarray:
     """The grid with its predictions written under the tiles, uint8 [h, w, 3], for TensorBoard.
 
     A frame is blue where the prediction is right, and vermilion where it is wrong.
