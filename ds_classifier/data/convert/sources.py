@@ -75,9 +75,7 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
         return parquet(train, None if val is None else Path(val))
     if val is None:
         return share_classes(source, _images(train, kind))
-    return share_classes(
-        source, _images(train, kind), _val_images(Path(val), val_kind, val_labels)
-    )
+    return share_classes(source, _images(train, kind), _val_images(Path(val), val_kind, val_labels))
 
 
 def _kind(place: Path) -> str:
