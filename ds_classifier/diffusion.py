@@ -5,40 +5,55 @@ guided-diffusion; q_sample computes in fp32.
 
 t / timesteps: index of a noise level of the (respaced) process, 0 .. num_timesteps - 1; 0 is almost
 clean, the last almost pure noise.
+
+A new noise schedule is a function and a line in NOISE_SCHEDULES; a new way of drawing timesteps is
+a class and a line in SCHEDULE_SAMPLERS. torch is imported where it is used, so that `--help` can
+name both at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-NOISE_SCHEDULES = ("linear", "cosine")
-SCHEDULE_SAMPLERS = ("uniform", "noisy", "loss-second-moment")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def linear_betas(steps: int) -> np.ndarray:
+    """Return betas from 1e-4 to 0.02 at 1000 steps, scaled for other numbers (DDPM section 4)."""
+    scale = 1000 / steps
+    return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+
+
+def cosine_betas(steps: int) -> np.ndarray:
+    """Return the betas of alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), at most 0.999
+    (Improved DDPM Eq. 17)."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    ratio = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
+    return np.minimum(1.0 - np.array(ratio, dtype=np.float64), 0.999)
+
+
+# Each takes the number of steps T and returns beta_1 .. beta_T, [T] float64.
+NOISE_SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def get_betas(noise_schedule: str, steps: int) -> np.ndarray:
-    """beta_1 .. beta_T, [steps] float64.
+    """Return beta_1 .. beta_T of a schedule by its name, [steps] float64.
 
-    linear: DDPM section 4, 1e-4 to 0.02 at 1000 steps, scaled for other numbers of steps.
-    cosine: Improved DDPM Eq. 17, alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), beta <= 0.999.
+    Raises ValueError for a name that NOISE_SCHEDULES does not have.
     """
-    if noise_schedule == "linear":
-        scale = 1000 / steps
-        return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
-    if noise_schedule == "cosine":
-
-        def alpha_bar(u: float) -> float:
-            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        ratio = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
-        return np.minimum(1.0 - np.array(ratio, dtype=np.float64), 0.999)
-    raise ValueError(
-        f"noise_schedule: got {noise_schedule!r}; need one of {', '.join(NOISE_SCHEDULES)}"
-    )
+    if noise_schedule not in NOISE_SCHEDULES:
+        raise ValueError(
+            f"noise_schedule: got {noise_schedule!r}; need one of {', '.join(NOISE_SCHEDULES)}"
+        )
+    return NOISE_SCHEDULES[noise_schedule](steps)
 
 
 def space_timesteps(steps: int, respacing: str) -> list[int]:
@@ -99,7 +114,10 @@ class GaussianDiffusion:
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """On a device: sqrt(alpha_bar), sqrt(1 - alpha_bar) fp32, timestep_map int64, each [T]."""
+        """Return, on a device, sqrt(alpha_bar) and sqrt(1 - alpha_bar), fp32, and timestep_map,
+        int64, each [T]."""
+        import torch
+
         if device not in self._tables:
             signal = torch.from_numpy(np.sqrt(self.alphas_cumprod)).float()
             noise = torch.from_numpy(np.sqrt(1.0 - self.alphas_cumprod)).float()
@@ -161,11 +179,13 @@ class UniformSampler:
 
     needs_losses = False
 
-    def __init__(self, num_timesteps: int):
+    def __init__(self, num_timesteps: int, *, device: torch.device | str = "cpu"):
         self.num_timesteps = num_timesteps
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """uniform [N] in [0, 1) -> timesteps [N] int64, loss weights [N] fp32."""
+        """Return timesteps, [N] int64, and loss weights, [N] fp32, for numbers in [0, 1), [N]."""
+        import torch
+
         t = (uniform * self.num_timesteps).long()
         return t, torch.ones_like(t, dtype=torch.float32)
 
@@ -208,11 +228,15 @@ class LossSecondMomentSampler:
         uniform_share: float = 0.001,
     ):
         self.num_timesteps, self.history, self.uniform_share = num_timesteps, history, uniform_share
+        import torch
+
         self._losses = torch.zeros(num_timesteps, history, device=device)
         self._counts = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
 
     def probabilities(self) -> Tensor:
-        """p(t), [T] fp32, sums to 1."""
+        """Return p(t), [T] fp32, which sums to 1."""
+        import torch
+
         rms = self._losses.square().mean(dim=1).sqrt()
         learnt = rms / rms.sum().clamp_min(1e-12) * (1 - self.uniform_share)
         learnt = learnt + self.uniform_share / self.num_timesteps
@@ -220,14 +244,19 @@ class LossSecondMomentSampler:
         return torch.where(warm, learnt, torch.full_like(learnt, 1 / self.num_timesteps))
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """uniform [N] in [0, 1) -> timesteps [N] int64 by inverse CDF, loss weights [N] fp32."""
+        """Return timesteps by inverse CDF, [N] int64, and loss weights, [N] fp32, for numbers in
+        [0, 1), [N]."""
+        import torch
+
         p = self.probabilities()
         cdf = p.double().cumsum(0)
         t = torch.searchsorted(cdf, uniform * cdf[-1], right=True).clamp_max(self.num_timesteps - 1)
         return t, 1.0 / (self.num_timesteps * p[t])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Take in one step's losses: t, losses [B], all ranks' in the order of their positions."""
+        """Take in the losses of a step: t and losses, [B], of all ranks in order of position."""
+        import torch
+
         finite = losses.isfinite()
         t, losses = t[finite], losses[finite].float()
         t, order = t.sort(stable=True)
@@ -246,17 +275,19 @@ class LossSecondMomentSampler:
         self._counts.copy_(state["counts"])
 
 
+SCHEDULE_SAMPLERS = {
+    "uniform": UniformSampler,
+    "noisy": NoisySampler,
+    "loss-second-moment": LossSecondMomentSampler,
+}
+
+
 def create_schedule_sampler(
     name: str, num_timesteps: int, device: torch.device | str
 ) -> UniformSampler | LossSecondMomentSampler:
-    """The sampler of timesteps by the reference's name for it."""
-    makers: dict[str, Callable] = {
-        "uniform": lambda: UniformSampler(num_timesteps),
-        "noisy": lambda: NoisySampler(num_timesteps),
-        "loss-second-moment": lambda: LossSecondMomentSampler(num_timesteps, device=device),
-    }
-    if name not in makers:
+    """Return the sampler of timesteps by its name in SCHEDULE_SAMPLERS; raises ValueError."""
+    if name not in SCHEDULE_SAMPLERS:
         raise ValueError(
             f"schedule_sampler: got {name!r}; need one of {', '.join(SCHEDULE_SAMPLERS)}"
         )
-    return makers[name]()
+    return SCHEDULE_SAMPLERS[name](num_timesteps, device=device)

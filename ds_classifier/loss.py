@@ -1,13 +1,32 @@
-"""The module that DeepSpeed wraps: noise a batch of images, classify it, per-sample losses."""
+"""The science of a step: images -> x_start -> x_t -> logits -> a loss per sample.
+
+`NoisedClassifier` is the module that DeepSpeed wraps. What a pixel means is decided here alone, by
+`to_x_start` and its inverse.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.model import EncoderUNetModel
+
+
+def to_x_start(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return x_0 of images in any layout: uint8 values 0 .. 255 become -1 .. 1.
+
+    Floating values, which are x_0 already, only change their dtype.
+    """
+    x = images.to(dtype)
+    return x if images.is_floating_point() else x / 127.5 - 1.0
+
+
+def from_x_start(x: Tensor) -> Tensor:
+    """Return pixel values in 0 .. 255, floating, of x in -1 .. 1; values beyond are clipped."""
+    return ((x + 1.0) * 127.5).clamp(0, 255)
 
 
 class NoisedClassifier(nn.Module):
@@ -30,12 +49,16 @@ class NoisedClassifier(nn.Module):
         noise [N, S, S, C] fp32, or None for clean images (t is then the t they are shown with).
         Returns cross-entropies [N] fp32 and logits [N, K] fp32.
         """
-        x = images.float() / 127.5 - 1.0  # x_start in [-1, 1]
-        if noise is not None:
-            x = self.diffusion.q_sample(x, t, noise)
-        x_t = x.permute(0, 3, 1, 2)  # [N, C, S, S], channels_last as it lies
+        x_start = to_x_start(images)
+        x_t = x_start if noise is None else self.diffusion.q_sample(x_start, t, noise)
+        x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S], in channels_last memory as it is
         logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
-        return F.cross_entropy(logits, labels, reduction="none"), logits
+        return self.loss(logits, labels), logits
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy per sample, [N] fp32, of logits [N, K] and labels [N]."""
+        return F.cross_entropy(logits, labels, reduction="none")
 
 
 def noised_classifier(classifier: EncoderUNetModel, settings: Settings) -> NoisedClassifier:

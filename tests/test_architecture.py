@@ -13,7 +13,8 @@ PACKAGE = ROOT / "ds_classifier"
 # A package imports only from the rows above its own.
 LAYERS = [
     ["common"],
-    ["model", "diffusion", "config", "distributed"],
+    ["model", "diffusion", "distributed"],
+    ["config"],
     ["loss", "data", "checkpoint"],
     ["guidance", "weights"],
     ["evaluation"],

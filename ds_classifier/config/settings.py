@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.common.urls import without_logins
+from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 
 SHIPPED_CONFIGS = ("zero2_fp16", "zero2_bf16", "zero1_fp16", "zero1_bf16", "zero1_fp32")
 
@@ -87,13 +88,14 @@ class Settings:
 
     noised: bool = _setting(True, "diffusion", "train on noisy images; False: clean ones, t = 0")
     diffusion_steps: int = _setting(1000, "diffusion", "noise levels T")
-    noise_schedule: str = _setting("linear", "diffusion", "linear or cosine")
+    noise_schedule: str = _setting("linear", "diffusion", " or ".join(NOISE_SCHEDULES))
     timestep_respacing: str = _setting("", "diffusion", "keep some levels only, like 250 or ddim25")
     rescale_timesteps: bool = _setting(False, "diffusion", "show the network t * 1000 / T")
     schedule_sampler: str = _setting(
         "uniform",
         "diffusion",
-        "uniform; noisy, which takes t in proportion to t and guides better; or loss-second-moment",
+        f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}; noisy draws t in proportion "
+        "to t and guides better",
     )
 
     iterations: int = _setting(150000, "training", "optimizer steps in all")

@@ -24,7 +24,7 @@ from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
 from ds_classifier.evaluation.metrics import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.loss import NoisedClassifier
+from ds_classifier.loss import NoisedClassifier, to_x_start
 
 VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs compare
 GOLDEN_RATIO = 0.6180339887498949
@@ -184,7 +184,7 @@ def evaluate_levels(
         if not inside:
             continue  # the padding of a rank that has less to do
         batch = batch.to(device)
-        x_start = batch.images.float() / 127.5 - 1.0  # [N, S, S, C]
+        x_start = to_x_start(batch.images)  # [N, S, S, C]
         shape = tuple(batch.images.shape[1:])
         noise = keyed_noise(VALIDATION_SEED, "validation", batch.positions, shape)
         rows = [spread_timesteps(batch.positions, diffusion.num_timesteps)]

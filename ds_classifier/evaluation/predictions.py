@@ -15,6 +15,7 @@ from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED, log_snr
 from ds_classifier.evaluation.image_grid import ImageGrid, Predictions
+from ds_classifier.loss import from_x_start, to_x_start
 
 ROWS, LEVELS = 10, 8
 TILE_SIDE = 128  # pixels; larger images are shrunk by a whole factor
@@ -56,7 +57,7 @@ def predict_grid(
     noise = keyed_noise(
         VALIDATION_SEED, "validation", positions.to(device), tuple(images.shape[1:])
     )
-    x_start = images.to(device).float() / 127.5 - 1.0  # [R, S, S, C]
+    x_start = to_x_start(images.to(device))  # [R, S, S, C]
     # Evenly spaced in t, as training draws it; even in log-SNR, half of them would be mere noise.
     last = diffusion.num_timesteps - 1
     levels = sorted({round(i * last / (LEVELS - 1)) for i in range(LEVELS)})
@@ -96,6 +97,6 @@ def _as_pixels(x_t: torch.Tensor, factor: int) -> np.ndarray:
     Of one or two channels the first is shown in grey, of four the first three in colour.
     """
     x = x_t[..., :3] if x_t.shape[-1] >= 3 else x_t[..., :1].expand(*x_t.shape[:-1], 3)
-    pixels = ((x + 1) * 127.5).clamp(0, 255).permute(0, 3, 1, 2)
+    pixels = from_x_start(x).permute(0, 3, 1, 2)
     pixels = torch.nn.functional.avg_pool2d(pixels, factor).permute(0, 2, 3, 1)
     return pixels.round().byte().cpu().numpy()

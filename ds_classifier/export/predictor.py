@@ -22,6 +22,7 @@ from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data.images import center_crop, decode
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
+from ds_classifier.loss import to_x_start
 from ds_classifier.model import create_classifier
 
 
@@ -95,7 +96,7 @@ class Predictor:
                 raise ValueError(f"noise: got {got}; need {list(images.shape)}, floating")
         if count == 0:  # which the classifier's attention cannot reshape
             return torch.empty(0, self.settings.num_classes, device=device)
-        x_start = images.to(device).float() / 127.5 - 1.0
+        x_start = to_x_start(images.to(device))
         x_t = self.diffusion.q_sample(x_start, levels, noise.to(device).float())
         timesteps = self.diffusion.model_timesteps(levels)
         return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)

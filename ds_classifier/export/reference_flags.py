@@ -14,6 +14,7 @@ from ds_classifier.model import CHANNEL_MULT, parse_channel_mult
 REFERENCE_SIZES = (64, 128, 256, 512)
 REFERENCE_CLASSES = 1000
 REFERENCE_CHANNELS = 3
+REFERENCE_SCHEDULES = ("linear", "cosine")
 SCRIPT_UTIL, SAMPLE = "guided_diffusion/script_util.py", "scripts/classifier_sample.py"
 
 
@@ -74,6 +75,14 @@ def reference_obstacles(settings: Settings) -> list[Obstacle]:
     mult = parse_channel_mult(settings.classifier_channel_mult, settings.image_size)
     if settings.image_size not in REFERENCE_SIZES or mult != CHANNEL_MULT[settings.image_size]:
         obstacles.append(_other_levels(settings.image_size, mult))
+    if settings.noise_schedule not in REFERENCE_SCHEDULES:
+        obstacles.append(
+            Obstacle(
+                f"noise schedule {settings.noise_schedule}: get_named_beta_schedule in "
+                f"guided_diffusion/gaussian_diffusion.py knows {' and '.join(REFERENCE_SCHEDULES)}",
+                (),
+            )
+        )
     return obstacles
 
 

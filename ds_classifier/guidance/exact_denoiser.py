@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
+from ds_classifier.loss import to_x_start
 
 CHUNK_NUMBERS = 1 << 24  # float64 numbers of training images in memory at a time: 128 MiB
 READ_BATCH = 256  # images decoded at a time
@@ -88,9 +89,7 @@ class ExactDenoiser:
         """(images [m, D] float64 as the process sees them, their slice), in order."""
         for start in range(0, len(self), self._chunk):
             part = slice(start, start + self._chunk)
-            images = self._images[part]
-            x = images.double()
-            yield (x / 127.5 - 1.0 if images.dtype == torch.uint8 else x), part
+            yield to_x_start(self._images[part], torch.float64), part
 
     @torch.no_grad()
     def posterior(self, x_t: Tensor, alpha_bar: Tensor, y: Tensor | None = None) -> Posterior:

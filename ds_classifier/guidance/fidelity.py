@@ -21,6 +21,7 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.loss import to_x_start
 
 # Where x_t leaves less doubt of its class, log p(y | x_t) is flat: there is no gradient to compare.
 DOUBT = 1e-6
@@ -68,7 +69,7 @@ def compare_with_bayes(
     for level in timesteps:
         found = []  # of each batch, [n, 7]
         for start in range(0, len(images), batch_size):
-            x_start = images[start : start + batch_size].float() / 127.5 - 1.0
+            x_start = to_x_start(images[start : start + batch_size])
             y = labels[start : start + batch_size]
             positions = torch.arange(start, start + len(y), device=y.device)
             noise = keyed_noise(seed, f"fidelity {level}", positions, tuple(x_start.shape[1:]))

@@ -22,6 +22,7 @@ from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.loss import from_x_start
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def keyed_steps(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Callabl
 
 def to_pixels(x: Tensor) -> Tensor:
     """[N, C, S, S] in [-1, 1] -> [N, S, S, C] uint8, cut off as guided-diffusion does."""
-    return ((x + 1.0) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return from_x_start(x).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def sample_classes(

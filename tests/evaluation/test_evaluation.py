@@ -376,7 +376,7 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
             assert numbers["uniform_t"][name] == pytest.approx(row[f"val_{name}"], rel=1e-5)
             assert numbers["levels"][0][name] == pytest.approx(row[f"val_{name}_t0"], rel=1e-5)
         # The digits are small: the exact posterior stands beside, and knows better than 4 steps.
-        assert record["bayes"]["images"] == 1437
+        assert record["bayes"]["pictures"] == 1437
         assert record["bayes"]["levels"][0]["acc@1"] > 0.9
         tables = [*level_table(record), *class_table(record), *series_table(records)]
         assert max(map(len, tables)) <= 100

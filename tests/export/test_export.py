@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from test_model import filled
 from test_weights import SMALL
 
+from ds_classifier import diffusion
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.weights import find_recorded, load_classifier, open_weights
 from ds_classifier.config import Settings
 from ds_classifier.evaluation.record import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.export import export
-from ds_classifier.export.reference_flags import classifier_flags, flags_text
+from ds_classifier.export.reference_flags import classifier_flags, flags_text, reference_obstacles
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.model import create_classifier
 
@@ -491,3 +492,13 @@ def test_flags_are_words_of_a_command_line():
     respaced = flags_text(Settings(num_classes=1000, timestep_respacing="250"), "model.pt")
     assert "--timestep_respacing 250" in respaced
     assert "cannot load" not in respaced
+
+
+def test_a_new_noise_schedule_is_told_as_an_obstacle(monkeypatch):
+    """Stock guided-diffusion would build another process without a word."""
+    monkeypatch.setitem(diffusion.NOISE_SCHEDULES, "quadratic", diffusion.linear_betas)
+    settings = Settings(num_classes=1000, noise_schedule="quadratic")
+    (obstacle,) = reference_obstacles(settings)
+    assert "quadratic" in obstacle.reason
+    assert "cannot load" in flags_text(settings, "model.pt")
+    assert reference_obstacles(settings.replace(noise_schedule="cosine")) == []
