@@ -59,7 +59,7 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     flags = "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --batch_size 4"
     flags += " --classifier_depth 1 --classifier_attention_resolutions 4 --microbatch 2"
     done = run_python(
-        *(ROOT / "tests" / "watched_step.py", *flags.split()),
+        *(ROOT / "tests" / "helpers" / "watched_step.py", *flags.split()),
         *("--deepspeed_config", ROOT / "ds_configs" / f"{config}.json"),
         cwd=tmp_path,
     )

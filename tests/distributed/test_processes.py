@@ -9,7 +9,7 @@ from conftest import ROOT
 
 CHILD = """
 import os, sys, time
-from ds_classifier import processes
+from ds_classifier.distributed import processes
 while os.getppid() == int(sys.argv[2]):
     time.sleep(0.01)
 with open(sys.argv[1] + ".new", "w") as file:

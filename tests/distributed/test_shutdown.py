@@ -9,7 +9,7 @@ LISTENING = """
 import errno, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from ds_classifier.shutdown import StopRequests
+from ds_classifier.distributed.stopping import StopRequests
 
 def fails(path, *arguments, **keywords):
     if str(path).endswith("STOP"):

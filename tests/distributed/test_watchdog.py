@@ -22,7 +22,7 @@ FAULTS = {
 
 
 def run_tiny(folder: Path, faults: dict[str, str]) -> dict[str, dict]:
-    command = [sys.executable, ROOT / "tests" / "tiny_ranks.py", folder]
+    command = [sys.executable, ROOT / "tests" / "helpers" / "tiny_ranks.py", folder]
     done = subprocess.run(
         [*command, *(f"{name}={fault}" for name, fault in faults.items())],
         env=environment(),
@@ -54,7 +54,7 @@ def last_words(row: dict, *words: str) -> None:
 BROKEN_LOADER = """
 from pathlib import Path
 from ds_classifier import distributed
-from ds_classifier.watchdog import Watchdog
+from ds_classifier.distributed.watchdog import Watchdog
 
 def batches():
     yield "the first"

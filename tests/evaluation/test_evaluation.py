@@ -314,7 +314,7 @@ def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
             ranks,
             tmp_path / "model000123.pt",
             *words,
-            script=ROOT / "tests" / "evaluate_sets.py",
+            script=ROOT / "tests" / "helpers" / "evaluate_sets.py",
             cwd=tmp_path,
         )
         assert done.code == 0, done.output

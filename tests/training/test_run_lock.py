@@ -17,7 +17,7 @@ OWNER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from ds_classifier.run_lock import RunLock
+from ds_classifier.training.run_lock import RunLock
 RunLock(Path(sys.argv[2])).acquire(print)
 print("held", flush=True)
 time.sleep(60)

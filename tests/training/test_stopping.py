@@ -113,7 +113,7 @@ STOPS = [
 HUNG_UP = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from ds_classifier.shutdown import StopRequests
+from ds_classifier.distributed.stopping import StopRequests
 if sys.argv[2] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with StopRequests() as requests:

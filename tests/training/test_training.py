@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 CONFIGS = ROOT / "ds_configs"
 TRAIN = ROOT / "launch" / "train.py"
-TRACED = ROOT / "tests" / "traced_train.py"
+TRACED = ROOT / "tests" / "helpers" / "traced_train.py"
 TINY = shlex.split(
     "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "
     "--classifier_attention_resolutions 4 --noise_schedule cosine --random_flip False --lr 1e-3 "
