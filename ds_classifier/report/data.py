@@ -15,12 +15,11 @@ from typing import Any
 from ds_classifier.common import files
 from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
 from ds_classifier.evaluation.record import EVALUATION_FORMAT, PRECISIONS
-from ds_classifier.training import events
-from ds_classifier.training.run_dir import read_done
+from ds_classifier.training.run_dir import EVENTS, read_done, read_events
 from ds_classifier.training.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.training.sanity import Guessing, RecentRows
 
-RUN_FILES = ("config.json", "log.jsonl", events.FILE, "checkpoints")
+RUN_FILES = ("config.json", "log.jsonl", EVENTS, "checkpoints")
 FILE_CLOCK = 0.1  # seconds that a file's time may lie behind an event's, of a finer clock
 
 
@@ -144,7 +143,7 @@ def read_run(path: Path) -> Run:
             recent.add(row)
     evaluations = [r for r in map(_evaluation, sorted(_listed(path / "eval", ".json"))) if r]
     evaluations.sort(key=_standing)
-    happened, faults = events.read(path), sorted(_faults(path), key=lambda fault: fault.time)
+    happened, faults = read_events(path), sorted(_faults(path), key=lambda fault: fault.time)
     ranks = _listed(path, ".jsonl", "bad_samples.rank")
     return Run(
         path=path,

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: the console, log.jsonl, progress.csv, tensorboardX; W&B if asked for.
+"""The log of a run: log.jsonl, progress.csv, TensorBoard, W&B if asked for, and the screen.
 
 Key names are the reference's (step, samples, train_loss, train_acc@1_q0, val_..., grad_norm,
-lg_loss_scale), and ours beside them. A row appears once per step, also after resuming.
+lg_loss_scale), with more of our own. There is one row per step, also after resuming.
 """
 
 from __future__ import annotations
@@ -11,27 +11,37 @@ import io
 import json
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_classifier import distributed
 from ds_classifier.common import files
+from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.memory import memory_in_use
+from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter, Reading
+from ds_classifier.training import screen
+from ds_classifier.training.flops import Arithmetic
+from ds_classifier.training.lost import Lost
+from ds_classifier.training.sanity import SanityWatch
+from ds_classifier.training.step import Trained
 
 
 class RunLogger:
-    """Writes on rank 0; the other ranks' calls do nothing.
+    """Writes rows of numbers on rank 0; the calls of other ranks do nothing.
 
-    log.jsonl is the record: a row is appended and out of this process before anything else is done
-    with it, so a kill costs the row being written at most. progress.csv is made from it anew at
-    every start, and when a column is added. No rows are kept in memory, but for those that a full
-    disk refuses: they wait, and the run goes on; whether it may is --max_failed_saves' to say.
+    log.jsonl is the record: a row is appended, and has left this process, before anything else is
+    done with it, so that a kill costs at most the row being written. progress.csv is made anew from
+    it at every start, and when a column is added. No rows are kept in memory except those that a
+    full disk refuses: they wait, and the run continues for as long as --max_failed_saves allows.
 
-    run_dir: of the run. first_step: finished before; rows of later steps are what a killed run
-    wrote after its last checkpoint. They will be computed again, so they are dropped; at 0, all.
-    wandb: a project there, if any; raises ValueError where it cannot be reached.
+    first_step: the step that the run continues from. Rows of later steps were written by a killed
+    run after its last checkpoint; they will be computed again, so they are dropped. At 0, all are.
+    wandb: the name of a project at Weights & Biases, if any.
+    Raises ValueError if W&B cannot be reached, and OSError if nothing can be written.
     """
 
     def __init__(self, run_dir: Path, *, first_step: int, wandb: str = ""):
@@ -41,7 +51,7 @@ class RunLogger:
         self._jsonl_path, self._csv_path = run_dir / "log.jsonl", run_dir / "progress.csv"
         _drop_rows(self._jsonl_path, after=first_step or -1)
         self._jsonl = open(self._jsonl_path, "ab", buffering=0)
-        self._waiting, self._told = b"", False
+        self._waiting, self._warned = b"", False
         self._write_csv()
         from tensorboardX import SummaryWriter
 
@@ -53,7 +63,7 @@ class RunLogger:
             self._wandb = _open_wandb(run_dir, wandb)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row of numbers; `step` is among them. Not-a-number is written as null."""
+        """Append a row of numbers, with its `step`. Values that are not finite become null."""
         if self._jsonl is None:
             return
         row = {key: _finite(value) for key, value in row.items()}
@@ -66,12 +76,12 @@ class RunLogger:
             else:
                 self._write_csv()
         except OSError as error:
-            self._columns = []  # the table is made anew when there is room
-            if not self._told:
-                self._told = True
+            self._columns = []  # the table is made anew once there is room
+            if not self._warned:
+                self._warned = True
                 distributed.say(
                     f"{'':>6} {self._jsonl_path}: cannot write: {files.problem(error)}; rows wait "
-                    "until it can; do: make room, or see to the disk"
+                    "until it can; do: make room on the disk"
                 )
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
@@ -80,19 +90,19 @@ class RunLogger:
             self._wandb.log(row, step=row["step"])
 
     def _append(self) -> None:
-        """The rows that wait, to the file; what was written of one is not written again."""
+        """Write the rows that wait; the part of a row that was written is not written again."""
         while self._waiting:
             self._waiting = self._waiting[self._jsonl.write(self._waiting) :]
 
     def image(self, name: str, pixels: Any, step: int) -> None:
-        """Show an image, uint8 [h, w, 3]."""
+        """Show an image, uint8 [h, w, 3], in TensorBoard."""
         if self._tb is not None:
             self._tb.add_image(name, pixels, step, dataformats="HWC")
 
     def histogram(
         self, name: str, counts: Sequence[float], edges: Sequence[float], step: int
     ) -> None:
-        """Show how values fell into bins: counts[i] of them up to edges[i], the last above all."""
+        """Show a histogram: counts[i] values up to edges[i], the last count above all of them."""
         if self._tb is None or not sum(counts):
             return
         limits = [*edges, 2 * edges[-1]]
@@ -111,7 +121,7 @@ class RunLogger:
         )
 
     def _write_csv(self) -> None:
-        """The whole table, from log.jsonl: columns in the order in which they first appear."""
+        """Write the whole table from log.jsonl, columns in the order of their first appearance."""
         self._columns = list(
             dict.fromkeys(key for row in read_rows(self._jsonl_path) for key in row)
         )
@@ -130,8 +140,9 @@ class RunLogger:
         files.replace_lines(self._csv_path, lines())
 
     def close(self) -> None:
+        """Write what waits, and close the files."""
         if self._jsonl is not None:
-            with suppress(OSError):  # told already
+            with suppress(OSError):  # reported already
                 self._append()
                 if not self._columns:
                     self._write_csv()
@@ -143,8 +154,11 @@ class RunLogger:
 
 
 def _forgive_the_disk(tensorboard) -> None:
-    """Have tensorboardX's thread outlive a full disk: once it has died, the next rows wait for it
-    for ever."""
+    """Let tensorboardX's thread survive a full disk.
+
+    It has no public way to do so: once an OSError has ended the thread, nobody empties its queue,
+    and the row after the next ten waits for ever.
+    """
     writer = tensorboard.file_writer.event_writer._ev_writer
 
     def forgiving(method: Callable[..., Any]) -> Callable[..., None]:
@@ -158,7 +172,7 @@ def _forgive_the_disk(tensorboard) -> None:
 
 
 def _open_wandb(run_dir: Path, project: str):
-    """The run at Weights & Biases, under an id that resuming finds again in RUN/wandb/id."""
+    """Open the run at Weights & Biases, under an id that resuming finds again in RUN/wandb/id."""
     import wandb
 
     kept = run_dir / "wandb" / "id"
@@ -184,7 +198,7 @@ def _open_wandb(run_dir: Path, project: str):
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log.jsonl one after the other; lines cut by a kill are passed over."""
+    """Yield the rows of a log.jsonl; lines that a kill cut are skipped."""
     with open(path, "rb") as file:
         for line in file:
             row = _parsed(line)
@@ -193,7 +207,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The row in a line, or None: what a kill left of a row has no end, and is no JSON."""
+    """Return the row in a line, or None for the part of one that a kill has left."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -202,7 +216,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _drop_rows(path: Path, *, after: int) -> None:
-    """Drop rows of steps after one, and damaged lines; a log without such stays as it is."""
+    """Drop rows of steps after `after`, and damaged lines; a log without any stays as it is."""
     if not path.exists():
         return
 
@@ -221,74 +235,144 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_QUARTILE_HEADS = "  q0  q1  q2  q3"
-CONSOLE_HEADER = (
-    f"{'step':>6} {'eta':>8} {'loss':>6}{_QUARTILE_HEADS} "
-    f"{'acc@1':>5}{_QUARTILE_HEADS} {'acc@5':>5}{_QUARTILE_HEADS} "
-    f"{'gnorm':>5} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
-)
+class Clock:
+    """The seconds spent training since the last row, without the pauses to validate and save."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+        self._paused = 0.0
+        self.steps, self.waited = 0, 0.0  # waited: seconds, for data
+
+    def count(self, waited: float) -> None:
+        """Count a step. waited: the seconds of it that were spent waiting for data."""
+        self.steps += 1
+        self.waited += waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the seconds spent in this context."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self._began - self._paused
+
+    def restart(self) -> Window:
+        """Return the numbers so far, and start again from zero at this moment."""
+        now = time.perf_counter()
+        window = Window(now - self._began - self._paused, self.steps, self.waited)
+        self._began, self._paused, self.steps, self.waited = now, 0.0, 0, 0.0
+        return window
 
 
-def console_line(row: dict[str, Any], *, eta_seconds: float) -> str:
-    """One line under CONSOLE_HEADER, of a training row. Accuracies in per cent."""
+class Window(NamedTuple):
+    """The time between two log rows. seconds: training. waited: seconds of them, for data."""
 
-    def cell(key: str, scale: float, width: int, decimals: int) -> str:
-        value = row.get(key)
-        if value is None:
-            return "-".rjust(width)
-        return f"{scale * value:{width}.{decimals}f}"
-
-    def accuracies(name: str) -> str:
-        parts = [cell(f"{name}_q{q}", 100, 4, 0) for q in range(4)]
-        return cell(name, 100, 5, 1) + "".join(parts)
-
-    losses = "".join(_short(row.get(f"train_loss_q{q}")).rjust(4) for q in range(4))
-    lg_scale = f"2^{row['lg_loss_scale']:g}" if row["lg_loss_scale"] else "-"
-    return (
-        f"{row['step']:>6} {duration(eta_seconds):>8} "
-        f"{cell('train_loss', 1, 6, 3)}{losses} "
-        f"{accuracies('train_acc@1')} {accuracies('train_acc@5')} "
-        f"{cell('grad_norm', 1, 5, 2)} {row['lr']:7.1e} {lg_scale:>5} "
-        f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
-        f"{row['memory_gib']:4.1f}G"
-    )
+    seconds: float
+    steps: int
+    waited: float
 
 
-def counts_line(row: dict[str, Any], why_skipped: str) -> str:
-    """What was seen and what was lost since the run's first start, of a training row."""
-    steps = row["skipped_steps"]
-    parts = [f"{row['samples']:,} samples seen so far"]
-    if row["bad_samples"]:
-        ones = "one" + "s" * (row["bad_samples"] > 1)
-        parts.append(f"{row['bad_samples']:,} bad {ones} (listed in bad_samples.rank*.jsonl)")
-    if steps:
-        parts.append(f"{steps:,} step{'s' * (steps > 1)} skipped ({why_skipped})")
-    return f"{'':>6} {', '.join(parts)}"
+class TrainingLog:
+    """Logs a training run: rows in the files, lines on the screen; every rank calls it.
 
+    meter: the sums that rows are made of. sanity: reports, from the rows, when the run starts or
+    stops looking healthy. iterations: the number of steps of the run.
+    compiled: whether the first step compiles the classifier, whose time is reported.
+    """
 
-def _short(value: float | None) -> str:
-    """A loss in three characters: .03, 2.3."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.2f}"[1:] if value < 0.995 else f"{value:.1f}"
+    def __init__(
+        self,
+        logger: RunLogger,
+        *,
+        engine,
+        meter: Meter,
+        lost: Lost,
+        arithmetic: Arithmetic,
+        sanity: SanityWatch,
+        iterations: int,
+        compiled: bool,
+    ):
+        self._logger, self._engine, self._meter, self._lost = logger, engine, meter, lost
+        self._arithmetic, self._sanity = arithmetic, sanity
+        self._iterations, self._compiled = iterations, compiled
+        self._reported = (0, 0)  # bad samples and skipped steps; a resumed run reports earlier ones
+        self.clock = Clock()
 
+    def begin(self) -> None:
+        """Print the header of the table; the first row's time starts now."""
+        distributed.say(screen.HEADER)
+        self.clock.restart()
 
-def duration(seconds: float) -> str:
-    """1:02:03; days only when there are any."""
-    hours, rest = divmod(int(seconds), 3600)
-    if hours >= 100:
-        return f"{hours / 24:.1f}d"
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    def count(self, trained: Trained) -> None:
+        """Count a step."""
+        self.clock.count(trained.waited)
+        if self._compiled:
+            distributed.say(screen.compiled_line(self.clock.seconds()))
+            self._compiled = False
 
+    def write_window(self, trained: Trained) -> None:
+        """Write a row of means over the steps since the last one, and over all ranks.
 
-def validation_line(row: dict[str, Any]) -> str:
-    quartiles = [row.get(f"val_acc@1_q{q}") for q in range(4)]
-    accuracies = " ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
-    bad = row.get("val_bad_samples", 0)
-    return (
-        f"{row['step']:>6} validation: loss {row['val_loss']:.3f}, "
-        f"acc@1 {100 * row['val_acc@1']:.1f} % (quartiles of t {accuracies}; "
-        f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %, "
-        f"{row['val_seconds']:.1f} s"
-        + (f"; without {bad:,} that did not decode (verify --decode names them)" if bad else "")
-    )
+        trained: the last of them. Raises TooManyBadSamples.
+        """
+        reading = self._meter.read()  # waits for the device
+        window = self.clock.restart()
+        row = self._row(reading, window)
+        row |= {"lr": trained.lr, "bad_samples": self._lost.bad_samples.total()}
+        self._logger.write(row)
+        for q, counts in enumerate(reading.losses.tolist()):
+            self._logger.histogram(f"train_losses_q{q}", counts, LOSS_EDGES, row["step"])
+        eta = (self._iterations - row["step"]) * window.seconds / window.steps
+        distributed.say(screen.training_line(row, eta_seconds=eta))
+        self._report_news(row)
+        counts = (row["bad_samples"], row["skipped_steps"])
+        if counts != self._reported:
+            distributed.say(screen.lost_line(row, self._lost.skipped_steps.news()))
+        self._reported = counts
+        self._lost.bad_samples.refuse_too_many(row["samples"])
+
+    def _row(self, reading: Reading, window: Window) -> dict[str, Any]:
+        """Return the numbers of a window. Memory and GFLOP/s are those of one rank.
+
+        window_samples: the number of images that the means rest on, also by quartile of t.
+        """
+        engine = self._engine
+        samples = engine.train_batch_size()
+        images_per_sec = window.steps * samples / window.seconds
+        return {
+            "step": engine.global_steps,
+            "samples": engine.global_steps * samples,
+            "window_samples": int(reading.weight),
+            **{f"window_samples_q{q}": int(n) for q, n in enumerate(reading.losses.sum(dim=1))},
+            **{f"train_{name}": value for name, value in reading.means.items()},
+            "grad_norm": deepspeed_engine.grad_norm(engine),
+            "param_norm": deepspeed_engine.param_norm(engine),
+            "lg_loss_scale": math.log2(deepspeed_engine.loss_scale(engine)),
+            "images_per_sec": images_per_sec,
+            "data_wait_frac": window.waited / window.seconds,
+            **self._arithmetic.achieved(images_per_sec / distributed.world_size()),
+            "memory_gib": memory_in_use(engine.device) / 2**30,
+            "skipped_steps": engine.skipped_steps,
+        }
+
+    def write_validation(self, row: dict[str, Any]) -> None:
+        """Write a row of validation means."""
+        self._logger.write(row)
+        distributed.say(screen.validation_line(row))
+        self._report_news(row)
+
+    def image(self, name: str, pixels: Any, step: int) -> None:
+        """Show an image, uint8 [h, w, 3], in TensorBoard."""
+        self._logger.image(name, pixels, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._logger.close()
+
+    def _report_news(self, row: dict[str, Any]) -> None:
+        """Print what the row changes in the answer to: is it working?"""
+        for line in self._sanity.add(row):
+            distributed.say(f"{row['step']:>6} {line}")

@@ -1,136 +1,147 @@
-"""What lies in a run directory: whether it is finished, where it goes on, what it was made of.
+"""The files of a run directory: config.json, deepspeed.json, env.json, command.sh, events.jsonl.
 
-This module imports nothing heavy, so that --help answers at once.
+events.jsonl tells what happened to the run; rank 0 alone appends to it, one line per event,
+{"time": seconds since 1970, "event": NAME, ...}:
+
+    start, resume   a job began: step, iterations, world_size, host, device; guessing, the fields of
+                    sanity.Guessing; val_samples; resume also: reached, the last step that the job
+                    before it had logged
+    save failed     a checkpoint could not be written: step, message
+    failed          all ranks gave up for the same reason: samples trained on, message
+    stop            a job ended on request: step, reason
+    finish          the last step was done: step
+
+A job that was killed adds nothing; the message of one that crashed is in errors/. This module
+imports nothing heavy, since --help imports it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ds_classifier import distributed
-from ds_classifier.common.urls import shown
+from ds_classifier.common import files
+from ds_classifier.common.urls import without_logins
 from ds_classifier.common.version import __version__
 from ds_classifier.config.deepspeed_json import Resolved
-from ds_classifier.config.settings import Settings, changed_settings
-from ds_classifier.training import events
 
-SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint
 DONE = "DONE"  # marks a finished run: a launcher's exit code cannot be trusted
+EVENTS = "events.jsonl"
+LAST_BYTES = 1 << 16  # of log.jsonl, which hold several of its rows
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "webdataset",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "safetensors",
+)
 
 
 def read_done(run_dir: Path) -> str | None:
-    """What a finished run left in DONE, or None."""
+    """Return the text that a finished run left in DONE, or None if it is not finished."""
     return (run_dir / DONE).read_text().strip() if (run_dir / DONE).exists() else None
 
 
-def find_checkpoint(settings: Settings, run_dir: Path, device) -> tuple[Path | None, dict | None]:
-    """The checkpoint to continue from and its state.json, on all ranks; (None, None) for none."""
-    from ds_classifier.checkpoint import disk
-
-    def find() -> list | None:
-        if settings.resume_checkpoint:
-            found = disk.resolve_checkpoint(Path(settings.resume_checkpoint))
-        else:
-            found = disk.newest_valid(run_dir / "checkpoints", distributed.say)
-            if found is None and read_done(run_dir) is None:
-                refuse_lost_checkpoints(run_dir, distributed.say)
-        return None if found is None else [str(found), disk.read_state(found)]
-
-    answer = distributed.on_rank_0(find, device)
-    return (None, None) if answer is None else (Path(answer[0]), answer[1])
-
-
-def refuse_lost_checkpoints(run_dir: Path, say: Callable[[str], None]) -> None:
-    """Raise ValueError if a run without a checkpoint is known to have had one.
-
-    Deleted, or on a disk that is not mounted: starting anew in silence would throw the run away.
-    A run that was killed before its first checkpoint starts anew, and is told so.
-    """
-    saved = max(
-        (e.get("step", 0) for e in events.read(run_dir) if e["event"] in SAVED_BY), default=0
-    )
-    if saved:
-        raise ValueError(
-            f"{run_dir}/checkpoints: got no checkpoint; need one, for {events.FILE} tells that "
-            f"step {saved} was saved; do: bring it back, or start afresh in another --run_dir"
-        )
-    if reached := events.last_logged_step(run_dir):
-        say(f"no checkpoint in {run_dir}, whose log reaches step {reached}: it starts anew")
-
-
-def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
-    """Raise AgreedError if the checkpoint is of another training than the one asked for."""
-    changes = changed_settings(state["settings"], settings)
-    changes += [
-        f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
-        for key, value in facts["deepspeed"].items()
-        if state["deepspeed"][key] != value
-    ]
-    if state["classes"] != facts["classes"]:
-        changes.append(
-            f"classes: {len(state['classes'])} in the checkpoint, others in the data now"
-        )
-    elif state["data"] != facts["data"]:
-        changes.append(
-            f"data: {shown(settings.data_dir)} is not the data that the checkpoint was trained on"
-        )
-    if changes:
-        raise distributed.AgreedError(
-            f"{settings.resume_checkpoint or settings.run_dir} was trained otherwise:\n  "
-            + "\n  ".join(changes)
-            + "\ndo: give the settings as they were, or choose another --run_dir (with --init_from "
-            "to start it from these weights)"
-        )
-
-
-def write_run_files(run_dir: Path, resolved: Resolved, ds_config: dict, command: str) -> None:
-    """What this start of the run was made of. command: shell lines that start it again."""
+def write_run_files(run_dir: Path, resolved: Resolved, command: str) -> None:
+    """Write what this start of the run was made of. command: shell lines that start it again."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    settings = resolved.settings.recorded()
-    (run_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=1) + "\n")
-    (run_dir / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    contents = {
+        "config.json": resolved.settings.recorded(),
+        "deepspeed.json": resolved.ds_config,
+        "env.json": environment(),
+    }
+    for name, content in contents.items():
+        (run_dir / name).write_text(json.dumps(content, indent=1) + "\n")
     with open(run_dir / "command.sh", "a") as file:
         file.write(command)
 
 
-def environment() -> dict[str, object]:
-    """Versions, host, and the state of the source tree."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+def launch_lines(words: list[str], world_size: int) -> str:
+    """Return shell lines that start a program again; several nodes need their hostfile added.
 
-    packages = {}
-    for name in (
-        "torch",
-        "deepspeed",
-        "webdataset",
-        "torchvision",
-        "numpy",
-        "pillow",
-        "simplejpeg",
-        "safetensors",
-    ):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
+    words: the command line of the program.
+    """
+    arguments = [without_logins(word) for word in words if not word.startswith("--local_rank")]
+    launcher = [sys.executable]
+    if "LOCAL_RANK" in os.environ and world_size > 1:
+        launcher = ["deepspeed", "--num_gpus", str(distributed.local_world_size())]
+        if world_size > distributed.local_world_size():
+            launcher = ["deepspeed", "--hostfile", "HOSTS"]
+    folder = shlex.quote(os.getcwd())
+    return f"# world size {world_size}\ncd {folder}\n{shlex.join([*launcher, *arguments])}\n"
+
+
+def environment() -> dict[str, object]:
+    """Return versions, the host's name, and the state of the source tree."""
     tree = Path(__file__).resolve().parents[2]
-    git = {}
-    for fact, arguments in (("commit", ["rev-parse", "HEAD"]), ("changes", ["status", "--short"])):
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10
-            )
-            git[fact] = answer.stdout.strip() if answer.returncode == 0 else None
-        except (OSError, subprocess.TimeoutExpired):
-            git[fact] = None
+    git = {"commit": ["rev-parse", "HEAD"], "changes": ["status", "--short"]}
     return {
         "ds_classifier": __version__,
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": {name: _version(name) for name in PACKAGES},
         "host": platform.node(),
-        "git": git,
+        "git": {fact: _git(tree, arguments) for fact, arguments in git.items()},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(tree: Path, arguments: list[str]) -> str | None:
+    """Return git's answer about the source tree, or None if it is not a checkout."""
+    command = ["git", "-C", str(tree), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def append_event(run_dir: Path, event: str, **facts: Any) -> None:
+    """Append an event, on rank 0 alone; a disk that refuses it does not end the run."""
+    if distributed.rank() != 0:
+        return
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
+    try:
+        files.append(run_dir / EVENTS, line)
+    except OSError as error:
+        distributed.say(f"{'':>6} {run_dir / EVENTS}: not written: {error.strerror}")
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the events in the order in which they happened, without damaged lines."""
+    events = files.read_jsonl(run_dir / EVENTS)
+    return [e for e in events if isinstance(e.get("time"), (int, float)) and e.get("event")]
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """Return the step of the last row in log.jsonl, or 0 if it has none."""
+    try:
+        with open(run_dir / "log.jsonl", "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - LAST_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # cut by a kill
+            continue
+    return 0

@@ -33,7 +33,7 @@ from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_ob
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
 from ds_classifier.training.flops import forward_flops, training_flops
-from ds_classifier.training.loop import train_step
+from ds_classifier.training.step import Objective, train_step
 
 from .measuring import in_turn, spread
 from .programs import (
@@ -98,18 +98,11 @@ class Bench:
         settings, engine = self.resolved.settings, self.engine
         meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
         sampler = UniformSampler(engine.module.diffusion.num_timesteps)
+        objective = Objective(sampler, settings.seed, settings.noised)
 
         def step() -> int:
             accumulation = engine.gradient_accumulation_steps()
-            train_step(
-                engine,
-                iter([self.batch] * accumulation),
-                accumulation=accumulation,
-                sampler=sampler,
-                meter=meter,
-                seed=settings.seed,
-                noised=settings.noised,
-            )
+            train_step(engine, iter([self.batch] * accumulation), objective, meter)
             return self.images
 
         return waited_for(step, engine.device)

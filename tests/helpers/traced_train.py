@@ -38,7 +38,7 @@ from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint import writer as checkpoint_writer
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.evaluation import evaluate
-from ds_classifier.training import loop
+from ds_classifier.training import step as steps
 from launch import train as program
 
 
@@ -81,7 +81,7 @@ def trace(step, positions, labels, t, pixels, noise) -> None:
             file.write(json.dumps([step, *row]) + "\n")
 
 
-def traced_step(engine, batches, **keywords):
+def traced_step(engine, batches, objective, meter):
     step = engine.global_steps + 1
     if due("KILL_AT", step):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -118,13 +118,13 @@ def traced_step(engine, batches, **keywords):
 
     module.forward = watched_forward
     try:
-        return untouched_step(engine, watched_batches(), **keywords)
+        return untouched_step(engine, watched_batches(), objective, meter)
     finally:
         module.forward = forward
 
 
-untouched_step = loop.train_step
-loop.train_step = traced_step
+untouched_step = steps.train_step
+steps.train_step = traced_step  # before training.loop imports it
 untouched_commit, untouched_evaluate = disk.commit, evaluate.evaluate
 untouched_getitem = ShardDataset.__getitem__
 

@@ -31,8 +31,8 @@ from ds_classifier.evaluation.predictions import choose_positions, predict_grid
 from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
 from ds_classifier.report.data import jobs_of, read_run, thin
 from ds_classifier.report.page import page, write_report
-from ds_classifier.training import events
 from ds_classifier.training.log import RunLogger
+from ds_classifier.training.run_dir import EVENTS, append_event, read_events
 from ds_classifier.training.sanity import Guessing, SanityWatch
 
 REPORT = ROOT / "launch" / "report.py"
@@ -267,9 +267,9 @@ def test_every_word_from_data_is_escaped(run, tmp_path):
     (hostile_run / "command.sh").write_text(HOSTILE)
     (hostile_run / "checkpoints").mkdir()
     (hostile_run / "checkpoints" / "best").write_text(HOSTILE)
-    events.append(hostile_run, "start", step=0, host=HOSTILE, device=HOSTILE, world_size=1)
-    events.append(hostile_run, "save failed", step=3, message=HOSTILE)
-    events.append(hostile_run, "stop", step=5, reason=HOSTILE)
+    append_event(hostile_run, "start", step=0, host=HOSTILE, device=HOSTILE, world_size=1)
+    append_event(hostile_run, "save failed", step=3, message=HOSTILE)
+    append_event(hostile_run, "stop", step=5, reason=HOSTILE)
     bad = {"position": 1, "key": HOSTILE, "error": HOSTILE}
     (hostile_run / "bad_samples.rank0.jsonl").write_text(json.dumps(bad))
     errors = hostile_run / "errors" / "2026-01-01_00-00-00"
@@ -509,15 +509,15 @@ def test_ticks_are_round_and_few(low, high):
 def test_jobs_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
     moments = iter([100.0, 200.0, 300.0, 400.0, 500.0])
     monkeypatch.setattr(time, "time", lambda: next(moments))
-    events.append(run, "start", step=0, world_size=2, host="a", device="CPU")
-    events.append(run, "resume", step=50, reached=70, world_size=2, host="a", device="CPU")
-    events.append(run, "save failed", step=60, message="disk full")
-    events.append(run, "stop", step=80, reason="SIGTERM")
-    events.append(run, "resume", step=80, reached=80, world_size=4, host="b", device="CPU")
+    append_event(run, "start", step=0, world_size=2, host="a", device="CPU")
+    append_event(run, "resume", step=50, reached=70, world_size=2, host="a", device="CPU")
+    append_event(run, "save failed", step=60, message="disk full")
+    append_event(run, "stop", step=80, reason="SIGTERM")
+    append_event(run, "resume", step=80, reached=80, world_size=4, host="b", device="CPU")
     monkeypatch.undo()
-    with open(run / events.FILE, "a") as file:
+    with open(run / EVENTS, "a") as file:
         file.write('{"time": 600, "eve')  # cut by a kill
-    events.append(run, "finish", step=100)
+    append_event(run, "finish", step=100)
     (run / "DONE").write_text("step 100\n")
     write_log(run, [training_row(100, 1.0)])
     jobs = jobs_of(read_run(run))
@@ -534,7 +534,7 @@ def test_jobs_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
 
 
 def test_a_crash_is_told_by_its_errors(run):
-    events.append(run, "start", step=0, world_size=2, host="a", device="CPU")
+    append_event(run, "start", step=0, world_size=2, host="a", device="CPU")
     errors = run / "errors" / "2026-01-01_00-00-00"
     errors.mkdir(parents=True)
     message = "Traceback\n  of a rank\nrank 1 at step 5, data; tracebacks in x/\nerror: it broke"
@@ -551,9 +551,9 @@ def test_a_crash_is_told_by_its_errors(run):
 
 
 def test_events_are_no_reason_to_stop(tmp_path, capsys):
-    events.append(tmp_path / "gone", "start", step=0)
+    append_event(tmp_path / "gone", "start", step=0)
     assert "not written" in capsys.readouterr().out
-    assert events.read(tmp_path / "gone") == []
+    assert read_events(tmp_path / "gone") == []
 
 
 # ------------------------------------------------------------------------------ whole runs
@@ -592,7 +592,7 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     assert "Held-out images at step 6" in parsed.sections["images"]
     grid = load_grid(run / "eval" / "validation.pictures.png")
     assert grid.tiles.shape == (10, 8, 8, 8, 3)
-    assert [e["event"] for e in events.read(run)] == ["start", "stop", "resume", "finish"]
+    assert [e["event"] for e in read_events(run)] == ["start", "stop", "resume", "finish"]
 
     done = launch(1, run, "--levels", 3, script=ROOT / "launch" / "evaluate.py", cwd=tmp_path)
     assert done.code == 0, done.output

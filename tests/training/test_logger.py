@@ -8,7 +8,8 @@ import tracemalloc
 
 import pytest
 
-from ds_classifier.training.log import RunLogger, counts_line, validation_line
+from ds_classifier.training.log import RunLogger
+from ds_classifier.training.screen import lost_line, validation_line
 
 
 def train_row(step: int) -> dict:
@@ -146,5 +147,5 @@ def test_bad_images_are_told_on_the_screen():
     told = validation_line({"step": 3, **means, "val_bad_samples": 2})
     assert told.endswith("; without 2 that did not decode (verify --decode names them)")
     row = {"samples": 9, "skipped_steps": 0}
-    assert "9 samples seen so far, 1 bad one (" in counts_line({**row, "bad_samples": 1}, "")
-    assert " 2 bad ones (" in counts_line({**row, "bad_samples": 2}, "")
+    assert "9 samples seen so far, 1 bad sample (" in lost_line({**row, "bad_samples": 1}, "")
+    assert " 2 bad samples (" in lost_line({**row, "bad_samples": 2}, "")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_classifier.common.text import duration
 from ds_classifier.config.batch_sizes import Batch as BatchSize
-from ds_classifier.training.log import duration
 
 ACCUMULATION = 2  # micro-batches of a rehearsed step at most: one within, one that ends it
 ROOM = 0.9  # of the memory there is that a micro-batch may fill; the rest is for fragments

@@ -1,11 +1,12 @@
-"""A run rehearsed: a few real steps, a checkpoint there and back, and what the run will need.
+"""--dry_run: take a few real steps, save and load a checkpoint, and print what the run will need.
 
-Everything is measured on this machine with the run's own engine, data and settings; nothing is
-looked up. What follows from it for the run is worked out in run_costs.py.
+Everything is measured on this machine with the run's own engine, data and settings. costs.py works
+out what follows for the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import statistics
@@ -25,16 +26,12 @@ from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.replicas import bit_sum
 from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter
 from ds_classifier.common import files
-from ds_classifier.config import Settings
-from ds_classifier.config.batch_sizes import Batch as BatchSize
 from ds_classifier.data.loader import Batch, Loader
 from ds_classifier.distributed import deepspeed_engine, memory
-from ds_classifier.distributed.stopping import Stopped, StopVote
-from ds_classifier.distributed.watchdog import Watchdog
+from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.metrics import Meter
-from ds_classifier.training.flops import Arithmetic, training_flops
-from ds_classifier.training.loop import train_step
+from ds_classifier.training.flops import training_flops
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,
@@ -43,10 +40,13 @@ from ds_classifier.training.rehearsal.costs import (
     checkpoints_kept,
     disk_line,
     memory_lines,
+    rehearsed,
     save_line,
     time_lines,
     times_done,
 )
+from ds_classifier.training.setup import Setup
+from ds_classifier.training.step import Objective, train_step
 
 TIMED_STEPS, LEAST_TIMED, TIMING_SECONDS = 7, 2, 60.0
 WARM_UP_SECONDS = 20.0
@@ -55,13 +55,13 @@ LEFTOVER = ".dry_run-"  # begins the name of the directory that is removed at th
 
 
 def micro_batches_to_measure(micro_batch: int) -> list[int]:
-    """Ascending; up to the run's own, but for a run that takes single images."""
+    """Return micro-batches in ascending order, up to the run's own; 1 and 2 if that is 1."""
     sizes = {max(1, micro_batch // 4), max(1, micro_batch // 2), micro_batch}
     return sorted(sizes if len(sizes) > 1 else {1, 2})
 
 
 def resized(batch: Batch, size: int) -> Batch:
-    """A batch of another size, of the same images over and over."""
+    """Return a batch of another size, which repeats the same images."""
     rows = torch.arange(size) % len(batch.labels)
     return Batch(*(tensor[rows] for tensor in batch[:4]), [])
 
@@ -69,42 +69,37 @@ def resized(batch: Batch, size: int) -> Batch:
 class Rehearsal:
     """Measures a run with its engine; every rank makes one and calls everything.
 
-    step: keywords of train_step but for batches, accumulation and meter. carry_on: called between
-    parts; raises where the rehearsal was asked to stop.
+    The engine's batch is `rehearsed(batch)`, where batch is the run's.
+    Every method raises Stopped on all ranks when the rehearsal is asked to stop.
     """
 
-    def __init__(
-        self,
-        engine,
-        *,
-        batch: BatchSize,
-        num_timesteps: int,
-        step: dict[str, Any],
-        carry_on: Callable[[], None],
-    ):
-        self._engine, self._batch, self._step = engine, batch, step
-        self._meter = Meter(num_timesteps, engine.device)
-        self._carry_on = carry_on
+    def __init__(self, setup: Setup):
+        settings = setup.resolved.settings
+        self._setup, self._engine, self._batch = setup, setup.engine, setup.resolved.batch
+        self._objective = Objective(setup.sampler, settings.seed, settings.noised)
+        self._meter = Meter(setup.engine.module.diffusion.num_timesteps, setup.engine.device)
+
+    def _carry_on(self) -> None:
+        if self._setup.stop.decide(now=True):
+            raise Stopped
+        self._setup.watch.stepping(self._engine.global_steps + 1)
 
     def take_step(self, batches: Iterator[Batch]) -> float:
-        """A rehearsed step; returns the seconds that it waited for data.
+        """Take a step, and return the seconds that it waited for data.
 
         Raises FloatingPointError on all ranks if its loss is not finite.
         """
         self._carry_on()
-        accumulation = self._engine.gradient_accumulation_steps()
-        _, waited, _ = train_step(
-            self._engine, batches, accumulation=accumulation, meter=self._meter, **self._step
-        )
+        trained = train_step(self._engine, batches, self._objective, self._meter)
         means = self._meter.read().means
         if not math.isfinite(means.get("loss", 0.0)):
             raise FloatingPointError(
                 f"the loss of a step is {means['loss']}; do: look at the weights it starts from"
             )
-        return waited
+        return trained.waited
 
     def measure_memory(self, batch: Batch) -> MemoryLine:
-        """Peak memory at several micro-batches, of the rank that has the least room."""
+        """Measure peak memory at several micro-batches, on the rank that has the least room."""
         device, ranks_here = self._engine.device, distributed.local_world_size()
         sizes = micro_batches_to_measure(self._batch.micro)
         accumulation = self._engine.gradient_accumulation_steps()
@@ -112,14 +107,14 @@ class Rehearsal:
         def step_of(size: int) -> None:
             self.take_step(iter([resized(batch, size)] * accumulation))
 
-        step_of(sizes[0])  # what is allocated once, such as Adam's state, is there from now on
+        step_of(sizes[0])  # allocates what is allocated once, such as Adam's state
         peaks = {}
         for size in sizes:
             memory.restart_peak(device)
             step_of(size)
             peaks[size] = memory.peak_memory(device)
         capacity = memory.memory_for_rank(device, ranks_here=ranks_here)
-        if device.type == "cpu":  # which holds rank 0's snapshot too, from the first save on
+        if device.type == "cpu":  # from the first save on it holds rank 0's snapshot too
             parameters = sum(p.numel() for p in self._engine.module.parameters())
             capacity -= BYTES_A_PARAMETER * parameters // ranks_here
         mine = torch.tensor([capacity, *peaks.values()], dtype=torch.float64, device=device)
@@ -130,9 +125,9 @@ class Rehearsal:
         return min(lines, key=lambda line: line.capacity - line.at(self._batch.micro))
 
     def measure_steps(self, batches: Iterator[Batch], *, buffered: int) -> StepTime:
-        """Time real steps, waiting for data included, after the loader's lead is used up.
+        """Time real steps, including the wait for data, once the loader's lead is used up.
 
-        buffered: batches that the loader has ahead.
+        buffered: the number of batches that the loader prepares ahead.
         """
         accumulation = self._engine.gradient_accumulation_steps()
         warm_up = max(2, -(-buffered // accumulation))
@@ -157,7 +152,7 @@ class Rehearsal:
         return StepTime(median(within or [0.0]), median(last), waited / total, len(last))
 
     def _noting(self, starts: list[float], batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, and when each was asked for, the device's work before it being done."""
+        """Yield the batches, and note when each was asked for, after the device's earlier work."""
         while True:
             starts.append(self._now())
             yield next(batches)
@@ -168,11 +163,11 @@ class Rehearsal:
         return time.perf_counter()
 
     def _seconds_since(self, began: float) -> float:
-        """Rank 0's, on all ranks, so that all do the same."""
+        """Return rank 0's seconds on all ranks, so that all decide the same."""
         return distributed.broadcast_json(time.perf_counter() - began, self._engine.device)
 
-    def measure_validation(self, loader: Loader, *, noised: bool) -> float:
-        """Seconds that a validation takes, from some of its batches, both passes of them."""
+    def measure_validation(self, loader: Loader) -> float:
+        """Return the seconds of a validation, estimated from some batches of its two passes."""
 
         def seconds(batches: int) -> float:
             self._carry_on()
@@ -187,7 +182,7 @@ class Rehearsal:
                     islice(iter(loader), batches),
                     samples=samples,
                     device=device,
-                    noised=noised,
+                    noised=self._objective.noised,
                     t=t,
                 )
             return self._seconds_since(began)
@@ -196,20 +191,19 @@ class Rehearsal:
         count = max(1, min(VALIDATION_BATCHES, len(loader), int(VALIDATION_SECONDS / once)))
         return seconds(count) / count * len(loader)
 
-    def measure_save(
-        self, folder: Path, *, sampler, facts: dict[str, Any], batch: Batch
-    ) -> SaveCost:
-        """Save, take a step that changes everything, load, and compare.
+    def measure_save(self, folder: Path, batch: Batch) -> SaveCost:
+        """Save, take a step on `batch`, which changes everything, load, and compare.
 
-        folder: empty, on rank 0. Raises RuntimeError if what was loaded is not what was saved.
+        folder: an empty directory of rank 0. Raises RuntimeError if what was loaded differs from
+        what was saved.
         """
-        engine = self._engine
+        engine, sampler = self._engine, self._setup.sampler
         free = shutil.disk_usage(folder).free if distributed.rank() == 0 else 0
         writer = CheckpointWriter(
             folder, engine=engine, sampler=sampler, keep_last=1, keep_every=0, max_failed=0
         )
         began = time.perf_counter()
-        writer.save(facts)
+        writer.save(self._setup.facts)
         held = time.perf_counter() - began
         writer.finish()
         written = time.perf_counter() - began
@@ -226,11 +220,11 @@ class Rehearsal:
         disk.load(Path(found), state, engine=engine, sampler=sampler)
         loaded = time.perf_counter() - began
         if self._fingerprint() != saved:
-            raise RuntimeError("a checkpoint was loaded, and is not what was saved")
+            raise RuntimeError("a checkpoint was loaded that differs from what was saved")
         return SaveCost(held, written, loaded, size, free)
 
     def _fingerprint(self) -> list[int]:
-        """Of this rank's share of master weights and Adam moments, bit by bit."""
+        """Return sums over the bits of this rank's share of master weights and Adam moments."""
         return [int(bit_sum(value)) for value in deepspeed_engine.optimizer_share(self._engine)]
 
 
@@ -238,11 +232,11 @@ class Rehearsal:
 def scratch_beside(
     run_dir: Path, device: torch.device
 ) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """An empty directory on the file system of a run directory, removed at the end.
+    """Make an empty directory on the file system of a run directory, and remove it at the end.
 
-    In it if it exists, else in what exists of its path; all ranks get the name, rank 0 makes it.
-    Also what removes it, for ends that leave no context. Raises AgreedError where nothing can be
-    written.
+    It lies in the run directory if that exists, else in the nearest parent that does; rank 0 makes
+    it, and all ranks get its path. The second value removes it, for a process that ends without
+    leaving the context. Raises AgreedError if nothing can be written.
     """
 
     def make() -> str:
@@ -266,52 +260,40 @@ def scratch_beside(
         remove()
 
 
-def dry_run(
-    engine,
-    loader: Loader,
-    val_loader: Loader | None,
-    *,
-    settings: Settings,
-    batch: BatchSize,
-    first_step: int,
-    sampler,
-    facts: dict[str, Any],
-    arithmetic: Arithmetic,
-    stop: StopVote,
-    watch: Watchdog,
-) -> None:
-    """Rehearse a run from a step on, and say what it will need; every rank must call it.
+def dry_run(setup: Setup) -> int:
+    """Rehearse the run from where it begins, print what it will need, and return the exit code.
 
-    engine: of the batch `rehearsed(batch)`, as the loaders; batch, settings: the run's. facts: of
-    its checkpoints. Raises ValueError where the disk has no room for the run's checkpoints, Stopped
-    on all ranks when asked to stop; what training would raise it raises too.
+    Every rank must call it. Raises AgreedError if the disk has no room for the run's checkpoints,
+    and what training would raise.
     """
-
-    def carry_on() -> None:
-        if stop.decide(now=True):
-            raise Stopped
-        watch.stepping(engine.global_steps + 1)
-
-    rehearsal = Rehearsal(
-        engine,
-        batch=batch,
-        num_timesteps=engine.module.diffusion.num_timesteps,
-        step=dict(sampler=sampler, seed=settings.seed, noised=settings.noised),
-        carry_on=carry_on,
+    first = setup.engine.global_steps
+    settings = setup.resolved.settings.replace(iterations=first + 100 * TIMED_STEPS)
+    short = dataclasses.replace(
+        setup.resolved, settings=settings, batch=rehearsed(setup.resolved.batch)
     )
+    loader, val_loader = setup.loaders(first, resolved=short)
+    try:
+        rehearse(setup, loader, val_loader, first_step=first)
+    except Stopped:
+        distributed.say(f"stopped by {setup.stop.reason}")
+        return STOPPED
+    return 0
+
+
+def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_step: int) -> None:
+    """Measure memory, time and a checkpoint, and print what the run will need of each."""
+    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say
+    settings, batch, run_dir = setup.resolved.settings, setup.resolved.batch, setup.run_dir
     batches = watch.batches(iter(loader))
     first_batch = next(batches)
     for line in memory_lines(rehearsal.measure_memory(first_batch), batch):
-        distributed.say(line)
+        say(line)
     pace = rehearsal.measure_steps(batches, buffered=loader.workers * loader.prefetch)
     batches.close()
-    validation = None
-    if val_loader is not None:
-        validation = rehearsal.measure_validation(val_loader, noised=settings.noised)
-    run_dir = Path(settings.run_dir)
-    with scratch_beside(run_dir, engine.device) as (scratch, remove), watch.during("save"):
+    validation = rehearsal.measure_validation(val_loader) if val_loader is not None else None
+    with scratch_beside(run_dir, setup.engine.device) as (scratch, remove), watch.during("save"):
         watch.release_at_end(remove)
-        save = rehearsal.measure_save(scratch, sampler=sampler, facts=facts, batch=first_batch)
+        save = rehearsal.measure_save(scratch, first_batch)
     last = settings.iterations
     for line in time_lines(
         pace,
@@ -321,10 +303,10 @@ def dry_run(
         validations=times_done(first_step, last, settings.eval_interval),
         save=save,
         saves=times_done(first_step, last, settings.save_interval),
-        gflops_per_image=training_flops(arithmetic.forward) / 1e9,
+        gflops_per_image=training_flops(setup.arithmetic.forward) / 1e9,
     ):
-        distributed.say(line)
-    distributed.say(save_line(save))
+        say(line)
+    say(save_line(save))
     kept = checkpoints_kept(
         steps=last,
         save_interval=settings.save_interval,
@@ -333,9 +315,9 @@ def dry_run(
         validated=val_loader is not None,
     )
 
-    def line_of_disk() -> str:
+    def room() -> str:
         present = bytes_of(disk.list_checkpoints(run_dir / "checkpoints"))
         return disk_line(save, kept=kept, present=present)
 
-    distributed.say(distributed.on_rank_0(line_of_disk, engine.device))
-    distributed.say(f"dry run: all well; {run_dir}/ is as it was")
+    say(distributed.on_rank_0(room, setup.engine.device))
+    say(f"dry run: all is well; {run_dir}/ was not changed")

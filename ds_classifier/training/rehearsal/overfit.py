@@ -1,11 +1,11 @@
-"""Can it learn at all? One fixed batch, until its loss is near 0.
+"""--overfit_batch: train on one fixed batch until its loss is near 0.
 
-The accepted first test of a training set-up (Karpathy, "A Recipe for Training Neural Networks",
-2019, "overfit one batch"): whatever is between the images and the weights, labels, noise,
-precision, gradients between ranks, learning rate, must work for a network to learn a handful of
-samples by heart. Images, crops, flips, timesteps and noise stay fixed: with fresh noise at every
-step, heavily noised images could not be told apart, and no loss near 0 would be reachable. The
-timesteps are uniform, the learning rate is constant, weight decay and clipping are the run's.
+This is the accepted first test of a training set-up (Karpathy, "A Recipe for Training Neural
+Networks", 2019, "overfit one batch"): labels, noise, precision, gradients between ranks and the
+learning rate must all work for a network to learn a handful of samples by heart. Images, crops,
+flips, timesteps and noise stay fixed: with fresh noise at every step, heavily noised images could
+not be distinguished, and no loss near 0 would be reachable. The timesteps are uniform and the
+learning rate is constant; weight decay and clipping are those of the run.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ds_classifier import distributed
 from ds_classifier.data.loader import Batch
 from ds_classifier.diffusion import UniformSampler
-from ds_classifier.distributed.stopping import StopVote
-from ds_classifier.distributed.watchdog import Watchdog
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.stopping import STOPPED
 from ds_classifier.evaluation.metrics import Meter
-from ds_classifier.training.loop import train_step
+from ds_classifier.training.setup import Setup
+from ds_classifier.training.step import Objective, train_step
 
 NEAR_ZERO = 0.01  # as a share of the loss of guessing, ln K
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """How it went: the batch's loss and accuracy before the last of `steps` steps.
+    """The outcome: the batch's loss and accuracy before the last of `steps` steps.
 
-    need: the loss that counts as near 0. stopped: on request, before it was decided.
+    need: the loss that counts as near 0. stopped: whether a request to stop ended it first.
     """
 
     loss: float
@@ -40,6 +42,7 @@ class Overfit:
 
     @property
     def learnt(self) -> bool:
+        """The verdict: whether the loss is near 0."""
         return self.loss <= self.need
 
     def __str__(self) -> str:
@@ -55,39 +58,33 @@ class Overfit:
         )
 
 
-def overfit_batch(
-    engine,
-    batches: Sequence[Batch],
-    *,
-    steps: int,
-    log_interval: int,
-    num_classes: int,
-    num_timesteps: int,
-    seed: int,
-    noised: bool,
-    stop: StopVote,
-    watch: Watchdog,
-) -> Overfit:
-    """Train on the same global batch until its loss is at most NEAR_ZERO * ln K, or so many steps.
+def overfit(setup: Setup, *, steps: int) -> int:
+    """Train on one batch for `steps` steps at most; return the exit code, 0 if it was learnt."""
+    loader, _ = setup.loaders(0)
+    batches = list(islice(iter(loader), setup.resolved.batch.accumulation))
+    result = overfit_batch(setup, batches, steps=steps)
+    if result.stopped:
+        distributed.say(f"stopped by {setup.stop.reason} after step {result.steps}")
+        return STOPPED
+    distributed.say(str(result))
+    return 0 if result.learnt else failures.FAILED
 
-    batches: this rank's micro-batches of one step. A loss that is not finite ends it too.
-    Every rank must call it; all return the same.
+
+def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Overfit:
+    """Train on the same global batch until its loss is at most NEAR_ZERO * ln K.
+
+    batches: this rank's micro-batches of one step. steps: the most to take. A loss that is not
+    finite ends it too. Every rank must call it; all return the same.
     """
+    settings, engine = setup.resolved.settings, setup.engine
+    num_timesteps = engine.module.diffusion.num_timesteps
     meter = Meter(num_timesteps, engine.device)
-    sampler = UniformSampler(num_timesteps)
-    need = NEAR_ZERO * math.log(num_classes)
+    objective = Objective(UniformSampler(num_timesteps), settings.seed, settings.noised)
+    need = NEAR_ZERO * math.log(settings.num_classes)
     result = Overfit(math.nan, 0.0, 0, need)
     for step in range(1, steps + 1):
-        watch.stepping(step)
-        train_step(
-            engine,
-            watch.batches(batches),
-            accumulation=len(batches),
-            sampler=sampler,
-            meter=meter,
-            seed=seed,
-            noised=noised,
-        )
+        setup.watch.stepping(step)
+        train_step(engine, setup.watch.batches(batches), objective, meter)
         means, weight, _ = meter.read()
         if not weight:
             raise distributed.AgreedError(
@@ -96,12 +93,12 @@ def overfit_batch(
             )
         result = Overfit(means["loss"], means["acc@1"], step, need)
         done = result.learnt or not math.isfinite(result.loss) or step == steps
-        if done or step == 1 or step % log_interval == 0:
+        if done or step == 1 or step % settings.log_interval == 0:
             distributed.say(
                 f"{step:>6} loss {result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %"
             )
         if done:
             break
-        if stop.decide(now=True):
+        if setup.stop.decide(now=True):
             return Overfit(result.loss, result.accuracy, step, need, stopped=True)
     return result

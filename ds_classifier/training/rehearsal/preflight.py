@@ -25,7 +25,6 @@ from ds_classifier.config.settings import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
-from ds_classifier.training.run_lock import RunLock
 
 PROBE_BYTES = 2**24
 _PROBES = 4
@@ -86,11 +85,10 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
 
 
 def look_at_run_dir(run_dir: Path, parameters: int) -> None:
-    """Raise ValueError if a job is at work there, nothing can be written, or there is no room.
+    """Raise ValueError if nothing can be written there, or there is no room for checkpoints.
 
-    Only looks: what a living job has staged there is its own.
+    It only looks, since a job may be at work there.
     """
-    RunLock(run_dir).refuse_if_held()
     place = files.nearest_directory(run_dir)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(

@@ -17,7 +17,7 @@ from ds_classifier.data.foreign.index import index
 from ds_classifier.data.remote.fetch import Patience, fetch_small, stream
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.store import open_split
-from ds_classifier.training.run_dir import write_run_files
+from ds_classifier.training.run_dir import launch_lines, write_run_files
 
 FAST = dict(stall_timeout_s=0.5, retries=1, pause_s=0.02)
 LOGIN = "me:se%20cret%40x"  # as a URL has it; "se cret@x" is the password
@@ -134,17 +134,15 @@ def test_a_manifest_with_a_login_does_not_tell_it(folder, tmp_path):
         open_shards(tmp_path / "data/train")
 
 
-def test_a_run_keeps_no_login(tmp_path, monkeypatch):
+def test_a_run_keeps_no_login(tmp_path):
     """Its files; test_what_of_a_location_is_shown has what it prints."""
-    from launch.train import launched_as
 
     url = "http://me:secret@h/{name}?sig=1"
     flags = ["--deepspeed_config", "x.json", "--data_dir", url, "--val_data_dir", url]
-    monkeypatch.setattr("sys.argv", ["train.py", *flags])
     settings = parse_training_command(flags).settings
     assert settings.data_dir == url
-    resolved = SimpleNamespace(settings=settings)
-    write_run_files(tmp_path / "run", resolved, {}, launched_as(1))
+    resolved = SimpleNamespace(settings=settings, ds_config={})
+    write_run_files(tmp_path / "run", resolved, launch_lines(["train.py", *flags], 1))
     for file in ("config.json", "command.sh"):
         kept = (tmp_path / "run" / file).read_text()
         assert "secret" not in kept

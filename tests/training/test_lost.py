@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from ds_classifier.data.loader import BadSample
-from ds_classifier.training.loop import BadSamples
-from ds_classifier.training.skipped_steps import SkippedSteps
+from ds_classifier.training.lost import BadSamples, SkippedSteps
 
 
 @pytest.fixture
@@ -43,7 +42,9 @@ def test_the_floor_of_the_loss_scale_has_its_own_message(engine, tmp_path):
     skipped = watch(engine, tmp_path, 3)
     for finite in (False, False, True, False, True, False, True):
         step(engine, skipped, finite=finite)
-    with pytest.raises(FloatingPointError, match=r"at its floor, 1 .*3 steps skipped, the last 8"):
+    with pytest.raises(
+        FloatingPointError, match=r"at its floor, 1 .*3 steps skipped, the last one is 8"
+    ):
         step(engine, skipped, finite=False)
 
 

@@ -1,0 +1,125 @@
+"""What a run does between two steps: measure on held-out images, and save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from ds_classifier import distributed
+from ds_classifier.checkpoint.writer import CheckpointWriter
+from ds_classifier.data.loader import Loader
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.stopping import Stopped
+from ds_classifier.evaluation import evaluate as evaluation
+from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
+from ds_classifier.evaluation.predictions import predict_grid
+from ds_classifier.training.log import TrainingLog
+from ds_classifier.training.lost import BadSamples
+from ds_classifier.training.run_dir import append_event
+from ds_classifier.training.setup import Setup
+
+AT_T0 = ("loss", "acc@1", "acc@5")  # the means that a log row has at t = 0 too
+
+
+class Validation:
+    """Measures the classifier on the whole validation set; every rank calls it.
+
+    loader: the validation batches of this rank.
+    """
+
+    def __init__(self, setup: Setup, loader: Loader, log: TrainingLog):
+        self._setup, self._loader, self._log = setup, loader, log
+
+    def run(self) -> float | None:
+        """Validate, log and show the means; return the loss, or None if asked to stop meanwhile."""
+        began = time.perf_counter()
+        step = self._setup.engine.global_steps
+        with (
+            self._log.clock.paused(),
+            self._setup.watch.during("validation"),
+            suppress(Stopped),
+        ):
+            row = {f"val_{name}": value for name, value in self._means().items()}
+            row = {"step": step, **row, "val_seconds": time.perf_counter() - began}
+            self._log.write_validation(row)
+            return row["val_loss"]
+        return None
+
+    def _means(self) -> dict[str, float]:
+        """Return the means over all noise levels, those at t = 0 as NAME_t0, and draw the grid."""
+        setup, engine = self._setup, self._setup.engine
+        keywords: dict[str, Any] = dict(
+            samples=setup.val_samples,
+            device=engine.device,
+            noised=setup.resolved.settings.noised,
+        )
+        means, bad = evaluation.evaluate(engine.module, self._batches(), **keywords)
+        at_0, _ = evaluation.evaluate(engine.module, self._batches(), t=0, **keywords)
+        means |= {f"{name}_t0": at_0[name] for name in AT_T0}
+        if distributed.rank() == 0:
+            failures.tolerate("the grid of images", self._draw_grid)
+        return means | ({"bad_samples": bad} if bad else {})
+
+    def _batches(self) -> Iterator[Any]:
+        return self._setup.stop.batches(self._setup.watch.batches(self._loader))
+
+    def _draw_grid(self) -> None:
+        """Keep a grid of images and predictions of this step, for the report and TensorBoard."""
+        setup, engine = self._setup, self._setup.engine
+        settings = setup.resolved.settings
+        grid = predict_grid(
+            engine.module.classifier,
+            engine.module.diffusion,
+            setup.val_shards,
+            image_size=settings.image_size,
+            channels=settings.in_channels,
+            device=engine.device,
+            step=engine.global_steps,
+        )
+        if grid is not None:
+            folder = setup.run_dir / "eval"
+            folder.mkdir(exist_ok=True)
+            save_grid(grid, folder / "validation.pictures.png")
+            sheet = marked_sheet(grid, setup.shards.manifest.classes)
+            self._log.image("val_pictures", sheet, engine.global_steps)
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run behind its following steps; every rank calls it."""
+
+    def __init__(self, setup: Setup, log: TrainingLog, bad_samples: BadSamples):
+        settings, run_dir = setup.resolved.settings, setup.run_dir
+        self._setup, self._log, self._bad_samples = setup, log, bad_samples
+        self._writer = CheckpointWriter(
+            run_dir / "checkpoints",
+            engine=setup.engine,
+            sampler=setup.sampler,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            max_failed=settings.max_failed_saves,
+            on_failure=lambda step, message: append_event(
+                run_dir, "save failed", step=step, message=message
+            ),
+        )
+
+    def save(self, val_loss: float | None) -> None:
+        """Take a snapshot and start to write it. val_loss: of this step, if it was validated."""
+        batch = self._setup.resolved.batch
+        with self._log.clock.paused(), self._setup.watch.during("save"):
+            counts = {
+                "samples": self._setup.engine.global_steps * batch.total,
+                "bad_samples": self._bad_samples.total(),
+                "world_size": batch.world_size,
+            }
+            self._writer.save(self._setup.facts | counts, val_loss=val_loss)
+
+    def check(self) -> None:
+        """Learn whether the last write has ended well; see CheckpointWriter.check."""
+        self._writer.check()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk; see CheckpointWriter.finish."""
+        with self._setup.watch.during("save"):
+            self._writer.finish()

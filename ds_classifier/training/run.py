@@ -1,0 +1,235 @@
+"""A run on one rank: build what it needs, do what was asked for, end in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+
+import torch
+
+from ds_classifier import distributed
+from ds_classifier.checkpoint import disk
+from ds_classifier.config import CommandLine
+from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.diffusion import create_schedule_sampler
+from ds_classifier.distributed import deepspeed_engine, failures
+from ds_classifier.distributed.memory import MemoryAdvice
+from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
+from ds_classifier.distributed.watchdog import Watchdog
+from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.loss import noised_classifier
+from ds_classifier.model import create_classifier
+from ds_classifier.training import loop
+from ds_classifier.training.between_steps import Checkpoints, Validation
+from ds_classifier.training.log import RunLogger, TrainingLog, read_rows
+from ds_classifier.training.lost import BadSamples, Lost, SkippedSteps, TooManyBadSamples
+from ds_classifier.training.rehearsal import preflight
+from ds_classifier.training.rehearsal.costs import rehearsed
+from ds_classifier.training.rehearsal.dry_run import dry_run
+from ds_classifier.training.rehearsal.overfit import overfit
+from ds_classifier.training.run_dir import DONE, append_event, last_logged_step
+from ds_classifier.training.sanity import SanityWatch
+from ds_classifier.training.screen import announce
+from ds_classifier.training.setup import Setup, facts_of, lr_factor
+from ds_classifier.training.start import open_run
+from ds_classifier.training.step import Objective
+
+
+def run(
+    command: CommandLine,
+    resolved: Resolved,
+    shards: ShardSet,
+    val_shards: ShardSet | None,
+    *,
+    watch: Watchdog,
+    requests: StopRequests,
+    shell_lines: str,
+) -> int | None:
+    """Do what the command asks for, on this rank.
+
+    Returns the exit code, or None if there was nothing to do: the run is finished, or was to be
+    looked at only.
+    shell_lines: start this program again; they are kept in the run directory.
+    """
+    setup = build(
+        command,
+        resolved,
+        shards,
+        val_shards,
+        watch=watch,
+        requests=requests,
+        shell_lines=shell_lines,
+    )
+    code = None
+    if setup is not None:
+        announce(setup, command)
+        if command.overfit_steps:
+            code = overfit(setup, steps=command.overfit_steps)
+        elif command.dry_run:
+            code = dry_run(setup)
+        else:
+            code = train(setup)
+    watch.leave()
+    distributed.finish()
+    return code
+
+
+def build(
+    command: CommandLine,
+    resolved: Resolved,
+    shards: ShardSet,
+    val_shards: ShardSet | None,
+    *,
+    watch: Watchdog,
+    requests: StopRequests,
+    shell_lines: str,
+) -> Setup | None:
+    """Join the other ranks and build everything; None if there is nothing to train."""
+    settings = resolved.settings
+    # Everything that can be wrong is built before the ranks meet, so that errors come at once.
+    torch.manual_seed(settings.seed)
+    classifier = create_classifier(**settings.model_kwargs())
+    parameters = sum(p.numel() for p in classifier.parameters())
+    resolved = dataclasses.replace(
+        resolved, ds_config=fill_bucket_sizes(resolved.ds_config, parameters)
+    )
+    module = noised_classifier(classifier, settings)
+    device = preflight.join(resolved, shards, val_shards)
+    if not command.preflight:
+        requests.defer()
+        watch.join()
+    start = open_run(
+        command,
+        resolved,
+        facts_of(resolved, shards),
+        classifier=classifier,
+        shell_lines=shell_lines,
+        release_at_end=watch.release_at_end,
+        device=device,
+    )
+    if command.preflight:
+        preflight.look(resolved, shards, device)
+    if start is None or command.preflight:
+        return None
+    batch = rehearsed(resolved.batch) if command.dry_run else resolved.batch
+    engine = deepspeed_engine.create_engine(
+        module, resolved.ds_config | batch.ds_numbers(), lr_factor(settings)
+    )
+    sampler = create_schedule_sampler(
+        settings.schedule_sampler, module.diffusion.num_timesteps, device
+    )
+    if start.state is not None:
+        disk.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
+    watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
+    return Setup(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
+
+
+def train(setup: Setup) -> int:
+    """Train to the last step, or until asked to stop; return the exit code."""
+    run = assemble(setup)
+    try:
+        finished = loop.train(run)
+    except TooManyBadSamples:
+        run.checkpoints.save(None)  # what was learnt from the other samples is sound
+        run.checkpoints.finish()
+        raise
+    run.checkpoints.finish()
+    run.log.close()
+    run_dir, step, stop = setup.run_dir, run.step, setup.stop
+    if not finished:
+        append_event(run_dir, "stop", step=step, reason=stop.reason)
+        again = "the same command"
+        if setup.resolved.settings.resume_checkpoint:  # which would start from that one each time
+            again += " without --resume_checkpoint"
+        distributed.say(f"stopped by {stop.reason} after step {step}; run {again} to continue")
+        return STOPPED
+    device = setup.engine.device
+    distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
+    append_event(run_dir, "finish", step=step)
+    steps = "1 step" if step == 1 else f"{step:,} steps"
+    distributed.say(f"finished: {steps}; everything is in {run_dir}/")
+    return 0
+
+
+def assemble(setup: Setup) -> loop.Run:
+    """Return the parts of a training run, each of which knows the others that it needs."""
+    settings, engine, run_dir = setup.resolved.settings, setup.engine, setup.run_dir
+    loader, val_loader = setup.loaders(engine.global_steps)
+    meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
+    state = setup.start.state
+    bad_samples = BadSamples(
+        run_dir,
+        device=engine.device,
+        known=state["bad_samples"] if state else 0,
+        limit=settings.max_bad_samples,
+        epoch_samples=setup.shards.manifest.samples,
+    )
+    skipped_steps = SkippedSteps(
+        engine,
+        run_dir=run_dir,
+        limit=min(settings.max_skipped_steps, settings.iterations),
+        key_of=loader.dataset.key,
+    )
+    lost = Lost(bad_samples, skipped_steps)
+    log = TrainingLog(
+        open_log(setup),
+        engine=engine,
+        meter=meter,
+        lost=lost,
+        arithmetic=setup.arithmetic,
+        sanity=watch_sanity(setup),
+        iterations=settings.iterations,
+        compiled=settings.compile,
+    )
+    return loop.Run(
+        start=setup.start,
+        cadence=loop.Cadence(
+            iterations=settings.iterations,
+            log=settings.log_interval,
+            validate=settings.eval_interval if val_loader is not None else 0,
+            save=settings.save_interval,
+        ),
+        engine=engine,
+        batches=setup.watch.batches(iter(loader)),
+        objective=Objective(setup.sampler, settings.seed, settings.noised),
+        meter=meter,
+        log=log,
+        lost=lost,
+        checkpoints=Checkpoints(setup, log, bad_samples),
+        validation=Validation(setup, val_loader, log),
+        stop=setup.stop,
+        watch=setup.watch,
+    )
+
+
+def open_log(setup: Setup) -> RunLogger:
+    """Open the files of the log, and note this start in events.jsonl; every rank calls it."""
+    run_dir, settings, step = setup.run_dir, setup.resolved.settings, setup.engine.global_steps
+    reached = last_logged_step(run_dir)  # before the log is cut to what is resumed from
+    logger = distributed.together(
+        lambda: RunLogger(run_dir, first_step=step, wandb=settings.wandb), setup.engine.device
+    )
+    began = dict(
+        step=step,
+        iterations=settings.iterations,
+        world_size=setup.resolved.batch.world_size,
+        host=platform.node(),
+        device=deepspeed_engine.describe_device(setup.engine.device),
+        guessing=dataclasses.asdict(setup.guessing),
+        val_samples=setup.val_samples,
+    )
+    if setup.start.state is None:
+        append_event(run_dir, "start", **began)
+    else:
+        append_event(run_dir, "resume", reached=reached, **began)
+    return logger
+
+
+def watch_sanity(setup: Setup) -> SanityWatch:
+    """Return the watch over the rows, which on rank 0 knows those logged before a resume."""
+    sanity = SanityWatch(setup.guessing, val_samples=setup.val_samples)
+    if distributed.rank() == 0:
+        rows = setup.run_dir / "log.jsonl"
+        failures.tolerate("a look at the log so far", lambda: sanity.recall(read_rows(rows)))
+    return sanity

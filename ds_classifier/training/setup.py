@@ -1,0 +1,180 @@
+"""What the ranks of a run build together before the first step: shards, engine, loaders, facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_classifier import distributed
+from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.config.settings import Settings
+from ds_classifier.data.loader import (
+    Loader,
+    ShardDataset,
+    TrainingPositions,
+    create_loader,
+    default_workers,
+)
+from ds_classifier.data.order import SampleOrder, node_shards
+from ds_classifier.data.shards import ShardSet
+from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.stopping import StopVote
+from ds_classifier.distributed.watchdog import Watchdog
+from ds_classifier.evaluation.data import create_validation_loader
+from ds_classifier.training.flops import Arithmetic, forward_flops
+from ds_classifier.training.sanity import Guessing
+from ds_classifier.training.start import Start
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What training, --dry_run and --overfit_batch have in common."""
+
+    resolved: Resolved  # settings, JSON and batch sizes
+    shards: ShardSet
+    val_shards: ShardSet | None
+    start: Start  # where the run begins
+    engine: Any  # DeepSpeed's
+    sampler: Any  # draws timesteps
+    stop: StopVote
+    watch: Watchdog
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.resolved.settings.run_dir)
+
+    @property
+    def val_samples(self) -> int:
+        """The number of images to validate on."""
+        return self.val_shards.manifest.samples if self.val_shards is not None else 0
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The facts that a checkpoint records about its run."""
+        return facts_of(self.resolved, self.shards)
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        """The arithmetic of a step, and what the device could do."""
+        device = self.engine.device
+        return Arithmetic(
+            forward_flops(self.resolved.settings.model_kwargs()),
+            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            precision=deepspeed_engine.precision(self.engine),
+        )
+
+    @cached_property
+    def guessing(self) -> Guessing:
+        """The loss and accuracy of guessing by class frequency.
+
+        Large data sets are sampled down to about a million labels.
+        """
+        every = max(1, len(self.shards.index) // 1_000_000)
+        labels = self.shards.index["label"][::every]
+        return Guessing.of(labels, len(self.shards.manifest.classes))
+
+    def loaders(
+        self, first_step: int, *, resolved: Resolved | None = None
+    ) -> tuple[Loader, Loader | None]:
+        """Return this rank's training batches from a step on, and its validation batches.
+
+        resolved: other batch sizes or another length than the run's.
+        """
+        resolved = resolved or self.resolved
+        settings = resolved.settings
+        workers = settings.workers
+        if workers < 0:
+            workers = default_workers(distributed.local_world_size())
+        loader = create_training_loader(
+            resolved, self.shards, first_step, workers=workers, device=self.engine.device
+        )
+        if self.val_shards is None:
+            return loader, None
+        # Validation is always exact: its figures are compared with those of other runs.
+        return loader, create_validation_loader(
+            self.val_shards, settings, batch_size=resolved.batch.micro, workers=min(workers, 1)
+        )
+
+
+def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
+    """Return what a checkpoint records about its run, and a resumed run may not change."""
+    return {
+        "settings": resolved.settings.recorded(),
+        "classes": shards.manifest.classes,
+        "data": shards.manifest.fingerprint,
+        "deepspeed": resolved.shaping,
+    }
+
+
+def lr_factor(settings: Settings) -> Callable[[int], float] | None:
+    """Return the learning rate of step k as a share of the peak; None if the JSON's scheduler
+    decides."""
+    if settings.anneal_lr is None:
+        return None
+    if settings.anneal_lr:
+        return deepspeed_engine.linear_anneal(settings.iterations)
+    return lambda step: 1.0
+
+
+def create_training_loader(
+    resolved: Resolved, shards: ShardSet, first_step: int, *, workers: int, device: torch.device
+) -> Loader:
+    """Return this rank's training batches from a step on; raises AgreedError if the node's cache
+    cannot hold the shards that are read at the same time."""
+    settings, batch = resolved.settings, resolved.batch
+    order = SampleOrder(
+        [shard.samples for shard in shards.manifest.shards], **settings.order_kwargs()
+    )
+    positions = TrainingPositions(
+        order,
+        first_step=first_step,
+        steps=settings.iterations,
+        global_batch=batch.total,
+        micro_batch=batch.micro,
+        rank=distributed.rank(),
+        world_size=batch.world_size,
+    )
+    distributed.raise_together(_cache_problem(resolved, shards, order, first_step), device)
+    dataset = ShardDataset(
+        shards,
+        order=order,
+        batches=positions,
+        seed=settings.seed,
+        random_crop=settings.random_crop,
+        random_flip=settings.random_flip,
+        fast=settings.resize == "fast",
+        image_size=settings.image_size,
+        channels=settings.in_channels,
+    )
+    return create_loader(dataset, positions, workers=workers)
+
+
+def _cache_problem(
+    resolved: Resolved, shards: ShardSet, order: SampleOrder, first_step: int
+) -> str | None:
+    """Return why this node's cache cannot hold the shards that it reads at once, or None."""
+    settings, batch = resolved.settings, resolved.batch
+    if not isinstance(shards, RemoteShardSet) or not settings.cache_gb:
+        return None
+    first = distributed.rank() - distributed.local_rank()
+    at_once = node_shards(
+        order,
+        first_step,
+        global_batch=batch.total,
+        ranks=range(first, first + distributed.local_world_size()),
+        world_size=batch.world_size,
+    )
+    need = sum(shards.manifest.shards[shard].bytes for shard in at_once) / 1e9
+    if need <= settings.cache_gb:
+        return None
+    return (
+        f"--cache_gb: got {settings.cache_gb:g}; need at least {need:.3g} for the "
+        f"{len(at_once)} shards that a node reads at the same time, better twice that; do: raise "
+        "it, or lower --lanes"
+    )

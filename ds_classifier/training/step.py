@@ -1,0 +1,82 @@
+"""One optimizer step: draw timesteps and noise, classify, step.
+
+Nothing here waits for the device, except what DeepSpeed does to look for an overflow, and the
+loss-second-moment sampler, which gathers the losses of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
+from ds_classifier.data.loader import BadSample, Batch
+from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.evaluation.metrics import Meter, by_position
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The choices that a step's loss depends on.
+
+    sampler: draws the timesteps, one of diffusion.SCHEDULE_SAMPLERS.
+    seed: keys the timesteps and the noise, together with the position of a sample.
+    noised: False trains on clean images, which the network sees at t = 0.
+    """
+
+    sampler: Any
+    seed: int
+    noised: bool
+
+
+class Trained(NamedTuple):
+    """The record of a step on this rank.
+
+    samples: [accumulation, 3, micro-batch] fp64; position (-1 if it did not decode), t and loss.
+    bad: the samples that did not decode. waited: seconds spent waiting for data.
+    lr: the learning rate of the step.
+    """
+
+    samples: torch.Tensor
+    bad: list[BadSample]
+    waited: float
+    lr: float
+
+
+def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Meter) -> Trained:
+    """Take one optimizer step on this rank's next micro-batches; every rank must call it."""
+    lr = deepspeed_engine.learning_rate(engine)
+    sampler, seed = objective.sampler, objective.seed
+    samples, bad, waited = [], [], 0.0
+    for _ in range(engine.gradient_accumulation_steps()):
+        began = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - began
+        bad += batch.bad
+        batch = batch.to(engine.device)
+        t, noise = torch.zeros_like(batch.positions), None
+        importance = torch.ones_like(batch.weights)
+        if objective.noised:
+            t, importance = sampler.sample(keyed_uniform(seed, "t", batch.positions))
+            noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
+        losses, logits = engine(batch.images, batch.labels, t, noise)
+        # A bad sample adds nothing; dividing by all keeps the step the same on any number of ranks.
+        loss = torch.where(batch.weights > 0, importance * losses, 0.0).mean()
+        # A non-finite loss can have finite gradients. Multiplying by nan makes them nan too, so
+        # that DeepSpeed's overflow check skips the step.
+        engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
+        engine.step()
+        losses = losses.detach()
+        meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
+        positions = batch.positions.masked_fill(batch.weights == 0, -1)
+        samples.append(torch.stack([v.double() for v in (positions, t, losses)]))
+    samples = torch.stack(samples)
+    if sampler.needs_losses:
+        _, t, losses = by_position(samples)
+        sampler.update(t.long(), losses.float())
+    return Trained(samples, bad, waited, lr)
