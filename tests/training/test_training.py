@@ -527,7 +527,7 @@ def test_bad_samples_are_counted_listed_and_limited(tmp_path):
     done = train(2, "zero1_fp32", data, run, *flags, environment=nan.items())
     row = read_log(run)[-1]
     assert (row["samples"], row["bad_samples"], row["skipped_steps"]) == (80, 6, 1)
-    counted = r" samples seen so far, 6 bad ones \(listed in .*\), 1 step skipped \(gradient not"
+    counted = r" samples seen so far, 6 bad samples \(listed in .*\), 1 step skipped \(gradient not"
     assert re.search(counted, done.output)
     lists = [p.read_text().splitlines() for p in run.glob("bad_samples.rank*.jsonl")]
     listed = [json.loads(line) for lines in lists for line in lines]
