@@ -1,0 +1,1 @@
+"""A classifier measured on the whole validation set, at every noise level."""

@@ -1,0 +1,1 @@
+"""The trained classifier as a folder of files, and in Python."""

@@ -1,4 +1,4 @@
-"""What a run does between two steps: measure on held-out images, and save."""
+"""The work between two steps: measure on held-out images, and save."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Arithmetic: floating-point operations of a classifier, and what a GPU could do of them.
+"""The floating-point operations of a classifier, and the peak of the device that computes them.
 
-A multiply and an add are two operations, as in the figures of GPUs. Counted are convolutions,
-matrix products and attention; norms and activations are left out, as is usual (PaLM, appendix B).
+A multiply and an add are two operations, as in the data sheets of GPUs. Convolutions, matrix
+products and attention are counted; norms and activations are not, as is usual (PaLM, appendix B).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ds_classifier.model import create_classifier
 
-BACKWARD = 2  # forwards that a backward costs: a gradient of the inputs, and one of the weights
+BACKWARD = 2  # a backward costs two forwards: gradients of the inputs and of the weights
 
 # Dense 16-bit tensor TFLOP/s with fp32 accumulation, by the name that CUDA gives the device, from
-# NVIDIA's data sheets (where those state figures with sparsity: half of them). Not listed: not
-# known. A device whose figure depends on how it was cut or clocked is not listed either.
+# NVIDIA's data sheets (half of a figure that is stated with sparsity). A device that is not listed
+# is not known, or its figure depends on how it was partitioned or clocked.
 PEAK_TFLOPS = {
     r"(Tesla )?V100-SXM[23]-\d+GB(-LS)?": {"fp16": 125.0},  # V100 data sheet, 2020
     r"(Tesla )?V100-PCIE-\d+GB": {"fp16": 112.0},  # the same
@@ -40,9 +40,9 @@ PEAK_TFLOPS = {
 
 
 def forward_flops(model_kwargs: dict[str, Any]) -> int:
-    """Operations of one image's forward through the classifier that create_classifier builds.
+    """Return the operations of one image's forward through the classifier of these keywords.
 
-    Nothing is computed: shapes alone go through it.
+    Only shapes go through it; nothing is computed.
     """
     with torch.device("meta"):
         classifier = create_classifier(**model_kwargs)
@@ -54,15 +54,15 @@ def forward_flops(model_kwargs: dict[str, Any]) -> int:
 
 
 def training_flops(forward: int) -> int:
-    """Operations of one image's forward and backward."""
+    """Return the operations of one image's forward and backward."""
     return (1 + BACKWARD) * forward
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Operations a second that a device could do at most, or None where that is not known.
+    """Return the most operations per second of a device, or None if that is not known.
 
-    device_name: as torch.cuda.get_device_name tells it. precision: fp16 or bf16; fp32 may or may
-    not run on tensor cores, so its peak is not known.
+    device_name: by torch.cuda.get_device_name. precision: fp16 or bf16; fp32 may or may not run on
+    tensor cores, so its peak is not known.
     """
     if precision not in ("fp16", "bf16"):
         return None
@@ -74,9 +74,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 class Arithmetic:
-    """What a rank does, of what its device could do.
+    """The FLOP/s that a rank achieves, and their share of the device's peak (MFU).
 
-    forward: operations of an image. device_name: None for a CPU.
+    forward: the operations of one image. device_name: None for a CPU.
     """
 
     def __init__(self, forward: int, *, device_name: str | None, precision: str):
@@ -84,8 +84,10 @@ class Arithmetic:
         self._peak = None if device_name is None else peak_flops(device_name, precision)
 
     def achieved(self, images_per_sec: float) -> dict[str, float]:
-        """gflops_per_sec, and mfu (0 to 1) where the peak is known, of a rank that trains on so
-        many images a second. mfu: model FLOPs utilization (PaLM, appendix B)."""
+        """Return gflops_per_sec, and mfu (0 to 1) if the peak is known, for a rank's images/s.
+
+        mfu: model FLOPs utilization (PaLM, appendix B).
+        """
         flops = images_per_sec * training_flops(self.forward)
         row = {"gflops_per_sec": flops / 1e9}
         return row if self._peak is None else row | {"mfu": flops / self._peak}

@@ -21,7 +21,7 @@ from ds_classifier.training.step import Objective, train_step
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """The things to do after a step."""
 
     log: bool
     validate: bool

@@ -1,4 +1,4 @@
-"""What a run loses: samples that do not decode, and steps without a finite gradient.
+"""The losses of a run: samples that do not decode, and steps without a finite gradient.
 
 DeepSpeed sees a gradient that is not finite in every precision here: fp16 and bf16 look for it
 (bf16.check_grad_overflow, on by default), fp32 by the gradient's norm; the decision is reduced over
@@ -25,7 +25,7 @@ from ds_classifier.training.step import Trained
 
 
 class TooManyBadSamples(distributed.AgreedError):
-    """More samples per epoch that do not decode than --max_bad_samples allows."""
+    """The error for more undecodable samples per epoch than --max_bad_samples allows."""
 
 
 class BadSamples:

@@ -1,9 +1,9 @@
-"""One job a run directory: a lock file that tells who holds it, taken over when its owner is gone.
+"""One job per run directory: a lock file that names its owner, and is taken over from a dead one.
 
-The file RUN/LOCK appears by one hard link, which network file systems do atomically too (flock is
-not reliable there). Its owner touches it every few seconds. An owner on this host is gone when its
-process is; one elsewhere when it has not touched the file for some minutes, told by the file
-system's clock alone.
+The file RUN/LOCK is made by a hard link, which is atomic on network file systems too (flock is not
+reliable there). Its owner touches it every few seconds. An owner on this host is dead when its
+process is; one on another host when it has not touched the file for some minutes, measured by the
+file system's clock alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_classifier.common.text import duration
 from ds_classifier.distributed import processes
 
 LOCK = "LOCK"
@@ -24,7 +25,7 @@ STALE_SECONDS = 180.0  # network file systems may show a file's time a minute la
 
 
 class RunLock:
-    """Held by rank 0 from `acquire` to `release`, and by nobody once its process is gone."""
+    """A lock that rank 0 holds from `acquire` to `release`, and nobody once its process is gone."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / LOCK
@@ -41,9 +42,10 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def acquire(self, say: Callable[[str], None]) -> None:
-        """Take the lock; may wait STALE_SECONDS for a sign of life of an owner on another host.
+        """Take the lock; this may wait STALE_SECONDS for a sign of life of another host's job.
 
-        Raises ValueError if another job holds it, or where nothing can be written.
+        say: prints a line. Raises ValueError if another job holds the lock, or if nothing can be
+        written.
         """
         staging = self._path.with_name(f".{LOCK}.{socket.gethostname()}.{os.getpid()}")
         try:
@@ -62,9 +64,9 @@ class RunLock:
         self._thread.start()
 
     def refuse_if_held(self) -> None:
-        """Raise ValueError if a job holds the lock and lives, as far as is seen without writing.
+        """Raise ValueError if a living job holds the lock, as far as can be seen without writing.
 
-        Of an owner on another host: if it touched the lock within STALE_SECONDS.
+        An owner on another host lives if it touched the lock within STALE_SECONDS.
         """
         text = self._read(self._path)
         if text is None:
@@ -84,7 +86,7 @@ class RunLock:
         return True
 
     def _take_over(self, staging: Path, say: Callable[[str], None]) -> None:
-        """Remove the lock of an owner that is gone; raises ValueError if it lives."""
+        """Remove the lock of a dead owner; raise ValueError if the owner lives."""
         text = self._read(self._path)
         if text is None:
             return
@@ -98,31 +100,31 @@ class RunLock:
             return
         if self._read(aside) == text:
             say(f"took over the run directory from {who}, which is gone")
-        else:  # another job was quicker, and this is its lock
+        else:  # another job was faster, and this is its lock
             self._linked(aside)
         aside.unlink(missing_ok=True)
 
     @staticmethod
     def _owner(text: str) -> tuple[str, bool, bool, str]:
-        """Of a lock's text: who holds it, whether on this host, whether it lives here, and since
-        when."""
+        """Return, from a lock's text: its owner, whether that is on this host, whether it lives
+        here, and when it started."""
         try:
             owner = json.loads(text)
             who = f"process {owner['pid']} on {owner['host']}"
             here = owner["space"] == processes.pid_space() != "unknown"
             alive = here and processes.started(owner["pid"]) == owner["start"]
-            return who, here, alive, f", {_duration(time.time() - owner['since'])} ago"
+            return who, here, alive, f", {duration(time.time() - owner['since'])} ago"
         except (ValueError, KeyError, TypeError):
             return "a damaged lock", False, False, ""
 
     def _in_use(self, who: str, since: str) -> ValueError:
         return ValueError(
             f"{self._path.parent} is in use: got {who}, which started there{since}; need one "
-            "job a run directory; do: wait for it, or choose another --run_dir"
+            "job per run directory; do: wait for it, or choose another --run_dir"
         )
 
     def _beats(self, staging: Path, who: str, say: Callable[[str], None]) -> bool:
-        """Whether the owner touches the lock before it counts as stale."""
+        """Return whether the owner touches the lock before it counts as stale."""
         first, began, waiting = self._touched(self._path), time.monotonic(), False
         while first is not None:
             staging.write_text(self._mine)  # its time is now, by the file system's clock
@@ -157,18 +159,13 @@ class RunLock:
         while not self._released.wait(BEAT_SECONDS):
             try:
                 os.utime(self._path)
-            except OSError:  # the disk is away for a while: others will think we are, too
+            except OSError:  # the disk is away for a while
                 continue
 
     def release(self) -> None:
-        """Give the lock back, if it is still ours."""
+        """Release the lock, if it is still ours."""
         self._released.set()
         if self._thread.is_alive():
             self._thread.join(BEAT_SECONDS)
         if self._read(self._path) == self._mine:
             self._path.unlink(missing_ok=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes = int(seconds // 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,7 +1,7 @@
-"""Is it working? What a run's rows say, in a line, when it changes.
+"""Answers "is it working?" from the rows of a run's log, in a line whenever the answer changes.
 
-Judged are numbers, not time: accuracies against chance, by how many images they rest on; losses
-against their own scatter. What a few noisy rows cannot tell is not said.
+Accuracies are compared with chance, by the number of images that they rest on, and losses with
+their own scatter. Nothing is said that a few noisy rows cannot show.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy as np
 
 Row = dict[str, Any]
 
-IMAGES = 4000  # that a judgement rests on, where so many are at hand
-MAX_ROWS, MIN_ROWS = 20, 5  # that it rests on; the least for one that needs their scatter
-LEAST_IMAGES = 64  # before anything is said
-KEPT = 500  # training rows that are remembered, and as many of validation
-# Chance may seem exceeded by luck with probability exp(-12) = 6e-6 (Chernoff's bound), whatever
-# the number of images.
+IMAGES = 4000  # a judgement rests on this number of images, if there are as many
+MAX_ROWS, MIN_ROWS = 20, 5  # rows of a judgement; the fewest for one that needs their scatter
+LEAST_IMAGES = 64  # nothing is said before
+KEPT = 500  # training rows that are remembered; of validation rows, the same number
+# An accuracy counts as above chance if luck would explain it with a probability of at most
+# exp(-12) = 6e-6 (Chernoff's bound), whatever the number of images.
 EVIDENCE = 12.0
-DEVIATIONS = 4.0  # standard errors that a difference must have
+DEVIATIONS = 4.0  # the standard errors that a difference must have
 QUARTILES = range(4)
 
 
 @dataclass(frozen=True)
 class Guessing:
-    """What a classifier gets that knows how frequent the classes are, and nothing of an image.
+    """The score of a classifier that knows the class frequencies and does not look at the image.
 
-    loss: the entropy of the labels, nats; ln K for equally frequent ones. accuracy: the share of
-    the most frequent class.
+    loss: the entropy of the labels, nats; ln K if classes are equally frequent. accuracy: the share
+    of the most frequent class.
     """
 
     num_classes: int
@@ -42,29 +42,30 @@ class Guessing:
 
     @classmethod
     def of(cls, labels: np.ndarray, num_classes: int) -> Guessing:
-        """labels [N] int: of the training set, or of enough of it."""
+        """Return the score for labels [N] int of the training set, or of enough of it."""
         share = np.bincount(labels, minlength=num_classes) / len(labels)
         present = share[share > 0]
         return cls(num_classes, float(-(present * np.log(present)).sum()), float(share.max()))
 
     def name(self) -> str:
-        """'ln 1000 = 6.91', or what it is where classes are not equally frequent."""
+        """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""
         if abs(self.loss - math.log(self.num_classes)) < 0.02:
             return f"ln {self.num_classes} = {self.loss:.2f}"
         return f"{self.loss:.2f}, that of guessing by class frequency"
 
 
 class RecentRows:
-    """The last rows of training, and of validation, which may lie many more apart."""
+    """The last training rows and the last validation rows, which are many steps apart."""
 
     def __init__(self):
         self._kinds: dict[bool, deque[Row]] = {k: deque(maxlen=KEPT) for k in (False, True)}
 
     def add(self, row: Row) -> None:
+        """Remember a row."""
         self._kinds["val_loss" in row].append(row)
 
     def together(self) -> list[Row]:
-        """By step."""
+        """Return all rows in the order of their steps."""
         return sorted((row for rows in self._kinds.values() for row in rows), key=_step)
 
 
@@ -73,20 +74,20 @@ def _step(row: Row) -> int:
 
 
 class SanityWatch:
-    """Takes in a run's rows, of training and validation, and says what is new about them.
+    """Watches the log rows, and reports when the run starts or stops looking healthy.
 
-    val_samples: images in the validation set.
+    val_samples: the number of images in the validation set.
     """
 
     def __init__(self, guessing: Guessing, *, val_samples: int):
         self._guessing, self._val_samples = guessing, val_samples
         self._rows = RecentRows()
-        self._phase = 0  # what was learnt once is not announced again
-        self._last_seen: dict[str, int] = {}  # by alarm: the row that last gave reason for it
+        self._phase = 0  # a phase is announced once
+        self._last_seen: dict[str, int] = {}  # by alarm: number of the last row that raised it
         self._count = 0
 
     def recall(self, rows: Iterable[Row]) -> None:
-        """The rows before a resumed run's first, of which nothing is new any more."""
+        """Take in the rows logged before a resume, without reporting on them again."""
         for row in rows:
             self._rows.add(row)
         known = self._rows.together()
@@ -95,7 +96,7 @@ class SanityWatch:
             self._last_seen[kind] = self._count
 
     def add(self, row: Row) -> list[str]:
-        """A row of log.jsonl; returns lines that say what has changed, mostly none."""
+        """Take in a row of log.jsonl; return lines that say what has changed, mostly none."""
         self._rows.add(row)
         rows = self._rows.together()
         news = []
@@ -118,7 +119,7 @@ UNKNOWN, NOTHING, FIRST, EVERYWHERE = range(4)
 
 
 def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
-    """How far the training is, UNKNOWN to EVERYWHERE, and that in words."""
+    """Return how far the training is, UNKNOWN to EVERYWHERE, and that in words."""
     now = recent(rows)
     images = _images(now)
     if images < LEAST_IMAGES:
@@ -152,7 +153,7 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
 
 
 def above_chance(accuracy: float, chance: float, images: float) -> bool:
-    """Whether so many images' accuracy is no luck.
+    """Return whether an accuracy over a number of images is more than luck.
 
     P(accuracy or more by chance) <= exp(-n KL(accuracy || chance)) (Chernoff 1952).
     """
@@ -166,7 +167,7 @@ def above_chance(accuracy: float, chance: float, images: float) -> bool:
 
 
 def alarms(rows: Sequence[Row], guessing: Guessing, *, val_samples: int) -> dict[str, str]:
-    """What is wrong, by its kind; empty where nothing is seen to be."""
+    """Return what is wrong, by kind; empty if nothing is seen to be."""
     found = {
         "worse than guessing": worse_than_guessing(rows, guessing),
         "diverging": diverging(rows, guessing),
@@ -178,7 +179,7 @@ def alarms(rows: Sequence[Row], guessing: Guessing, *, val_samples: int) -> dict
 
 
 def worse_than_guessing(rows: Sequence[Row], guessing: Guessing) -> str | None:
-    """A loss above that of guessing, for long."""
+    """Return a line if the loss has been above that of guessing for long."""
     now = recent(rows)
     loss, error = _mean_and_error(now)
     if loss is None or loss - DEVIATIONS * error < 1.1 * guessing.loss:
@@ -190,7 +191,7 @@ def worse_than_guessing(rows: Sequence[Row], guessing: Guessing) -> str | None:
 
 
 def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
-    """A loss well above the lowest that it had."""
+    """Return a line if the loss is well above its lowest value so far."""
     now, *before = windows(rows)
     loss, error = _mean_and_error(now)
     lowest = min(((*_mean_and_error(w), w) for w in before), default=None, key=lambda w: w[0])
@@ -201,14 +202,15 @@ def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
         return None
     return (
         f"loss {loss:.2f}, up from {then:.2f} at step {window[-1]['step']}: diverging; do: if it "
-        "goes on, lower --lr"
+        "continues, lower --lr"
     )
 
 
 def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
-    """Training accuracy far above the validation's, or above it while its loss rises."""
-    told = ("val_loss", "val_acc@1")
-    validations = [row for row in rows if all(_is_number(row.get(name)) for name in told)]
+    """Return a line if training accuracy is far above validation accuracy, or above it while the
+    validation loss rises."""
+    needed = ("val_loss", "val_acc@1")
+    validations = [row for row in rows if all(_is_number(row.get(name)) for name in needed)]
     trained = recent(
         [row for row in rows if validations and row["step"] <= validations[-1]["step"]]
     )
@@ -229,7 +231,7 @@ def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
 
 
 def falling_loss_scale(rows: Sequence[Row]) -> str | None:
-    """fp16's loss scale falls again and again, by 2^5 in all, and never rises."""
+    """Return a line if fp16's loss scale fell by 2^5 in three steps or more, and never rose."""
     trained = [row for row in rows if row.get("lg_loss_scale") is not None]
     falls, top = 0, None
     for before, row in pairwise(trained):
@@ -248,7 +250,7 @@ def falling_loss_scale(rows: Sequence[Row]) -> str | None:
 
 
 def noisier_is_easier(rows: Sequence[Row]) -> str | None:
-    """More noise hides more: q3 above q0 means that something is mixed up."""
+    """Return a line if accuracy is higher at more noise: then something is mixed up."""
     now = recent(rows)
     clean, noisy = _mean(now, _of(0)), _mean(now, _of(3))
     if clean is None or noisy is None or len(now) < MIN_ROWS:
@@ -265,14 +267,14 @@ def noisier_is_easier(rows: Sequence[Row]) -> str | None:
 
 
 def recent(rows: Sequence[Row]) -> list[Row]:
-    """The last training rows: as few as hold IMAGES, at least MIN_ROWS and at most MAX_ROWS, or
-    as many as hold LEAST_IMAGES."""
+    """Return the last training rows: as few as hold IMAGES, at least MIN_ROWS and at most MAX_ROWS,
+    but as many as hold LEAST_IMAGES."""
     return next(windows(rows), [])
 
 
 def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The training rows cut from the end into parts as of `recent`; what is left over is left out,
-    but for the newest part."""
+    """Yield the training rows in parts like that of `recent`, the newest first; a rest that is too
+    small for a part is left out, except the newest one."""
     trained = [row for row in rows if _is_number(row.get("train_loss"))]
     part: list[Row] = []
     first = True
@@ -292,7 +294,8 @@ def _of(quartile: int) -> str:
 
 
 def _images(rows: Sequence[Row], quartile: int | None = None) -> float:
-    """That the rows rest on; of a quartile of t: as counted, else a fourth of them."""
+    """Return the number of images behind these rows; for one quartile of t the logged count, or a
+    quarter of all if none was logged."""
     if quartile is None:
         return sum(row.get("window_samples") or 0 for row in rows)
     counts = (row.get(f"window_samples_q{quartile}") for row in rows)
@@ -303,7 +306,7 @@ def _images(rows: Sequence[Row], quartile: int | None = None) -> float:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
-    """The mean over images of all rows that have the key."""
+    """Return the mean over the images of all rows that have the key."""
     having = [row for row in rows if _is_number(row.get(key))]
     quartile = int(key[-1]) if key[-3:-1] == "_q" else None
     counts = [_images([row], quartile) for row in having]
@@ -313,8 +316,10 @@ def _mean(rows: Sequence[Row], key: str) -> float | None:
 
 
 def _uniform_accuracy(rows: Sequence[Row]) -> tuple[float | None, float]:
-    """The training accuracy under uniform t, as validation's is, and its standard error: each
-    quartile counts alike, however often a schedule sampler draws it."""
+    """Return the training accuracy under uniform t, as validation's is, and its standard error.
+
+    Every quartile has the same weight, however often a schedule sampler draws it.
+    """
     means = [_mean(rows, _of(q)) for q in QUARTILES]
     if None in means:
         accuracy = _mean(rows, "train_acc@1")
@@ -324,7 +329,7 @@ def _uniform_accuracy(rows: Sequence[Row]) -> tuple[float | None, float]:
 
 
 def _apart(low: float, low_images: float, high: float, high_images: float) -> bool:
-    """Whether one share is above another by more than luck."""
+    """Return whether one share is above another by more than luck."""
     error = math.hypot(_error(low, low_images), _error(high, high_images))
     return high - low >= DEVIATIONS * error
 
@@ -334,7 +339,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:
-    """The mean loss, and its standard error by the rows' scatter; (None, 0) of too few rows."""
+    """Return the mean loss and its standard error by the rows' scatter; (None, 0) for few rows."""
     if len(rows) < MIN_ROWS:
         return None, 0.0
     losses = [row["train_loss"] for row in rows]
@@ -342,7 +347,7 @@ def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:
 
 
 def _error(share: float, images: float) -> float:
-    """Standard error of a share of so many images; never 0 (Agresti-Coull)."""
+    """Return the standard error of a share of a number of images; never 0 (Agresti-Coull)."""
     share = (share * images + 2) / (images + 4)
     return math.sqrt(share * (1 - share) / images)
 

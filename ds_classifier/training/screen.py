@@ -1,4 +1,4 @@
-"""What a training run prints: the header, and a line per log row."""
+"""The lines that a training run prints: a header, and one per log row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run build together before the first step: shards, engine, loaders, facts."""
+"""The parts that the ranks of a run build before the first step: shards, engine, loaders, facts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ds_classifier.training.start import Start
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What training, --dry_run and --overfit_batch have in common."""
+    """The parts that training, --dry_run and --overfit_batch have in common."""
 
     resolved: Resolved  # settings, JSON and batch sizes
     shards: ShardSet
@@ -47,6 +47,7 @@ class Setup:
 
     @property
     def run_dir(self) -> Path:
+        """The directory of the run."""
         return Path(self.resolved.settings.run_dir)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a run begins: the first that applies of
+"""Decides where a run begins: at the first that applies of
 
 1. --resume_checkpoint PATH;
 2. the newest checkpoint in the run directory that verifies (if all are damaged: an error);

@@ -241,7 +241,7 @@ def test_what_differs_between_hosts_is_told_before_the_start(digits, tmp_path):
         lines = preflight()
         (table,) = [line.split() for line in lines if "10.77.0.2" in line]
         assert table[:4] == ["node-2", "10.77.0.2", "(eth0)", "1"]
-        assert any(line.startswith("all 2 ranks can start alike") for line in lines), lines
+        assert any(line.startswith("all 2 ranks can start: code") for line in lines), lines
 
         index = hosts.inside(two) / "data" / "train" / "manifest.json"
         manifest = json.loads(index.read_text())

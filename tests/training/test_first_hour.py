@@ -131,7 +131,7 @@ def test_the_largest_micro_batch_on_paper():
     assert line.at(64) == pytest.approx(1640 * MIB)
     assert line.largest() in (259, 260)
     text = "\n".join(memory_lines(line, Batch(32, 16, 2)))
-    assert "0.98 GiB + 10.0 MiB an image" in text
+    assert "0.98 GiB + 10.0 MiB per image" in text
     assert "; dividing its 512: 256" in text
     assert "all 64 images of a rank" in memory_lines(line, Batch(32, 2, 1))[1]
 
@@ -172,7 +172,7 @@ def test_the_time_of_a_run_on_paper():
         gflops_per_image=3.0,
     )
     assert "500 ms (median of 5, from 2 of its 4 micro-batches)" in lines[0]
-    assert "128.0 images/s, 192 GFLOP/s a rank, 25% waiting" in lines[0]
+    assert "128.0 images/s, 192 GFLOP/s per rank, 25% waiting" in lines[0]
     assert lines[1].split(" = ")[0].endswith("about 0:08:31")
 
 

@@ -1,0 +1,1 @@
+"""Shards made from images: sources, the plan, the conversion."""

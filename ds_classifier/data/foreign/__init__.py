@@ -1,0 +1,1 @@
+"""Shards made by other programs: indexed and verified."""

@@ -1,0 +1,1 @@
+"""Shards at a URL: connections, downloads, and the cache of a node."""

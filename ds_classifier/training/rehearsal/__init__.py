@@ -1,0 +1,1 @@
+"""The rehearsals that are done instead of training: --preflight, --dry_run, --overfit_batch."""

@@ -1,7 +1,7 @@
-"""What a run will need of memory, time and disk: from a rehearsal's figures, and in words.
+"""The memory, time and disk that a run will need, worked out from a rehearsal's figures.
 
-The largest micro-batch comes from a straight line through the peak memory of several, the time of
-the run from the time of its parts.
+The largest micro-batch comes from a straight line through the peak memory of several, and the time
+of the run from the times of its parts.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from ds_classifier.common.text import duration
 from ds_classifier.config.batch_sizes import Batch as BatchSize
 
-ACCUMULATION = 2  # micro-batches of a rehearsed step at most: one within, one that ends it
-ROOM = 0.9  # of the memory there is that a micro-batch may fill; the rest is for fragments
+ACCUMULATION = 2  # the most micro-batches of a rehearsed step: one within it, one that ends it
+ROOM = 0.9  # the share of the memory that may be filled; the rest is for fragmentation
 
 
 def rehearsed(batch: BatchSize) -> BatchSize:
-    """The batch of a rehearsed step: fewer micro-batches of the same size."""
+    """Return the batch of a rehearsed step: fewer micro-batches of the same size."""
     return BatchSize(batch.micro, min(batch.accumulation, ACCUMULATION), batch.world_size)
 
 
 @dataclass(frozen=True)
 class MemoryLine:
-    """Peak bytes of a rank = fixed + per_image * micro-batch, through what was measured.
+    """A line through measured peaks: bytes of a rank = fixed + per_image * micro-batch.
 
-    capacity: bytes that the rank may have. sizes: the micro-batches that were measured.
+    capacity: the bytes that the rank may use. sizes: the micro-batches that were measured.
     """
 
     fixed: float
@@ -39,16 +39,17 @@ class MemoryLine:
 
     @classmethod
     def through(cls, peaks: dict[int, float], capacity: float) -> MemoryLine:
-        """The line of least squares. peaks: bytes by micro-batch, of two sizes or more."""
+        """Fit the line by least squares. peaks: bytes by micro-batch, of at least two sizes."""
         per_image, fixed = np.polyfit(list(peaks), list(peaks.values()), deg=1)
         return cls(float(fixed), float(per_image), capacity, tuple(peaks))
 
     def at(self, micro_batch: int) -> float:
+        """Return the bytes at a micro-batch."""
         return self.fixed + self.per_image * micro_batch
 
     def largest(self) -> int | None:
-        """The micro-batch that fills ROOM of the capacity; None where an image costs nothing
-        that could be measured."""
+        """Return the micro-batch that fills ROOM of the capacity; None if the cost of an image is
+        too small to be measured."""
         if self.per_image < 1024:
             return None
         return max(0, int((ROOM * self.capacity - self.fixed) / self.per_image))
@@ -56,9 +57,11 @@ class MemoryLine:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds: `within` of a micro-batch that does not end the step, `last` of the one that does,
-    with the optimizer's work in it. waited: the share of them spent waiting for data. steps: that
-    these are the median of."""
+    """The seconds of a step's micro-batches, medians over `steps` steps.
+
+    within: of a micro-batch that does not end the step. last: of the one that does, including the
+    optimizer. waited: the share of the time spent waiting for data.
+    """
 
     within: float
     last: float
@@ -66,13 +69,17 @@ class StepTime:
     steps: int
 
     def of_step(self, accumulation: int) -> float:
+        """Return the seconds of a step of this number of micro-batches."""
         return (accumulation - 1) * self.within + self.last
 
 
 @dataclass(frozen=True)
 class SaveCost:
-    """held: seconds that training stands still. written: seconds until it is on the disk.
-    loaded: seconds to load it. bytes: of a checkpoint on the disk. free: of the disk, before it."""
+    """The cost of a checkpoint.
+
+    held: seconds that training stands still. written: seconds until it is on the disk. loaded:
+    seconds to load it. bytes: its size. free: the free bytes of the disk before it was written.
+    """
 
     held: float
     written: float
@@ -84,7 +91,7 @@ class SaveCost:
 def checkpoints_kept(
     *, steps: int, save_interval: int, keep_last: int, keep_every: int, validated: bool
 ) -> int:
-    """The most checkpoints that lie on the disk at once: those kept, the best, the one in hand."""
+    """Return the most checkpoints on the disk at once: those kept, the best, and the new one."""
     saves = times_done(0, steps, save_interval)
     for_good = 0
     if keep_every:
@@ -93,17 +100,17 @@ def checkpoints_kept(
 
 
 def times_done(first: int, last: int, interval: int) -> int:
-    """How often something is done after step `first` that is done every so many steps, and at the
-    last."""
+    """Return how often something is done after step `first` that is due every `interval` steps, and
+    at the last step."""
     return last // interval - first // interval + (last % interval > 0)
 
 
 def memory_lines(line: MemoryLine, batch: BatchSize) -> list[str]:
-    """What a micro-batch takes, and which would fit."""
+    """Return lines on the memory of a micro-batch, and on the largest that fits."""
     sizes = ", ".join(map(str, line.sizes))
     text = (
-        f"memory      {_gib(line.fixed)} + {line.per_image / 2**20:.1f} MiB an image (measured at "
-        f"{sizes}): {_gib(line.at(batch.micro))} a rank at micro-batch {batch.micro}"
+        f"memory      {_gib(line.fixed)} + {line.per_image / 2**20:.1f} MiB per image (measured at "
+        f"{sizes}): {_gib(line.at(batch.micro))} per rank at micro-batch {batch.micro}"
     )
     return [text, f"{'':12}{_what_fits(line, batch)}"]
 
@@ -130,7 +137,7 @@ def time_lines(
     saves: int,
     gflops_per_image: float,
 ) -> list[str]:
-    """How long the run will take, and from what that is worked out."""
+    """Return lines on how long the run will take, and how that was worked out."""
     seconds = pace.of_step(batch.accumulation)
     per_sec = batch.total / seconds
     done = rehearsed(batch)
@@ -145,7 +152,7 @@ def time_lines(
     parts.append(f"{saves} x {_seconds(save.held)} of saving")
     return [
         f"step        {_seconds(seconds)} (median of {pace.steps}{cut}), {per_sec:,.1f} images/s, "
-        f"{per_sec / batch.world_size * gflops_per_image:,.0f} GFLOP/s a rank, "
+        f"{per_sec / batch.world_size * gflops_per_image:,.0f} GFLOP/s per rank, "
         f"{pace.waited:.0%} waiting for data",
         f"time        about {duration(total)} = {' + '.join(parts)}",
         f"{'':12}at this machine's pace now; start-up not counted",
@@ -153,7 +160,7 @@ def time_lines(
 
 
 def disk_line(save: SaveCost, *, kept: int, present: int) -> str:
-    """What checkpoints will take. present: bytes of those that are there already.
+    """Return a line on the room for checkpoints. present: bytes of those already there.
 
     Raises ValueError if there is no room for those that the run keeps.
     """
@@ -172,6 +179,7 @@ def disk_line(save: SaveCost, *, kept: int, present: int) -> str:
 
 
 def save_line(save: SaveCost) -> str:
+    """Return a line on the cost of a checkpoint."""
     return (
         f"save        training stands still {_seconds(save.held)}, written after "
         f"{_seconds(save.written)}; loaded back equal in {_seconds(save.loaded)}"
@@ -179,6 +187,7 @@ def save_line(save: SaveCost) -> str:
 
 
 def bytes_of(checkpoints: Iterable[Path]) -> int:
+    """Return the bytes that checkpoints take on the disk."""
     return sum(file.stat().st_size for folder in checkpoints for file in folder.iterdir())
 
 

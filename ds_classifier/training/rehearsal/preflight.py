@@ -1,6 +1,4 @@
-"""Joining the ranks of a run, all alike and able to start; and looking at them before an expensive
-start: `launch/train.py --preflight`.
-"""
+"""--preflight, and before it: join the ranks of a run, which must be equal and able to start."""
 
 from __future__ import annotations
 
@@ -19,7 +17,8 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.writer import check_free
-from ds_classifier.common import files
+from ds_classifier.common import files, text
+from ds_classifier.common.text import count
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import OF_A_NODE
 from ds_classifier.data.shards import ShardSet
@@ -28,16 +27,16 @@ from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
 
 PROBE_BYTES = 2**24
 _PROBES = 4
-# What libraries listen to and deepspeed's launcher does not pass on to other nodes.
+# Variables that libraries read and that deepspeed's launcher does not pass on to other nodes.
 _NOT_PASSED_ON = ("GLOO_", "TORCH_", "OMP_", "MKL_", "DS_", "DEEPSPEED_", "CUDA_", "NVIDIA_")
 _OF_THE_LAUNCHER = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR")
 
 
 def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> torch.device:
-    """Join the other ranks; raises AgreedError on all if one cannot start, or differs."""
+    """Join the other ranks; raise AgreedError on all of them if one cannot start, or differs."""
     minutes = resolved.settings.time_outs()
     return distributed.init(
-        # Longer than the watchdog's own time-outs, which tell more.
+        # Longer than the watchdog's own time-outs, whose messages say more.
         timedelta(minutes=5 + max(minutes.values())),
         start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
         same=same_on_all_ranks(resolved, shards, val_shards),
@@ -48,7 +47,7 @@ def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> t
 def same_on_all_ranks(
     resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None
 ) -> dict[str, Any]:
-    """What ranks must not have otherwise: flags, the completed JSON, the images, the classes."""
+    """Return what must be equal on all ranks: flags, the completed JSON, images and classes."""
     same = {f"--{name}": v for name, v in dataclasses.asdict(resolved.settings).items()}
     for name in OF_A_NODE:
         same.pop(f"--{name}")
@@ -59,7 +58,10 @@ def same_on_all_ranks(
 
 
 def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
-    """Once the ranks have joined: the disk, the network between them, a table of the nodes."""
+    """Print a table of the nodes and the network's speed; check the run directory's disk.
+
+    Every rank calls it, after `join`.
+    """
     began = time.monotonic()
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
     parameters = sum(tensor.numel() for tensor in tensors_of(settings).values())
@@ -78,9 +80,9 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     for note in notes(ranks) if distributed.rank() == 0 else []:
         say(f"note: {note}")
     say(
-        f"{'all ' if len(ranks) > 1 else ''}{len(ranks)} rank{'s' * (len(ranks) > 1)} can start "
-        "alike: code, libraries, settings, JSON, images; "
-        f"measured in {time.monotonic() - began:.1f} s"
+        f"{'all ' if len(ranks) > 1 else ''}{count(len(ranks), 'rank')} can start: code, "
+        "libraries, settings, JSON and images are equal; "
+        f"checked in {time.monotonic() - began:.1f} s"
     )
 
 
@@ -98,7 +100,10 @@ def look_at_run_dir(run_dir: Path, parameters: int) -> None:
 
 
 def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:
-    """What the table tells of this rank. description: of its device. folders: written to here."""
+    """Return what the table shows of this rank.
+
+    description: of its device. folders: those that it writes to.
+    """
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     address = rendezvous.address_of(interface)
@@ -126,9 +131,9 @@ def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def reduction_rate(device: torch.device) -> float | None:
-    """Bytes a second at which all ranks sum a vector together, the best of some; None for one rank.
+    """Return the bytes per second at which all ranks sum a vector, the best of some tries.
 
-    Every rank calls it.
+    Every rank calls it; None for a single rank.
     """
     if distributed.world_size() == 1:
         return None
@@ -141,18 +146,16 @@ def reduction_rate(device: torch.device) -> float | None:
 
 
 def table(ranks: list[dict[str, Any]]) -> list[str]:
-    """A line a node."""
-    rows = [("node", "address", "ranks", "device", "cores", "free")]
+    """Return a table with a line per node."""
+    rows = []
     for number, of_node in _by_host(ranks).items():
         first = ranks[of_node[0]]
         free = ", ".join(f"{bytes / 1e9:.0f} GB in {f}" for f, bytes in first["free"].items())
         address = f"{first['address']} ({first['interface']})"
         numbers = f"{of_node[0]}-{of_node[-1]}" if len(of_node) > 1 else str(of_node[0])
         rows.append((number, address, numbers, first["device"], str(first["cores"]), free))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    heads = ["node", "address", "ranks", "device", "cores", "free"]
+    return text.table(heads, rows, left=len(heads))
 
 
 def _by_host(ranks: list[dict[str, Any]]) -> dict[str, list[int]]:
@@ -163,15 +166,15 @@ def _by_host(ranks: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 def notes(ranks: list[dict[str, Any]]) -> list[str]:
-    """What would not keep a run from starting, and yet is seldom meant, a line each."""
+    """Return a line for each thing that does not keep a run from starting, but is rarely meant."""
     lines, own = [], ranks[0]["variables"]
     for host, numbers in _by_host(ranks).items():
         other = ranks[numbers[0]]["variables"]
         odd = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
         if odd:
             lines.append(
-                f"{host} has {', '.join(odd)} otherwise than {ranks[0]['host']}: the launcher does "
-                "not pass them on; do: write them as NAME=VALUE lines into ./.deepspeed_env"
+                f"{', '.join(odd)}: {host} differs from {ranks[0]['host']}; the launcher does not "
+                "pass them on; do: write them as NAME=VALUE lines into ./.deepspeed_env"
             )
     hosts = launcher.host_names()
     if len(set(hosts)) > 1 and _keepalive(hosts[-1]) == 0:
@@ -183,7 +186,10 @@ def notes(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def _keepalive(host: str) -> int | None:
-    """Seconds after which ssh asks whether a silent host is alive; 0: never; None: no ssh here."""
+    """Return the seconds after which ssh asks a silent host for a sign of life.
+
+    0: never. None: ssh is not installed here.
+    """
     try:
         done = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
