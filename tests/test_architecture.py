@@ -6,7 +6,7 @@ import graphlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 PACKAGE = ROOT / "ds_classifier"
 

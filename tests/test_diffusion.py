@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from running import GOLDEN
 
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.diffusion import (

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_export import make_run
-from test_model import relative_error
+from made import make_run
+from small_models import relative_error
 
 from ds_classifier.checkpoint.weights import load_classifier
 from ds_classifier.config import Settings

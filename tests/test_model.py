@@ -1,41 +1,14 @@
 """The classifier against numbers recorded from guided-diffusion, and what it refuses."""
 
 import json
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from running import GOLDEN
+from small_models import DEFAULT, RELATIVE, filled, relative_error
 
 from ds_classifier.model import create_classifier
-
-DEFAULT = dict(
-    image_size=16,
-    classifier_width=32,
-    classifier_depth=1,
-    classifier_attention_resolutions="8",
-    classifier_use_scale_shift_norm=True,
-    classifier_resblock_updown=True,
-    classifier_pool="attention",
-    classifier_channel_mult="1,2",
-    num_classes=7,
-)
-RELATIVE = 1e-4  # of the largest value, in float32
-
-
-def filled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights made from their names, as those of the recorded cases were."""
-    weights = {}
-    for name, value in state.items():
-        seed = zlib.crc32(name.encode()) & 0x7FFFFFFF
-        n = np.random.RandomState(seed).standard_normal(tuple(value.shape))
-        if value.dim() > 1:
-            n = n / np.sqrt(np.prod(value.shape[1:]))
-        else:
-            n = 1 + 0.1 * n if name.endswith("weight") else 0.1 * n
-        weights[name] = torch.from_numpy(n.astype(np.float32))
-    return weights
 
 
 def logits_and_gradient(model, size, t, y):
@@ -45,10 +18,6 @@ def logits_and_gradient(model, size, t, y):
     logits = model(x, torch.from_numpy(t))
     logits.log_softmax(dim=-1)[range(2), torch.from_numpy(y)].sum().backward()
     return logits.detach().numpy(), x.grad.numpy()
-
-
-def relative_error(got, recorded):
-    return np.abs(got - recorded).max() / np.abs(recorded).max()
 
 
 def check_against(model, size, recorded):

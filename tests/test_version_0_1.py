@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, read_log, run_python
+from running import GOLDEN, ROOT, read_log, run_python
 
 FLAGS = shlex.split(
     "--image_size 4 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import CLASSES, make_run
-from test_model import filled
-from test_weights import SMALL
+from made import CLASS_NAMES, make_run
+from small_models import SMALL, filled
 
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.initial_weights import (
@@ -21,7 +20,7 @@ HEAD = "out.2.c_proj.weight", "out.2.c_proj.bias"
 POSITIONAL = "out.2.positional_embedding"
 
 
-def start(path, classes=CLASSES, **own):
+def start(path, classes=CLASS_NAMES, **own):
     """A classifier of these settings, started from path: (lines, its state, its state before)."""
     settings = Settings(**SMALL | dict(num_classes=len(classes), noise_schedule="cosine") | own)
     torch.manual_seed(0)
@@ -166,7 +165,7 @@ def test_a_size_that_needs_no_change_is_said(tmp_path):
 
 def test_another_purpose_is_said(tmp_path):
     run = make_run(tmp_path / "run")
-    lines, _, _ = start(run, [*CLASSES[:4], "emu"], noise_schedule="linear", noised=False)
+    lines, _, _ = start(run, [*CLASS_NAMES[:4], "emu"], noise_schedule="linear", noised=False)
     assert lines[1] == (
         "another noise process: noise_schedule 'cosine' there, 'linear' here; noised True there, "
         "False here"

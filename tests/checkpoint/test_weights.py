@@ -6,20 +6,12 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import SMALL
 
 from ds_classifier.checkpoint.fitting import fitting_settings
 from ds_classifier.checkpoint.weights import open_weights, read_weights
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.model import create_classifier
-
-SMALL = dict(
-    image_size=16,
-    num_classes=5,
-    classifier_width=32,
-    classifier_depth=1,
-    classifier_attention_resolutions="8",
-    classifier_channel_mult="1,2",
-)
 
 
 def tensors(settings: Settings) -> dict[str, torch.Tensor]:

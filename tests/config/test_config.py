@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, run_python
+from running import ROOT, run_python
 
 from ds_classifier.config import RECIPES, deepspeed_json, parse_training_command
 from ds_classifier.config import settings as config

@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from PIL import Image
+from running import GOLDEN
 
 from ds_classifier.data import images
 

@@ -9,8 +9,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from PIL import Image
+from running import GOLDEN
 
 from ds_classifier.data import images
 from ds_classifier.data.convert.convert import convert

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from running import ROOT, environment
 
 from ds_classifier.common.keyed_random import fold, permutation, stream_key
 from ds_classifier.data.loader import ShardDataset, TrainingPositions, create_loader

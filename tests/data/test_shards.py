@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_images, run_python
+from made import make_images
 from PIL import Image
+from running import ROOT, run_python
 
 from ds_classifier.common import files
 from ds_classifier.data.convert.convert import convert

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, launch
+from running import ROOT, launch
 
 SCRIPT = """
 import json, os, sys

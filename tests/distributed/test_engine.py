@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_python
+from running import ROOT, run_python
 
 from ds_classifier.distributed import deepspeed_engine
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 RUN_CHILD = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:2] + ['-c', {child!r}]))"
 

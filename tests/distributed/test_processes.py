@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 CHILD = """
 import os, sys, time

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, run_python
+from running import ROOT, run_python
 
 from ds_classifier.distributed import free_port, rendezvous
 from ds_classifier.distributed.rendezvous import Rendezvous, interface_towards

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from running import ROOT
 
 LISTENING = """
 import errno, os, signal, sys, time

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, run_python
+from running import ROOT, environment, run_python
 
 FAULTS = {
     "peace": "9:none",

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, make_images, read_log
-from test_model import filled
-from test_training import CONFIGS, TINY
+from made import make_images
+from running import ROOT, launch, read_log
+from small_models import filled
+from tiny_run import CONFIGS, TINY
 
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
@@ -314,7 +315,7 @@ def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
             ranks,
             tmp_path / "model000123.pt",
             *words,
-            script=ROOT / "tests" / "helpers" / "evaluate_sets.py",
+            script=ROOT / "tests" / "evaluation" / "evaluate_sets.py",
             cwd=tmp_path,
         )
         assert done.code == 0, done.output

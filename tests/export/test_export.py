@@ -6,15 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from made import CLASS_NAMES, make_run
+from running import ROOT, run_python
 from safetensors.torch import load_file, save_file
-from test_model import filled
-from test_weights import SMALL
+from small_models import SMALL, filled
 
 from ds_classifier import diffusion
 from ds_classifier.checkpoint import disk
@@ -26,24 +25,6 @@ from ds_classifier.export import export
 from ds_classifier.export.reference_flags import classifier_flags, flags_text, reference_obstacles
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.model import create_classifier
-
-CLASSES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
-
-
-def make_run(run: Path, *, step: int = 7, **own) -> Path:
-    """A run with one checkpoint, of weights made from their names."""
-    settings = Settings(**SMALL | dict(noise_schedule="cosine", lr=1e-3) | own)
-    state = {
-        "format": disk.FORMAT,
-        "version": disk.VERSION,
-        "step": step,
-        "settings": asdict(settings),
-        "classes": CLASSES,
-        "data": "f" * 64,
-    }
-    model = filled(tensors_of(settings))
-    disk.commit(run / "checkpoints" / disk.step_name(step), model=model, optimizer={}, state=state)
-    return run
 
 
 def write_evaluation(run: Path, step: int = 7, **changes) -> None:
@@ -250,7 +231,7 @@ def test_the_json_tells_what_guidance_needs(tmp_path):
         "classifier_resblock_updown",
         "classifier_pool",
     ]
-    assert described["classes"] == CLASSES
+    assert described["classes"] == CLASS_NAMES
     assert described["diffusion"]["noise_schedule"] == "cosine"
     assert described["input"]["mean"] == described["input"]["std"] == 127.5
     assert described["training"]["lr"] == 1e-3
@@ -261,7 +242,7 @@ def test_the_card_can_be_read_and_its_python_runs(tmp_path, monkeypatch):
     write_evaluation(run)
     export.export(run)
     card = (run / "export" / "README.md").read_text()
-    assert all(json.dumps(name, ensure_ascii=False) in card for name in CLASSES)
+    assert all(json.dumps(name, ensure_ascii=False) in card for name in CLASS_NAMES)
     monkeypatch.chdir(run / "export")
     names: dict = {}
     exec(re.search("```python\n(.*?)```", card, re.DOTALL).group(1), names)
@@ -300,7 +281,7 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
             "model000007",
             folder,
         )
-        assert (found.classes, found.data) == (CLASSES, "f" * 64)
+        assert (found.classes, found.data) == (CLASS_NAMES, "f" * 64)
         assert found.settings.diffusion_kwargs() == source.settings.diffusion_kwargs()
         assert found.contradicted_by({"image_size": 16, "classifier_depth": 2}) == [
             "classifier_depth"
@@ -337,7 +318,7 @@ def test_a_damaged_json_is_named(tmp_path, suffix):
         ("data", 7, "data: got 7"),
         ("classes", "abcde", "classes: got 'abcde'"),
         ("classes", [1, 2, 3, 4, 5], "classes: got a name that is no text"),
-        ("classes", CLASSES[:4], "classes: got 4 names; need num_classes, 5"),
+        ("classes", CLASS_NAMES[:4], "classes: got 4 names; need num_classes, 5"),
         ("diffusion", whole["diffusion"] | {"noise_schedule": "quartic"}, "got 'quartic'"),
         ("diffusion", whole["diffusion"] | {"noise_schedule": 3}, "noise_schedule: got 3"),
         ("diffusion", whole["diffusion"] | {"diffusion_steps": 0}, "diffusion_steps: got 0"),
@@ -373,7 +354,7 @@ def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == ascii(CLASSES), done.stderr
+    assert done.stdout.strip() == ascii(CLASS_NAMES), done.stderr
 
 
 def test_a_bare_file_is_exported_by_its_flags(tmp_path):

@@ -9,50 +9,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from made import PREDICTOR_SETTINGS, write_run
 from PIL import Image
+from running import ROOT
 
 import ds_classifier
-from ds_classifier.checkpoint import disk
-from ds_classifier.config import RECIPES, Settings
+from ds_classifier.config import RECIPES
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
 from ds_classifier.data.store import open_named
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.loss import NoisedClassifier
-from ds_classifier.model import create_classifier
 
-SMALL = Settings(
-    image_size=8,
-    num_classes=10,
-    classifier_width=32,
-    classifier_channel_mult="1,2",
-    classifier_depth=1,
-    classifier_attention_resolutions="4",
-    noise_schedule="cosine",
-    timestep_respacing="250",
-)
 BLACK = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-
-
-def write_run(home):
-    """A run with a checkpoint, of a classifier that was not trained."""
-    torch.manual_seed(0)
-    classifier = create_classifier(**SMALL.model_kwargs())
-    for parameter in classifier.parameters():  # some start at zero and would hide what is wrong
-        torch.nn.init.normal_(parameter, std=0.2)
-    state = dict(
-        format=disk.FORMAT,
-        version=disk.VERSION,
-        step=7,
-        settings=vars(SMALL),
-        classes=[f"the {digit}" for digit in range(10)],
-        data="",
-    )
-    (home / "checkpoints").mkdir(parents=True)
-    final = home / "checkpoints" / disk.step_name(7)
-    disk.commit(final, model=classifier.state_dict(), optimizer={}, state=state)
-    return home
 
 
 @pytest.fixture
@@ -145,7 +114,7 @@ def test_no_image_and_one(run, tmp_path):
 def test_a_file_of_weights_brings_no_names(run, tmp_path):
     weights = ds_classifier.load(run).classifier.state_dict()
     torch.save(weights, tmp_path / "model.pt")
-    flags = {k: v for k, v in vars(SMALL).items() if k.startswith("classifier_")}
+    flags = {k: v for k, v in vars(PREDICTOR_SETTINGS).items() if k.startswith("classifier_")}
     process = dict(noise_schedule="cosine", timestep_respacing="250")
     model = ds_classifier.load(tmp_path / "model.pt", image_size=8, **flags, **process)
     assert (model.classes, model.step) == (None, None)
@@ -211,7 +180,7 @@ def test_a_run_s_own_settings_are_not_to_be_contradicted(run):
     with pytest.raises(ValueError, match="got classifier_width 64 of recipe cifar32; need none"):
         ds_classifier.load(run, recipe="cifar32", image_size=8)
     assert ds_classifier.load(run, image_size=8, noise_schedule="cosine").step == 7
-    of_build = {k: v for k, v in vars(SMALL).items() if k in RECIPES["digits32"]}
+    of_build = {k: v for k, v in vars(PREDICTOR_SETTINGS).items() if k in RECIPES["digits32"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "small", of_build | {"lr": 1.0, "log_interval": 3})
         assert ds_classifier.load(run, recipe="small").step == 7

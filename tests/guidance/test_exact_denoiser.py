@@ -5,26 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import CLASSES, noisy, training_set
 
 from ds_classifier.data.images import center_crop, decode
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
-CLASSES = 3
 LEVELS = (1e-9, 0.02, 0.5, 0.9, 0.9999)  # alpha_bar, from nearly all noise to nearly none
-
-
-def training_set(m=11, side=4):
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (m, 2, side, side), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(m) % CLASSES
-
-
-def noisy(images, alpha_bar):
-    """Two noisy versions of the first images, float64."""
-    generator = torch.Generator().manual_seed(6)
-    clean = images[:2].double() / 127.5 - 1
-    noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    return math.sqrt(alpha_bar) * clean + math.sqrt(1 - alpha_bar) * noise
 
 
 def brute_log_weights(images, x, alpha_bar):

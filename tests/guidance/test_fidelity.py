@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_exact_denoiser import CLASSES, training_set
+from small_models import CLASSES, training_set
 from torch import nn
 
 from ds_classifier.diffusion import create_gaussian_diffusion

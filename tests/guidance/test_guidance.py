@@ -5,9 +5,8 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from test_exact_denoiser import CLASSES, noisy, training_set
-from test_model import DEFAULT, filled, relative_error
+from running import GOLDEN
+from small_models import CLASSES, DEFAULT, filled, noisy, relative_error, training_set
 
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser

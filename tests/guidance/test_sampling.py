@@ -7,11 +7,10 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, launch
+from made import write_run
 from PIL import Image
-from test_model import DEFAULT, filled, relative_error
-from test_predictor import write_run
-from test_unet import small_unet
+from running import GOLDEN, ROOT, launch
+from small_models import DEFAULT, filled, relative_error, small_unet
 
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance import sample_files

@@ -6,46 +6,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from test_model import RELATIVE, filled, relative_error
+from running import GOLDEN
+from small_models import GOLDEN_UNETS, RELATIVE, SMALL_UNET, filled, relative_error, small_unet
 
 from ds_classifier.guidance.unet import create_unet
 
-SMALL = dict(
-    image_size=16,
-    num_channels=32,
-    num_res_blocks=1,
-    channel_mult="1,2",
-    num_heads=4,
-    num_head_channels=-1,
-    num_heads_upsample=-1,
-    attention_resolutions="8",
-    class_cond=False,
-    use_scale_shift_norm=True,
-    resblock_updown=False,
-    use_new_attention_order=False,
-    learn_sigma=False,
-    num_classes=7,
-)
-GOLDEN_UNETS = {  # as in tests/golden/record.py
-    "cond": dict(
-        class_cond=True,
-        num_head_channels=32,
-        resblock_updown=True,
-        use_new_attention_order=True,
-        learn_sigma=True,
-    ),
-    "uncond": dict(num_heads_upsample=2, use_scale_shift_norm=False),
-}
 # Flags that all models in the README of guided-diffusion have.
-PUBLISHED = dict(SMALL, channel_mult="", num_classes=1000, class_cond=True, learn_sigma=True)
+PUBLISHED = dict(SMALL_UNET, channel_mult="", num_classes=1000, class_cond=True, learn_sigma=True)
 PUBLISHED |= dict(attention_resolutions="32,16,8", resblock_updown=True, num_res_blocks=2)
-
-
-def small_unet(name):
-    unet = create_unet(**SMALL | GOLDEN_UNETS[name])
-    unet.load_state_dict(filled(unet.state_dict()))
-    return unet.eval()
 
 
 def output_of(unet, size, t, y):
@@ -126,4 +94,4 @@ def test_half_precision_stays_near():
 )
 def test_refuses_what_it_cannot_build(flags, words):
     with pytest.raises(ValueError, match=words):
-        create_unet(**SMALL | flags)
+        create_unet(**SMALL_UNET | flags)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs import ALIVE_SECONDS, Job, command_line
 from safetensors.torch import load_file
-from test_training import traced
+from tiny_run import traced
 
 VICTIMS = ("one rank", "all ranks", "launch.py", "deepspeed")
 LONG_S = 300  # seconds in which a run that nobody disturbs finishes

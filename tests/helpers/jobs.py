@@ -11,8 +11,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from conftest import environment
-from test_training import CONFIGS, TINY, TRACED
+from running import environment
+from tiny_run import CONFIGS, TINY, TRACED
 
 from ds_classifier.distributed.processes import parent
 

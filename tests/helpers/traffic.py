@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster import missing
-from test_nodes import Hosts, Start
-from test_training import CONFIGS, TINY, TRAIN
+from hosts import Hosts, Start
+from tiny_run import CONFIGS, TINY, TRAIN
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
 from PIL import Image
+from running import ROOT, environment
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, read_log, run_python
-from test_training import CONFIGS, TINY, TRACED
+from running import ROOT, launch, read_log, run_python
+from tiny_run import CONFIGS, TINY, TRACED
 
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise

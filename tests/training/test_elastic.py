@@ -5,9 +5,9 @@ import os
 import shutil
 
 import pytest
-from conftest import launch, read_log
+from running import launch, read_log
 from safetensors.torch import load_file
-from test_training import CONFIGS, TINY, TRACED, traced
+from tiny_run import CONFIGS, TINY, TRACED, traced
 
 pytestmark = pytest.mark.faults
 

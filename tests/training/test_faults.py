@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import read_log
-from test_training import CONFIGS, assert_same_state, losses, train, without_clocks
+from running import read_log
+from tiny_run import CONFIGS, assert_same_state, losses, train, without_clocks
 
 from ds_classifier.checkpoint import disk
 

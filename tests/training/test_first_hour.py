@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from running import ROOT, launch
 
 from ds_classifier.config.batch_sizes import Batch
 from ds_classifier.distributed import memory

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 from ds_classifier.training import run_lock
 from ds_classifier.training.run_lock import RunLock

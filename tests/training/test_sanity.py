@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from running import GOLDEN
 
 from ds_classifier.training.sanity import Guessing, SanityWatch, above_chance
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_log
 from jobs import Job as AnyJob
-from test_training import assert_same_state, train
+from running import ROOT, read_log
+from tiny_run import assert_same_state, train
 
 STEPS = 60
 FLAGS = ["--global_batch", "16", "--iterations", str(STEPS), "--save_interval", "5"]

@@ -2,83 +2,15 @@
 
 import json
 import math
-import os
 import re
-import shlex
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch, read_log, run_python
+from running import ROOT, read_log, run_python
 from safetensors.torch import load_file
-
-CONFIGS = ROOT / "ds_configs"
-TRAIN = ROOT / "launch" / "train.py"
-TRACED = ROOT / "tests" / "helpers" / "traced_train.py"
-TINY = shlex.split(
-    "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "
-    "--classifier_attention_resolutions 4 --noise_schedule cosine --random_flip False --lr 1e-3 "
-    "--log_interval 1 --workers 1"
-)
-CLOCKS = ("images_per_sec", "data_wait_frac", "gflops_per_sec", "memory_gib", "val_seconds")
-
-
-def train(
-    ranks, config, digits, run, *flags, script=TRACED, environment=(), expect=0, launcher=False
-):
-    """Train the tiny classifier on the digits; returns the finished command.
-
-    expect: its exit code; or several that it may have, where ranks end in no fixed order.
-    """
-    os.environ.update(environment)
-    try:
-        done = launch(
-            ranks,
-            "--deepspeed_config",
-            CONFIGS / f"{config}.json",
-            "--data_dir",
-            digits / "train",
-            "--run_dir",
-            run,
-            *TINY,
-            *flags,
-            script=script,
-            launcher=launcher,
-            cwd=run.parent,
-        )
-    finally:
-        for name in dict(environment):
-            del os.environ[name]
-    assert done.code in (expect if isinstance(expect, tuple) else (expect,)), done.output
-    return done
-
-
-def losses(run: Path) -> list[float]:
-    return [row["train_loss"] for row in read_log(run) if "train_loss" in row]
-
-
-def traced(folder: Path) -> list:
-    """What every sample of the stream was trained with, by position."""
-    rows = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
-    return sorted(rows, key=lambda row: row[1])
-
-
-def without_clocks(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    """Weights, Adam moments, schedule and loss scaler of two checkpoints, bit by bit."""
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = load_file(one / name), load_file(other / name)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), key
-    a, b = (json.loads((c / "state.json").read_text()) for c in (one, other))
-    for key in ("step", "skipped_steps", "adam_step", "loss_scaler", "samples", "classes", "data"):
-        assert a[key] == b[key], key
-
+from tiny_run import CONFIGS, TINY, TRAIN, assert_same_state, losses, traced, train, without_clocks
 
 # ------------------------------------------------------------------------- same run, other ranks
 

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_images, run_python
+from made import make_images
+from running import ROOT, run_python
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import image_folder, open_source

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, make_images, run_python
+from made import make_images
 from PIL import Image
+from running import ROOT, environment, run_python
 
 from ds_classifier.data import images
 from ds_classifier.data.convert import convert as conversion

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from running import ROOT, run_python
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.samples import Sample, Slice, Source

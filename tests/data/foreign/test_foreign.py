@@ -7,7 +7,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch, read_log, run_python
 from layouts_of_others import (
     JPG,
     by_ours,
@@ -21,6 +20,7 @@ from layouts_of_others import (
     tar_of,
     timm,
 )
+from running import ROOT, launch, read_log, run_python
 
 from ds_classifier.data.foreign.index import index
 from ds_classifier.data.foreign.verify import verify

@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, environment, run_python
 from flaky_server import FlakyServer
+from running import ROOT, environment, run_python
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import image_folder

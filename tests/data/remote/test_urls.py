@@ -6,8 +6,8 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_python
 from flaky_server import FlakyServer
+from running import ROOT, run_python
 
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import parse_training_command

@@ -1,0 +1,74 @@
+"""Inputs made for the tests: folders of images and run directories."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from small_models import SMALL, filled
+
+from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fitting import tensors_of
+from ds_classifier.config import Settings
+from ds_classifier.model import create_classifier
+
+CLASS_NAMES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
+PREDICTOR_SETTINGS = Settings(
+    image_size=8,
+    num_classes=10,
+    classifier_width=32,
+    classifier_channel_mult="1,2",
+    classifier_depth=1,
+    classifier_attention_resolutions="4",
+    noise_schedule="cosine",
+    timestep_respacing="250",
+)
+
+
+def make_run(run: Path, *, step: int = 7, **own) -> Path:
+    """A run with one checkpoint, of weights made from their names."""
+    settings = Settings(**SMALL | dict(noise_schedule="cosine", lr=1e-3) | own)
+    state = {
+        "format": disk.FORMAT,
+        "version": disk.VERSION,
+        "step": step,
+        "settings": asdict(settings),
+        "classes": CLASS_NAMES,
+        "data": "f" * 64,
+    }
+    model = filled(tensors_of(settings))
+    disk.commit(run / "checkpoints" / disk.step_name(step), model=model, optimizer={}, state=state)
+    return run
+
+
+def write_run(home):
+    """A run with a checkpoint, of a classifier that was not trained."""
+    torch.manual_seed(0)
+    classifier = create_classifier(**PREDICTOR_SETTINGS.model_kwargs())
+    for parameter in classifier.parameters():  # some start at zero and would hide what is wrong
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = dict(
+        format=disk.FORMAT,
+        version=disk.VERSION,
+        step=7,
+        settings=vars(PREDICTOR_SETTINGS),
+        classes=[f"the {digit}" for digit in range(10)],
+        data="",
+    )
+    (home / "checkpoints").mkdir(parents=True)
+    final = home / "checkpoints" / disk.step_name(7)
+    disk.commit(final, model=classifier.state_dict(), optimizer={}, state=state)
+    return home
+
+
+def make_images(folder: Path, names: list[str]) -> Path:
+    """A folder of small different images, in the format of their suffix."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(i).randint(0, 256, (12, 10, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder

@@ -1,0 +1,112 @@
+"""Programs run to their end by the tests, on one rank or several; where the checkout lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@dataclass
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    output: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.splitlines()
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A clean environment: no rank variables of an outer launcher, no device talk."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"DS_ACCELERATOR": "cpu", **extra}
+
+
+def run_python(*arguments: object, cwd: Path, timeout: float = 300, **variables: str) -> Finished:
+    """Run a Python program to its end, with these variables in its environment."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    return Finished(done.returncode, done.stdout)
+
+
+def launch(
+    ranks: int,
+    *arguments: object,
+    cwd: Path,
+    script: Path = ROOT / "launch" / "train.py",
+    launcher: bool = False,
+    timeout: float = 300,
+) -> Finished:
+    """Run a script on several ranks to its end.
+
+    launcher: through the real deepspeed launcher; else the ranks are started here, 6 s sooner, with
+    the environment that it would give them.
+    """
+    from ds_classifier.distributed import free_port
+
+    port = str(free_port())
+    command = [sys.executable, str(script), *map(str, arguments)]
+    if launcher:
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        head = [
+            sys.executable,
+            deepspeed,
+            "--quiet",
+            "--master_port",
+            port,
+            "--num_gpus",
+            str(ranks),
+        ]
+        commands = [([*head, *command[1:]], environment())]
+    else:
+        group = dict(WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
+        commands = [
+            (command, environment(RANK=str(r), LOCAL_RANK=str(r), MASTER_PORT=port, **group))
+            for r in range(ranks)
+        ]
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(c, cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT)
+            for c, env in commands
+        ]
+        code = _first_failure(processes, time.monotonic() + timeout)
+        output.seek(0)
+        return Finished(code % 256, output.read())
+
+
+def _first_failure(processes: list[subprocess.Popen], deadline: float) -> int:
+    """Wait for all; when one fails, end the others a moment later. The first code that is not 0."""
+    failed = 0
+    while any(process.poll() is None for process in processes):
+        failed = failed or next((p.returncode for p in processes if p.returncode), 0)
+        if failed:
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+            assert failed, "timed out"
+        time.sleep(0.05)
+    return failed or next((p.returncode for p in processes if p.returncode), 0)
+
+
+def read_log(run: Path) -> list[dict]:
+    """The rows of a run's log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
