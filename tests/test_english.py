@@ -32,20 +32,20 @@ VERBS = words(
     Divide Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate Evict
     Exit Expand Export Extend Extract Fail Fetch Fill Find Finish Fit Flush Fold Follow Force
     Forget Fork Format Forward Free Freeze Gather Generate Get Give Group Guess Guide Halve Hand
-    Handle Hash Ignore Import Increase Index Infer Initialize Insert Inspect Install Interpolate
-    Interrupt Join Keep Kill Label Launch Lay Learn Leave Let Limit List Listen Load Locate Lock
+    Handle Hash Ignore Import Increase Infer Initialize Insert Inspect Install Interpolate
+    Interrupt Join Keep Kill Launch Lay Learn Leave Let Limit List Listen Load Locate Lock
     Log Look Lower Make Map Mark Match Measure Meet Merge Mirror Move Multiply Name Normalize
-    Note Notify Number Observe Open Order Override Pack Pad Parse Pass Patch Pause Perform
-    Permute Pick Plan Plot Point Poll Predict Prepare Preserve Print Probe Process Produce
-    Project Protect Prune Put Raise Rank Read Rebuild Receive Reclaim Record Recover Reduce
+    Note Notify Observe Open Order Override Pack Pad Parse Pass Patch Pause Perform
+    Permute Pick Plan Plot Poll Predict Prepare Preserve Print Probe Process Produce
+    Protect Prune Put Raise Read Rebuild Receive Reclaim Record Recover Reduce
     Refer Refuse Register Rehearse Release Reload Remember Remove Rename Render Reorder Repeat
     Replace Report Request Require Reserve Reset Resize Resolve Respace Restart Restore Resume
     Retry Return Reverse Rewrite Roll Round Run Sample Save Say Scale Scan Schedule Search Seek
     Select Send Separate Serve Set Settle Show Shuffle Shut Sign Signal Simulate Skip Sleep
-    Slice Snapshot Sort Split Spool Start State Step Stop Store Stream Strip Subtract Suggest
-    Sum Summarize Suppress Switch Sync Synchronize Take Talk Test Time Touch Trace Track Train
+    Slice Snapshot Sort Split Spool Start Stop Store Stream Strip Subtract Suggest
+    Sum Summarize Suppress Switch Sync Synchronize Take Talk Touch Trace Track Train
     Transform Translate Try Turn Undo Unlock Unpack Update Upload Use Validate Verify Visit Vote
-    Wait Wake Walk Warn Watch Weigh Wrap Write Yield Zero
+    Wait Wake Walk Warn Watch Weigh Wrap Write Yield
     """
 )
 ARTICLES = {"A", "An", "The", "One", "Each", "Every", "All", "Raised"}

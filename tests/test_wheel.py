@@ -1,0 +1,137 @@
+"""The package as it is installed: a wheel in a virtual environment, used away from the checkout.
+
+A package or data file that setup.cfg does not name works in a checkout and is missing here.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from running import ROOT, Finished, environment
+
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+PROGRAMS = [
+    line.split(" = ")[0]
+    for line in SETUP["options.entry_points"]["console_scripts"].strip().splitlines()
+]
+IN_THE_CHECKOUT = ["ds_classifier", "ds_configs", "launch"]  # what is installed of it
+FLAGS = shlex.split(
+    "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "
+    "--classifier_attention_resolutions 4 --noise_schedule cosine --workers 0 --log_interval 1 "
+    "--batch_size 8 --iterations 2 --save_interval 2"
+)
+
+
+def run(*command: object, cwd: Path) -> Finished:
+    """Run a program outside the checkout; fail if its exit code is not 0."""
+    variables = environment()
+    variables.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    return Finished(done.returncode, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy, so that nothing is left in the checkout."""
+    pytest.importorskip("setuptools", reason="builds without fetching anything")
+    place = tmp_path_factory.mktemp("wheel")
+    source = place / "source"
+    source.mkdir()
+    for name in IN_THE_CHECKOUT:
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+        )
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, source, cwd=place)
+    [built] = place.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The programs' folder of a virtual environment that has this wheel.
+
+    Everything else comes from the environment of the tests by a .pth file. Python does not follow
+    .pth files in a folder that was added by one, so an editable install there has no effect.
+    """
+    home = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "--python", home / "bin" / "python", "install", "--no-deps", wheel, cwd=home)
+    return home / "bin"
+
+
+def test_the_wheel_holds_every_file(wheel):
+    """Every file of the three folders but launch/cluster, which is for those with a checkout."""
+    with zipfile.ZipFile(wheel) as file:
+        held = {name for name in file.namelist() if ".dist-info/" not in name}
+    expected = set()
+    for name in IN_THE_CHECKOUT:
+        inside = "" if name == "ds_classifier" else "ds_classifier/"
+        for path in (ROOT / name).rglob("*"):
+            relative = path.relative_to(ROOT)
+            skipped = {"__pycache__", "cluster"} & set(relative.parts)
+            if path.is_file() and not skipped:
+                expected.add(f"{inside}{relative.as_posix()}")
+    assert held == expected
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(installed, tmp_path, program):
+    done = run(installed / program, "--help", cwd=tmp_path)
+    assert done.output.startswith("usage: ")
+
+
+def test_every_module_imports(installed, tmp_path):
+    code = (
+        "import pkgutil, importlib, ds_classifier\n"
+        "for module in pkgutil.walk_packages(ds_classifier.__path__, 'ds_classifier.'):\n"
+        "    if 'run_reference' not in module.name: importlib.import_module(module.name)\n"
+        "print(ds_classifier.__file__)"
+    )
+    done = run(installed / "python", "-c", code, cwd=tmp_path)
+    assert done.lines[-1].startswith(str(installed.parent))
+
+
+def test_a_run_away_from_the_checkout(installed, tmp_path):
+    """Convert, train with a config of the wheel, evaluate, report and export."""
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(installed.parent)}))
+    config = site / "ds_classifier" / "ds_configs" / "zero1_fp32.json"
+    run(installed / "ds-classifier-make-shards", "convert", "digits", "data", cwd=tmp_path)
+    done = run(
+        *(installed / "ds-classifier-train", "--deepspeed_config", config),
+        *("--run_dir", "run", *FLAGS),
+        cwd=tmp_path,
+    )
+    assert (tmp_path / "run" / "DONE").exists(), done.output
+    run(installed / "ds-classifier-evaluate", "run", "--levels", "2", cwd=tmp_path)
+    (tmp_path / "run" / "report.html").unlink()
+    run(installed / "ds-classifier-report", "run", cwd=tmp_path)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<style>" in page
+    assert "step-00000002" in page
+    run(installed / "ds-classifier-export", "run", cwd=tmp_path)
+    assert os.listdir(tmp_path / "run" / "export")
