@@ -1,8 +1,8 @@
-# make install     everything into .venv, made once
-# make quickstart  digits -> shards -> two ranks -> evaluation, report -> export -> guided samples
-# make test        the suite, less the long fault injections; needs no GPU
-# make test-faults those: runs that are killed, starved and damaged, and must come back
-# make lint        ruff, as CI runs it
+# make install      everything into .venv, once
+# make quickstart   digits -> shards -> two ranks -> evaluation, report -> export -> guided samples
+# make test         the suite without the long fault injections; needs no GPU
+# make test-faults  the fault injections: runs that are killed, starved and damaged, and must recover
+# make lint         ruff, as CI runs it
 
 PYTHON ?= python3
 VENV := .venv
