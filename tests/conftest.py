@@ -1,4 +1,4 @@
-"""Shared fixtures: recorded numbers, images, shards of digits, the deepspeed launcher."""
+"""Fixtures that several tests share: recorded numbers, images, shards, shards at a URL."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-# Before torch is imported, here or by what the tests start: small models gain nothing by more, and
-# threads that wait for each other on busy cores lose a lot.
+# Set before torch is imported, here or in a program that a test starts. Small models gain nothing
+# from more threads, and threads that wait for each other on busy cores lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = ROOT.parent / "shared"
 
 
 def shared(*parts: str) -> Path:
-    """A file of the larger recorded set beside the checkout; skips where it is absent."""
+    """Return a file of the larger recorded set next to the checkout; skip the test without it."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"the recorded set {'/'.join(parts)} is not beside this checkout")
+        pytest.skip(f"the recorded set {'/'.join(parts)} is not next to this checkout")
     return path
 
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Numbers recorded from guided-diffusion, beyond those in tests/golden."""
+    """The folder of numbers recorded from guided-diffusion, more than tests/golden has."""
     return shared("reference")
 
 
@@ -37,7 +37,7 @@ def imagenet_sample() -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """Shards of the digits: a directory with train/ and val/."""
+    """The digits as shards: a directory with train/ and val/."""
     from ds_classifier.data.convert.convert import convert
     from ds_classifier.data.convert.sources import open_source
 
@@ -48,6 +48,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
+    """A folder of 15 images, one directory per class: cat, dog, emu."""
     from made import make_images
 
     names = [f"{c}/{c}_{i}.png" for c in ("cat", "dog", "emu") for i in range(5)]
@@ -56,7 +57,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def many(tmp_path) -> Path:
-    """120 images of 6 classes."""
+    """A folder of 120 images of 6 classes."""
     from made import make_images
 
     return make_images(tmp_path / "many", [f"c{i % 6}/{i:03d}.png" for i in range(120)])
@@ -64,7 +65,7 @@ def many(tmp_path) -> Path:
 
 @pytest.fixture
 def served_store(tmp_path, monkeypatch):
-    """Shards of random bytes at a URL: (server, shards, a function that makes their store)."""
+    """Six shards of random bytes at a URL: (server, shards, function that makes their store)."""
     from stores import FAST, make_shards, serving
 
     from ds_classifier.data.store import ShardStore
@@ -82,7 +83,7 @@ def served_store(tmp_path, monkeypatch):
 
 @pytest.fixture
 def served_folder(tmp_path, monkeypatch):
-    """An empty directory at a URL: (server, directory); pauses are short."""
+    """An empty directory at a URL: (server, directory). Pauses between attempts are short."""
     from flaky_server import FlakyServer
 
     from ds_classifier.data.remote import fetch

@@ -1,7 +1,8 @@
 """Files that version 0.1 wrote stay readable: shards, a run directory, a checkpoint, an export.
 
-tests/golden/version-0.1.tar.xz holds 12 + 6 digits as shards, a run of a tiny classifier with its
-checkpoint of step 2, its evaluation and its export; the run's log goes on to step 4.
+tests/golden/version-0.1.tar.xz has shards of 12 training and 6 validation digits, and a run of a
+tiny classifier with its checkpoint of step 2, its evaluation and its export. The run's log
+continues to step 4.
 """
 
 import re
@@ -34,7 +35,7 @@ def test_shards_verify(old):
         assert done.code == 0, done.output
 
 
-def test_a_run_resumes_as_the_old_version_went_on(old):
+def test_a_run_resumes_as_the_old_version_continued(old):
     expected = [row for row in read_log(old / "runs/old") if row["step"] > 2]
     data = ["--data_dir", "data/train", "--val_data_dir", "data/val", "--run_dir", "runs/old"]
     command = [ROOT / "launch/train.py", "--deepspeed_config", CONFIG, *FLAGS, *data]

@@ -1,10 +1,10 @@
 """Kill a training run at random moments until it finishes, again and again.
 
-A run of the digits on two ranks, through the deepspeed launcher, is started, and after a random
-time one of these gets SIGKILL: one rank, all ranks, launch.py, or `deepspeed` itself. When every
-process of the job is gone the same command is given again, until the run finishes. Its weights and
-Adam moments must then be bit-equal to those of a run that nobody killed, and each step must last
-have been trained on that run's samples. Prints a line a kill and a table at the end.
+Starts a run of the digits on two ranks through the deepspeed launcher. After a random time, one of
+these gets SIGKILL: one rank, all ranks, launch.py, or `deepspeed` itself. When every process of the
+job is gone, the same command is given again, until the run finishes. Its weights and Adam moments
+must then be bit-equal to those of a run that was never killed, and the last training of each step
+must have used the same samples as that run. Prints a line per kill and a table at the end.
 
     python tests/helpers/chaos.py --kills 200     # about an hour on 2 cores
 """
@@ -33,11 +33,11 @@ from safetensors.torch import load_file
 from tiny_run import traced
 
 VICTIMS = ("one rank", "all ranks", "launch.py", "deepspeed")
-LONG_S = 300  # seconds in which a run that nobody disturbs finishes
+LONG_S = 300  # seconds within which an undisturbed run finishes
 
 
 def start(folder: Path, data: Path, steps: int) -> Job:
-    """The run, from wherever it stands; each start traces into a directory of its own."""
+    """Start or continue the run; each start traces into a directory of its own."""
     flags = ["--data_dir", data, "--global_batch", 16, "--iterations", steps]
     flags += ["--save_interval", 5, "--log_interval", 5]
     trace = folder / "trace" / uuid.uuid4().hex
@@ -45,7 +45,7 @@ def start(folder: Path, data: Path, steps: int) -> Job:
 
 
 def kill(job: Job) -> str:
-    """Send SIGKILL to something that is there; returns what it was."""
+    """Send SIGKILL to a random victim that is running; return its name."""
     ranks = list(job.ranks().values())
     there = {
         "one rank": random.sample(ranks, min(len(ranks), 1)),
@@ -61,7 +61,7 @@ def kill(job: Job) -> str:
 
 
 def last_trained(folder: Path) -> list:
-    """What each step was last trained on, as the starts of a run lie in time."""
+    """Return the trace of each step's last training, over all starts of the run in time order."""
     steps: dict[int, list] = {}
     for start in sorted((folder / "trace").iterdir(), key=lambda path: path.stat().st_ctime):
         mine: dict[int, list] = {}
@@ -72,7 +72,7 @@ def last_trained(folder: Path) -> list:
 
 
 def same_state(one: Path, other: Path) -> bool:
-    """Whether two checkpoints hold the same bits."""
+    """Return whether two checkpoints hold the same bits."""
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(one / name), load_file(other / name)
         if a.keys() != b.keys() or any(not a[key].equal(b[key]) for key in a):
@@ -82,9 +82,9 @@ def same_state(one: Path, other: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="at least so many [20]")
-    parser.add_argument("--steps", type=int, default=60, help="of the run [60]")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments [0]")
+    parser.add_argument("--kills", type=int, default=20, help="minimum number of kills [20]")
+    parser.add_argument("--steps", type=int, default=60, help="steps of the run [60]")
+    parser.add_argument("--seed", type=int, default=0, help="seed for victims and moments [0]")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
-    """Returns 0 if every run finished as the undisturbed one did."""
+    """Kill runs; return 0 if every one finished like the undisturbed run, else 1."""
     from ds_classifier.data.convert.convert import convert
     from ds_classifier.data.convert.sources import open_source
 
@@ -113,7 +113,7 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
         folder.mkdir()
         while not (folder / "run" / "DONE").exists():
             job = start(folder, data, steps)
-            # Until the kills are spent, a moment of the start, the steps or the end; then none.
+            # A moment during start, steps or end; once there were enough kills, let the run finish.
             moment = random.uniform(0, whole) if sum(killed.values()) < kills else LONG_S
             left = job.wait_until_gone(moment)
             if left is None and moment < LONG_S:
@@ -137,7 +137,7 @@ def chaos(root: Path, *, kills: int, steps: int, seed: int) -> int:
             elif left is None:
                 job.kill_all()
                 print(job.output()[-3000:])
-                print("a run that nobody disturbs any more does not finish")
+                print("an undisturbed run does not finish")
                 return 1
         equal = same_state(folder / final, golden / final)
         samples = last_trained(folder) == last_trained(golden)

@@ -1,9 +1,9 @@
-"""Hosts of their own on one machine: name spaces joined by a bridge, with sshd in each.
+"""Several hosts on one machine: name spaces joined by a bridge, with sshd in each.
 
-Every host has its network, processes, mounts and name; files are shared unless told otherwise. All
-of it hangs on the process that made it: when that dies, of whatever, the kernel takes the hosts and
-what runs in them away. Nothing is written outside a given directory. Needs root, iproute2, ssh,
-sshd and pdsh: `missing` says what is not there.
+Every host has its own network, processes, mounts and name. Files are shared, except in the
+directories that are named as separate. When the process that made the hosts dies, from any cause,
+the kernel removes them with all their processes. Nothing is written outside the given directory.
+Needs root, iproute2, ssh, sshd and pdsh; `missing` says which of these is absent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SSH_PORT = 22
 
 
 def missing() -> str:
-    """Why hosts cannot be made here, or nothing."""
+    """Return why hosts cannot be made here, or an empty string if they can."""
     if os.geteuid() != 0:
         return "name spaces need root"
     absent = [package for program, package in PROGRAMS.items() if not shutil.which(program)]
@@ -36,7 +36,7 @@ def missing() -> str:
 
 
 class Node:
-    """One host. name: what it calls itself, and others it. address: on the bridge."""
+    """A host. name: its host name, here and on the others. address: its IP on the bridge."""
 
     def __init__(self, name: str, address: str, process: subprocess.Popen, pid: int, port: str):
         self.name, self.address, self.pid = name, address, pid
@@ -44,18 +44,18 @@ class Node:
         self._pids = os.readlink(f"/proc/{pid}/ns/pid")
 
     def command(self, words: Sequence[object]) -> list[str]:
-        """A command line that runs these words on the host, as if typed there."""
+        """Return a command line that runs these words on the host."""
         spaces = ["--net", "--uts", "--mount", "--pid"]
         return ["nsenter", "--target", str(self.pid), *spaces, "--", *map(str, words)]
 
     def run(self, *words: object) -> str:
-        """Run a command on the host to its end; its output."""
+        """Run a command on the host to its end and return its output."""
         return subprocess.run(
             self.command(words), check=True, capture_output=True, text=True
         ).stdout
 
     def processes(self) -> dict[int, str]:
-        """Command lines of what runs there, less sshd's, by this machine's process numbers."""
+        """Return the command lines of its processes except sshd, by this machine's process ids."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -66,30 +66,30 @@ class Node:
         return found
 
     def kill(self) -> None:
-        """Kill all that runs there, and the host."""
+        """Kill all processes of the host, and the host."""
         self._process.kill()
         self._process.wait()
 
     def cut_power(self) -> None:
-        """The same, with nobody told."""
+        """Kill the host with its network down, so that the others get no sign of it."""
         self.set_link("down")
         self.kill()
 
     def set_link(self, state: str) -> None:
-        """up or down: its network cable, on the side of the switch."""
+        """Set its network link, on the side of the switch, up or down."""
         _ip(self._port.split()[0], "link", "set", self._port.split()[1], state)
 
     def slow_link(self, rate: str) -> None:
-        """Limit what the host sends, such as 1mbit."""
+        """Limit the rate at which the host sends, such as 1mbit."""
         limit = ["rate", rate, "burst", "32kbit", "latency", "400ms"]
         self.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
 
 
 class Cluster:
-    """A context: hosts node-1, node-2, ... on one bridge, each reached from the others by ssh.
+    """A context manager: hosts node-1, node-2, ... on one bridge, which reach each other by ssh.
 
-    root: a directory for keys, settings and the separate directories. separate: directories that
-    are each host's own: at the same path, with other contents.
+    root: a directory for keys, settings and the separate directories. separate: directories at the
+    same path on every host, of which each host has its own.
     """
 
     def __init__(self, root: Path, nodes: int, *, separate: Sequence[Path] = ()):
@@ -149,11 +149,11 @@ class Cluster:
         return node
 
     def processes(self) -> list[str]:
-        """Command lines of all that runs on the hosts."""
+        """Return the command lines of all processes on the hosts."""
         return [line for node in self.nodes for line in node.processes().values()]
 
     def hostfile(self, path: Path, *nodes: Node) -> Path:
-        """A hostfile with one slot on each of these hosts, or on all."""
+        """Write a hostfile with one slot on each of these hosts, or on all if none is named."""
         path.write_text("".join(f"{node.name} slots=1\n" for node in nodes or self.nodes))
         return path
 
@@ -171,6 +171,7 @@ def _hold(command: list[str]) -> subprocess.Popen:
 
 
 def _ip(pid: str, *words: str) -> None:
+    """Run ip in the network name space of a process."""
     subprocess.run(["nsenter", "--target", pid, "--net", "ip", *words], check=True)
 
 
@@ -178,7 +179,7 @@ def _ip(pid: str, *words: str) -> None:
 
 
 def be_a_host(root: Path, name: str, count: int, separate: list[str]) -> None:
-    """Settle in fresh name spaces, start sshd, and bury orphans."""
+    """Set up the host in its fresh name spaces, start sshd, and reap orphans for ever."""
     own = root / name
     own.mkdir()
 
@@ -189,7 +190,7 @@ def be_a_host(root: Path, name: str, count: int, separate: list[str]) -> None:
         inside = own / path.strip("/").replace("/", "_")
         inside.mkdir()
         mount("--bind", inside, path)
-    # As Debian sets it up: a host's own name is that of a loopback address.
+    # Debian does the same: the host's own name resolves to a loopback address.
     others = [f"{NETWORK}.{n} node-{n}\n" for n in range(1, count + 1) if f"node-{n}" != name]
     (own / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{''.join(others)}")
     mount("--bind", own / "hosts", "/etc/hosts")

@@ -1,4 +1,4 @@
-"""A real HTTP server for one directory, on 127.0.0.1, that misbehaves as it is told."""
+"""An HTTP server for one directory, on 127.0.0.1, with faults that a test chooses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ STEP = 16384  # bytes written at a time
 
 
 class FlakyServer:
-    """faults[name]: what the next requests of a file meet, one each; then all is well.
+    """A server of one folder. faults[name]: a list of faults, one for each next request of a file.
 
-    500: that status. "reset": half of it, then a connection reset. "close": half of it, then the
-    end. "stall": half of it, then silence. "drip": half of it, then a byte now and then. "head":
-    so with the answer's head. "chunk": so with the length of the first chunk of its body. "long",
-    "short": a Content-Length that is not the file's. "wrong": one byte is another. "slow": in
-    small steps. no_ranges: Range is ignored. no_length: nothing tells how long a file is; it ends
-    with the connection. login: "USER:PASSWORD" that is asked for. redirects: name -> the URL or
-    path that has it. logins: the Authorization headers that came. requests: (name, Range
-    header or None), in order.
+    Faults: 500: that status. "reset": half of the file, then a connection reset. "close": half of
+    it, then the end of the connection. "stall": half of it, then nothing. "drip": half of it, then
+    20 bytes per second. "head": the answer's head at that rate. "chunk": the length of the first
+    chunk of a chunked body at that rate. "long", "short": a Content-Length that is not the file's.
+    "wrong": one byte differs. "slow": small pieces with pauses.
+    no_ranges: ignore Range. no_length: send no length; the file ends with the connection.
+    login: the "USER:PASSWORD" that is required. redirects: name -> the URL or path that has it.
+    logins: the Authorization headers received. requests: (name, Range header or None), in order.
     """
 
     def __init__(self, folder: Path):
@@ -51,9 +51,11 @@ class FlakyServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def count(self, name: str) -> int:
+        """Return the number of requests of a file."""
         return sum(requested == name for requested, _ in self.requests)
 
     def close(self) -> None:
+        """Stop the server and every answer that waits."""
         self.released.set()
         self._server.shutdown()
         self._server.server_close()
@@ -116,7 +118,7 @@ class FlakyServer:
         else:
             request.wfile.write(content[:half])
         if fault == "reset":
-            time.sleep(0.05)  # else the reset overtakes the bytes
+            time.sleep(0.05)  # without it the reset overtakes the bytes
             linger = struct.pack("ii", 1, 0)
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             request.connection.close()

@@ -1,4 +1,4 @@
-"""Training on several hosts of cluster.py, and the launchers that run there."""
+"""Train on several hosts of cluster.py, and watch the launchers that run there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAGS = ["--global_batch", "12", "--iterations", str(STEPS), "--save_interval", 
 
 
 class Hosts(Cluster):
-    """Hosts with the digits at the same path each, in a directory that is each one's own."""
+    """A cluster whose hosts have the digits at the same path, each in a directory of its own."""
 
     def __init__(self, folder: Path, digits: Path, nodes: int):
         self.place = folder / "place"
@@ -31,14 +31,14 @@ class Hosts(Cluster):
         return node
 
     def inside(self, node: Node) -> Path:
-        """Where this machine sees a host's own directory."""
+        """Return the path by which this machine sees the host's own directory."""
         return self._root / node.name / str(self.place).strip("/").replace("/", "_")
 
     def start(self, *nodes: Node, flags=(), script: Path = TRACED, **environment: str) -> Start:
-        """Train on these hosts, rank 0 on the first, from where it is typed too."""
+        """Start training on these hosts. The first has rank 0, and the command is given there."""
         here = self.inside(nodes[0])
         self.hostfile(here / "hosts", *nodes)
-        # As a user hands variables to all hosts. One thread, as two ranks of one host have.
+        # A user passes variables to all hosts like this. One thread, as two ranks of a host have.
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # training sets it, but the seams import torch
         variables = {"OMP_NUM_THREADS": "1"} | quiet | environment
         (here / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
@@ -47,13 +47,13 @@ class Hosts(Cluster):
         return Start(self, here / "run", {nodes[0]: command})
 
     def flags(self) -> list[object]:
-        """Of train.py, on every host."""
+        """Return the flags of train.py."""
         config = ["--deepspeed_config", CONFIGS / "zero1_fp32.json"]
         return [*config, "--data_dir", "data/train", "--run_dir", "run", *TINY, *FLAGS]
 
 
 class Start:
-    """Launchers that run: Python programs and their arguments, by the host they are typed on."""
+    """A start of training. commands: per host, the Python program and its arguments."""
 
     def __init__(self, hosts: Hosts, run: Path, commands: dict[Node, list[object]]):
         self._hosts, self._run = hosts, run
@@ -71,14 +71,16 @@ class Start:
             ]
 
     def output(self) -> str:
+        """Return everything that was printed."""
         return self._path.read_text()
 
     def lines(self) -> list[str]:
-        """What hosts said, without what launchers do."""
+        """Return the lines that the hosts printed, without the launchers' own."""
         lines = [line.partition(": ")[2] for line in self.output().splitlines()]
         return [line for line in lines if line and not line.startswith("[")]
 
     def wait_for_step(self, step: int) -> None:
+        """Wait until the log has a row of this step or a later one."""
         deadline = time.monotonic() + 200
         while not any(row["step"] >= step for row in self._rows()):
             assert self._running(), self.output()
@@ -95,7 +97,7 @@ class Start:
             return []
 
     def gone(self, seconds: float = 300) -> float:
-        """Wait until nothing of it runs on any host; the seconds it took."""
+        """Wait until none of its processes runs on any host; return the seconds it took."""
         began = time.monotonic()
         while self._running() or self._hosts.processes():
             assert time.monotonic() < began + seconds, (self.output(), self._hosts.processes())

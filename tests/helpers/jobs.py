@@ -1,4 +1,4 @@
-"""Whole jobs through the deepspeed launcher, every process of which can be found and killed."""
+"""Start whole jobs through the deepspeed launcher; find and kill any of their processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tiny_run import CONFIGS, TINY, TRACED
 
 from ds_classifier.distributed.processes import parent
 
-ALIVE_SECONDS = 40  # what a job may take to be gone, of these 30 are the launcher's patience
+ALIVE_SECONDS = 40  # a job must be gone within this time; the launcher alone waits up to 30 s
 
 
 class Job:
-    """A training through the launcher, whose processes are found by a word in their environment.
+    """A training job through the launcher. A mark in their environment identifies its processes.
 
-    config: of ds_configs/. flags: beside those of the tiny classifier. extra: environment.
+    config: a file of ds_configs/, without suffix. flags: added to those of the tiny classifier.
+    extra: variables of its environment.
     """
 
     def __init__(self, ranks: int, config: str, run: Path, *flags: object, **extra: str):
@@ -40,12 +41,12 @@ class Job:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # A shell that started the tests in the background has them, and us, ignore it.
+            # A shell that runs the tests in the background makes them and their children ignore it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def alive(self) -> dict[int, dict[str, str]]:
-        """Environments of the job's processes, by number."""
+        """Return the environments of the job's processes, by process id."""
         found = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -58,18 +59,21 @@ class Job:
         return found
 
     def launch_py(self) -> int:
+        """Return the process id of DeepSpeed's launch.py."""
         return next(p for p in self.alive() if "deepspeed.launcher.launch" in command_line(p))
 
     def ranks(self) -> dict[int, int]:
-        """Process of each rank that stands, not those of loader workers."""
+        """Return the process id of each running rank; loader workers are left out."""
         alive = self.alive()
         own = {p: e["RANK"] for p, e in alive.items() if "RANK" in e}
         return {int(r): p for p, r in own.items() if own.get(parent(p)) != r}
 
     def rank(self, number: int) -> int:
+        """Return the process id of a rank."""
         return self.ranks()[number]
 
     def wait_for(self, ready, seconds: float = 240) -> None:
+        """Wait until ready() is true; fail if the job ends before, or takes too long."""
         deadline = time.monotonic() + seconds
         while not ready():
             assert self.process.poll() is None, self.output()
@@ -77,7 +81,7 @@ class Job:
             time.sleep(0.1)
 
     def wait_until_gone(self, limit: float) -> float | None:
-        """Seconds until no process of the job is alive; None where some are after the limit."""
+        """Return the seconds until no process of the job is alive; None after the limit."""
         began = time.monotonic()
         while self.process.poll() is None or self.alive():
             if time.monotonic() > began + limit:
@@ -87,23 +91,26 @@ class Job:
         return time.monotonic() - began
 
     def gone(self) -> float:
-        """Wait until no process of the job is alive, as must be soon; the seconds it took."""
+        """Return the seconds until no process is alive; fail if that takes over ALIVE_SECONDS."""
         seconds = self.wait_until_gone(ALIVE_SECONDS)
         lines = [command_line(p) for p in self.alive()]
         assert seconds is not None, (lines, self.output())
         return seconds
 
     def kill_all(self) -> None:
+        """Send SIGKILL to every process of the job."""
         for pid in self.alive():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def output(self) -> str:
+        """Return everything that was printed."""
         self._output.flush()
         return (self.run.parent / f"{self.mark}.out").read_text()
 
 
 def command_line(pid: int) -> str:
+    """Return the command line of a process, or an empty string if it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:

@@ -1,4 +1,4 @@
-"""Inputs made for the tests: folders of images and run directories."""
+"""Make inputs for tests: folders of images and run directories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREDICTOR_SETTINGS = Settings(
 
 
 def make_run(run: Path, *, step: int = 7, **own) -> Path:
-    """A run with one checkpoint, of weights made from their names."""
+    """Write a run with one checkpoint, whose weights are computed from their names; return it."""
     settings = Settings(**SMALL | dict(noise_schedule="cosine", lr=1e-3) | own)
     state = {
         "format": disk.FORMAT,
@@ -45,10 +45,10 @@ def make_run(run: Path, *, step: int = 7, **own) -> Path:
 
 
 def write_run(home):
-    """A run with a checkpoint, of a classifier that was not trained."""
+    """Write a run with one checkpoint of an untrained classifier; return it."""
     torch.manual_seed(0)
     classifier = create_classifier(**PREDICTOR_SETTINGS.model_kwargs())
-    for parameter in classifier.parameters():  # some start at zero and would hide what is wrong
+    for parameter in classifier.parameters():  # parameters that start at zero would hide errors
         torch.nn.init.normal_(parameter, std=0.2)
     state = dict(
         format=disk.FORMAT,
@@ -65,7 +65,7 @@ def write_run(home):
 
 
 def make_images(folder: Path, names: list[str]) -> Path:
-    """A folder of small different images, in the format of their suffix."""
+    """Write small random images, each in the format of its suffix, and return their folder."""
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

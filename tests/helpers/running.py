@@ -1,4 +1,4 @@
-"""Programs run to their end by the tests, on one rank or several; where the checkout lies."""
+"""Start programs on one rank or several and wait for their end; paths of the checkout."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ GOLDEN = ROOT / "tests" / "golden"
 
 @dataclass
 class Finished:
-    """A command that has ended."""
+    """A command that has ended. output: stdout and stderr together."""
 
     code: int
     output: str
 
     @property
     def lines(self) -> list[str]:
+        """The lines of the output."""
         return self.output.splitlines()
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A clean environment: no rank variables of an outer launcher, no device talk."""
+    """Return the environment for a program on the CPU, without an outer launcher's rank."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"DS_ACCELERATOR": "cpu", **extra}
 
 
 def run_python(*arguments: object, cwd: Path, timeout: float = 300, **variables: str) -> Finished:
-    """Run a Python program to its end, with these variables in its environment."""
+    """Run a Python program to its end; variables: added to its environment."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -57,8 +58,8 @@ def launch(
 ) -> Finished:
     """Run a script on several ranks to its end.
 
-    launcher: through the real deepspeed launcher; else the ranks are started here, 6 s sooner, with
-    the environment that it would give them.
+    launcher: True starts it through the deepspeed launcher. False starts the ranks directly, which
+    saves 6 s, with the environment that the launcher would give them.
     """
     from ds_classifier.distributed import free_port
 
@@ -93,7 +94,7 @@ def launch(
 
 
 def _first_failure(processes: list[subprocess.Popen], deadline: float) -> int:
-    """Wait for all; when one fails, end the others a moment later. The first code that is not 0."""
+    """Wait for all, ending the others 5 s after a failure; return the first code that is not 0."""
     failed = 0
     while any(process.poll() is None for process in processes):
         failed = failed or next((p.returncode for p in processes if p.returncode), 0)
@@ -108,5 +109,5 @@ def _first_failure(processes: list[subprocess.Popen], deadline: float) -> int:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The rows of a run's log.jsonl."""
+    """Return the rows of a run's log.jsonl."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Small classifiers and UNets, with weights made from their names; a small training set."""
+"""Small classifiers and UNets with weights computed from their names; a small training set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from ds_classifier.guidance.unet import create_unet
 
+# The classifier of tests/golden/model.npz.
 DEFAULT = dict(
     image_size=16,
     classifier_width=32,
@@ -21,7 +22,7 @@ DEFAULT = dict(
     classifier_channel_mult="1,2",
     num_classes=7,
 )
-RELATIVE = 1e-4  # of the largest value, in float32
+RELATIVE = 1e-4  # error allowed in float32, relative to the largest value
 SMALL = dict(
     image_size=16,
     num_classes=5,
@@ -46,7 +47,7 @@ SMALL_UNET = dict(
     learn_sigma=False,
     num_classes=7,
 )
-GOLDEN_UNETS = {  # as in tests/golden/record.py
+GOLDEN_UNETS = {  # the same as in tests/golden/record.py
     "cond": dict(
         class_cond=True,
         num_head_channels=32,
@@ -60,7 +61,7 @@ CLASSES = 3
 
 
 def filled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights made from their names, as those of the recorded cases were."""
+    """Return weights computed from their names, as those of the recorded cases were."""
     weights = {}
     for name, value in state.items():
         seed = zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -74,23 +75,26 @@ def filled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def relative_error(got, recorded):
+    """Return the largest difference, relative to the largest recorded value."""
     return np.abs(got - recorded).max() / np.abs(recorded).max()
 
 
 def small_unet(name):
+    """Return one of GOLDEN_UNETS with weights computed from their names."""
     unet = create_unet(**SMALL_UNET | GOLDEN_UNETS[name])
     unet.load_state_dict(filled(unet.state_dict()))
     return unet.eval()
 
 
 def training_set(m=11, side=4):
+    """Return m random images, [m, 2, side, side] uint8, and their labels, [m]."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (m, 2, side, side), generator=generator, dtype=torch.uint8)
     return images, torch.arange(m) % CLASSES
 
 
 def noisy(images, alpha_bar):
-    """Two noisy versions of the first images, float64."""
+    """Return the first two images, noised to alpha_bar, [2, C, S, S] float64."""
     generator = torch.Generator().manual_seed(6)
     clean = images[:2].double() / 127.5 - 1
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Stores of shards at a URL for tests: files of random bytes, a server, processes that use them."""
+"""Shards of random bytes at a URL, their store, and processes that read from it."""
 
 import hashlib
 import multiprocessing
@@ -20,7 +20,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def make_shards(folder: Path, number: int, *, seed: int = 0, size: int = SIZE) -> list[Shard]:
-    """Files of random bytes, in the place of tars, that must arrive as they are."""
+    """Write files of random bytes in place of tars; return them as shards."""
     folder.mkdir(exist_ok=True)
     shards = []
     for i in range(number):
@@ -32,6 +32,7 @@ def make_shards(folder: Path, number: int, *, seed: int = 0, size: int = SIZE) -
 
 @contextmanager
 def serving(folder: Path):
+    """Serve a folder by HTTP; yields the server."""
     server = FlakyServer(folder)
     try:
         yield server
@@ -40,22 +41,27 @@ def serving(folder: Path):
 
 
 def whole(store: ShardStore, shard: int) -> bytes:
+    """Read all bytes of a shard."""
     return store.read(shard, 0, store.shards[shard].bytes)
 
 
 def correct(store: ShardStore, shard: int) -> bool:
+    """Return whether the store gives the shard's own bytes."""
     return hashlib.sha256(whole(store, shard)).hexdigest() == store.shards[shard].sha256
 
 
 def cached(store: ShardStore) -> list[int]:
+    """Return the numbers of the shards in the cache."""
     return sorted(int(path.stem[2:]) for path in store.folder.glob("*.tar"))
 
 
 def part(store: ShardStore, shard: int) -> Path:
+    """Return the file that an unfinished download is written to."""
     return store.folder / f".s-{shard}.tar.part"
 
 
 def wait_until(condition, seconds: float = 10) -> None:
+    """Wait until condition() is true; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -63,7 +69,7 @@ def wait_until(condition, seconds: float = 10) -> None:
 
 
 def outcomes(function, processes: int, seconds: float = 20) -> list:
-    """What `function()` gives, or its error's text, in so many processes at once."""
+    """Call function() in several processes at once; return each result, or its error's text."""
     barrier, queue = fork.Barrier(processes), fork.Queue()
 
     def run():
@@ -83,7 +89,7 @@ def outcomes(function, processes: int, seconds: float = 20) -> list:
 
 
 def forked(function) -> multiprocessing.Process:
-    """A process that runs `function` and then lives until it is killed."""
+    """Start a process that calls function() and then lives until it is killed."""
 
     def run():
         function()
@@ -95,12 +101,13 @@ def forked(function) -> multiprocessing.Process:
 
 
 def kill(process) -> None:
+    """Send SIGKILL to a process and wait for its end."""
     os.kill(process.pid, signal.SIGKILL)
     process.join()
 
 
 def bytes_in(folder: Path, *patterns: str) -> int:
-    """Of the files that are there, while others come and go."""
+    """Return the bytes of all files that match, while other processes add and delete some."""
     total = 0
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         with suppress(FileNotFoundError):

@@ -1,8 +1,9 @@
 """Ranks that only reduce a number, under the watchdog: python tiny_ranks.py FOLDER FAULT...
 
-Forked, so that a group starts in a second. A fault is NAME=RANKS:KIND, ranks like 1,2 and KIND one
-of kill, stop, raise, data, compute, slow-first-step, none; it happens at step 5 of 8. Prints a JSON
-line a fault: exit code and seconds from the first death, stop or stall to the end of each rank.
+The ranks are forked, so that a group starts within a second. A fault is NAME=RANKS:KIND, with RANKS
+like 1,2 and KIND one of kill, stop, raise, data, compute, slow-first-step, none. It happens at step
+5 of 8. Prints one JSON line per fault: per rank, the exit code and the seconds from the first
+death, stop or stall to its end.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the product sets it
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as launch/train.py sets it
 
 import torch
 import torch.distributed
@@ -95,7 +96,7 @@ def run(name: str, faulty: list[int], kind: str, folder: Path) -> None:
         if kind == "stop" and len(codes) == WORLD - len(faulty):
             for pid, rank in ranks.items():
                 if rank in faulty:
-                    os.kill(pid, signal.SIGKILL)  # what the launcher does
+                    os.kill(pid, signal.SIGKILL)  # the launcher does the same
         time.sleep(0.02)
     fired = float((folder / "fired").read_text()) if (folder / "fired").exists() else None
     seconds = {r: round(t - fired, 1) for r, t in ended.items()} if fired else {}

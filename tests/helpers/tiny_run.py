@@ -1,4 +1,4 @@
-"""Runs of a tiny classifier on the digits, and what tests compare of them."""
+"""Train a tiny classifier on the digits, and compare runs of it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ TINY = shlex.split(
     "--classifier_attention_resolutions 4 --noise_schedule cosine --random_flip False --lr 1e-3 "
     "--log_interval 1 --workers 1"
 )
+# Fields of a log row that depend on the machine's speed.
 CLOCKS = ("images_per_sec", "data_wait_frac", "gflops_per_sec", "memory_gib", "val_seconds")
 
 
 def train(
     ranks, config, digits, run, *flags, script=TRACED, environment=(), expect=0, launcher=False
 ):
-    """Train the tiny classifier on the digits; returns the finished command.
+    """Train the tiny classifier on the digits and return the finished command.
 
-    expect: its exit code; or several that it may have, where ranks end in no fixed order.
+    config: a file of ds_configs/, without suffix. environment: pairs of name and value.
+    expect: the exit code; a tuple where ranks end in no fixed order and several codes are right.
     """
     os.environ.update(environment)
     try:
@@ -53,21 +55,23 @@ def train(
 
 
 def losses(run: Path) -> list[float]:
+    """Return the training losses that a run has logged."""
     return [row["train_loss"] for row in read_log(run) if "train_loss" in row]
 
 
 def traced(folder: Path) -> list:
-    """What every sample of the stream was trained with, by position."""
+    """Return the rows that traced_train.py wrote, one per sample, in order of their position."""
     rows = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
     return sorted(rows, key=lambda row: row[1])
 
 
 def without_clocks(rows: list[dict]) -> list[dict]:
+    """Return the rows of a log without the fields that measure speed and memory."""
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Weights, Adam moments, schedule and loss scaler of two checkpoints, bit by bit."""
+    """Check that two checkpoints have the same weights, Adam moments, schedule and loss scaler."""
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(one / name), load_file(other / name)
         assert a.keys() == b.keys()

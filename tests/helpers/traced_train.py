@@ -1,22 +1,24 @@
-"""launch/train.py with seams for tests, all set by the environment; the product reads none of it.
+"""launch/train.py with faults and traces for tests, chosen by variables of the environment.
 
-TRACE: a directory; each rank appends what every micro-batch trained on: position, label, t, and
-hashes of its pixels and noise. EMULATE_FP16: let DeepSpeed run fp16 on a CPU without its
-instructions. KILL_AT, TERM_AT "STEP:RANK": that rank gets SIGKILL, or SIGTERM twice, as from a
-scheduler and a launcher, when the step begins. KILL_WORKERS_AT: that rank's loader workers get it.
+TRACE: a directory. Each rank appends one row per sample of every micro-batch: step, position,
+    label, t, and hashes of its pixels and noise.
+EMULATE_FP16: let DeepSpeed run fp16 on a CPU that has no instructions for it.
+KILL_AT, TERM_AT "STEP:RANK": when the step begins, that rank gets SIGKILL, or SIGTERM twice, as
+    from a scheduler and a launcher. KILL_WORKERS_AT: its loader workers get SIGKILL.
 NAN_AT, INF_AT "STEP:RANK", or "STEP+:RANK" from that step on: that rank's loss is multiplied by
-nan; or infinity is added to it, which leaves the gradient as it is.
-SNAPSHOT_AT "STEP:RANK:DO": that rank is killed (DO: kill), waits (DO: seconds), or has a bit of a
-parameter flipped (DO: flip) when the step's checkpoint is due.
-FILE_FAULTS: a list, as JSON, of [CALL, PATH, DO, TIMES]: the first TIMES times that os.CALL (fsync,
-rename, replace) meets a path that has PATH in it, kill this process, sleep (DO: seconds), or raise
-an OSError (DO: EIO and such). FIRED: a file that gets a line for each of these that happened.
+    nan; or infinity is added to it, which leaves the gradient as it is.
+SNAPSHOT_AT "STEP:RANK:DO": when the step's checkpoint is due, that rank is killed (DO: kill), waits
+    (DO: seconds), or has a bit of a parameter flipped (DO: flip).
+FILE_FAULTS: a JSON list of [CALL, PATH, DO, TIMES]. The first TIMES times that os.CALL (fsync,
+    rename, replace) gets a path that contains PATH, this process is killed (DO: kill), sleeps (DO:
+    seconds), or gets an OSError (DO: EIO and such).
+FIRED: a file that gets a line for each SNAPSHOT_AT or FILE_FAULTS that happened.
 CHDIR "RANK:PATH": that rank works in another directory.
-PACE: seconds that every step takes longer.
+PACE: seconds added to every step.
 FAULT "STEP:RANK:KIND", with KIND one of: stop (SIGSTOP), raise, raise-validation, memory (an
-allocation that cannot succeed), or one that sleeps: data SECONDS (global batch 16), forward
-SECONDS, save SECONDS, validation SECONDS (every batch); the last two and raise-validation at any
-step. RANK may be all.
+    allocation that cannot succeed), or one that sleeps: data SECONDS (global batch 16), forward
+    SECONDS, save SECONDS, validation SECONDS (every batch). The last two and raise-validation
+    happen at any step. RANK may be all.
 """
 
 import errno
@@ -43,17 +45,19 @@ from launch import train as program
 
 
 def digest(rows) -> list[str]:
+    """Return a short hash of each row."""
     return [hashlib.sha256(row.contiguous().numpy().tobytes()).hexdigest()[:16] for row in rows]
 
 
 def due(name: str, step: int) -> bool:
+    """Return whether a variable "STEP:RANK" or "STEP+:RANK" names this step and rank."""
     when, _, rank = os.environ.get(name, "").partition(":")
     reached = step >= int(when[:-1]) if when.endswith("+") else when == str(step)
     return reached and rank == str(distributed.rank())
 
 
 def happen(what: str, do: str) -> None:
-    """Let a fault happen, and leave word of it."""
+    """Cause a fault, and record it in FIRED."""
     with open(os.environ["FIRED"], "a") as file:
         file.write(f"{what} {do}\n")
     if do == "kill":
@@ -65,7 +69,7 @@ def happen(what: str, do: str) -> None:
 
 
 def fault(kind: str, step: int | None = None) -> float:
-    """Seconds of the fault asked for, if it is this one: 0 for none, and any for a sudden one."""
+    """Return the seconds of FAULT if it names this kind, step and rank, else 0."""
     when, rank, what = os.environ.get("FAULT", "::").split(":")
     what, _, seconds = what.partition(" ")
     here = (step is None or when == str(step)) and rank in ("all", str(distributed.rank()))
@@ -73,6 +77,7 @@ def fault(kind: str, step: int | None = None) -> float:
 
 
 def trace(step, positions, labels, t, pixels, noise) -> None:
+    """Append a micro-batch to this rank's file in TRACE."""
     folder = Path(os.environ["TRACE"])
     folder.mkdir(parents=True, exist_ok=True)
     noises = digest(noise) if noise is not None else [None] * len(labels)
@@ -82,6 +87,7 @@ def trace(step, positions, labels, t, pixels, noise) -> None:
 
 
 def traced_step(engine, batches, objective, meter):
+    """Train one step, with the faults and the trace that are asked for."""
     step = engine.global_steps + 1
     if due("KILL_AT", step):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -130,17 +136,20 @@ untouched_getitem = ShardDataset.__getitem__
 
 
 def slow_commit(*arguments, **keywords):
+    """Commit a checkpoint after a pause."""
     time.sleep(fault("save"))
     return untouched_commit(*arguments, **keywords)
 
 
 def slow_getitem(dataset, positions):
+    """Read a training batch after a pause."""
     if dataset.order is not None:  # training's
         time.sleep(fault("data", int(positions[0]) // 16 + 1))
     return untouched_getitem(dataset, positions)
 
 
 def slow_evaluate(module, loader, **keywords):
+    """Evaluate with a pause before every batch."""
     if fault("raise-validation"):
         raise RuntimeError("a fault of the test")
 
@@ -157,6 +166,7 @@ ShardDataset.__getitem__ = slow_getitem
 
 
 def faulty_save(writer, *arguments, **keywords):
+    """Save, after the fault of SNAPSHOT_AT."""
     engine = writer._engine
     step, rank, do = os.environ["SNAPSHOT_AT"].split(":")
     if (step, rank) == (str(engine.global_steps), str(distributed.rank())):
@@ -174,7 +184,7 @@ if "SNAPSHOT_AT" in os.environ:
 
 
 def faulty(call: str, faults: list[list]):
-    """os.CALL with its faults; the last argument, or the file of a descriptor, is the path."""
+    """Replace os.CALL by one with faults. Its last argument is the path, or a descriptor."""
     untouched = getattr(os, call)
 
     def wrapped(*arguments):

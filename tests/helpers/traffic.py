@@ -1,9 +1,10 @@
-"""Bytes that a rank sends in a step, counted by the kernel on the wire between two hosts.
+"""Count the bytes that a rank sends per step, by the kernel's counters between two hosts.
 
     python tests/helpers/traffic.py
 
 Trains the tiny classifier on two hosts of cluster.py for ZeRO 1 and 2, with accumulation 1 and 4,
-and prints bytes a step and parameter, beside what docs/scaling.md computes. Needs root.
+and prints bytes per step and parameter, next to the number that docs/scaling.md computes. Needs
+root.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tiny_run import CONFIGS, TINY, TRAIN
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 
-STEPS = (6, 26)  # between these, all is steady
+STEPS = (6, 26)  # the traffic is steady between these
 MICRO = 4
 
 
@@ -30,7 +31,7 @@ def main() -> int:
     if reason := missing():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    print(f"{'JSON':12} {'accumulation':>12} {'bytes a step and parameter':>28} {'computed':>9}")
+    print(f"{'JSON':12} {'accumulation':>12} {'bytes per step and parameter':>28} {'computed':>9}")
     with tempfile.TemporaryDirectory() as folder:
         digits = Path(folder) / "digits"
         convert(open_source("digits"), digits)
@@ -41,13 +42,13 @@ def main() -> int:
                 measured = bytes_a_parameter(place, digits, config, accumulation)
                 width = 4 if config.endswith("fp32") else 2
                 reductions = accumulation if config.startswith("zero2") else 1
-                computed = width * (reductions + 0.5)  # sum to all, and gather, of two ranks
+                computed = width * (reductions + 0.5)  # W = 2: sums, and one gather
                 print(f"{config:12} {accumulation:12} {measured:28.2f} {computed:9.1f}", flush=True)
     return 0
 
 
 def bytes_a_parameter(folder: Path, digits: Path, config: str, accumulation: int) -> float:
-    """Sent by rank 1 in a step, divided by the parameters."""
+    """Return the bytes that rank 1 sends per step, divided by the number of parameters."""
     with Hosts(folder, digits, 2) as hosts:
         one, two = hosts.nodes
         here = hosts.inside(one)
@@ -69,6 +70,7 @@ def bytes_a_parameter(folder: Path, digits: Path, config: str, accumulation: int
 
 
 def sum_of_parameters(path: Path) -> int:
+    """Return the number of parameters in a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

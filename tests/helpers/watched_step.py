@@ -1,9 +1,9 @@
-"""A step of the trainer on one rank, watched: what in it waits for the device, what it imported.
+"""Watch a step of the trainer on one rank for operations that wait for the device.
 
 Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "aten.nonzero.default"], ...],
-"compiler": whether it was imported}. Each wait is put down to the innermost line of this package or
-of DeepSpeed. Copies from the device (.cpu(), .tolist()) are nothing on a CPU, and are not seen.
-Arguments: those of launch/train.py.
+"compiler": whether torch's C++ compiler was imported}. Each wait is attributed to the innermost
+line of this package or of DeepSpeed. Copies from the device (.cpu(), .tolist()) do nothing on a CPU
+and are not seen. Arguments: those of launch/train.py.
 """
 
 import json
@@ -21,7 +21,7 @@ from launch.benchmarks.step import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
 ATEN = torch.ops.aten
-# Operations whose result, or its shape, the host must know before it goes on.
+# Operations whose result, or whose result's shape, the host must know before it continues.
 WAITING = {
     ATEN._local_scalar_dense.default,
     ATEN.nonzero.default,
