@@ -28,8 +28,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def tree() -> list[str]:
-    """Return the paths of the tree in README's section "The house"."""
-    section = (ROOT / "README.md").read_text().split("\n## The house\n")[1].split("\n## ")[0]
+    """Return the paths of the tree in README's section "Where things are"."""
+    section = (ROOT / "README.md").read_text().split("\n## Where things are\n")[1].split("\n## ")[0]
     paths, folders = [], {}
     for line in section.splitlines():
         if not line.startswith("    "):
