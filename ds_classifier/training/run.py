@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from pathlib import Path
 
 import torch
 
@@ -120,7 +121,7 @@ def build(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )
     if start.state is not None:
-        disk.load(start.checkpoint, start.state, engine=engine, sampler=sampler)
+        disk.load(Path(start.checkpoint), start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
     return Setup(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
 

@@ -11,7 +11,7 @@ Rank 0 alone looks, writes and decides; all ranks get its answer at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Start:
     """
 
     origin: str
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     state: dict[str, Any] | None = None
     initialized: bool = False
     notes: Sequence[str] = ()
@@ -75,14 +75,9 @@ def open_run(
     another training or was lost, or if weights do not fit or nothing can be written.
     """
     settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
-    lock = RunLock(run_dir)
 
     def decide() -> dict[str, Any]:
-        if not command.instead:
-            lock.acquire(distributed.say)
-            release_at_end(lock.release)
-        elif not command.overfit_steps:
-            lock.refuse_if_held()
+        _take(run_dir, command, release_at_end)
         found = state = None
         if not command.overfit_steps:
             found, state = find_checkpoint(settings, run_dir)
@@ -90,24 +85,19 @@ def open_run(
                 refuse_changes(state, settings, facts)
             if (done := read_done(run_dir)) is not None:
                 return {"finished": done}
-        answer: dict[str, Any] = dict(
-            origin=f"seed {settings.seed}", checkpoint=None, state=None, initialized=False, notes=[]
-        )
         if state is not None:
-            answer |= dict(
-                origin=f"checkpoint {found}, step {state['step']}",
-                checkpoint=str(found),
-                state=state,
-            )
+            origin = f"checkpoint {found}, step {state['step']}"
+            start = Start(origin, str(found), state)
         elif settings.init_from and not command.preflight:
-            origin, *notes = load_initial_weights(
-                classifier, Path(settings.init_from), settings, facts["classes"]
-            )
-            answer |= dict(origin=origin, initialized=True, notes=notes)
+            source = Path(settings.init_from)
+            origin, *notes = load_initial_weights(classifier, source, settings, facts["classes"])
+            start = Start(origin, initialized=True, notes=notes)
+        else:
+            start = Start(f"seed {settings.seed}")
         if not command.instead:
             check_room(run_dir / "checkpoints", sum(p.numel() for p in classifier.parameters()))
             write_run_files(run_dir, resolved, shell_lines)
-        return answer
+        return asdict(start)
 
     answer = distributed.on_rank_0(decide, device)
     if "finished" in answer:
@@ -116,8 +106,19 @@ def open_run(
             "--run_dir."
         )
         return None
-    checkpoint = answer["checkpoint"] and Path(answer["checkpoint"])
-    return Start(**answer | {"checkpoint": checkpoint})
+    return Start(**answer)
+
+
+def _take(
+    run_dir: Path, command: CommandLine, release_at_end: Callable[[Callable[[], None]], None]
+) -> None:
+    """Lock the run directory, or, for a rehearsal, raise ValueError if a job holds it."""
+    lock = RunLock(run_dir)
+    if not command.instead:
+        lock.acquire(distributed.say)
+        release_at_end(lock.release)
+    elif not command.overfit_steps:
+        lock.refuse_if_held()
 
 
 def find_checkpoint(settings: Settings, run_dir: Path) -> tuple[Path | None, dict | None]:
