@@ -1,31 +1,35 @@
 """Many processes as one: who this process is, one door for printing, agreement between ranks."""
 
+from ds_classifier.distributed.console import (
+    complain,
+    quiet_libraries,
+    say,
+    show,
+    warn,
+)
 from ds_classifier.distributed.process_group import (
+    check_launch,
+    code_versions,
+    cpu_group,
+    finish,
+    free_port,
+    init,
+    pick_device,
+    refuse,
+)
+from ds_classifier.distributed.ranks import (
     AgreedError,
     all_gather,
     all_reduce_sum,
     broadcast,
     broadcast_json,
-    check_launch,
-    code_versions,
-    complain,
-    cpu_group,
-    finish,
-    free_port,
     gather_json,
-    init,
     local_rank,
     local_world_size,
     on_rank_0,
-    pick_device,
-    quiet_libraries,
     raise_together,
     rank,
-    refuse,
-    say,
-    show,
     together,
-    warn,
     world_size,
 )
 

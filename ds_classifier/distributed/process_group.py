@@ -1,92 +1,29 @@
-"""The process group: who this process is, one door for printing, agreement between ranks.
-
-Ranks are started by the deepspeed launcher or torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
-by nobody: then this process is rank 0 of 1. No MPI.
-"""
+"""The process group: which device, meeting the other ranks, joining and leaving."""
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import socket
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from ds_classifier.common import files
 from ds_classifier.distributed import launcher, rendezvous
+from ds_classifier.distributed.console import say, show
+from ds_classifier.distributed.ranks import (
+    AgreedError,
+    local_rank,
+    local_world_size,
+    rank,
+    world_size,
+)
 
 _patience = timedelta(minutes=30)  # of a collective; init sets it
 _SPEAK_SECONDS = 5.0  # that a host's first rank has to say what keeps its ranks from meeting
-
-
-class AgreedError(ValueError):
-    """What all ranks raise alike: each may leave by itself, and one of them tells."""
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def local_world_size() -> int:
-    """Ranks on this node: LOCAL_SIZE from deepspeed, LOCAL_WORLD_SIZE from torchrun."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-
-
-def show(message: str, *, error: bool = False) -> None:
-    """Print a line, to stderr for an error.
-
-    A closed terminal, or a pipe whose reader ended (tee, at Ctrl-C), is no reason to lose a
-    training: nothing is shown from then on, and the run goes on. So it does while the disk under a
-    redirected screen is full.
-    """
-    stream = sys.stderr if error else sys.stdout
-    try:
-        print(message, file=stream, flush=True)
-    except OSError as problem:
-        if problem.errno in (errno.EPIPE, errno.EIO):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-
-
-def say(message: str = "") -> None:
-    """Print a line, on rank 0 alone."""
-    if rank() == 0:
-        show(message)
-
-
-def complain(message: str) -> None:
-    """Print an error once a node, whichever rank finds it first in its own files."""
-    if local_rank() == 0:
-        host = f"{socket.gethostname()}: " if world_size() > local_world_size() else ""
-        show(f"{host}error: {message}", error=True)
-
-
-def warn(message: str) -> None:
-    """Print a line about this rank alone, with its number; the run goes on."""
-    show(f"rank {rank()}: {message}", error=True)
-
-
-def quiet_libraries() -> None:
-    """Keep off the screen what no user can act on; call before torch is imported."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def pick_device():
@@ -273,103 +210,3 @@ def cpu_group():
     import torch.distributed
 
     return torch.distributed.new_group(backend="gloo", timeout=_patience)
-
-
-def all_reduce_sum(tensor):
-    """The elementwise sum over all ranks, in place; returns the tensor."""
-    import torch.distributed
-
-    torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def all_gather(tensor):
-    """Every rank's tensor of this shape, stacked: [W, ...]."""
-    import torch
-    import torch.distributed
-
-    flat = tensor.reshape(-1)
-    gathered = torch.empty(world_size() * len(flat), dtype=tensor.dtype, device=tensor.device)
-    torch.distributed.all_gather_into_tensor(gathered, flat)
-    return gathered.view(world_size(), *tensor.shape)
-
-
-def broadcast(tensor):
-    """Rank 0's tensor on every rank, in place; returns it."""
-    import torch.distributed
-
-    torch.distributed.broadcast(tensor, src=0)
-    return tensor
-
-
-def broadcast_json(value: Any, device) -> Any:
-    """Rank 0's value on every rank; JSON travels, so nothing received can run code."""
-    import torch
-
-    text = json.dumps(value).encode() if rank() == 0 else b""
-    length = broadcast(torch.tensor([len(text)], device=device))
-    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    if rank() == 0:
-        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    return json.loads(bytes(broadcast(buffer).cpu().tolist()))
-
-
-def on_rank_0(task: Callable[[], Any], device) -> Any:
-    """Run a task on rank 0; every rank gets its JSON-able result, or raises AgreedError for its
-    ValueError or OSError.
-
-    So that one rank's trouble with a file ends all ranks with the same message, at once.
-    """
-    outcome: dict[str, Any] = {}
-    if rank() == 0:
-        try:
-            outcome["result"] = task()
-        except (ValueError, OSError) as error:
-            outcome["error"] = files.problem(error)
-        except Exception as error:
-            # A bug: the others must not wait for a result that will not come.
-            broadcast_json({"error": f"rank 0: {type(error).__name__}: {error}"}, device)
-            raise
-    outcome = broadcast_json(outcome, device)
-    if "error" in outcome:
-        raise AgreedError(outcome["error"])
-    return outcome.get("result")
-
-
-def together(task: Callable[[], Any], device) -> Any:
-    """A task that every rank does; if one fails, all raise its ValueError or OSError's message."""
-    result = problem = None
-    try:
-        result = task()
-    except (ValueError, OSError) as error:
-        problem = files.problem(error)
-    raise_together(problem, device)
-    return result
-
-
-def gather_json(value: Any, device) -> list[Any]:
-    """Every rank's JSON-able value, on every rank, in rank order."""
-    import torch
-
-    text = json.dumps(value).encode()
-    lengths = all_gather(torch.tensor([len(text)], device=device)).flatten().tolist()
-    row = torch.zeros(max(lengths), dtype=torch.uint8)
-    row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    rows = all_gather(row.to(device)).cpu().numpy()
-    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
-
-
-def raise_together(problem: str | None, device) -> None:
-    """Every rank names its problem or None; if any has one, all raise AgreedError."""
-    problems: dict[str, list[int]] = {}
-    for number, message in enumerate(gather_json(problem, device)):
-        if message:
-            problems.setdefault(message, []).append(number)
-    if problems:
-        everywhere = [*problems.values()] == [list(range(world_size()))]
-        raise AgreedError(
-            "\n".join(
-                message if everywhere else f"rank {', '.join(map(str, ranks))}: {message}"
-                for message, ranks in problems.items()
-            )
-        )
