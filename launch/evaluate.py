@@ -23,7 +23,8 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown, without_logins
-from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags
+from ds_classifier.config import RECIPES, Settings
+from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.distributed import failures
 from ds_classifier.evaluation.record import (
     EVALUATION_FORMAT,

@@ -13,7 +13,8 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_classifier.config.settings import RECIPES, add_setting_flags
+from ds_classifier.config import RECIPES
+from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.distributed import failures
 
 KINDS = {

@@ -22,7 +22,8 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 from ds_classifier import distributed
 from ds_classifier.common import files
-from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags, boolean
+from ds_classifier.config import RECIPES, Settings
+from ds_classifier.config.command_line import add_setting_flags, boolean
 from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO, Batch, settle_batch
-from ds_classifier.config.settings import SHIPPED_CONFIGS, CommandLine, Settings, check_settings
+from ds_classifier.config.command_line import CommandLine
+from ds_classifier.config.settings import SHIPPED_CONFIGS, Settings, check_settings
 
 _INT, _NUMBER, _BOOL, _STR = "a whole number", "a number", "true or false", "a string"
 _PAIR = "a list of two numbers"

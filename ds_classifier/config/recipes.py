@@ -1,0 +1,63 @@
+"""Recipes: settings that belong together, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+# Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", Table 12. Not run here.
+def _imagenet(**own: Any) -> dict[str, Any]:
+    return dict(
+        classifier_width=128,
+        classifier_depth=2,
+        classifier_attention_resolutions="32,16,8",
+        classifier_pool="attention",
+        noise_schedule="linear",
+        global_batch=256,
+        lr=3e-4,
+        weight_decay=0.05,
+        **own,
+    )
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # guided-diffusion's training maths to the letter, with --anneal_lr True as its README trains.
+    # The JSON must not clip, and lower the loss scale at every overflow: ds_config.py checks.
+    "reference": dict(anneal_lr=True),
+    "imagenet64": _imagenet(image_size=64, iterations=300_000)
+    | dict(
+        classifier_depth=4, noise_schedule="cosine", global_batch=1024, lr=6e-4, weight_decay=0.2
+    ),
+    "imagenet128": _imagenet(image_size=128, iterations=300_000),
+    "imagenet256": _imagenet(image_size=256, iterations=500_000),
+    "imagenet512": _imagenet(image_size=512, iterations=500_000),
+    # CIFAR-10 and the like: 32 px colour images of things.
+    "cifar32": dict(
+        image_size=32,
+        classifier_width=64,
+        classifier_depth=2,
+        classifier_attention_resolutions="16,8",
+        noise_schedule="cosine",
+        global_batch=128,
+        iterations=20_000,
+        lr=6e-4,
+        weight_decay=0.05,
+        save_interval=1000,
+    ),
+    # scikit-learn's handwritten digits, enlarged to 32 px; what `make quickstart` trains.
+    "digits32": dict(
+        image_size=32,
+        classifier_width=32,
+        classifier_depth=1,
+        classifier_attention_resolutions="8",
+        noise_schedule="cosine",
+        schedule_sampler="noisy",
+        random_flip=False,
+        global_batch=64,
+        iterations=500,
+        lr=1e-3,
+        weight_decay=0.05,
+        log_interval=50,
+        save_interval=250,
+    ),
+}
