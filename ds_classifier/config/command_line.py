@@ -40,8 +40,8 @@ class CommandLine:
     overfit_steps: int = 0
 
     @property
-    def instead(self) -> bool:
-        """Whether something else is done than training, which leaves the run directory alone."""
+    def skips_training(self) -> bool:
+        """True if the command asks for something else, which leaves the run directory as it is."""
         return self.preflight or self.dry_run or bool(self.overfit_steps)
 
 

@@ -46,7 +46,7 @@ def training_command(words: list[str]) -> CommandLine:
         raise ValueError(f"{problem} (flags of launch/train.py come after IMAGES)") from None
     flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     chosen = sorted(set(OURS) & flags)
-    if chosen or command.instead:
+    if chosen or command.skips_training:
         named = ", ".join(f"--{name}" for name in chosen) or "a rehearsal or a look"
         raise ValueError(f"got {named}; need flags of training alone, less what a benchmark sets")
     return command
