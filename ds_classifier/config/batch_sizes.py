@@ -12,7 +12,7 @@ AUTO_MICRO_BATCH = 32  # the most that "auto" takes at a time; a number in the J
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSizes:
     """How a global batch comes about: micro x accumulation x world_size images a step."""
 
     micro: int
@@ -44,7 +44,7 @@ def settle_batch(
     settings: Settings,
     world_size: int,
     problems: list[str],
-) -> Batch | None:
+) -> BatchSizes | None:
     """Resolve global batch = micro-batch x accumulation x ranks, here alone.
 
     ds: the JSON, its numbers or "auto". problems: disagreements are added to it; then None.
@@ -118,7 +118,7 @@ def settle_batch(
             f'{" or ".join(map(str, near))} and accumulation "auto"'
         )
         return None
-    return Batch(micro, per_rank // micro, world_size)
+    return BatchSizes(micro, per_rank // micro, world_size)
 
 
 def _auto_micro_batch(per_rank: int) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_classifier.config.batch_sizes import AUTO, Batch, settle_batch
+from ds_classifier.config.batch_sizes import AUTO, BatchSizes, settle_batch
 from ds_classifier.config.command_line import CommandLine
 from ds_classifier.config.settings import SHIPPED_CONFIGS, Settings, check_settings
 
@@ -134,7 +134,7 @@ class Resolved:
 
     settings: Settings
     ds_config: dict[str, Any]
-    batch: Batch
+    batch: BatchSizes
     shaping: dict[str, Any]  # what of the JSON, as written, a resumed run may not change
 
 
