@@ -24,6 +24,7 @@ from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.config.command_line import add_setting_flags, boolean
+from ds_classifier.config.settings import GROUPS
 from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.error("--num_samples and --batch_size need at least 1")
     # How a recipe trains is of no account here; an export does not even record all of it.
     recipe = RECIPES.get(arguments.recipe, {})
-    of_model = {f.name for f in dataclasses.fields(Settings) if f.metadata["group"] in OF_MODEL}
+    of_model = {f.name for name in OF_MODEL for f in dataclasses.fields(GROUPS[name])}
     return arguments, {**{k: v for k, v in recipe.items() if k in of_model}, **flags}
 
 

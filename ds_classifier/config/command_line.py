@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,12 @@ def _training_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_setting_flags(parser: argparse.ArgumentParser, groups: Sequence[str]) -> None:
-    """Add --recipe, and a flag for every setting of some groups; only those given get parsed."""
+def add_setting_flags(parser: argparse.ArgumentParser, groups: Iterable[str]) -> None:
+    """Add --recipe, and a flag for every setting of some groups, as a section of --help each.
+
+    groups: names in `settings.GROUPS`.
+    A flag that the user did not give is absent from the parsed arguments.
+    """
     parser.add_argument(
         "--recipe",
         default="",
@@ -138,20 +142,19 @@ def add_setting_flags(parser: argparse.ArgumentParser, groups: Sequence[str]) ->
         metavar="NAME",
         help=f"settings that belong together: {', '.join(RECIPES)}; flags override them",
     )
-    shown_groups = {name: parser.add_argument_group(name) for name in groups}
-    for field in dataclasses.fields(Settings):
-        if field.metadata["group"] not in groups:
-            continue
-        kind = _flag_type(field)
-        shown = f" [{field.default}]" if "(default" not in field.metadata["help"] else ""
-        shown_groups[field.metadata["group"]].add_argument(
-            f"--{field.name}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            **(dict(nargs="?", const=True) if kind is boolean else {}),  # alone: True
-            metavar={boolean: "BOOL", str: "TEXT", int: "N", float: "X"}[kind],
-            help=field.metadata["help"] + shown,
-        )
+    for name in groups:
+        section = parser.add_argument_group(name)
+        for field in dataclasses.fields(GROUPS[name]):
+            kind = _flag_type(field)
+            shown = f" [{field.default}]" if "(default" not in field.metadata["help"] else ""
+            section.add_argument(
+                f"--{field.name}",
+                type=kind,
+                default=argparse.SUPPRESS,
+                **(dict(nargs="?", const=True) if kind is boolean else {}),  # alone: True
+                metavar={boolean: "BOOL", str: "TEXT", int: "N", float: "X"}[kind],
+                help=field.metadata["help"] + shown,
+            )
 
 
 def _flag_type(field: dataclasses.Field) -> Any:

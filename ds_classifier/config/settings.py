@@ -21,164 +21,209 @@ from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 SHIPPED_CONFIGS = ("zero2_fp16", "zero2_bf16", "zero1_fp16", "zero1_bf16", "zero1_fp32")
 
 
-def _setting(default: Any, group: str, help: str, fixed: bool = True) -> Any:
-    """A field of Settings. fixed: it shapes the training, so a resumed run may not change it."""
-    return dataclasses.field(default=default, metadata=dict(group=group, help=help, fixed=fixed))
+def _setting(default: Any, help: str, fixed: bool = True) -> Any:
+    """Return a field of a settings class.
+
+    fixed: the setting shapes the training, so a resumed run may not change it.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help, fixed=fixed))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is trained. Every field is a flag of the same name; the help strings are the docs."""
+class DataSettings:
+    """Which images to train on, and how they are read."""
 
-    data_dir: str = _setting("data/train", "data", "shards to train on, or their URL", fixed=False)
+    data_dir: str = _setting("data/train", "shards to train on, or their URL", fixed=False)
     val_data_dir: str = _setting(
         "",
-        "data",
         "shards to validate on (default: data/val if data_dir is not given)",
         fixed=False,
     )
     cache_dir: str = _setting(
-        "~/.cache/ds_classifier", "data", "where a node keeps shards read by URL", fixed=False
+        "~/.cache/ds_classifier", "where a node keeps shards read by URL", fixed=False
     )
-    cache_gb: float = _setting(
-        0.0, "data", "gigabytes of them at most (default: no limit)", fixed=False
-    )
-    random_crop: bool = _setting(True, "data", "random crops of 80 to 100 %% of the short side")
-    random_flip: bool = _setting(True, "data", "mirror half of the training images")
+    cache_gb: float = _setting(0.0, "gigabytes of them at most (default: no limit)", fixed=False)
+    random_crop: bool = _setting(True, "random crops of 80 to 100 %% of the short side")
+    random_flip: bool = _setting(True, "mirror half of the training images")
     lanes: int = _setting(
-        64, "data", "places of the data set read side by side, at most one a shard; see order.py"
+        64, "places of the data set read side by side, at most one a shard; see order.py"
     )
     shuffle_shards: str = _setting(
-        "1", "data", "shards of a lane shuffled together, or: lane, all of them (class-sorted data)"
+        "1", "shards of a lane shuffled together, or: lane, all of them (class-sorted data)"
     )
     resize: str = _setting(
         "exact",
-        "data",
         "exact: guided-diffusion's pixels in training; fast: at most 2 of 255 beside them",
     )
-    workers: int = _setting(-1, "data", "loader processes a rank (default: by cores)", fixed=False)
+    workers: int = _setting(-1, "loader processes a rank (default: by cores)", fixed=False)
     max_bad_samples: int = _setting(
-        100, "data", "undecodable samples an epoch after which training stops", fixed=False
+        100, "undecodable samples an epoch after which training stops", fixed=False
     )
 
-    image_size: int = _setting(64, "classifier", "pixels of a side")
-    in_channels: int = _setting(3, "classifier", "channels of an image, 1 to 4")
-    num_classes: int = _setting(0, "classifier", "classes (default: those of the data)")
-    classifier_width: int = _setting(128, "classifier", "channels at multiplier 1")
-    classifier_depth: int = _setting(2, "classifier", "residual blocks a level")
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The classifier: `model.create_classifier` takes all of these."""
+
+    image_size: int = _setting(64, "pixels of a side")
+    in_channels: int = _setting(3, "channels of an image, 1 to 4")
+    num_classes: int = _setting(0, "classes (default: those of the data)")
+    classifier_width: int = _setting(128, "channels at multiplier 1")
+    classifier_depth: int = _setting(2, "residual blocks a level")
     classifier_attention_resolutions: str = _setting(
-        "32,16,8", "classifier", "sides of the feature maps that attend"
+        "32,16,8", "sides of the feature maps that attend"
     )
     classifier_use_scale_shift_norm: bool = _setting(
-        True, "classifier", "timesteps scale and shift the norms, else shift"
+        True, "timesteps scale and shift the norms, else shift"
     )
     classifier_resblock_updown: bool = _setting(
-        True, "classifier", "residual blocks halve the image, else strided convolutions"
+        True, "residual blocks halve the image, else strided convolutions"
     )
-    classifier_pool: str = _setting(
-        "attention", "classifier", "attention, adaptive, spatial or spatial_v2"
-    )
+    classifier_pool: str = _setting("attention", "attention, adaptive, spatial or spatial_v2")
     classifier_channel_mult: str = _setting(
-        "", "classifier", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
+        "", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
     )
 
-    noised: bool = _setting(True, "diffusion", "train on noisy images; False: clean ones, t = 0")
-    diffusion_steps: int = _setting(1000, "diffusion", "noise levels T")
-    noise_schedule: str = _setting("linear", "diffusion", " or ".join(NOISE_SCHEDULES))
-    timestep_respacing: str = _setting("", "diffusion", "keep some levels only, like 250 or ddim25")
-    rescale_timesteps: bool = _setting(False, "diffusion", "show the network t * 1000 / T")
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return the keywords of `model.create_classifier`."""
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(ModelSettings)
+        }
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """The noise that the classifier is trained on, and how timesteps are drawn."""
+
+    noised: bool = _setting(True, "train on noisy images; False: clean ones, t = 0")
+    diffusion_steps: int = _setting(1000, "noise levels T")
+    noise_schedule: str = _setting("linear", " or ".join(NOISE_SCHEDULES))
+    timestep_respacing: str = _setting("", "keep some levels only, like 250 or ddim25")
+    rescale_timesteps: bool = _setting(False, "show the network t * 1000 / T")
     schedule_sampler: str = _setting(
         "uniform",
-        "diffusion",
         f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}; noisy draws t in proportion "
         "to t and guides better",
     )
 
-    iterations: int = _setting(150000, "training", "optimizer steps in all")
-    lr: float = _setting(3e-4, "training", "learning rate, at its peak")
-    weight_decay: float = _setting(0.0, "training", "decoupled decay, on every parameter")
+    def diffusion_kwargs(self) -> dict[str, Any]:
+        """Return the keywords of `diffusion.create_gaussian_diffusion`."""
+        return dict(
+            diffusion_steps=self.diffusion_steps,
+            noise_schedule=self.noise_schedule,
+            timestep_respacing=self.timestep_respacing,
+            rescale_timesteps=self.rescale_timesteps,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The optimization: steps, rates, batch sizes."""
+
+    iterations: int = _setting(150000, "optimizer steps in all")
+    lr: float = _setting(3e-4, "learning rate, at its peak")
+    weight_decay: float = _setting(0.0, "decoupled decay, on every parameter")
     anneal_lr: bool | None = _setting(
         None,
-        "training",
         "True: lr * (1 - step/iterations); False: constant (default: the JSON's scheduler)",
     )
     warmup_steps: int = _setting(
         -1,
-        "training",
         "steps of the JSON's warm-up, in which the first two run at its warmup_min_lr (default: "
         "2 %% of iterations, 1000 at most)",
     )
-    global_batch: int = _setting(
-        0, "training", "images a step over all ranks (default: batch_size x ranks)"
-    )
+    global_batch: int = _setting(0, "images a step over all ranks (default: batch_size x ranks)")
     batch_size: int = _setting(
         0,
-        "training",
         "images a step and rank (default: what the JSON's numbers give, else 4)",
         fixed=False,
     )
     microbatch: int = _setting(
-        -1, "training", "images a rank takes at a time where the JSON says auto", fixed=False
+        -1, "images a rank takes at a time where the JSON says auto", fixed=False
     )
-    seed: int = _setting(0, "training", "of weights, order, crops, timesteps and noise")
+    seed: int = _setting(0, "of weights, order, crops, timesteps and noise")
     compile: bool = _setting(
-        False, "training", "compile the classifier by torch.compile at the first step", fixed=False
+        False, "compile the classifier by torch.compile at the first step", fixed=False
     )
     activation_checkpointing: bool = _setting(
         False,
-        "training",
         "keep few activations and compute the others again in the backward: less memory, slower",
         fixed=False,
     )
     max_skipped_steps: int = _setting(
         50,
-        "training",
         "steps skipped in a row for non-finite losses or gradients before giving up",
         fixed=False,
     )
 
-    run_dir: str = _setting("", "run", "where everything goes (default: runs/RECIPE)", fixed=False)
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run: where it is kept, what it logs and saves, how long it may take."""
+
+    run_dir: str = _setting("", "where everything goes (default: runs/RECIPE)", fixed=False)
     resume_checkpoint: str = _setting(
-        "", "run", "a checkpoint to continue from (default: the newest in run_dir)", fixed=False
+        "", "a checkpoint to continue from (default: the newest in run_dir)", fixed=False
     )
     init_from: str = _setting(
-        "", "run", "weights to start from: a guided-diffusion .pt, an export or a run", fixed=False
+        "", "weights to start from: a guided-diffusion .pt, an export or a run", fixed=False
     )
-    log_interval: int = _setting(10, "run", "steps between log lines", fixed=False)
+    log_interval: int = _setting(10, "steps between log lines", fixed=False)
     wandb: str = _setting(
-        "", "run", "a Weights & Biases project to log to as well (extra: wandb)", fixed=False
+        "", "a Weights & Biases project to log to as well (extra: wandb)", fixed=False
     )
-    save_interval: int = _setting(10000, "run", "steps between checkpoints", fixed=False)
+    save_interval: int = _setting(10000, "steps between checkpoints", fixed=False)
     eval_interval: int = _setting(
-        0, "run", "steps between validations (default: save_interval)", fixed=False
+        0, "steps between validations (default: save_interval)", fixed=False
     )
-    keep_last: int = _setting(
-        3, "run", "checkpoints kept, and the one that validated best", fixed=False
-    )
+    keep_last: int = _setting(3, "checkpoints kept, and the one that validated best", fixed=False)
     keep_every: int = _setting(
-        0, "run", "checkpoints of every N-th step are kept for good (0: none)", fixed=False
+        0, "checkpoints of every N-th step are kept for good (0: none)", fixed=False
     )
     max_failed_saves: int = _setting(
         1,
-        "run",
         "checkpoints in a row that may fail to be written before training stops; the last may not",
         fixed=False,
     )
     max_minutes: float = _setting(
-        0.0, "run", "stop, and save, so long after the start (default: no limit)", fixed=False
+        0.0, "stop, and save, so long after the start (default: no limit)", fixed=False
     )
     start_timeout: float = _setting(
         30.0,
-        "run",
         "minutes until all ranks stand (half of them until all have come), and for the first step",
         fixed=False,
     )
-    step_timeout: float = _setting(10.0, "run", "minutes for a step, data included", fixed=False)
-    save_timeout: float = _setting(30.0, "run", "minutes for a checkpoint", fixed=False)
-    validation_timeout: float = _setting(120.0, "run", "minutes for a validation", fixed=False)
+    step_timeout: float = _setting(10.0, "minutes for a step, data included", fixed=False)
+    save_timeout: float = _setting(30.0, "minutes for a checkpoint", fixed=False)
+    validation_timeout: float = _setting(120.0, "minutes for a validation", fixed=False)
     expect_world: int = _setting(
-        0, "run", "ranks there must be, since the launcher forgives a wrong hostfile", fixed=False
+        0, "ranks there must be, since the launcher forgives a wrong hostfile", fixed=False
     )
+
+    def time_outs(self) -> dict[str, float]:
+        """Return the minutes that each activity may take before the rank counts as hung."""
+        return dict(
+            start=self.start_timeout,
+            step=self.step_timeout,
+            save=self.save_timeout,
+            validation=self.validation_timeout,
+        )
+
+
+# Flag groups of --help and headings of the report, in their order.
+GROUPS = {
+    "data": DataSettings,
+    "classifier": ModelSettings,
+    "diffusion": DiffusionSettings,
+    "training": TrainingSettings,
+    "run": RunSettings,
+}
+
+
+# Fields come from the last base first: data, classifier, diffusion, training, run.
+@dataclass(frozen=True)
+class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, DataSettings):
+    """All settings. Every field is a flag of the same name; the help strings are the docs."""
 
     def order_kwargs(self) -> dict[str, Any]:
         """The keywords of `data.order.SampleOrder`, but for the shards."""
@@ -188,26 +233,6 @@ class Settings:
             lanes=self.lanes,
             shuffle_shards=None if lane else int(self.shuffle_shards),
         )
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """The keywords of `model.create_classifier`."""
-        names = [
-            "image_size",
-            "in_channels",
-            "num_classes",
-            *(name for name in vars(self) if name.startswith("classifier_")),
-        ]
-        return {name: getattr(self, name) for name in names}
-
-    def diffusion_kwargs(self) -> dict[str, Any]:
-        """The keywords of `diffusion.create_gaussian_diffusion`."""
-        names = ["diffusion_steps", "noise_schedule", "timestep_respacing", "rescale_timesteps"]
-        return {name: getattr(self, name) for name in names}
-
-    def time_outs(self) -> dict[str, float]:
-        """Minutes that a rank may spend in each activity before it counts as hung."""
-        activities = ("start", "step", "save", "validation")
-        return {name: getattr(self, f"{name}_timeout") for name in activities}
 
     def recorded(self) -> dict[str, Any]:
         """All settings as a run's files keep them: URLs without user and password."""
@@ -222,7 +247,6 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 # What a node may have otherwise than the others: where its data lies, and how it reads them.
 OF_A_NODE = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
-GROUPS = ("data", "classifier", "diffusion", "training", "run")
 
 
 def check_settings(settings: Settings) -> list[str]:

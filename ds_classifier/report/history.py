@@ -211,7 +211,9 @@ def settings(run: Run) -> str:
     groups: dict[str, list[str]] = {group: [] for group in (*GROUPS, "other")}
     for name, value in run.settings.items():
         field = fields.get(name)
-        group = field.metadata["group"] if field else "other"
+        group = next(
+            (g for g, kind in GROUPS.items() if name in kind.__dataclass_fields__), "other"
+        )
         own = field is None or value != field.default
         groups[group].append(_entry(name, value, own))
     lists = [
