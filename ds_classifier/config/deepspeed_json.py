@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,39 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings and JSON with every number filled in and no two of them at odds."""
+    """Settings and JSON with every number filled in and no two of them at odds.
+
+    settings: global_batch is the resolved one.
+    ds_config: what DeepSpeed gets. Final after `with_parameters`.
+    batch: the same numbers as in ds_config.
+    shaping: the sections of the JSON, as the user wrote them, that a resumed run may not change.
+    """
 
     settings: Settings
     ds_config: dict[str, Any]
     batch: BatchSizes
-    shaping: dict[str, Any]  # what of the JSON, as written, a resumed run may not change
+    shaping: dict[str, Any]
+
+    def with_classes(self, num_classes: int) -> Resolved:
+        """Return a copy whose settings have the number of classes of the data."""
+        return replace(self, settings=self.settings.replace(num_classes=num_classes))
+
+    def with_parameters(self, parameters: int) -> Resolved:
+        """Return a copy in which ZeRO's buckets have a size, a quarter of the parameters, where the
+        JSON sets none.
+
+        DeepSpeed's default of 5e8 elements would be allocated in full at every backward pass.
+        """
+        zero = dict(self.ds_config["zero_optimization"])
+        quarter = max(parameters // 4 // BUCKET_MULTIPLE * BUCKET_MULTIPLE, 1_000_000)
+        for key in ("reduce_bucket_size", "allgather_bucket_size"):
+            if zero.get(key, AUTO) == AUTO:
+                zero[key] = quarter
+        return replace(self, ds_config=self.ds_config | {"zero_optimization": zero})
+
+    def with_batch(self, batch: BatchSizes) -> Resolved:
+        """Return a copy that trains on other batch sizes, for a rehearsal."""
+        return replace(self, batch=batch, ds_config=self.ds_config | batch.ds_numbers())
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -380,16 +407,3 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
             settle(("scheduler", "params", "warmup_num_steps"), "warmup_steps")
         settle(("scheduler", "params", "warmup_max_lr"), "lr")
     return settings
-
-
-def fill_bucket_sizes(ds_config: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """Give ZeRO's buckets a size near a quarter of the parameters where none is set.
-
-    DeepSpeed's default, 5e8 elements, is allocated in full at every backward pass.
-    """
-    zero = dict(ds_config["zero_optimization"])
-    for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(key, AUTO) == AUTO:
-            quarter = parameters // 4 // BUCKET_MULTIPLE * BUCKET_MULTIPLE
-            zero[key] = max(quarter, 1_000_000)
-    return {**ds_config, "zero_optimization": zero}

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
-from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes
+from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
@@ -69,7 +69,7 @@ class Bench:
             raise ValueError(problem)
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
         parameters = sum(p.numel() for p in module.parameters())
-        ds_config = fill_bucket_sizes(resolved.ds_config, parameters)
+        ds_config = resolved.with_parameters(parameters).ds_config
         engine = deepspeed_engine.create_engine(module, ds_config, None)
         count, size = resolved.batch.micro, settings.image_size
         shape = (count, size, size, settings.in_channels)
