@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,8 +235,11 @@ def test_a_control_group_s_limit_counts(tmp_path, monkeypatch, version):
     """A job of 4,000 MiB that has 1,500, of them 500 of files: 3,000 left, in two ranks' halves."""
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {8000 * 1024} kB\n")
-    (proc / "self/status").write_text(f"Name: x\nVmRSS:\t  {100 * 1024} kB\n")
+    host = SimpleNamespace(available=8000 * MIB)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
+    monkeypatch.setattr(
+        memory.psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=100 * MIB)
+    )
     names = ("memory.max", "memory.current", "inactive_file")
     job, line = groups / "jobs/7", "0::/jobs/7/step"
     if version == 1:
