@@ -5,12 +5,10 @@ The rest of the program asks this module for what DeepSpeed keeps in places of i
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -68,7 +66,6 @@ def create_engine(
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
 
-    _import_muon_uncompiled()
     torch.backends.cudnn.benchmark = True  # batches have one shape: its quickest convolutions
     parameters = [p for p in module.parameters() if p.requires_grad]
     schedule = {}
@@ -82,16 +79,6 @@ def create_engine(
         # At its floor DeepSpeed would raise at once, of one step too; see skipped_steps.py.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
-
-
-def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, as it does to see whether an optimizer is one, but leave its kernels
-    as they are: to have them compiled would import torch's compiler, which takes a second."""
-    with suppress(ImportError, AttributeError, TypeError):  # of another DeepSpeed
-        from deepspeed.runtime import compiler
-
-        with patch.object(compiler, "compile", lambda: lambda kernel: kernel):
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def precision(engine) -> str:
