@@ -1,8 +1,9 @@
 """The DeepSpeed JSON: read, checked against what works here, completed from the settings.
 
-DeepSpeed passes over unknown keys, "auto" and half a micro-batch without a word, so every name and
-type is checked here first and all problems are told at once, each as: got, need, do.
-Keys: DeepSpeed 0.19's configuration, less what a 70 M parameter classifier has no use for.
+DeepSpeed accepts unknown keys, "auto" and half a micro-batch without a warning. Therefore every
+name and type is checked here first, and all problems are reported at once, each in the form: got,
+need, do. Keys: DeepSpeed 0.19's configuration, without what a 70 M parameter classifier has no use
+for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ from ds_classifier.config.settings import SHIPPED_CONFIGS, Settings, check_setti
 _INT, _NUMBER, _BOOL, _STR = "a whole number", "a number", "true or false", "a string"
 _PAIR = "a list of two numbers"
 
-BUCKET_MULTIPLE = 2  # of numbers in a bucket; DeepSpeed asserts it of the all-gather's
+BUCKET_MULTIPLE = 2  # DeepSpeed asserts that the all-gather bucket has an even size
 
-# Section -> key -> type; a dict is a section of its own.
+# Key -> type; a nested dict is a section.
 SCHEMA: dict[str, Any] = {
     "train_batch_size": _INT,
     "train_micro_batch_size_per_gpu": _INT,
@@ -81,21 +83,21 @@ SCHEMA: dict[str, Any] = {
     },
 }
 
-# Where "auto" may stand, and the setting that owns the number (None: it is derived).
-AUTO_KEYS: dict[tuple[str, ...], str | None] = {
-    ("train_batch_size",): "global_batch",
-    ("train_micro_batch_size_per_gpu",): "microbatch",
-    ("gradient_accumulation_steps",): None,
-    ("optimizer", "params", "lr"): "lr",
-    ("optimizer", "params", "weight_decay"): "weight_decay",
-    ("scheduler", "params", "total_num_steps"): "iterations",
-    ("scheduler", "params", "warmup_max_lr"): "lr",
-    ("scheduler", "params", "warmup_num_steps"): "warmup_steps",
-    ("zero_optimization", "reduce_bucket_size"): None,
-    ("zero_optimization", "allgather_bucket_size"): None,
+# Keys that may be "auto": a setting owns the number, or it is derived.
+AUTO_KEYS = {
+    ("train_batch_size",),
+    ("train_micro_batch_size_per_gpu",),
+    ("gradient_accumulation_steps",),
+    ("optimizer", "params", "lr"),
+    ("optimizer", "params", "weight_decay"),
+    ("scheduler", "params", "total_num_steps"),
+    ("scheduler", "params", "warmup_max_lr"),
+    ("scheduler", "params", "warmup_num_steps"),
+    ("zero_optimization", "reduce_bucket_size"),
+    ("zero_optimization", "allgather_bucket_size"),
 }
 
-# The smallest value of numbers that DeepSpeed would take smaller, and fail later or not at all.
+# The smallest allowed values. With a smaller one DeepSpeed fails later, or not at all.
 LEAST: dict[tuple[str, ...], float] = {
     ("gradient_clipping",): 0,
     ("gradient_predivide_factor",): 1,
@@ -112,7 +114,7 @@ LEAST: dict[tuple[str, ...], float] = {
     ("zero_optimization", "allgather_bucket_size"): 1,
 }
 
-# What DeepSpeed has and this program refuses, with the reason.
+# Keys that DeepSpeed has and this program refuses -> reason.
 REFUSED = {
     "amp": "apex is not supported; use fp16 or bf16",
     "torch_autocast": "its fp16 is broken under ZeRO; use fp16 or bf16",
@@ -166,18 +168,16 @@ class Resolved:
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read the JSON. Raises ValueError for a missing file, broken JSON or a key given twice."""
+    """Read the JSON. Raises ValueError for a missing file, broken JSON or a duplicate key."""
     try:
         text = path.read_text()
     except OSError as error:
-        package = (
-            Path(__file__).resolve().parents[1]
-        )  # beside it in a checkout, in it where installed
-        folders = [package.parent / "ds_configs", package / "ds_configs"]
+        package = Path(__file__).resolve().parents[1]
+        folders = [package.parent / "ds_configs", package / "ds_configs"]  # a checkout; installed
         where = next((f"{folder}/" for folder in folders if folder.is_dir()), "ds_configs/")
         raise ValueError(
-            f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: take "
-            f"one of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"
+            f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: use one "
+            f"of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"
         ) from None
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -199,33 +199,39 @@ def read_ds_config(path: Path) -> dict[str, Any]:
 
 
 def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Resolved:
-    """Complete settings and JSON from each other for a number of ranks.
+    """Complete settings and JSON from each other, for a number of ranks.
 
-    Raises ValueError with every problem found, a line each.
+    raw: the JSON as the user wrote it.
+    The classes and the parameters are added later, by `Resolved.with_classes` and
+    `Resolved.with_parameters`.
+    Raises ValueError with every problem found, one per line.
     """
     problems = check_settings(command.settings) + _check_keys(raw)
     if problems:
-        raise ValueError(_all(problems, command.deepspeed_config))
+        raise ValueError(_joined(problems, command.deepspeed_config))
     ds = _whole_numbers_as_int(raw, SCHEMA)
-    problems += _check_values(ds, command)
+    problems += _check_and_fill(ds, command)
     settings = _settle_numbers(ds, command, problems)
-    problems += check_settings(settings)  # again: the JSON's numbers are among them now
-    batch = settle_batch(ds, settings, world_size, problems)
+    problems += check_settings(settings)  # again, with the numbers of the JSON
+    try:
+        batch = settle_batch(ds, settings, world_size)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
-        raise ValueError(_all(problems, command.deepspeed_config))
-    assert batch is not None
+        raise ValueError(_joined(problems, command.deepspeed_config))
     ds.update(batch.ds_numbers())
     if batch.accumulation > 1:
         ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if settings.anneal_lr is not None:
-        ds.pop("scheduler", None)  # the settings asked for the reference's schedule
+        ds.pop("scheduler", None)  # --anneal_lr replaces the JSON's schedule
     # DeepSpeed's own progress lines say less than ours and cost device syncs.
     ds.setdefault("steps_per_print", 2**31)
     shaping = {key: raw.get(key) for key in ("gradient_clipping", "optimizer", "scheduler")}
     return Resolved(settings.replace(global_batch=batch.total), ds, batch, shaping)
 
 
-def _all(problems: list[str], path: Path) -> str:
+def _joined(problems: list[str], path: Path) -> str:
+    """Return one message that lists all problems."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems ({path} and flags):\n" + "\n".join(
@@ -234,6 +240,7 @@ def _all(problems: list[str], path: Path) -> str:
 
 
 def _check_keys(raw: dict[str, Any]) -> list[str]:
+    """Return the problems with names and types."""
     problems: list[str] = []
 
     def walk(values: dict[str, Any], schema: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -261,7 +268,7 @@ def _check_keys(raw: dict[str, Any]) -> list[str]:
 
 
 def _whole_numbers_as_int(values: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy in which 5e8 is 500000000 where a whole number is meant."""
+    """Return a deep copy in which a whole number written as 5e8 is the int 500000000."""
     copy: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -287,97 +294,124 @@ def _has_type(value: Any, wanted: str) -> bool:
     return math.isfinite(value) and (wanted == _NUMBER or float(value).is_integer())
 
 
-def _check_values(ds: dict[str, Any], command: CommandLine) -> list[str]:
-    """Values of the right type that cannot work, or that contradict the flags and the recipe."""
-    problems = []
+def _check_and_fill(ds: dict[str, Any], command: CommandLine) -> list[str]:
+    """Fill in this program's defaults; return the problems with values of the right type.
+
+    A problem is a value that cannot work, or that contradicts the flags or the recipe.
+    """
+    return [
+        *_below_least(ds),
+        *_check_zero(ds),
+        *_check_precision(ds, command),
+        *_check_optimizer(ds),
+        *_check_scheduler(ds),
+        *_check_reference_recipe(ds, command),
+    ]
+
+
+def _below_least(ds: dict[str, Any]) -> Iterator[str]:
     for path, least in LEAST.items():
         section: Any = ds
         for part in path[:-1]:
             section = section.get(part, {})
         value = section.get(path[-1], AUTO)
         if value != AUTO and value < least:
-            problems.append(f"{'.'.join(path)}: got {value}; need at least {least}")
+            yield f"{'.'.join(path)}: got {value}; need at least {least}"
+
+
+def _check_zero(ds: dict[str, Any]) -> Iterator[str]:
     if ds.get("communication_data_type", "fp32") not in ("fp32", "fp16", "bf16"):
-        problems.append(
+        yield (
             f"communication_data_type: got {ds['communication_data_type']!r}; need fp32, fp16 or "
             "bf16"
         )
     zero = ds.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 1) not in (1, 2):
-        problems.append(
+        yield (
             f"zero_optimization.stage: got {zero['stage']}; need 1 or 2, on one rank too (stage 0 "
             "keeps no fp32 master weights to save; stage 3 has nothing to gain at this size)"
         )
     gathered = zero.get("allgather_bucket_size", AUTO)
     if gathered != AUTO and gathered % BUCKET_MULTIPLE:
-        problems.append(
-            f"zero_optimization.allgather_bucket_size: got {gathered}; need an even number"
-        )
-    fp16 = ds.get("fp16", {}).get("enabled", False)
-    bf16 = ds.get("bf16", {}).get("enabled", False)
+        yield f"zero_optimization.allgather_bucket_size: got {gathered}; need an even number"
+
+
+def _check_precision(ds: dict[str, Any], command: CommandLine) -> Iterator[str]:
+    fp16, bf16 = (ds.get(name, {}).get("enabled", False) for name in ("fp16", "bf16"))
     if fp16 and bf16:
-        problems.append("fp16.enabled, bf16.enabled: got both; need one at most")
+        yield "fp16.enabled, bf16.enabled: got both; need one at most"
     if bf16 and not ds["bf16"].get("check_grad_overflow", True):
-        problems.append(
-            "bf16.check_grad_overflow: got false; need true: one gradient that is not finite would "
-            "end up in the weights; do: remove it"
+        yield (
+            "bf16.check_grad_overflow: got false; need true: else a single non-finite gradient "
+            "would reach the weights; do: remove the key"
         )
     if command.classifier_use_fp16 is not None and command.classifier_use_fp16 != fp16:
-        problems.append(
+        yield (
             f"--classifier_use_fp16: got {command.classifier_use_fp16}, but "
-            f"{command.deepspeed_config} says fp16 {'on' if fp16 else 'off'}; do: drop the flag, "
+            f"{command.deepspeed_config} has fp16 {'on' if fp16 else 'off'}; do: drop the flag, "
             "since the JSON owns the precision"
         )
     grad_accum = ds.get("data_types", {}).get("grad_accum_dtype")
     if grad_accum not in (None, "fp32", "bf16", "fp16"):
-        problems.append(f"data_types.grad_accum_dtype: got {grad_accum!r}; need fp32, bf16 or fp16")
+        yield f"data_types.grad_accum_dtype: got {grad_accum!r}; need fp32, bf16 or fp16"
+
+
+def _check_optimizer(ds: dict[str, Any]) -> Iterator[str]:
     if "gradient_clipping" not in ds:
-        problems.append(
-            "gradient_clipping: missing; need a number, since DeepSpeed would clip at 1.0 unasked; "
-            "do: set it to 0.0 for none"
+        yield (
+            "gradient_clipping: missing; need a number, since DeepSpeed clips at 1.0 by default; "
+            "do: set it to 0.0 for no clipping"
         )
     optimizer = ds.setdefault("optimizer", {})
     if optimizer.setdefault("type", "AdamW") != "AdamW":
-        problems.append(f"optimizer.type: got {optimizer['type']!r}; need AdamW")
+        yield f"optimizer.type: got {optimizer['type']!r}; need AdamW"
     params = optimizer.setdefault("params", {})
     if not params.setdefault("torch_adam", True):
-        problems.append(
+        yield (
             "optimizer.params.torch_adam: got false; need true: DeepSpeed's own kernels must be "
             "compiled first and are no faster on ZeRO's flat tensors"
         )
     params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
     betas = params.setdefault("betas", [0.9, 0.999])
     if not all(0 <= beta < 1 for beta in betas):
-        problems.append(f"optimizer.params.betas: got {betas}; need two numbers in [0, 1)")
+        yield f"optimizer.params.betas: got {betas}; need two numbers in [0, 1)"
     params.setdefault("eps", 1e-8)
+
+
+def _check_scheduler(ds: dict[str, Any]) -> Iterator[str]:
     scheduler = ds.get("scheduler")
-    if scheduler is not None:
-        if scheduler.get("type") != "WarmupDecayLR":
-            problems.append(
-                f"scheduler.type: got {scheduler.get('type')!r}; need WarmupDecayLR; do: or drop "
-                "the section and use --anneal_lr True (linear to 0) or False (constant)"
-            )
-        scheduler.setdefault("params", {}).setdefault("warmup_type", "linear")
-        scheduler["params"].setdefault("warmup_min_lr", 0.0)
-        if scheduler["params"]["warmup_type"] not in ("linear", "log"):
-            problems.append(
-                f"scheduler.params.warmup_type: got {scheduler['params']['warmup_type']!r}; need "
-                "linear or log"
-            )
-    if command.recipe == "reference":
-        wanted = {"gradient_clipping": (ds.get("gradient_clipping"), 0)}
-        if fp16:
-            wanted["fp16.hysteresis"] = (ds["fp16"].get("hysteresis", 2), 1)  # DeepSpeed's default
-        for name, (got, need) in wanted.items():
-            if got is not None and got != need:
-                problems.append(f"{name}: got {got}; need {need} with --recipe reference")
-    return problems
+    if scheduler is None:
+        return
+    if scheduler.get("type") != "WarmupDecayLR":
+        yield (
+            f"scheduler.type: got {scheduler.get('type')!r}; need WarmupDecayLR; do: change it, or "
+            "drop the section and use --anneal_lr True (linear to 0) or False (constant)"
+        )
+    params = scheduler.setdefault("params", {})
+    params.setdefault("warmup_type", "linear")
+    params.setdefault("warmup_min_lr", 0.0)
+    if params["warmup_type"] not in ("linear", "log"):
+        yield (f"scheduler.params.warmup_type: got {params['warmup_type']!r}; need linear or log")
+
+
+def _check_reference_recipe(ds: dict[str, Any], command: CommandLine) -> Iterator[str]:
+    if command.recipe != "reference":
+        return
+    needed = {"gradient_clipping": (ds.get("gradient_clipping"), 0)}
+    if ds.get("fp16", {}).get("enabled"):
+        needed["fp16.hysteresis"] = (ds["fp16"].get("hysteresis", 2), 1)  # 2: DeepSpeed's default
+    for name, (got, need) in needed.items():
+        if got is not None and got != need:
+            yield f"{name}: got {got}; need {need} with --recipe reference"
 
 
 def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str]) -> Settings:
-    """Give each number that both may hold one value, in both; disagreements become problems."""
+    """Give each number that JSON and settings share one value, in both.
+
+    Returns the settings; changes ds; appends disagreements to problems.
+    """
     settings = command.settings
-    said = {name: f"--{name} (flag or recipe)" for name in command.given}  # who named a number
+    owners = {name: f"--{name} (flag or recipe)" for name in command.given}  # who set a number
 
     def settle(path: tuple[str, ...], name: str) -> None:
         nonlocal settings
@@ -387,14 +421,14 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
         value = section.get(path[-1], AUTO)
         if value == AUTO:
             section[path[-1]] = getattr(settings, name)
-        elif name in said and getattr(settings, name) != value:
+        elif name in owners and getattr(settings, name) != value:
             problems.append(
-                f"{'.'.join(path)}: got {value}, but {said[name]} is {getattr(settings, name)}; "
+                f"{'.'.join(path)}: got {value}, but {owners[name]} is {getattr(settings, name)}; "
                 'need one number; do: write "auto" in the JSON'
             )
         else:
             settings = settings.replace(**{name: value})
-            said.setdefault(name, ".".join(path))
+            owners.setdefault(name, ".".join(path))
 
     settle(("optimizer", "params", "lr"), "lr")
     settle(("optimizer", "params", "weight_decay"), "weight_decay")

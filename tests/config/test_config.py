@@ -352,7 +352,7 @@ def test_all_problems_come_in_one_message():
 def test_clipping_must_be_said():
     raw = changed()
     del raw["gradient_clipping"]
-    assert "clip at 1.0 unasked" in problems(raw=raw)
+    assert "clips at 1.0 by default" in problems(raw=raw)
 
 
 def test_files_that_are_no_json(tmp_path):
