@@ -1,4 +1,4 @@
-"""What a run is asked to do: settings, recipes, flags, and the DeepSpeed JSON joined with them."""
+"""The configuration of a run: settings, recipes, flags, and the DeepSpeed JSON."""
 
 from ds_classifier.config.command_line import CommandLine, parse_training_command
 from ds_classifier.config.recipes import RECIPES

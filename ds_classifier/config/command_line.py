@@ -1,4 +1,4 @@
-"""The command line: a flag for each setting, and what else train.py takes.
+"""The command line: a flag for each setting, and the other arguments of train.py.
 
 This module imports nothing heavy, so that --help answers at once.
 """
@@ -17,17 +17,19 @@ from typing import Any
 from ds_classifier.config.recipes import RECIPES
 from ds_classifier.config.settings import GROUPS, SHIPPED_CONFIGS, Settings
 
-OVERFIT_STEPS = 500  # that --overfit_batch takes at most, where it says nothing
+OVERFIT_STEPS = 500  # default limit of --overfit_batch
 
-# Flags of guided-diffusion's script that change nothing in a classifier's training, there or here.
+# Flags of guided-diffusion's script that have no effect on a classifier's training, there or here.
 WITHOUT_EFFECT = ("learn_sigma", "use_kl", "predict_xstart", "rescale_learned_sigmas")
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A parsed command. given: the settings that the recipe or a flag named, not the defaults.
+    """A parsed command.
 
-    dry_run, overfit_steps (0: no): what to do instead of training.
+    given: names of the settings that the recipe or a flag set; the others have their defaults.
+    classifier_use_fp16: the reference's flag, which must agree with the JSON; None: not given.
+    preflight, dry_run, overfit_steps (0: no): ask for something else than training.
     """
 
     settings: Settings
@@ -41,12 +43,12 @@ class CommandLine:
 
     @property
     def skips_training(self) -> bool:
-        """True if the command asks for something else, which leaves the run directory as it is."""
+        """Returns True if the command does something else, which leaves the run directory as is."""
         return self.preflight or self.dry_run or bool(self.overfit_steps)
 
 
 def parse_training_command(argv: list[str]) -> CommandLine:
-    """Parse train.py's arguments; malformed ones end the process with code 2."""
+    """Parse train.py's arguments. Malformed ones end the process with exit code 2."""
     parser = _training_parser()
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe")
@@ -56,7 +58,7 @@ def parse_training_command(argv: list[str]) -> CommandLine:
     for name in ("local_rank", *WITHOUT_EFFECT):
         flags.pop(name)
     given = {**RECIPES.get(recipe, {}), **flags}
-    # One of the two ways to say the batch size replaces the recipe's.
+    # --batch_size replaces the global batch of a recipe.
     if "batch_size" in flags and "global_batch" not in flags:
         given.pop("global_batch", None)
     settings = Settings(**given)
@@ -78,8 +80,8 @@ def _training_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="deepspeed [launcher flags] launch/train.py --deepspeed_config JSON [flags]",
         epilog=textwrap.dedent(f"""\
-            The JSON says how to train (micro-batch, precision, ZeRO, optimizer, schedule); "auto"
-            in it stands for a number that these flags own. In ds_configs/:
+            The JSON says how to train (micro-batch, precision, ZeRO, optimizer, schedule). "auto"
+            in it means that a flag below sets the number. In ds_configs/:
             {shipped}.
 
             Examples:
@@ -89,9 +91,9 @@ def _training_parser() -> argparse.ArgumentParser:
               deepspeed --hostfile hosts launch/train.py \\
                   --deepspeed_config ds_configs/zero2_fp16.json --recipe imagenet64
 
-            A command line written for guided-diffusion's classifier_train.py works behind
-            --deepspeed_config. The same command again continues a stopped run.
-            Stop it with SIGTERM, Ctrl-C, SIGUSR1, SIGHUP, or a file RUN/STOP: it saves and ends.
+            The flags of guided-diffusion's classifier_train.py work after --deepspeed_config.
+            The same command again continues a stopped run.
+            To stop a run: SIGTERM, Ctrl-C, SIGUSR1, SIGHUP, or a file RUN/STOP. It saves and ends.
             Exit codes of a rank: 0 finished; 75 stopped on request, run it again; 70 no progress
             within a time-out; 2 wrong use; 1 failure; 130, 143 ended at once by a second signal.
             """),
@@ -103,13 +105,13 @@ def _training_parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--preflight",
         action="store_true",
-        help="look at all nodes, data and settings, and say what was found",
+        help="check all nodes, the data and the settings, and print what was found",
     )
     instead.add_argument(
         "--dry_run",
         action="store_true",
-        help="check what a run would check, take a few steps, save and load, measure memory and "
-        "time; the run directory stays as it is",
+        help="make the checks of a run, take a few steps, save and load, measure memory and time; "
+        "the run directory stays as it is",
     )
     instead.add_argument(
         "--overfit_batch",
@@ -118,8 +120,8 @@ def _training_parser() -> argparse.ArgumentParser:
         default=0,
         type=_steps,
         metavar="STEPS",
-        help="train on one fixed batch until its loss is near 0, so many steps at most "
-        f"[{OVERFIT_STEPS}]; exit code 1 if it is not; the run directory stays as it is",
+        help="train on one fixed batch until its loss is near 0, for STEPS steps at most "
+        f"[{OVERFIT_STEPS}]; exit code 1 if the loss stays high; the run directory stays as it is",
     )
     add_setting_flags(parser, GROUPS)
     parser.add_argument("--classifier_use_fp16", type=boolean, default=None, help=argparse.SUPPRESS)
@@ -133,7 +135,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, groups: Iterable[str]) ->
     """Add --recipe, and a flag for every setting of some groups, as a section of --help each.
 
     groups: names in `settings.GROUPS`.
-    A flag that the user did not give is absent from the parsed arguments.
+    Flags that the user does not give are absent from the parsed arguments.
     """
     parser.add_argument(
         "--recipe",
@@ -168,7 +170,7 @@ def _steps(text: str) -> int:
 
 
 def boolean(text: str) -> bool:
-    """The reference's spelling of truth: yes, true, t, y, 1 and their opposites."""
+    """Read True or False as the reference spells them: yes, true, t, y, 1 and their opposites."""
     word = text.lower()
     if word in ("yes", "true", "t", "y", "1"):
         return True

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
-# Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", Table 12. Not run here.
-def _imagenet(**own: Any) -> dict[str, Any]:
+# Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", Table 12. Not trained
+# here.
+def _imagenet(**settings: Any) -> dict[str, Any]:
+    """Return the settings of all ImageNet recipes, and those of one of them."""
     return dict(
         classifier_width=128,
         classifier_depth=2,
@@ -16,13 +18,13 @@ def _imagenet(**own: Any) -> dict[str, Any]:
         global_batch=256,
         lr=3e-4,
         weight_decay=0.05,
-        **own,
+        **settings,
     )
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # guided-diffusion's training maths to the letter, with --anneal_lr True as its README trains.
-    # The JSON must not clip, and lower the loss scale at every overflow: ds_config.py checks.
+    # guided-diffusion's exact training maths, with --anneal_lr True as in its README. The JSON must
+    # not clip, and must lower the loss scale at every overflow; deepspeed_json.py checks both.
     "reference": dict(anneal_lr=True),
     "imagenet64": _imagenet(image_size=64, iterations=300_000)
     | dict(
@@ -31,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet128": _imagenet(image_size=128, iterations=300_000),
     "imagenet256": _imagenet(image_size=256, iterations=500_000),
     "imagenet512": _imagenet(image_size=512, iterations=500_000),
-    # CIFAR-10 and the like: 32 px colour images of things.
+    # CIFAR-10 and similar data sets: 32 px colour images of objects.
     "cifar32": dict(
         image_size=32,
         classifier_width=64,
@@ -44,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         weight_decay=0.05,
         save_interval=1000,
     ),
-    # scikit-learn's handwritten digits, enlarged to 32 px; what `make quickstart` trains.
+    # scikit-learn's handwritten digits, enlarged to 32 px; `make quickstart` trains this.
     "digits32": dict(
         image_size=32,
         classifier_width=32,

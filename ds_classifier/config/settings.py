@@ -1,8 +1,8 @@
-"""Settings, recipes and the command line: what is trained; the settings' owner of every number.
+"""The settings: what is trained. This file owns every number that a flag can set.
 
-Three layers, later ones win: the defaults (guided-diffusion's), a recipe, flags. How it is trained
-(micro-batch, precision, ZeRO, optimizer and schedule type, clipping) stands in the DeepSpeed JSON,
-which `ds_config.py` checks and completes from these settings.
+Three layers, later ones win: the defaults (guided-diffusion's), a recipe, flags. The DeepSpeed JSON
+says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule type, clipping), and
+`deepspeed_json.py` checks it and completes it from these settings.
 
 This module imports nothing heavy, so that --help answers at once.
 """
@@ -31,7 +31,7 @@ def _setting(default: Any, help: str, fixed: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images to train on, and how they are read."""
+    """The images to train on, and how they are read."""
 
     data_dir: str = _setting("data/train", "shards to train on, or their URL", fixed=False)
     val_data_dir: str = _setting(
@@ -42,44 +42,53 @@ class DataSettings:
     cache_dir: str = _setting(
         "~/.cache/ds_classifier", "where a node keeps shards read by URL", fixed=False
     )
-    cache_gb: float = _setting(0.0, "gigabytes of them at most (default: no limit)", fixed=False)
-    random_crop: bool = _setting(True, "random crops of 80 to 100 %% of the short side")
+    cache_gb: float = _setting(
+        0.0, "gigabytes of cached shards at most (default: no limit)", fixed=False
+    )
+    random_crop: bool = _setting(
+        True, "crop training images at random to 80 to 100 %% of the short side"
+    )
     random_flip: bool = _setting(True, "mirror half of the training images")
     lanes: int = _setting(
-        64, "places of the data set read side by side, at most one a shard; see order.py"
+        64, "places of the data set that are read in turn, at most one per shard; see order.py"
     )
     shuffle_shards: str = _setting(
-        "1", "shards of a lane shuffled together, or: lane, all of them (class-sorted data)"
+        "1", "shards of a lane that are shuffled together; lane: all of them, for class-sorted data"
     )
     resize: str = _setting(
         "exact",
-        "exact: guided-diffusion's pixels in training; fast: at most 2 of 255 beside them",
+        "how training images are resized. exact: to guided-diffusion's pixels; fast: within 2 of "
+        "255 of them",
     )
-    workers: int = _setting(-1, "loader processes a rank (default: by cores)", fixed=False)
+    workers: int = _setting(
+        -1, "loader processes per rank (default: by the number of cores)", fixed=False
+    )
     max_bad_samples: int = _setting(
-        100, "undecodable samples an epoch after which training stops", fixed=False
+        100, "undecodable samples per epoch above which training stops", fixed=False
     )
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The classifier: `model.create_classifier` takes all of these."""
+    """The arguments of `model.create_classifier`."""
 
-    image_size: int = _setting(64, "pixels of a side")
-    in_channels: int = _setting(3, "channels of an image, 1 to 4")
-    num_classes: int = _setting(0, "classes (default: those of the data)")
+    image_size: int = _setting(64, "side of the square images, in pixels")
+    in_channels: int = _setting(3, "channels of the images, 1 to 4")
+    num_classes: int = _setting(0, "number of classes (default: that of the data)")
     classifier_width: int = _setting(128, "channels at multiplier 1")
-    classifier_depth: int = _setting(2, "residual blocks a level")
+    classifier_depth: int = _setting(2, "residual blocks per level")
     classifier_attention_resolutions: str = _setting(
-        "32,16,8", "sides of the feature maps that attend"
+        "32,16,8", "sides of the feature maps that have attention, in pixels"
     )
     classifier_use_scale_shift_norm: bool = _setting(
-        True, "timesteps scale and shift the norms, else shift"
+        True, "the timestep scales and shifts the norms; False: it only shifts them"
     )
     classifier_resblock_updown: bool = _setting(
-        True, "residual blocks halve the image, else strided convolutions"
+        True, "residual blocks halve the feature maps; False: strided convolutions do"
     )
-    classifier_pool: str = _setting("attention", "attention, adaptive, spatial or spatial_v2")
+    classifier_pool: str = _setting(
+        "attention", "how logits are pooled: attention, adaptive, spatial or spatial_v2"
+    )
     classifier_channel_mult: str = _setting(
         "", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
     )
@@ -93,17 +102,19 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """The noise that the classifier is trained on, and how timesteps are drawn."""
+    """The noise that the classifier is trained on, and the choice of timesteps."""
 
-    noised: bool = _setting(True, "train on noisy images; False: clean ones, t = 0")
-    diffusion_steps: int = _setting(1000, "noise levels T")
-    noise_schedule: str = _setting("linear", " or ".join(NOISE_SCHEDULES))
-    timestep_respacing: str = _setting("", "keep some levels only, like 250 or ddim25")
-    rescale_timesteps: bool = _setting(False, "show the network t * 1000 / T")
+    noised: bool = _setting(True, "train on noisy images; False: on clean ones, at t = 0")
+    diffusion_steps: int = _setting(1000, "number of noise levels T")
+    noise_schedule: str = _setting("linear", f"noise schedule: {' or '.join(NOISE_SCHEDULES)}")
+    timestep_respacing: str = _setting(
+        "", "noise levels to keep, such as 250 or ddim25 (default: all)"
+    )
+    rescale_timesteps: bool = _setting(False, "give the network t * 1000 / T in place of t")
     schedule_sampler: str = _setting(
         "uniform",
-        f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}; noisy draws t in proportion "
-        "to t and guides better",
+        f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}. noisy draws t in proportion "
+        "to t, and guides better",
     )
 
     def diffusion_kwargs(self) -> dict[str, Any]:
@@ -118,90 +129,101 @@ class DiffusionSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The optimization: steps, rates, batch sizes."""
+    """The optimization: steps, rates, batch sizes, seed."""
 
-    iterations: int = _setting(150000, "optimizer steps in all")
-    lr: float = _setting(3e-4, "learning rate, at its peak")
-    weight_decay: float = _setting(0.0, "decoupled decay, on every parameter")
+    iterations: int = _setting(150000, "total number of optimizer steps")
+    lr: float = _setting(3e-4, "peak learning rate")
+    weight_decay: float = _setting(0.0, "decoupled weight decay, on every parameter")
     anneal_lr: bool | None = _setting(
         None,
-        "True: lr * (1 - step/iterations); False: constant (default: the JSON's scheduler)",
+        "True: lr * (1 - step / iterations); False: constant lr (default: the JSON's scheduler)",
     )
     warmup_steps: int = _setting(
         -1,
-        "steps of the JSON's warm-up, in which the first two run at its warmup_min_lr (default: "
+        "steps of the JSON's warm-up, of which the first two run at its warmup_min_lr (default: "
         "2 %% of iterations, 1000 at most)",
     )
-    global_batch: int = _setting(0, "images a step over all ranks (default: batch_size x ranks)")
+    global_batch: int = _setting(0, "images per step over all ranks (default: batch_size x ranks)")
     batch_size: int = _setting(
         0,
-        "images a step and rank (default: what the JSON's numbers give, else 4)",
+        "images per step and rank (default: from the JSON's numbers, else 4)",
         fixed=False,
     )
     microbatch: int = _setting(
-        -1, "images a rank takes at a time where the JSON says auto", fixed=False
+        -1, "images per rank and forward pass, if the JSON says auto", fixed=False
     )
-    seed: int = _setting(0, "of weights, order, crops, timesteps and noise")
+    seed: int = _setting(0, "seed of weights, order, crops, timesteps and noise")
     compile: bool = _setting(
-        False, "compile the classifier by torch.compile at the first step", fixed=False
+        False, "compile the classifier with torch.compile at the first step", fixed=False
     )
     activation_checkpointing: bool = _setting(
         False,
-        "keep few activations and compute the others again in the backward: less memory, slower",
+        "recompute most activations in the backward pass: less memory, slower",
         fixed=False,
     )
     max_skipped_steps: int = _setting(
         50,
-        "steps skipped in a row for non-finite losses or gradients before giving up",
+        "consecutive steps that may be skipped, for non-finite losses or gradients, before "
+        "training stops",
         fixed=False,
     )
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The run: where it is kept, what it logs and saves, how long it may take."""
+    """The run: its directory, what it logs and saves, how long it may take."""
 
-    run_dir: str = _setting("", "where everything goes (default: runs/RECIPE)", fixed=False)
+    run_dir: str = _setting(
+        "", "directory of all that the run writes (default: runs/RECIPE)", fixed=False
+    )
     resume_checkpoint: str = _setting(
-        "", "a checkpoint to continue from (default: the newest in run_dir)", fixed=False
+        "", "checkpoint to continue from (default: the newest in run_dir)", fixed=False
     )
     init_from: str = _setting(
-        "", "weights to start from: a guided-diffusion .pt, an export or a run", fixed=False
+        "",
+        "weights to start from: a guided-diffusion .pt file, an export or a run (default: none)",
+        fixed=False,
     )
     log_interval: int = _setting(10, "steps between log lines", fixed=False)
     wandb: str = _setting(
-        "", "a Weights & Biases project to log to as well (extra: wandb)", fixed=False
+        "",
+        "Weights & Biases project to log to as well, with the extra wandb (default: none)",
+        fixed=False,
     )
     save_interval: int = _setting(10000, "steps between checkpoints", fixed=False)
     eval_interval: int = _setting(
         0, "steps between validations (default: save_interval)", fixed=False
     )
-    keep_last: int = _setting(3, "checkpoints kept, and the one that validated best", fixed=False)
+    keep_last: int = _setting(
+        3, "checkpoints to keep, in addition to the one with the best validation loss", fixed=False
+    )
     keep_every: int = _setting(
-        0, "checkpoints of every N-th step are kept for good (0: none)", fixed=False
+        0, "keep the checkpoints of every N-th step for good (0: none)", fixed=False
     )
     max_failed_saves: int = _setting(
         1,
-        "checkpoints in a row that may fail to be written before training stops; the last may not",
+        "consecutive checkpoints that may fail before training stops; the last one may not fail",
         fixed=False,
     )
     max_minutes: float = _setting(
-        0.0, "stop, and save, so long after the start (default: no limit)", fixed=False
+        0.0, "save and stop after this many minutes (default: no limit)", fixed=False
     )
     start_timeout: float = _setting(
         30.0,
-        "minutes until all ranks stand (half of them until all have come), and for the first step",
+        "minutes for all ranks to start (half of that to connect), and for the first step",
         fixed=False,
     )
-    step_timeout: float = _setting(10.0, "minutes for a step, data included", fixed=False)
+    step_timeout: float = _setting(10.0, "minutes for a step, including its data", fixed=False)
     save_timeout: float = _setting(30.0, "minutes for a checkpoint", fixed=False)
     validation_timeout: float = _setting(120.0, "minutes for a validation", fixed=False)
     expect_world: int = _setting(
-        0, "ranks there must be, since the launcher forgives a wrong hostfile", fixed=False
+        0,
+        "number of ranks there must be, since the launcher ignores a wrong hostfile (0: any)",
+        fixed=False,
     )
 
     def time_outs(self) -> dict[str, float]:
-        """Return the minutes that each activity may take before the rank counts as hung."""
+        """Return for each activity the minutes after which a rank in it counts as hung."""
         return dict(
             start=self.start_timeout,
             step=self.step_timeout,
@@ -210,7 +232,7 @@ class RunSettings:
         )
 
 
-# Flag groups of --help and headings of the report, in their order.
+# Sections of --help and headings of the report, in this order.
 GROUPS = {
     "data": DataSettings,
     "classifier": ModelSettings,
@@ -220,13 +242,13 @@ GROUPS = {
 }
 
 
-# Fields come from the last base first: data, classifier, diffusion, training, run.
+# Dataclass fields come from the last base first: data, classifier, diffusion, training, run.
 @dataclass(frozen=True)
 class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, DataSettings):
-    """All settings. Every field is a flag of the same name; the help strings are the docs."""
+    """All settings. Every field is a flag of the same name; the help strings document them."""
 
     def order_kwargs(self) -> dict[str, Any]:
-        """The keywords of `data.order.SampleOrder`, but for the shards."""
+        """Return the keywords of `data.order.SampleOrder`, without the shards."""
         lane = self.shuffle_shards == "lane"
         return dict(
             seed=self.seed,
@@ -235,22 +257,26 @@ class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, 
         )
 
     def recorded(self) -> dict[str, Any]:
-        """All settings as a run's files keep them: URLs without user and password."""
+        """Return all settings as a run's files keep them: URLs without user and password."""
         values = dataclasses.asdict(self).items()
         return {k: without_logins(v) if isinstance(v, str) else v for k, v in values}
 
     def replace(self, **changes: Any) -> Settings:
+        """Return a copy with other values for some settings."""
         return dataclasses.replace(self, **changes)
 
 
 FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata["fixed"])
-# What a node may have otherwise than the others: where its data lies, and how it reads them.
-OF_A_NODE = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
+# Settings that may differ between nodes: where the data is, and how it is read.
+PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
 
 
 def check_settings(settings: Settings) -> list[str]:
-    """What is wrong with the settings; model and diffusion check their own."""
+    """Return the problems with the settings, one message each.
+
+    The values that only the model or the diffusion use are checked there.
+    """
     problems = []
     least = dict(
         iterations=1,
@@ -281,7 +307,7 @@ def check_settings(settings: Settings) -> list[str]:
         )
     for activity, minutes in settings.time_outs().items():
         if not minutes > 0:
-            problems.append(f"--{activity}_timeout: got {minutes}; need a positive time in minutes")
+            problems.append(f"--{activity}_timeout: got {minutes}; need more than 0 minutes")
     if settings.wandb and importlib.util.find_spec("wandb") is None:
         problems.append(
             f"--wandb: got {settings.wandb!r}; need the package wandb; do: pip install "
@@ -299,7 +325,7 @@ def check_settings(settings: Settings) -> list[str]:
 
 
 def changed_settings(saved: dict[str, Any], now: Settings) -> list[str]:
-    """Lines that say which settings that shape the training differ from a checkpoint's."""
+    """Return a line for each setting that shapes the training and differs from a checkpoint's."""
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS

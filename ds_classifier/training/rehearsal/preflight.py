@@ -20,7 +20,7 @@ from ds_classifier.checkpoint.writer import check_free
 from ds_classifier.common import files, text
 from ds_classifier.common.text import count
 from ds_classifier.config.deepspeed_json import Resolved
-from ds_classifier.config.settings import OF_A_NODE
+from ds_classifier.config.settings import PER_NODE_SETTINGS
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
@@ -49,7 +49,7 @@ def same_on_all_ranks(
 ) -> dict[str, Any]:
     """Return what must be equal on all ranks: flags, the completed JSON, images and classes."""
     same = {f"--{name}": v for name, v in dataclasses.asdict(resolved.settings).items()}
-    for name in OF_A_NODE:
+    for name in PER_NODE_SETTINGS:
         same.pop(f"--{name}")
     same |= {f"the JSON's {name}": value for name, value in resolved.ds_config.items()}
     for name, split in (("training", shards), ("validation", val_shards)):
