@@ -1,4 +1,4 @@
-"""One door for printing: which rank says what, and where it goes."""
+"""The only place that prints: which rank prints what, and to which stream."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ds_classifier.distributed.ranks import local_rank, local_world_size, rank, 
 
 
 def show(message: str, *, error: bool = False) -> None:
-    """Print a line, to stderr for an error.
+    """Print a line, to stderr if it is an error.
 
-    A closed terminal, or a pipe whose reader ended (tee, at Ctrl-C), is no reason to lose a
-    training: nothing is shown from then on, and the run goes on. So it does while the disk under a
-    redirected screen is full.
+    A failing print must not end a training. If the terminal was closed, or the reader of a pipe has
+    ended (tee, at Ctrl-C), later lines are discarded. If the disk under a redirected output is
+    full, this line is lost.
     """
     stream = sys.stderr if error else sys.stdout
     try:
@@ -29,25 +29,25 @@ def show(message: str, *, error: bool = False) -> None:
 
 
 def say(message: str = "") -> None:
-    """Print a line, on rank 0 alone."""
+    """Print a line on rank 0 only."""
     if rank() == 0:
         show(message)
 
 
 def complain(message: str) -> None:
-    """Print an error once a node, whichever rank finds it first in its own files."""
+    """Print an error on the first rank of each node, with the host's name if there are several."""
     if local_rank() == 0:
         host = f"{socket.gethostname()}: " if world_size() > local_world_size() else ""
         show(f"{host}error: {message}", error=True)
 
 
 def warn(message: str) -> None:
-    """Print a line about this rank alone, with its number; the run goes on."""
+    """Print a warning about this rank alone, with its number."""
     show(f"rank {rank()}: {message}", error=True)
 
 
 def quiet_libraries() -> None:
-    """Keep off the screen what no user can act on; call before torch is imported."""
+    """Hide warnings of libraries that no user can act on. Call it before torch is imported."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,7 +1,7 @@
-"""Who this process is, and what the ranks agree on: collectives, JSON, errors.
+"""The ranks: which one this process is, collectives, and errors that all of them raise.
 
-Ranks are started by the deepspeed launcher or torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
-by nobody: then this process is rank 0 of 1. No MPI.
+Ranks are started by the deepspeed launcher or torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+A process without a launcher is rank 0 of 1. MPI is not used.
 """
 
 from __future__ import annotations
@@ -15,28 +15,34 @@ from ds_classifier.common import files
 
 
 class AgreedError(ValueError):
-    """What all ranks raise alike: each may leave by itself, and one of them tells."""
+    """An error that every rank raises with the same message: each exits, and rank 0 prints it."""
 
 
 def rank() -> int:
+    """Return the number of this process, 0 to world_size() - 1."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of ranks on all nodes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
+    """Return the number of this process on its node, 0 to local_world_size() - 1."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """Ranks on this node: LOCAL_SIZE from deepspeed, LOCAL_WORLD_SIZE from torchrun."""
+    """Return the number of ranks on this node.
+
+    deepspeed sets it as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE.
+    """
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def all_reduce_sum(tensor):
-    """The elementwise sum over all ranks, in place; returns the tensor."""
+    """Sum a tensor elementwise over all ranks, in place; return it."""
     import torch.distributed
 
     torch.distributed.all_reduce(tensor)
@@ -44,7 +50,7 @@ def all_reduce_sum(tensor):
 
 
 def all_gather(tensor):
-    """Every rank's tensor of this shape, stacked: [W, ...]."""
+    """Return the tensors of all ranks, which have one shape, stacked: [W, ...]."""
     import torch
     import torch.distributed
 
@@ -55,7 +61,7 @@ def all_gather(tensor):
 
 
 def broadcast(tensor):
-    """Rank 0's tensor on every rank, in place; returns it."""
+    """Overwrite a tensor with rank 0's, on every rank; return it."""
     import torch.distributed
 
     torch.distributed.broadcast(tensor, src=0)
@@ -63,7 +69,10 @@ def broadcast(tensor):
 
 
 def broadcast_json(value: Any, device) -> Any:
-    """Rank 0's value on every rank; JSON travels, so nothing received can run code."""
+    """Return rank 0's value on every rank.
+
+    value: JSON-able; ignored on other ranks. It is sent as JSON, so nothing received can run code.
+    """
     import torch
 
     text = json.dumps(value).encode() if rank() == 0 else b""
@@ -75,7 +84,7 @@ def broadcast_json(value: Any, device) -> Any:
 
 
 def gather_json(value: Any, device) -> list[Any]:
-    """Every rank's JSON-able value, on every rank, in rank order."""
+    """Return the JSON-able values of all ranks, in rank order, on every rank."""
     import torch
 
     text = json.dumps(value).encode()
@@ -87,10 +96,10 @@ def gather_json(value: Any, device) -> list[Any]:
 
 
 def on_rank_0(task: Callable[[], Any], device) -> Any:
-    """Run a task on rank 0; every rank gets its JSON-able result, or raises AgreedError for its
-    ValueError or OSError.
+    """Run a task on rank 0, and return its JSON-able result on every rank.
 
-    So that one rank's trouble with a file ends all ranks with the same message, at once.
+    Raises AgreedError on every rank if the task raises ValueError or OSError, so that a problem
+    with a file on rank 0 ends all ranks at once, with one message.
     """
     outcome: dict[str, Any] = {}
     if rank() == 0:
@@ -99,7 +108,7 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
         except (ValueError, OSError) as error:
             outcome["error"] = files.problem(error)
         except Exception as error:
-            # A bug: the others must not wait for a result that will not come.
+            # A bug. The other ranks must not wait for a result that will never come.
             broadcast_json({"error": f"rank 0: {type(error).__name__}: {error}"}, device)
             raise
     outcome = broadcast_json(outcome, device)
@@ -109,7 +118,10 @@ def on_rank_0(task: Callable[[], Any], device) -> Any:
 
 
 def together(task: Callable[[], Any], device) -> Any:
-    """A task that every rank does; if one fails, all raise its ValueError or OSError's message."""
+    """Run a task on every rank, and return each rank's own result.
+
+    Raises AgreedError on every rank if the task raises ValueError or OSError on any of them.
+    """
     result = problem = None
     try:
         result = task()
@@ -120,16 +132,19 @@ def together(task: Callable[[], Any], device) -> Any:
 
 
 def raise_together(problem: str | None, device) -> None:
-    """Every rank names its problem or None; if any has one, all raise AgreedError."""
+    """Raise AgreedError on all ranks if any of them has a problem; every rank must call it.
+
+    problem: this rank's message, or None.
+    """
     problems: dict[str, list[int]] = {}
     for number, message in enumerate(gather_json(problem, device)):
         if message:
             problems.setdefault(message, []).append(number)
     if problems:
-        everywhere = [*problems.values()] == [list(range(world_size()))]
+        on_all_ranks = [*problems.values()] == [list(range(world_size()))]
         raise AgreedError(
             "\n".join(
-                message if everywhere else f"rank {', '.join(map(str, ranks))}: {message}"
+                message if on_all_ranks else f"rank {', '.join(map(str, ranks))}: {message}"
                 for message, ranks in problems.items()
             )
         )
