@@ -1,4 +1,4 @@
-"""The process group: which device, meeting the other ranks, joining and leaving."""
+"""The process group: choosing a device, meeting the other ranks, joining and leaving."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from ds_classifier.common.text import count
 from ds_classifier.distributed import launcher, rendezvous
 from ds_classifier.distributed.console import say, show
 from ds_classifier.distributed.ranks import (
@@ -22,14 +23,15 @@ from ds_classifier.distributed.ranks import (
     world_size,
 )
 
-_patience = timedelta(minutes=30)  # of a collective; init sets it
-_SPEAK_SECONDS = 5.0  # that a host's first rank has to say what keeps its ranks from meeting
+_timeout = timedelta(minutes=30)  # of a collective; init sets it
+_REPORT_SECONDS = 5.0  # for a host's first rank to report why its ranks cannot meet
 
 
 def pick_device():
-    """This rank's torch.device: its GPU, or the CPU, whose cores the ranks of a node share.
+    """Return this rank's torch.device: its GPU, or the CPU.
 
-    Raises ValueError where this host has fewer GPUs than ranks.
+    On a CPU the ranks of a node share its cores, unless OMP_NUM_THREADS is set.
+    Raises ValueError if this host has fewer GPUs than ranks.
     """
     import torch
 
@@ -38,14 +40,13 @@ def pick_device():
     if torch.cuda.is_available():
         if (gpus := torch.cuda.device_count()) <= local_rank():
             raise ValueError(
-                f"got {local_world_size()} ranks on this host, which shows {gpus} "
-                f"GPU{'s' * (gpus > 1)}; do: put slots={gpus} into the hostfile, or look at "
-                "CUDA_VISIBLE_DEVICES"
+                f"got {local_world_size()} ranks on this host, which has {count(gpus, 'GPU')}; do: "
+                f"put slots={gpus} into the hostfile, or check CUDA_VISIBLE_DEVICES"
             )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device
-    # DeepSpeed warns about a choice that is no user's business.
+    # Without it DeepSpeed warns that it chose the CPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
@@ -61,22 +62,24 @@ def init(
     same: dict[str, Any] | None = None,
     check: Callable[[Any], str | None] = lambda device: None,
 ):
-    """Meet the other ranks and join the process group; returns this rank's torch.device.
+    """Meet the other ranks and join the process group; return this rank's torch.device.
 
-    nccl where there are GPUs, gloo elsewhere. timeout: of a collective, longer than whatever a rank
-    may do while the others wait for it. start_timeout: for all ranks to come. same: what must be
-    alike on all of them, beside the code: {what: JSON-able value}. check: takes the device and
-    tells why this rank cannot start. Raises AgreedError on all ranks if one cannot, or differs.
+    The backend is nccl on GPUs, else gloo.
+    timeout: of a collective; longer than anything that one rank does while the others wait for it.
+    start_timeout: for all ranks to connect.
+    same: facts besides the code that must not differ between ranks: {name: JSON-able value}.
+    check: takes the device and returns why this rank cannot start, or None.
+    Raises AgreedError on all ranks if one of them cannot start, or differs.
     """
     import torch.distributed
 
-    global _patience
-    _patience = timeout
+    global _timeout
+    _timeout = timeout
     check_launch()
     try:
         device = pick_device()
     except ValueError as error:
-        if world_size() > 1:  # the others may have theirs, and would wait
+        if world_size() > 1:  # the other ranks may have a device, and would wait
             refuse(str(error), start_timeout)
         raise
     if "RANK" not in os.environ:
@@ -85,9 +88,9 @@ def init(
     deepspeed = _import_deepspeed_quietly()
     card = {"host": socket.gethostname(), "problem": check(device)}
     card["same"] = code_versions() | (same or {})
-    store, elsewhere = _meet(card, start_timeout)
+    store, other_host = _meet(card, start_timeout)
     if world_size() > local_world_size():
-        _name_interface(elsewhere)
+        _set_gloo_interface(other_host)
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -107,46 +110,55 @@ def init(
 
 
 def check_launch() -> None:
-    """Raises ValueError for variables that no launcher sets so."""
+    """Raise ValueError if the launcher's variables are incomplete or contradict each other."""
     if "RANK" not in os.environ:
         return
     missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
-        raise ValueError(f"RANK is set, but not {', '.join(missing)}; do: use a launcher")
+        raise ValueError(
+            f"RANK is set, but not {', '.join(missing)}; do: use the deepspeed launcher or torchrun"
+        )
     if not 0 <= rank() < world_size():
-        raise ValueError(f"RANK: got {rank()}; need 0 to {world_size() - 1}, by WORLD_SIZE")
+        raise ValueError(
+            f"RANK: got {rank()}; need 0 to {world_size() - 1}, as WORLD_SIZE is {world_size()}"
+        )
 
 
 def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> NoReturn:
-    """Instead of `init`, on a rank that cannot start: raises AgreedError here and on all others."""
+    """Raise AgreedError here and on all other ranks. Call it in place of `init` on a rank that
+    cannot start."""
     _meet({"host": socket.gethostname(), "problem": problem, "same": {}}, start_timeout)
     raise AgreedError(problem)
 
 
 def _meet(card: dict[str, Any], start_timeout: timedelta):
-    """Agree with all ranks that the run can start. Raises AgreedError.
+    """Agree with all ranks that the run can start. Raises AgreedError if it cannot.
 
-    Returns torch's store, and the address of a rank on another host than rank 0 ("": none).
+    Returns torch's store, and an address on another host than rank 0's; "" if there is none.
     """
     names = launcher.host_names()
     seconds = start_timeout.total_seconds()
-    place = rendezvous.Rendezvous(rank(), world_size(), names, seconds)
+    meeting = rendezvous.Rendezvous(rank(), world_size(), names, seconds)
     try:
-        store, verdict, elsewhere = place.meet(card, say)
+        store, verdict, other_host = meeting.meet(card, say)
     except OSError as error:
         if local_rank() > 0:
-            # The launcher ends all when one ends: let the rank that speaks for the host find out.
-            time.sleep(_SPEAK_SECONDS)
+            # The launcher ends all ranks when one ends. Give the host's first rank, which reports
+            # for all of them, the time to fail too.
+            time.sleep(_REPORT_SECONDS)
             if local_rank() == 1:
                 show(f"error: {error}", error=True)
         raise
     if verdict:
         raise AgreedError(verdict)
-    return store, elsewhere
+    return store, other_host
 
 
 def code_versions() -> dict[str, str]:
-    """What computes: this package's source, and the libraries that the numbers depend on."""
+    """Return the versions of all code that the numbers depend on: {name: version}.
+
+    These are a hash of this package's source, and the versions of libraries.
+    """
     import hashlib
     from importlib.metadata import PackageNotFoundError, version
     from pathlib import Path
@@ -156,7 +168,7 @@ def code_versions() -> dict[str, str]:
     for path in sorted(folder.rglob("*.py")):
         source.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if script:  # of launch/, which in a checkout lies beside the package
+    if script:  # in launch/, which is outside the package in a checkout
         source.update(Path(script).read_bytes())
     versions = {"the code (sha256)": source.hexdigest()[:12]}
     for name in ("torch", "deepspeed", "numpy", "pillow", "simplejpeg"):
@@ -167,31 +179,33 @@ def code_versions() -> dict[str, str]:
     return versions
 
 
-def _name_interface(elsewhere: str) -> None:
-    """Tell gloo by which interface the hosts reach each other; it would guess, and often loopback.
+def _set_gloo_interface(other_host: str) -> None:
+    """Set the network interface that gloo uses between hosts. Gloo often guesses loopback.
 
-    elsewhere: an address on another host than rank 0. Raises OSError where there is none.
+    other_host: an address on another host than rank 0's.
+    Raises OSError if no interface leads there.
     """
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         name, _ = rendezvous.interface_towards(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), elsewhere
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), other_host
         )
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _import_deepspeed_quietly():
-    """DeepSpeed without its remarks that no user can act on, and without compiling at start-up."""
+    """Import DeepSpeed without log lines that no user can act on, and without compiling."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # No op of DeepSpeed's own is used: without this it probes for compilers, and on a CPU compiles
-    # a collective for 40 s that only inference would call.
+    # None of DeepSpeed's own ops is used. Without this line it looks for compilers, and on a CPU
+    # compiles for 40 s a collective that only inference calls.
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 
 
 def free_port() -> int:
+    """Return a TCP port of this host that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -206,7 +220,10 @@ def finish() -> None:
 
 
 def cpu_group():
-    """A group of all ranks for what must not wait for a device; as patient as the main one."""
+    """Return a gloo group of all ranks, for collectives that must not wait for a device.
+
+    It has the time-out of the main group.
+    """
     import torch.distributed
 
-    return torch.distributed.new_group(backend="gloo", timeout=_patience)
+    return torch.distributed.new_group(backend="gloo", timeout=_timeout)

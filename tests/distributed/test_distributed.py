@@ -1,4 +1,4 @@
-"""Agreement between ranks, through the launcher: everybody's problem is everybody's error."""
+"""Agreement between ranks, through the launcher: one rank's problem becomes every rank's error."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_rank_0s_result_and_failure_reach_all(answers):
         assert out["failure"] == "ValueError: disk full"
 
 
-def test_one_ranks_problem_is_raised_by_all_with_its_number(answers):
+def test_a_problem_on_one_rank_is_raised_by_all_with_its_number(answers):
     for out in answers[0]:
         assert out["nobody"] is None
         assert out["one"] == "ValueError: rank 1: no GPU"
@@ -67,14 +67,14 @@ def test_gather_is_in_rank_order(answers):
     assert all(out["gathered"] == [[[0, 7]], [[1, 7]], [[2, 7]]] for out in answers[0])
 
 
-def test_one_voice(answers):
+def test_only_rank_0_prints(answers):
     lines = answers[1].lines
     assert [line for line in lines if "speaks" in line] == ["rank 0 speaks"]
     assert [line for line in lines if "complains" in line] == ["error: rank 0 complains"]
 
 
-def test_more_ranks_than_gpus_are_told_to_all(monkeypatch):
-    """Slots that the host does not have: rank 1 of 2, on a host with one GPU."""
+def test_more_ranks_than_gpus_are_reported_to_all(monkeypatch):
+    """The hostfile has too many slots: rank 1 of 2, on a host with one GPU."""
     import torch
 
     from ds_classifier import distributed
@@ -93,12 +93,12 @@ def test_more_ranks_than_gpus_are_told_to_all(monkeypatch):
     with pytest.raises(distributed.AgreedError, match="slots=1"):
         distributed.init()
     assert met == [
-        "got 2 ranks on this host, which shows 1 GPU; do: put slots=1 into the hostfile, or look "
-        "at CUDA_VISIBLE_DEVICES"
+        "got 2 ranks on this host, which has 1 GPU; do: put slots=1 into the hostfile, or check "
+        "CUDA_VISIBLE_DEVICES"
     ]
 
 
-UNHEARD = """
+PRINTING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from ds_classifier import distributed
@@ -109,11 +109,11 @@ for _ in range(3):
 """
 
 
-def test_nobody_need_read_the_screen():
-    """tee ends at Ctrl-C before the run does; a run that printed then would die of it unsaved."""
+def test_a_reader_of_the_output_may_end():
+    """At Ctrl-C tee ends before the run does. The run must survive its broken pipe, and save."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-c", UNHEARD, str(ROOT)]
+    command = [sys.executable, "-c", PRINTING, str(ROOT)]
     try:
         done = subprocess.run(command, stdout=writer, stderr=writer, timeout=60)
     finally:
@@ -121,8 +121,8 @@ def test_nobody_need_read_the_screen():
     assert done.returncode == 0
 
 
-def test_a_full_disk_under_a_redirected_screen_is_borne():
-    command = [sys.executable, "-c", UNHEARD.replace("complain", "warn"), str(ROOT)]
+def test_a_full_disk_under_a_redirected_output_does_not_end_the_run():
+    command = [sys.executable, "-c", PRINTING.replace("complain", "warn"), str(ROOT)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert b"Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Ranks that meet, as threads of this process: who comes, who does not, who belongs elsewhere."""
+"""Ranks that meet, as threads of this process: all arrive, some do not, or another run answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from running import ROOT, run_python
 from ds_classifier.distributed import free_port, rendezvous
 from ds_classifier.distributed.rendezvous import Rendezvous, interface_towards
 
-ALIKE = {"the code": "1f", "--lr": 0.1}
+SAME = {"the code": "1f", "--lr": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,11 @@ def place(monkeypatch):
 
 
 def card(rank: int, same: dict | None = None, problem: str | None = None) -> dict:
-    return {"host": f"node-{rank}", "problem": problem, "same": same or ALIKE}
+    return {"host": f"node-{rank}", "problem": problem, "same": same or SAME}
 
 
 class Meeting:
-    """Ranks meet, each in its thread, and leave when all have; what each got, or its error."""
+    """Ranks that meet, each in its own thread. answers: what each rank got, or its error."""
 
     def __init__(self, cards: dict[int, dict], *, world: int = 0, seconds: float = 20, names=()):
         self.answers: dict[int, tuple | str] = {}
@@ -68,7 +68,7 @@ def meet(*arguments, **keywords) -> Meeting:
     return Meeting(*arguments, **keywords).end()
 
 
-def test_ranks_that_are_alike_start_with_one_store():
+def test_ranks_that_agree_start_with_one_store():
     found = meet({rank: card(rank) for rank in range(5)})
     assert found.verdicts == [""] * 5
     found.answers[3][0].set("word", "of rank 3")
@@ -80,10 +80,10 @@ def test_a_rank_alone():
     assert meet({0: card(0)}).verdicts == [""]
 
 
-def test_a_difference_is_told_to_all_with_its_host():
-    cards = {0: card(0), 1: card(1), 2: card(2, ALIKE | {"--lr": 0.2})}
+def test_a_difference_is_reported_to_all_with_its_host():
+    cards = {0: card(0), 1: card(1), 2: card(2, SAME | {"--lr": 0.2})}
     (verdict,) = set(meet(cards).verdicts)
-    assert verdict == ("rank 2 on node-2: not like rank 0:\n  --lr is 0.2; need 0.1, as on node-0")
+    assert verdict == "rank 2 on node-2 differs from rank 0:\n  --lr is 0.2; need 0.1, as on node-0"
 
 
 def test_a_problem_ends_all_at_once_though_one_is_missing():
@@ -92,17 +92,17 @@ def test_a_problem_ends_all_at_once_though_one_is_missing():
     assert found.seconds < rendezvous._GRACE_SECONDS + 3
 
 
-def test_who_does_not_come_is_named_with_its_host():
+def test_ranks_that_do_not_connect_are_named_with_their_hosts():
     found = meet({0: card(0), 2: card(2)}, world=4, seconds=1.5, names=["a", "a", "b", "c"])
     assert set(found.verdicts) == {
-        "ranks 1, 3 (a, c) did not come within 2 s; do: see what the launcher says of them, or "
-        "raise --start_timeout"
+        "ranks 1, 3 (a, c) did not connect within 2 s; do: read what the launcher printed about "
+        "them, or raise --start_timeout"
     }
 
 
-def test_without_rank_0_others_say_that_they_do_not_reach_it(monkeypatch):
+def test_without_rank_0_others_say_that_they_cannot_reach_it(monkeypatch):
     found = meet({1: card(1)}, world=2, seconds=1)
-    assert found.answers[1].startswith("rank 1 does not reach rank 0 at 127.0.0.1, port ")
+    assert found.answers[1].startswith("rank 1 cannot reach rank 0 at 127.0.0.1, port ")
 
 
 def test_a_late_rank_is_waited_for():
@@ -113,11 +113,11 @@ def test_a_late_rank_is_waited_for():
 
 
 def test_ranks_of_another_start_leave_a_run_under_way_alone():
-    """The same command again, while it runs: its rank 0 finds the port held, others the run."""
+    """The same command again, while it runs: rank 0 finds its port in use, the others the run."""
     run = meet({0: card(0), 1: card(1)})
     store = run.answers[0][0]
     before = store.get("card/1")
-    again = meet({0: card(0), 1: card(1, ALIKE | {"--lr": 9})})
+    again = meet({0: card(0), 1: card(1, SAME | {"--lr": 9})})
     assert again.answers[0].startswith("port ")
     assert "cannot be served" in again.answers[0]
     assert "is another run, which has a rank 1 already" in again.answers[1]
@@ -125,11 +125,11 @@ def test_ranks_of_another_start_leave_a_run_under_way_alone():
     assert "is a run of 2 ranks, not of 3" in bigger.answers[2]
     assert store.get("card/1") == before
     assert not store.check(["card/2"])
-    assert store.add("come", 0) == 2
+    assert store.add("arrived", 0) == 2
 
 
-def test_a_rank_that_alone_meets_another_run_says_so(tmp_path):
-    """The host's first rank would speak for it, but has nothing to say, or is not there."""
+def test_a_single_rank_that_meets_another_run_says_so(tmp_path):
+    """The host's first rank, which reports for its host, has no error or does not exist."""
     running = rendezvous.connect(serves=True, seconds=10)
     running.set("ranks", "2")
     running.add("seat/1", 1)
@@ -141,8 +141,8 @@ def test_a_rank_that_alone_meets_another_run_says_so(tmp_path):
     assert "Traceback" not in done.output
 
 
-def test_what_accepts_and_never_answers_is_told_soon(monkeypatch):
-    """As a web server does; torch's client would wait for it without end."""
+def test_a_program_that_accepts_and_never_answers_is_reported_soon(monkeypatch):
+    """A web server does that; torch's client would wait forever."""
     monkeypatch.setattr(rendezvous, "_CONNECT_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         monkeypatch.setenv("MASTER_PORT", str(foreign.getsockname()[1]))
@@ -154,18 +154,18 @@ def test_what_accepts_and_never_answers_is_told_soon(monkeypatch):
 
 @pytest.fixture
 def hosts(monkeypatch):
-    """Every rank on a host of its own: 127.0.0.1 is loopback, 127.0.0.2 and on are not."""
+    """Put every rank on a host of its own: 127.0.0.1 is loopback, 127.0.0.2 and up are not."""
     monkeypatch.setattr(rendezvous, "_is_loopback", lambda address: address == "127.0.0.1")
     monkeypatch.setattr(Rendezvous, "_address", lambda self: f"127.0.0.{self._rank + 1}")
 
 
-def test_ranks_of_several_hosts_call_on_each_other(hosts):
+def test_ranks_of_several_hosts_connect_to_each_other(hosts):
     found = meet({rank: card(rank) for rank in range(3)})
     assert found.verdicts == [""] * 3
     assert {answer[2] for answer in found.answers.values()} == {"127.0.0.2"}
 
 
-def test_a_host_whose_ports_are_shut_is_named(hosts, monkeypatch):
+def test_a_host_with_closed_ports_is_named(hosts, monkeypatch):
     def shut():
         if threading.current_thread().name != "rank 2":
             return open_port()
@@ -176,19 +176,19 @@ def test_a_host_whose_ports_are_shut_is_named(hosts, monkeypatch):
     open_port = rendezvous._listen
     monkeypatch.setattr(rendezvous, "_listen", shut)
     (verdict,) = set(meet({rank: card(rank) for rank in range(4)}).verdicts)
-    assert verdict.startswith("node-1: rank 1 does not reach rank 2 on node-2 at 127.0.0.3, port ")
+    assert verdict.startswith("node-1: rank 1 cannot reach rank 2 on node-2 at 127.0.0.3, port ")
     assert "Connection refused; do: " in verdict
 
 
-def test_an_interface_that_is_not_there_is_told_before_gloo_fails(monkeypatch):
+def test_a_missing_interface_is_reported_before_gloo_fails(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert rendezvous.interface_problem() is None
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
     (verdict,) = set(meet({0: card(0), 1: card(1)}).verdicts)
-    assert verdict.startswith("GLOO_SOCKET_IFNAME: got none7; need names of interfaces here")
+    assert verdict.startswith("GLOO_SOCKET_IFNAME: got none7; need interfaces of this host: ")
 
 
-def test_interface_towards_a_loopback_name_is_that_of_the_way_to_others(monkeypatch):
+def test_a_loopback_name_gives_the_interface_to_another_host(monkeypatch):
     # The kernel's own choice for an address of this host is that address.
     assert interface_towards("127.0.0.1", 9, "127.0.0.1") == ("lo", "127.0.0.1")
     asked = []
@@ -200,7 +200,7 @@ def test_interface_towards_a_loopback_name_is_that_of_the_way_to_others(monkeypa
 
 
 def test_512_ranks_meet_in_seconds():
-    """Their requests through one connection a thread of 4: the store serves one at a time."""
+    """Four threads make all requests, one connection each: the store serves one at a time."""
     world, cards = 512, {0: card(0)}
     first = Meeting(cards, world=world, seconds=50)
 
@@ -211,7 +211,7 @@ def test_512_ranks_meet_in_seconds():
         store = rendezvous.connect(seconds=20)
         for rank in ranks:
             store.set(f"card/{rank}", json.dumps(card(rank) | {"address": "127.0.0.1"}))
-            store.add("come", 1)
+            store.add("arrived", 1)
 
     threads = [threading.Thread(target=many, args=[range(1 + i, world, 4)]) for i in range(4)]
     for thread in threads:

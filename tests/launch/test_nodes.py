@@ -167,4 +167,4 @@ def test_what_differs_between_hosts_is_told_before_the_start(digits, tmp_path):
         two.kill()
         start = hosts.start(one, two, flags=["--start_timeout", "1"])
         start.gone()
-        assert "rank 1 (node-2) did not come within" in start.output()
+        assert "rank 1 (node-2) did not connect within" in start.output()
