@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         exported = export(arguments.source, given, arguments.out)
     except (ValueError, OSError, RuntimeError) as error:
-        return failures.tell(error)
+        return failures.report(error)
     width = max(len(str(path)) for path in exported.paths)
     for path in exported.paths:
         print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(write_report(arguments.run, arguments.out))
     except (ValueError, OSError) as error:
-        return failures.tell(error)
+        return failures.report(error)
     return 0
 
 

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(arguments, given)
     except (ValueError, OSError) as error:
-        return failures.tell(error)
+        return failures.report(error)
     return 0
 
 

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run(command, requests)
         except (ValueError, OSError) as error:  # before the ranks met, or on all of them
-            return failures.tell(error)
+            return failures.report(error)
 
 
 def run(command: CommandLine, requests: StopRequests) -> int:
@@ -50,7 +50,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     home = run_dir  # of the records of errors, and of the file STOP
     if command.instead:
         home = Path(tempfile.gettempdir()) / f"ds_classifier-{os.getuid()}"
-    requests.also_by(max_minutes=resolved.settings.max_minutes, run_dir=home)
+    requests.watch_also(max_minutes=resolved.settings.max_minutes, run_dir=home)
     with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
         from ds_classifier.training import run as training  # with it comes torch
         from ds_classifier.training.run_dir import launch_lines

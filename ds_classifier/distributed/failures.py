@@ -1,7 +1,7 @@
-"""How a failed run ends: each rank's traceback in a file, one message a host on the screen.
+"""How a failed run ends: every rank's traceback in a file, one message per host on the screen.
 
 runs/NAME/errors/2026-01-31_12-00-00/rank3.txt      what rank 3 was doing, with all its stacks
-                                     HOST.json      the first error, as it stood on the screen
+                                     HOST.json      the first error of that host, as printed
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from ds_classifier import distributed
 from ds_classifier.common import files
 
 FAILED = 1  # exit code: an error that is not the user's
-WRONG_USE = 2  # exit code: what the user asked for cannot be done
+WRONG_USE = 2  # exit code: the request cannot be carried out
 HUNG = 70  # exit code: no progress within a time-out (EX_SOFTWARE of sysexits.h)
 
-# Code in which a rank waits for others: torch's and deepspeed's collectives, and our vote.
+# Code in which a rank waits for other ranks: collectives of torch and deepspeed, and our vote.
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 _VOTE = ("ds_classifier/distributed/stopping.py", "_count")
 
 
 def summary(error: BaseException) -> str:
-    """The line that says what is wrong; a loader worker's error comes with its whole traceback."""
+    """Return the line that says what is wrong.
+
+    The text of a loader worker's error contains its traceback, whose last line counts.
+    """
     text = files.problem(error).strip()
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1]
@@ -40,31 +43,35 @@ def summary(error: BaseException) -> str:
 
 
 def exit_code(error: BaseException) -> int:
+    """Return WRONG_USE for a ValueError, else FAILED."""
     return WRONG_USE if isinstance(error, ValueError) else FAILED
 
 
-def tell(error: BaseException) -> int:
-    """Put the error on the screen, once a node, or once where all know it; the exit code."""
+def report(error: BaseException) -> int:
+    """Print an error, once per node, or once if all ranks raise it; return the exit code."""
     if not isinstance(error, distributed.AgreedError):
         distributed.complain(summary(error))
     elif distributed.rank() == 0:
         distributed.show(f"error: {error}", error=True)
     elif distributed.local_rank() == 0:
-        distributed.show("ended; rank 0 tells why", error=True)
+        distributed.show("ended; rank 0 prints the reason", error=True)
     return exit_code(error)
 
 
 def tolerate(what: str, task: Callable[[], Any]) -> Any:
-    """Do what a run can do without: its result, or a line on the screen and None if it fails."""
+    """Run a task that training does not need; return its result, or warn and return None.
+
+    what: the name of its product, for the warning.
+    """
     try:
         return task()
-    except Exception as error:  # a bug in it, too, is no reason to lose a training
+    except Exception as error:  # even a bug in it must not end a training
         distributed.warn(f"{what}: not made, and nothing else is lost: {summary(error)}")
         return None
 
 
 def is_waiting(frame: FrameType | None) -> bool:
-    """Whether a stack, given by its innermost frame, stands in a collective."""
+    """Return True if a stack, given by its innermost frame, is in a collective."""
     while frame is not None:
         if _is_collective(frame.f_code):
             return True
@@ -73,19 +80,19 @@ def is_waiting(frame: FrameType | None) -> bool:
 
 
 def broke_in_collective(error: BaseException) -> bool:
-    """Whether an error came out of a collective, so that another rank's may be behind it."""
+    """Return True if an error came out of a collective: another rank may have caused it."""
     return any(_is_collective(f.f_code) for f, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _is_collective(code: CodeType) -> bool:
     path = code.co_filename
-    return any(place in path for place in _COLLECTIVES) or (
+    return any(folder in path for folder in _COLLECTIVES) or (
         path.endswith(_VOTE[0]) and code.co_name == _VOTE[1]
     )
 
 
 def stacks() -> str:
-    """Where every thread of this process stands, the main thread first."""
+    """Return the stacks of all threads of this process, the main thread first."""
     frames = sys._current_frames()
     threads = sorted(threading.enumerate(), key=lambda thread: thread.name != "MainThread")
     return "\n".join(
@@ -96,7 +103,7 @@ def stacks() -> str:
 
 
 def record(folder: Path, text: str) -> bool:
-    """Write this rank's file; whether that worked."""
+    """Write this rank's file; return False if that failed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank{distributed.rank()}.txt").write_text(text)
@@ -106,9 +113,9 @@ def record(folder: Path, text: str) -> bool:
 
 
 def claim(folder: Path, verdict: dict[str, Any]) -> bool:
-    """Be the one of this host that speaks: the first whose verdict appears in the folder.
+    """Return True if this rank is the first of its host to write a verdict, and may print it.
 
-    Where nothing can be written, everybody speaks.
+    If the folder cannot be written, every rank may print.
     """
     path = _claimed(folder)
     staging = path.with_suffix(f".rank{distributed.rank()}")
@@ -126,7 +133,7 @@ def claim(folder: Path, verdict: dict[str, Any]) -> bool:
 
 
 def claimed(folder: Path) -> dict[str, Any] | None:
-    """The verdict that another rank of this host has put on the screen, or None."""
+    """Return the verdict that another rank of this host has printed, or None."""
     try:
         return json.loads(_claimed(folder).read_text())
     except (OSError, ValueError):

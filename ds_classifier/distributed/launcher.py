@@ -1,4 +1,4 @@
-"""What the launcher was told and forgives, read from the command lines above this process."""
+"""Facts that the launcher does not pass on, read from the command lines of parent processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ds_classifier.distributed import processes
 
 
 def host_names() -> list[str]:
-    """The hosts of all ranks, in rank order, as the hostfile names them; [] where nobody says."""
+    """Return the host of each rank, as the hostfile names it; [] if the launcher does not say."""
     for word in processes.command_line(os.getppid()):
         if word.startswith("--world_info="):
             try:
@@ -23,25 +23,25 @@ def host_names() -> list[str]:
 
 
 def hostfile_problem() -> str | None:
-    """Why the launcher did not use the hostfile it was given: then this host trains alone."""
+    """Return why the launcher ignored its hostfile and trains on this host alone, or None."""
     for _, above in processes.launcher_chain():
         words = processes.command_line(above)
         hostfile = _hostfile(words)
         if hostfile and not (processes.working_directory(above) / hostfile).is_file():
             return (
-                f"--hostfile: got {hostfile}, which is not there; the launcher would have this "
-                "host train alone; do: name a file of lines like 'node-1 slots=8'"
+                f"--hostfile: got {hostfile}, which does not exist; need a file of lines like "
+                "'node-1 slots=8', else the launcher starts ranks on this host only"
             )
     return None
 
 
 def _hostfile(words: list[str]) -> str:
-    """What stands behind --hostfile or -H, before the script's own flags."""
+    """Return the value of --hostfile or -H among the launcher's own flags; "" if not given."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word in ("--hostfile", "-H"):
             return following
         if word.startswith("--hostfile="):
             return word.partition("=")[2]
-        if Path(word).suffix == ".py":
+        if Path(word).suffix == ".py":  # the flags of the script follow
             break
     return ""

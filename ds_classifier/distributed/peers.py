@@ -1,8 +1,8 @@
-"""What the ranks know of each other when a collective cannot tell them: who is where, who is gone.
+"""What ranks know about each other without collectives: each one's status, and which are gone.
 
-Each rank writes its status under its own key of torch's TCPStore, once a second, in a thread; rank
-0's process serves the store. Nothing here waits longer than told: the one who should answer may be
-dead, stopped, or cut off.
+Every rank writes its status under its own key of torch's TCPStore, once per second, in a thread;
+rank 0's process serves the store. Every wait here has a time limit, because the rank that should
+answer may be dead, stopped, or cut off.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from ds_classifier import distributed
 from ds_classifier.distributed import processes, rendezvous
 
 BEAT_SECONDS = 1.0
-_START_SECONDS = 120  # for all ranks to have said who they are, once they are connected
+_START_SECONDS = 120  # for all ranks to write their host and process, once connected
 
 
 class Peers:
-    """Made on every rank after the process group; a single rank has none, and talks to nobody.
+    """The other ranks of this run. Make it on every rank, after the process group.
 
-    status: this rank's place, JSON-able; called in the thread.
-    attempt: when this start of the run was, the same text on all ranks.
+    status: returns what this rank is doing, JSON-able; called in the thread.
+    attempt: the time of this start of the run, the same text on all ranks.
     verdict: what ended the run, once a rank has posted it: {"message": ..., "code": ...}.
-    lost: since when rank 0's store is unreachable (time.monotonic), or None.
+    lost: when rank 0's store became unreachable (time.monotonic), or None.
+    A single rank has no peers, store or thread.
     """
 
     def __init__(self, status: Callable[[], dict[str, Any]]):
@@ -47,16 +48,17 @@ class Peers:
             self._thread.start()
 
     def _connect(self) -> None:
+        """Exchange host and process of all ranks, and the attempt of rank 0."""
         self._store = rendezvous.connect(seconds=_START_SECONDS)
         if distributed.rank() == 0:
             self._store.set("attempt", self.attempt)
         pid = os.getpid()
-        me = dict(place=_pid_space(), host=socket.gethostname(), pid=pid)
+        me = dict(space=_pid_space(), host=socket.gethostname(), pid=pid)
         self._store.set(
             _who(distributed.rank()), json.dumps(me | {"start": processes.started(pid)})
         )
         self.attempt = self._store.get("attempt").decode()
-        # Read by one and handed on: every rank reading each of W keys would take W^2 requests.
+        # Rank 0 reads all keys for everyone: W ranks that read W keys would make W^2 requests.
         if distributed.rank() == 0:
             keys = [_who(rank) for rank in range(distributed.world_size())]
             texts = [text.decode() for text in self._store.multi_get(keys)]
@@ -65,6 +67,7 @@ class Peers:
         self._who = {rank: json.loads(text) for rank, text in enumerate(everybody)}
 
     def _talk(self) -> None:
+        """Write this rank's status and read the verdict, once per second."""
         beat = 0
         try:
             while not self._closed.is_set():
@@ -80,11 +83,11 @@ class Peers:
                     self._statuses = self._read_twice()
                 self._wake.wait(BEAT_SECONDS)
                 self._wake.clear()
-        except Exception:  # whatever the network did: the store is gone
+        except Exception:  # any error of the network: the store is gone
             self.lost = time.monotonic()
 
     def _read_twice(self) -> dict[int, dict[str, Any]]:
-        """All ranks' statuses; silent: those that sent none for more than two beats."""
+        """Return all ranks' statuses. "silent" is True for those that wrote none for two beats."""
         ranks = range(distributed.world_size())
         keys = [_status(rank) for rank in ranks]
         self._store.wait(keys, timedelta(seconds=2 * BEAT_SECONDS))
@@ -99,14 +102,20 @@ class Peers:
         }
 
     def statuses(self, patience: float = 8.0) -> dict[int, dict[str, Any]]:
-        """Where each rank says it is; empty if rank 0's store does not answer in these seconds."""
+        """Return the status of each rank; {} if rank 0's store does not answer.
+
+        patience: seconds to wait for the store.
+        """
         self._statuses, self._wanted = None, True
         self._wake.set()
         self._wait(lambda: self._statuses is not None, patience)
         return self._statuses or {}
 
     def post(self, verdict: dict[str, Any], patience: float = 3.0) -> None:
-        """Tell all ranks what ended the run, if none did before."""
+        """Post what ended the run, unless another rank did before.
+
+        patience: seconds to wait for the store.
+        """
         self._outgoing = verdict
         self._wake.set()
         self._wait(lambda: self.verdict is not None, patience)
@@ -117,21 +126,21 @@ class Peers:
             time.sleep(0.05)
 
     def gone(self) -> list[int]:
-        """Ranks of this host whose process has ended."""
+        """Return the ranks of this host whose process has ended."""
         here = _pid_space()
         return [
             rank
             for rank, who in self._who.items()
-            if who["place"] == here and processes.started(who["pid"]) != who["start"]
+            if who["space"] == here and processes.started(who["pid"]) != who["start"]
         ]
 
     def name(self, rank: int) -> str:
-        """A rank with host and process, as people look for it."""
+        """Return a rank's name with its process and host."""
         who = self._who.get(rank)
         return f"rank {rank} (process {who['pid']} on {who['host']})" if who else f"rank {rank}"
 
     def close(self) -> None:
-        """Talk no more; the interpreter may not end while the thread is in torch's C++."""
+        """Stop the thread: the interpreter must not end while it is in torch's C++."""
         self._closed.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -147,5 +156,5 @@ def _status(rank: int) -> str:
 
 
 def _pid_space() -> str:
-    """Where a process number means the same process: the host, and the container on it."""
+    """Return the space in which process numbers are unique: host, boot and container."""
     return f"{socket.gethostname()} {processes.pid_space()}"

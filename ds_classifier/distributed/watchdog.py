@@ -1,7 +1,7 @@
-"""Hangs and deaths: every rank knows where it is, and the first trouble of one ends all of them.
+"""Hangs and deaths: the first failure of one rank ends all ranks, with a message that names it.
 
-Each rank watches its own progress against a time-out, the processes of its host, and what others
-post (`peers.py`). Nothing is done in a step but noting the phase; the rest is a thread's.
+Each rank compares its own progress with a time-out, and watches the processes of its host and the
+statuses that other ranks post (`peers.py`). A step only records its phase; a thread does the rest.
 """
 
 from __future__ import annotations
@@ -22,41 +22,47 @@ from ds_classifier.distributed import failures, processes
 from ds_classifier.distributed.peers import Peers
 
 DATA, COMPUTING, COLLECTIVE = "data", "forward/backward", "collective"
-_END = object()  # of the batches
+_END = object()  # after the last batch
 _TICK_SECONDS = 1.0
-_CONFIRM_SECONDS = 2.0  # a rank that is leaving in peace is gone for no longer than this
-_CAUSE_SECONDS = 5.0  # for the cause of a broken collective to show
+_CONFIRM_SECONDS = 2.0  # a rank that ends normally is gone for less than this before this one ends
+_CAUSE_SECONDS = 5.0  # for the cause of a broken collective to become known
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is. activity: what the time-out is for: start, step, save or validation."""
+class Activity:
+    """What a rank is doing.
 
-    activity: str
+    name: start, step, save or validation; each has a time-out.
+    phase: a part of the activity.
+    began, since: when the activity and the phase began, by time.monotonic.
+    """
+
+    name: str
     phase: str
     step: int
-    began: float  # the activity, by time.monotonic
-    since: float  # the phase
+    began: float
+    since: float
 
 
 class Watchdog:
-    """A context around a rank's work; an error that leaves it ends all ranks.
+    """A context around a rank's work. An error that leaves it ends all ranks.
 
-    minutes: the time-out of each activity. The first step has that of the start: kernels are
-    compiled in it. advice: what else to say of an error, or None.
+    minutes: the time-out of each activity. The first step has that of the start, because kernels
+    are compiled in it.
+    advice: set by others; returns a better message for an error, or None.
     """
 
     def __init__(self, run_dir: Path, *, minutes: dict[str, float]):
         self.advice: Callable[[BaseException], str | None] = lambda error: None
         self._minutes = minutes
-        # Until the ranks meet, those of a host have only their launcher in common.
+        # Before the ranks meet, those of a host have only their launcher in common.
         launcher = os.getppid()
         self._errors = run_dir / "errors" / f"{launcher}-{processes.started(launcher)}"
         self._main = threading.get_ident()
-        self._details = ""  # of this rank's own error
+        self._details = ""  # traceback of this rank's own error
         now = time.monotonic()
-        self._place = Place("start", "start", 0, now, now)
-        self._waiting_since: float | None = None  # the main thread, in a collective
+        self._activity = Activity("start", "start", 0, now, now)
+        self._waiting_since: float | None = None  # since when the main thread is in a collective
         self._first_step: int | None = None
         self._peers: Peers | None = None
         self._releases: list[Callable[[], None]] = []
@@ -76,23 +82,23 @@ class Watchdog:
         self.close()
 
     def join(self) -> None:
-        """Meet the other ranks; every rank calls it when the process group stands."""
+        """Connect to the other ranks. Every rank must call it after the process group is made."""
         self._peers = Peers(self._status)
         self._errors = self._errors.with_name(self._peers.attempt)
 
     def release_at_end(self, release: Callable[[], None]) -> None:
-        """Call this when the run ends, well or badly."""
+        """Register a function to call when the run ends, with or without an error."""
         self._releases.append(release)
 
     def leave(self) -> None:
-        """All ranks are through; every rank must call it before the process group ends."""
+        """Wait until all ranks are done; every rank must call it before the process group ends."""
         from torch.distributed import barrier
 
         barrier()
         self.close()
 
     def close(self) -> None:
-        """Watch no more, and release what was held."""
+        """Stop watching, and call the registered functions."""
         self._closed.set()
         self._thread.join()
         if self._peers is not None:
@@ -101,81 +107,83 @@ class Watchdog:
             self._releases.pop()()
 
     def stepping(self, step: int) -> None:
-        """A step begins."""
+        """Record that a step begins."""
         self._first_step = self._first_step or step
         self._go("step", COMPUTING, step)
 
     @contextmanager
-    def during(self, activity: str) -> Iterator[None]:
-        """Within a step, something with a time-out of its own: save or validation."""
-        before = self._place
-        self._go(activity, activity, before.step)
+    def during(self, name: str) -> Iterator[None]:
+        """Record an activity with a time-out of its own within a step: save or validation."""
+        before = self._activity
+        self._go(name, name, before.step)
         yield
-        self._go(before.activity, before.phase, before.step)
+        self._go(before.name, before.phase, before.step)
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches; waiting for one is the phase data."""
+        """Yield the batches; the wait for each is recorded as the phase data."""
         batches = iter(batches)
         while True:
-            before = self._place
-            self._place = replace(before, phase=DATA, since=time.monotonic())
-            batch = next(batches, _END)  # an error leaves the phase as it is: it happened there
-            self._place = replace(before, since=time.monotonic())
+            before = self._activity
+            self._activity = replace(before, phase=DATA, since=time.monotonic())
+            batch = next(batches, _END)  # an error keeps the phase in which it happened
+            self._activity = replace(before, since=time.monotonic())
             if batch is _END:
                 return
             yield batch
 
-    def _go(self, activity: str, phase: str, step: int) -> None:
+    def _go(self, name: str, phase: str, step: int) -> None:
         now = time.monotonic()
-        self._place = Place(activity, phase, step, now, now)
+        self._activity = Activity(name, phase, step, now, now)
 
     # ---------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
+        """Look once per second for every reason to end this rank."""
         last = awake = time.monotonic()
         gone_since: float | None = None
         while not self._closed.wait(_TICK_SECONDS):
             now = time.monotonic()
-            if now - last > 10 * _TICK_SECONDS:  # stopped itself, and nobody's fault
+            if now - last > 10 * _TICK_SECONDS:  # this process itself was stopped (SIGSTOP)
                 awake = now
             last = now
-            place, frame = self._place, sys._current_frames().get(self._main)
+            activity, frame = self._activity, sys._current_frames().get(self._main)
             if not failures.is_waiting(frame):
                 self._waiting_since = None
-            elif self._waiting_since is None or self._waiting_since < place.began:
+            elif self._waiting_since is None or self._waiting_since < activity.began:
                 self._waiting_since = now
             if self._peers is not None:
                 if self._peers.verdict is not None:
-                    self._end(self._peers.verdict, "ended, as another rank failed")
+                    self._end(self._peers.verdict, "ended because another rank failed")
                 gone = self._peers.gone()
                 gone_since = (gone_since or now) if gone else None
                 if gone_since is not None and now - gone_since > _CONFIRM_SECONDS:
                     self._end_for_gone(gone)
                 if self._peers.lost is not None and now - self._peers.lost > _CAUSE_SECONDS:
                     self._end(self._verdict(self._lost()), self._lost())
-            limit = 60 * self._limit(place)
-            if now - max(place.began, awake) > limit:
-                self._end_overdue(place, now - place.began)
+            limit = 60 * self._limit(activity)
+            if now - max(activity.began, awake) > limit:
+                self._end_overdue(activity, now - activity.began)
 
-    def _limit(self, place: Place) -> float:
-        """Minutes that the activity may take."""
-        compiling = place.activity == "step" and place.step == self._first_step
-        return self._minutes["start" if compiling else place.activity]
+    def _limit(self, activity: Activity) -> float:
+        """Return the minutes that the activity may take."""
+        compiling = activity.name == "step" and activity.step == self._first_step
+        return self._minutes["start" if compiling else activity.name]
 
     def _status(self) -> dict[str, Any]:
-        place, now = self._place, time.monotonic()
-        phase, since = place.phase, place.since
+        """Return phase, step and seconds in this phase, for the other ranks."""
+        activity, now = self._activity, time.monotonic()
+        phase, since = activity.phase, activity.since
         if failures.is_waiting(sys._current_frames().get(self._main)):
             phase, since = COLLECTIVE, self._waiting_since or now
-        return {"phase": phase, "step": place.step, "seconds": round(now - since)}
+        return {"phase": phase, "step": activity.step, "seconds": round(now - since)}
 
     # ---------------------------------------------------------------- ends
 
     def _fail(self, error: BaseException) -> None:
-        """End all ranks for an error of this one, unless it only followed from another's."""
+        """End all ranks for an error of this one, or for its cause on another rank."""
         self._details = details = "".join(traceback.format_exception(error))
         if failures.broke_in_collective(error):
-            self._place = replace(self._place, phase=COLLECTIVE)
+            self._activity = replace(self._activity, phase=COLLECTIVE)
             self._await_cause()
         advice = self.advice(error)
         text = advice or failures.summary(error)
@@ -186,13 +194,13 @@ class Watchdog:
             if silent:
                 names = ", ".join(map(self._name, silent))
                 text = (
-                    f"{names} fell silent, and the connection broke; do: see what its host says; "
-                    "the same command continues from the last checkpoint"
+                    f"{names} fell silent, and the connection broke; do: check its host; the same "
+                    "command continues from the last checkpoint"
                 )
         self._end(self._verdict(text, failures.exit_code(error), shown))
 
     def _await_cause(self) -> None:
-        """A collective broke: the rank that died, or that failed first, shows in a moment."""
+        """Wait for the cause of a broken collective: the rank that died or failed first."""
         deadline = time.monotonic() + _CAUSE_SECONDS
         while time.monotonic() < deadline:
             gone = self._peers.gone()
@@ -200,7 +208,7 @@ class Watchdog:
             if verdict is not None:
                 self._end(verdict)
             if gone:
-                time.sleep(0.5)  # several may be dying
+                time.sleep(0.5)  # others may be dying too
                 self._end_for_gone(self._peers.gone())
             if self._peers.lost is not None:
                 self._end(self._verdict(self._lost()))
@@ -211,14 +219,14 @@ class Watchdog:
         if verdict is None:
             names = ", ".join(map(self._name, gone))
             verdict = self._verdict(
-                f"{names} died without a word, killed or out of memory (dmesg may tell); do: run "
-                "the same command again, it continues from the last checkpoint"
+                f"{names} died without a message, killed or out of memory (see dmesg); do: run the "
+                "same command again, it continues from the last checkpoint"
             )
-        self._end(verdict, "ended, as another rank died")
+        self._end(verdict, "ended because another rank died")
 
-    def _end_overdue(self, place: Place, seconds: float) -> None:
+    def _end_overdue(self, activity: Activity, seconds: float) -> None:
         statuses = self._statuses()
-        flag = "start" if self._limit(place) == self._minutes["start"] else place.activity
+        flag = "start" if self._limit(activity) == self._minutes["start"] else activity.name
         text = (
             f"no progress within --{flag}_timeout ({seconds:.0f} s): {self._blame(statuses)}; do: "
             "look at its stacks; if it was only slow, raise the time-out"
@@ -238,15 +246,15 @@ class Watchdog:
         return [rank for rank, status in statuses.items() if status.get("silent")]
 
     def _blame(self, statuses: dict[int, dict[str, Any]]) -> str:
-        """Who keeps the others waiting, and where it is."""
+        """Return which ranks keep the others waiting, and what they are doing."""
         silent = self._silent(statuses)
         at_data = [rank for rank, status in statuses.items() if status.get("phase") == DATA]
         working = [rank for rank, status in statuses.items() if status.get("phase") != COLLECTIVE]
         culprits = silent or at_data or working
         if not culprits:
             return (
-                "all ranks wait in a collective: the network between them is slow, or they do not "
-                "wait for the same one"
+                "all ranks wait in a collective: the network between them is slow, or they are in "
+                "different collectives"
             )
         waiting = [rank for rank in statuses if rank not in culprits]
         text = ", ".join(self._describe(rank, statuses[rank]) for rank in culprits)
@@ -267,35 +275,40 @@ class Watchdog:
         return self._peers.name(rank) if self._peers is not None else f"rank {rank}"
 
     def _verdict(self, text: str, code: int = failures.FAILED, shown: str = "") -> dict[str, Any]:
-        """shown: a traceback to stand above the message."""
+        """Return what to print and the exit code. shown: a traceback to print above the message."""
         status, rank = self._status(), distributed.rank()
         where = f"rank {rank} at step {status['step']}, {status['phase']}; tracebacks in "
         return {"message": f"{shown}{where}{self._errors}/\nerror: {text}", "code": code}
 
     def _end(self, verdict: dict[str, Any], why: str = "") -> None:
-        """End this rank: its file, the word to the others, the screen if it is the first here."""
-        self._ending.acquire()  # and never release: another thread's error comes too late
+        """End this process with the code of the verdict, after `_report`."""
+        self._ending.acquire()  # never released: only the first error of this process counts
         try:
-            self._tell(verdict, why)
-        finally:  # whatever the disk or the screen did
+            self._report(verdict, why)
+        finally:  # even if the disk or the screen fails
             os._exit(verdict["code"])
 
-    def _tell(self, verdict: dict[str, Any], why: str) -> None:
+    def _report(self, verdict: dict[str, Any], why: str) -> None:
+        """Write this rank's file, post the verdict, and print it if this host has not yet.
+
+        why: goes into the file of a rank that has no error of its own.
+        """
         status = self._status()
         failures.record(
             self._errors,
             f"{self._name(distributed.rank())}, step {status['step']}, phase {status['phase']} "
             f"since {status['seconds']} s\n\n{self._details or why}\n\n{failures.stacks()}",
         )
-        speaks = failures.claim(self._errors, verdict)
+        prints = failures.claim(self._errors, verdict)
         if self._peers is not None:
             self._peers.post(verdict)
         for release in self._releases:
             release()
-        with suppress(OSError):  # a full disk under a redirected screen
+        with suppress(OSError):  # a full disk under a redirected output
             sys.stdout.flush()
-        if distributed.world_size() > 1 and (speaks or distributed.rank() == 0):
-            # The others read the verdict in rank 0's store, and fall silent: this stands last.
+        if distributed.world_size() > 1 and (prints or distributed.rank() == 0):
+            # Let the other ranks read the verdict in rank 0's store and end, so that the message is
+            # the last line on the screen.
             time.sleep(2.5 * _TICK_SECONDS)
-        if speaks:
+        if prints:
             distributed.show(verdict["message"], error=True)

@@ -1,4 +1,4 @@
-"""What the launcher was told, read from the command lines of real processes above a rank."""
+"""Facts about the launcher, read from the command lines of real parent processes of a rank."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ RUN_CHILD = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:2] + ['
 
 
 def ask(folder, question: str, *words: str, program: str = "deepspeed"):
-    """The answer of a rank whose parent is a program of this name, called with these words."""
+    """Return the answer of a rank whose parent is a program of this name, called with `words`."""
     child = "import json; from ds_classifier.distributed import launcher; "
     child += f"print(json.dumps({question}))"
     parent = folder / program
@@ -32,8 +32,8 @@ def world_info(text: str) -> str:
     return "--world_info=" + base64.urlsafe_b64encode(text.encode()).decode()
 
 
-def test_hosts_stand_in_rank_order_once_a_rank(tmp_path):
-    # As deepspeed's launch.py numbers ranks: host by host, in the order of the hostfile.
+def test_hosts_are_in_rank_order_one_per_rank(tmp_path):
+    # deepspeed's launch.py numbers ranks host by host, in the order of the hostfile.
     word = world_info('{"node-2": [0, 1, 2], "node-10": [5], "node-1": [0, 1]}')
     assert ask(tmp_path, "launcher.host_names()", word) == [
         *["node-2", "node-2", "node-2", "node-10", "node-1", "node-1"]
@@ -41,7 +41,7 @@ def test_hosts_stand_in_rank_order_once_a_rank(tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--world_info=?"], [world_info("no json")]])
-def test_nobody_says_which_hosts(tmp_path, words):
+def test_without_world_info_the_hosts_are_unknown(tmp_path, words):
     assert ask(tmp_path, "launcher.host_names()", *words) == []
 
 
@@ -49,16 +49,16 @@ def test_nobody_says_which_hosts(tmp_path, words):
     "words",
     [["--hostfile", "nodes", "a.py"], ["--hostfile=nodes", "a.py"], ["-H", "nodes", "a.py"]],
 )
-def test_a_hostfile_that_is_not_there_is_told(tmp_path, words):
+def test_a_missing_hostfile_is_reported(tmp_path, words):
     problem = ask(tmp_path, "launcher.hostfile_problem()", *words)
-    assert problem.startswith("--hostfile: got nodes, which is not there")
+    assert problem.startswith("--hostfile: got nodes, which does not exist")
     (tmp_path / "nodes").write_text("node-1 slots=1\n")  # where the launcher looks for it
     assert ask(tmp_path, "launcher.hostfile_problem()", *words) is None
 
 
 @pytest.mark.parametrize("words", [[], ["--num_gpus", "1", "a.py"], ["a.py", "--hostfile", "no"]])
 def test_no_hostfile_no_problem(tmp_path, words):
-    """A flag of that name behind the script is the script's."""
+    """A flag of that name after the script belongs to the script."""
     assert ask(tmp_path, "launcher.hostfile_problem()", *words) is None
 
 

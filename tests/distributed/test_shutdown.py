@@ -1,4 +1,4 @@
-"""Listening for requests to stop while the run directory's disk is away; jobs: test_stopping.py."""
+"""Requests to stop while the run directory's disk is away. test_stopping.py stops whole jobs."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def fails(path, *arguments, **keywords):
     return untouched(path, *arguments, **keywords)
 
 with StopRequests() as requests:
-    requests.also_by(max_minutes=0, run_dir=Path(sys.argv[2]))
+    requests.watch_also(max_minutes=0, run_dir=Path(sys.argv[2]))
     if "deferred" in sys.argv:
         requests.defer()
     untouched, os.stat = os.stat, fails
@@ -25,7 +25,7 @@ with StopRequests() as requests:
     time.sleep(1.5)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1.5)
-    requests.honoured()
+    requests.clear_stop_file()
     print("asked by", requests.reason, flush=True)
 """
 
@@ -35,8 +35,8 @@ def listening(folder, *words):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
 
 
-def test_signals_are_heard_while_the_stop_file_cannot_be_looked_at(tmp_path):
-    """As NFS has it for a while. A thread that died of it would hear no launcher's death either."""
+def test_signals_are_received_while_the_stop_file_cannot_be_read(tmp_path):
+    """NFS can fail for a while. A thread that ended then would miss the launcher's death too."""
     done = listening(tmp_path, "deferred")
     assert done.stdout == "asked by SIGTERM\n", done.stderr
     assert "Traceback" not in done.stderr
@@ -45,4 +45,4 @@ def test_signals_are_heard_while_the_stop_file_cannot_be_looked_at(tmp_path):
 def test_a_stop_file_that_cannot_be_removed_does_not_keep_a_rank(tmp_path):
     done = listening(tmp_path)
     assert done.returncode == 75, done
-    assert "STOP: Stale file handle: the stop file stays" in done.stderr
+    assert "STOP: Stale file handle: the stop file cannot be removed" in done.stderr

@@ -1,5 +1,6 @@
 """Hangs and deaths of ranks: four gloo ranks that only reduce a number (tiny_ranks.py)."""
 
+import ast
 import json
 import statistics
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from running import ROOT, environment, run_python
+
+from ds_classifier.distributed import failures
 
 FAULTS = {
     "peace": "9:none",
@@ -43,8 +46,8 @@ def ended(tmp_path_factory) -> dict[str, dict]:
     return run_tiny(tmp_path_factory.mktemp("tiny"), FAULTS)
 
 
-def last_words(row: dict, *words: str) -> None:
-    """One error on the screen, at its end, with these words."""
+def check_last_line(row: dict, *words: str) -> None:
+    """Check that there is one error on the screen, in the last line, with these words."""
     assert [line[:7] for line in row["screen"]].count("error: ") == 1, row["screen"]
     assert row["screen"][-1].startswith("error: ")
     for word in words:
@@ -70,15 +73,22 @@ with Watchdog(Path("run"), minutes=minutes) as watch:
 """
 
 
-def test_an_error_of_the_loader_is_one_of_the_data(tmp_path):
+def test_an_error_of_the_loader_happens_in_the_phase_data(tmp_path):
     done = run_python("-c", BROKEN_LOADER, cwd=tmp_path)
     assert done.code == 1
     assert any("at step 5, data" in line for line in done.lines), done.output
     assert done.lines[-1] == "error: train-000003.tar: No such file or directory"
 
 
+def test_the_vote_is_known_by_its_name():
+    """A rank that waits in the vote counts as waiting for others, which failures finds by name."""
+    path, function = failures._VOTE
+    tree = ast.parse((ROOT / path).read_text())
+    assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.faults
-def test_without_a_fault_nothing_is_said(ended):
+def test_without_a_fault_nothing_is_printed(ended):
     assert set(ended["peace"]["codes"].values()) == {0}
     assert ended["peace"]["screen"] == []
     assert set(ended["slow_start"]["codes"].values()) == {0}, "the first step may be slow"
@@ -92,17 +102,17 @@ def test_killed_ranks_end_the_others_in_seconds_and_are_named(ended, name, dead)
     for rank in range(4):
         assert row["codes"][str(rank)] == (-9 if rank in dead else 1)
     assert max(row["seconds"].values()) < 15
-    last_words(row, *(f"rank {rank} (process" for rank in dead), "died")
+    check_last_line(row, *(f"rank {rank} (process" for rank in dead), "died")
     assert set(row["files"]) == {f"rank{rank}.txt" for rank in range(4) if rank not in dead}
     assert "all_reduce_sum" in "".join(row["files"].values())
 
 
 @pytest.mark.faults
-def test_the_first_error_stands_last(ended):
+def test_the_first_error_is_printed_last(ended):
     row = ended["raised"]
     assert set(row["codes"].values()) == {1}
     assert max(row["seconds"].values()) < 15
-    last_words(row, "RuntimeError: a fault of the test")
+    check_last_line(row, "RuntimeError: a fault of the test")
     assert sum("Traceback" in line for line in row["screen"]) == 1
     assert row["screen"][-2].startswith("rank 1 at step 5, forward/backward")
     assert len(row["files"]) == 4
@@ -115,7 +125,9 @@ def test_the_first_error_stands_last(ended):
 def test_a_rank_that_hangs_is_named_with_step_and_phase(ended, name, rank, phase):
     row = ended[name]
     assert set(row["codes"].values()) == {70}
-    last_words(row, f"rank {rank} (process", f"has been in {phase} at step 5", "--step_timeout")
+    check_last_line(
+        row, f"rank {rank} (process", f"has been in {phase} at step 5", "--step_timeout"
+    )
     waiting = ", ".join(str(r) for r in range(4) if r != rank)
     assert f"ranks {waiting} wait" in row["screen"][-1]
     assert len(row["files"]) == 4
@@ -127,13 +139,13 @@ def test_a_rank_that_hangs_is_named_with_step_and_phase(ended, name, rank, phase
 def test_a_stopped_rank_is_named(ended):
     row = ended["stopped"]
     assert row["codes"] == {"0": 70, "1": 70, "2": -9, "3": 70}
-    last_words(row, "rank 2 (process", "does not answer")
+    check_last_line(row, "rank 2 (process", "does not answer")
     assert set(row["files"]) == {"rank0.txt", "rank1.txt", "rank3.txt"}
 
 
 @pytest.mark.faults
 def test_seconds_from_the_first_death_to_the_last_end(tmp_path, capsys):
-    """Ten times: one rank or two killed. The printed figures are those of the README."""
+    """Kill one rank or two, ten times. The README quotes the printed figures."""
     victims = ["0", "1", "2", "3", "0,1", "1,2", "2,3", "0,3", "1,3", "0,2"]
     rows = run_tiny(tmp_path, {f"killed{i}": f"{who}:kill" for i, who in enumerate(victims)})
     seconds = [max(row["seconds"].values()) for row in rows.values()]

@@ -216,7 +216,7 @@ def test_one_ranks_error_and_too_little_memory(digits, tmp_path):
     fault = {"FAULT": "7:0:memory"}.items()
     done = train(1, "zero1_fp32", digits, run, *FLAGS, environment=fault, expect=1)
     assert done.lines[-1].startswith("error: out of memory: got micro-batch 16 at 8 px"), done.lines
-    assert "MB an image" in done.lines[-1]
+    assert "MB per image" in done.lines[-1]
     assert "set train_micro_batch_size_per_gpu in the JSON to 8 or less" in done.lines[-1]
     assert "Traceback" not in done.output
     assert saved_step(run) == 5
