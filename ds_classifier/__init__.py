@@ -1,7 +1,20 @@
 """Training of noise-aware image classifiers, on DeepSpeed and WebDataset.
 
-In Python: `load` a trained classifier. What stands here is imported when it is asked for, so that
-`import ds_classifier` costs nothing.
+In Python: `load` a trained classifier. The packages, from the lowest layer up:
+
+common       files, text, keyed random numbers: no knowledge of training
+model        the classifier; diffusion: noise schedules and q_sample; loss: the loss of a step
+config       settings, recipes, flags, the DeepSpeed JSON
+distributed  many processes as one: ranks, printing, stopping, failures
+data         from shards, at any place, to batches
+checkpoint   written, verified, and read into new runs
+guidance     gradients of the classifier, and guided samples
+evaluation   the whole validation set, at every noise level
+export       a classifier as a folder of its own, and `Predictor`
+training     the loop, and all that a run needs around it
+report       a run as an HTML page
+
+The names in __all__ are imported when they are first used, so `import ds_classifier` is cheap.
 """
 
 from importlib import import_module

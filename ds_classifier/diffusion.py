@@ -1,14 +1,14 @@
-"""The forward diffusion process: noise schedules, respacing, q_sample; and how timesteps are drawn.
+"""The forward diffusion process (noise schedules, respacing, q_sample), and samplers of timesteps.
 
 Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (Improved DDPM). Tables are float64 numpy, as in
 guided-diffusion; q_sample computes in fp32.
 
 t / timesteps: index of a noise level of the (respaced) process, 0 .. num_timesteps - 1; 0 is almost
-clean, the last almost pure noise.
+clean, the last is almost pure noise.
 
-A new noise schedule is a function and a line in NOISE_SCHEDULES; a new way of drawing timesteps is
-a class and a line in SCHEDULE_SAMPLERS. torch is imported where it is used, so that `--help` can
-name both at once.
+To add a noise schedule, write a function and add it to NOISE_SCHEDULES; to add a way of drawing
+timesteps, write a class and add it to SCHEDULE_SAMPLERS. torch is imported inside functions, so
+that `--help` can list the names at once.
 """
 
 from __future__ import annotations
@@ -57,16 +57,18 @@ def get_betas(noise_schedule: str, steps: int) -> np.ndarray:
 
 
 def space_timesteps(steps: int, respacing: str) -> list[int]:
-    """Which timesteps of a process of `steps` a respaced one keeps, ascending.
+    """Return the timesteps of a process of `steps` that a respaced one keeps, ascending.
 
-    "": all. "250": that many, evenly. "10,15,20": the process cut in equal sections, so many from
-    each. "ddim25": every k-th, k the whole number that gives exactly 25 (Song et al. 2021).
+    respacing: "" keeps all; "250" keeps 250, evenly spaced; "10,15,20" divides the process into
+    three equal sections and keeps 10, 15 and 20 of them; "ddim25" keeps every k-th, where the whole
+    number k gives exactly 25 (Song et al. 2021).
+    Raises ValueError for counts that do not fit.
     """
     if not respacing:
         return list(range(steps))
     problem = ValueError(
-        f"timestep_respacing: got {respacing!r} for {steps} steps; need counts that fit, like 250 "
-        "or 10,15,20, or ddimN where N steps come of a whole stride; do: choose other counts"
+        f"timestep_respacing: got {respacing!r} for {steps} steps; need counts that fit, such as "
+        "250 or 10,15,20, or ddimN where a whole stride gives N steps; do: choose other counts"
     )
     try:
         if respacing.startswith("ddim"):
@@ -85,7 +87,7 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
         if not 1 <= count <= size:
             raise problem
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        # The stride is added up, not multiplied: its rounding error decides ties, as recorded.
+        # Add the stride up as the reference does: its rounding error decides ties.
         at = 0.0
         for _ in range(count):
             kept.add(start + round(at))
@@ -95,16 +97,17 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
 
 
 class GaussianDiffusion:
-    """q(x_t | x_0) of a process that may keep only some timesteps of the one it was defined by.
+    """The process q(x_t | x_0), which may keep only some timesteps of the original process.
 
-    num_timesteps: T of the respaced process. betas, alphas_cumprod: [T] float64 numpy.
-    timestep_map: [T] the timestep of the original process that each t stands for.
+    num_timesteps: T of the respaced process.
+    betas, alphas_cumprod: [T] float64 numpy.
+    timestep_map: [T] timesteps of the original process.
     """
 
     def __init__(self, *, original_betas: np.ndarray, kept: list[int], rescale_timesteps: bool):
         original_alphas_cumprod = np.cumprod(1.0 - original_betas)
         alphas_cumprod = original_alphas_cumprod[kept]
-        # The betas whose products pass through the kept alpha_bars.
+        # The betas with which the respaced process has the kept alpha_bars.
         self.betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         self.timestep_map = list(kept)
@@ -114,8 +117,7 @@ class GaussianDiffusion:
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, on a device, sqrt(alpha_bar) and sqrt(1 - alpha_bar), fp32, and timestep_map,
-        int64, each [T]."""
+        """Return sqrt(alpha_bar), sqrt(1 - alpha_bar), [T] fp32, and timestep_map, [T] int64."""
         import torch
 
         if device not in self._tables:
@@ -126,22 +128,27 @@ class GaussianDiffusion:
         return self._tables[device]
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (DDPM Eq. 4), fp32.
+        """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, [N, ...] fp32.
 
-        x_start, noise: [N, ...]; t: [N] int64 in 0 .. T-1.
+        x_start, noise: [N, ...]; t: [N] int64 in 0 .. T-1. DDPM Eq. 4.
         """
         signal_scale, noise_scale, _ = self._tables_on(x_start.device)
         shape = (-1,) + (1,) * (x_start.dim() - 1)
         return signal_scale[t].view(shape) * x_start + noise_scale[t].view(shape) * noise
 
     def scale_timesteps(self, t: Tensor) -> Tensor:
-        """t as the reference's respaced process hands it on: unchanged, since it maps and rescales
-        only around the network (`SpacedDiffusion`); kept so that the two can be compared."""
+        """Return t unchanged, as the reference's `SpacedDiffusion` does.
+
+        The reference maps and rescales t only around the network, like `model_timesteps`. This
+        function exists so that the two can be compared.
+        """
         return t
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """What the network is called with at t: the original process's timestep, [N] int64; if
-        rescale_timesteps, that times 1000 / original T, [N] fp32."""
+        """Return the timesteps that the network gets: those of the original process, [N] int64.
+
+        If rescale_timesteps is set, they are multiplied by 1000 / original T, [N] fp32.
+        """
         mapped = self._tables_on(t.device)[2][t]
         if self.rescale_timesteps:
             return mapped.float() * (1000.0 / self.original_num_timesteps)
@@ -175,7 +182,7 @@ def create_gaussian_diffusion(
 
 
 class UniformSampler:
-    """Every timestep equally likely; all losses count alike."""
+    """Draws every timestep with the same probability; all loss weights are 1."""
 
     needs_losses = False
 
@@ -190,31 +197,35 @@ class UniformSampler:
         return t, torch.ones_like(t, dtype=torch.float32)
 
     def state(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
         assert not state
 
 
 class NoisySampler(UniformSampler):
-    """p(t) = (2t + 1) / T^2: the noisiest levels twice as often as uniformly, the cleanest rarely.
+    """Draws t with p(t) = (2t + 1) / T^2: the noisiest levels twice as often as uniformly.
 
-    Losses count alike, so the objective leans to the noise levels at which a sampler decides what
-    an image will be. README's "Does it guide?" tells what that brings.
+    All loss weights are 1, so the objective favours the noise levels at which a sampler decides
+    what an image will show. The effect on guidance is measured in docs/guidance.md.
     """
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        # The inverse of the cumulative ((t + 1) / T)^2; the largest number's root is rounded to 1.
+        """Return timesteps, [N] int64, and loss weights, [N] fp32, for numbers in [0, 1), [N]."""
+        # The inverse of the CDF ((t + 1) / T)^2. The root of the largest number may round to 1.
         t, weights = super().sample(uniform.sqrt())
         return t.clamp_max(self.num_timesteps - 1), weights
 
 
 class LossSecondMomentSampler:
-    """p(t) proportional to sqrt(E[L_t^2]) over the last losses seen at t (Improved DDPM Eq. 18).
+    """Draws t with p(t) ~ sqrt(E[L_t^2]) over the last losses at t (Improved DDPM Eq. 18).
 
-    Uniform until every t has `history` losses. Losses are weighted by 1 / (T p(t)), so that the
-    objective's mean stays that of uniform t and only its variance changes. The reference has this
-    sampler too, but neither feeds it losses nor uses its weights in classifier training.
+    The draw is uniform until every t has `history` losses. Losses are weighted by 1 / (T p(t)), so
+    that the mean of the objective is that of uniform t, and only its variance changes. The
+    reference has this sampler too, but in classifier training it neither feeds losses to it nor
+    uses its weights.
     """
 
     needs_losses = True
@@ -244,8 +255,10 @@ class LossSecondMomentSampler:
         return torch.where(warm, learnt, torch.full_like(learnt, 1 / self.num_timesteps))
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Return timesteps by inverse CDF, [N] int64, and loss weights, [N] fp32, for numbers in
-        [0, 1), [N]."""
+        """Return timesteps, [N] int64, and loss weights, [N] fp32, for numbers in [0, 1), [N].
+
+        The timesteps are the inverse CDF of the numbers.
+        """
         import torch
 
         p = self.probabilities()
@@ -254,7 +267,7 @@ class LossSecondMomentSampler:
         return t, 1.0 / (self.num_timesteps * p[t])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Take in the losses of a step: t and losses, [B], of all ranks in order of position."""
+        """Add the losses of a step. t, losses: [B], of all ranks, in order of position."""
         import torch
 
         finite = losses.isfinite()
@@ -262,15 +275,17 @@ class LossSecondMomentSampler:
         t, order = t.sort(stable=True)
         seen = torch.bincount(t, minlength=self.num_timesteps)  # [T] losses of this step at each t
         nth = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
-        last = nth >= seen[t] - self.history  # of very many at one t, only the last fit
+        last = nth >= seen[t] - self.history  # at most `history` losses per t are kept
         slot = (self._counts[t] + nth) % self.history
         self._losses[t[last], slot[last]] = losses[order][last]
         self._counts += seen
 
     def state(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps."""
         return {"losses": self._losses, "counts": self._counts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
         self._losses.copy_(state["losses"])
         self._counts.copy_(state["counts"])
 
@@ -285,7 +300,10 @@ SCHEDULE_SAMPLERS = {
 def create_schedule_sampler(
     name: str, num_timesteps: int, device: torch.device | str
 ) -> UniformSampler | LossSecondMomentSampler:
-    """Return the sampler of timesteps by its name in SCHEDULE_SAMPLERS; raises ValueError."""
+    """Return a sampler of timesteps by its name.
+
+    Raises ValueError for a name that SCHEDULE_SAMPLERS does not have.
+    """
     if name not in SCHEDULE_SAMPLERS:
         raise ValueError(
             f"schedule_sampler: got {name!r}; need one of {', '.join(SCHEDULE_SAMPLERS)}"

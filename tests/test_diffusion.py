@@ -45,7 +45,7 @@ def test_agrees_with_the_recorded_schedules(reference, case):
 
 
 def test_the_network_sees_the_original_timesteps():
-    """Respaced, t = 1 of ddim25 is timestep 40; guided-diffusion's trainer shows the network 1."""
+    """t = 1 of ddim25 is timestep 40 of the original process, not 1 as in the reference."""
     respaced = create_gaussian_diffusion(timestep_respacing="ddim25")
     assert respaced.model_timesteps(torch.tensor([0, 1, 24])).tolist() == [0, 40, 960]
     rescaled = create_gaussian_diffusion(diffusion_steps=4000, rescale_timesteps=True)
@@ -70,7 +70,7 @@ def test_refuses_schedules_that_do_not_exist(flags):
     assert str(value) in str(error.value)
 
 
-def test_noise_depends_on_the_position_alone():
+def test_noise_depends_only_on_the_position():
     positions = torch.tensor([5, 17, 1_000_003, 2**40])
     together = keyed_noise(0, "noise", positions, (8, 8, 3))
     for i, position in enumerate(positions):
@@ -99,7 +99,7 @@ def test_uniform_timesteps_cover_all_levels_evenly():
     assert torch.equal(weights, torch.ones(100_000))
 
 
-def test_noisy_timesteps_come_in_proportion_to_their_noise():
+def test_noisy_timesteps_are_drawn_in_proportion_to_their_noise():
     t, weights = create_schedule_sampler("noisy", 50, "cpu").sample(
         keyed_uniform(0, "t", torch.arange(100_000))
     )
@@ -113,14 +113,14 @@ def test_noisy_timesteps_come_in_proportion_to_their_noise():
 
 
 @pytest.mark.parametrize("name", ["uniform", "noisy"])
-def test_the_largest_number_there_is_gives_the_last_timestep(name):
+def test_the_largest_number_below_1_gives_the_last_timestep(name):
     largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
     t, _ = create_schedule_sampler(name, 1000, "cpu").sample(largest)
     assert t.tolist() == [999]
 
 
 class LossHistory:
-    """Improved DDPM's history by hand: the last `length` losses at every t."""
+    """A plain version of Improved DDPM's history: the last `length` losses at every t."""
 
     def __init__(self, steps, length):
         self.losses = [[] for _ in range(steps)]
@@ -158,7 +158,7 @@ def test_loss_second_moment_leaves_the_mean_loss_unchanged():
     for _ in range(2):
         sampler.update(torch.arange(20), loss_of_t)
     t, weights = sampler.sample(keyed_uniform(0, "t", torch.arange(200_000)))
-    assert (t > 10).float().mean() > 0.7  # it does prefer the large losses
+    assert (t > 10).float().mean() > 0.7  # it prefers large losses
     assert abs((weights * loss_of_t[t]).mean() / loss_of_t.mean() - 1) < 0.01
 
 

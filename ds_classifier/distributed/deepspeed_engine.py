@@ -1,6 +1,6 @@
-"""deepspeed.initialize and what it needs: a device that can do the precision, the lr schedule.
+"""The DeepSpeed engine: creating it, and reading and setting its state.
 
-The rest of the program asks this module for what DeepSpeed keeps in places of its own.
+DeepSpeed's private attributes are used in this file only.
 """
 
 from __future__ import annotations
@@ -14,84 +14,89 @@ import torch
 from torch import nn
 
 from ds_classifier import distributed
+from ds_classifier.common.text import count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-NORM_ROW = 1 << 14  # numbers whose norm is taken at a time
+NORM_ROW = 1 << 14  # numbers that are summed in fp32; rows are summed in fp64
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | None:
-    """Why the device cannot compute in the precision that the JSON asks for, or None."""
+    """Return why the device cannot compute in the JSON's precision, or None."""
     from deepspeed.accelerator import get_accelerator
 
     if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
-        instead = "zero2_bf16.json" if has_fast_bf16(device) else "zero1_fp32.json"
+        name = "zero2_bf16.json" if has_fast_bf16(device) else "zero1_fp32.json"
         return (
             f"fp16.enabled: got true on {describe_device(device)}, which has no fp16 arithmetic "
-            f"(a CPU needs AVX512-FP16); do: use ds_configs/{instead}"
+            f"(a CPU needs AVX512-FP16); do: use ds_configs/{name}"
         )
     return None
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is quicker than fp32 here."""
+    """Return True if bf16 is faster than fp32 on the device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def describe_device(device: torch.device) -> str:
+    """Return the GPU's name, or the CPU with the number of threads per rank."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"this CPU ({threads} {'thread' if threads == 1 else 'threads'} a rank)"
+    return f"this CPU ({count(torch.get_num_threads(), 'thread')} per rank)"
 
 
 def linear_anneal(iterations: int) -> Callable[[int], float]:
-    """The reference's anneal_lr: step k from 0 runs at lr * (1 - k / iterations)."""
+    """Return the reference's anneal_lr: step k, from 0, runs at lr * (1 - k / iterations)."""
     return lambda k: max(0.0, 1.0 - k / iterations)
 
 
 def create_engine(
     module: nn.Module, ds_config: dict[str, Any], lr_factor: Callable[[int], float] | None
 ):
-    """Wrap the module in a DeepSpeed engine.
+    """Wrap the module in a DeepSpeed engine. Every rank must call it.
 
-    ds_config: completed by `ds_config.resolve` and `fill_bucket_sizes`.
-    lr_factor: the learning rate of step k as a share of the peak, or None where the JSON's
-    scheduler decides.
-    Every rank must call it; rank 0's parameters are broadcast.
+    Rank 0's parameters are broadcast to all ranks.
+    ds_config: the JSON, final: `Resolved.ds_config` after `with_parameters`.
+    lr_factor: returns the learning rate of step k as a share of the peak; None: the JSON's
+    scheduler sets it.
     """
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
 
-    torch.backends.cudnn.benchmark = True  # batches have one shape: its quickest convolutions
+    torch.backends.cudnn.benchmark = (
+        True  # all batches have one shape, so it finds the fastest kernels
+    )
     parameters = [p for p in module.parameters() if p.requires_grad]
     schedule = {}
     if lr_factor is not None:
         schedule["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, lr_factor)
-    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints where memory stands
+    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, config=ds_config, **schedule
         )
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
-        # At its floor DeepSpeed would raise at once, of one step too; see skipped_steps.py.
+        # DeepSpeed would raise at the first overflow at the smallest scale. skipped_steps.py counts
+        # them instead.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
 def precision(engine) -> str:
+    """Return the name in DTYPES of the precision that the model computes in."""
     return next(name for name, dtype in DTYPES.items() if dtype == engine.get_data_types()[0])
 
 
 def loss_scale(engine) -> float:
-    """fp16's current loss scale; 1 in the other precisions."""
+    """Return the current loss scale of fp16; 1 in the other precisions."""
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0
 
 
 def loss_scale_floor(engine) -> float | None:
-    """The least that fp16's dynamic loss scale may become; None where there is none."""
+    """Return the smallest dynamic loss scale of fp16; None without dynamic loss scaling."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if not engine.fp16_enabled() or not engine.dynamic_loss_scale():
         return None
@@ -99,17 +104,23 @@ def loss_scale_floor(engine) -> float | None:
 
 
 def grad_norm(engine) -> float:
-    """Norm of the last step's gradient over all ranks, before clipping. Waits for the device."""
+    """Return the norm of the last step's gradient over all ranks, before clipping.
+
+    It waits for the device.
+    """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
 
 def param_norm(engine) -> float:
-    """Norm of all fp32 master weights. Waits for the device; every rank must call it."""
+    """Return the norm of all fp32 master weights. Every rank must call it.
+
+    It waits for the device.
+    """
     squares = torch.zeros((), dtype=torch.float64, device=engine.device)
     for group in engine.optimizer.optimizer.param_groups:
         for partition in group["params"]:
-            # Row by row, for a sum of very many fp32 squares is inexact.
+            # Row by row, because the sum of a million squares is inexact in fp32.
             whole = partition.numel() // NORM_ROW * NORM_ROW
             rows, rest = partition.detach()[:whole], partition.detach()[whole:]
             norms = torch.linalg.vector_norm(rows.view(-1, NORM_ROW), dim=1)
@@ -118,15 +129,15 @@ def param_norm(engine) -> float:
 
 
 def learning_rate(engine) -> float:
-    """The rate that the next step will use."""
+    """Return the learning rate of the next step."""
     return float(engine.optimizer.optimizer.param_groups[0]["lr"])
 
 
 def ensure_adam_state(engine) -> list[dict[str, Any]]:
-    """Adam's state of this rank's flat partitions, made of zeros before the first applied step.
+    """Return Adam's state of this rank's flat partitions, one dict per parameter group.
 
-    Adam makes the same zeros itself at its first step; made earlier, DeepSpeed's access to full
-    tensors works from the start. Returns the state dicts, one a parameter group.
+    Before the first applied step the state is made here, of zeros. Adam makes the same zeros at
+    its first step, but DeepSpeed's access to full tensors needs them earlier.
     """
     optimizer = engine.optimizer.optimizer
     states = []
@@ -134,7 +145,7 @@ def ensure_adam_state(engine) -> list[dict[str, Any]]:
         for partition in group["params"]:
             state = optimizer.state[partition]
             if not state:
-                # Where Adam's own would lie: a fused one counts on the device.
+                # On the device that Adam uses itself: fused Adam keeps the step on the GPU.
                 device = partition.device if group["fused"] else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 for moment in ADAM_MOMENTS:
@@ -145,7 +156,7 @@ def ensure_adam_state(engine) -> list[dict[str, Any]]:
 
 
 def optimizer_share(engine) -> Iterator[torch.Tensor]:
-    """This rank's flat partitions of the fp32 master weights and of the Adam moments."""
+    """Yield this rank's flat partitions of the fp32 master weights and of the Adam moments."""
     optimizer = engine.optimizer.optimizer
     for group in optimizer.param_groups:
         for partition in group["params"]:
@@ -155,7 +166,7 @@ def optimizer_share(engine) -> Iterator[torch.Tensor]:
 
 
 def set_schedule(engine, applied_steps: int) -> None:
-    """Put the learning rate where it stands after so many applied steps."""
+    """Set the learning rate to that after a number of applied steps."""
     scheduler = engine.lr_scheduler
     if scheduler is None or applied_steps == 0:
         return
@@ -169,10 +180,11 @@ def set_schedule(engine, applied_steps: int) -> None:
             group["lr"] = rate
         scheduler._last_lr = rates
     else:
-        scheduler.step(applied_steps - 1)  # DeepSpeed's count from -1 before the first step
+        scheduler.step(applied_steps - 1)  # DeepSpeed's schedulers start at -1
 
 
 def loss_scaler_state(engine) -> dict[str, float]:
+    """Return the state of fp16's dynamic loss scaling; {} without it."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if not engine.fp16_enabled() or not engine.dynamic_loss_scale() or scaler is None:
         return {}
@@ -180,8 +192,11 @@ def loss_scaler_state(engine) -> dict[str, float]:
 
 
 def set_loss_scaler_state(engine, state: dict[str, float]) -> None:
-    """Continue dynamic loss scaling where it stood; a run that did without it starts it. A fixed
-    scale is the JSON's."""
+    """Restore the state of dynamic loss scaling.
+
+    Does nothing if this run has none (a fixed scale comes from the JSON), or if the state is from a
+    run that had none.
+    """
     if not engine.fp16_enabled() or not engine.dynamic_loss_scale() or "cur_iter" not in state:
         return
     for name in LOSS_SCALER_FIELDS:

@@ -174,7 +174,7 @@ def test_help_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_shipped_configs_are_whole(path):
+def test_shipped_configs_are_complete(path):
     assert {p.stem for p in CONFIGS} == set(config.SHIPPED_CONFIGS)
     result = resolve(command("--recipe", "digits32"), read_ds_config(path), world_size=2)
     assert result.ds_config["zero_optimization"]["stage"] == int(path.stem[4])
@@ -190,7 +190,7 @@ def test_shipped_configs_are_whole(path):
 
 @pytest.mark.parametrize("parameters", [1, 40_000_000, *range(40_000_004, 40_000_012)])
 def test_bucket_sizes_are_even(parameters):
-    """DeepSpeed refuses an odd one; the parameters' number comes from any class count."""
+    """DeepSpeed refuses an odd size, and the number of parameters may be odd."""
     raw = changed(
         zero_optimization__reduce_bucket_size="auto",
         zero_optimization__allgather_bucket_size="auto",
@@ -201,7 +201,7 @@ def test_bucket_sizes_are_even(parameters):
 
 
 def test_schema_names_are_deepspeeds():
-    """The sections taken over from DeepSpeed hold only keys that DeepSpeed has."""
+    """The sections that DeepSpeed defines as models have only keys of those models."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -226,7 +226,7 @@ def test_auto_is_filled_from_the_settings():
     assert ds["train_batch_size"] == 32
 
 
-def test_a_number_in_the_json_counts_where_no_flag_speaks():
+def test_a_number_in_the_json_counts_if_no_flag_sets_it():
     result = resolved(raw=changed(optimizer__params__lr=0.01, train_micro_batch_size_per_gpu=6))
     assert (result.settings.lr, result.batch.total) == (0.01, 12)
 
@@ -247,7 +247,7 @@ def test_a_number_in_the_json_counts_where_no_flag_speaks():
         (["--batch_size", "7"], {}, 3, (7, 1, 3)),
     ],
 )
-def test_the_batch_comes_about(flags, json_keys, world_size, expected):
+def test_batch_sizes(flags, json_keys, world_size, expected):
     batch = resolved(*flags, raw=changed(**json_keys), world_size=world_size).batch
     assert (batch.micro, batch.accumulation, batch.world_size) == expected
     micro, accumulation, _ = expected
@@ -260,7 +260,7 @@ def test_whole_numbers_may_be_written_as_floats():
     assert isinstance(result.ds_config["scheduler"]["params"]["total_num_steps"], int)
 
 
-def test_the_reference_recipe_needs_hysteresis_said():
+def test_the_reference_recipe_needs_hysteresis_1():
     raw = changed(bf16__enabled=False, fp16__enabled=True)
     assert "fp16.hysteresis: got 2; need 1" in problems("--recipe", "reference", raw=raw)
 
@@ -308,7 +308,7 @@ def test_accumulation_sums_in_fp32():
         (dict(data_types__grad_accum_dtype="fp8"), ["grad_accum_dtype", "fp8"]),
     ],
 )
-def test_refuses_in_one_message(keys, words):
+def test_bad_keys_and_values(keys, words):
     message = problems(raw=changed(**keys))
     for word in words:
         assert word in message
@@ -349,13 +349,13 @@ def test_all_problems_come_in_one_message():
         assert word in message
 
 
-def test_clipping_must_be_said():
+def test_clipping_must_be_given():
     raw = changed()
     del raw["gradient_clipping"]
     assert "clips at 1.0 by default" in problems(raw=raw)
 
 
-def test_files_that_are_no_json(tmp_path):
+def test_files_that_are_not_json(tmp_path):
     bad = tmp_path / "bad.json"
     for text, words in (
         ("{", "line 1"),

@@ -1,4 +1,4 @@
-"""What this program keeps of DeepSpeed's loss scaling, and what a step in its engine waits for."""
+"""The state of DeepSpeed's loss scaling, and what a step in its engine waits for."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ LEARNT = {"cur_scale": 64.0, "cur_iter": 30, "last_overflow_iter": 12, "cur_hyst
 
 
 def fresh(*, dynamic):
-    """A new fp16 engine, its loss scale fixed at 128 or to be found from 65536."""
+    """Return a new fp16 engine, with a fixed loss scale of 128 or a dynamic one from 65536."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     scaler = DynamicLossScaler(65536, 1000, 1, 2, False) if dynamic else LossScaler(128)
@@ -23,7 +23,7 @@ def fresh(*, dynamic):
     )
 
 
-def test_a_dynamic_loss_scale_goes_on_where_it_stood():
+def test_a_dynamic_loss_scale_continues():
     before, after = fresh(dynamic=True), fresh(dynamic=True)
     deepspeed_engine.set_loss_scaler_state(before, LEARNT)
     deepspeed_engine.set_loss_scaler_state(after, deepspeed_engine.loss_scaler_state(before))
@@ -32,21 +32,21 @@ def test_a_dynamic_loss_scale_goes_on_where_it_stood():
 
 @pytest.mark.parametrize(("dynamic", "scale"), [(False, 128), (True, 65536)])
 @pytest.mark.parametrize("state", [{}, {"cur_scale": 4.0}, {"cur_scale": 1.0}])
-def test_a_fixed_scale_of_before_is_not_taken_over(dynamic, scale, state):
-    """The JSON says which, of now; a checkpoint of a fixed scale has no count of steps."""
+def test_a_fixed_scale_of_a_checkpoint_is_ignored(dynamic, scale, state):
+    """The JSON of this run sets the scale; a checkpoint with a fixed scale has no step count."""
     engine = fresh(dynamic=dynamic)
     deepspeed_engine.set_loss_scaler_state(engine, state)
     assert engine.optimizer.loss_scaler.cur_scale == scale
 
 
-def test_a_fixed_scale_of_now_is_the_jsons():
+def test_a_fixed_scale_comes_from_the_json():
     engine = fresh(dynamic=False)
     deepspeed_engine.set_loss_scaler_state(engine, LEARNT)
     assert engine.optimizer.loss_scaler.cur_scale == 128
     assert deepspeed_engine.loss_scaler_state(engine) == {}
 
 
-def test_only_a_loss_scalers_own_fields_are_set():
+def test_only_fields_of_the_loss_scaler_are_set():
     engine = fresh(dynamic=True)
     deepspeed_engine.set_loss_scaler_state(engine, LEARNT | {"update_scale": 3})
     assert callable(engine.optimizer.loss_scaler.update_scale)
@@ -54,8 +54,10 @@ def test_only_a_loss_scalers_own_fields_are_set():
 
 @pytest.mark.parametrize("config", ["zero1_fp32", "zero1_bf16", "zero2_bf16"])
 def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
-    """For numbers and masks, as a CPU can show; it asks whether the gradient is finite, and its
-    norm."""
+    """DeepSpeed waits for the gradient's norm, and whether it is finite.
+
+    A CPU shows waits for numbers and masks.
+    """
     flags = "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --batch_size 4"
     flags += " --classifier_depth 1 --classifier_attention_resolutions 4 --microbatch 2"
     done = run_python(
@@ -64,6 +66,6 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
         cwd=tmp_path,
     )
     assert done.code == 0, done.output
-    told = json.loads(done.output.splitlines()[-1])
-    assert told["waits"], "DeepSpeed's own are seen, so others would be"
-    assert [w for w in told["waits"] if not w[0].startswith("deepspeed/")] == []
+    seen = json.loads(done.output.splitlines()[-1])
+    assert seen["waits"], "DeepSpeed's own are seen, so others would be"
+    assert [w for w in seen["waits"] if not w[0].startswith("deepspeed/")] == []

@@ -1,4 +1,4 @@
-"""Processes as /proc shows them, beside real ones that were started and orphaned."""
+"""The chain of launchers above a process, with real processes that are started and orphaned."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ os.rename(sys.argv[1] + ".new", sys.argv[1])
 
 
 def orphan_finds(folder, *words: str, **variables: str) -> str:
-    """What a process says of its launcher, which had died before the process looked."""
+    """Return what an orphan finds about its launcher, which died before the orphan looked."""
     answer = folder / "answer"
     child = ["env", "PYTHONPATH=" + str(ROOT), *(f"{k}={v}" for k, v in variables.items())]
     child += [sys.executable, "-c", CHILD, str(answer)]
