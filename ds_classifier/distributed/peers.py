@@ -38,6 +38,7 @@ class Peers:
         self.verdict: dict[str, Any] | None = None
         self.lost: float | None = None
         self._status = status
+        self._beat = 0
         self._outgoing: dict[str, Any] | None = None
         self._statuses: dict[int, dict[str, Any]] | None = None
         self._wanted, self._wake, self._closed = False, threading.Event(), threading.Event()
@@ -68,12 +69,9 @@ class Peers:
 
     def _talk(self) -> None:
         """Write this rank's status and read the verdict, once per second."""
-        beat = 0
         try:
             while not self._closed.is_set():
-                beat += 1
-                mine = self._status() | {"beat": beat}
-                self._store.set(_status(distributed.rank()), json.dumps(mine))
+                self._write()
                 if self._outgoing is not None:
                     self._store.compare_set("verdict", "", json.dumps(self._outgoing))
                 if self._store.check(["verdict"]):
@@ -86,13 +84,21 @@ class Peers:
         except Exception:  # any error of the network: the store is gone
             self.lost = time.monotonic()
 
+    def _write(self) -> None:
+        """Write this rank's status, with a count that shows others that it is alive."""
+        self._beat += 1
+        mine = self._status() | {"beat": self._beat}
+        self._store.set(_status(distributed.rank()), json.dumps(mine))
+
     def _read_twice(self) -> dict[int, dict[str, Any]]:
         """Return all ranks' statuses. "silent" is True for those that wrote none for two beats."""
         ranks = range(distributed.world_size())
         keys = [_status(rank) for rank in ranks]
         self._store.wait(keys, timedelta(seconds=2 * BEAT_SECONDS))
         before = [json.loads(text) for text in self._store.multi_get(keys)]
-        time.sleep(2.5 * BEAT_SECONDS)
+        for _ in range(5):  # other ranks may read at the same time: they must see this one alive
+            time.sleep(0.5 * BEAT_SECONDS)
+            self._write()
         after = [json.loads(text) for text in self._store.multi_get(keys)]
         mine = distributed.rank()
         return {
