@@ -132,7 +132,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings and JSON with every number filled in and no two of them at odds.
+    """The settings and the JSON, with every number filled in and no contradictions.
 
     settings: global_batch is the resolved one.
     ds_config: what DeepSpeed gets. Final after `with_parameters`.
@@ -150,10 +150,10 @@ class Resolved:
         return replace(self, settings=self.settings.replace(num_classes=num_classes))
 
     def with_parameters(self, parameters: int) -> Resolved:
-        """Return a copy in which ZeRO's buckets have a size, a quarter of the parameters, where the
-        JSON sets none.
+        """Return a copy in which both bucket sizes of ZeRO are numbers.
 
-        DeepSpeed's default of 5e8 elements would be allocated in full at every backward pass.
+        Those that the JSON does not set become a quarter of the parameters. DeepSpeed's default of
+        5e8 elements would be allocated in full at every backward pass.
         """
         zero = dict(self.ds_config["zero_optimization"])
         quarter = max(parameters // 4 // BUCKET_MULTIPLE * BUCKET_MULTIPLE, 1_000_000)

@@ -245,7 +245,7 @@ GROUPS = {
 # Dataclass fields come from the last base first: data, classifier, diffusion, training, run.
 @dataclass(frozen=True)
 class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, DataSettings):
-    """All settings. Every field is a flag of the same name; the help strings document them."""
+    """The settings. Every field is a flag of the same name; the help strings document them."""
 
     def order_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `data.order.SampleOrder`, without the shards."""

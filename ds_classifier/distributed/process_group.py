@@ -125,8 +125,10 @@ def check_launch() -> None:
 
 
 def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> NoReturn:
-    """Raise AgreedError here and on all other ranks. Call it in place of `init` on a rank that
-    cannot start."""
+    """Raise AgreedError on this rank and on all others.
+
+    Call it in place of `init` on a rank that cannot start.
+    """
     _meet({"host": socket.gethostname(), "problem": problem, "same": {}}, start_timeout)
     raise AgreedError(problem)
 

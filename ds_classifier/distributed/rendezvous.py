@@ -5,7 +5,7 @@ Every rank takes its seat in the store, of which there is one per rank number, a
 facts about itself. Rank 0 reads all cards and answers all ranks. So a rank that cannot start ends
 the ranks on all hosts within seconds, and a rank that does not connect is named.
 
-Then each rank connects to the next one on an ephemeral port, as gloo and nccl will. Otherwise a
+Then each rank connects to the next one on an ephemeral port, as gloo and nccl will. Without this, a
 firewall that opens only rank 0's port would show as a hang in the first collective.
 """
 
@@ -40,7 +40,7 @@ Card = dict[str, Any]  # what a rank writes about itself; see Rendezvous.meet
 
 
 class Rendezvous:
-    """This rank's part in the meeting.
+    """The part of this rank in the meeting.
 
     rank, world_size: as the launcher set them.
     names: the host of each rank; [] if the launcher did not pass them on.

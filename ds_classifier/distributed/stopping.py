@@ -154,7 +154,7 @@ def _ignore(number: int, frame: Any) -> None:
 
 
 class Stopped(Exception):
-    """All ranks agreed to stop in the middle of a task that need not be finished."""
+    """The end of a task that need not be finished, because all ranks agreed to stop."""
 
 
 class StopVote:

@@ -24,13 +24,13 @@ from ds_classifier.distributed.peers import Peers
 DATA, COMPUTING, COLLECTIVE = "data", "forward/backward", "collective"
 _END = object()  # after the last batch
 _TICK_SECONDS = 1.0
-_CONFIRM_SECONDS = 2.0  # a rank that ends normally is gone for less than this before this one ends
+_CONFIRM_SECONDS = 2.0  # when a run ends normally, ranks end within less than this of each other
 _CAUSE_SECONDS = 5.0  # for the cause of a broken collective to become known
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What a rank is doing.
+    """The activity of a rank, and the phase that it is in.
 
     name: start, step, save or validation; each has a time-out.
     phase: a part of the activity.
@@ -275,7 +275,7 @@ class Watchdog:
         return self._peers.name(rank) if self._peers is not None else f"rank {rank}"
 
     def _verdict(self, text: str, code: int = failures.FAILED, shown: str = "") -> dict[str, Any]:
-        """Return what to print and the exit code. shown: a traceback to print above the message."""
+        """Return the message and the exit code. shown: a traceback to print above the message."""
         status, rank = self._status(), distributed.rank()
         where = f"rank {rank} at step {status['step']}, {status['phase']}; tracebacks in "
         return {"message": f"{shown}{where}{self._errors}/\nerror: {text}", "code": code}

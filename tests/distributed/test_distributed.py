@@ -33,7 +33,7 @@ attempt("nobody", lambda: distributed.raise_together(None, device))
 attempt("one", lambda: distributed.raise_together("no GPU" if rank == 1 else None, device))
 attempt("all", lambda: distributed.raise_together("no data", device))
 out["gathered"] = distributed.all_gather(torch.tensor([[rank, 7]])).tolist()
-distributed.say(f"rank {{rank}} speaks")
+distributed.say(f"rank {{rank}} prints")
 distributed.complain(f"rank {{rank}} complains")
 with open(f"rank{{rank}}.json", "w") as file:
     json.dump(out, file)
@@ -69,7 +69,7 @@ def test_gather_is_in_rank_order(answers):
 
 def test_only_rank_0_prints(answers):
     lines = answers[1].lines
-    assert [line for line in lines if "speaks" in line] == ["rank 0 speaks"]
+    assert [line for line in lines if "prints" in line] == ["rank 0 prints"]
     assert [line for line in lines if "complains" in line] == ["error: rank 0 complains"]
 
 
