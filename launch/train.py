@@ -48,7 +48,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     resolved, shards, val_shards = open_all(command)
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
-    if command.instead:
+    if command.skips_training:
         home = Path(tempfile.gettempdir()) / f"ds_classifier-{os.getuid()}"
     requests.watch_also(max_minutes=resolved.settings.max_minutes, run_dir=home)
     with Watchdog(home, minutes=resolved.settings.time_outs()) as watch:
@@ -66,7 +66,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         )
     if code is None:
         return 0
-    if distributed.rank() == 0 and not command.instead:
+    if distributed.rank() == 0 and not command.skips_training:
         from ds_classifier.report.page import write_report  # no rank waits for this one any more
 
         failures.tolerate("report.html", lambda: write_report(run_dir))
@@ -102,8 +102,7 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
         if world_size > 1:  # the others may have none, and would wait
             distributed.refuse(failures.summary(error))
         raise
-    settings = resolved.settings.replace(num_classes=len(shards.manifest.classes))
-    return dataclasses.replace(resolved, settings=settings), shards, val_shards
+    return resolved.with_classes(len(shards.manifest.classes)), shards, val_shards
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.distributed.memory import memory_in_use
+from ds_classifier.distributed.memory import peak_memory
 from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter, Reading
 from ds_classifier.training import screen
 from ds_classifier.training.flops import Arithmetic
@@ -354,7 +354,7 @@ class TrainingLog:
             "images_per_sec": images_per_sec,
             "data_wait_frac": window.waited / window.seconds,
             **self._arithmetic.achieved(images_per_sec / distributed.world_size()),
-            "memory_gib": memory_in_use(engine.device) / 2**30,
+            "memory_gib": peak_memory(engine.device) / 2**30,
             "skipped_steps": engine.skipped_steps,
         }
 

@@ -11,7 +11,7 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import CommandLine
-from ds_classifier.config.deepspeed_json import Resolved, fill_bucket_sizes
+from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import create_schedule_sampler
 from ds_classifier.distributed import deepspeed_engine, failures
@@ -92,9 +92,7 @@ def build(
     torch.manual_seed(settings.seed)
     classifier = create_classifier(**settings.model_kwargs())
     parameters = sum(p.numel() for p in classifier.parameters())
-    resolved = dataclasses.replace(
-        resolved, ds_config=fill_bucket_sizes(resolved.ds_config, parameters)
-    )
+    resolved = resolved.with_parameters(parameters)
     module = noised_classifier(classifier, settings)
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
@@ -113,16 +111,16 @@ def build(
         preflight.look(resolved, shards, device)
     if start is None or command.preflight:
         return None
-    batch = rehearsed(resolved.batch) if command.dry_run else resolved.batch
-    engine = deepspeed_engine.create_engine(
-        module, resolved.ds_config | batch.ds_numbers(), lr_factor(settings)
-    )
+    trained = resolved.with_batch(rehearsed(resolved.batch)) if command.dry_run else resolved
+    engine = deepspeed_engine.create_engine(module, trained.ds_config, lr_factor(settings))
     sampler = create_schedule_sampler(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )
     if start.state is not None:
         disk.load(Path(start.checkpoint), start.state, engine=engine, sampler=sampler)
-    watch.advice = MemoryAdvice(device, micro_batch=batch.micro, image_size=settings.image_size)
+    watch.advice = MemoryAdvice(
+        device, micro_batch=trained.batch.micro, image_size=settings.image_size
+    )
     return Setup(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
 
 

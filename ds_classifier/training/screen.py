@@ -51,7 +51,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     for note in setup.start.notes:
         say(f"  NOTE      {note}")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
-    say(f"run         {setup.run_dir}/ {'is not touched' if command.instead else where}")
+    say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
 
 
 def _split(shards: ShardSet) -> str:

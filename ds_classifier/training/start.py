@@ -94,7 +94,7 @@ def open_run(
             start = Start(origin, initialized=True, notes=notes)
         else:
             start = Start(f"seed {settings.seed}")
-        if not command.instead:
+        if not command.skips_training:
             check_room(run_dir / "checkpoints", sum(p.numel() for p in classifier.parameters()))
             write_run_files(run_dir, resolved, shell_lines)
         return asdict(start)
@@ -114,7 +114,7 @@ def _take(
 ) -> None:
     """Lock the run directory, or, for a rehearsal, raise ValueError if a job holds it."""
     lock = RunLock(run_dir)
-    if not command.instead:
+    if not command.skips_training:
         lock.acquire(distributed.say)
         release_at_end(lock.release)
     elif not command.overfit_steps:

@@ -1,9 +1,8 @@
 """Watch a step of the trainer on one rank for operations that wait for the device.
 
-Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "aten.nonzero.default"], ...],
-"compiler": whether torch's C++ compiler was imported}. Each wait is attributed to the innermost
-line of this package or of DeepSpeed. Copies from the device (.cpu(), .tolist()) do nothing on a CPU
-and are not seen. Arguments: those of launch/train.py.
+Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "aten.nonzero.default"], ...]}. Each
+wait is attributed to the innermost line of this package or of DeepSpeed. Copies from the device
+(.cpu(), .tolist()) do nothing on a CPU and are not seen. Arguments: those of launch/train.py.
 """
 
 import json
@@ -60,5 +59,4 @@ step = bench.trainer_step()
 step()
 with Watch() as watch:
     step()
-compiler = "torch._inductor.codegen.cpp" in sys.modules
-print(json.dumps({"waits": watch.waits, "compiler": compiler}))
+print(json.dumps({"waits": watch.waits}))

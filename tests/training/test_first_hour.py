@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import ROOT, launch
 
-from ds_classifier.config.batch_sizes import Batch
+from ds_classifier.config.batch_sizes import BatchSizes
 from ds_classifier.distributed import memory
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
@@ -131,17 +131,17 @@ def test_the_largest_micro_batch_on_paper():
     assert line.per_image == pytest.approx(10 * MIB)
     assert line.at(64) == pytest.approx(1640 * MIB)
     assert line.largest() in (259, 260)
-    text = "\n".join(memory_lines(line, Batch(32, 16, 2)))
+    text = "\n".join(memory_lines(line, BatchSizes(32, 16, 2)))
     assert "0.98 GiB + 10.0 MiB per image" in text
     assert "; dividing its 512: 256" in text
-    assert "all 64 images of a rank" in memory_lines(line, Batch(32, 2, 1))[1]
+    assert "all 64 images of a rank" in memory_lines(line, BatchSizes(32, 2, 1))[1]
 
 
 @pytest.mark.parametrize("capacity", [4 * MIB, 2 * 1024**2 * MIB])
 def test_it_is_told_where_the_micro_batch_is_set(capacity):
     """Whether all fit or not, in a line that a terminal of 120 columns shows whole."""
     line = MemoryLine(fixed=10.0, per_image=MIB, capacity=capacity, sizes=(8, 16, 32))
-    told = memory_lines(line, Batch(32, 64, 1))[1]
+    told = memory_lines(line, BatchSizes(32, 64, 1))[1]
     assert "(train_micro_batch_size_per_gpu)" in told
     assert len(told) <= 120
 
@@ -164,7 +164,7 @@ def test_the_time_of_a_run_on_paper():
     save = SaveCost(held=0.25, written=1.0, loaded=0.5, bytes=MIB, free=10 * MIB)
     lines = time_lines(
         pace,
-        batch=Batch(8, 4, 2),
+        batch=BatchSizes(8, 4, 2),
         steps=1000,
         validation=5.0,
         validations=2,

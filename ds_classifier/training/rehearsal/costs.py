@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier.common.text import duration
-from ds_classifier.config.batch_sizes import Batch as BatchSize
+from ds_classifier.config.batch_sizes import BatchSizes
 
 ACCUMULATION = 2  # the most micro-batches of a rehearsed step: one within it, one that ends it
 ROOM = 0.9  # the share of the memory that may be filled; the rest is for fragmentation
 
 
-def rehearsed(batch: BatchSize) -> BatchSize:
+def rehearsed(batch: BatchSizes) -> BatchSizes:
     """Return the batch of a rehearsed step: fewer micro-batches of the same size."""
-    return BatchSize(batch.micro, min(batch.accumulation, ACCUMULATION), batch.world_size)
+    return BatchSizes(batch.micro, min(batch.accumulation, ACCUMULATION), batch.world_size)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def times_done(first: int, last: int, interval: int) -> int:
     return last // interval - first // interval + (last % interval > 0)
 
 
-def memory_lines(line: MemoryLine, batch: BatchSize) -> list[str]:
+def memory_lines(line: MemoryLine, batch: BatchSizes) -> list[str]:
     """Return lines on the memory of a micro-batch, and on the largest that fits."""
     sizes = ", ".join(map(str, line.sizes))
     text = (
@@ -115,7 +115,7 @@ def memory_lines(line: MemoryLine, batch: BatchSize) -> list[str]:
     return [text, f"{'':12}{_what_fits(line, batch)}"]
 
 
-def _what_fits(line: MemoryLine, batch: BatchSize) -> str:
+def _what_fits(line: MemoryLine, batch: BatchSizes) -> str:
     per_rank = batch.micro * batch.accumulation
     largest, room = line.largest(), f"{ROOM:.0%} of its {_gib(line.capacity)}"
     key = "micro-batch (train_micro_batch_size_per_gpu)"
@@ -129,7 +129,7 @@ def _what_fits(line: MemoryLine, batch: BatchSize) -> str:
 def time_lines(
     pace: StepTime,
     *,
-    batch: BatchSize,
+    batch: BatchSizes,
     steps: int,
     validation: float | None,
     validations: int,

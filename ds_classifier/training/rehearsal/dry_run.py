@@ -268,9 +268,8 @@ def dry_run(setup: Setup) -> int:
     """
     first = setup.engine.global_steps
     settings = setup.resolved.settings.replace(iterations=first + 100 * TIMED_STEPS)
-    short = dataclasses.replace(
-        setup.resolved, settings=settings, batch=rehearsed(setup.resolved.batch)
-    )
+    short = setup.resolved.with_batch(rehearsed(setup.resolved.batch))
+    short = dataclasses.replace(short, settings=settings)
     loader, val_loader = setup.loaders(first, resolved=short)
     try:
         rehearse(setup, loader, val_loader, first_step=first)
