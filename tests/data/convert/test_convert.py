@@ -262,14 +262,14 @@ def png(width, height, *chunks):
 zeros = zlib.compressobj(1)
 bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB
 line = zlib.compress(bytes(31 * 10))
-images = {
+bombs = {
     "pixels": png(20000, 20000, (b"IDAT", bomb)),  # 400 megapixels
     "data": png(10, 10, (b"IDAT", bomb)),  # more than its pixels
     "text": png(10, 10, (b"zTXt", b"k\\0\\0" + bomb), (b"IDAT", line)),
     "profile": png(10, 10, (b"iCCP", b"k\\0\\0" + bomb), (b"IDAT", line)),
 }
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for name, data in images.items():
+for name, data in bombs.items():
     try:
         print(name, images.decode(data).size)
     except ValueError as error:
