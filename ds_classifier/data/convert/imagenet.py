@@ -20,8 +20,8 @@ import struct
 import zlib
 from pathlib import Path
 
-from ds_classifier.data.convert.samples import IMAGE_SUFFIXES, Named, Slice, files_under
-from ds_classifier.data.tars import tar_members
+from ds_classifier.data.convert.samples import Named, Slice, files_under
+from ds_classifier.data.tars import IMAGE_SUFFIXES, tar_members
 
 LARGEST_DEVKIT = 1 << 26  # bytes, unpacked, and of each file in it; the real one has a few million
 META = "data/meta.mat"

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from ds_classifier.data.convert.samples import IMAGE_SUFFIXES, Named, files_under, size_of_file
+from ds_classifier.common.files import size_of_file
+from ds_classifier.data.convert.samples import Named, files_under
+from ds_classifier.data.tars import IMAGE_SUFFIXES
 
 PARQUET = ".parquet"
 _SPLIT_WORD = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)

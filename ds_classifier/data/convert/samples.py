@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-# What else is meant as an image: read if its content is one of the above, else refused by name.
-OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
+from ds_classifier.common.files import size_of_file
+from ds_classifier.data.classes import class_list, refuse_not_utf8
 
 
 class Content(Protocol):
@@ -96,16 +93,6 @@ class Sample:
         return self.content.changed_ns()
 
 
-def size_of_file(path: Path) -> int:
-    """Bytes of a regular file, links followed; OSError for all else."""
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "a FIFO, socket or device, no file", str(path))
-    return found.st_size
-
-
 @dataclass(frozen=True)
 class Source:
     """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
@@ -121,18 +108,6 @@ class Source:
 
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)
-
-
-def refuse_not_utf8(where: str, classes: list[str]) -> None:
-    """Raise ValueError for a class name of bytes that are no UTF-8, read with surrogateescape."""
-    for class_name in classes:
-        try:
-            class_name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: got the class {class_name!r}, which is no UTF-8; need a name that every "
-                "manifest and export can hold; do: rename its folder, or write its list in UTF-8"
-            ) from None
 
 
 class Named(NamedTuple):
@@ -156,7 +131,7 @@ def share_classes(
     Raises ValueError for a validation class that training lacks, and for a gap in integers.
     """
     if classes is None:
-        classes = _class_list(name, {image.class_name for image in train})
+        classes = class_list(name, {image.class_name for image in train})
     label = {class_name: i for i, class_name in enumerate(classes)}
     if val is not None:
         unknown = sorted({str(image.class_name) for image in val} - set(label))
@@ -171,23 +146,6 @@ def share_classes(
         if images is not None
     }
     return Source(name, classes, splits)
-
-
-def _class_list(name: str, found: set[str | int]) -> list[str]:
-    if not all(isinstance(class_name, int) for class_name in found):
-        return sorted(map(str, found))
-    if min(found) < 0:
-        raise ValueError(
-            f"{name}: got label {min(found)}; need integers from 0; do: remove its images, or "
-            "number the classes anew"
-        )
-    gap = next(i for i in range(len(found) + 1) if i not in found)
-    if gap != len(found):
-        raise ValueError(
-            f"{name}: got integer labels up to {max(found)} but none is {gap}; need 0, 1, 2, ... "
-            "without a gap; do: number the classes anew, or name them"
-        )
-    return [str(i) for i in range(len(found))]
 
 
 def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_classifier.data.convert.samples import (
-    IMAGE_SUFFIXES,
-    OTHER_SUFFIXES,
     Named,
     Sample,
     Slice,
@@ -20,7 +18,10 @@ from ds_classifier.data.convert.samples import (
     files_under,
     share_classes,
 )
+from ds_classifier.data.tars import IMAGE_SUFFIXES
 
+# What else is meant as an image: read if its content is one of the above, else refused by name.
+OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # never taken for classes alone
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits: other writers than the first

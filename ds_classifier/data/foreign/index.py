@@ -17,12 +17,11 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.convert.samples import size_of_file
+from ds_classifier.data.classes import class_lines
 from ds_classifier.data.foreign.layouts import (
     CLASSNAMES,
     Listing,
     Place,
-    class_lines,
     find_shards,
     stats_name,
     stats_of,
@@ -153,7 +152,7 @@ class _Job:
         """Bytes of a shard, None where only its end will tell."""
         if is_url(self.listing.place):
             return None
-        return size_of_file(Path(self.listing.place, name))
+        return files.size_of_file(Path(self.listing.place, name))
 
 
 @dataclass(frozen=True)

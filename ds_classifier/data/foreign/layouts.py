@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_classifier.common.urls import scheme, shown, without_logins
-from ds_classifier.data.convert.samples import refuse_not_utf8
+from ds_classifier.data.classes import class_lines
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
@@ -380,13 +380,3 @@ def _classnames(place: Place) -> list[str] | None:
         if text is not None:
             return class_lines(text, f"{where.location}/{CLASSNAMES}")
     return None
-
-
-def class_lines(text: bytes, where: str) -> list[str]:
-    """The names in a file of a class a line. Raises ValueError for an empty line or no UTF-8."""
-    lines = text.decode("utf-8-sig", "surrogateescape").rstrip().splitlines()
-    lines = [line.strip() for line in lines]
-    if not lines or "" in lines:
-        raise ValueError(f"{where}: got an empty line or nothing; need a class name in every line")
-    refuse_not_utf8(where, lines)
-    return lines

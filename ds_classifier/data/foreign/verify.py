@@ -13,7 +13,6 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.convert.samples import size_of_file
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.remote.connections import CHUNK
 from ds_classifier.data.remote.fetch import stream
@@ -98,7 +97,7 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
                 _scan(file, where, None, number, found)
                 facts = file.arrived, file.digest.hexdigest()
                 return _problems(number, found, *facts), [sample.key for sample in found]
-            size = size_of_file(path)
+            size = files.size_of_file(path)
             file = opened.enter_context(open(path, "rb"))
             _scan(file, where, size, number, found)
             sha256 = files.sha256(path) if job.check_hash or job.remote else None

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from running import ROOT, run_python
 
+from ds_classifier.data.classes import class_lines
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.samples import Sample, Slice, Source
 from ds_classifier.data.convert.sources import image_folder, open_source
-from ds_classifier.data.foreign.layouts import class_lines
 from ds_classifier.data.shards import open_shards
 
 # ILSVRC ids run against the order of the sorted WordNet ids; 4 is a synset that is no class.
