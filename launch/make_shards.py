@@ -171,7 +171,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             f"--form: got {arguments.form} without --image_size; need the size that images are "
             "halved for; without it they are stored untouched"
         )
-    from ds_classifier.data.convert.convert import Store, convert
+    from ds_classifier.data.convert.convert import Encoding, convert
     from ds_classifier.data.convert.sources import open_source
 
     source = open_source(arguments.source, arguments.val, arguments.val_labels)
@@ -179,7 +179,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         manifests = convert(
             source,
             arguments.out,
-            store=Store(arguments.image_size, arguments.form or "jpg"),
+            encoding=Encoding(arguments.image_size, arguments.form or "jpg"),
             workers=arguments.workers,
             part=arguments.part,
             samples_per_shard=arguments.samples_per_shard,
@@ -244,13 +244,13 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _describe(folder: Path, manifest) -> None:
-    from ds_classifier.data.convert.convert import Store
+    from ds_classifier.data.convert.convert import Encoding
 
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-    store = Store(manifest.image_size, manifest.form)
+    encoding = Encoding(manifest.image_size, manifest.form)
     print(
         f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
-        f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, {store}"
+        f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, {encoding}"
     )
     if manifest.undecodable:
         print(

@@ -8,15 +8,15 @@ from pathlib import Path
 from ds_classifier.data.convert.samples import Sample
 from ds_classifier.data.pool import in_processes, shared
 
-Bad = tuple[str, str]  # a sample's name, and what is wrong with it
+BadFile = tuple[str, str]  # a sample's name, and what is wrong with it
 
-LARGEST_IMAGE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
-MOST_BAD = 20  # files of a split that are told of
-LOOKED_AT = 256  # by a process, until it says so
+MAX_IMAGE_BYTES = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
+MAX_LISTED = 20  # files of a split that are told of
+SAMPLES_PER_TASK = 256  # by a process, until it says so
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
-def image_of(sample: Sample) -> tuple[bytes, str]:
+def read_image(sample: Sample) -> tuple[bytes, str]:
     """A sample's bytes, and its suffix by content: a PNG named .JPEG is stored as .png.
 
     Raises ValueError where they cannot be read, or begin like no image.
@@ -33,35 +33,35 @@ def image_of(sample: Sample) -> tuple[bytes, str]:
     raise ValueError(f"got {data[:8]!r}..., which no image format begins with")
 
 
-def bad_among(samples: Sequence[Sample]) -> list[Bad]:
+def find_bad(samples: Sequence[Sample]) -> list[BadFile]:
     """Those that are no images; reads them all."""
     bad = []
     for sample in samples:
         try:
-            image_of(sample)
+            read_image(sample)
         except ValueError as error:
             bad.append((sample.name, str(error)))
     return bad
 
 
-def bad_of_many(
+def find_bad_parallel(
     samples: Sequence[Sample], workers: int, progress: Callable[[int, int], None]
-) -> list[Bad]:
-    """As `bad_among`, by several processes. progress: called with samples seen and in all."""
-    jobs = range(0, len(samples), LOOKED_AT)
+) -> list[BadFile]:
+    """As `find_bad`, by several processes. progress: called with samples seen and in all."""
+    jobs = range(0, len(samples), SAMPLES_PER_TASK)
     bad, done = [], 0
-    for found in in_processes(workers, _bad_of_some, jobs, shared=samples):
+    for found in in_processes(workers, _find_bad_chunk, jobs, shared=samples):
         bad += found
-        done = min(done + LOOKED_AT, len(samples))
+        done = min(done + SAMPLES_PER_TASK, len(samples))
         progress(done, len(samples))
     return bad
 
 
-def _bad_of_some(first: int) -> list[Bad]:
-    return bad_among(shared()[first : first + LOOKED_AT])
+def _find_bad_chunk(first: int) -> list[BadFile]:
+    return find_bad(shared()[first : first + SAMPLES_PER_TASK])
 
 
-def sort_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Bad]]:
+def split_off_unreadable(samples: Sequence[Sample]) -> tuple[list[Sample], list[BadFile]]:
     """Those that may be opened; and those that are not there, no files, or too large, unopened."""
     good, bad = [], []
     for sample in samples:
@@ -70,14 +70,14 @@ def sort_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Bad]]:
         except OSError as error:
             bad.append((sample.name, f"cannot be read ({error.strerror})"))
             continue
-        if size > LARGEST_IMAGE:
-            bad.append((sample.name, f"got {size} bytes; need at most {LARGEST_IMAGE}"))
+        if size > MAX_IMAGE_BYTES:
+            bad.append((sample.name, f"got {size} bytes; need at most {MAX_IMAGE_BYTES}"))
         else:
             good.append(sample)
     return good, bad
 
 
-def refuse_bad(bad: dict[str, list[Bad]], out: Path, part: tuple[int, int]) -> None:
+def raise_if_bad(bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int]) -> None:
     """ValueError with the first bad files of every split; a file a split lists them all."""
     suffix = "bad.txt" if part[1] == 1 else f"bad-{part[0]}.txt"
     listings = {split: out / f"{split}.{suffix}" for split in bad}
@@ -92,9 +92,9 @@ def refuse_bad(bad: dict[str, list[Bad]], out: Path, part: tuple[int, int]) -> N
         names = "".join(f"{name}\n" for name, _ in found)
         listings[split].write_text(names, errors="surrogateescape")
         head = f"{split}: " if len(bad) > 1 else ""
-        lines += [f"{head}{name}: {problem}" for name, problem in found[:MOST_BAD]]
-        if len(found) > MOST_BAD:
-            lines.append(f"{head}... and {len(found) - MOST_BAD:,} more")
+        lines += [f"{head}{name}: {problem}" for name, problem in found[:MAX_LISTED]]
+        if len(found) > MAX_LISTED:
+            lines.append(f"{head}... and {len(found) - MAX_LISTED:,} more")
     count = sum(map(len, bad.values()))
     each = ", ".join(f"{len(found):,} of {split}" for split, found in bad.items())
     text = (

@@ -27,26 +27,26 @@ from ds_classifier.common import files
 from ds_classifier.common.keyed_random import permutation, stream_key
 from ds_classifier.data import images
 from ds_classifier.data.convert.bad_files import (
-    Bad,
-    bad_among,
-    bad_of_many,
-    image_of,
-    refuse_bad,
-    sort_out,
+    BadFile,
+    find_bad,
+    find_bad_parallel,
+    raise_if_bad,
+    read_image,
+    split_off_unreadable,
 )
 from ds_classifier.data.convert.plan import (
     ORIGINAL,
     PLAN,
+    Encoding,
     Plan,
-    Store,
-    already_written,
+    final_encoding,
+    is_written,
     make_plan,
-    partial_of,
+    open_partial,
     refuse_other_splits,
-    settled,
 )
-from ds_classifier.data.convert.samples import Sample, Source
-from ds_classifier.data.convert.spool import gathered
+from ds_classifier.data.convert.samples import DataSource, Sample
+from ds_classifier.data.convert.spool import spool_groups
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
@@ -60,10 +60,10 @@ from ds_classifier.data.shards import (
 
 
 def convert(
-    source: Source,
+    source: DataSource,
     out: Path,
     *,
-    store: Store = ORIGINAL,
+    encoding: Encoding = ORIGINAL,
     samples_per_shard: int = 1000,
     shuffle_seed: int = 0,
     workers: int = 1,
@@ -80,26 +80,26 @@ def convert(
     splits that are no images: after the first the others are only looked for, nothing more is
     written.
     """
-    store = settled(store, source)
+    encoding = final_encoding(encoding, source)
     splits: dict[str, list[Sample]] = {}
-    bad: dict[str, list[Bad]] = {}
+    bad: dict[str, list[BadFile]] = {}
     for split, samples in source.splits.items():
-        splits[split], bad[split] = sort_out(_shuffled(split, samples, shuffle_seed))
+        splits[split], bad[split] = split_off_unreadable(_shuffled(split, samples, shuffle_seed))
     plans, todo = {}, list(splits)
     if not any(bad.values()):
         for split, samples in splits.items():
-            plans[split] = make_plan(source, split, samples, store, samples_per_shard)
+            plans[split] = make_plan(source, split, samples, encoding, samples_per_shard)
         refuse_other_splits(out, source, set(plans))
-        todo = [split for split, plan in plans.items() if not already_written(out / split, plan)]
+        todo = [split for split, plan in plans.items() if not is_written(out / split, plan)]
     for split in todo:
         if any(bad.values()):
             look = functools.partial(progress, f"{split}, only looked at")
-            bad[split] += bad_of_many(splits[split][part[0] :: part[1]], workers, look)
+            bad[split] += find_bad_parallel(splits[split][part[0] :: part[1]], workers, look)
         else:
-            partial = partial_of(out, plans[split])
+            partial = open_partial(out, plans[split])
             writing = (partial, plans[split], splits[split], part, workers, progress)
             bad[split] += _write_shards(*writing)
-    refuse_bad(bad, out, part)
+    raise_if_bad(bad, out, part)
     if part[1] == 1:
         merge(out)
     return {
@@ -157,19 +157,21 @@ def _write_shards(
     workers: int,
     progress: Callable[[str, int, int], None],
 ) -> list[tuple[str, str]]:
-    """Write what is missing; returns the files that are no images, see `refuse_bad`."""
+    """Write what is missing; returns the files that are no images, see `raise_if_bad`."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
     numbers = range(part[0], len(plan.shard_samples), part[1])
     shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
     total = sum(map(len, shards.values()))
-    todo = [n for n in numbers if not _up_to_date(partial / plan.shard_name(n), shards[n])]
+    todo = [n for n in numbers if not _is_up_to_date(partial / plan.shard_name(n), shards[n])]
     if todo:  # what a killed merge has gathered tells of shards that are written anew
         (partial / MANIFEST).unlink(missing_ok=True)
     for n in todo:
         (partial / plan.shard_name(n)).unlink(missing_ok=True)
     spool = partial / f"spool-{part[0]}-{part[1]}"
     try:
-        flat = gathered([s for n in todo for s in shards[n]], spool, workers, plan.split, progress)
+        flat = spool_groups(
+            [s for n in todo for s in shards[n]], spool, workers, plan.split, progress
+        )
         done = total - len(flat)
         progress(plan.split, done, total)
         flat = iter(flat)
@@ -177,7 +179,7 @@ def _write_shards(
         jobs, bad = list(enumerate(todo)), []
         together = (partial, plan, tasks, multiprocessing.Event())
         for number, found in in_processes(
-            workers, _write_one, jobs, shared=together, ordered=False
+            workers, _write_shard, jobs, shared=together, ordered=False
         ):
             bad += found
             done += plan.shard_samples[number]
@@ -187,7 +189,7 @@ def _write_shards(
         shutil.rmtree(spool, ignore_errors=True)
 
 
-def _up_to_date(path: Path, samples: list[Sample]) -> bool:
+def _is_up_to_date(path: Path, samples: list[Sample]) -> bool:
     """Whether a shard is written, and no file of its images has changed since it was begun."""
     if not path.exists():
         return False
@@ -195,7 +197,7 @@ def _up_to_date(path: Path, samples: list[Sample]) -> bool:
     return all(sample.changed_ns() <= began_ns for sample in samples)
 
 
-def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
+def _write_shard(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     """Write one shard and its facts; returns its number, and its files that are no images.
 
     Where there is one, and once another process has met one, the rest is only looked at.
@@ -206,7 +208,7 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     partial, plan, tasks, bad_met = shared()
     first, samples = tasks[at]
     if bad_met.is_set():
-        return number, bad_among(samples)
+        return number, find_bad(samples)
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")
     undecodable, began_ns = [], time.time_ns()
@@ -217,10 +219,10 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     ):
         for i, sample in enumerate(samples, first):
             try:
-                data, suffix = image_of(sample)
+                data, suffix = read_image(sample)
             except ValueError:
                 bad_met.set()
-                return number, bad_among(samples[i - first :])
+                return number, find_bad(samples[i - first :])
             if plan.image_size is not None:
                 try:
                     halved = images.halve(images.decode(data), plan.image_size)

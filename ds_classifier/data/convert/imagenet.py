@@ -20,7 +20,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from ds_classifier.data.convert.samples import Named, Slice, files_under
+from ds_classifier.data.convert.samples import NamedSample, Slice, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES, tar_members
 
 LARGEST_DEVKIT = 1 << 26  # bytes, unpacked, and of each file in it; the real one has a few million
@@ -31,7 +31,7 @@ NEED_LABELS = (
 )
 
 
-def train_images(tar: Path) -> list[Named]:
+def train_images(tar: Path) -> list[NamedSample]:
     """The images of a tar of tars, each inner one named by its class; nothing is unpacked.
 
     Raises ValueError for another tar, for one cut short or damaged, and for members that are links,
@@ -50,7 +50,7 @@ def train_images(tar: Path) -> list[Named]:
             where = f"{tar}/{inner.name}"
             class_name = os.path.basename(inner.name).removesuffix(".tar")
             found = [
-                Named(f"{where}/{name}", class_name, Slice(tar, offset, size))
+                NamedSample(f"{where}/{name}", class_name, Slice(tar, offset, size))
                 for name, offset, size in tar_members(
                     file, where, inner.offset, inner.offset + inner.size
                 )
@@ -64,7 +64,7 @@ def train_images(tar: Path) -> list[Named]:
     return images
 
 
-def val_images(place: Path, labels: Path) -> list[Named]:
+def val_images(place: Path, labels: Path) -> list[NamedSample]:
     """The images of a tar, or of a folder, with classes from a devkit or Kaggle's CSV.
 
     Raises ValueError where an image has no label, or a label no image: one of them is not whole.
@@ -93,7 +93,7 @@ def val_images(place: Path, labels: Path) -> list[Named]:
         if stem in seen:
             raise ValueError(f"{name}: got a second image called {stem}; need each name once")
         seen.add(stem)
-        images.append(Named(name, wnids[stem], content))
+        images.append(NamedSample(name, wnids[stem], content))
     if len(seen) != len(wnids):
         lacking = next(stem for stem in wnids if stem not in seen)
         raise ValueError(

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from ds_classifier.common.files import size_of_file
-from ds_classifier.data.convert.samples import Named, files_under
+from ds_classifier.data.convert.samples import NamedSample, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES
 
 PARQUET = ".parquet"
@@ -47,7 +47,7 @@ class ParquetCell:
         return str(self.file), self.row_group
 
 
-def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None] | None:
+def read_parquet(place: Path, split: str) -> tuple[list[NamedSample], list[str] | None] | None:
     """The rows of a file, or of a split of a folder, and its class names if it has them.
 
     split: "train" or "val". Where the files of a folder, or the folders they lie in, are called
@@ -58,7 +58,7 @@ def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None
     files = [place] if place.is_file() else _files_of_split(place, split)
     if not files:
         return None
-    images: list[Named] = []
+    images: list[NamedSample] = []
     classes = None
     for i, file in enumerate(files):
         rows, own_classes = _read_file(file)
@@ -118,7 +118,7 @@ def _pyarrow_parquet():
     return pyarrow.parquet
 
 
-def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
+def _read_file(path: Path) -> tuple[list[NamedSample], list[str] | None]:
     """Labels and names of the rows; no image is read."""
     size_of_file(path)  # not one to wait for
     parquet = _pyarrow_parquet()
@@ -150,7 +150,7 @@ def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
                             + "; do: remove the row"
                         )
                     class_name = classes[label] if classes else label
-                    rows.append(Named(name, class_name, ParquetCell(path, group, i)))
+                    rows.append(NamedSample(name, class_name, ParquetCell(path, group, i)))
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
     return rows, classes

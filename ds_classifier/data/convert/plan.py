@@ -1,4 +1,4 @@
-"""What a conversion will write, settled before it writes: the store, the shards, their place."""
+"""What a conversion will write, settled before it writes: the encoding, the shards, their place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier.data.convert.samples import Sample, Source
+from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.shards import MANIFEST, open_shards
 
 PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Store:
+class Encoding:
     """How images are stored.
 
     image_size: None: bytes untouched. S: halved as far as every crop at S pixels begins with, and
@@ -38,12 +38,12 @@ class Store:
         )
 
 
-ORIGINAL = Store()
+ORIGINAL = Encoding()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a split's shards will hold. digest: of names, labels, sizes and the store."""
+    """What a split's shards will hold. digest: of names, labels, sizes and the encoding."""
 
     split: str
     source: str
@@ -58,7 +58,7 @@ class Plan:
         return f"{self.split}-{number:06d}.tar"
 
 
-def refuse_other_splits(out: Path, source: Source, planned: set[str]) -> None:
+def refuse_other_splits(out: Path, source: DataSource, planned: set[str]) -> None:
     """ValueError where OUT has a split, whole or not, of other classes that would stay beside."""
     for split in {"train", "val"} - planned:
         for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
@@ -71,23 +71,27 @@ def refuse_other_splits(out: Path, source: Source, planned: set[str]) -> None:
                 )
 
 
-def settled(store: Store, source: Source) -> Store:
+def final_encoding(encoding: Encoding, source: DataSource) -> Encoding:
     """The store that comes out: images that were halved stay so, and cannot grow again."""
     if source.halved is None:
-        return store
+        return encoding
     size, form = source.halved
-    if store.image_size is None:
-        return Store(size, form)
-    if store.image_size > size or (form, store.form) == ("jpg", "png"):
+    if encoding.image_size is None:
+        return Encoding(size, form)
+    if encoding.image_size > size or (form, encoding.form) == ("jpg", "png"):
         raise ValueError(
-            f"--image_size, --form: got {store}, from images that are {Store(size, form)} in "
+            f"--image_size, --form: got {encoding}, from images that are {Encoding(size, form)} in "
             f"{source.name}; need what they still allow; do: convert the originals"
         )
-    return store
+    return encoding
 
 
 def make_plan(
-    source: Source, split: str, samples: list[Sample], store: Store, samples_per_shard: int
+    source: DataSource,
+    split: str,
+    samples: list[Sample],
+    encoding: Encoding,
+    samples_per_shard: int,
 ) -> Plan:
     count = -(-len(samples) // samples_per_shard)
     ends = [len(samples) * (n + 1) // count for n in range(count)]  # they differ by one at most
@@ -97,8 +101,8 @@ def make_plan(
         classes=source.classes,
         samples=len(samples),
         shard_samples=np.diff([0, *ends]).tolist(),
-        image_size=store.image_size,
-        form=store.form if store.image_size else "",
+        image_size=encoding.image_size,
+        form=encoding.form if encoding.image_size else "",
     )
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
@@ -108,7 +112,7 @@ def make_plan(
     return Plan(digest=digest.hexdigest(), **facts)
 
 
-def already_written(folder: Path, plan: Plan) -> bool:
+def is_written(folder: Path, plan: Plan) -> bool:
     if not folder.exists():
         return False
     if (folder / MANIFEST).is_file() and open_shards(folder).manifest.plan == plan.digest:
@@ -119,7 +123,7 @@ def already_written(folder: Path, plan: Plan) -> bool:
     )
 
 
-def partial_of(out: Path, plan: Plan) -> Path:
+def open_partial(out: Path, plan: Plan) -> Path:
     """The directory being filled. It appears with its plan, so that parts may begin together.
 
     Raises ValueError where shards of another plan lie in it.
@@ -136,7 +140,7 @@ def partial_of(out: Path, plan: Plan) -> Path:
         raise ValueError(f"OUT: got {partial} without {PLAN}; need a free place; do: remove it")
     if json.loads((partial / PLAN).read_text())["digest"] != plan.digest:
         raise ValueError(
-            f"OUT: got {partial}, the unfinished conversion of another source or store; need one "
-            "in OUT; do: finish it, remove it, or choose another OUT"
+            f"OUT: got {partial}, the unfinished conversion of another source or encoding; need "
+            "one in OUT; do: finish it, remove it, or choose another OUT"
         )
     return partial

@@ -94,10 +94,10 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
 
-    halved: (pixels, form) where the images were halved already, as Store tells; None: originals.
+    halved: (pixels, form) where the images were halved already, as Encoding tells; None: originals.
     Raises ValueError for a class name that is no UTF-8.
     """
 
@@ -110,7 +110,7 @@ class Source:
         refuse_not_utf8(self.name, self.classes)
 
 
-class Named(NamedTuple):
+class NamedSample(NamedTuple):
     """An image that knows its class by name, or by a number of the user's."""
 
     name: str
@@ -120,10 +120,10 @@ class Named(NamedTuple):
 
 def share_classes(
     name: str,
-    train: Sequence[Named],
-    val: Sequence[Named] | None = None,
+    train: Sequence[NamedSample],
+    val: Sequence[NamedSample] | None = None,
     classes: list[str] | None = None,
-) -> Source:
+) -> DataSource:
     """Number the classes by the training split alone; validation is looked up in that list.
 
     classes: their names in order, where the source brings them. Otherwise the sorted names; or,
@@ -145,7 +145,7 @@ def share_classes(
         for split, images in (("train", train), ("val", val))
         if images is not None
     }
-    return Source(name, classes, splits)
+    return DataSource(name, classes, splits)
 
 
 def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:

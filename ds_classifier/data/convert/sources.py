@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_classifier.data.convert.samples import (
-    Named,
+    DataSource,
+    NamedSample,
     Sample,
     Slice,
-    Source,
     files_under,
     share_classes,
 )
@@ -26,11 +26,11 @@ DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # never taken for classes alone
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits: other writers than the first
 LISTS = (".csv", ".jsonl")
-MOST_NAMED = 10  # folders without images
+MAX_NAMED = 10  # folders without images
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that int() and str() leave alone; 01 is a name
 
 
-def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> Source:
+def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> DataSource:
     """Open what holds images and classes; what it is shows in its suffix and content.
 
     source, val (for validation):
@@ -97,7 +97,7 @@ def _kind(place: Path) -> str:
     return kind
 
 
-def _images(place: Path, kind: str) -> list[Named]:
+def _images(place: Path, kind: str) -> list[NamedSample]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
@@ -105,7 +105,7 @@ def _images(place: Path, kind: str) -> list[Named]:
     return _listed_files(place) if kind == "list" else _labelled_files(place)
 
 
-def _val_images(place: Path, kind: str, labels: str | None) -> list[Named]:
+def _val_images(place: Path, kind: str, labels: str | None) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
             raise ValueError(
@@ -125,7 +125,7 @@ def _val_images(place: Path, kind: str, labels: str | None) -> list[Named]:
 # --------------------------------------------------------------------------------------- folders
 
 
-def image_folder(train: Path, val: Path | None = None) -> Source:
+def image_folder(train: Path, val: Path | None = None) -> DataSource:
     """Images in directories, one a class; or side by side, the class before the first underscore.
 
     Train and validation share one class list, the sorted names of the training classes.
@@ -135,7 +135,7 @@ def image_folder(train: Path, val: Path | None = None) -> Source:
     )
 
 
-def _labelled_files(root: Path) -> list[Named]:
+def _labelled_files(root: Path) -> list[NamedSample]:
     """Every image under root with its class name, in the order of their paths."""
     if not root.is_dir():
         raise ValueError(
@@ -176,13 +176,15 @@ def _labelled_files(root: Path) -> list[Named]:
         )
     empty = [] if loose else sorted(_class_folders(root) - classes)
     if empty:
-        names = ", ".join(empty[:MOST_NAMED]) + (" ..." if len(empty) > MOST_NAMED else "")
+        names = ", ".join(empty[:MAX_NAMED]) + (" ..." if len(empty) > MAX_NAMED else "")
         raise ValueError(
             f"source: got {names} in {root} ({len(empty)} such) without any image "
             f"({' '.join(IMAGE_SUFFIXES)}), or a broken link; a class needs one; do: remove the "
             "folder, mend the link, or convert its images to one of these formats"
         )
-    return [Named(str(file.relative_to(root)), class_name, file) for file, class_name in found]
+    return [
+        NamedSample(str(file.relative_to(root)), class_name, file) for file, class_name in found
+    ]
 
 
 def _class_folders(root: Path) -> set[str]:
@@ -198,7 +200,7 @@ def _class_folders(root: Path) -> set[str]:
 # ----------------------------------------------------------------------------------------- lists
 
 
-def _listed_files(path: Path) -> list[Named]:
+def _listed_files(path: Path) -> list[NamedSample]:
     """The images of a .csv or .jsonl of path and label; integers where all labels are such."""
     rows = list(_rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_jsonl(path))
     first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
@@ -227,7 +229,7 @@ def _listed_files(path: Path) -> list[Named]:
     if all(_INTEGER.fullmatch(label) for label in labels):
         labels = [int(label) for label in labels]
     return [
-        Named(str(image), label, path.parent / image)
+        NamedSample(str(image), label, path.parent / image)
         for (_, image, _), label in zip(rows, labels, strict=True)
     ]
 
@@ -271,7 +273,7 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
 # ---------------------------------------------------------------- sources that bring their classes
 
 
-def parquet(train: Path, val: Path | None = None) -> Source:
+def parquet(train: Path, val: Path | None = None) -> DataSource:
     """Hugging Face's parquet files; a folder may bring its own validation split."""
     from ds_classifier.data.convert.parquet import read_parquet
 
@@ -287,7 +289,7 @@ def parquet(train: Path, val: Path | None = None) -> Source:
     return share_classes(str(train), images, held_out and held_out[0], classes)
 
 
-def shards(train: Path, val: Path | None = None) -> Source:
+def shards(train: Path, val: Path | None = None) -> DataSource:
     """Shards of this program, class list and labels as they are; halved ones are marked so."""
     from ds_classifier.data.shards import open_shards
 
@@ -321,10 +323,10 @@ def shards(train: Path, val: Path | None = None) -> Source:
             if not 0 <= label < len(classes):
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
-    return Source(str(train), classes, splits, halved=next(iter(stored), None))
+    return DataSource(str(train), classes, splits, halved=next(iter(stored), None))
 
 
-def digits() -> Source:
+def digits() -> DataSource:
     """The 1,797 handwritten digits that scikit-learn carries (UCI, Alpaydin & Kaynak 1998).
 
     8 x 8 grey images; the last 360 are held out for validation, as PNG bytes.
@@ -348,4 +350,4 @@ def digits() -> Source:
         samples.append(Sample(f"digit_{i:04d}", int(label), png.getvalue()))
     held_out = len(samples) - DIGITS_HELD_OUT
     splits = {"train": samples[:held_out], "val": samples[held_out:]}
-    return Source(DIGITS, [str(name) for name in bunch.target_names], splits)
+    return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)

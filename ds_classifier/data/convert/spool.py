@@ -15,7 +15,7 @@ from ds_classifier.data.convert.samples import Sample, Slice
 from ds_classifier.data.pool import in_processes, shared
 
 
-def gathered(
+def spool_groups(
     samples: list[Sample],
     spool: Path,
     workers: int,
@@ -44,7 +44,7 @@ def gathered(
     gathered, done = list(samples), 0
     shared_by_all = (samples, wanted, spool)
     for first, last, ends in in_processes(
-        workers, _spool_some, jobs, shared=shared_by_all, ordered=False
+        workers, _spool_chunk, jobs, shared=shared_by_all, ordered=False
     ):
         place = spool / f"{first}.bytes"
         for i, start, end in zip(wanted[first:last], ends, ends[1:], strict=False):
@@ -54,7 +54,7 @@ def gathered(
     return gathered
 
 
-def _spool_some(job: tuple[int, int]) -> tuple[int, int, list[int]]:
+def _spool_chunk(job: tuple[int, int]) -> tuple[int, int, list[int]]:
     """Write some of the wanted images to one file; returns the job, and where each begins."""
     first, last = job
     samples, wanted, spool = shared()

@@ -45,12 +45,12 @@ OPTIONAL = Patience(retries=2, pause_s=0.5)  # for files that need not be there
 class Listing:
     """The shards of a split, and what lies beside them.
 
-    place: the tars' directory, absolute, or its URL. counts: shard -> samples, as `source` says.
+    location: the tars' directory, absolute, or its URL. counts: shard -> samples, as `source` says.
     stats: whether NAME_stats.json lie beside the shards. labels: where a label stands, if told.
     classes: names, if told. problems: where the metadata does not fit itself or the directory.
     """
 
-    place: str
+    location: str
     names: list[str]
     counts: dict[str, int] = field(default_factory=dict)
     source: str | None = None
@@ -60,24 +60,24 @@ class Listing:
     problems: list[str] = field(default_factory=list)
 
 
-class Place:
+class Location:
     """A directory of this machine, or a URL; files beside the shards are read by name."""
 
     def __init__(self, location: str):
         self.url = is_url(location)
-        self.location = location.rstrip("/") if self.url else os.path.abspath(location)
-        if self.url and not PLAIN_URL.fullmatch(self.location):
+        self.root = location.rstrip("/") if self.url else os.path.abspath(location)
+        if self.url and not PLAIN_URL.fullmatch(self.root):
             raise ValueError(
-                f"got the URL {self.location!r}; need letters, digits and _.,:/@%+=~- in it; do: "
+                f"got the URL {self.root!r}; need letters, digits and _.,:/@%+=~- in it; do: "
                 "write others as %XX"
             )
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.location}/{name}")
+    def __truediv__(self, name: str) -> Location:
+        return Location(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes | None:
         """A small file, or None where it is not there."""
-        where = url_of(self.location, name) if self.url else f"{self.location}/{name}"
+        where = url_of(self.root, name) if self.url else f"{self.root}/{name}"
         if self.url:
             try:
                 return fetch_small(where, limit_bytes=LARGEST_METADATA, patience=OPTIONAL)
@@ -100,20 +100,20 @@ class Place:
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.location}/{name}: got no JSON ({error})") from None
+            raise ValueError(f"{self.root}/{name}: got no JSON ({error})") from None
         if not isinstance(content, dict):
-            raise ValueError(f"{self.location}/{name}: got no JSON object")
+            raise ValueError(f"{self.root}/{name}: got no JSON object")
         return content
 
     def tars(self) -> list[str]:
         """The tars of a directory, numbers in their names counted as such."""
-        if self.url or not os.path.isdir(self.location):
+        if self.url or not os.path.isdir(self.root):
             return []
-        return sorted(filter(_TAR.search, os.listdir(self.location)), key=_by_number)
+        return sorted(filter(_TAR.search, os.listdir(self.root)), key=_by_number)
 
     def tars_with_stats(self) -> set[str]:
         """The tars that img2dataset says it has written to a directory."""
-        names = os.listdir(self.location)
+        names = os.listdir(self.root)
         return {n.removesuffix(STATS[4:]) + ".tar" for n in names if n.endswith(STATS[4:])}
 
 
@@ -128,38 +128,38 @@ def _parts(name: str) -> list[str]:
     return [part for part in re.split("([0-9]+)", name) if part]
 
 
-def find_shards(location: str, split: str, *, beside: bool = False) -> Listing | None:
+def find_shards(address: str, split: str, *, optional: bool = False) -> Listing | None:
     """The shards that a user's word means, as `index` takes it.
 
-    split: "train" or "val", where the place holds both. beside: only what the place itself calls a
-    validation split; None if it does not.
+    split: "train" or "val", where the place holds both. optional: only what the place itself
+    calls a validation split; None if it does not.
     Raises ValueError where there is nothing, or shards that cannot be indexed in place.
     """
-    _refuse_secrets(location)
-    location = location if is_url(location) else os.path.expanduser(location)
-    folder, _, base = location.rstrip("/").rpartition("/")
+    _refuse_secrets(address)
+    address = address if is_url(address) else os.path.expanduser(address)
+    folder, _, base = address.rstrip("/").rpartition("/")
     if base in (*INFO, SIZES, NSHARDS):
-        location = folder or ("/" if location.startswith("/") else ".")
-    elif "{" in location or "::" in location or _TAR.search(base):
-        return None if beside else _checked(_of_pattern(location))
-    place = Place(location)
-    found = _of_info(place, split, beside) or _below(place, split)
-    if found is None and not beside:
-        found = _directly_in(place)
+        address = folder or ("/" if address.startswith("/") else ".")
+    elif "{" in address or "::" in address or _TAR.search(base):
+        return None if optional else _check_names(_from_pattern(address))
+    location = Location(address)
+    found = _from_info(location, split, optional) or _from_split_folder(location, split)
+    if found is None and not optional:
+        found = _from_folder(location)
     if found is not None:
-        return _checked(found)
-    if beside:
+        return _check_names(found)
+    if optional:
         return None
     flag = "TRAIN" if split == "train" else "--val"
-    if place.url:
+    if location.url:
         raise ValueError(
-            f"{flag}: got {location}, where there is no {INFO[0]}, {SIZES}, {NSHARDS} nor "
+            f"{flag}: got {address}, where there is no {INFO[0]}, {SIZES}, {NSHARDS} nor "
             f"{SPLITS[split][0]}/{NSHARDS}; a URL cannot be listed; do: name the shards, like "
-            f"{location}/name-{{0000..1023}}.tar"
+            f"{address}/name-{{0000..1023}}.tar"
         )
-    missing = "which does not exist" if not os.path.exists(location) else "without any .tar"
+    missing = "which does not exist" if not os.path.exists(address) else "without any .tar"
     raise ValueError(
-        f"{flag}: got {location}, {missing}; need a directory with shards, a pattern like "
+        f"{flag}: got {address}, {missing}; need a directory with shards, a pattern like "
         "'/data/name-{0000..1023}.tar', or a URL"
     )
 
@@ -181,17 +181,19 @@ def _refuse_secrets(location: str) -> None:
             )
 
 
-def _of_info(place: Place, split: str, beside: bool) -> Listing | None:
+def _from_info(location: Location, split: str, optional: bool) -> Listing | None:
     """A split that timm's _info.json names."""
-    name, info = next(((n, i) for n in INFO if (i := place.read_json(n)) is not None), (None, None))
+    name, info = next(
+        ((n, i) for n in INFO if (i := location.read_json(n)) is not None), (None, None)
+    )
     if info is None:
         return None
-    where, splits = f"{place.location}/{name}", info.get("splits")
+    where, splits = f"{location.root}/{name}", info.get("splits")
     if not isinstance(splits, dict):
         raise ValueError(f'{where}: got no "splits"; need them as timm writes them')
     chosen = next((s for s in SPLITS[split] if s in splits), None)
     if chosen is None:
-        if beside:
+        if optional:
             return None
         raise ValueError(
             f"{where}: got the splits {', '.join(map(str, splits))}; need one called "
@@ -205,12 +207,12 @@ def _of_info(place: Place, split: str, beside: bool) -> Listing | None:
             f"{sum(counts.values())}"
         )
     return Listing(
-        place.location,
+        location.root,
         list(counts),
         counts,
         name,
         labels=labels,
-        classes=_classnames(place),
+        classes=_find_classes(location),
         problems=problems,
     )
 
@@ -235,58 +237,58 @@ def _info_counts(info: object, where: str) -> tuple[dict[str, int], int, str | N
     return counts, total, f"json:{labels}" if labels else None
 
 
-def _below(place: Place, split: str) -> Listing | None:
+def _from_split_folder(location: Location, split: str) -> Listing | None:
     """A split in a directory of its name, with class names above it, as CLIP_benchmark has them."""
     for name in SPLITS[split]:
-        found = _directly_in(place / name)
+        found = _from_folder(location / name)
         if found is not None:
             return found
     return None
 
 
-def _directly_in(place: Place) -> Listing | None:
+def _from_folder(location: Location) -> Listing | None:
     """The shards of a directory or URL that holds one split."""
-    tars = place.tars()
-    sizes, nshards = place.read_json(SIZES), place.read(NSHARDS)
+    tars = location.tars()
+    sizes, nshards = location.read_json(SIZES), location.read(NSHARDS)
     if nshards is not None:
         if not re.fullmatch(rb"[0-9]{1,6}", nshards.strip()):
             raise ValueError(
-                f"{place.location}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
+                f"{location.root}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
             )
         names, source = [f"{i}.tar" for i in range(int(nshards))], NSHARDS
-    elif sizes is not None and place.url:
+    elif sizes is not None and location.url:
         names, source = sorted(sizes, key=_by_number), SIZES
     else:
         names, source = tars, None
     if not names and source is None:
         return None
     problems = []
-    if not place.url:
+    if not location.url:
         kinds = {re.sub("[0-9]+", "#", name) for name in names}
         if len(kinds) > 1:
             raise ValueError(
-                f"got {place.location} with tars of {len(kinds)} kinds "
+                f"got {location.root} with tars of {len(kinds)} kinds "
                 f"({', '.join(sorted(kinds)[:4])}); need those of one split; do: name them with a "
                 "pattern, such as 'DIR/name-train-{0000..1023}.tar', and the others as --val"
             )
         listed, said_by = set(names), source
         if sizes is not None:
             listed, said_by = listed | set(sizes), SIZES
-        elif source is None and not listed.isdisjoint(with_stats := place.tars_with_stats()):
+        elif source is None and not listed.isdisjoint(with_stats := location.tars_with_stats()):
             listed, said_by = listed | with_stats, STATS
         problems = [
-            f"{place.location}/{printable(name)} "
+            f"{location.root}/{printable(name)} "
             + ("is not here, but" if name in listed else "is here, but not")
             + f" in {said_by}"
             for name in sorted(listed ^ set(tars), key=_by_number)
         ]
         here = set(tars)
         names = [name for name in names if name in here]
-    listing = _with_counts(place, names, problems)
+    listing = _with_metadata(location, names, problems)
     return listing if listing.source else dataclasses.replace(listing, source=source)
 
 
-def _of_pattern(pattern: str) -> Listing:
+def _from_pattern(pattern: str) -> Listing:
     from webdataset.shardlists import expand_urls  # imports torch
 
     try:
@@ -303,62 +305,66 @@ def _of_pattern(pattern: str) -> Listing:
     names = [path.rpartition("/")[2] for path in paths]
     if len(set(names)) != len(names):
         raise ValueError(f"got {pattern!r}, which names a shard twice; need each once")
-    place = Place(folders.pop())
-    if place.url or not set(names).isdisjoint(place.tars()):
-        return _with_counts(place, names, [])
+    location = Location(folders.pop())
+    if location.url or not set(names).isdisjoint(location.tars()):
+        return _with_metadata(location, names, [])
     raise ValueError(f"got {pattern!r}; none of its {len(names)} shards exists, such as {paths[0]}")
 
 
-def _with_counts(place: Place, names: list[str], problems: list[str]) -> Listing:
-    """The named shards of a place, with what its metadata says of them."""
+def _with_metadata(location: Location, names: list[str], problems: list[str]) -> Listing:
+    """The named shards of a location, with what its metadata says of them."""
     counts: dict[str, int] = {}
     source = labels = None
     for name in INFO:
-        splits = (place.read_json(name) or {}).get("splits")
+        splits = (location.read_json(name) or {}).get("splits")
         for split, info in (splits if isinstance(splits, dict) else {}).items():
-            of_split, _, of_labels = _info_counts(info, f"{place.location}/{name}: split {split}")
+            of_split, _, of_labels = _info_counts(info, f"{location.root}/{name}: split {split}")
             if not of_split.keys().isdisjoint(names):
                 counts |= of_split
                 source, labels = name, of_labels
-    if source is None and (sizes := place.read_json(SIZES)) and not sizes.keys().isdisjoint(names):
+    if (
+        source is None
+        and (sizes := location.read_json(SIZES))
+        and not sizes.keys().isdisjoint(names)
+    ):
         if any(type(n) is not int or n < 0 for n in sizes.values()):
-            raise ValueError(f"{place.location}/{SIZES}: got a count that is none")
+            raise ValueError(f"{location.root}/{SIZES}: got a count that is none")
         counts, source = sizes, SIZES
     missing = [] if source is None else [name for name in names if name not in counts]
-    problems = problems + [f"{place.location}/{n}: {source} does not name it" for n in missing]
+    problems = problems + [f"{location.root}/{n}: {source} does not name it" for n in missing]
     stats = False
-    if source is None and place.url and names:
-        stats = stats_of(place, names[0]) is not None
+    if source is None and location.url and names:
+        stats = stats_of(location, names[0]) is not None
     elif source is None:
-        stats = not place.tars_with_stats().isdisjoint(names)
+        stats = not location.tars_with_stats().isdisjoint(names)
     return Listing(
-        place.location,
+        location.root,
         names,
         counts,
         STATS if stats else source,
         stats=stats,
         labels=labels,
-        classes=_classnames(place),
+        classes=_find_classes(location),
         problems=problems,
     )
 
 
-def _checked(listing: Listing) -> Listing:
+def _check_names(listing: Listing) -> Listing:
     """Refuse what no manifest could name or no offset could read."""
     for name in listing.names:
         if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
             raise ValueError(
-                f"{listing.place}: got the shard name {name!r}; need names without directories"
+                f"{listing.location}: got the shard name {name!r}; need names without directories"
             )
         if not name.lower().endswith(".tar"):
             raise ValueError(
-                f"{listing.place}: got {name}; need plain .tar: members of a compressed one have "
-                "no place to be read at; do: decompress it"
+                f"{listing.location}: got {name}; need plain .tar: members of a compressed one "
+                "have no place to be read at; do: decompress it"
             )
-        if is_url(listing.place) and not REMOTE_NAME.fullmatch(name):
+        if is_url(listing.location) and not REMOTE_NAME.fullmatch(name):
             raise ValueError(
-                f"{listing.place}: got the shard name {name!r}; need letters, digits and _.+=@-, "
-                "ending in .tar; do: rename it"
+                f"{listing.location}: got the shard name {name!r}; need letters, digits and "
+                "_.+=@-, ending in .tar; do: rename it"
             )
     return listing
 
@@ -367,16 +373,16 @@ def stats_name(name: str) -> str:
     return f"{name.removesuffix('.tar')}_stats.json"
 
 
-def stats_of(place: Place, name: str) -> dict | None:
-    return place.read_json(stats_name(name))
+def stats_of(location: Location, name: str) -> dict | None:
+    return location.read_json(stats_name(name))
 
 
-def _classnames(place: Place) -> list[str] | None:
+def _find_classes(location: Location) -> list[str] | None:
     """Names that lie beside the shards, or above a directory that is called like a split."""
-    folder, _, base = place.location.rpartition("/")
-    above = [Place(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
-    for where in (place, *above):
+    folder, _, base = location.root.rpartition("/")
+    above = [Location(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
+    for where in (location, *above):
         text = where.read(CLASSNAMES)
         if text is not None:
-            return class_lines(text, f"{where.location}/{CLASSNAMES}")
+            return class_lines(text, f"{where.root}/{CLASSNAMES}")
     return None

@@ -23,7 +23,7 @@ from ds_classifier.data.tars import Sequential
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Split:
     """firsts: [shards + 1] number of each shard's first sample. scratch: for what is fetched."""
 
     shards: ShardSet
@@ -65,16 +65,16 @@ def verify(
         shards = open_split(str(location), cache_dir=Path(scratch), allow_pipe=True, to_verify=True)
         manifest, problems = shards.manifest, []
         firsts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        job = _Job(shards, firsts, check_hash, check_decode, scratch)
+        split = _Split(shards, firsts, check_hash, check_decode, scratch)
         done, seen_keys = 0, set()
         numbers = range(len(manifest.shards))
         # Closed before the scratch directory is removed: no process then writes to it any more.
-        with closing(in_processes(workers, _verify_one, numbers, shared=job)) as results:
+        with closing(in_processes(workers, _verify_one, numbers, shared=split)) as results:
             for number, (found, keys) in enumerate(results):
                 problems += found
                 for key in keys:
                     if key in seen_keys:
-                        problems.append(f"{job.where(number)}: key {key} appears twice")
+                        problems.append(f"{split.where(number)}: key {key} appears twice")
                     seen_keys.add(key)
                 done += manifest.shards[number].samples
                 progress(done, manifest.samples)
@@ -83,26 +83,26 @@ def verify(
 
 def _verify_one(number: int) -> tuple[list[str], list[str]]:
     """The problems of one shard, and its keys."""
-    job: _Job = shared()
-    where, shard = job.where(number), job.shards.manifest.shards[number]
+    split: _Split = shared()
+    where, shard = split.where(number), split.shards.manifest.shards[number]
     found: list[ScannedSample] = []  # keeps what comes before an error
     try:
         with ExitStack() as opened:
-            if not job.remote:
-                path = job.shards.path(number)
-            elif job.check_decode:
-                path = _fetched(job.url(number), shard.bytes, job.scratch, opened)
+            if not split.remote:
+                path = split.shards.path(number)
+            elif split.check_decode:
+                path = _fetched(split.url(number), shard.bytes, split.scratch, opened)
             else:
-                file = Sequential(stream(job.url(number), size=shard.bytes, allow_pipe=True))
+                file = Sequential(stream(split.url(number), size=shard.bytes, allow_pipe=True))
                 _scan(file, where, None, number, found)
                 facts = file.arrived, file.digest.hexdigest()
                 return _problems(number, found, *facts), [sample.key for sample in found]
             size = files.size_of_file(path)
             file = opened.enter_context(open(path, "rb"))
             _scan(file, where, size, number, found)
-            sha256 = files.sha256(path) if job.check_hash or job.remote else None
+            sha256 = files.sha256(path) if split.check_hash or split.remote else None
             problems = _problems(number, found, size, sha256)
-            if job.check_decode:
+            if split.check_decode:
                 problems += _undecodable(file, where, found)
             return problems, [sample.key for sample in found]
     except FileNotFoundError:
@@ -141,12 +141,12 @@ def _scan(
 
 def _problems(number: int, found: list[ScannedSample], size: int, sha256: str | None) -> list[str]:
     """What differs between a shard that is whole and what manifest and index say of it."""
-    job: _Job = shared()
-    where, manifest, problems = job.where(number), job.shards.manifest, []
+    split: _Split = shared()
+    where, manifest, problems = split.where(number), split.shards.manifest, []
     shard = manifest.shards[number]
     if size != shard.bytes:
         problems.append(f"{where}: got {size} bytes; need {shard.bytes}, as the manifest says")
-    rows = job.shards.index[job.firsts[number] : job.firsts[number + 1]]
+    rows = split.shards.index[split.firsts[number] : split.firsts[number + 1]]
     expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
     if [sample.entry for sample in found] != expected or (rows["shard"] != number).any():
         problems.append(

@@ -20,8 +20,8 @@ from running import ROOT, environment, run_python
 
 from ds_classifier.data import images
 from ds_classifier.data.convert import convert as conversion
-from ds_classifier.data.convert.convert import Store, convert, merge
-from ds_classifier.data.convert.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.convert.convert import Encoding, convert, merge
+from ds_classifier.data.convert.sources import DataSource, Sample, image_folder, open_source
 from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
@@ -120,7 +120,7 @@ class Stopped(BaseException):
     """As if killed."""
 
 
-def convert_some(source: Source, out: Path, shards: int, **keywords) -> None:
+def convert_some(source: DataSource, out: Path, shards: int, **keywords) -> None:
     """A conversion that ends after so many shards of 4."""
 
     def stop(split, done, total):
@@ -187,7 +187,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
         return len(reads.read_text().split())
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion, "gathered", lambda samples, *_: samples)
+        patched.setattr(conversion, "spool_groups", lambda samples, *_: samples)
         expected = bytes_of(tmp_path / "one_by_one")
         assert groups_read() > 40
     assert bytes_of(tmp_path / "one") == expected
@@ -208,22 +208,22 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
 
 def test_shards_of_halved_shards_stay_halved(tmp_path):
     """The mark goes along; other sizes only downwards, other forms only where nothing is lost."""
-    convert(large_images(), tmp_path / "a", store=Store(64, "png"))
+    convert(large_images(), tmp_path / "a", encoding=Encoding(64, "png"))
     convert(open_source(str(tmp_path / "a")), tmp_path / "b")
     for split in ("train", "val"):
         first, again = (open_shards(tmp_path / name / split) for name in "ab")
         for key in ("stored", "image_size", "form"):
             assert getattr(again.manifest, key) == getattr(first.manifest, key)
     assert np.array_equal(crops(tmp_path / "b/val", 64), crops(tmp_path / "a/val", 64))
-    convert(open_source(str(tmp_path / "b")), tmp_path / "c", store=Store(32, "png"))
-    convert(large_images(), tmp_path / "direct", store=Store(32, "png"))
+    convert(open_source(str(tmp_path / "b")), tmp_path / "c", encoding=Encoding(32, "png"))
+    convert(large_images(), tmp_path / "direct", encoding=Encoding(32, "png"))
     assert open_shards(tmp_path / "c/val").manifest.image_size == 32
     assert np.array_equal(crops(tmp_path / "c/val", 32), crops(tmp_path / "direct/val", 32))
     with pytest.raises(ValueError, match=r"got halved for 65 px.*are halved for 64 px, png"):
-        convert(open_source(str(tmp_path / "b")), tmp_path / "d", store=Store(65, "png"))
-    convert(large_images(), tmp_path / "jpg", store=Store(32))
+        convert(open_source(str(tmp_path / "b")), tmp_path / "d", encoding=Encoding(65, "png"))
+    convert(large_images(), tmp_path / "jpg", encoding=Encoding(32))
     with pytest.raises(ValueError, match="are halved for 32 px, jpg"):
-        convert(open_source(str(tmp_path / "jpg")), tmp_path / "d", store=Store(32, "png"))
+        convert(open_source(str(tmp_path / "jpg")), tmp_path / "d", encoding=Encoding(32, "png"))
     with pytest.raises(ValueError, match="splits halved otherwise"):
         open_source(str(tmp_path / "a/train"), str(tmp_path / "c/val"))
 
@@ -286,7 +286,7 @@ def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
     assert int(grown.split()[-1]) < 100
 
 
-def large_images() -> Source:
+def large_images() -> DataSource:
     """Colour images of several sizes with structure, as JPEG and PNG."""
     samples = []
     for i, (width, height) in enumerate([(500, 375), (320, 480), (161, 170), (90, 70), (640, 200)]):
@@ -296,7 +296,7 @@ def large_images() -> Source:
         data = io.BytesIO()
         Image.fromarray(pixels).save(data, format="JPEG" if i % 2 else "PNG")
         samples.append(Sample(f"p{i}", i, data.getvalue()))
-    return Source("made", [str(i) for i in range(5)], {"train": samples, "val": samples})
+    return DataSource("made", [str(i) for i in range(5)], {"train": samples, "val": samples})
 
 
 def crops(folder: Path, size: int) -> np.ndarray:
@@ -309,7 +309,7 @@ def crops(folder: Path, size: int) -> np.ndarray:
 
 def test_halved_png_trains_on_the_very_pixels(tmp_path):
     convert(large_images(), tmp_path / "original")
-    convert(large_images(), tmp_path / "halved", store=Store(32, "png"))
+    convert(large_images(), tmp_path / "halved", encoding=Encoding(32, "png"))
     original, halved = (tmp_path / name / "val" for name in ("original", "halved"))
     for size in (32, 24):  # and any smaller size
         assert np.array_equal(crops(halved, size), crops(original, size))
@@ -320,7 +320,7 @@ def test_halved_png_trains_on_the_very_pixels(tmp_path):
 
 def test_halved_jpeg_stays_near_the_pixels(tmp_path):
     convert(large_images(), tmp_path / "original")
-    convert(large_images(), tmp_path / "halved", store=Store(32, "jpg"))
+    convert(large_images(), tmp_path / "halved", encoding=Encoding(32, "jpg"))
     difference = crops(tmp_path / "halved/val", 32).astype(float) - crops(
         tmp_path / "original/val", 32
     )
@@ -333,7 +333,9 @@ def test_halved_jpeg_stays_near_the_pixels(tmp_path):
 def test_a_image_that_cannot_be_halved_is_kept_and_told(tmp_path):
     source = large_images()
     cut = Sample("cut", 0, source.splits["train"][0].content[:3000])
-    convert(Source("made", source.classes, {"val": [cut]}), tmp_path / "out", store=Store(32))
+    convert(
+        DataSource("made", source.classes, {"val": [cut]}), tmp_path / "out", encoding=Encoding(32)
+    )
     manifest = open_shards(tmp_path / "out" / "val").manifest
     assert manifest.undecodable == ["cut"]
     batch = ShardDataset(open_shards(tmp_path / "out" / "val"), image_size=32)[np.arange(1)]
@@ -481,7 +483,7 @@ def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
 
 def test_splits_of_other_classes_do_not_come_to_stand_side_by_side(folder, many, tmp_path):
     source, other = image_folder(folder), image_folder(many)
-    convert(Source("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
+    convert(DataSource("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
     with pytest.raises(ValueError, match=r"a/val, of other classes.*one class list"):
         convert(other, tmp_path / "a")
     assert not (tmp_path / "a/train").exists()

@@ -17,7 +17,7 @@ from running import ROOT, run_python
 
 from ds_classifier.data.classes import class_lines
 from ds_classifier.data.convert.convert import convert
-from ds_classifier.data.convert.samples import Sample, Slice, Source
+from ds_classifier.data.convert.samples import DataSource, Sample, Slice
 from ds_classifier.data.convert.sources import image_folder, open_source
 from ds_classifier.data.shards import open_shards
 
@@ -66,7 +66,7 @@ def answer(plain: Path, split: str) -> Counter:
     return Counter((p.read_bytes(), p.parent.name) for p in (plain / split).glob("*/*.JPEG"))
 
 
-def content(source: Source, split: str) -> Counter:
+def content(source: DataSource, split: str) -> Counter:
     """(bytes, class name) of every sample; each also pickled, and its size compared."""
     found = Counter()
     for sample in pickle.loads(pickle.dumps(source.splits[split])):
@@ -75,7 +75,7 @@ def content(source: Source, split: str) -> Counter:
     return found
 
 
-def assert_equal_to(plain: Path, source: Source, splits=("train", "val")) -> None:
+def assert_equal_to(plain: Path, source: DataSource, splits=("train", "val")) -> None:
     assert source.classes == WNIDS
     assert set(source.splits) == set(splits)
     for split in splits:
@@ -537,7 +537,9 @@ def test_shards_of_shards_keep_classes_and_labels(plain, tmp_path):
         [Sample(str(p), WNIDS.index(p.parent.name), p) for p in (plain / split).glob("*/*")]
         for split in ("train", "val")
     )
-    convert(Source("s", classes, {"train": train, "val": val}), tmp_path / "a", samples_per_shard=4)
+    convert(
+        DataSource("s", classes, {"train": train, "val": val}), tmp_path / "a", samples_per_shard=4
+    )
     source = open_source(str(tmp_path / "a"))
     convert(source, tmp_path / "b", samples_per_shard=2, shuffle_seed=7)
 
@@ -551,7 +553,7 @@ def test_shards_of_shards_keep_classes_and_labels(plain, tmp_path):
         assert labels(opened.splits["train"]) == labels(samples)
     two = open_source(str(tmp_path / "b/train"), str(tmp_path / "a"))
     assert labels(two.splits["val"]) == labels(val)
-    convert(Source("s", WNIDS, {"train": train}), tmp_path / "c")
+    convert(DataSource("s", WNIDS, {"train": train}), tmp_path / "c")
     assert "another class list" in refused(tmp_path / "a", tmp_path / "c/train")
     os.truncate(tmp_path / "b/train/train-000001.tar", 700)
     assert "train-000001.tar" in refused(tmp_path / "b")
