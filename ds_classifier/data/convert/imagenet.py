@@ -17,13 +17,15 @@ import gzip
 import io
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from ds_classifier.data.convert.samples import NamedSample, Slice, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES, tar_members
 
-LARGEST_DEVKIT = 1 << 26  # bytes, unpacked, and of each file in it; the real one has a few million
+LARGEST_FILE = 1 << 26  # bytes of a file in the devkit, unpacked; the real ones have < 2 MB
 META = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 NEED_LABELS = (
@@ -172,47 +174,49 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
 
 
 def _refuse_swelling(meta: bytes, name: str) -> None:
-    """ValueError where a MATLAB 5 file is, or unpacks to, more than LARGEST_DEVKIT bytes.
+    """ValueError where a MATLAB 5 file is, or unpacks to, more than LARGEST_FILE bytes.
 
     After a header of 128 bytes come elements: type and bytes, u4 each; type 15 is a zlib stream.
     """
     order = ">" if meta[126:128] == b"MI" else "<"
     at, total = 128, len(meta)
-    while at + 8 <= len(meta) and total <= LARGEST_DEVKIT:
+    while at + 8 <= len(meta) and total <= LARGEST_FILE:
         kind, size = struct.unpack(f"{order}II", meta[at : at + 8])
         at += 8
         if kind == 15:
             stream = zlib.decompressobj()
             try:
-                total += len(stream.decompress(meta[at : at + size], LARGEST_DEVKIT + 1))
+                total += len(stream.decompress(meta[at : at + size], LARGEST_FILE + 1))
             except zlib.error:  # scipy will tell
                 return
         at += size
-    if total > LARGEST_DEVKIT:
+    if total > LARGEST_FILE:
         raise ValueError(
-            f"{name}: got more than {LARGEST_DEVKIT} bytes when unpacked; need {NEED_LABELS}"
+            f"{name}: got more than {LARGEST_FILE} bytes when unpacked; need {NEED_LABELS}"
         )
 
 
 def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
-    """What META and GROUND_TRUTH hold, at the top or one folder down."""
+    """Return the contents of META and GROUND_TRUTH, at the top of the devkit or one folder down."""
     contents: dict[str, bytes] = {}
     if devkit.is_dir():
         for name in (META, GROUND_TRUTH):
-            for file in (devkit / name, *sorted(devkit.glob(f"*/{name}"))):
-                if name not in contents and file.is_file():
-                    if file.stat().st_size > LARGEST_DEVKIT:
-                        raise ValueError(
-                            f"--val_labels: got {file} of {file.stat().st_size} bytes; need "
-                            f"{NEED_LABELS}"
-                        )
-                    contents[name] = file.read_bytes()
+            for path in (devkit / name, *sorted(devkit.glob(f"*/{name}"))):
+                if name not in contents and path.is_file():
+                    with open(path, "rb") as file:
+                        contents[name] = _read(file, path.stat().st_size, path)
     else:
-        tar = _unzipped(devkit)
-        for member in tar_members(io.BytesIO(tar), devkit, 0, len(tar)):
-            for name in (META, GROUND_TRUTH):
-                if f"/{member.name}".endswith(f"/{name}"):
-                    contents[name] = tar[member.offset : member.offset + member.size]
+        try:
+            with tarfile.open(devkit, "r:gz") as tar:
+                for member in filter(tarfile.TarInfo.isreg, tar):
+                    for name in (META, GROUND_TRUTH):
+                        if f"/{member.name}".endswith(f"/{name}"):
+                            where = f"{devkit}/{member.name}"
+                            contents[name] = _read(tar.extractfile(member), member.size, where)
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"--val_labels: got {devkit}, no whole .tar.gz ({error}); need {NEED_LABELS}"
+            ) from None
     missing = [name for name in (META, GROUND_TRUTH) if name not in contents]
     if missing:
         raise ValueError(
@@ -221,17 +225,8 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
     return contents[META], contents[GROUND_TRUTH]
 
 
-def _unzipped(devkit: Path) -> bytes:
-    try:
-        with gzip.open(devkit) as file:
-            tar = file.read(LARGEST_DEVKIT + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"--val_labels: got {devkit}, no whole .tar.gz ({error}); need {NEED_LABELS}"
-        ) from None
-    if len(tar) > LARGEST_DEVKIT:
-        raise ValueError(
-            f"--val_labels: got {devkit}, more than {LARGEST_DEVKIT} bytes when unpacked; need "
-            f"{NEED_LABELS}"
-        )
-    return tar
+def _read(file: BinaryIO, size: int, name: Path | str) -> bytes:
+    """Read a file of the devkit. Raises ValueError if it is larger than any real one."""
+    if size > LARGEST_FILE:
+        raise ValueError(f"--val_labels: got {name} of {size} bytes; need {NEED_LABELS}")
+    return file.read()
