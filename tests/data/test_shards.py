@@ -376,7 +376,7 @@ def test_the_command_line(folder, tmp_path):
     assert (done.code, len(done.lines)) == (0, 1), done.output
     assert "15 images of 3 classes in 1 shard," in done.output
     done = run_python(script, "verify", tmp_path / "out/train", "--hash", "--decode", cwd=tmp_path)
-    assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
+    assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: no problems\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
     assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problem")

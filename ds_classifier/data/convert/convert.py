@@ -68,13 +68,13 @@ def convert(
     shuffle_seed: int = 0,
     workers: int = 1,
     part: tuple[int, int] = (0, 1),
-    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, phase: None,
 ) -> dict[str, Manifest | None]:
     """Write every split of a source as shards under out/SPLIT.
 
     The training split is shuffled once, so that every shard holds all kinds of classes.
     part: (i, n): write every n-th shard from the i-th on; `merge` finishes when all are there.
-    progress: called with split, images written, images in all.
+    progress: called with images written, images in all, and the split.
     Returns each split's manifest, None where shards of other parts are missing.
     Raises ValueError where out holds something else already; or that lists the files of all
     splits that are no images: after the first the others are only looked for, nothing more is
@@ -93,7 +93,7 @@ def convert(
         todo = [split for split, plan in plans.items() if not is_written(out / split, plan)]
     for split in todo:
         if any(bad.values()):
-            look = functools.partial(progress, f"{split}, only looked at")
+            look = functools.partial(progress, phase=f"{split}, only looked at")
             bad[split] += find_bad_parallel(splits[split][part[0] :: part[1]], workers, look)
         else:
             partial = open_partial(out, plans[split])
@@ -155,7 +155,7 @@ def _write_shards(
     samples: list[Sample],
     part: tuple[int, int],
     workers: int,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[int, int, str], None],
 ) -> list[tuple[str, str]]:
     """Write what is missing; returns the files that are no images, see `raise_if_bad`."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
@@ -173,7 +173,7 @@ def _write_shards(
             [s for n in todo for s in shards[n]], spool, workers, plan.split, progress
         )
         done = total - len(flat)
-        progress(plan.split, done, total)
+        progress(done, total, plan.split)
         flat = iter(flat)
         tasks = [(first[n], [next(flat) for _ in shards[n]]) for n in todo]
         jobs, bad = list(enumerate(todo)), []
@@ -183,7 +183,7 @@ def _write_shards(
         ):
             bad += found
             done += plan.shard_samples[number]
-            progress(plan.split, done, total)
+            progress(done, total, plan.split)
         return bad
     finally:
         shutil.rmtree(spool, ignore_errors=True)

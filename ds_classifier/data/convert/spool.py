@@ -20,7 +20,7 @@ def spool_groups(
     spool: Path,
     workers: int,
     split: str,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[int, int, str], None],
 ) -> list[Sample]:
     """The same samples, each quick to read alone.
 
@@ -50,7 +50,7 @@ def spool_groups(
         for i, start, end in zip(wanted[first:last], ends, ends[1:], strict=False):
             gathered[i] = replace(samples[i], content=Slice(place, start, end - start))
         done += last - first
-        progress(f"{split}, gathering", done, len(wanted))
+        progress(done, len(wanted), f"{split}, gathering")
     return gathered
 
 

@@ -66,7 +66,7 @@ def index(
     labels: str | None = None,
     classes: Path | None = None,
     workers: int = 1,
-    progress: Callable[[str, int, int | None], None] = lambda split, done, total: None,
+    progress: Callable[[int, int | None, str], None] = lambda done, total, phase: None,
 ) -> dict[str, IndexedSplit]:
     """Write OUT/train/{manifest.json,index.npy}, and OUT/val/, for shards that stay where they are.
 
@@ -75,7 +75,7 @@ def index(
     validation split that lies beside train, if there is one.
     labels: "cls", or "json:KEY"; None: as the metadata says, else "cls".
     classes: file with a class name a line; None: classnames.txt beside the shards, else numbers.
-    progress: called with split, images found, and images in all, None if unknown.
+    progress: called with images found, images in all (None if unknown), and the split.
     Raises ValueError that lists what is wrong; nothing is written then.
     """
     listings = {"train": find_shards(train, "train")}
@@ -90,7 +90,7 @@ def index(
     problems: list[str] = []
     for split, listing in listings.items():
         shards = _Split(listing, labels, names)
-        scans[split] = _scan_all(shards, workers, functools.partial(progress, split))
+        scans[split] = _scan_all(shards, workers, functools.partial(progress, phase=split))
         problems += listing.problems + _problems(shards, scans[split])
         if split == "train" and names is None and not problems:
             names, problems = _number_classes(shards, scans[split])

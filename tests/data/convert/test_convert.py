@@ -18,6 +18,7 @@ from made import make_images
 from PIL import Image
 from running import ROOT, environment, run_python
 
+from ds_classifier.common.progress import Progress
 from ds_classifier.data import images
 from ds_classifier.data.convert import convert as conversion
 from ds_classifier.data.convert.convert import Encoding, convert, merge
@@ -123,7 +124,7 @@ class Stopped(BaseException):
 def convert_some(source: DataSource, out: Path, shards: int, **keywords) -> None:
     """A conversion that ends after so many shards of 4."""
 
-    def stop(split, done, total):
+    def stop(done, total, split):
         if split == "train" and done >= 4 * shards:
             raise Stopped
 
@@ -248,6 +249,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(many, tmp_path):
 
 BOMBS = """
 import resource, struct, sys, zlib
+from ds_classifier.common.progress import Progress
 from ds_classifier.data import images
 from PIL import Image
 Image.init()
@@ -358,7 +360,7 @@ def test_the_command_line_of_parts(many, tmp_path):
         done = run_python(MAKE_SHARDS, "convert", many, "out", *flags, cwd=tmp_path)
         assert (done.code, done.lines) == (
             0,
-            [f"part {i} of 2 is written; when all are: make_shards.py merge out"],
+            [f"part {i} of 2 is written; after all parts: make_shards.py merge out"],
         )
     done = run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path)
     assert done.code == 0
@@ -400,7 +402,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGINT)
     output, _ = job.communicate(timeout=30)
-    assert (job.returncode, output) == (130, "stopped; the same command again goes on\n")
+    assert (job.returncode, output) == (130, "stopped; run the same command again to continue\n")
     with pytest.raises(ProcessLookupError):  # the group is empty
         os.killpg(job.pid, 0)
     for path in (tmp_path / "images").glob("*/1*.png"):
@@ -470,13 +472,11 @@ def test_a_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_
 
 def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
     """90 of 100 images were there: the bar begins at 90, so that they do not count as fast."""
-    from launch.make_shards import _Progress
-
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    with _Progress() as progress:
-        progress("train", 90, 100)
+    with Progress() as progress:
+        progress(90, 100, "train")
         bar = progress._bar.format_dict
     assert (bar["n"], bar["initial"]) == (90, 90)
 

@@ -98,7 +98,7 @@ def test_the_command_takes_urls(far, tmp_path):
     server, folder = far
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "verify", server.url, "--hash", "--decode", cwd=tmp_path)
-    assert (done.code, done.output) == (0, f"{server.url}: whole\n")
+    assert (done.code, done.output) == (0, f"{server.url}: no problems\n")
     damage_a_image(folder / "train-000001.tar")
     done = run_python(script, "verify", f"pipe:cat {folder}/{{name}}", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (1, 2), done.output
@@ -166,5 +166,5 @@ def test_terminated_it_leaves_nothing(far, tmp_path, workers):
     assert list((tmp_path / "tmp").glob("*/tmp*")), "nothing is fetched"
     process.terminate()
     _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (143, "stopped; the same command again goes on\n")
+    assert (process.returncode, said) == (143, "stopped; run the same command again to continue\n")
     assert not list((tmp_path / "tmp").iterdir())
