@@ -29,8 +29,8 @@ def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
     listing = tmp_path / "data" / "train.bad.txt"
     assert (done.code, len(done.lines)) == (2, 22), done.output
     assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole JPEG")
-    assert f"those in {listing}" in done.lines[0]
-    assert done.lines[1] == f"  {min(bad)}: got b''..., which no image format begins with"
+    assert f"the files in {listing}" in done.lines[0]
+    assert done.lines[1] == f"  {min(bad)}: got b''..., which is not the start of an image file"
     assert done.lines[-1] == "  ... and 10 more"
     assert not (tmp_path / "data" / "train").exists()
     listed = listing.read_text().splitlines()
@@ -88,17 +88,17 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
     head, *lines = done.lines
     listings = [tmp_path / "data" / f"{split}.bad.txt" for split in ("train", "val")]
     assert head.startswith("error: got 8 files that cannot be stored (5 of train, 3 of val); need")
-    assert f"those in {listings[0]} and {listings[1]}, and remove" in head
+    assert f"the files in {listings[0]} and {listings[1]}, and remove" in head
     absent, no_file = "No such file or directory", "a FIFO, socket or device, no file"
     assert [line.strip() for line in lines] == [
         f"train: cat/link.png: cannot be read ({absent})",
         f"train: cat/zero.png: cannot be read ({no_file})",
         f"train: dog/fifo.jpg: cannot be read ({no_file})",
-        "train: dog/html.jpg: got b'<html>'..., which no image format begins with",
+        "train: dog/html.jpg: got b'<html>'..., which is not the start of an image file",
         "train: dog/loop.jpg: cannot be read (Too many levels of symbolic links)",
         f"val: cat/link.png: cannot be read ({absent})",
         f"val: cat/socket.gif: cannot be read ({no_file})",
-        "val: dog/empty.png: got b''..., which no image format begins with",
+        "val: dog/empty.png: got b''..., which is not the start of an image file",
     ]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["train.bad.txt", "val.bad.txt"]
     for folder, listing in zip(two, listings, strict=True):
