@@ -60,12 +60,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def size_of_file(path: Path) -> int:
-    """Bytes of a regular file, links followed; OSError for all else."""
+    """Return the size of a regular file in bytes, following links.
+
+    Raises OSError for everything else: opening a FIFO may never return, a device may never end.
+    """
     found = os.stat(path)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "a FIFO, socket or device, no file", str(path))
+        raise OSError(errno.EINVAL, "a FIFO, socket or device, not a file", str(path))
     return found.st_size
 
 

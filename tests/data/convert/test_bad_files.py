@@ -89,7 +89,7 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
     listings = [tmp_path / "data" / f"{split}.bad.txt" for split in ("train", "val")]
     assert head.startswith("error: got 8 files that cannot be stored (5 of train, 3 of val); need")
     assert f"the files in {listings[0]} and {listings[1]}, and remove" in head
-    absent, no_file = "No such file or directory", "a FIFO, socket or device, no file"
+    absent, no_file = "No such file or directory", "a FIFO, socket or device, not a file"
     assert [line.strip() for line in lines] == [
         f"train: cat/link.png: cannot be read ({absent})",
         f"train: cat/zero.png: cannot be read ({no_file})",
@@ -176,7 +176,7 @@ def test_no_command_waits_for_a_fifo(two, tmp_path, impatient):
     os.mkfifo(shard)
     (problem,) = verify(tmp_path / "data/train")
     assert problem.endswith("train-000001.tar': got 0 whole samples; need 6")
-    assert "a FIFO, socket or device, no file" in problem
+    assert "a FIFO, socket or device, not a file" in problem
     with pytest.raises(ValueError, match=r"(?s)cannot be used.*a FIFO, socket or device"):
         index(str(tmp_path / "data/train"), tmp_path / "out")
     (tmp_path / "rows").mkdir()

@@ -48,7 +48,7 @@ def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_p
     convert(image_folder(folder), tmp_path / "data")
     assert os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns == before
     make_images(folder, ["cat/new.png"])
-    with pytest.raises(ValueError, match="something else already"):
+    with pytest.raises(ValueError, match="already holds something else"):
         convert(image_folder(folder), tmp_path / "data")
 
 
@@ -484,7 +484,7 @@ def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
 def test_splits_of_other_classes_do_not_come_to_stand_side_by_side(folder, many, tmp_path):
     source, other = image_folder(folder), image_folder(many)
     convert(DataSource("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
-    with pytest.raises(ValueError, match=r"a/val, of other classes.*one class list"):
+    with pytest.raises(ValueError, match=r"a/val, with other classes.*one class list"):
         convert(other, tmp_path / "a")
     assert not (tmp_path / "a/train").exists()
     convert(source, tmp_path / "b", samples_per_shard=5, part=(0, 2))
