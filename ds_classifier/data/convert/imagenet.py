@@ -1,11 +1,11 @@
-"""ImageNet as it is handed out: tars read in place by offset, and the labels of its validation.
+"""ImageNet as it is distributed: tars that are read in place, and the labels of the validation set.
 
-    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one a class (a WordNet id), with its images
+    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one per class (a WordNet id), with its images
     ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ..., without classes
-    ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (not in the order of the
+    ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (IDs do not follow the
                                    sorted WNIDs); data/ILSVRC2012_validation_ground_truth.txt: line
-                                   i is the ILSVRC2012_ID of image i, from 1
-    LOC_val_solution.csv           Kaggle's labels: ImageId,PredictionString; WNID, then boxes
+                                   i is the ILSVRC2012_ID of image i, counted from 1
+    LOC_val_solution.csv           Kaggle's labels: ImageId,PredictionString (a WNID, then boxes)
 
 Formats: POSIX.1-1988 ustar, with pax and GNU headers; the devkit's readme.txt; MATLAB 5.
 """
@@ -34,10 +34,10 @@ NEED_LABELS = (
 
 
 def train_images(tar: Path) -> list[NamedSample]:
-    """The images of a tar of tars, each inner one named by its class; nothing is unpacked.
+    """Return the images in a tar of tars, each named after a class; nothing is unpacked.
 
-    Raises ValueError for another tar, for one cut short or damaged, and for members that are links,
-    devices, outside of it, or there twice.
+    Raises ValueError for other tars, for a damaged or incomplete one, and for members that are
+    links or devices, that have names outside of the tar, or that appear twice.
     """
     images = []
     with open(tar, "rb") as file:
@@ -45,7 +45,7 @@ def train_images(tar: Path) -> list[NamedSample]:
         for inner in inner_tars:
             if not inner.name.endswith(".tar"):
                 raise ValueError(
-                    f"{tar}: got member {inner.name}; need a tar of tars, one a class, such as "
+                    f"{tar}: got member {inner.name}; need a tar of tars, one per class, such as "
                     "ILSVRC2012_img_train.tar; do: unpack other tars and convert the folder"
                 )
         for inner in inner_tars:
@@ -59,17 +59,17 @@ def train_images(tar: Path) -> list[NamedSample]:
                 if name.lower().endswith(IMAGE_SUFFIXES)
             ]
             if not found:
-                raise ValueError(f"{where}: got no image; need one at least; do: download again")
+                raise ValueError(f"{where}: got no image; need at least one; do: download again")
             images += found
     if not images:
-        raise ValueError(f"{tar}: got an empty tar; need one tar a class in it; do: download again")
+        raise ValueError(f"{tar}: got an empty tar; need one tar per class; do: download again")
     return images
 
 
 def val_images(place: Path, labels: Path) -> list[NamedSample]:
-    """The images of a tar, or of a folder, with classes from a devkit or Kaggle's CSV.
+    """Return the images in a tar or a folder, with classes from a devkit or Kaggle's CSV.
 
-    Raises ValueError where an image has no label, or a label no image: one of them is not whole.
+    Raises ValueError if an image has no label or a label no image: one of the files is incomplete.
     """
     if place.is_dir():
         found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES)]
@@ -93,13 +93,13 @@ def val_images(place: Path, labels: Path) -> list[NamedSample]:
                 "give the --val_labels that belong to --val"
             )
         if stem in seen:
-            raise ValueError(f"{name}: got a second image called {stem}; need each name once")
+            raise ValueError(f"{name}: got a second image named {stem}; need each name once")
         seen.add(stem)
         images.append(NamedSample(name, wnids[stem], content))
     if len(seen) != len(wnids):
         lacking = next(stem for stem in wnids if stem not in seen)
         raise ValueError(
-            f"--val: got {len(seen)} images in {place}, without {lacking}; need the {len(wnids)} "
+            f"--val: got {len(seen)} images in {place}, without {lacking}; need all {len(wnids)} "
             f"that {labels} labels; do: download the images again"
         )
     return images
@@ -109,9 +109,9 @@ def val_images(place: Path, labels: Path) -> list[NamedSample]:
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
-    """Image name without suffix -> WNID, from LOC_val_solution.csv.
+    """Return image name without suffix -> WNID, from LOC_val_solution.csv.
 
-    Raises ValueError that names the line where there is no image, no WNID, or two of them.
+    Raises ValueError for a line without image or WNID, and for an image that appears twice.
     """
     wnids: dict[str, str] = {}
     try:
@@ -132,14 +132,14 @@ def kaggle_labels(path: Path) -> dict[str, str]:
                     )
                 wnids[stem] = tokens[0]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no CSV ({error}); need LOC_val_solution.csv") from None
+        raise ValueError(f"{path}: got no valid CSV ({error}); need LOC_val_solution.csv") from None
     return wnids
 
 
 def devkit_labels(devkit: Path) -> dict[str, str]:
-    """Image name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
+    """Return image name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
 
-    Raises ValueError where a file is missing or damaged, or an id has no WNID.
+    Raises ValueError if a file is missing or damaged, or an ID has no WNID.
     """
     meta, ground_truth = _devkit_files(devkit)
     wnid_of = _wnid_of_id(meta, f"{devkit}: {META}")
@@ -166,7 +166,7 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"].reshape(-1)
         return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    except Exception as error:  # scipy raises what its parser stumbles over
+    except Exception as error:  # scipy raises many types of errors for damaged files
         raise ValueError(
             f"{name}: got no MATLAB 5 table of synsets ({type(error).__name__}: {error}); need "
             "ILSVRC2012_ID and WNID; do: download the devkit again"
@@ -174,9 +174,10 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
 
 
 def _refuse_swelling(meta: bytes, name: str) -> None:
-    """ValueError where a MATLAB 5 file is, or unpacks to, more than LARGEST_FILE bytes.
+    """Raise ValueError if a MATLAB 5 file is larger than LARGEST_FILE bytes when unpacked.
 
-    After a header of 128 bytes come elements: type and bytes, u4 each; type 15 is a zlib stream.
+    Scipy would unpack 300 MB from a file of 300 KB. A file is a header of 128 bytes and elements:
+    type (u4), number of bytes (u4), content. The content of type 15 is a zlib stream.
     """
     order = ">" if meta[126:128] == b"MI" else "<"
     at, total = 128, len(meta)
@@ -187,7 +188,7 @@ def _refuse_swelling(meta: bytes, name: str) -> None:
             stream = zlib.decompressobj()
             try:
                 total += len(stream.decompress(meta[at : at + size], LARGEST_FILE + 1))
-            except zlib.error:  # scipy will tell
+            except zlib.error:  # scipy reports it
                 return
         at += size
     if total > LARGEST_FILE:
@@ -215,7 +216,8 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
                             contents[name] = _read(tar.extractfile(member), member.size, where)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(
-                f"--val_labels: got {devkit}, no whole .tar.gz ({error}); need {NEED_LABELS}"
+                f"--val_labels: got {devkit}, which is not a complete .tar.gz ({error}); "
+                f"need {NEED_LABELS}"
             ) from None
     missing = [name for name in (META, GROUND_TRUTH) if name not in contents]
     if missing:

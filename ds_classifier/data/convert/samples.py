@@ -1,9 +1,9 @@
-"""A sample, wherever its bytes lie; and the one class list that training and validation share."""
+"""Labelled images of a data source, and the class list that training and validation share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,19 +13,17 @@ from ds_classifier.data.classes import class_list, refuse_not_utf8
 
 
 class Content(Protocol):
-    """Where an image's bytes lie, when that is neither a file nor memory; small, picklable."""
+    """The location of an image that is neither a whole file nor in memory; small and picklable.
+
+    Content with an attribute `group` (hashable) is read together with the rest of its group, so
+    reading the samples of several groups in turn is slow: see `spool_groups`.
+    """
 
     def read(self) -> bytes: ...
 
     def size(self) -> int: ...
 
     def changed_ns(self) -> int: ...
-
-
-class Grouped(Content, Protocol):
-    """Content that is read together with that of its group, and slowly one at a time."""
-
-    group: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Slice:
     length: int
 
     def read(self) -> bytes:
-        """The bytes. Raises ValueError where the file has become shorter, OSError as open does."""
+        """Return the bytes. Raises ValueError if the file has become shorter, else as open does."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.length)
@@ -57,23 +55,26 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One labelled image. name: where it came from; content: its file, bytes, or their place."""
+    """A labelled image.
+
+    name: its path in the source. label: its class index.
+    content: its file, its bytes, or their location.
+    """
 
     name: str
     label: int
     content: Path | bytes | Content
 
     def read(self) -> bytes:
-        """The image's bytes, as they are at the source."""
+        """Return the encoded image, as it is in the source."""
         if isinstance(self.content, bytes):
             return self.content
         return self.content.read_bytes() if isinstance(self.content, Path) else self.content.read()
 
     def size(self) -> int:
-        """Bytes of the image, without reading it where the source knows them.
+        """Return the size of the encoded image in bytes, without reading it if the source knows it.
 
-        Raises OSError for a file that is not there, or is none: a FIFO may never answer, a device
-        never end.
+        Raises OSError for a file that does not exist or is not a regular file.
         """
         if isinstance(self.content, bytes):
             return len(self.content)
@@ -82,9 +83,10 @@ class Sample:
         return self.content.size()
 
     def changed_ns(self) -> int:
-        """When its file was last written or replaced, ns since 1970; 0 for what is in memory.
+        """Return when its file was last written or replaced, in ns since 1970; 0 if in memory.
 
-        The inode's change time, which a copy with an older modification time moves too.
+        This is the inode's change time: unlike the modification time, it also changes if a file is
+        replaced by an older one.
         """
         if isinstance(self.content, bytes):
             return 0
@@ -95,10 +97,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class DataSource:
-    """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
+    """A data set to convert.
 
-    halved: (pixels, form) where the images were halved already, as Encoding tells; None: originals.
-    Raises ValueError for a class name that is no UTF-8.
+    classes: names; label i means classes[i]. splits: "train" and perhaps "val" -> samples.
+    halved: (image_size, form) of the `Encoding` if the images have been halved; None: originals.
+    Raises ValueError for a class name that is not UTF-8.
     """
 
     name: str
@@ -111,7 +114,10 @@ class DataSource:
 
 
 class NamedSample(NamedTuple):
-    """An image that knows its class by name, or by a number of the user's."""
+    """A sample before the classes are numbered.
+
+    class_name: a name, or an integer that the user chose.
+    """
 
     name: str
     class_name: str | int
@@ -124,34 +130,34 @@ def share_classes(
     val: Sequence[NamedSample] | None = None,
     classes: list[str] | None = None,
 ) -> DataSource:
-    """Number the classes by the training split alone; validation is looked up in that list.
+    """Return a source whose classes are numbered by the training split alone.
 
-    classes: their names in order, where the source brings them. Otherwise the sorted names; or,
-    where all are integers, 0 to the largest, named so.
-    Raises ValueError for a validation class that training lacks, and for a gap in integers.
+    classes: the names in order; None: see `class_list`.
+    Raises ValueError for a validation class without training images, and for a gap in integers.
     """
     if classes is None:
-        classes = class_list(name, {image.class_name for image in train})
+        classes = class_list(name, {sample.class_name for sample in train})
     label = {class_name: i for i, class_name in enumerate(classes)}
     if val is not None:
-        unknown = sorted({str(image.class_name) for image in val} - set(label))
+        unknown = sorted({str(sample.class_name) for sample in val} - set(label))
         if unknown:
             raise ValueError(
                 f"--val: got {len(unknown)} classes that {name} lacks, such as {unknown[0]!r}; "
-                "need validation images of training classes only; do: name or move them alike"
+                "need validation images of training classes only; do: rename or move them"
             )
     splits = {
-        split: [Sample(p.name, label[str(p.class_name)], p.content) for p in images]
-        for split, images in (("train", train), ("val", val))
-        if images is not None
+        split: [Sample(s.name, label[str(s.class_name)], s.content) for s in named]
+        for split, named in (("train", train), ("val", val))
+        if named is not None
     }
     return DataSource(name, classes, splits)
 
 
 def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Every file with one of the suffixes, links followed: those of a folder, then its folders'.
+    """Yield every file with one of the suffixes, following links.
 
-    Both by name. Raises ValueError for a folder that cannot be read or that contains itself.
+    The files of a folder come first, then those of its folders, both sorted by name.
+    Raises ValueError for a folder that cannot be read, and for a link to a folder above it.
     """
 
     def refuse(error: OSError) -> None:
@@ -164,7 +170,7 @@ def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
             link = os.path.join(folder, inner)
             if os.path.islink(link) and here.startswith(os.path.join(os.path.realpath(link), "")):
                 raise ValueError(
-                    f"source: got {link}, a link to a folder that it lies in; need each image "
+                    f"source: got {link}, a link to a folder that contains it; need each image "
                     "once; do: remove the link"
                 )
         for name in sorted(names):

@@ -276,7 +276,7 @@ def test_labels_and_images_of_validation_must_match(plain):
     assert "without data/ILSVRC2012_validation" in refused(train, val, devkit)
     archive = devkit_archive(root)
     archive.write_bytes(archive.read_bytes()[:-300])
-    assert "no whole .tar.gz" in refused(train, val, archive)
+    assert "not a complete .tar.gz" in refused(train, val, archive)
     solution = kaggle(root)
     text = solution.read_text()
     solution.write_text(text + "ILSVRC2012_val_00000002,n01443537 1 2 3 4\n")
@@ -493,7 +493,7 @@ def test_parquet_that_is_refused(plain, tmp_path):
     last = as_parquet(plain, "train", hub / "train-00002-of-00003.parquet", names=("a", "b", "c"))
     assert "other class names" in refused(hub)
     last.write_bytes(part.read_bytes()[:-100])
-    assert "no whole parquet" in refused(hub)
+    assert "no complete parquet" in refused(hub)
     assert "need the same kind" in refused(plain / "train", part)
     assert "drop it" in refused(part, part, kaggle(tmp_path))
     (hub / "zebra.png").write_bytes(b"")
@@ -514,7 +514,7 @@ def test_parquet_that_is_refused(plain, tmp_path):
     assert "got label -1; need" in after(image=[b"x"], label=[-1])
     assert "one of them twice" in after(["a", "a"], image=[b"x"], label=[0])
     assert "none is 1" in after(image=[b"x", b"y"], label=[0, 2])
-    assert "no row" in after(image=pa.array([], pa.binary()), label=pa.array([], pa.int64()))
+    assert "no rows" in after(image=pa.array([], pa.binary()), label=pa.array([], pa.int64()))
     pyarrow.parquet.write_table(
         pa.table({"image": [b"x", None], "label": [0, 0]}), tmp_path / "n.parquet"
     )
@@ -580,7 +580,7 @@ def test_a_slice_of_a_file_that_has_shrunk(tmp_path):
 
 def test_a_folder_that_contains_itself_is_refused(plain):
     (plain / "train" / WNIDS[0] / "loop").symlink_to(plain / "train")
-    with pytest.raises(ValueError, match="loop, a link to a folder that it lies in"):
+    with pytest.raises(ValueError, match="loop, a link to a folder that contains it"):
         image_folder(plain / "train")
 
 
@@ -641,12 +641,12 @@ def test_a_class_that_is_no_utf_8_is_refused(tmp_path):
         os.makedirs(folder)
         with open(os.path.join(folder, b"0.jpg"), "wb") as file:
             file.write(fake_image(0))
-    assert r"images: got the class 'caf\udce9', which is no UTF-8" in refused(tmp_path / "images")
+    assert r"images: got the class 'caf\udce9', which is not UTF-8" in refused(tmp_path / "images")
     (tmp_path / "list.jsonl").write_text(
         f'{{"path": "images/cat/0.jpg", "label": "{chr(92)}udce9"}}'
     )
     assert r"list.jsonl: got the class '\udce9'" in refused(tmp_path / "list.jsonl")
     assert class_lines("\ufeffcat\r\ncafé\n".encode(), "f") == ["cat", "café"]
     for text in (b"cat\ncaf\xe9\n", b"\xef\xbb\xbfcat\rcaf\xe9 "):
-        with pytest.raises(ValueError, match=r"^f: got the class 'caf\\udce9', which is no UTF-8"):
+        with pytest.raises(ValueError, match=r"^f: got the class 'caf\\udce9', which is not UTF-8"):
             class_lines(text, "f")
