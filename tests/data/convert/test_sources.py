@@ -384,11 +384,11 @@ def test_labels_that_are_names_although_some_look_like_numbers(tmp_path):
         ("path,label\n0.jpg,a\n1.jpg\n", ".csv:3: got label None"),
         ("path,label\n0.jpg, \n", ".csv:2: got label ''"),
         ("path,label\n,a\n", ".csv:2: got no path"),
-        ("path,label\n0,jpg,a\n", ".csv:2: got 1 values more"),
+        ("path,label\n0,jpg,a\n", ".csv:2: got 1 more values"),
         ("path,label\n0.jpg,a\n1.jpg,a\n0.jpg,b\n", ".csv:4: got label 'b' for 0.jpg, and 'a'"),
         ("path,label\n0.jpg,0\n1.jpg,-1\n", "label -1"),
         ("path,label\n0.jpg,0\n1.jpg,2\n", "none is 1"),
-        ('path,label\n"0.jpg,a\n', "no CSV"),
+        ('path,label\n"0.jpg,a\n', "no valid UTF-8 CSV"),
         ("path,label\n\udcff.jpg,a\n", "UTF-8"),
     ],
 )
