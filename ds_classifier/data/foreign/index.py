@@ -1,7 +1,7 @@
-"""Shards made by others -> a manifest and an index; the tars stay where and as they are.
+"""Index shards made by other programs: write a manifest and an index, leave the tars in place.
 
-Every shard is read once from its first byte to its last, by several processes: what it holds, how
-long it is, its sha256. Nothing is kept of one behind a URL.
+Several processes read every shard once from the first byte to the last, and record its samples, its
+size and its sha256. Shards behind a URL are streamed and not stored.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier.common import files
+from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.data.classes import class_lines
 from ds_classifier.data.foreign.layouts import (
@@ -42,7 +43,7 @@ from ds_classifier.data.shards import (
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
 
-MAX_PROBLEMS = 20  # told of a shard, and in all
+MAX_PROBLEMS = 20  # in the error message, and kept per shard
 CHUNK = 1 << 20
 
 
@@ -50,7 +51,8 @@ CHUNK = 1 << 20
 class IndexedSplit:
     """A split that was indexed.
 
-    checked_by: the metadata that its counts agree with, None where there is none.
+    checked_by: the metadata file that its counts agree with; None if there is none.
+    neighbours: how often samples next to each other are of one class.
     """
 
     manifest: Manifest
@@ -71,12 +73,13 @@ def index(
     """Write OUT/train/{manifest.json,index.npy}, and OUT/val/, for shards that stay where they are.
 
     train, val: a directory; a pattern of paths or URLs as webdataset expands it; a URL of a
-    directory; or the path or URL of _info.json, sizes.json or nshards.txt. Without val, the
-    validation split that lies beside train, if there is one.
-    labels: "cls", or "json:KEY"; None: as the metadata says, else "cls".
-    classes: file with a class name a line; None: classnames.txt beside the shards, else numbers.
-    progress: called with images found, images in all (None if unknown), and the split.
-    Raises ValueError that lists what is wrong; nothing is written then.
+    directory; or the path or URL of _info.json, sizes.json or nshards.txt. val: None means the
+    validation split that train holds, if there is one.
+    labels: "cls", or "json:KEY"; None: what the metadata says, else "cls".
+    classes: file with one class name per line; None: classnames.txt next to the shards, else
+    numbers.
+    progress: called with the number of images found, of all images (None if unknown), the split.
+    Raises ValueError that lists everything that is wrong; in this case nothing is written.
     """
     listings = {"train": find_shards(train, "train")}
     held_out = find_shards(train, "val", optional=True) if val is None else find_shards(val, "val")
@@ -95,34 +98,39 @@ def index(
         if split == "train" and names is None and not problems:
             names, problems = _number_classes(shards, scans[split])
     if problems:
-        told = problems[:MAX_PROBLEMS]
         more = sum(scan.more_problems for split in scans.values() for scan in split)
-        if untold := len(problems) - len(told) + more:
-            told.append(f"... and {untold} problems more")
-        if any("label" in problem or "no ." in problem for problem in told):
-            told.append(
-                "do: say where labels stand with --label json:KEY, or what their names are with "
-                "--classes FILE"
-            )
-        raise ValueError(
-            "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(told)
-        )
+        raise ValueError(_message(problems, more))
     return {
         split: _write(out / split, split, listing, labels, names, scans[split])
         for split, listing in listings.items()
     }
 
 
+def _message(problems: list[str], more: int) -> str:
+    """Return the error message for shards with problems. more: number of those not recorded."""
+    lines = problems[:MAX_PROBLEMS]
+    if more := more + len(problems) - len(lines):
+        lines.append(f"... and {count(more, 'more problem')}")
+    if any("label" in line or "no ." in line for line in lines):
+        lines.append(
+            "do: give the place of labels with --label json:KEY, or the names of classes with "
+            "--classes FILE"
+        )
+    head = "these shards cannot be used as they are, nothing was written:"
+    return "\n  ".join([head, *lines])
+
+
 def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
+    """Return the class names in a file, or else in the metadata; None if there are none."""
     if classes is not None:
         return class_lines(classes.read_bytes(), f"--classes: {classes}")
-    told = [listing.classes for listing in listings.values() if listing.classes is not None]
-    if any(names != told[0] for names in told):
+    lists = [listing.classes for listing in listings.values() if listing.classes is not None]
+    if any(names != lists[0] for names in lists):
         raise ValueError(
-            f"--val: got another {CLASSNAMES} than that of TRAIN; need one list; do: give the one "
-            "that counts as --classes FILE"
+            f"--val: got another {CLASSNAMES} than for TRAIN; need one list; do: give the right "
+            "one as --classes FILE"
         )
-    return told[0] if told else None
+    return lists[0] if lists else None
 
 
 # --------------------------------------------------------------------------------------- scanning
@@ -130,13 +138,17 @@ def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str
 
 @dataclass(frozen=True)
 class _Split:
-    """A split to scan, the same for all its shards."""
+    """A split to scan.
+
+    labels: "cls" or "json:KEY". classes: class names; None if labels are numbers only.
+    """
 
     listing: Listing
     labels: str
     classes: list[str] | None
 
     def open(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a shard."""
         if is_url(self.listing.location):
             yield from stream(url_of(self.listing.location, name))
             return
@@ -146,10 +158,11 @@ class _Split:
 
     @functools.cached_property
     def numbers(self) -> dict[str, int] | None:
+        """The label of every class name; None if there are no class names."""
         return None if self.classes is None else class_numbers(self.classes)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a shard, None where only its end will tell."""
+        """Return the size of a shard in bytes, or None behind a URL."""
         if is_url(self.listing.location):
             return None
         return files.size_of_file(Path(self.listing.location, name))
@@ -157,7 +170,11 @@ class _Split:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What a shard holds. rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys."""
+    """The samples of a shard, and its problems.
+
+    rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys.
+    problems: the first MAX_PROBLEMS. more_problems: the number of the others.
+    """
 
     shard: Shard
     rows: np.ndarray
@@ -181,6 +198,7 @@ def _scan_all(
 
 
 def _scan_one(name: str) -> _Scan:
+    """Scan one shard."""
     split: _Split = shared()
     where = f"{split.listing.location}/{name}"
     problems, more = [], 0
@@ -222,7 +240,7 @@ def _scan_one(name: str) -> _Scan:
 def _samples(
     split: _Split, file: Sequential, name: str, report: Callable[[str], None]
 ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """(key, index row) of a shard's samples."""
+    """Yield (key, index row) of the samples in a shard."""
     for sample in scan_samples(
         file,
         f"{split.listing.location}/{name}",
@@ -235,14 +253,14 @@ def _samples(
 
 
 def _expected(split: _Split, name: str) -> int | None:
-    """Samples that the metadata promises of a shard."""
+    """Return the number of samples of a shard in the metadata, or None if it is not there."""
     if not split.listing.stats:
         return split.listing.counts.get(name)
     stats = stats_of(Location(split.listing.location), name)
     if stats is None or type(stats.get("successes")) is not int:
         raise ValueError(
-            f"{split.listing.location}/{name}: got no {stats_name(name)} with successes, as the "
-            "other shards have; do: let img2dataset finish it, or remove it"
+            f"{split.listing.location}/{name}: got no {stats_name(name)} with successes, which "
+            "other shards have; do: let img2dataset finish the shard, or remove it"
         )
     return stats["successes"]
 
@@ -253,18 +271,18 @@ def _hash(key: str) -> int:
 
 
 def _problems(split: _Split, scans: list[_Scan]) -> list[str]:
-    """What is wrong with the shards, those that came through the scan compared with each other."""
+    """Return the problems of the shards; if they have none, keys that are in several shards."""
     problems = [problem for scan in scans for problem in scan.problems]
     if problems:
         return problems
     if not any(len(scan.rows) for scan in scans):
-        return [f"{split.listing.location}: got no sample in {len(scans)} shards"]
+        return [f"{split.listing.location}: got no samples in {count(len(scans), 'shard')}"]
     hashes = np.concatenate([scan.keys for scan in scans])
     hashes.sort()
     twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MAX_PROBLEMS]
     if not len(twice):
         return []
-    holders: dict[str, list[str]] = {}  # key -> shards; hashes may be equal by chance
+    holders: dict[str, list[str]] = {}  # key -> shards, as different keys can have one hash
     for scan in scans:
         for key in _keys(split, scan, np.isin(scan.keys, twice)):
             holders.setdefault(key, []).append(scan.shard.name)
@@ -277,7 +295,7 @@ def _problems(split: _Split, scans: list[_Scan]) -> list[str]:
 
 
 def _keys(split: _Split, scan: _Scan, wanted: np.ndarray) -> list[str]:
-    """The keys of some samples of a shard, which is read again. wanted: [n] bool."""
+    """Read a shard again for the keys of some of its samples. wanted: [n] bool."""
     if not wanted.any():
         return []
     file = Sequential(split.open(scan.shard.name))
@@ -286,7 +304,10 @@ def _keys(split: _Split, scan: _Scan, wanted: np.ndarray) -> list[str]:
 
 
 def _number_classes(split: _Split, scans: list[_Scan]) -> tuple[list[str] | None, list[str]]:
-    """Names "0", "1" ... for the labels of training, and what is wrong with the labels."""
+    """Return the class names "0", "1" ... for the training labels, and the problems of the labels.
+
+    The names are None if a number below the largest label has no image.
+    """
     present = functools.reduce(np.union1d, (np.unique(scan.rows["label"]) for scan in scans))
     if present[-1] == len(present) - 1:
         return [str(i) for i in range(len(present))], []
@@ -306,20 +327,20 @@ def _number_classes(split: _Split, scans: list[_Scan]) -> tuple[list[str] | None
 
 
 def _refuse_to_overwrite(folder: Path, listing: Listing | None) -> None:
-    """An index of the same shards may be replaced, it is made again from them; nothing else may."""
+    """Raise ValueError if a folder holds anything but an index of the same shards."""
     if not (folder / MANIFEST).exists():
         return
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
     if manifest.plan:
         raise ValueError(
-            f"OUT: got {folder}, which holds converted shards; need another place; do: choose "
-            "another OUT, or train on them as they are"
+            f"OUT: got {folder}, which holds converted shards; need another directory; do: "
+            "choose another OUT, or train on these shards directly"
         )
-    place = manifest.location or str(folder.absolute())
-    if listing is None or listing.location != place:
+    location = manifest.location or str(folder.absolute())
+    if listing is None or listing.location != location:
         raise ValueError(
-            f"OUT: got {folder}, the index of other shards ({shown(place)}); need one data set in "
-            "OUT; do: choose another OUT, or remove that index"
+            f"OUT: got {folder}, the index of other shards ({shown(location)}); need one data set "
+            "in OUT; do: choose another OUT, or remove that index"
         )
 
 
@@ -331,8 +352,8 @@ def _write(
     classes: list[str],
     scans: list[_Scan],
 ) -> IndexedSplit:
-    """Index and manifest of a split, the manifest last."""
-    scans = [scan for scan in scans if len(scan.rows)]  # img2dataset leaves empty shards
+    """Write the index of a split, then its manifest, which marks it as complete."""
+    scans = [scan for scan in scans if len(scan.rows)]  # img2dataset writes empty shards
     samples = sum(len(scan.rows) for scan in scans)
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".{INDEX}.staging"
@@ -343,15 +364,13 @@ def _write(
         part[:] = scan.rows
         part["shard"] = number
         at += len(scan.rows)
-    side_by_side = neighbours(rows)
+    pairs = neighbours(rows)
     rows.flush()
     del rows
     files.fsync(staging)
-    (folder / MANIFEST).unlink(missing_ok=True)  # not that of another index
+    (folder / MANIFEST).unlink(missing_ok=True)  # it describes the index that is replaced
     os.replace(staging, folder / INDEX)
-    here = not is_url(listing.location) and os.path.realpath(folder) == os.path.realpath(
-        listing.location
-    )
+    in_place = os.path.realpath(folder) == os.path.realpath(listing.location)
     manifest = Manifest(
         split=split,
         source=os.path.basename(listing.location),
@@ -364,9 +383,9 @@ def _write(
         undecodable=[],
         shards=[scan.shard for scan in scans],
         index_sha256=files.sha256(folder / INDEX),
-        location=None if here else listing.location,
+        location=None if in_place else listing.location,
         labels=labels,
     )
     files.replace_text(folder / MANIFEST, manifest.to_json())
     files.fsync(folder)
-    return IndexedSplit(manifest, listing.source, side_by_side)
+    return IndexedSplit(manifest, listing.source, pairs)

@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest and index say: here, or streamed from a URL."""
+"""Compare shards with their manifest and index, on this machine or behind a URL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from ds_classifier.data.tars import Sequential
 
 @dataclass(frozen=True)
 class _Split:
-    """firsts: [shards + 1] number of each shard's first sample. scratch: for what is fetched."""
+    """A split to verify.
+
+    firsts: [shards + 1] the number of the first sample of each shard, and of all samples.
+    scratch: the directory for downloads.
+    """
 
     shards: ShardSet
     firsts: np.ndarray
@@ -34,13 +38,15 @@ class _Split:
 
     @property
     def remote(self) -> bool:
+        """The shards are behind a URL."""
         return isinstance(self.shards, RemoteShardSet)
 
     def where(self, number: int) -> str:
-        """A shard's path, or its URL as it may be shown."""
+        """Return the path of a shard, or its URL without passwords, for messages."""
         return shown(self.url(number)) if self.remote else str(self.shards.path(number))
 
     def url(self, number: int) -> str:
+        """Return the URL of a shard."""
         return url_of(self.shards.store.location, self.shards.manifest.shards[number].name)
 
 
@@ -52,14 +58,16 @@ def verify(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Compare every shard of a split with its manifest and index; return what is wrong.
+    """Compare every shard of a split with its manifest and index, and return the problems found.
 
-    location: its directory or URL. Shards behind a URL are streamed whole, so their hash is always
-    compared; to decode them, each lies in a temporary file meanwhile.
-    Finds what breaks a tar's structure: shards missing, cut, with damaged or zeroed headers, or
-    that are none. Raises ValueError or OSError where there is no manifest and index to compare
-    with. check_hash: read all bytes and compare sha256. check_decode: decode every image too.
-    progress: called with images checked and images in all.
+    Finds damage to the structure of a tar: shards that are missing, cut short, no tars, or have
+    damaged or zeroed headers.
+    location: the directory or URL of the split. Shards behind a URL are read completely, so their
+    hash is always compared. To be decoded, they are downloaded to a temporary file one at a time.
+    check_hash: also read all bytes and compare their sha256.
+    check_decode: also decode every image.
+    progress: called with the number of images checked, and of all images.
+    Raises ValueError or OSError if there is no manifest or index to compare with.
     """
     with tempfile.TemporaryDirectory() as scratch:
         shards = open_split(str(location), cache_dir=Path(scratch), allow_pipe=True, to_verify=True)
@@ -68,10 +76,10 @@ def verify(
         split = _Split(shards, firsts, check_hash, check_decode, scratch)
         done, seen_keys = 0, set()
         numbers = range(len(manifest.shards))
-        # Closed before the scratch directory is removed: no process then writes to it any more.
+        # Close the processes before the scratch directory, which they write to, is removed.
         with closing(in_processes(workers, _verify_one, numbers, shared=split)) as results:
-            for number, (found, keys) in enumerate(results):
-                problems += found
+            for number, (shard_problems, keys) in enumerate(results):
+                problems += shard_problems
                 for key in keys:
                     if key in seen_keys:
                         problems.append(f"{split.where(number)}: key {key} appears twice")
@@ -82,25 +90,22 @@ def verify(
 
 
 def _verify_one(number: int) -> tuple[list[str], list[str]]:
-    """The problems of one shard, and its keys."""
+    """Return the problems of one shard, and the keys of its samples."""
     split: _Split = shared()
     where, shard = split.where(number), split.shards.manifest.shards[number]
-    found: list[ScannedSample] = []  # keeps what comes before an error
+    found: list[ScannedSample] = []  # after an error: the samples before it
     try:
         with ExitStack() as opened:
-            if not split.remote:
-                path = split.shards.path(number)
-            elif split.check_decode:
-                path = _fetched(split.url(number), shard.bytes, split.scratch, opened)
-            else:
+            if split.remote and not split.check_decode:
                 file = Sequential(stream(split.url(number), size=shard.bytes, allow_pipe=True))
-                _scan(file, where, None, number, found)
-                facts = file.arrived, file.digest.hexdigest()
-                return _problems(number, found, *facts), [sample.key for sample in found]
-            size = files.size_of_file(path)
-            file = opened.enter_context(open(path, "rb"))
-            _scan(file, where, size, number, found)
-            sha256 = files.sha256(path) if split.check_hash or split.remote else None
+                _scan(file, where, None, found)
+                size, sha256 = file.arrived, file.digest.hexdigest()
+            else:
+                path = _download(number, opened) if split.remote else split.shards.path(number)
+                size = files.size_of_file(path)
+                file = opened.enter_context(open(path, "rb"))
+                _scan(file, where, size, found)
+                sha256 = files.sha256(path) if split.check_hash or split.remote else None
             problems = _problems(number, found, size, sha256)
             if split.check_decode:
                 problems += _undecodable(file, where, found)
@@ -112,23 +117,24 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
         return [f"{where}: {str(error).removeprefix(f'{where}: ')}: {whole}"], []
 
 
-def _fetched(url: str, size: int, folder: str, opened: ExitStack) -> Path:
-    """A shard in a temporary file, which ends with `opened`."""
-    file = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, buffering=CHUNK))
-    for chunk in stream(url, size=size, allow_pipe=True):
+def _download(number: int, opened: ExitStack) -> Path:
+    """Download a shard to a temporary file, which is removed when `opened` is closed."""
+    split: _Split = shared()
+    file = opened.enter_context(tempfile.NamedTemporaryFile(dir=split.scratch, buffering=CHUNK))
+    size = split.shards.manifest.shards[number].bytes
+    for chunk in stream(split.url(number), size=size, allow_pipe=True):
         file.write(chunk)
     file.flush()
     return Path(file.name)
 
 
 def _scan(
-    file: BinaryIO | Sequential,
-    where: str,
-    size: int | None,
-    number: int,
-    found: list[ScannedSample],
+    file: BinaryIO | Sequential, where: str, size: int | None, found: list[ScannedSample]
 ) -> None:
-    """Add a shard's samples to `found`; ValueError for the first thing that is wrong."""
+    """Add the samples of a shard to `found`. Raises ValueError for the first problem.
+
+    size: bytes of the shard; None: read to the end of the file.
+    """
 
     def refuse(problem: str) -> None:
         raise ValueError(problem)
@@ -140,7 +146,7 @@ def _scan(
 
 
 def _problems(number: int, found: list[ScannedSample], size: int, sha256: str | None) -> list[str]:
-    """What differs between a shard that is whole and what manifest and index say of it."""
+    """Return the differences between a readable shard and the manifest and index."""
     split: _Split = shared()
     where, manifest, problems = split.where(number), split.shards.manifest, []
     shard = manifest.shards[number]
@@ -164,6 +170,7 @@ def _problems(number: int, found: list[ScannedSample], size: int, sha256: str | 
 
 
 def _undecodable(file: BinaryIO, where: str, samples: list[ScannedSample]) -> list[str]:
+    """Return a problem for every image that cannot be decoded."""
     from ds_classifier.data import images
 
     problems = []
@@ -172,5 +179,5 @@ def _undecodable(file: BinaryIO, where: str, samples: list[ScannedSample]) -> li
         try:
             images.decode(file.read(sample.entry[1]))
         except ValueError as error:
-            problems.append(f"{where}: {sample.key} does not decode ({error})")
+            problems.append(f"{where}: {sample.key} cannot be decoded ({error})")
     return problems

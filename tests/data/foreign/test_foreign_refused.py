@@ -41,15 +41,15 @@ def test_counts_that_do_not_agree(tmp_path):
         rewrite(open_clip(folder) / "sizes.json", lambda s: s.update({"00002.tar": 4}))
         write_tar(folder / "00005.tar", [{"__key__": "z", "jpg": b"", "cls": 0}])
         return [
-            "00002.tar is not here, but in sizes.json",
-            "00005.tar: sizes.json does not name it",
+            "00002.tar does not exist, but is in sizes.json",
+            "00005.tar is not in sizes.json",
         ]
 
     def nshards(folder):
         clip_benchmark(folder)
         (folder / "train/nshards.txt").write_text("11\n")
         (folder / "test/nshards.txt").write_text("4\n")
-        return ["train/11.tar is here, but not in nshards", "test/3.tar is not here, but in nsh"]
+        return ["train/11.tar is not in nshards", "test/3.tar does not exist, but is in nsh"]
 
     def stats(folder):
         img2dataset(folder)
@@ -59,7 +59,7 @@ def test_counts_that_do_not_agree(tmp_path):
         return [
             "00000.tar: got 3 samples; NAME_stats.json says 2",
             "00001.tar: got no 00001_stats.json",
-            "00002.tar is not here, but in NAME_stats.json",
+            "00002.tar does not exist, but is in NAME_stats.json",
         ]
 
     for number, layout in enumerate(
@@ -174,7 +174,7 @@ def test_many_problems_are_not_all_told(tmp_path):
         tar_of(tmp_path / f"t-{shard}.tar", members)
     message = problems(tmp_path, tmp_path / "out")
     assert len(message.splitlines()) == 23  # a head, 20 problems, how many more, what to do
-    assert message.splitlines()[-2].strip() == "... and 130 problems more"
+    assert message.splitlines()[-2].strip() == "... and 130 more problems"
 
 
 def test_the_index_of_other_shards_is_not_replaced(tmp_path):
@@ -202,7 +202,7 @@ def test_places_that_hold_no_shards_or_too_many_kinds(tmp_path):
         f"{tmp_path}/{{a/imagenet1k-train-0000,b/00000}}.tar", tmp_path / "out"
     )
     (tmp_path / "b/sizes.json").write_text('{"../../x.tar": 3}')
-    assert "../../x.tar is not here" in problems(tmp_path / "b", tmp_path / "out")
+    assert "../../x.tar does not exist" in problems(tmp_path / "b", tmp_path / "out")
     rewrite(
         timm(tmp_path / "c") / "_info.json",
         lambda i: i["splits"]["train"].update(filenames=["/etc/x.tar", "y.tar"]),
