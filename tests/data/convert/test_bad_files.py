@@ -1,4 +1,4 @@
-"""Files that are no images: named together, whatever is wrong, and never waited for."""
+"""Files that are not images: all listed in one error, and never waited for."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
-    """Wherever they stand: the first 20, their number, and all in a file; once gone, it works."""
+def test_files_that_are_not_images_are_listed_together(many, tmp_path, workers):
+    """Report their number and the first 20, list all in a file, and convert once they are gone."""
     bad = [f"c{i % 6}/{i:03d}.jpg" for i in range(0, 120, 4)]
     for i, name in enumerate(bad):
         (many / name).write_bytes(b"<html>not found</html>" if i else b"")
@@ -44,7 +44,7 @@ def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
     assert verify(tmp_path / "data/train") == []
 
 
-def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
+def test_a_file_that_cannot_be_read_is_listed_too(folder, tmp_path):
     source = image_folder(folder)
     (folder / "cat" / "cat_1.png").unlink()
     (folder / "cat" / "cat_1.png").mkdir()
@@ -53,7 +53,7 @@ def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
         convert(source, tmp_path / "data")
 
 
-def test_a_file_too_large_for_a_image_is_refused_unread(folder, tmp_path):
+def test_a_file_too_large_for_an_image_is_refused_unread(folder, tmp_path):
     (folder / "cat" / "huge.png").touch()
     os.truncate(folder / "cat" / "huge.png", 10 << 30)
     with pytest.raises(ValueError, match=r"huge\.png: got 10737418240 bytes; need at most"):
@@ -62,19 +62,19 @@ def test_a_file_too_large_for_a_image_is_refused_unread(folder, tmp_path):
 
 @pytest.fixture
 def two(tmp_path) -> tuple[Path, Path]:
-    """Folders for training and validation, of classes cat and dog."""
+    """Make folders for training and validation, with the classes cat and dog."""
     names = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(6)]
     return make_images(tmp_path / "train", names), make_images(tmp_path / "val", names)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
+def test_one_error_lists_all_bad_files(two, tmp_path, workers):
     train, val = two
     (train / "cat/link.png").symlink_to("/nowhere/at/all")
     (train / "dog/loop.jpg").symlink_to("loop.jpg")
     (train / "dog/html.jpg").write_text("<html>")
     os.mkfifo(train / "dog/fifo.jpg")
-    os.mkfifo(train / "dog/fifo")  # no image's name: passed over, as other such files are
+    os.mkfifo(train / "dog/fifo")  # without an image's suffix: ignored like other such files
     (train / "cat/zero.png").symlink_to("/dev/zero")
     (val / "dog/empty.png").touch()
     (val / "cat/link.png").symlink_to("gone.png")
@@ -110,8 +110,8 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_both_splits_are_looked_at(two, tmp_path, workers):
-    """Though the first bad one of training is met while shards are written."""
+def test_both_splits_are_checked(two, tmp_path, workers):
+    """Find the bad files of validation although writing stops at the first one of training."""
     train, val = two
     (train / "dog/5.png").write_text("<html>")
     (val / "cat/3.png").write_text("<html>")
@@ -129,22 +129,22 @@ def test_both_splits_are_looked_at(two, tmp_path, workers):
     assert set(convert(image_folder(train, val), tmp_path / "data")) == {"train", "val"}
 
 
-def test_parts_tell_all_together(two, tmp_path):
+def test_the_parts_together_list_all_bad_files(two, tmp_path):
     train, val = two
     bad = {f"{c}/{i}.png" for c in ("cat", "dog") for i in (1, 4)}
     for name in bad:
         (val / name).write_text("<html>")
     (train / "cat/link.png").symlink_to("gone.png")
-    told = []
+    listed = []
     for i in range(3):
         with pytest.raises(ValueError, match=r"cat/link\.png"):
             convert(image_folder(train, val), tmp_path / "data", part=(i, 3))
         listing = tmp_path / f"data/val.bad-{i}.txt"
-        told += listing.read_text().splitlines() if listing.exists() else []
-    assert sorted(told) == sorted(bad)
+        listed += listing.read_text().splitlines() if listing.exists() else []
+    assert sorted(listed) == sorted(bad)
 
 
-def test_classes_whose_link_is_broken_are_missed(two, tmp_path):
+def test_classes_with_a_broken_link_are_reported(two, tmp_path):
     train, _ = two
     for name in ("emu", "fox"):
         (train / name).symlink_to(tmp_path / "unmounted" / name)
@@ -156,7 +156,7 @@ def test_classes_whose_link_is_broken_are_missed(two, tmp_path):
 
 @pytest.fixture
 def impatient():
-    """What waits for ever is interrupted."""
+    """Interrupt a test that takes more than 20 s."""
 
     def give_up(*_):
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""Conversion: the same bytes however it is run, whole or not there, and the stores' pixels."""
+"""Conversion: reproducible bytes, complete or absent splits, and the pixels of each encoding."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def test_conversion_is_deterministic(folder, tmp_path):
     assert tree_digest(tmp_path / "one" / "train") != tree_digest(tmp_path / "other" / "train")
 
 
-def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_path):
+def test_converting_again_writes_nothing_and_another_source_is_refused(folder, tmp_path):
     convert(image_folder(folder), tmp_path / "data")
     before = os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns
     convert(image_folder(folder), tmp_path / "data")
@@ -96,8 +96,8 @@ def test_merging_names_the_shards_that_are_missing(many, tmp_path):
         merge(tmp_path / "out")
 
 
-def test_a_killed_conversion_goes_on_where_it_was(many, tmp_path):
-    """SIGKILL in the midst; the second call writes only what is missing; the bytes are the same."""
+def test_a_killed_conversion_continues(many, tmp_path):
+    """Kill a conversion. The second call writes the missing shards only; the bytes are the same."""
     arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "2"]
     command = [sys.executable, *map(str, arguments), "--workers", "2"]
     process = subprocess.Popen(command, env=environment(), start_new_session=True)
@@ -118,11 +118,11 @@ def test_a_killed_conversion_goes_on_where_it_was(many, tmp_path):
 
 
 class Stopped(BaseException):
-    """As if killed."""
+    """A stand-in for a kill."""
 
 
 def convert_some(source: DataSource, out: Path, shards: int, **keywords) -> None:
-    """A conversion that ends after so many shards of 4."""
+    """Convert, but stop after a number of shards with 4 samples each."""
 
     def stop(done, total, split):
         if split == "train" and done >= 4 * shards:
@@ -132,10 +132,10 @@ def convert_some(source: DataSource, out: Path, shards: int, **keywords) -> None
         convert(source, out, samples_per_shard=4, progress=stop, **keywords)
 
 
-def test_going_on_rewrites_what_changed_in_between(tmp_path):
-    """An image replaced by one of the same size, with an older date, before the second call."""
+def test_continuing_rewrites_shards_whose_images_have_changed(tmp_path):
+    """Replace an image by one of the same size with an older date before the second call."""
     many = tmp_path / "bmp"
-    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of one size
+    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of the same size
     source = image_folder(many)
     convert_some(source, tmp_path / "out", 3)
     partial = tmp_path / "out" / "train.partial"
@@ -156,7 +156,7 @@ def test_going_on_rewrites_what_changed_in_between(tmp_path):
 
 
 def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
-    """Each row group once, for any number of processes, parts and kills; the same bytes."""
+    """Check that row groups are read once for any number of processes, parts and kills."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -208,7 +208,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
 
 
 def test_shards_of_halved_shards_stay_halved(tmp_path):
-    """The mark goes along; other sizes only downwards, other forms only where nothing is lost."""
+    """Check that converted shards are marked, can be halved further, but not undo the halving."""
     convert(large_images(), tmp_path / "a", encoding=Encoding(64, "png"))
     convert(open_source(str(tmp_path / "a")), tmp_path / "b")
     for split in ("train", "val"):
@@ -230,7 +230,7 @@ def test_shards_of_halved_shards_stay_halved(tmp_path):
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(many, tmp_path):
-    """Files may not grow beyond 8 KB, as if the disk were full; with room the same call goes on."""
+    """Limit files to 8 KB in place of a full disk. The same call continues without the limit."""
     arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "30"]
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
     limit += (
@@ -289,7 +289,7 @@ def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
 
 
 def large_images() -> DataSource:
-    """Colour images of several sizes with structure, as JPEG and PNG."""
+    """Return colour images of several sizes with structure, as JPEG and PNG."""
     samples = []
     for i, (width, height) in enumerate([(500, 375), (320, 480), (161, 170), (90, 70), (640, 200)]):
         y, x = np.mgrid[:height, :width]
@@ -302,14 +302,14 @@ def large_images() -> DataSource:
 
 
 def crops(folder: Path, size: int) -> np.ndarray:
-    """Pixels of two epochs of random crops, and of the centre crops."""
+    """Return the pixels of random crops, then of centre crops."""
     dataset = ShardDataset(open_shards(folder), image_size=size, random_crop=True, seed=3)
     centre = ShardDataset(open_shards(folder), image_size=size)
     parts = [dataset[np.arange(5)], centre[np.arange(5)]]
     return np.concatenate([part.images.numpy() for part in parts])
 
 
-def test_halved_png_trains_on_the_very_pixels(tmp_path):
+def test_halved_png_gives_the_same_pixels(tmp_path):
     convert(large_images(), tmp_path / "original")
     convert(large_images(), tmp_path / "halved", encoding=Encoding(32, "png"))
     original, halved = (tmp_path / name / "val" for name in ("original", "halved"))
@@ -320,7 +320,7 @@ def test_halved_png_trains_on_the_very_pixels(tmp_path):
     assert sum(sizes) < sum(len(s.content) for s in large_images().splits["val"]) / 2
 
 
-def test_halved_jpeg_stays_near_the_pixels(tmp_path):
+def test_halved_jpeg_gives_similar_pixels(tmp_path):
     convert(large_images(), tmp_path / "original")
     convert(large_images(), tmp_path / "halved", encoding=Encoding(32, "jpg"))
     difference = crops(tmp_path / "halved/val", 32).astype(float) - crops(
@@ -332,7 +332,7 @@ def test_halved_jpeg_stays_near_the_pixels(tmp_path):
     assert (manifest.stored, manifest.image_size, manifest.form) == ("halved", 32, "jpg")
 
 
-def test_a_image_that_cannot_be_halved_is_kept_and_told(tmp_path):
+def test_an_image_that_cannot_be_halved_is_kept_and_listed(tmp_path):
     source = large_images()
     cut = Sample("cut", 0, source.splits["train"][0].content[:3000])
     convert(
@@ -344,7 +344,7 @@ def test_a_image_that_cannot_be_halved_is_kept_and_told(tmp_path):
     assert batch.weights.tolist() == [0.0]
 
 
-def test_halving_is_what_every_crop_begins_with():
+def test_halving_stops_where_the_largest_crop_would():
     for size in (16, 64, 100):
         largest = -(-size * 10 // 8)
         for side in (largest, 2 * largest - 1, 2 * largest, 3 * largest, 4 * largest, 9 * largest):
@@ -377,8 +377,10 @@ def test_the_command_line_of_parts(many, tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
-    """As a terminal sends it, to the program and its workers alike. What is left is not lost to
-    another source: one with fewer images is refused."""
+    """Interrupt the program and its workers, as a terminal does.
+
+    Then refuse to continue with another source, which would lose the finished shards.
+    """
     noise = np.random.RandomState(0).randint(0, 256, (600, 600, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png", compress_level=0)
     for i in range(1500):  # ten seconds of work in one file
@@ -394,7 +396,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell that started the tests in the background has them, and us, ignore it.
+        # Background jobs of a shell ignore SIGINT, and their children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
@@ -415,7 +417,7 @@ def one_part(folder: Path, out: Path, part: tuple[int, int]) -> None:
     convert(image_folder(folder), out, samples_per_shard=5, part=part)
 
 
-def test_parts_that_begin_together(many, tmp_path):
+def test_parts_that_start_at_the_same_time(many, tmp_path):
     fork = multiprocessing.get_context("fork")
     for attempt in range(3):
         out = tmp_path / str(attempt)
@@ -430,7 +432,7 @@ def test_parts_that_begin_together(many, tmp_path):
     assert tree_digest(tmp_path / "0/train") == tree_digest(tmp_path / "alone/train")
 
 
-def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch):
+def test_a_merge_that_was_killed_at_its_end_continues(many, tmp_path, monkeypatch):
     one_part(many, tmp_path / "out", (0, 2))
     one_part(many, tmp_path / "out", (1, 2))
 
@@ -446,10 +448,10 @@ def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch)
     assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "alone/train")
 
 
-def test_a_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_path, monkeypatch):
-    """What the killed merge had gathered told of the shard as it was before."""
+def test_an_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_path, monkeypatch):
+    """Replace the index that the killed merge wrote from the shard before the change."""
     many = tmp_path / "bmp"
-    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of one size
+    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of the same size
 
     def killed(source, target):
         if Path(target).name == "train":
@@ -470,8 +472,8 @@ def test_a_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_
     assert verify(str(tmp_path / "out/train"), check_hash=True) == []
 
 
-def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
-    """90 of 100 images were there: the bar begins at 90, so that they do not count as fast."""
+def test_the_rate_of_a_continued_conversion_counts_new_images_only(monkeypatch):
+    """Start the bar at 90 if 90 of 100 images exist, so that they do not count for the rate."""
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
@@ -481,7 +483,7 @@ def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
     assert (bar["n"], bar["initial"]) == (90, 90)
 
 
-def test_splits_of_other_classes_do_not_come_to_stand_side_by_side(folder, many, tmp_path):
+def test_splits_with_other_classes_are_refused(folder, many, tmp_path):
     source, other = image_folder(folder), image_folder(many)
     convert(DataSource("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
     with pytest.raises(ValueError, match=r"a/val, with other classes.*one class list"):
