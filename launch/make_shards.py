@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier.common import files
+from ds_classifier.common.progress import Progress
+from ds_classifier.common.text import count, percent
 from ds_classifier.common.urls import shown
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -24,125 +27,140 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {files.problem(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("stopped; the same command again goes on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _stop(number: int, _) -> None:
-    """A signal's end, as that by Ctrl-C: scratch files are removed on the way out."""
+    """Handle a signal as Ctrl-C is handled, so that scratch files are removed before the exit."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
+
+
+# ---------------------------------------------------------------------------- the command line
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make_shards.py", description=__doc__.split(":")[0] + ".")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_convert(commands)
+    command = commands.add_parser(
+        "merge",
+        help="finish a conversion that was written with convert --part",
+        description="Write index and manifest once the shards of all parts are in one directory.",
+    )
+    command.add_argument("out", type=Path, help="the OUT of the parts")
+    command.set_defaults(run=_merge)
+    _add_index(commands)
+    _add_verify(commands)
+    return parser
 
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "convert",
-        help="write a source as shards under OUT/train and OUT/val",
+        help="write images as shards under OUT/train and OUT/val",
         description="Write images as shards under OUT/train (and OUT/val), with one class list. "
-        "Images are copied untouched unless --image_size is given; the training split is "
-        "shuffled once. A killed conversion goes on where it was when called again.",
+        "Images are copied untouched unless --image_size is given. The training split is shuffled "
+        "once. To continue a conversion that was killed, run the same command again.",
     )
     command.add_argument(
         "source",
-        help="a folder with a directory a class, or with CLASS_image.jpg files; "
+        help="a folder with one directory per class, or with CLASS_image.jpg files; "
         "ILSVRC2012_img_train.tar, as downloaded; a .csv with columns path and label, or a .jsonl "
         "with these keys; Hugging Face .parquet, a file or a folder; shards; or the word digits, "
-        "the handwritten digits that scikit-learn carries",
+        "for the handwritten digits in scikit-learn",
     )
-    command.add_argument("out", type=Path, help="where train/ and val/ are written")
-    command.add_argument("--val", help="a second source, for validation, of the same classes")
+    command.add_argument("out", type=Path, help="the directory for train/ and val/")
+    command.add_argument("--val", help="a second source, for validation, with the same classes")
     command.add_argument(
         "--val_labels",
         metavar="FILE",
-        help="classes of --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
+        help="labels for --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
         "or Kaggle's LOC_val_solution.csv",
     )
     command.add_argument(
         "--image_size",
         type=int,
-        help="store images halved as far as every crop at this size begins with [untouched]",
+        help="halve images as often as every crop of this size would, and store the result "
+        "[untouched]",
     )
     command.add_argument(
         "--form",
         choices=["jpg", "png"],
-        help="of halved images: png, the very pixels, or jpg, quality 95 without chroma "
+        help="format of halved images: png is lossless; jpg is quality 95 without chroma "
         "subsampling, a third of the size [jpg]",
     )
     command.add_argument(
-        "--samples_per_shard", type=int, default=1000, help="at most so many [1000]"
+        "--samples_per_shard", type=int, default=1000, help="at most this many [1000]"
     )
-    command.add_argument("--shuffle_seed", type=int, default=0, help="of the one shuffle [0]")
+    command.add_argument("--shuffle_seed", type=int, default=0, help="seed of the shuffle [0]")
     command.add_argument(
         "--part",
         type=_part,
         default=(0, 1),
         metavar="I/N",
-        help="write every N-th shard from the I-th on (0 <= I < N), for N machines; then merge",
+        help="write every N-th shard, starting with the I-th (0 <= I < N), to share the work "
+        "between N machines; then run merge",
     )
     _add_workers(command)
     command.set_defaults(run=_convert)
 
-    command = commands.add_parser(
-        "merge",
-        help="finish what convert --part wrote",
-        description="Write index and manifest when the shards of all parts are in one place.",
-    )
-    command.add_argument("out", type=Path, help="the OUT of the parts")
-    command.set_defaults(run=_merge)
 
+def _add_index(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "index",
-        help="use shards made by others, where and as they are",
+        help="use shards that another program made, without copying or changing them",
         description="Write OUT/train (and OUT/val) with a manifest and an index of WebDataset "
-        "shards that stay where they are: a directory, or a URL that training then fetches from. "
-        "Counts are compared with timm's _info.json, open_clip's sizes.json, img2dataset's stats "
-        "and CLIP_benchmark's nshards.txt where they lie beside the shards.",
+        "shards that stay where they are: in a directory, or behind a URL from which training "
+        "fetches them. The number of samples is compared with timm's _info.json, open_clip's "
+        "sizes.json, img2dataset's stats and CLIP_benchmark's nshards.txt if they are found.",
     )
     command.add_argument(
         "train",
-        help="a directory; a pattern of paths or URLs like 'DIR/name-{0000..1023}.tar'; a URL of a "
-        "directory with one of the files above; or such a file",
+        help="a directory; a pattern of paths or URLs like 'DIR/name-{0000..1023}.tar'; the URL of "
+        "a directory with one of the files above; or such a file",
     )
-    command.add_argument("out", type=Path, help="where train/ and val/ are written")
+    command.add_argument("out", type=Path, help="the directory for train/ and val/")
     command.add_argument(
-        "--val", help="the same, for validation [what lies beside TRAIN and is called so]"
+        "--val", help="the same, for validation [the validation split that TRAIN holds]"
     )
     command.add_argument(
         "--label",
         type=_label,
-        help="where a sample's label stands: cls, or json:KEY for a field of its .json [cls, or "
-        "what _info.json says]",
+        help="where to read the label of a sample: cls, or json:KEY for a field of its .json [what "
+        "_info.json says, else cls]",
     )
     command.add_argument(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="class names, one a line [classnames.txt beside the shards, else numbers]",
+        help="class names, one per line [classnames.txt next to the shards, else numbers]",
     )
     _add_workers(command)
     command.set_defaults(run=_index)
 
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "verify",
         help="check shards against their manifest and index",
         description="Check the structure of every shard against the manifest and the index. Shards "
-        "behind a URL are streamed whole for it. Exits with 1 where something is damaged, with 2 "
-        "where a split could not be checked.",
+        "behind a URL are downloaded for this, but not kept. The exit code is 1 if a split is "
+        "damaged, and 2 if a split could not be checked.",
     )
     command.add_argument("folder", nargs="+", help="a split, such as data/train, or its URL")
-    command.add_argument("--hash", action="store_true", help="also read all bytes and compare them")
+    command.add_argument("--hash", action="store_true", help="also compare the sha256 of all bytes")
     command.add_argument("--decode", action="store_true", help="also decode all images")
     _add_workers(command)
     command.set_defaults(run=_verify)
-    return parser
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
-    command.add_argument("--workers", type=int, default=cores, help=f"processes [{cores}]")
+    command.add_argument(
+        "--workers", type=int, default=cores, help=f"number of processes [{cores}]"
+    )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -161,25 +179,32 @@ def _label(text: str) -> str:
     return text
 
 
-def _convert(arguments: argparse.Namespace) -> int:
-    for name in ("samples_per_shard", "workers", "image_size"):
+def _require_positive(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: got {value}; need at least 1")
+
+
+# -------------------------------------------------------------------------------- the commands
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    _require_positive(arguments, "samples_per_shard", "workers", "image_size")
     if arguments.form and not arguments.image_size:
         raise ValueError(
             f"--form: got {arguments.form} without --image_size; need the size that images are "
-            "halved for; without it they are stored untouched"
+            "halved for, because images that are not halved are copied untouched"
         )
-    from ds_classifier.data.convert.convert import Store, convert
+    from ds_classifier.data.convert.convert import Encoding, convert
     from ds_classifier.data.convert.sources import open_source
 
     source = open_source(arguments.source, arguments.val, arguments.val_labels)
-    with _Progress() as progress:
+    with Progress() as progress:
         manifests = convert(
             source,
             arguments.out,
-            store=Store(arguments.image_size, arguments.form or "jpg"),
+            encoding=Encoding(arguments.image_size, arguments.form or "jpg"),
             workers=arguments.workers,
             part=arguments.part,
             samples_per_shard=arguments.samples_per_shard,
@@ -188,7 +213,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     if arguments.part[1] > 1 and None in manifests.values():
         i, n = arguments.part
-        print(f"part {i} of {n} is written; when all are: make_shards.py merge {arguments.out}")
+        print(f"part {i} of {n} is written; after all parts: make_shards.py merge {arguments.out}")
         return 0
     for split, manifest in manifests.items():
         _describe(arguments.out / split, manifest)
@@ -201,18 +226,40 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     merged = merge(arguments.out)
     if not merged:
-        raise ValueError(f"OUT: got {arguments.out}, where no part of a conversion is left")
+        raise ValueError(
+            f"OUT: got {arguments.out}, which holds no unfinished conversion; need the OUT of "
+            "convert --part"
+        )
     for split in merged:
         _describe(arguments.out / split, open_shards(arguments.out / split).manifest)
     return 0
 
 
+def _describe(folder: Path, manifest) -> None:
+    """Print the contents of a converted split."""
+    from ds_classifier.data.convert.convert import Encoding
+
+    print(f"{_contents(folder, manifest)}, {Encoding(manifest.image_size, manifest.form)}")
+    if manifest.undecodable:
+        print(
+            f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
+            f"{manifest.undecodable[0]}: stored untouched, training counts them as bad samples"
+        )
+
+
+def _contents(folder: Path, manifest) -> str:
+    megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
+    return (
+        f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
+        f"{count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB"
+    )
+
+
 def _index(arguments: argparse.Namespace) -> int:
-    if arguments.workers < 1:
-        raise ValueError(f"--workers: got {arguments.workers}; need at least 1")
+    _require_positive(arguments, "workers")
     from ds_classifier.data.foreign.index import index
 
-    with _Progress() as progress:
+    with Progress() as progress:
         splits = index(
             arguments.train,
             arguments.out,
@@ -224,43 +271,19 @@ def _index(arguments: argparse.Namespace) -> int:
         )
     for split, indexed in splits.items():
         folder, manifest = arguments.out / split, indexed.manifest
-        megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-        checked = "nothing beside them tells their counts"
+        checked = "no metadata to compare the counts with"
         if indexed.checked_by:
             checked = f"counts agree with {indexed.checked_by}"
-        place = shown(manifest.location or str(folder))
-        print(
-            f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
-            f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, at {place}; " + checked
-        )
+        location = shown(manifest.location or str(folder))
+        print(f"{_contents(folder, manifest)}, at {location}; {checked}")
         if split == "train":
-            found = indexed.neighbours
+            pairs = indexed.neighbours
             print(
-                f"  {found.alike:.1%} of neighbours share their class, {found.by_chance:.1%} in a "
-                "random order"
-                + ("; do: train with --shuffle_shards lane" if found.sorted_by_class else "")
+                f"  {percent(pairs.alike)} of neighbours share their class, "
+                f"{percent(pairs.by_chance)} in a random order"
+                + ("; do: train with --shuffle_shards lane" if pairs.sorted_by_class else "")
             )
     return 0
-
-
-def _describe(folder: Path, manifest) -> None:
-    from ds_classifier.data.convert.convert import Store
-
-    megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-    store = Store(manifest.image_size, manifest.form)
-    print(
-        f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
-        f"{_count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB, {store}"
-    )
-    if manifest.undecodable:
-        print(
-            f"  {_count(len(manifest.undecodable), 'image')} without pixels, such as "
-            f"{manifest.undecodable[0]}: stored untouched, they will count as bad samples"
-        )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + "s" * (number != 1)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -269,52 +292,23 @@ def _verify(arguments: argparse.Namespace) -> int:
     damaged = unchecked = False
     for folder in arguments.folder:
         try:
-            with _Progress() as progress:
+            with Progress() as progress:
                 problems = verify(
                     folder,
                     check_hash=arguments.hash,
                     check_decode=arguments.decode,
                     workers=arguments.workers,
-                    progress=lambda done, total, progress=progress: progress("verify", done, total),
+                    progress=functools.partial(progress, phase="verify"),
                 )
-        except (ValueError, OSError) as error:  # the others can be checked all the same
+        except (ValueError, OSError) as error:  # the other folders are still checked
             print(f"error: {files.problem(error)}", file=sys.stderr)
             unchecked = True
             continue
         for problem in problems:
             print(problem)
-        print(f"{shown(folder)}: {_count(len(problems), 'problem') if problems else 'whole'}")
+        print(f"{shown(folder)}: {count(len(problems), 'problem') if problems else 'no problems'}")
         damaged |= bool(problems)
     return 2 if unchecked else int(damaged)
-
-
-class _Progress:
-    """A bar a phase while a person watches; a line a minute where nobody does."""
-
-    def __enter__(self):
-        self._bar, self._phase = None, None
-        return self
-
-    def __call__(self, phase: str, done: int, total: int | None) -> None:
-        from tqdm import tqdm
-
-        if self._phase != phase:
-            self.__exit__()
-            self._phase, self._told = phase, time.monotonic()
-            shape = dict(desc=phase, unit=" images", disable=None, leave=False)
-            # What an earlier call has written tells nothing of the rate.
-            self._bar = tqdm(total=total, initial=done, **shape)
-        self._bar.update(done - self._bar.n)
-        if self._bar.disable and time.monotonic() - self._told > 60:
-            self._told = time.monotonic()
-            print(
-                f"{phase}: {done:,} of {'unknown' if total is None else f'{total:,}'} images",
-                file=sys.stderr,
-            )
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ds_classifier.data.convert.samples import IMAGE_SUFFIXES
-from ds_classifier.data.tars import Member, Sequential, key_of, printable, tar_members
+from ds_classifier.data.tars import (
+    IMAGE_SUFFIXES,
+    Member,
+    Sequential,
+    key_of,
+    printable,
+    tar_members,
+)
 
 LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's JSON has a few KB
 LARGEST_IMAGE = (1 << 32) - 1  # bytes, as the index counts them

@@ -26,8 +26,7 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.convert.samples import IMAGE_SUFFIXES
-from ds_classifier.data.tars import NAME_REACH, key_of, member_name
+from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, key_of, member_name
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TAR_BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes: of all headers of a member; real ones stay under 10 KB
 NAME_REACH = 1 << 14  # bytes before a member's content in which its headers are looked for

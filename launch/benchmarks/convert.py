@@ -29,8 +29,8 @@ def measure(images: str, *, image_sizes: list[int], repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
 
-        def write(store, workers: int) -> int:
-            convert(source, out, store=store, samples_per_shard=per_shard, workers=workers)
+        def write(encoding, workers: int) -> int:
+            convert(source, out, encoding=encoding, samples_per_shard=per_shard, workers=workers)
             return len(samples)
 
         def copy() -> int:

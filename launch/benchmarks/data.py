@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ds_classifier.config import Settings
-from ds_classifier.data.convert.convert import Store, convert
+from ds_classifier.data.convert.convert import Encoding, convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.images import decode, random_crop
 from ds_classifier.data.loader import ShardDataset
@@ -37,9 +37,9 @@ def measure(images: str, *, image_sizes: list[int], count: int, repeats: int) ->
         for size in image_sizes:
             runs = {("plain", "exact"): _plain(source, size, count)}
             kilobytes = {"plain": _mean_kilobytes(source)}
-            for name, store in stores(size).items():
+            for name, encoding in stores(size).items():
                 out = Path(folder, f"{size} {name}")
-                manifest = convert(source, out, store=store)["train"]
+                manifest = convert(source, out, encoding=encoding)["train"]
                 kilobytes[name] = sum(s.bytes for s in manifest.shards) / manifest.samples / 1e3
                 for fast in (False, True):
                     run = _from_shards(out / "train", size, count, fast=fast)
@@ -58,9 +58,9 @@ def measure(images: str, *, image_sizes: list[int], count: int, repeats: int) ->
 
 def stores(size: int) -> dict:
     return {
-        "original": Store(),
-        "halved jpg": Store(size, "jpg"),
-        "halved png": Store(size, "png"),
+        "original": Encoding(),
+        "halved jpg": Encoding(size, "jpg"),
+        "halved png": Encoding(size, "png"),
     }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from ds_classifier import distributed
 from ds_classifier.config import CommandLine, Settings, parse_training_command
 from ds_classifier.config.deepspeed_json import Resolved, read_ds_config, resolve
-from ds_classifier.data.convert.convert import Store, convert
+from ds_classifier.data.convert.convert import Encoding, convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
@@ -103,8 +103,8 @@ def shards_for(words: list[str], images: str, folder: Path) -> Path:
     source = open_source(images)
     samples = source.splits["train"]
     samples = samples[:: -(-len(samples) // MOST_CONVERTED)]
-    store = Store(parse_training_command(words).settings.image_size, "jpg")
-    convert(replace(source, splits={"train": samples}), folder / "data", store=store)
+    encoding = Encoding(parse_training_command(words).settings.image_size, "jpg")
+    convert(replace(source, splits={"train": samples}), folder / "data", encoding=encoding)
     return folder / "data" / "train"
 
 

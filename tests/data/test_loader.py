@@ -14,7 +14,7 @@ from running import GOLDEN
 
 from ds_classifier.data import images
 from ds_classifier.data.convert.convert import convert
-from ds_classifier.data.convert.sources import Sample, Source
+from ds_classifier.data.convert.sources import DataSource, Sample
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
@@ -195,7 +195,7 @@ def test_a_bad_sample_keeps_its_place_with_weight_zero(tmp_path, workers, fast):
     pixels.save(tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
     samples = [Sample(f"s{i}", i, good if i != 3 else good[:200]) for i in range(6)]
-    source = Source("made", [str(i) for i in range(6)], {"val": samples})
+    source = DataSource("made", [str(i) for i in range(6)], {"val": samples})
     convert(source, tmp_path / "data")
     dataset = ShardDataset(open_shards(tmp_path / "data" / "val"), image_size=8, fast=fast)
     positions = ValidationPositions(6, batch=6, rank=0, world_size=1)

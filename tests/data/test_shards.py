@@ -20,7 +20,7 @@ from running import ROOT, run_python
 
 from ds_classifier.common import files
 from ds_classifier.data.convert.convert import convert
-from ds_classifier.data.convert.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.convert.sources import DataSource, Sample, image_folder, open_source
 from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.scan import scan_shard
@@ -302,7 +302,7 @@ def test_no_member_but_the_image_is_ever_decoded(tmp_path):
             return (tmp_path / "ran").touch, ()
 
     evil = pickle.dumps(Evil())
-    source = Source("s", ["a"], {"train": [Sample("x", 0, b"GIF8" + evil)]})
+    source = DataSource("s", ["a"], {"train": [Sample("x", 0, b"GIF8" + evil)]})
     convert(source, tmp_path / "data")
     split = tmp_path / "data" / "train"
     members = {"k.jpg": evil, "k.pkl": evil, "k.pyd": evil, "k.pt": evil, "k.cls": b"0"}
@@ -376,7 +376,7 @@ def test_the_command_line(folder, tmp_path):
     assert (done.code, len(done.lines)) == (0, 1), done.output
     assert "15 images of 3 classes in 1 shard," in done.output
     done = run_python(script, "verify", tmp_path / "out/train", "--hash", "--decode", cwd=tmp_path)
-    assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: whole\n")
+    assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: no problems\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
     assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problem")
@@ -393,7 +393,7 @@ def test_the_command_line(folder, tmp_path):
 def test_a_sample_reads_bytes_or_a_file(tmp_path):
     (tmp_path / "x.png").write_bytes(b"abc")
     assert Sample("x", 0, tmp_path / "x.png").read() == Sample("x", 0, b"abc").read() == b"abc"
-    assert Source("s", ["a"], {}).classes == ["a"]
+    assert DataSource("s", ["a"], {}).classes == ["a"]
 
 
 @pytest.mark.parametrize(

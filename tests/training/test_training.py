@@ -434,14 +434,14 @@ def test_shards_by_url_train_as_local_ones(digits, tmp_path):
 def shards_with_bad_images(folder: Path, bad: set[int]) -> Path:
     """40 digits as a training split; some of them cut short."""
     from ds_classifier.data.convert.convert import convert
-    from ds_classifier.data.convert.sources import Sample, Source, digits
+    from ds_classifier.data.convert.sources import DataSource, Sample, digits
 
     whole = digits().splits["train"][:40]
     cut = [
         Sample(s.name, s.label, s.content[:60] if i in bad else s.content)
         for i, s in enumerate(whole)
     ]
-    convert(Source("cut", [str(n) for n in range(10)], {"train": cut}), folder)
+    convert(DataSource("cut", [str(n) for n in range(10)], {"train": cut}), folder)
     return folder
 
 

@@ -1,25 +1,27 @@
-"""Files that cannot be stored as images: found by size and first bytes, listed together."""
+"""Files that are not images: found by their size and first bytes, and listed in one error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ds_classifier.common.text import count
 from ds_classifier.data.convert.samples import Sample
 from ds_classifier.data.pool import in_processes, shared
 
-Bad = tuple[str, str]  # a sample's name, and what is wrong with it
+BadFile = tuple[str, str]  # the name of a sample, and what is wrong with it
 
-LARGEST_IMAGE = 1 << 29  # bytes; as many as images.MAX_PIXELS have, unpacked, four channels deep
-MOST_BAD = 20  # files of a split that are told of
-LOOKED_AT = 256  # by a process, until it says so
+MAX_IMAGE_BYTES = 1 << 29  # an uncompressed image of images.MAX_PIXELS with four channels
+MAX_LISTED = 20  # files per split in the error message; the .bad.txt lists all of them
+SAMPLES_PER_TASK = 256  # read by a process between two calls of `progress`
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
-def image_of(sample: Sample) -> tuple[bytes, str]:
-    """A sample's bytes, and its suffix by content: a PNG named .JPEG is stored as .png.
+def read_image(sample: Sample) -> tuple[bytes, str]:
+    """Return the bytes of a sample, and the suffix for its format ("jpg", "png" ...).
 
-    Raises ValueError where they cannot be read, or begin like no image.
+    The format is read from the first bytes, not from the name: a PNG named .JPEG becomes .png.
+    Raises ValueError if the bytes cannot be read, or if they do not start like an image.
     """
     try:
         data = sample.read()
@@ -30,39 +32,45 @@ def image_of(sample: Sample) -> tuple[bytes, str]:
             return data, suffix
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return data, "webp"
-    raise ValueError(f"got {data[:8]!r}..., which no image format begins with")
+    raise ValueError(f"got {data[:8]!r}..., which is not the start of an image file")
 
 
-def bad_among(samples: Sequence[Sample]) -> list[Bad]:
-    """Those that are no images; reads them all."""
+def find_bad(samples: Sequence[Sample]) -> list[BadFile]:
+    """Read all samples, and return those that are not images."""
     bad = []
     for sample in samples:
         try:
-            image_of(sample)
+            read_image(sample)
         except ValueError as error:
             bad.append((sample.name, str(error)))
     return bad
 
 
-def bad_of_many(
+def find_bad_parallel(
     samples: Sequence[Sample], workers: int, progress: Callable[[int, int], None]
-) -> list[Bad]:
-    """As `bad_among`, by several processes. progress: called with samples seen and in all."""
-    jobs = range(0, len(samples), LOOKED_AT)
+) -> list[BadFile]:
+    """Return the same as `find_bad`, with several processes.
+
+    progress: called with the number of samples read, and the number of all samples.
+    """
+    starts = range(0, len(samples), SAMPLES_PER_TASK)
     bad, done = [], 0
-    for found in in_processes(workers, _bad_of_some, jobs, shared=samples):
-        bad += found
-        done = min(done + LOOKED_AT, len(samples))
+    for bad_in_task in in_processes(workers, _find_bad_task, starts, shared=samples):
+        bad += bad_in_task
+        done = min(done + SAMPLES_PER_TASK, len(samples))
         progress(done, len(samples))
     return bad
 
 
-def _bad_of_some(first: int) -> list[Bad]:
-    return bad_among(shared()[first : first + LOOKED_AT])
+def _find_bad_task(start: int) -> list[BadFile]:
+    return find_bad(shared()[start : start + SAMPLES_PER_TASK])
 
 
-def sort_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Bad]]:
-    """Those that may be opened; and those that are not there, no files, or too large, unopened."""
+def split_off_unreadable(samples: Sequence[Sample]) -> tuple[list[Sample], list[BadFile]]:
+    """Return the samples that are safe to open, and the others with the reason; open none of them.
+
+    The others are missing, no regular files, or larger than MAX_IMAGE_BYTES.
+    """
     good, bad = [], []
     for sample in samples:
         try:
@@ -70,41 +78,43 @@ def sort_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Bad]]:
         except OSError as error:
             bad.append((sample.name, f"cannot be read ({error.strerror})"))
             continue
-        if size > LARGEST_IMAGE:
-            bad.append((sample.name, f"got {size} bytes; need at most {LARGEST_IMAGE}"))
+        if size > MAX_IMAGE_BYTES:
+            bad.append((sample.name, f"got {size} bytes; need at most {MAX_IMAGE_BYTES}"))
         else:
             good.append(sample)
     return good, bad
 
 
-def refuse_bad(bad: dict[str, list[Bad]], out: Path, part: tuple[int, int]) -> None:
-    """ValueError with the first bad files of every split; a file a split lists them all."""
+def raise_if_bad(bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int]) -> None:
+    """Raise ValueError with the first bad files of every split, if there are any.
+
+    All bad files of a split are written to out/SPLIT.bad.txt, or bad-I.txt for part (I, N).
+    """
     suffix = "bad.txt" if part[1] == 1 else f"bad-{part[0]}.txt"
     listings = {split: out / f"{split}.{suffix}" for split in bad}
     for listing in listings.values():
         listing.unlink(missing_ok=True)
-    bad = {split: sorted(found) for split, found in bad.items() if found}
+    bad = {split: sorted(files) for split, files in bad.items() if files}
     if not bad:
         return
     out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for split, found in bad.items():
-        names = "".join(f"{name}\n" for name, _ in found)
+    for split, files in bad.items():
+        names = "".join(f"{name}\n" for name, _ in files)
         listings[split].write_text(names, errors="surrogateescape")
         head = f"{split}: " if len(bad) > 1 else ""
-        lines += [f"{head}{name}: {problem}" for name, problem in found[:MOST_BAD]]
-        if len(found) > MOST_BAD:
-            lines.append(f"{head}... and {len(found) - MOST_BAD:,} more")
-    count = sum(map(len, bad.values()))
-    each = ", ".join(f"{len(found):,} of {split}" for split, found in bad.items())
+        lines += [f"{head}{name}: {problem}" for name, problem in files[:MAX_LISTED]]
+        if len(files) > MAX_LISTED:
+            lines.append(f"{head}... and {len(files) - MAX_LISTED:,} more")
+    per_split = ", ".join(f"{len(files):,} of {split}" for split, files in bad.items())
     text = (
-        ("1 file" if count == 1 else f"{count:,} files")
+        count(sum(map(len, bad.values())), "file")
         + " that cannot be stored"
-        + (f" ({each})" if len(bad) > 1 else "")
-        + "; need whole JPEG, PNG, WebP, GIF or BMP images; do: remove or replace those in "
+        + (f" ({per_split})" if len(bad) > 1 else "")
+        + "; need whole JPEG, PNG, WebP, GIF or BMP images; do: remove or replace the files in "
         + " and ".join(str(listings[split]) for split in bad)
         + ", and remove "
         + " and ".join(f"{out / split}.partial" for split in bad)
-        + (" if it is there" if len(bad) == 1 else " if they are there")
+        + " if it exists"
     )
     raise ValueError(f"got {text}:\n  " + "\n  ".join(lines))

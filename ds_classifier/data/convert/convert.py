@@ -1,11 +1,13 @@
-"""A source -> shards: planned first, written by several processes, final when complete.
+"""Convert a data source to shards: plan, write with several processes, rename when complete.
 
-OUT/train.partial/ is filled shard by shard, each under its name when it is whole, with its facts
-(samples, bytes, sha256, index rows) beside it. When no shard is missing, index and manifest are
-written and the directory becomes OUT/train by one rename. What a shard holds follows from the plan
-alone, so the bytes are the same for any number of processes or machines, and after a kill: the same
-command goes on with the shards that are missing, and with those whose images changed since. A
-split that is finished is not compared with its source again, but by names, labels and sizes.
+OUT/train.partial/ is filled shard by shard. A shard gets its final name when it is complete, and
+its facts (samples, bytes, sha256, index rows) are stored next to it. When no shard is missing, the
+index and the manifest are written, and one rename turns the directory into OUT/train.
+
+The content of a shard depends on the plan alone. So the bytes are the same for any number of
+processes or machines, and after a kill: the same command writes the shards that are missing, and
+those whose images have changed since. A finished split is compared with its source only by the
+names, labels and sizes of the images.
 """
 
 from __future__ import annotations
@@ -27,26 +29,26 @@ from ds_classifier.common import files
 from ds_classifier.common.keyed_random import permutation, stream_key
 from ds_classifier.data import images
 from ds_classifier.data.convert.bad_files import (
-    Bad,
-    bad_among,
-    bad_of_many,
-    image_of,
-    refuse_bad,
-    sort_out,
+    BadFile,
+    find_bad,
+    find_bad_parallel,
+    raise_if_bad,
+    read_image,
+    split_off_unreadable,
 )
 from ds_classifier.data.convert.plan import (
     ORIGINAL,
     PLAN,
+    Encoding,
     Plan,
-    Store,
-    already_written,
+    final_encoding,
+    is_written,
     make_plan,
-    partial_of,
+    open_partial,
     refuse_other_splits,
-    settled,
 )
-from ds_classifier.data.convert.samples import Sample, Source
-from ds_classifier.data.convert.spool import gathered
+from ds_classifier.data.convert.samples import DataSource, Sample
+from ds_classifier.data.convert.spool import spool_groups
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
@@ -60,46 +62,47 @@ from ds_classifier.data.shards import (
 
 
 def convert(
-    source: Source,
+    source: DataSource,
     out: Path,
     *,
-    store: Store = ORIGINAL,
+    encoding: Encoding = ORIGINAL,
     samples_per_shard: int = 1000,
     shuffle_seed: int = 0,
     workers: int = 1,
     part: tuple[int, int] = (0, 1),
-    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, phase: None,
 ) -> dict[str, Manifest | None]:
     """Write every split of a source as shards under out/SPLIT.
 
-    The training split is shuffled once, so that every shard holds all kinds of classes.
-    part: (i, n): write every n-th shard from the i-th on; `merge` finishes when all are there.
-    progress: called with split, images written, images in all.
-    Returns each split's manifest, None where shards of other parts are missing.
-    Raises ValueError where out holds something else already; or that lists the files of all
-    splits that are no images: after the first the others are only looked for, nothing more is
-    written.
+    The training split is shuffled once, so that every shard holds samples of many classes.
+    encoding: how images are stored.
+    part: (i, n): write only every n-th shard, starting with the i-th. `merge` finishes the splits
+    when all parts have been written.
+    progress: called with the number of images written, of all images, and what is being done.
+    Returns the manifest of each split, or None if shards of other parts are missing.
+    Raises ValueError if out holds something else, or if files of any split are not images. The
+    error lists them all: after the first one, the other files are only checked, not written.
     """
-    store = settled(store, source)
+    encoding = final_encoding(encoding, source)
     splits: dict[str, list[Sample]] = {}
-    bad: dict[str, list[Bad]] = {}
+    bad: dict[str, list[BadFile]] = {}
     for split, samples in source.splits.items():
-        splits[split], bad[split] = sort_out(_shuffled(split, samples, shuffle_seed))
+        splits[split], bad[split] = split_off_unreadable(_shuffled(split, samples, shuffle_seed))
     plans, todo = {}, list(splits)
     if not any(bad.values()):
         for split, samples in splits.items():
-            plans[split] = make_plan(source, split, samples, store, samples_per_shard)
+            plans[split] = make_plan(source, split, samples, encoding, samples_per_shard)
         refuse_other_splits(out, source, set(plans))
-        todo = [split for split, plan in plans.items() if not already_written(out / split, plan)]
+        todo = [split for split, plan in plans.items() if not is_written(out / split, plan)]
     for split in todo:
         if any(bad.values()):
-            look = functools.partial(progress, f"{split}, only looked at")
-            bad[split] += bad_of_many(splits[split][part[0] :: part[1]], workers, look)
+            look = functools.partial(progress, phase=f"{split}, only checked")
+            bad[split] += find_bad_parallel(splits[split][part[0] :: part[1]], workers, look)
         else:
-            partial = partial_of(out, plans[split])
-            writing = (partial, plans[split], splits[split], part, workers, progress)
-            bad[split] += _write_shards(*writing)
-    refuse_bad(bad, out, part)
+            plan = plans[split]
+            partial = open_partial(out, plan)
+            bad[split] += _write_shards(partial, plan, splits[split], part, workers, progress)
+    raise_if_bad(bad, out, part)
     if part[1] == 1:
         merge(out)
     return {
@@ -109,16 +112,16 @@ def convert(
 
 
 def _shuffled(split: str, samples: list[Sample], seed: int) -> list[Sample]:
-    """The training split in a random order; others as they are."""
+    """Return the samples of the training split in random order, and of other splits unchanged."""
     if split != "train":
         return samples
     return [samples[i] for i in permutation(len(samples), stream_key(seed, "convert/shuffle"))]
 
 
 def merge(out: Path) -> list[str]:
-    """Finish the splits under out whose shards are all written; returns their names.
+    """Finish the splits under out whose shards are all written, and return their names.
 
-    Raises ValueError that names missing shards.
+    Raises ValueError if shards are missing.
     """
     plans = {}
     for partial in sorted(out.glob("*.partial")):
@@ -137,10 +140,11 @@ def merge(out: Path) -> list[str]:
     for partial, plan in plans.items():
         _finish(partial, plan)
     for partial, plan in plans.items():
-        for spool in partial.glob("spool-*"):  # of a part that was killed
+        for spool in partial.glob("spool-*"):  # left by a part that was killed
             shutil.rmtree(spool)
         os.rename(partial, out / plan.split)
-    for plan in plans.values():  # last, so that a kill anywhere leaves what goes on, or is whole
+    # The facts go last: a kill at any point leaves a split that is complete, or can be continued.
+    for plan in plans.values():
         for number in range(len(plan.shard_samples)):
             for suffix in (".json", ".index.npy"):
                 (out / plan.split / plan.shard_name(number)).with_suffix(suffix).unlink()
@@ -155,58 +159,61 @@ def _write_shards(
     samples: list[Sample],
     part: tuple[int, int],
     workers: int,
-    progress: Callable[[str, int, int], None],
-) -> list[tuple[str, str]]:
-    """Write what is missing; returns the files that are no images, see `refuse_bad`."""
+    progress: Callable[[int, int, str], None],
+) -> list[BadFile]:
+    """Write the missing shards of a split, and return its files that are not images."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
     numbers = range(part[0], len(plan.shard_samples), part[1])
     shards = {n: samples[first[n] : first[n + 1]] for n in numbers}
     total = sum(map(len, shards.values()))
-    todo = [n for n in numbers if not _up_to_date(partial / plan.shard_name(n), shards[n])]
-    if todo:  # what a killed merge has gathered tells of shards that are written anew
+    todo = [n for n in numbers if not _is_up_to_date(partial / plan.shard_name(n), shards[n])]
+    if todo:  # a manifest left by a killed merge describes the shards before they are replaced
         (partial / MANIFEST).unlink(missing_ok=True)
     for n in todo:
         (partial / plan.shard_name(n)).unlink(missing_ok=True)
     spool = partial / f"spool-{part[0]}-{part[1]}"
     try:
-        flat = gathered([s for n in todo for s in shards[n]], spool, workers, plan.split, progress)
-        done = total - len(flat)
-        progress(plan.split, done, total)
-        flat = iter(flat)
-        tasks = [(first[n], [next(flat) for _ in shards[n]]) for n in todo]
-        jobs, bad = list(enumerate(todo)), []
-        together = (partial, plan, tasks, multiprocessing.Event())
-        for number, found in in_processes(
-            workers, _write_one, jobs, shared=together, ordered=False
+        spooled = spool_groups(
+            [s for n in todo for s in shards[n]], spool, workers, plan.split, progress
+        )
+        done = total - len(spooled)
+        progress(done, total, plan.split)
+        remaining, bad = iter(spooled), []
+        samples_of = {n: [next(remaining) for _ in shards[n]] for n in todo}
+        for number, bad_in_shard in in_processes(
+            workers,
+            _write_shard,
+            todo,
+            shared=(partial, plan, first, samples_of, multiprocessing.Event()),
+            ordered=False,
         ):
-            bad += found
+            bad += bad_in_shard
             done += plan.shard_samples[number]
-            progress(plan.split, done, total)
+            progress(done, total, plan.split)
         return bad
     finally:
         shutil.rmtree(spool, ignore_errors=True)
 
 
-def _up_to_date(path: Path, samples: list[Sample]) -> bool:
-    """Whether a shard is written, and no file of its images has changed since it was begun."""
+def _is_up_to_date(path: Path, samples: list[Sample]) -> bool:
+    """Return whether a shard exists, and no file of its images has changed since it was begun."""
     if not path.exists():
         return False
     began_ns = json.loads(path.with_suffix(".json").read_text())["began_ns"]
     return all(sample.changed_ns() <= began_ns for sample in samples)
 
 
-def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
-    """Write one shard and its facts; returns its number, and its files that are no images.
+def _write_shard(number: int) -> tuple[int, list[BadFile]]:
+    """Write one shard and its facts. Returns its number, and its files that are not images.
 
-    Where there is one, and once another process has met one, the rest is only looked at.
+    After the first bad file, in this process or another one, the rest is only checked.
     """
     from webdataset import TarWriter
 
-    at, number = job
-    partial, plan, tasks, bad_met = shared()
-    first, samples = tasks[at]
+    partial, plan, firsts, samples_of, bad_met = shared()
+    first, samples = firsts[number], samples_of[number]
     if bad_met.is_set():
-        return number, bad_among(samples)
+        return number, find_bad(samples)
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")
     undecodable, began_ns = [], time.time_ns()
@@ -217,14 +224,14 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
     ):
         for i, sample in enumerate(samples, first):
             try:
-                data, suffix = image_of(sample)
+                data, suffix = read_image(sample)
             except ValueError:
                 bad_met.set()
-                return number, bad_among(samples[i - first :])
+                return number, find_bad(samples[i - first :])
             if plan.image_size is not None:
                 try:
                     halved = images.halve(images.decode(data), plan.image_size)
-                except ValueError:  # kept untouched: in training it has its place, but no weight
+                except ValueError:  # stored untouched; training gives the sample weight 0
                     undecodable.append(sample.name)
                 else:
                     if halved is not None:
@@ -232,7 +239,7 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
             label = str(sample.label).encode()
             tar.write({"__key__": _key(i, sample.name), suffix: data, "cls": label})
     files.fsync(staging)
-    rows = np.array([found.entry for found in scan_shard(staging)], dtype=INDEX_DTYPE)
+    rows = np.array([scanned.entry for scanned in scan_shard(staging)], dtype=INDEX_DTYPE)
     rows["shard"] = number
     np.save(path.with_suffix(".index.npy"), rows)
     shard = Shard(path.name, len(samples), staging.stat().st_size, files.sha256(staging))
@@ -243,8 +250,8 @@ def _write_one(job: tuple[int, int]) -> tuple[int, list[tuple[str, str]]]:
 
 
 def _finish(partial: Path, plan: Plan) -> None:
-    """Gather the shards' facts into index and manifest."""
-    if (partial / MANIFEST).is_file():  # gathered before, and killed
+    """Collect the facts of all shards in an index and a manifest."""
+    if (partial / MANIFEST).is_file():  # written before, by a merge that was killed
         return
     shards, index, undecodable = [], [], []
     for number in range(len(plan.shard_samples)):
@@ -272,6 +279,6 @@ def _finish(partial: Path, plan: Plan) -> None:
 
 
 def _key(number: int, name: str) -> str:
-    """A key without dots, unique by its number, that still tells the source file."""
+    """Return a key without dots that is unique by its number and still names the source file."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[-60:]
     return f"{number:09d}_{stem}"

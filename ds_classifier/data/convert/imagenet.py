@@ -1,11 +1,11 @@
-"""ImageNet as it is handed out: tars read in place by offset, and the labels of its validation.
+"""ImageNet as it is distributed: tars that are read in place, and the labels of the validation set.
 
-    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one a class (a WordNet id), with its images
+    ILSVRC2012_img_train.tar       nNNNNNNNN.tar, one per class (a WordNet id), with its images
     ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ..., without classes
-    ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (not in the order of the
+    ILSVRC2012_devkit_t12.tar.gz   data/meta.mat: ILSVRC2012_ID -> WNID (IDs do not follow the
                                    sorted WNIDs); data/ILSVRC2012_validation_ground_truth.txt: line
-                                   i is the ILSVRC2012_ID of image i, from 1
-    LOC_val_solution.csv           Kaggle's labels: ImageId,PredictionString; WNID, then boxes
+                                   i is the ILSVRC2012_ID of image i, counted from 1
+    LOC_val_solution.csv           Kaggle's labels: ImageId,PredictionString (a WNID, then boxes)
 
 Formats: POSIX.1-1988 ustar, with pax and GNU headers; the devkit's readme.txt; MATLAB 5.
 """
@@ -17,13 +17,15 @@ import gzip
 import io
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
-from ds_classifier.data.convert.samples import IMAGE_SUFFIXES, Named, Slice, files_under
-from ds_classifier.data.tars import tar_members
+from ds_classifier.data.convert.samples import NamedSample, Slice, files_under
+from ds_classifier.data.tars import IMAGE_SUFFIXES, tar_members
 
-LARGEST_DEVKIT = 1 << 26  # bytes, unpacked, and of each file in it; the real one has a few million
+LARGEST_FILE = 1 << 26  # bytes of a file in the devkit, unpacked; the real ones have < 2 MB
 META = "data/meta.mat"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 NEED_LABELS = (
@@ -31,11 +33,11 @@ NEED_LABELS = (
 )
 
 
-def train_images(tar: Path) -> list[Named]:
-    """The images of a tar of tars, each inner one named by its class; nothing is unpacked.
+def train_images(tar: Path) -> list[NamedSample]:
+    """Return the images in a tar of tars, each named after a class; nothing is unpacked.
 
-    Raises ValueError for another tar, for one cut short or damaged, and for members that are links,
-    devices, outside of it, or there twice.
+    Raises ValueError for other tars, for a damaged or incomplete one, and for members that are
+    links or devices, that have names outside of the tar, or that appear twice.
     """
     images = []
     with open(tar, "rb") as file:
@@ -43,31 +45,31 @@ def train_images(tar: Path) -> list[Named]:
         for inner in inner_tars:
             if not inner.name.endswith(".tar"):
                 raise ValueError(
-                    f"{tar}: got member {inner.name}; need a tar of tars, one a class, such as "
+                    f"{tar}: got member {inner.name}; need a tar of tars, one per class, such as "
                     "ILSVRC2012_img_train.tar; do: unpack other tars and convert the folder"
                 )
         for inner in inner_tars:
             where = f"{tar}/{inner.name}"
             class_name = os.path.basename(inner.name).removesuffix(".tar")
             found = [
-                Named(f"{where}/{name}", class_name, Slice(tar, offset, size))
+                NamedSample(f"{where}/{name}", class_name, Slice(tar, offset, size))
                 for name, offset, size in tar_members(
                     file, where, inner.offset, inner.offset + inner.size
                 )
                 if name.lower().endswith(IMAGE_SUFFIXES)
             ]
             if not found:
-                raise ValueError(f"{where}: got no image; need one at least; do: download again")
+                raise ValueError(f"{where}: got no image; need at least one; do: download again")
             images += found
     if not images:
-        raise ValueError(f"{tar}: got an empty tar; need one tar a class in it; do: download again")
+        raise ValueError(f"{tar}: got an empty tar; need one tar per class; do: download again")
     return images
 
 
-def val_images(place: Path, labels: Path) -> list[Named]:
-    """The images of a tar, or of a folder, with classes from a devkit or Kaggle's CSV.
+def val_images(place: Path, labels: Path) -> list[NamedSample]:
+    """Return the images in a tar or a folder, with classes from a devkit or Kaggle's CSV.
 
-    Raises ValueError where an image has no label, or a label no image: one of them is not whole.
+    Raises ValueError if an image has no label or a label no image: one of the files is incomplete.
     """
     if place.is_dir():
         found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES)]
@@ -91,13 +93,13 @@ def val_images(place: Path, labels: Path) -> list[Named]:
                 "give the --val_labels that belong to --val"
             )
         if stem in seen:
-            raise ValueError(f"{name}: got a second image called {stem}; need each name once")
+            raise ValueError(f"{name}: got a second image named {stem}; need each name once")
         seen.add(stem)
-        images.append(Named(name, wnids[stem], content))
+        images.append(NamedSample(name, wnids[stem], content))
     if len(seen) != len(wnids):
         lacking = next(stem for stem in wnids if stem not in seen)
         raise ValueError(
-            f"--val: got {len(seen)} images in {place}, without {lacking}; need the {len(wnids)} "
+            f"--val: got {len(seen)} images in {place}, without {lacking}; need all {len(wnids)} "
             f"that {labels} labels; do: download the images again"
         )
     return images
@@ -107,9 +109,9 @@ def val_images(place: Path, labels: Path) -> list[Named]:
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
-    """Image name without suffix -> WNID, from LOC_val_solution.csv.
+    """Return image name without suffix -> WNID, from LOC_val_solution.csv.
 
-    Raises ValueError that names the line where there is no image, no WNID, or two of them.
+    Raises ValueError for a line without image or WNID, and for an image that appears twice.
     """
     wnids: dict[str, str] = {}
     try:
@@ -130,14 +132,14 @@ def kaggle_labels(path: Path) -> dict[str, str]:
                     )
                 wnids[stem] = tokens[0]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no CSV ({error}); need LOC_val_solution.csv") from None
+        raise ValueError(f"{path}: got no valid CSV ({error}); need LOC_val_solution.csv") from None
     return wnids
 
 
 def devkit_labels(devkit: Path) -> dict[str, str]:
-    """Image name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
+    """Return image name without suffix -> WNID, from the devkit's tar.gz or its unpacked folder.
 
-    Raises ValueError where a file is missing or damaged, or an id has no WNID.
+    Raises ValueError if a file is missing or damaged, or an ID has no WNID.
     """
     meta, ground_truth = _devkit_files(devkit)
     wnid_of = _wnid_of_id(meta, f"{devkit}: {META}")
@@ -164,7 +166,7 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"].reshape(-1)
         return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    except Exception as error:  # scipy raises what its parser stumbles over
+    except Exception as error:  # scipy raises many types of errors for damaged files
         raise ValueError(
             f"{name}: got no MATLAB 5 table of synsets ({type(error).__name__}: {error}); need "
             "ILSVRC2012_ID and WNID; do: download the devkit again"
@@ -172,47 +174,51 @@ def _wnid_of_id(meta: bytes, name: str) -> dict[int, str]:
 
 
 def _refuse_swelling(meta: bytes, name: str) -> None:
-    """ValueError where a MATLAB 5 file is, or unpacks to, more than LARGEST_DEVKIT bytes.
+    """Raise ValueError if a MATLAB 5 file is larger than LARGEST_FILE bytes when unpacked.
 
-    After a header of 128 bytes come elements: type and bytes, u4 each; type 15 is a zlib stream.
+    Scipy would unpack 300 MB from a file of 300 KB. A file is a header of 128 bytes and elements:
+    type (u4), number of bytes (u4), content. The content of type 15 is a zlib stream.
     """
     order = ">" if meta[126:128] == b"MI" else "<"
     at, total = 128, len(meta)
-    while at + 8 <= len(meta) and total <= LARGEST_DEVKIT:
+    while at + 8 <= len(meta) and total <= LARGEST_FILE:
         kind, size = struct.unpack(f"{order}II", meta[at : at + 8])
         at += 8
         if kind == 15:
             stream = zlib.decompressobj()
             try:
-                total += len(stream.decompress(meta[at : at + size], LARGEST_DEVKIT + 1))
-            except zlib.error:  # scipy will tell
+                total += len(stream.decompress(meta[at : at + size], LARGEST_FILE + 1))
+            except zlib.error:  # scipy reports it
                 return
         at += size
-    if total > LARGEST_DEVKIT:
+    if total > LARGEST_FILE:
         raise ValueError(
-            f"{name}: got more than {LARGEST_DEVKIT} bytes when unpacked; need {NEED_LABELS}"
+            f"{name}: got more than {LARGEST_FILE} bytes when unpacked; need {NEED_LABELS}"
         )
 
 
 def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
-    """What META and GROUND_TRUTH hold, at the top or one folder down."""
+    """Return the contents of META and GROUND_TRUTH, at the top of the devkit or one folder down."""
     contents: dict[str, bytes] = {}
     if devkit.is_dir():
         for name in (META, GROUND_TRUTH):
-            for file in (devkit / name, *sorted(devkit.glob(f"*/{name}"))):
-                if name not in contents and file.is_file():
-                    if file.stat().st_size > LARGEST_DEVKIT:
-                        raise ValueError(
-                            f"--val_labels: got {file} of {file.stat().st_size} bytes; need "
-                            f"{NEED_LABELS}"
-                        )
-                    contents[name] = file.read_bytes()
+            for path in (devkit / name, *sorted(devkit.glob(f"*/{name}"))):
+                if name not in contents and path.is_file():
+                    with open(path, "rb") as file:
+                        contents[name] = _read(file, path.stat().st_size, path)
     else:
-        tar = _unzipped(devkit)
-        for member in tar_members(io.BytesIO(tar), devkit, 0, len(tar)):
-            for name in (META, GROUND_TRUTH):
-                if f"/{member.name}".endswith(f"/{name}"):
-                    contents[name] = tar[member.offset : member.offset + member.size]
+        try:
+            with tarfile.open(devkit, "r:gz") as tar:
+                for member in filter(tarfile.TarInfo.isreg, tar):
+                    for name in (META, GROUND_TRUTH):
+                        if f"/{member.name}".endswith(f"/{name}"):
+                            where = f"{devkit}/{member.name}"
+                            contents[name] = _read(tar.extractfile(member), member.size, where)
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"--val_labels: got {devkit}, which is not a complete .tar.gz ({error}); "
+                f"need {NEED_LABELS}"
+            ) from None
     missing = [name for name in (META, GROUND_TRUTH) if name not in contents]
     if missing:
         raise ValueError(
@@ -221,17 +227,8 @@ def _devkit_files(devkit: Path) -> tuple[bytes, bytes]:
     return contents[META], contents[GROUND_TRUTH]
 
 
-def _unzipped(devkit: Path) -> bytes:
-    try:
-        with gzip.open(devkit) as file:
-            tar = file.read(LARGEST_DEVKIT + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"--val_labels: got {devkit}, no whole .tar.gz ({error}); need {NEED_LABELS}"
-        ) from None
-    if len(tar) > LARGEST_DEVKIT:
-        raise ValueError(
-            f"--val_labels: got {devkit}, more than {LARGEST_DEVKIT} bytes when unpacked; need "
-            f"{NEED_LABELS}"
-        )
-    return tar
+def _read(file: BinaryIO, size: int, name: Path | str) -> bytes:
+    """Read a file of the devkit. Raises ValueError if it is larger than any real one."""
+    if size > LARGEST_FILE:
+        raise ValueError(f"--val_labels: got {name} of {size} bytes; need {NEED_LABELS}")
+    return file.read()

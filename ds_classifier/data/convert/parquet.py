@@ -1,7 +1,7 @@
 """Parquet files as Hugging Face's datasets writes them: `image` and `label` in every row.
 
-image: struct{bytes, path}, or binary. label: integer. The names of the classes come from the
-ClassLabel in the schema's metadata, key "huggingface", where there is one.
+image: struct{bytes, path}, or binary. label: integer. The class names come from the ClassLabel in
+the schema's metadata, key "huggingface", if it exists.
 Formats: Apache Parquet, read by pyarrow; https://huggingface.co/docs/datasets/about_arrow.
 """
 
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from ds_classifier.data.convert.samples import IMAGE_SUFFIXES, Named, files_under, size_of_file
+from ds_classifier.common.files import size_of_file
+from ds_classifier.data.convert.samples import NamedSample, files_under
+from ds_classifier.data.tars import IMAGE_SUFFIXES
 
 PARQUET = ".parquet"
 _SPLIT_WORD = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
@@ -24,7 +26,10 @@ _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
-    """The image in one row. Reading takes its whole row group, of which a process keeps one."""
+    """The image in one row.
+
+    Reading it reads its whole row group; each process keeps the row group it has read last.
+    """
 
     file: Path
     row_group: int
@@ -34,7 +39,7 @@ class ParquetCell:
         return _row_group(self.file, self.row_group)[self.row].as_py()
 
     def size(self) -> int:
-        """Bytes of the image. Parquet has no such list: the first call reads the file once."""
+        """Return the size of the image in bytes. The first call for a file reads the whole file."""
         return int(_lengths(self.file)[self.row_group][self.row])
 
     def changed_ns(self) -> int:
@@ -42,33 +47,35 @@ class ParquetCell:
 
     @property
     def group(self) -> tuple[str, int]:
+        """The key of the row group, which is read as a whole: see `samples.Content`."""
         return str(self.file), self.row_group
 
 
-def read_parquet(place: Path, split: str) -> tuple[list[Named], list[str] | None] | None:
-    """The rows of a file, or of a split of a folder, and its class names if it has them.
+def read_parquet(place: Path, split: str) -> tuple[list[NamedSample], list[str] | None] | None:
+    """Return the rows of a file, or of one split in a folder, and the class names if it has them.
 
-    split: "train" or "val". Where the files of a folder, or the folders they lie in, are called
-    train, validation and test, those of the split are taken; None where there are none. Labels are
-    class names where there are such, else integers.
-    Raises ValueError for files that are missing, damaged, or unlike each other, and for null cells.
+    split: "train" or "val". If the files of a folder, or the folders around them, are named train,
+    validation or test, only the files of the split are read. If the split has no files, the result
+    is None. The class of a row is its class name, or an integer if the file has no class names.
+    Raises ValueError for files that are missing, damaged or differ in their class names, and for
+    labels that are null or out of range.
     """
     files = [place] if place.is_file() else _files_of_split(place, split)
     if not files:
         return None
-    images: list[Named] = []
+    images: list[NamedSample] = []
     classes = None
     for i, file in enumerate(files):
         rows, own_classes = _read_file(file)
         if i and own_classes != classes:
             raise ValueError(
-                f"{file}: got other class names than {files[0]}; need the same in all; do: convert "
-                "one data set at a time"
+                f"{file}: got other class names than {files[0]}; need the same in all files; do: "
+                "convert one data set at a time"
             )
         classes = own_classes
         images += rows
     if not images:
-        raise ValueError(f"{place}: got no row; need images; do: download it again")
+        raise ValueError(f"{place}: got no rows; need images; do: download it again")
     return images, classes
 
 
@@ -96,11 +103,11 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
                 f"number {lacking}; need all {int(total)}; do: download the rest"
             )
     if "" not in by_word:
-        # Where there is no validation split, the one for testing is held out.
+        # Without a validation split, the test split is used for validation.
         return by_word[split] or (by_word["test"] if split == "val" else [])
     if len(by_word) > 1:
         raise ValueError(
-            f"source: got {by_word[''][0]} beside files of the splits {sorted(by_word)[1:]}; need "
+            f"source: got {by_word[''][0]} next to files of the splits {sorted(by_word)[1:]}; need "
             "the split in every name, such as train-00000.parquet; do: name or move it"
         )
     return by_word[""]
@@ -116,9 +123,9 @@ def _pyarrow_parquet():
     return pyarrow.parquet
 
 
-def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
-    """Labels and names of the rows; no image is read."""
-    size_of_file(path)  # not one to wait for
+def _read_file(path: Path) -> tuple[list[NamedSample], list[str] | None]:
+    """Return the names and classes of the rows, and the class names; read no image."""
+    size_of_file(path)  # opening a FIFO would never return
     parquet = _pyarrow_parquet()
     import pyarrow
 
@@ -127,11 +134,11 @@ def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
             schema = file.schema_arrow
             image = schema.field("image").type if "image" in schema.names else None
             if image is None or "label" not in schema.names:
-                raise _unlike(path, f"columns {schema.names}")
+                raise _wrong_schema(path, f"columns {schema.names}")
             if not _is_bytes(image) and not (_fields(image) and _is_bytes(_fields(image)["bytes"])):
-                raise _unlike(path, f"image of type {image}")
+                raise _wrong_schema(path, f"image of type {image}")
             if not pyarrow.types.is_integer(schema.field("label").type):
-                raise _unlike(path, f"label of type {schema.field('label').type}")
+                raise _wrong_schema(path, f"label of type {schema.field('label').type}")
             columns = ["label", "image.path"] if "path" in _fields(image) else ["label"]
             classes = _class_names(path, schema.metadata or {})
             rows = []
@@ -148,7 +155,7 @@ def _read_file(path: Path) -> tuple[list[Named], list[str] | None]:
                             + "; do: remove the row"
                         )
                     class_name = classes[label] if classes else label
-                    rows.append(Named(name, class_name, ParquetCell(path, group, i)))
+                    rows.append(NamedSample(name, class_name, ParquetCell(path, group, i)))
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
     return rows, classes
@@ -161,7 +168,7 @@ def _is_bytes(kind) -> bool:
 
 
 def _fields(kind) -> dict:
-    """The fields of a struct that has bytes among them; else none."""
+    """Return name -> type of a struct's fields; empty if it is no struct with a field "bytes"."""
     import pyarrow
 
     fields = {field.name: field.type for field in kind} if pyarrow.types.is_struct(kind) else {}
@@ -169,20 +176,20 @@ def _fields(kind) -> dict:
 
 
 def _class_names(path: Path, metadata: dict[bytes, bytes]) -> list[str] | None:
-    """The names of the label column's ClassLabel, if the file has one."""
+    """Return the names of the label column's ClassLabel, or None if there are none."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))
         names = features.get("info", {}).get("features", {}).get("label", {}).get("names")
     except (ValueError, AttributeError) as error:
-        raise _unlike(path, f"metadata 'huggingface' that cannot be read ({error})") from None
+        raise _wrong_schema(path, f"unreadable metadata 'huggingface' ({error})") from None
     if names is None:
         return None
     if not isinstance(names, list) or len({str(name) for name in names}) != len(names):
-        raise _unlike(path, "class names that are no list, or one of them twice")
+        raise _wrong_schema(path, "class names that are not a list, or one of them twice")
     return [str(name) for name in names]
 
 
-def _unlike(path: Path, got: str) -> ValueError:
+def _wrong_schema(path: Path, got: str) -> ValueError:
     return ValueError(
         f"{path}: got {got}; need image (struct with bytes, or binary) and label (integer), as "
         "Hugging Face's datasets writes them; do: rename or cast the columns"
@@ -190,11 +197,11 @@ def _unlike(path: Path, got: str) -> ValueError:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: got no whole parquet file ({error}); do: download it again")
+    return ValueError(f"{path}: got no complete parquet file ({error}); do: download it again")
 
 
 def _images(file, group: int):
-    """The bytes column of a row group, a pyarrow.ChunkedArray."""
+    """Return the encoded images of a row group, a pyarrow.ChunkedArray of bytes."""
     import pyarrow.compute
 
     flat = _is_bytes(file.schema_arrow.field("image").type)
@@ -205,9 +212,9 @@ def _images(file, group: int):
 
 
 def _cells(path: Path, first: int = 0, last: int | None = None):
-    """The bytes column of each row group from first to before last, or to the end.
+    """Yield the encoded images of the row groups [first, last). last: None means all others.
 
-    Raises ValueError for a null and for a damaged file.
+    Raises ValueError for an image that is null, and for a damaged file.
     """
     parquet = _pyarrow_parquet()
     import pyarrow
@@ -219,8 +226,8 @@ def _cells(path: Path, first: int = 0, last: int | None = None):
                 if column.null_count:
                     row = column.is_null().index(True).as_py()
                     raise ValueError(
-                        f"{path}: got no bytes in row {row} of row group {group}; need the image "
-                        "itself; do: embed the images in the file, or remove the row"
+                        f"{path}: got no bytes in row {row} of row group {group}; need the "
+                        "image itself; do: embed the images in the file, or remove the row"
                     )
                 yield column
     except pyarrow.ArrowException as error:
@@ -234,7 +241,7 @@ def _row_group(path: Path, group: int):
 
 @cache
 def _lengths(path: Path) -> list:
-    """Bytes of every image, [row group][row]; one pass over the file."""
+    """Return the size of every image in bytes, [row group][row]. Reads the whole file once."""
     import pyarrow.compute
 
     return [pyarrow.compute.binary_length(c).to_numpy() for c in _cells(path)]

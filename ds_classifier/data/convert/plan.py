@@ -1,4 +1,4 @@
-"""What a conversion will write, settled before it writes: the store, the shards, their place."""
+"""What a conversion will write, decided in advance: the encoding, the shards, the directories."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_classifier.data.convert.samples import Sample, Source
+from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.shards import MANIFEST, open_shards
 
 PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Store:
-    """How images are stored.
+class Encoding:
+    """The way images are stored.
 
-    image_size: None: bytes untouched. S: halved as far as every crop at S pixels begins with, and
-    encoded as `form`; images that are small enough already are copied untouched.
-    form: "png", the reference's very pixels, or "jpg", quality 95 4:4:4.
+    image_size: S: halve an image as often as every crop of S pixels would (`images.halve`), and
+    encode it as `form`; images that need no halving are copied untouched. None: copy all untouched.
+    form: "png", lossless, or "jpg", quality 95 4:4:4.
     """
 
     image_size: int | None = None
@@ -38,12 +38,16 @@ class Store:
         )
 
 
-ORIGINAL = Store()
+ORIGINAL = Encoding()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a split's shards will hold. digest: of names, labels, sizes and the store."""
+    """The content of the shards of a split.
+
+    shard_samples: number of samples per shard.
+    digest: sha256 of all other fields but `source`, and of the names, labels and sizes of images.
+    """
 
     split: str
     source: str
@@ -58,85 +62,99 @@ class Plan:
         return f"{self.split}-{number:06d}.tar"
 
 
-def refuse_other_splits(out: Path, source: Source, planned: set[str]) -> None:
-    """ValueError where OUT has a split, whole or not, of other classes that would stay beside."""
+def refuse_other_splits(out: Path, source: DataSource, planned: set[str]) -> None:
+    """Raise ValueError if OUT holds another split, finished or not, with other classes.
+
+    planned: the splits that the conversion writes; only others are checked.
+    """
     for split in {"train", "val"} - planned:
         for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
             if not (folder / facts).is_file():
                 continue
             if json.loads((folder / facts).read_text())["classes"] != source.classes:
                 raise ValueError(
-                    f"OUT: got {folder}, of other classes than {source.name}; need one class list "
-                    "in OUT; do: remove it, or choose another OUT"
+                    f"OUT: got {folder}, with other classes than {source.name}; need one class "
+                    "list in OUT; do: remove it, or choose another OUT"
                 )
 
 
-def settled(store: Store, source: Source) -> Store:
-    """The store that comes out: images that were halved stay so, and cannot grow again."""
+def final_encoding(encoding: Encoding, source: DataSource) -> Encoding:
+    """Return the encoding of the shards, given the encoding that was asked for.
+
+    Images that the source has halved stay halved. Raises ValueError if larger images are asked for,
+    or lossless ones from a JPEG source.
+    """
     if source.halved is None:
-        return store
+        return encoding
     size, form = source.halved
-    if store.image_size is None:
-        return Store(size, form)
-    if store.image_size > size or (form, store.form) == ("jpg", "png"):
+    if encoding.image_size is None:
+        return Encoding(size, form)
+    if encoding.image_size > size or (form, encoding.form) == ("jpg", "png"):
         raise ValueError(
-            f"--image_size, --form: got {store}, from images that are {Store(size, form)} in "
-            f"{source.name}; need what they still allow; do: convert the originals"
+            f"--image_size, --form: got {encoding}, from images that are {Encoding(size, form)} in "
+            f"{source.name}; need that size or less, and no png from jpg; do: convert the originals"
         )
-    return store
+    return encoding
 
 
 def make_plan(
-    source: Source, split: str, samples: list[Sample], store: Store, samples_per_shard: int
+    source: DataSource,
+    split: str,
+    samples: list[Sample],
+    encoding: Encoding,
+    samples_per_shard: int,
 ) -> Plan:
+    """Return the plan of a split: shards whose sizes differ by one sample at most."""
     count = -(-len(samples) // samples_per_shard)
-    ends = [len(samples) * (n + 1) // count for n in range(count)]  # they differ by one at most
+    ends = [len(samples) * (n + 1) // count for n in range(count)]
     facts = dict(
         split=split,
         source=Path(source.name).name,
         classes=source.classes,
         samples=len(samples),
         shard_samples=np.diff([0, *ends]).tolist(),
-        image_size=store.image_size,
-        form=store.form if store.image_size else "",
+        image_size=encoding.image_size,
+        form=encoding.form if encoding.image_size else "",
     )
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
         size = sample.size()
-        name = os.path.basename(sample.name)  # however the way to the source was spelled
+        name = os.path.basename(sample.name)  # the same for any path to the source
         digest.update(f"{name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
     return Plan(digest=digest.hexdigest(), **facts)
 
 
-def already_written(folder: Path, plan: Plan) -> bool:
+def is_written(folder: Path, plan: Plan) -> bool:
+    """Return whether a folder is the finished split of a plan. Raises ValueError if it is not."""
     if not folder.exists():
         return False
     if (folder / MANIFEST).is_file() and open_shards(folder).manifest.plan == plan.digest:
         return True
     raise ValueError(
-        f"OUT: got {folder}, which holds something else already; need a free place; do: remove it, "
-        "or choose another OUT"
+        f"OUT: got {folder}, which already holds something else; need a new directory; do: remove "
+        "it, or choose another OUT"
     )
 
 
-def partial_of(out: Path, plan: Plan) -> Path:
-    """The directory being filled. It appears with its plan, so that parts may begin together.
+def open_partial(out: Path, plan: Plan) -> Path:
+    """Return the directory to write shards to, and create it if it does not exist.
 
-    Raises ValueError where shards of another plan lie in it.
+    It is created together with its plan by one rename, so several parts can start at once.
+    Raises ValueError if it holds shards of another plan.
     """
     partial = out / f"{plan.split}.partial"
     staging = out / f".{plan.split}.{uuid.uuid4().hex}"
     staging.mkdir(parents=True)
     (staging / PLAN).write_text(json.dumps(asdict(plan), indent=1))
     try:
-        os.rename(staging, partial)  # over an empty directory only
+        os.rename(staging, partial)  # replaces nothing but an empty directory
     except OSError:
         shutil.rmtree(staging)
     if not (partial / PLAN).is_file():
-        raise ValueError(f"OUT: got {partial} without {PLAN}; need a free place; do: remove it")
+        raise ValueError(f"OUT: got {partial} without {PLAN}; need a new directory; do: remove it")
     if json.loads((partial / PLAN).read_text())["digest"] != plan.digest:
         raise ValueError(
-            f"OUT: got {partial}, the unfinished conversion of another source or store; need one "
-            "in OUT; do: finish it, remove it, or choose another OUT"
+            f"OUT: got {partial}, the unfinished conversion of another source or encoding; need "
+            "one in OUT; do: finish it, remove it, or choose another OUT"
         )
     return partial

@@ -1,34 +1,29 @@
-"""A sample, wherever its bytes lie; and the one class list that training and validation share."""
+"""Labelled images of a data source, and the class list that training and validation share."""
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-# What else is meant as an image: read if its content is one of the above, else refused by name.
-OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
+from ds_classifier.common.files import size_of_file
+from ds_classifier.data.classes import class_list, refuse_not_utf8
 
 
 class Content(Protocol):
-    """Where an image's bytes lie, when that is neither a file nor memory; small, picklable."""
+    """The location of an image that is neither a whole file nor in memory; small and picklable.
+
+    Content with an attribute `group` (hashable) is read together with the rest of its group, so
+    reading the samples of several groups in turn is slow: see `spool_groups`.
+    """
 
     def read(self) -> bytes: ...
 
     def size(self) -> int: ...
 
     def changed_ns(self) -> int: ...
-
-
-class Grouped(Content, Protocol):
-    """Content that is read together with that of its group, and slowly one at a time."""
-
-    group: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +35,7 @@ class Slice:
     length: int
 
     def read(self) -> bytes:
-        """The bytes. Raises ValueError where the file has become shorter, OSError as open does."""
+        """Return the bytes. Raises ValueError if the file has become shorter, else as open does."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.length)
@@ -60,23 +55,26 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One labelled image. name: where it came from; content: its file, bytes, or their place."""
+    """A labelled image.
+
+    name: its path in the source. label: its class index.
+    content: its file, its bytes, or their location.
+    """
 
     name: str
     label: int
     content: Path | bytes | Content
 
     def read(self) -> bytes:
-        """The image's bytes, as they are at the source."""
+        """Return the encoded image, as it is in the source."""
         if isinstance(self.content, bytes):
             return self.content
         return self.content.read_bytes() if isinstance(self.content, Path) else self.content.read()
 
     def size(self) -> int:
-        """Bytes of the image, without reading it where the source knows them.
+        """Return the size of the encoded image in bytes, without reading it if the source knows it.
 
-        Raises OSError for a file that is not there, or is none: a FIFO may never answer, a device
-        never end.
+        Raises OSError for a file that does not exist or is not a regular file.
         """
         if isinstance(self.content, bytes):
             return len(self.content)
@@ -85,9 +83,10 @@ class Sample:
         return self.content.size()
 
     def changed_ns(self) -> int:
-        """When its file was last written or replaced, ns since 1970; 0 for what is in memory.
+        """Return when its file was last written or replaced, in ns since 1970; 0 if in memory.
 
-        The inode's change time, which a copy with an older modification time moves too.
+        This is the inode's change time: unlike the modification time, it also changes if a file is
+        replaced by an older one.
         """
         if isinstance(self.content, bytes):
             return 0
@@ -96,22 +95,13 @@ class Sample:
         return self.content.changed_ns()
 
 
-def size_of_file(path: Path) -> int:
-    """Bytes of a regular file, links followed; OSError for all else."""
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "a FIFO, socket or device, no file", str(path))
-    return found.st_size
-
-
 @dataclass(frozen=True)
-class Source:
-    """classes: names, label i is classes[i]. splits: "train" and perhaps "val" -> samples.
+class DataSource:
+    """A data set to convert.
 
-    halved: (pixels, form) where the images were halved already, as Store tells; None: originals.
-    Raises ValueError for a class name that is no UTF-8.
+    classes: names; label i means classes[i]. splits: "train" and perhaps "val" -> samples.
+    halved: (image_size, form) of the `Encoding` if the images have been halved; None: originals.
+    Raises ValueError for a class name that is not UTF-8.
     """
 
     name: str
@@ -123,20 +113,11 @@ class Source:
         refuse_not_utf8(self.name, self.classes)
 
 
-def refuse_not_utf8(where: str, classes: list[str]) -> None:
-    """Raise ValueError for a class name of bytes that are no UTF-8, read with surrogateescape."""
-    for class_name in classes:
-        try:
-            class_name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: got the class {class_name!r}, which is no UTF-8; need a name that every "
-                "manifest and export can hold; do: rename its folder, or write its list in UTF-8"
-            ) from None
+class NamedSample(NamedTuple):
+    """A sample before the classes are numbered.
 
-
-class Named(NamedTuple):
-    """An image that knows its class by name, or by a number of the user's."""
+    class_name: a name, or an integer that the user chose.
+    """
 
     name: str
     class_name: str | int
@@ -145,55 +126,38 @@ class Named(NamedTuple):
 
 def share_classes(
     name: str,
-    train: Sequence[Named],
-    val: Sequence[Named] | None = None,
+    train: Sequence[NamedSample],
+    val: Sequence[NamedSample] | None = None,
     classes: list[str] | None = None,
-) -> Source:
-    """Number the classes by the training split alone; validation is looked up in that list.
+) -> DataSource:
+    """Return a source whose classes are numbered by the training split alone.
 
-    classes: their names in order, where the source brings them. Otherwise the sorted names; or,
-    where all are integers, 0 to the largest, named so.
-    Raises ValueError for a validation class that training lacks, and for a gap in integers.
+    classes: the names in order; None: see `class_list`.
+    Raises ValueError for a validation class without training images, and for a gap in integers.
     """
     if classes is None:
-        classes = _class_list(name, {image.class_name for image in train})
+        classes = class_list(name, {sample.class_name for sample in train})
     label = {class_name: i for i, class_name in enumerate(classes)}
     if val is not None:
-        unknown = sorted({str(image.class_name) for image in val} - set(label))
+        unknown = sorted({str(sample.class_name) for sample in val} - set(label))
         if unknown:
             raise ValueError(
                 f"--val: got {len(unknown)} classes that {name} lacks, such as {unknown[0]!r}; "
-                "need validation images of training classes only; do: name or move them alike"
+                "need validation images of training classes only; do: rename or move them"
             )
     splits = {
-        split: [Sample(p.name, label[str(p.class_name)], p.content) for p in images]
-        for split, images in (("train", train), ("val", val))
-        if images is not None
+        split: [Sample(s.name, label[str(s.class_name)], s.content) for s in named]
+        for split, named in (("train", train), ("val", val))
+        if named is not None
     }
-    return Source(name, classes, splits)
-
-
-def _class_list(name: str, found: set[str | int]) -> list[str]:
-    if not all(isinstance(class_name, int) for class_name in found):
-        return sorted(map(str, found))
-    if min(found) < 0:
-        raise ValueError(
-            f"{name}: got label {min(found)}; need integers from 0; do: remove its images, or "
-            "number the classes anew"
-        )
-    gap = next(i for i in range(len(found) + 1) if i not in found)
-    if gap != len(found):
-        raise ValueError(
-            f"{name}: got integer labels up to {max(found)} but none is {gap}; need 0, 1, 2, ... "
-            "without a gap; do: number the classes anew, or name them"
-        )
-    return [str(i) for i in range(len(found))]
+    return DataSource(name, classes, splits)
 
 
 def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Every file with one of the suffixes, links followed: those of a folder, then its folders'.
+    """Yield every file with one of the suffixes, following links.
 
-    Both by name. Raises ValueError for a folder that cannot be read or that contains itself.
+    The files of a folder come first, then those of its folders, both sorted by name.
+    Raises ValueError for a folder that cannot be read, and for a link to a folder above it.
     """
 
     def refuse(error: OSError) -> None:
@@ -206,7 +170,7 @@ def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
             link = os.path.join(folder, inner)
             if os.path.islink(link) and here.startswith(os.path.join(os.path.realpath(link), "")):
                 raise ValueError(
-                    f"source: got {link}, a link to a folder that it lies in; need each image "
+                    f"source: got {link}, a link to a folder that contains it; need each image "
                     "once; do: remove the link"
                 )
         for name in sorted(names):

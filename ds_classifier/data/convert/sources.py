@@ -1,4 +1,7 @@
-"""What people have on disk -> samples (name, image, class); light until a source needs more."""
+"""Data sources: folders, tars, lists, Parquet or shards -> samples (name, label, image).
+
+What only some sources need (numpy, scipy, pyarrow ...) is imported when such a source is opened.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,41 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ds_classifier.common.text import count
 from ds_classifier.data.convert.samples import (
-    IMAGE_SUFFIXES,
-    OTHER_SUFFIXES,
-    Named,
+    DataSource,
+    NamedSample,
     Sample,
     Slice,
-    Source,
     files_under,
     share_classes,
 )
+from ds_classifier.data.tars import IMAGE_SUFFIXES
 
+# Other suffixes of images. If the content is not in a format of IMAGE_SUFFIXES, it is refused.
+OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 DIGITS = "digits"
-SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # never taken for classes alone
-DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits: other writers than the first
+SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # no classes if all are of these
+DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 LISTS = (".csv", ".jsonl")
-MOST_NAMED = 10  # folders without images
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that int() and str() leave alone; 01 is a name
+MAX_NAMED = 10  # folders without images in a message
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
 
 
-def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> Source:
-    """Open what holds images and classes; what it is shows in its suffix and content.
+def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> DataSource:
+    """Open a data source, without reading images. Its kind follows from its suffix and content.
 
     source, val (for validation):
     - an image folder, classes as directories or as file prefixes
     - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its images, with
       val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
     - a .csv with columns path and label, or a .jsonl of objects with these keys
-    - parquet files as Hugging Face writes them, one or a folder
+    - parquet files as Hugging Face writes them, one file or a folder
     - shards: a split, or the directory above train/ and val/
     - the word digits
 
-    Of these the first three mix. Raises ValueError where there is nothing to convert or the classes
-    do not fit together; no image is read.
+    The first three can be combined; the others need val of the same kind, or bring their own.
+    Raises ValueError if there is nothing to convert, or if the classes of the splits do not match.
     """
     if val_labels is not None and val is None:
         raise ValueError(
@@ -51,7 +56,7 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     if source == DIGITS and not Path(source).exists():
         if val is not None:
             raise ValueError(
-                f"--val: got {val!r}; need nothing: digits brings its own validation split"
+                f"--val: got {val!r} with digits, which has its own validation split; do: drop it"
             )
         return digits()
     train = Path(source)
@@ -62,12 +67,12 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     val_kind = None if val is None else _kind(Path(val))
     if val is not None and (kind != val_kind) and {"parquet", "shards"} & {kind, val_kind}:
         raise ValueError(
-            f"--val: got {val} ({val_kind}) beside {source} ({kind}); need the same kind; do: name "
+            f"--val: got {val} ({val_kind}) with {source} ({kind}); need the same kind; do: give "
             f"the validation split as {kind}"
         )
     if kind in ("parquet", "shards") and val_labels is not None:
         raise ValueError(
-            f"--val_labels: got {val_labels} beside {kind}, which carry their labels; do: drop it"
+            f"--val_labels: got {val_labels} with {kind}, which have their own labels; do: drop it"
         )
     if kind == "shards":
         return shards(train, None if val is None else Path(val))
@@ -79,7 +84,7 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
 
 
 def _kind(place: Path) -> str:
-    """What lies at a place: folder, tar, list, parquet or shards."""
+    """Return the kind of a path: "folder", "tar", "list", "parquet" or "shards"."""
     if place.is_dir():
         if any((place / split / "manifest.json").is_file() for split in (".", "train", "val")):
             return "shards"
@@ -96,7 +101,7 @@ def _kind(place: Path) -> str:
     return kind
 
 
-def _images(place: Path, kind: str) -> list[Named]:
+def _images(place: Path, kind: str) -> list[NamedSample]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
@@ -104,11 +109,11 @@ def _images(place: Path, kind: str) -> list[Named]:
     return _listed_files(place) if kind == "list" else _labelled_files(place)
 
 
-def _val_images(place: Path, kind: str, labels: str | None) -> list[Named]:
+def _val_images(place: Path, kind: str, labels: str | None) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
             raise ValueError(
-                f"--val_labels: got {labels} beside the list {place}, which has labels; do: drop it"
+                f"--val_labels: got {labels} with the list {place}, which has labels; do: drop it"
             )
         from ds_classifier.data.convert import imagenet
 
@@ -124,18 +129,18 @@ def _val_images(place: Path, kind: str, labels: str | None) -> list[Named]:
 # --------------------------------------------------------------------------------------- folders
 
 
-def image_folder(train: Path, val: Path | None = None) -> Source:
-    """Images in directories, one a class; or side by side, the class before the first underscore.
+def image_folder(train: Path, val: Path | None = None) -> DataSource:
+    """Return a source of images in one directory per class, or in files named CLASS_name.jpg.
 
-    Train and validation share one class list, the sorted names of the training classes.
+    Both splits share one class list, the sorted names of the training classes.
     """
     return share_classes(
         str(train), _labelled_files(train), None if val is None else _labelled_files(val)
     )
 
 
-def _labelled_files(root: Path) -> list[Named]:
-    """Every image under root with its class name, in the order of their paths."""
+def _labelled_files(root: Path) -> list[NamedSample]:
+    """Return every image under root with its class name, in the order of `files_under`."""
     if not root.is_dir():
         raise ValueError(
             f"source: got {root}, which is not a directory; need a folder of images, or the word "
@@ -152,40 +157,45 @@ def _labelled_files(root: Path) -> list[Named]:
     if loose and sorted_by_class:
         raise ValueError(
             f"source: got images both directly in {root} ({loose[0][0].name}) and in class "
-            f"directories ({sorted_by_class[0][1]}/); need one or the other; do: move the loose "
-            "ones"
+            f"directories ({sorted_by_class[0][1]}/); need one or the other; do: move the "
+            "former"
         )
     found = loose or sorted_by_class
     if not found:
         raise ValueError(
             f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}); need "
-            "CLASS/image.jpg, or CLASS_image.jpg side by side"
+            "CLASS/image.jpg, or CLASS_image.jpg in one folder"
         )
     if loose and any("_" not in file.name for file, _ in loose):
         bare = next(file.name for file, _ in loose if "_" not in file.name)
         raise ValueError(
-            f"source: got {bare} directly in {root}; need CLASS_image.jpg there, the class "
-            "before the first underscore, or one directory a class"
+            f"source: got {bare} directly in {root}; need CLASS_image.jpg there, with the "
+            "class before the first underscore, or one directory per class"
         )
     classes = {class_name for _, class_name in found}
     if sorted_by_class and "train" in classes and classes <= SPLIT_FOLDERS:
         raise ValueError(
             f"source: got {root}, whose folders are splits ({', '.join(sorted(classes))}), not "
-            f"classes; do: convert {root / 'train'} with --val on the held-out one"
+            f"classes; do: convert {root / 'train'}, and give the validation split as --val"
         )
     empty = [] if loose else sorted(_class_folders(root) - classes)
     if empty:
-        names = ", ".join(empty[:MOST_NAMED]) + (" ..." if len(empty) > MOST_NAMED else "")
+        names = ", ".join(empty[:MAX_NAMED]) + (" ..." if len(empty) > MAX_NAMED else "")
         raise ValueError(
-            f"source: got {names} in {root} ({len(empty)} such) without any image "
-            f"({' '.join(IMAGE_SUFFIXES)}), or a broken link; a class needs one; do: remove the "
-            "folder, mend the link, or convert its images to one of these formats"
+            f"source: got {count(len(empty), 'folder')} in {root} ({names}) without any image "
+            f"({' '.join(IMAGE_SUFFIXES)}), or broken links; need at least one image per class; "
+            "do: remove the folder, repair the link, or convert its images to these formats"
         )
-    return [Named(str(file.relative_to(root)), class_name, file) for file, class_name in found]
+    return [
+        NamedSample(str(file.relative_to(root)), class_name, file) for file, class_name in found
+    ]
 
 
 def _class_folders(root: Path) -> set[str]:
-    """Folders directly under root, less hidden ones; a link without a target may have been one."""
+    """Return the folders directly under root, without hidden ones.
+
+    A broken link without suffix counts as a folder: its target may be on an unmounted disk.
+    """
     return {
         entry.name
         for entry in root.iterdir()
@@ -197,13 +207,13 @@ def _class_folders(root: Path) -> set[str]:
 # ----------------------------------------------------------------------------------------- lists
 
 
-def _listed_files(path: Path) -> list[Named]:
-    """The images of a .csv or .jsonl of path and label; integers where all labels are such."""
+def _listed_files(path: Path) -> list[NamedSample]:
+    """Return the images in a .csv or .jsonl. Their classes are integers if all labels are."""
     rows = list(_rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_jsonl(path))
     first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
     for line, image, label in rows:
         if not isinstance(image, str) or not image:
-            raise ValueError(f"{path}:{line}: got no path; need the file of an image")
+            raise ValueError(f"{path}:{line}: got no path; need the path of an image")
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
             raise ValueError(
                 f"{path}:{line}: got label {label!r} for {image}; need a class name or an "
@@ -212,48 +222,51 @@ def _listed_files(path: Path) -> list[Named]:
         if not os.path.isfile(path.parent / image):
             raise ValueError(
                 f"{path}:{line}: got {image}, but there is no file {path.parent / image}; need "
-                "a path from the list's own folder, or an absolute one; do: correct or remove it"
+                "an absolute path, or one relative to the list's folder; do: correct or remove it"
             )
         earlier, other = first.setdefault(image, (line, label))
         if other != label:
             raise ValueError(
                 f"{path}:{line}: got label {label!r} for {image}, and {other!r} in line "
-                f"{earlier}; need one class an image; do: remove one of the lines"
+                f"{earlier}; need one class per image; do: remove one of the lines"
             )
     if not rows:
-        raise ValueError(f"{path}: got no image; need a path and a label in every line")
+        raise ValueError(f"{path}: got no images; need a path and a label in every line")
     labels = [str(label).strip() for _, _, label in rows]
     if all(_INTEGER.fullmatch(label) for label in labels):
         labels = [int(label) for label in labels]
     return [
-        Named(str(image), label, path.parent / image)
+        NamedSample(str(image), label, path.parent / image)
         for (_, image, _), label in zip(rows, labels, strict=True)
     ]
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, object, object]]:
-    """(line, path, label) of a CSV with a header (RFC 4180, UTF-8)."""
+    """Yield (line number, path, label) from a CSV with a header (RFC 4180, UTF-8)."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True, strict=True)
             if not {"path", "label"} <= set(rows.fieldnames or ()):
                 raise ValueError(
-                    f"{path}: got columns {rows.fieldnames}; need a first line that names the "
-                    "columns, path and label among them; do: add or rename them"
+                    f"{path}: got columns {rows.fieldnames}; need a first line with the "
+                    "names of the columns, including path and label; do: add or rename them"
                 )
             for row in rows:
                 if None in row:
                     raise ValueError(
-                        f"{path}:{rows.line_num}: got {len(row[None])} values more than columns; "
+                        f"{path}:{rows.line_num}: got {len(row[None])} more values than columns; "
                         'need "quotes" around a value with a comma'
                     )
                 yield rows.line_num, row["path"], row["label"]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no CSV in UTF-8 ({error}); do: write it anew") from None
+        raise ValueError(f"{path}: got no valid UTF-8 CSV ({error}); do: save it again") from None
 
 
 def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
-    """(line, path, label) of a file with one JSON object a line; empty lines are passed."""
+    """Yield (line number, path, label) from a file with one JSON object per line.
+
+    Empty lines are skipped.
+    """
     with open(path, "rb") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
@@ -263,31 +276,31 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: got no JSON ({error}); need an object") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: got {row!r}; need an object, path and label")
+                raise ValueError(f"{path}:{line}: got {row!r}; need an object with path and label")
             yield line, row.get("path"), row.get("label")
 
 
-# ---------------------------------------------------------------- sources that bring their classes
+# --------------------------------------------------------------- sources with their own class lists
 
 
-def parquet(train: Path, val: Path | None = None) -> Source:
-    """Hugging Face's parquet files; a folder may bring its own validation split."""
+def parquet(train: Path, val: Path | None = None) -> DataSource:
+    """Return a source of Hugging Face's parquet files. A folder may hold a validation split too."""
     from ds_classifier.data.convert.parquet import read_parquet
 
     opened = read_parquet(train, "train")
     if opened is None:
-        raise ValueError(f"source: got {train} without train-*.parquet; do: name the files' folder")
+        raise ValueError(f"source: got {train} without train-*.parquet; do: give the files' folder")
     images, classes = opened
     held_out = read_parquet(train if val is None else val, "val") if val or train.is_dir() else None
     if val is not None and held_out is None:
         raise ValueError(
-            f"--val: got {val} without validation-*.parquet; do: name the file of the split"
+            f"--val: got {val} without validation-*.parquet; do: give the file of that split"
         )
     return share_classes(str(train), images, held_out and held_out[0], classes)
 
 
-def shards(train: Path, val: Path | None = None) -> Source:
-    """Shards of this program, class list and labels as they are; halved ones are marked so."""
+def shards(train: Path, val: Path | None = None) -> DataSource:
+    """Return a source of converted shards, with their class list, labels and `halved`."""
     from ds_classifier.data.shards import open_shards
 
     def split_of(place: Path, split: str) -> Path:
@@ -303,15 +316,15 @@ def shards(train: Path, val: Path | None = None) -> Source:
     stored = {(m.image_size, m.form) for m in (s.manifest for s in opened.values()) if m.image_size}
     if len(stored) > 1:
         raise ValueError(
-            f"--val: got splits halved otherwise, {sorted(stored)}; need the same; do: convert "
-            "both from their source at once"
+            f"--val: got splits with different halving, {sorted(stored)}; need the same; do: "
+            "convert both from their source in one call"
         )
     splits = {}
     for split, part in opened.items():
         if part.manifest.classes != classes:
             raise ValueError(
                 f"--val: got {part.folder} with another class list than {opened['train'].folder}; "
-                "need the same; do: convert both splits from their source at once"
+                "need the same; do: convert both splits from their source in one call"
             )
         splits[split] = samples = []
         for i, row in enumerate(part.index.tolist()):
@@ -320,13 +333,13 @@ def shards(train: Path, val: Path | None = None) -> Source:
             if not 0 <= label < len(classes):
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
-    return Source(str(train), classes, splits, halved=next(iter(stored), None))
+    return DataSource(str(train), classes, splits, halved=next(iter(stored), None))
 
 
-def digits() -> Source:
-    """The 1,797 handwritten digits that scikit-learn carries (UCI, Alpaydin & Kaynak 1998).
+def digits() -> DataSource:
+    """Return the 1,797 handwritten digits in scikit-learn (UCI, Alpaydin & Kaynak 1998) as PNG.
 
-    8 x 8 grey images; the last 360 are held out for validation, as PNG bytes.
+    8 x 8 grey images, 10 classes. The last 360 images are the validation split.
     """
     import numpy as np
     from PIL import Image
@@ -335,7 +348,7 @@ def digits() -> Source:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError(
-            "source: digits needs scikit-learn, which carries them; do: pip install scikit-learn"
+            "source: digits needs scikit-learn, which holds them; do: pip install scikit-learn"
         ) from None
 
     bunch = load_digits()
@@ -347,4 +360,4 @@ def digits() -> Source:
         samples.append(Sample(f"digit_{i:04d}", int(label), png.getvalue()))
     held_out = len(samples) - DIGITS_HELD_OUT
     splits = {"train": samples[:held_out], "val": samples[held_out:]}
-    return Source(DIGITS, [str(name) for name in bunch.target_names], splits)
+    return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)

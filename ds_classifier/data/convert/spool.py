@@ -1,4 +1,4 @@
-"""Images that lie in groups and are wanted in another order, gathered once."""
+"""Scratch files for sources that can only be read in groups, such as the row groups of Parquet."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ds_classifier.data.convert.samples import Sample, Slice
 from ds_classifier.data.pool import in_processes, shared
 
 
-def gathered(
+def spool_groups(
     samples: list[Sample],
     spool: Path,
     workers: int,
     split: str,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[int, int, str], None],
 ) -> list[Sample]:
-    """The same samples, each quick to read alone.
+    """Return the same samples, each of which can be read alone without reading its group.
 
-    Images that lie in groups, such as a parquet file's row groups, and are wanted in another
-    order are written to files under `spool` once, group by group: as many bytes as they have.
+    If the samples are not ordered by group, reading them one by one would read every group many
+    times. In that case their images are written to files under `spool`, one group after the other.
+    The files take as many bytes as the images.
     """
     shutil.rmtree(spool, ignore_errors=True)
     groups: dict[Hashable, list[int]] = {}
@@ -35,32 +36,37 @@ def gathered(
         if group is not None:
             groups.setdefault(group, []).append(i)
             changes, last = changes + (group != last), group
-    if changes == len(groups):
+    if changes == len(groups):  # each group is one run of samples
         return samples
     spool.mkdir()
-    wanted = [i for group in sorted(groups) for i in groups[group]]
-    cuts = np.linspace(0, len(wanted), workers + 1).astype(int).tolist()
-    jobs = list(itertools.pairwise(cuts))
-    gathered, done = list(samples), 0
-    shared_by_all = (samples, wanted, spool)
-    for first, last, ends in in_processes(
-        workers, _spool_some, jobs, shared=shared_by_all, ordered=False
+    order = [i for group in sorted(groups) for i in groups[group]]
+    cuts = np.linspace(0, len(order), workers + 1).astype(int).tolist()
+    spooled, done = list(samples), 0
+    for first, last, offsets in in_processes(
+        workers,
+        _spool_range,
+        list(itertools.pairwise(cuts)),
+        shared=(samples, order, spool),
+        ordered=False,
     ):
-        place = spool / f"{first}.bytes"
-        for i, start, end in zip(wanted[first:last], ends, ends[1:], strict=False):
-            gathered[i] = replace(samples[i], content=Slice(place, start, end - start))
+        path = spool / f"{first}.bytes"
+        for i, start, end in zip(order[first:last], offsets, offsets[1:], strict=False):
+            spooled[i] = replace(samples[i], content=Slice(path, start, end - start))
         done += last - first
-        progress(f"{split}, gathering", done, len(wanted))
-    return gathered
+        progress(done, len(order), f"{split}, gathering")
+    return spooled
 
 
-def _spool_some(job: tuple[int, int]) -> tuple[int, int, list[int]]:
-    """Write some of the wanted images to one file; returns the job, and where each begins."""
-    first, last = job
-    samples, wanted, spool = shared()
-    ends = [0]
-    place = spool / f"{first}.bytes"
-    with open(place, "wb") as file, files.naming(place):
-        for i in wanted[first:last]:
-            ends.append(ends[-1] + file.write(samples[i].read()))
-    return first, last, ends
+def _spool_range(bounds: tuple[int, int]) -> tuple[int, int, list[int]]:
+    """Write the images of order[first:last] to one file.
+
+    Returns first, last, and last - first + 1 offsets: image i has the bytes [i] to [i + 1].
+    """
+    first, last = bounds
+    samples, order, spool = shared()
+    offsets = [0]
+    path = spool / f"{first}.bytes"
+    with open(path, "wb") as file, files.naming(path):
+        for i in order[first:last]:
+            offsets.append(offsets[-1] + file.write(samples[i].read()))
+    return first, last, offsets

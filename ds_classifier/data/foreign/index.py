@@ -1,7 +1,7 @@
-"""Shards made by others -> a manifest and an index; the tars stay where and as they are.
+"""Index shards made by other programs: write a manifest and an index, leave the tars in place.
 
-Every shard is read once from its first byte to its last, by several processes: what it holds, how
-long it is, its sha256. Nothing is kept of one behind a URL.
+Several processes read every shard once from the first byte to the last, and record its samples, its
+size and its sha256. Shards behind a URL are streamed and not stored.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from ds_classifier.common import files
+from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
-from ds_classifier.data.convert.samples import size_of_file
+from ds_classifier.data.classes import class_lines
 from ds_classifier.data.foreign.layouts import (
     CLASSNAMES,
     Listing,
-    Place,
-    class_lines,
+    Location,
     find_shards,
     stats_name,
     stats_of,
@@ -43,15 +43,16 @@ from ds_classifier.data.shards import (
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
 
-MOST_PROBLEMS = 20  # told of a shard, and in all
+MAX_PROBLEMS = 20  # in the error message, and kept per shard
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Indexed:
+class IndexedSplit:
     """A split that was indexed.
 
-    checked_by: the metadata that its counts agree with, None where there is none.
+    checked_by: the metadata file that its counts agree with; None if there is none.
+    neighbours: how often samples next to each other are of one class.
     """
 
     manifest: Manifest
@@ -67,98 +68,113 @@ def index(
     labels: str | None = None,
     classes: Path | None = None,
     workers: int = 1,
-    progress: Callable[[str, int, int | None], None] = lambda split, done, total: None,
-) -> dict[str, Indexed]:
+    progress: Callable[[int, int | None, str], None] = lambda done, total, phase: None,
+) -> dict[str, IndexedSplit]:
     """Write OUT/train/{manifest.json,index.npy}, and OUT/val/, for shards that stay where they are.
 
     train, val: a directory; a pattern of paths or URLs as webdataset expands it; a URL of a
-    directory; or the path or URL of _info.json, sizes.json or nshards.txt. Without val, the
-    validation split that lies beside train, if there is one.
-    labels: "cls", or "json:KEY"; None: as the metadata says, else "cls".
-    classes: file with a class name a line; None: classnames.txt beside the shards, else numbers.
-    progress: called with split, images found, and images in all, None if unknown.
-    Raises ValueError that lists what is wrong; nothing is written then.
+    directory; or the path or URL of _info.json, sizes.json or nshards.txt. val: None means the
+    validation split that train holds, if there is one.
+    labels: "cls", or "json:KEY"; None: what the metadata says, else "cls".
+    classes: file with one class name per line; None: classnames.txt next to the shards, else
+    numbers.
+    progress: called with the number of images found, of all images (None if unknown), the split.
+    Raises ValueError that lists everything that is wrong; in this case nothing is written.
     """
     listings = {"train": find_shards(train, "train")}
-    held_out = find_shards(train, "val", beside=True) if val is None else find_shards(val, "val")
+    held_out = find_shards(train, "val", optional=True) if val is None else find_shards(val, "val")
     if held_out is not None:
         listings["val"] = held_out
     labels = labels or listings["train"].labels or "cls"
     names = _class_names(listings, classes)
     for split in ("train", "val"):
-        _refuse_others_work(out / split, listings.get(split))
+        _refuse_to_overwrite(out / split, listings.get(split))
     scans: dict[str, list[_Scan]] = {}
     problems: list[str] = []
     for split, listing in listings.items():
-        job = _Job(listing, labels, names)
-        scans[split] = _scan_all(job, workers, functools.partial(progress, split))
-        problems += listing.problems + _problems(job, scans[split])
+        shards = _Split(listing, labels, names)
+        scans[split] = _scan_all(shards, workers, functools.partial(progress, phase=split))
+        problems += listing.problems + _problems(shards, scans[split])
         if split == "train" and names is None and not problems:
-            names, problems = _numbered_classes(job, scans[split])
+            names, problems = _number_classes(shards, scans[split])
     if problems:
-        told = problems[:MOST_PROBLEMS]
         more = sum(scan.more_problems for split in scans.values() for scan in split)
-        if untold := len(problems) - len(told) + more:
-            told.append(f"... and {untold} problems more")
-        if any("label" in problem or "no ." in problem for problem in told):
-            told.append(
-                "do: say where labels stand with --label json:KEY, or what their names are with "
-                "--classes FILE"
-            )
-        raise ValueError(
-            "these shards cannot be used as they are, nothing was written:\n  " + "\n  ".join(told)
-        )
+        raise ValueError(_message(problems, more))
     return {
         split: _write(out / split, split, listing, labels, names, scans[split])
         for split, listing in listings.items()
     }
 
 
+def _message(problems: list[str], more: int) -> str:
+    """Return the error message for shards with problems. more: number of those not recorded."""
+    lines = problems[:MAX_PROBLEMS]
+    if more := more + len(problems) - len(lines):
+        lines.append(f"... and {count(more, 'more problem')}")
+    if any("label" in line or "no ." in line for line in lines):
+        lines.append(
+            "do: give the place of labels with --label json:KEY, or the names of classes with "
+            "--classes FILE"
+        )
+    head = "these shards cannot be used as they are, nothing was written:"
+    return "\n  ".join([head, *lines])
+
+
 def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
+    """Return the class names in a file, or else in the metadata; None if there are none."""
     if classes is not None:
         return class_lines(classes.read_bytes(), f"--classes: {classes}")
-    told = [listing.classes for listing in listings.values() if listing.classes is not None]
-    if any(names != told[0] for names in told):
+    lists = [listing.classes for listing in listings.values() if listing.classes is not None]
+    if any(names != lists[0] for names in lists):
         raise ValueError(
-            f"--val: got another {CLASSNAMES} than that of TRAIN; need one list; do: give the one "
-            "that counts as --classes FILE"
+            f"--val: got another {CLASSNAMES} than for TRAIN; need one list; do: give the right "
+            "one as --classes FILE"
         )
-    return told[0] if told else None
+    return lists[0] if lists else None
 
 
 # --------------------------------------------------------------------------------------- scanning
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A split to scan, the same for all its shards."""
+class _Split:
+    """A split to scan.
+
+    labels: "cls" or "json:KEY". classes: class names; None if labels are numbers only.
+    """
 
     listing: Listing
     labels: str
     classes: list[str] | None
 
     def open(self, name: str) -> Iterator[bytes]:
-        if is_url(self.listing.place):
-            yield from stream(url_of(self.listing.place, name))
+        """Yield the bytes of a shard."""
+        if is_url(self.listing.location):
+            yield from stream(url_of(self.listing.location, name))
             return
-        with open(f"{self.listing.place}/{name}", "rb") as file:
+        with open(f"{self.listing.location}/{name}", "rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk
 
     @functools.cached_property
     def numbers(self) -> dict[str, int] | None:
+        """The label of every class name; None if there are no class names."""
         return None if self.classes is None else class_numbers(self.classes)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a shard, None where only its end will tell."""
-        if is_url(self.listing.place):
+        """Return the size of a shard in bytes, or None behind a URL."""
+        if is_url(self.listing.location):
             return None
-        return size_of_file(Path(self.listing.place, name))
+        return files.size_of_file(Path(self.listing.location, name))
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What a shard holds. rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys."""
+    """The samples of a shard, and its problems.
+
+    rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys.
+    problems: the first MAX_PROBLEMS. more_problems: the number of the others.
+    """
 
     shard: Shard
     rows: np.ndarray
@@ -167,12 +183,14 @@ class _Scan:
     more_problems: int
 
 
-def _scan_all(job: _Job, workers: int, progress: Callable[[int, int | None], None]) -> list[_Scan]:
-    counts, names = job.listing.counts, job.listing.names
+def _scan_all(
+    split: _Split, workers: int, progress: Callable[[int, int | None], None]
+) -> list[_Scan]:
+    counts, names = split.listing.counts, split.listing.names
     total = sum(counts[name] for name in names) if counts.keys() >= set(names) else None
     scans, done = [], 0
     progress(0, total)
-    for scan in in_processes(workers, _scan_one, names, shared=job):
+    for scan in in_processes(workers, _scan_one, names, shared=split):
         scans.append(scan)
         done += len(scan.rows)
         progress(done, total)
@@ -180,34 +198,35 @@ def _scan_all(job: _Job, workers: int, progress: Callable[[int, int | None], Non
 
 
 def _scan_one(name: str) -> _Scan:
-    job: _Job = shared()
-    where = f"{job.listing.place}/{name}"
+    """Scan one shard."""
+    split: _Split = shared()
+    where = f"{split.listing.location}/{name}"
     problems, more = [], 0
 
     def report(problem: str) -> None:
         nonlocal more
-        if len(problems) < MOST_PROBLEMS:
+        if len(problems) < MAX_PROBLEMS:
             problems.append(problem)
         else:
             more += 1
 
     rows, keys = [], []
-    file = Sequential(job.open(name))
+    file = Sequential(split.open(name))
     try:
-        for key, entry in _samples(job, file, name, report):
-            if job.classes is not None and entry[2] >= len(job.classes):
+        for key, entry in _samples(split, file, name, report):
+            if split.classes is not None and entry[2] >= len(split.classes):
                 report(
                     f"{where}: {printable(key)} has label {entry[2]}; there are "
-                    f"{len(job.classes)} classes"
+                    f"{len(split.classes)} classes"
                 )
             rows.append(entry)
             keys.append(_hash(key))
-        expected = _expected(job, name)
+        expected = _expected(split, name)
         if expected not in (None, len(rows)) and not problems:
-            report(f"{where}: got {len(rows)} samples; {job.listing.source} says {expected}")
+            report(f"{where}: got {len(rows)} samples; {split.listing.source} says {expected}")
     except (ValueError, OSError) as error:
-        expected = job.listing.counts.get(name)
-        said = "" if expected is None else f"; {job.listing.source} says {expected}"
+        expected = split.listing.counts.get(name)
+        said = "" if expected is None else f"; {split.listing.source} says {expected}"
         report(f"{error} (samples found before: {len(rows)}{said})")
     return _Scan(
         Shard(name, len(rows), file.arrived, file.digest.hexdigest()),
@@ -219,29 +238,29 @@ def _scan_one(name: str) -> _Scan:
 
 
 def _samples(
-    job: _Job, file: Sequential, name: str, report: Callable[[str], None]
+    split: _Split, file: Sequential, name: str, report: Callable[[str], None]
 ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """(key, index row) of a shard's samples."""
+    """Yield (key, index row) of the samples in a shard."""
     for sample in scan_samples(
         file,
-        f"{job.listing.place}/{name}",
-        job.size(name),
-        labels=job.labels,
-        numbers=job.numbers,
+        f"{split.listing.location}/{name}",
+        split.size(name),
+        labels=split.labels,
+        numbers=split.numbers,
         report=report,
     ):
         yield sample.key, sample.entry
 
 
-def _expected(job: _Job, name: str) -> int | None:
-    """Samples that the metadata promises of a shard."""
-    if not job.listing.stats:
-        return job.listing.counts.get(name)
-    stats = stats_of(Place(job.listing.place), name)
+def _expected(split: _Split, name: str) -> int | None:
+    """Return the number of samples of a shard in the metadata, or None if it is not there."""
+    if not split.listing.stats:
+        return split.listing.counts.get(name)
+    stats = stats_of(Location(split.listing.location), name)
     if stats is None or type(stats.get("successes")) is not int:
         raise ValueError(
-            f"{job.listing.place}/{name}: got no {stats_name(name)} with successes, as the other "
-            "shards have; do: let img2dataset finish it, or remove it"
+            f"{split.listing.location}/{name}: got no {stats_name(name)} with successes, which "
+            "other shards have; do: let img2dataset finish the shard, or remove it"
         )
     return stats["successes"]
 
@@ -251,41 +270,44 @@ def _hash(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _problems(job: _Job, scans: list[_Scan]) -> list[str]:
-    """What is wrong with the shards, those that came through the scan compared with each other."""
+def _problems(split: _Split, scans: list[_Scan]) -> list[str]:
+    """Return the problems of the shards; if they have none, keys that are in several shards."""
     problems = [problem for scan in scans for problem in scan.problems]
     if problems:
         return problems
     if not any(len(scan.rows) for scan in scans):
-        return [f"{job.listing.place}: got no sample in {len(scans)} shards"]
+        return [f"{split.listing.location}: got no samples in {count(len(scans), 'shard')}"]
     hashes = np.concatenate([scan.keys for scan in scans])
     hashes.sort()
-    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MOST_PROBLEMS]
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MAX_PROBLEMS]
     if not len(twice):
         return []
-    holders: dict[str, list[str]] = {}  # key -> shards; hashes may be equal by chance
+    holders: dict[str, list[str]] = {}  # key -> shards, as different keys can have one hash
     for scan in scans:
-        for key in _keys(job, scan, np.isin(scan.keys, twice)):
+        for key in _keys(split, scan, np.isin(scan.keys, twice)):
             holders.setdefault(key, []).append(scan.shard.name)
     return [
-        f"{job.listing.place}: key {printable(key)} is in {' and '.join(shards[:3])}; need each "
-        "key once"
+        f"{split.listing.location}: key {printable(key)} is in {' and '.join(shards[:3])}; need "
+        "each key once"
         for key, shards in holders.items()
         if len(shards) > 1
     ]
 
 
-def _keys(job: _Job, scan: _Scan, wanted: np.ndarray) -> list[str]:
-    """The keys of some samples of a shard, which is read again. wanted: [n] bool."""
+def _keys(split: _Split, scan: _Scan, wanted: np.ndarray) -> list[str]:
+    """Read a shard again for the keys of some of its samples. wanted: [n] bool."""
     if not wanted.any():
         return []
-    file = Sequential(job.open(scan.shard.name))
-    samples = _samples(job, file, scan.shard.name, lambda problem: None)
+    file = Sequential(split.open(scan.shard.name))
+    samples = _samples(split, file, scan.shard.name, lambda problem: None)
     return [key for (key, _), yes in zip(samples, wanted, strict=True) if yes]
 
 
-def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, list[str]]:
-    """Names "0", "1" ... for the labels of training, and what is wrong with the labels."""
+def _number_classes(split: _Split, scans: list[_Scan]) -> tuple[list[str] | None, list[str]]:
+    """Return the class names "0", "1" ... for the training labels, and the problems of the labels.
+
+    The names are None if a number below the largest label has no image.
+    """
     present = functools.reduce(np.union1d, (np.unique(scan.rows["label"]) for scan in scans))
     if present[-1] == len(present) - 1:
         return [str(i) for i in range(len(present))], []
@@ -293,10 +315,10 @@ def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, 
     scan = next(scan for scan in scans if (scan.rows["label"] > gap).any())
     wanted = np.zeros(len(scan.rows), dtype=bool)
     wanted[np.argmax(scan.rows["label"])] = True
-    key = printable(_keys(job, scan, wanted)[0])
+    key = printable(_keys(split, scan, wanted)[0])
     label = scan.rows["label"].max()
     return None, [
-        f"{job.listing.place}: no image has label {gap}, but {key} in {scan.shard.name} has "
+        f"{split.listing.location}: no image has label {gap}, but {key} in {scan.shard.name} has "
         f"{label}; need 0, 1, 2, ... without a gap, or --classes FILE with a name for every label"
     ]
 
@@ -304,21 +326,21 @@ def _numbered_classes(job: _Job, scans: list[_Scan]) -> tuple[list[str] | None, 
 # ---------------------------------------------------------------------------------------- writing
 
 
-def _refuse_others_work(folder: Path, listing: Listing | None) -> None:
-    """An index of the same shards may be replaced, it is made again from them; nothing else may."""
+def _refuse_to_overwrite(folder: Path, listing: Listing | None) -> None:
+    """Raise ValueError if a folder holds anything but an index of the same shards."""
     if not (folder / MANIFEST).exists():
         return
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
     if manifest.plan:
         raise ValueError(
-            f"OUT: got {folder}, which holds converted shards; need another place; do: choose "
-            "another OUT, or train on them as they are"
+            f"OUT: got {folder}, which holds converted shards; need another directory; do: "
+            "choose another OUT, or train on these shards directly"
         )
-    place = manifest.location or str(folder.absolute())
-    if listing is None or listing.place != place:
+    location = manifest.location or str(folder.absolute())
+    if listing is None or listing.location != location:
         raise ValueError(
-            f"OUT: got {folder}, the index of other shards ({shown(place)}); need one data set in "
-            "OUT; do: choose another OUT, or remove that index"
+            f"OUT: got {folder}, the index of other shards ({shown(location)}); need one data set "
+            "in OUT; do: choose another OUT, or remove that index"
         )
 
 
@@ -329,9 +351,9 @@ def _write(
     labels: str,
     classes: list[str],
     scans: list[_Scan],
-) -> Indexed:
-    """Index and manifest of a split, the manifest last."""
-    scans = [scan for scan in scans if len(scan.rows)]  # img2dataset leaves empty shards
+) -> IndexedSplit:
+    """Write the index of a split, then its manifest, which marks it as complete."""
+    scans = [scan for scan in scans if len(scan.rows)]  # img2dataset writes empty shards
     samples = sum(len(scan.rows) for scan in scans)
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".{INDEX}.staging"
@@ -342,16 +364,16 @@ def _write(
         part[:] = scan.rows
         part["shard"] = number
         at += len(scan.rows)
-    side_by_side = neighbours(rows)
+    pairs = neighbours(rows)
     rows.flush()
     del rows
     files.fsync(staging)
-    (folder / MANIFEST).unlink(missing_ok=True)  # not that of another index
+    (folder / MANIFEST).unlink(missing_ok=True)  # it describes the index that is replaced
     os.replace(staging, folder / INDEX)
-    here = not is_url(listing.place) and os.path.realpath(folder) == os.path.realpath(listing.place)
+    in_place = os.path.realpath(folder) == os.path.realpath(listing.location)
     manifest = Manifest(
         split=split,
-        source=os.path.basename(listing.place),
+        source=os.path.basename(listing.location),
         plan="",
         classes=classes,
         samples=samples,
@@ -361,9 +383,9 @@ def _write(
         undecodable=[],
         shards=[scan.shard for scan in scans],
         index_sha256=files.sha256(folder / INDEX),
-        location=None if here else listing.place,
+        location=None if in_place else listing.location,
         labels=labels,
     )
     files.replace_text(folder / MANIFEST, manifest.to_json())
     files.fsync(folder)
-    return Indexed(manifest, listing.source, side_by_side)
+    return IndexedSplit(manifest, listing.source, pairs)

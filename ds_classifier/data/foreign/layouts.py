@@ -1,20 +1,20 @@
-"""Where shards made by others lie, and what lies beside them: timm, open_clip, img2dataset ...
+"""Find shards made by other programs, and their metadata: timm, open_clip, img2dataset ...
 
-What is read beside the tars (facts from the sources named):
+The metadata that is read, with the source files that define it:
 
     timm            _info.json or info.json: {"splits": {NAME: {"num_samples": n,
                     "filenames": [...], "shard_lengths": [...], "alt_label": KEY}}}; members .jpg
                     .cls .json; the validation split of imagenet-1k-wds is called "validation";
-                    alt_label names the field of .json that holds the label
+                    alt_label is the field of .json that holds the label
                     (timm/data/readers/reader_wds.py)
-    open_clip       sizes.json: {"00000.tar": n, ...} beside the shards
+    open_clip       sizes.json: {"00000.tar": n, ...} next to the shards
                     (open_clip/src/training/data.py, get_dataset_size)
-    img2dataset     NNNNN.tar with .jpg .txt .json, and NNNNN_stats.json, whose "successes" counts
-                    the samples written; .json holds the columns asked to be kept
+    img2dataset     NNNNN.tar with .jpg .txt .json, and NNNNN_stats.json, whose "successes" is
+                    the number of samples; .json holds the columns that the user kept
                     (img2dataset/writer.py, logger.py)
     CLIP_benchmark  SPLIT/nshards.txt, a number n; SPLIT/0.tar ... SPLIT/(n-1).tar with .webp (or
-                    .png, .jpg) and .cls; classnames.txt above, a line a class; splits "train" and
-                    "test" (clip_benchmark/webdataset_builder.py)
+                    .png, .jpg) and .cls; classnames.txt above, one class per line; splits "train"
+                    and "test" (clip_benchmark/webdataset_builder.py)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_classifier.common.urls import scheme, shown, without_logins
-from ds_classifier.data.convert.samples import refuse_not_utf8
+from ds_classifier.data.classes import class_lines
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
@@ -38,19 +38,23 @@ INFO = ("_info.json", "info.json")
 SIZES, NSHARDS, CLASSNAMES = "sizes.json", "nshards.txt", "classnames.txt"
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 LARGEST_METADATA = 1 << 26  # bytes; sizes.json of 200,000 shards has 6 MB
-OPTIONAL = Patience(retries=2, pause_s=0.5)  # for files that need not be there
+OPTIONAL = Patience(retries=2, pause_s=0.5)  # for files that may not exist
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The shards of a split, and what lies beside them.
+    """The shards of a split, and their metadata.
 
-    place: the tars' directory, absolute, or its URL. counts: shard -> samples, as `source` says.
-    stats: whether NAME_stats.json lie beside the shards. labels: where a label stands, if told.
-    classes: names, if told. problems: where the metadata does not fit itself or the directory.
+    location: the absolute directory of the tars, or its URL.
+    names: the file names of the shards.
+    counts: shard -> number of samples, from the metadata file `source`; empty without one.
+    stats: whether there are NAME_stats.json files, which hold the counts instead.
+    labels: "cls" or "json:KEY", where the metadata says that labels are; None if it does not.
+    classes: class names; None if there are none.
+    problems: contradictions within the metadata, or between it and the directory.
     """
 
-    place: str
+    location: str
     names: list[str]
     counts: dict[str, int] = field(default_factory=dict)
     source: str | None = None
@@ -60,24 +64,31 @@ class Listing:
     problems: list[str] = field(default_factory=list)
 
 
-class Place:
-    """A directory of this machine, or a URL; files beside the shards are read by name."""
+class Location:
+    """A directory on this machine or behind a URL, whose metadata files are read by name.
+
+    url: whether it is a URL. root: the URL, or the absolute path.
+    Raises ValueError for a URL with characters that a manifest may not hold.
+    """
 
     def __init__(self, location: str):
         self.url = is_url(location)
-        self.location = location.rstrip("/") if self.url else os.path.abspath(location)
-        if self.url and not PLAIN_URL.fullmatch(self.location):
+        self.root = location.rstrip("/") if self.url else os.path.abspath(location)
+        if self.url and not PLAIN_URL.fullmatch(self.root):
             raise ValueError(
-                f"got the URL {self.location!r}; need letters, digits and _.,:/@%+=~- in it; do: "
-                "write others as %XX"
+                f"got the URL {self.root!r}; need letters, digits and _.,:/@%+=~- in it; do: "
+                "write other characters as %XX"
             )
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.location}/{name}")
+    def __truediv__(self, name: str) -> Location:
+        return Location(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """A small file, or None where it is not there."""
-        where = url_of(self.location, name) if self.url else f"{self.location}/{name}"
+        """Return the content of a small file, or None if it does not exist.
+
+        Raises ValueError for more than LARGEST_METADATA bytes, OSError if a server does not answer.
+        """
+        where = url_of(self.root, name) if self.url else f"{self.root}/{name}"
         if self.url:
             try:
                 return fetch_small(where, limit_bytes=LARGEST_METADATA, patience=OPTIONAL)
@@ -86,34 +97,35 @@ class Place:
             except OSError:
                 if scheme(where) in ("http", "https"):
                     raise
-                return None  # of a program all that is known is that it failed
+                return None  # a program that fetches files does not report why it failed
         if not os.path.isfile(where):
             return None
         if os.path.getsize(where) > LARGEST_METADATA:
-            raise ValueError(f"{where}: got more than {LARGEST_METADATA} bytes")
+            raise ValueError(f"{where}: got a file of more than {LARGEST_METADATA} bytes")
         return Path(where).read_bytes()
 
     def read_json(self, name: str) -> dict | None:
+        """Return the object in a JSON file, or None if the file does not exist."""
         text = self.read(name)
         if text is None:
             return None
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.location}/{name}: got no JSON ({error})") from None
+            raise ValueError(f"{self.root}/{name}: got no JSON ({error})") from None
         if not isinstance(content, dict):
-            raise ValueError(f"{self.location}/{name}: got no JSON object")
+            raise ValueError(f"{self.root}/{name}: got no JSON object")
         return content
 
     def tars(self) -> list[str]:
-        """The tars of a directory, numbers in their names counted as such."""
-        if self.url or not os.path.isdir(self.location):
+        """Return the names of the tars in a directory, in numerical order; none for a URL."""
+        if self.url or not os.path.isdir(self.root):
             return []
-        return sorted(filter(_TAR.search, os.listdir(self.location)), key=_by_number)
+        return sorted(filter(_TAR.search, os.listdir(self.root)), key=_by_number)
 
     def tars_with_stats(self) -> set[str]:
-        """The tars that img2dataset says it has written to a directory."""
-        names = os.listdir(self.location)
+        """Return the names of the tars that have NAME_stats.json from img2dataset."""
+        names = os.listdir(self.root)
         return {n.removesuffix(STATS[4:]) + ".tar" for n in names if n.endswith(STATS[4:])}
 
 
@@ -128,74 +140,81 @@ def _parts(name: str) -> list[str]:
     return [part for part in re.split("([0-9]+)", name) if part]
 
 
-def find_shards(location: str, split: str, *, beside: bool = False) -> Listing | None:
-    """The shards that a user's word means, as `index` takes it.
+def find_shards(address: str, split: str, *, optional: bool = False) -> Listing | None:
+    """Return the shards of a split at an address.
 
-    split: "train" or "val", where the place holds both. beside: only what the place itself calls a
-    validation split; None if it does not.
-    Raises ValueError where there is nothing, or shards that cannot be indexed in place.
+    address: a directory, pattern or URL: see `index`.
+    split: "train" or "val", the split to look for if the address holds both.
+    optional: return None if the address has no split of that name. If False, shards that lie
+    directly in a directory are used for any split.
+    Raises ValueError if there are no shards, or none that can be read in place.
     """
-    _refuse_secrets(location)
-    location = location if is_url(location) else os.path.expanduser(location)
-    folder, _, base = location.rstrip("/").rpartition("/")
+    _refuse_secrets(address)
+    address = address if is_url(address) else os.path.expanduser(address)
+    folder, _, base = address.rstrip("/").rpartition("/")
     if base in (*INFO, SIZES, NSHARDS):
-        location = folder or ("/" if location.startswith("/") else ".")
-    elif "{" in location or "::" in location or _TAR.search(base):
-        return None if beside else _checked(_of_pattern(location))
-    place = Place(location)
-    found = _of_info(place, split, beside) or _below(place, split)
-    if found is None and not beside:
-        found = _directly_in(place)
+        address = folder or ("/" if address.startswith("/") else ".")
+    elif "{" in address or "::" in address or _TAR.search(base):
+        return None if optional else _check_names(_from_pattern(address))
+    location = Location(address)
+    found = _from_info(location, split, optional) or _from_split_folder(location, split)
+    if found is None and not optional:
+        found = _from_folder(location)
     if found is not None:
-        return _checked(found)
-    if beside:
+        return _check_names(found)
+    if optional:
         return None
     flag = "TRAIN" if split == "train" else "--val"
-    if place.url:
+    if location.url:
         raise ValueError(
-            f"{flag}: got {location}, where there is no {INFO[0]}, {SIZES}, {NSHARDS} nor "
-            f"{SPLITS[split][0]}/{NSHARDS}; a URL cannot be listed; do: name the shards, like "
-            f"{location}/name-{{0000..1023}}.tar"
+            f"{flag}: got {address}, where there is no {INFO[0]}, {SIZES}, {NSHARDS} nor "
+            f"{SPLITS[split][0]}/{NSHARDS}; files behind a URL cannot be "
+            "listed; do: name the shards, like "
+            f"{address}/name-{{0000..1023}}.tar"
         )
-    missing = "which does not exist" if not os.path.exists(location) else "without any .tar"
+    missing = "which does not exist" if not os.path.exists(address) else "without any .tar"
     raise ValueError(
-        f"{flag}: got {location}, {missing}; need a directory with shards, a pattern like "
+        f"{flag}: got {address}, {missing}; need a directory with shards, a pattern like "
         "'/data/name-{0000..1023}.tar', or a URL"
     )
 
 
 def _refuse_secrets(location: str) -> None:
-    """ValueError for what a manifest may not name: programs, and what is secret in a URL."""
+    """Raise ValueError for programs and secrets in URLs, which a manifest must not hold."""
     for part in location.split("::"):
         if scheme(part) == "pipe":
             raise ValueError(
-                f"got {part!r}, which runs a program; a manifest may not name one; do: give a URL, "
+                f"got {part!r}, which runs a program; a manifest must not name one; do: give a URL "
                 "or download the shards"
             )
         http = scheme(part) in ("http", "https")
         user_alone = not http and re.match("[^/]*//[^/@:]*@[^@]*$", part)
         if (http and "?" in part) or (without_logins(part) != part and not user_alone):
             raise ValueError(
-                f"got {shown(part)} with a query or a password, which the manifest would hold in "
-                "the open; do: give a plain URL, or download the shards"
+                f"got {shown(part)} with a query or a password, which anyone could read in the "
+                "manifest; do: give a plain URL, or download the shards"
             )
 
 
-def _of_info(place: Place, split: str, beside: bool) -> Listing | None:
-    """A split that timm's _info.json names."""
-    name, info = next(((n, i) for n in INFO if (i := place.read_json(n)) is not None), (None, None))
+def _from_info(location: Location, split: str, optional: bool) -> Listing | None:
+    """Return a split listed in timm's _info.json, or None if there is no such file.
+
+    optional: also return None if the file does not list the split.
+    """
+    infos = ((name, location.read_json(name)) for name in INFO)
+    name, info = next(((name, info) for name, info in infos if info is not None), (None, None))
     if info is None:
         return None
-    where, splits = f"{place.location}/{name}", info.get("splits")
+    where, splits = f"{location.root}/{name}", info.get("splits")
     if not isinstance(splits, dict):
-        raise ValueError(f'{where}: got no "splits"; need them as timm writes them')
+        raise ValueError(f'{where}: got no "splits"; need the format that timm writes')
     chosen = next((s for s in SPLITS[split] if s in splits), None)
     if chosen is None:
-        if beside:
+        if optional:
             return None
         raise ValueError(
             f"{where}: got the splits {', '.join(map(str, splits))}; need one called "
-            f"{' or '.join(SPLITS[split])}; do: name its shards with a pattern"
+            f"{' or '.join(SPLITS[split])}; do: give its shards as a pattern"
         )
     counts, total, labels = _info_counts(splits[chosen], f"{where}: split {chosen}")
     problems = []
@@ -205,18 +224,21 @@ def _of_info(place: Place, split: str, beside: bool) -> Listing | None:
             f"{sum(counts.values())}"
         )
     return Listing(
-        place.location,
+        location.root,
         list(counts),
         counts,
         name,
         labels=labels,
-        classes=_classnames(place),
+        classes=_find_classes(location),
         problems=problems,
     )
 
 
 def _info_counts(info: object, where: str) -> tuple[dict[str, int], int, str | None]:
-    """Shard -> samples, samples in all, and where labels stand, of a split of _info.json."""
+    """Return shard -> number of samples, num_samples, and where labels are, for a split of a file.
+
+    The last one is "json:KEY", or None if the file does not say.
+    """
     try:
         names, lengths, total = info["filenames"], info["shard_lengths"], info["num_samples"]
         if any(type(n) is not int or n < 0 for n in (*lengths, total)) or len(names) != len(
@@ -228,71 +250,70 @@ def _info_counts(info: object, where: str) -> tuple[dict[str, int], int, str | N
         labels = info.get("alt_label") or None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{where}: got no filenames, shard_lengths and num_samples that fit together "
+            f"{where}: got no consistent filenames, shard_lengths and num_samples "
             f"({type(error).__name__}: {error})"
         ) from None
     counts = dict(zip(names, lengths, strict=True))
     return counts, total, f"json:{labels}" if labels else None
 
 
-def _below(place: Place, split: str) -> Listing | None:
-    """A split in a directory of its name, with class names above it, as CLIP_benchmark has them."""
+def _from_split_folder(location: Location, split: str) -> Listing | None:
+    """Return a split in a directory of its name (as CLIP_benchmark writes it), or None."""
     for name in SPLITS[split]:
-        found = _directly_in(place / name)
+        found = _from_folder(location / name)
         if found is not None:
             return found
     return None
 
 
-def _directly_in(place: Place) -> Listing | None:
-    """The shards of a directory or URL that holds one split."""
-    tars = place.tars()
-    sizes, nshards = place.read_json(SIZES), place.read(NSHARDS)
+def _from_folder(location: Location) -> Listing | None:
+    """Return the shards of a directory or URL that holds one split, or None if there are none."""
+    tars = location.tars()
+    sizes, nshards = location.read_json(SIZES), location.read(NSHARDS)
     if nshards is not None:
         if not re.fullmatch(rb"[0-9]{1,6}", nshards.strip()):
             raise ValueError(
-                f"{place.location}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
+                f"{location.root}/{NSHARDS}: got {nshards[:20]!r}; need a number of shards"
             )
         names, source = [f"{i}.tar" for i in range(int(nshards))], NSHARDS
-    elif sizes is not None and place.url:
+    elif sizes is not None and location.url:
         names, source = sorted(sizes, key=_by_number), SIZES
     else:
         names, source = tars, None
     if not names and source is None:
         return None
     problems = []
-    if not place.url:
+    if not location.url:
         kinds = {re.sub("[0-9]+", "#", name) for name in names}
         if len(kinds) > 1:
             raise ValueError(
-                f"got {place.location} with tars of {len(kinds)} kinds "
-                f"({', '.join(sorted(kinds)[:4])}); need those of one split; do: name them with a "
+                f"got {location.root} with tars of {len(kinds)} kinds "
+                f"({', '.join(sorted(kinds)[:4])}); need those of one split; do: give them as a "
                 "pattern, such as 'DIR/name-train-{0000..1023}.tar', and the others as --val"
             )
         listed, said_by = set(names), source
         if sizes is not None:
             listed, said_by = listed | set(sizes), SIZES
-        elif source is None and not listed.isdisjoint(with_stats := place.tars_with_stats()):
+        elif source is None and not listed.isdisjoint(with_stats := location.tars_with_stats()):
             listed, said_by = listed | with_stats, STATS
         problems = [
-            f"{place.location}/{printable(name)} "
-            + ("is not here, but" if name in listed else "is here, but not")
-            + f" in {said_by}"
+            f"{location.root}/{printable(name)} "
+            + (f"does not exist, but is in {said_by}" if name in listed else f"is not in {said_by}")
             for name in sorted(listed ^ set(tars), key=_by_number)
         ]
-        here = set(tars)
-        names = [name for name in names if name in here]
-    listing = _with_counts(place, names, problems)
+        names = sorted(set(names) & set(tars), key=_by_number)
+    listing = _with_metadata(location, names, problems)
     return listing if listing.source else dataclasses.replace(listing, source=source)
 
 
-def _of_pattern(pattern: str) -> Listing:
+def _from_pattern(pattern: str) -> Listing:
+    """Return the shards of a pattern of paths or URLs, as webdataset expands it."""
     from webdataset.shardlists import expand_urls  # imports torch
 
     try:
         paths = list(expand_urls(pattern))
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"got {pattern!r}, which does not expand ({error})") from None
+        raise ValueError(f"got {pattern!r}, which is not a valid pattern ({error})") from None
     paths = paths if is_url(paths[0]) else [os.path.abspath(path) for path in paths]
     folders = {path.rpartition("/")[0] for path in paths}
     if len(folders) > 1:
@@ -303,90 +324,86 @@ def _of_pattern(pattern: str) -> Listing:
     names = [path.rpartition("/")[2] for path in paths]
     if len(set(names)) != len(names):
         raise ValueError(f"got {pattern!r}, which names a shard twice; need each once")
-    place = Place(folders.pop())
-    if place.url or not set(names).isdisjoint(place.tars()):
-        return _with_counts(place, names, [])
+    location = Location(folders.pop())
+    if location.url or not set(names).isdisjoint(location.tars()):
+        return _with_metadata(location, names, [])
     raise ValueError(f"got {pattern!r}; none of its {len(names)} shards exists, such as {paths[0]}")
 
 
-def _with_counts(place: Place, names: list[str], problems: list[str]) -> Listing:
-    """The named shards of a place, with what its metadata says of them."""
+def _with_metadata(location: Location, names: list[str], problems: list[str]) -> Listing:
+    """Return the named shards with the metadata at their location.
+
+    problems: what is already known to be wrong with them.
+    """
     counts: dict[str, int] = {}
     source = labels = None
     for name in INFO:
-        splits = (place.read_json(name) or {}).get("splits")
+        splits = (location.read_json(name) or {}).get("splits")
         for split, info in (splits if isinstance(splits, dict) else {}).items():
-            of_split, _, of_labels = _info_counts(info, f"{place.location}/{name}: split {split}")
+            of_split, _, of_labels = _info_counts(info, f"{location.root}/{name}: split {split}")
             if not of_split.keys().isdisjoint(names):
                 counts |= of_split
                 source, labels = name, of_labels
-    if source is None and (sizes := place.read_json(SIZES)) and not sizes.keys().isdisjoint(names):
+    sizes = location.read_json(SIZES) if source is None else None
+    if sizes and not sizes.keys().isdisjoint(names):
         if any(type(n) is not int or n < 0 for n in sizes.values()):
-            raise ValueError(f"{place.location}/{SIZES}: got a count that is none")
+            raise ValueError(f"{location.root}/{SIZES}: got a count that is not a natural number")
         counts, source = sizes, SIZES
     missing = [] if source is None else [name for name in names if name not in counts]
-    problems = problems + [f"{place.location}/{n}: {source} does not name it" for n in missing]
+    problems = problems + [f"{location.root}/{n} is not in {source}" for n in missing]
     stats = False
-    if source is None and place.url and names:
-        stats = stats_of(place, names[0]) is not None
+    if source is None and location.url and names:
+        stats = stats_of(location, names[0]) is not None
     elif source is None:
-        stats = not place.tars_with_stats().isdisjoint(names)
+        stats = not location.tars_with_stats().isdisjoint(names)
     return Listing(
-        place.location,
+        location.root,
         names,
         counts,
         STATS if stats else source,
         stats=stats,
         labels=labels,
-        classes=_classnames(place),
+        classes=_find_classes(location),
         problems=problems,
     )
 
 
-def _checked(listing: Listing) -> Listing:
-    """Refuse what no manifest could name or no offset could read."""
+def _check_names(listing: Listing) -> Listing:
+    """Raise ValueError for names that a manifest may not hold, and for compressed tars."""
     for name in listing.names:
         if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
             raise ValueError(
-                f"{listing.place}: got the shard name {name!r}; need names without directories"
+                f"{listing.location}: got the shard name {name!r}; need names without directories"
             )
         if not name.lower().endswith(".tar"):
             raise ValueError(
-                f"{listing.place}: got {name}; need plain .tar: members of a compressed one have "
-                "no place to be read at; do: decompress it"
+                f"{listing.location}: got {name}; need plain .tar, because members "
+                "of a compressed one cannot be read by offset; do: decompress it"
             )
-        if is_url(listing.place) and not REMOTE_NAME.fullmatch(name):
+        if is_url(listing.location) and not REMOTE_NAME.fullmatch(name):
             raise ValueError(
-                f"{listing.place}: got the shard name {name!r}; need letters, digits and _.+=@-, "
-                "ending in .tar; do: rename it"
+                f"{listing.location}: got the shard name {name!r}; need letters, digits and "
+                "_.+=@-, ending in .tar; do: rename it"
             )
     return listing
 
 
 def stats_name(name: str) -> str:
+    """Return the name of img2dataset's statistics for a shard."""
     return f"{name.removesuffix('.tar')}_stats.json"
 
 
-def stats_of(place: Place, name: str) -> dict | None:
-    return place.read_json(stats_name(name))
+def stats_of(location: Location, name: str) -> dict | None:
+    """Return img2dataset's statistics for a shard, or None if there are none."""
+    return location.read_json(stats_name(name))
 
 
-def _classnames(place: Place) -> list[str] | None:
-    """Names that lie beside the shards, or above a directory that is called like a split."""
-    folder, _, base = place.location.rpartition("/")
-    above = [Place(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
-    for where in (place, *above):
+def _find_classes(location: Location) -> list[str] | None:
+    """Return the class names next to the shards, or above a directory named like a split."""
+    folder, _, base = location.root.rpartition("/")
+    above = [Location(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
+    for where in (location, *above):
         text = where.read(CLASSNAMES)
         if text is not None:
-            return class_lines(text, f"{where.location}/{CLASSNAMES}")
+            return class_lines(text, f"{where.root}/{CLASSNAMES}")
     return None
-
-
-def class_lines(text: bytes, where: str) -> list[str]:
-    """The names in a file of a class a line. Raises ValueError for an empty line or no UTF-8."""
-    lines = text.decode("utf-8-sig", "surrogateescape").rstrip().splitlines()
-    lines = [line.strip() for line in lines]
-    if not lines or "" in lines:
-        raise ValueError(f"{where}: got an empty line or nothing; need a class name in every line")
-    refuse_not_utf8(where, lines)
-    return lines

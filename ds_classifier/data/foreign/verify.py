@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest and index say: here, or streamed from a URL."""
+"""Compare shards with their manifest and index, on this machine or behind a URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.convert.samples import size_of_file
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.remote.connections import CHUNK
 from ds_classifier.data.remote.fetch import stream
@@ -24,8 +23,12 @@ from ds_classifier.data.tars import Sequential
 
 
 @dataclass(frozen=True)
-class _Job:
-    """firsts: [shards + 1] number of each shard's first sample. scratch: for what is fetched."""
+class _Split:
+    """A split to verify.
+
+    firsts: [shards + 1] the number of the first sample of each shard, and of all samples.
+    scratch: the directory for downloads.
+    """
 
     shards: ShardSet
     firsts: np.ndarray
@@ -35,13 +38,15 @@ class _Job:
 
     @property
     def remote(self) -> bool:
+        """The shards are behind a URL."""
         return isinstance(self.shards, RemoteShardSet)
 
     def where(self, number: int) -> str:
-        """A shard's path, or its URL as it may be shown."""
+        """Return the path of a shard, or its URL without passwords, for messages."""
         return shown(self.url(number)) if self.remote else str(self.shards.path(number))
 
     def url(self, number: int) -> str:
+        """Return the URL of a shard."""
         return url_of(self.shards.store.location, self.shards.manifest.shards[number].name)
 
 
@@ -53,29 +58,31 @@ def verify(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Compare every shard of a split with its manifest and index; return what is wrong.
+    """Compare every shard of a split with its manifest and index, and return the problems found.
 
-    location: its directory or URL. Shards behind a URL are streamed whole, so their hash is always
-    compared; to decode them, each lies in a temporary file meanwhile.
-    Finds what breaks a tar's structure: shards missing, cut, with damaged or zeroed headers, or
-    that are none. Raises ValueError or OSError where there is no manifest and index to compare
-    with. check_hash: read all bytes and compare sha256. check_decode: decode every image too.
-    progress: called with images checked and images in all.
+    Finds damage to the structure of a tar: shards that are missing, cut short, no tars, or have
+    damaged or zeroed headers.
+    location: the directory or URL of the split. Shards behind a URL are read completely, so their
+    hash is always compared. To be decoded, they are downloaded to a temporary file one at a time.
+    check_hash: also read all bytes and compare their sha256.
+    check_decode: also decode every image.
+    progress: called with the number of images checked, and of all images.
+    Raises ValueError or OSError if there is no manifest or index to compare with.
     """
     with tempfile.TemporaryDirectory() as scratch:
         shards = open_split(str(location), cache_dir=Path(scratch), allow_pipe=True, to_verify=True)
         manifest, problems = shards.manifest, []
         firsts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        job = _Job(shards, firsts, check_hash, check_decode, scratch)
+        split = _Split(shards, firsts, check_hash, check_decode, scratch)
         done, seen_keys = 0, set()
         numbers = range(len(manifest.shards))
-        # Closed before the scratch directory is removed: no process then writes to it any more.
-        with closing(in_processes(workers, _verify_one, numbers, shared=job)) as results:
-            for number, (found, keys) in enumerate(results):
-                problems += found
+        # Close the processes before the scratch directory, which they write to, is removed.
+        with closing(in_processes(workers, _verify_one, numbers, shared=split)) as results:
+            for number, (shard_problems, keys) in enumerate(results):
+                problems += shard_problems
                 for key in keys:
                     if key in seen_keys:
-                        problems.append(f"{job.where(number)}: key {key} appears twice")
+                        problems.append(f"{split.where(number)}: key {key} appears twice")
                     seen_keys.add(key)
                 done += manifest.shards[number].samples
                 progress(done, manifest.samples)
@@ -83,27 +90,24 @@ def verify(
 
 
 def _verify_one(number: int) -> tuple[list[str], list[str]]:
-    """The problems of one shard, and its keys."""
-    job: _Job = shared()
-    where, shard = job.where(number), job.shards.manifest.shards[number]
-    found: list[ScannedSample] = []  # keeps what comes before an error
+    """Return the problems of one shard, and the keys of its samples."""
+    split: _Split = shared()
+    where, shard = split.where(number), split.shards.manifest.shards[number]
+    found: list[ScannedSample] = []  # after an error: the samples before it
     try:
         with ExitStack() as opened:
-            if not job.remote:
-                path = job.shards.path(number)
-            elif job.check_decode:
-                path = _fetched(job.url(number), shard.bytes, job.scratch, opened)
+            if split.remote and not split.check_decode:
+                file = Sequential(stream(split.url(number), size=shard.bytes, allow_pipe=True))
+                _scan(file, where, None, found)
+                size, sha256 = file.arrived, file.digest.hexdigest()
             else:
-                file = Sequential(stream(job.url(number), size=shard.bytes, allow_pipe=True))
-                _scan(file, where, None, number, found)
-                facts = file.arrived, file.digest.hexdigest()
-                return _problems(number, found, *facts), [sample.key for sample in found]
-            size = size_of_file(path)
-            file = opened.enter_context(open(path, "rb"))
-            _scan(file, where, size, number, found)
-            sha256 = files.sha256(path) if job.check_hash or job.remote else None
+                path = _download(number, opened) if split.remote else split.shards.path(number)
+                size = files.size_of_file(path)
+                file = opened.enter_context(open(path, "rb"))
+                _scan(file, where, size, found)
+                sha256 = files.sha256(path) if split.check_hash or split.remote else None
             problems = _problems(number, found, size, sha256)
-            if job.check_decode:
+            if split.check_decode:
                 problems += _undecodable(file, where, found)
             return problems, [sample.key for sample in found]
     except FileNotFoundError:
@@ -113,23 +117,24 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
         return [f"{where}: {str(error).removeprefix(f'{where}: ')}: {whole}"], []
 
 
-def _fetched(url: str, size: int, folder: str, opened: ExitStack) -> Path:
-    """A shard in a temporary file, which ends with `opened`."""
-    file = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, buffering=CHUNK))
-    for chunk in stream(url, size=size, allow_pipe=True):
+def _download(number: int, opened: ExitStack) -> Path:
+    """Download a shard to a temporary file, which is removed when `opened` is closed."""
+    split: _Split = shared()
+    file = opened.enter_context(tempfile.NamedTemporaryFile(dir=split.scratch, buffering=CHUNK))
+    size = split.shards.manifest.shards[number].bytes
+    for chunk in stream(split.url(number), size=size, allow_pipe=True):
         file.write(chunk)
     file.flush()
     return Path(file.name)
 
 
 def _scan(
-    file: BinaryIO | Sequential,
-    where: str,
-    size: int | None,
-    number: int,
-    found: list[ScannedSample],
+    file: BinaryIO | Sequential, where: str, size: int | None, found: list[ScannedSample]
 ) -> None:
-    """Add a shard's samples to `found`; ValueError for the first thing that is wrong."""
+    """Add the samples of a shard to `found`. Raises ValueError for the first problem.
+
+    size: bytes of the shard; None: read to the end of the file.
+    """
 
     def refuse(problem: str) -> None:
         raise ValueError(problem)
@@ -141,13 +146,13 @@ def _scan(
 
 
 def _problems(number: int, found: list[ScannedSample], size: int, sha256: str | None) -> list[str]:
-    """What differs between a shard that is whole and what manifest and index say of it."""
-    job: _Job = shared()
-    where, manifest, problems = job.where(number), job.shards.manifest, []
+    """Return the differences between a readable shard and the manifest and index."""
+    split: _Split = shared()
+    where, manifest, problems = split.where(number), split.shards.manifest, []
     shard = manifest.shards[number]
     if size != shard.bytes:
         problems.append(f"{where}: got {size} bytes; need {shard.bytes}, as the manifest says")
-    rows = job.shards.index[job.firsts[number] : job.firsts[number + 1]]
+    rows = split.shards.index[split.firsts[number] : split.firsts[number + 1]]
     expected = [(int(r["offset"]), int(r["length"]), int(r["label"]), 0) for r in rows]
     if [sample.entry for sample in found] != expected or (rows["shard"] != number).any():
         problems.append(
@@ -165,6 +170,7 @@ def _problems(number: int, found: list[ScannedSample], size: int, sha256: str | 
 
 
 def _undecodable(file: BinaryIO, where: str, samples: list[ScannedSample]) -> list[str]:
+    """Return a problem for every image that cannot be decoded."""
     from ds_classifier.data import images
 
     problems = []
@@ -173,5 +179,5 @@ def _undecodable(file: BinaryIO, where: str, samples: list[ScannedSample]) -> li
         try:
             images.decode(file.read(sample.entry[1]))
         except ValueError as error:
-            problems.append(f"{where}: {sample.key} does not decode ({error})")
+            problems.append(f"{where}: {sample.key} cannot be decoded ({error})")
     return problems

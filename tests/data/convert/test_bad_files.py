@@ -1,4 +1,4 @@
-"""Files that are no images: named together, whatever is wrong, and never waited for."""
+"""Files that are not images: all listed in one error, and never waited for."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ MAKE_SHARDS = ROOT / "launch" / "make_shards.py"
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
-    """Wherever they stand: the first 20, their number, and all in a file; once gone, it works."""
+def test_files_that_are_not_images_are_listed_together(many, tmp_path, workers):
+    """Report their number and the first 20, list all in a file, and convert once they are gone."""
     bad = [f"c{i % 6}/{i:03d}.jpg" for i in range(0, 120, 4)]
     for i, name in enumerate(bad):
         (many / name).write_bytes(b"<html>not found</html>" if i else b"")
@@ -29,8 +29,8 @@ def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
     listing = tmp_path / "data" / "train.bad.txt"
     assert (done.code, len(done.lines)) == (2, 22), done.output
     assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole JPEG")
-    assert f"those in {listing}" in done.lines[0]
-    assert done.lines[1] == f"  {min(bad)}: got b''..., which no image format begins with"
+    assert f"the files in {listing}" in done.lines[0]
+    assert done.lines[1] == f"  {min(bad)}: got b''..., which is not the start of an image file"
     assert done.lines[-1] == "  ... and 10 more"
     assert not (tmp_path / "data" / "train").exists()
     listed = listing.read_text().splitlines()
@@ -44,7 +44,7 @@ def test_files_that_are_no_images_are_listed_together(many, tmp_path, workers):
     assert verify(tmp_path / "data/train") == []
 
 
-def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
+def test_a_file_that_cannot_be_read_is_listed_too(folder, tmp_path):
     source = image_folder(folder)
     (folder / "cat" / "cat_1.png").unlink()
     (folder / "cat" / "cat_1.png").mkdir()
@@ -53,7 +53,7 @@ def test_a_file_that_cannot_be_read_is_one_of_them(folder, tmp_path):
         convert(source, tmp_path / "data")
 
 
-def test_a_file_too_large_for_a_image_is_refused_unread(folder, tmp_path):
+def test_a_file_too_large_for_an_image_is_refused_unread(folder, tmp_path):
     (folder / "cat" / "huge.png").touch()
     os.truncate(folder / "cat" / "huge.png", 10 << 30)
     with pytest.raises(ValueError, match=r"huge\.png: got 10737418240 bytes; need at most"):
@@ -62,19 +62,19 @@ def test_a_file_too_large_for_a_image_is_refused_unread(folder, tmp_path):
 
 @pytest.fixture
 def two(tmp_path) -> tuple[Path, Path]:
-    """Folders for training and validation, of classes cat and dog."""
+    """Make folders for training and validation, with the classes cat and dog."""
     names = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(6)]
     return make_images(tmp_path / "train", names), make_images(tmp_path / "val", names)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
+def test_one_error_lists_all_bad_files(two, tmp_path, workers):
     train, val = two
     (train / "cat/link.png").symlink_to("/nowhere/at/all")
     (train / "dog/loop.jpg").symlink_to("loop.jpg")
     (train / "dog/html.jpg").write_text("<html>")
     os.mkfifo(train / "dog/fifo.jpg")
-    os.mkfifo(train / "dog/fifo")  # no image's name: passed over, as other such files are
+    os.mkfifo(train / "dog/fifo")  # without an image's suffix: ignored like other such files
     (train / "cat/zero.png").symlink_to("/dev/zero")
     (val / "dog/empty.png").touch()
     (val / "cat/link.png").symlink_to("gone.png")
@@ -88,17 +88,17 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
     head, *lines = done.lines
     listings = [tmp_path / "data" / f"{split}.bad.txt" for split in ("train", "val")]
     assert head.startswith("error: got 8 files that cannot be stored (5 of train, 3 of val); need")
-    assert f"those in {listings[0]} and {listings[1]}, and remove" in head
-    absent, no_file = "No such file or directory", "a FIFO, socket or device, no file"
+    assert f"the files in {listings[0]} and {listings[1]}, and remove" in head
+    absent, no_file = "No such file or directory", "a FIFO, socket or device, not a file"
     assert [line.strip() for line in lines] == [
         f"train: cat/link.png: cannot be read ({absent})",
         f"train: cat/zero.png: cannot be read ({no_file})",
         f"train: dog/fifo.jpg: cannot be read ({no_file})",
-        "train: dog/html.jpg: got b'<html>'..., which no image format begins with",
+        "train: dog/html.jpg: got b'<html>'..., which is not the start of an image file",
         "train: dog/loop.jpg: cannot be read (Too many levels of symbolic links)",
         f"val: cat/link.png: cannot be read ({absent})",
         f"val: cat/socket.gif: cannot be read ({no_file})",
-        "val: dog/empty.png: got b''..., which no image format begins with",
+        "val: dog/empty.png: got b''..., which is not the start of an image file",
     ]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["train.bad.txt", "val.bad.txt"]
     for folder, listing in zip(two, listings, strict=True):
@@ -110,8 +110,8 @@ def test_whatever_is_wrong_is_told_in_one_error(two, tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_both_splits_are_looked_at(two, tmp_path, workers):
-    """Though the first bad one of training is met while shards are written."""
+def test_both_splits_are_checked(two, tmp_path, workers):
+    """Find the bad files of validation although writing stops at the first one of training."""
     train, val = two
     (train / "dog/5.png").write_text("<html>")
     (val / "cat/3.png").write_text("<html>")
@@ -129,34 +129,34 @@ def test_both_splits_are_looked_at(two, tmp_path, workers):
     assert set(convert(image_folder(train, val), tmp_path / "data")) == {"train", "val"}
 
 
-def test_parts_tell_all_together(two, tmp_path):
+def test_the_parts_together_list_all_bad_files(two, tmp_path):
     train, val = two
     bad = {f"{c}/{i}.png" for c in ("cat", "dog") for i in (1, 4)}
     for name in bad:
         (val / name).write_text("<html>")
     (train / "cat/link.png").symlink_to("gone.png")
-    told = []
+    listed = []
     for i in range(3):
         with pytest.raises(ValueError, match=r"cat/link\.png"):
             convert(image_folder(train, val), tmp_path / "data", part=(i, 3))
         listing = tmp_path / f"data/val.bad-{i}.txt"
-        told += listing.read_text().splitlines() if listing.exists() else []
-    assert sorted(told) == sorted(bad)
+        listed += listing.read_text().splitlines() if listing.exists() else []
+    assert sorted(listed) == sorted(bad)
 
 
-def test_classes_whose_link_is_broken_are_missed(two, tmp_path):
+def test_classes_with_a_broken_link_are_reported(two, tmp_path):
     train, _ = two
     for name in ("emu", "fox"):
         (train / name).symlink_to(tmp_path / "unmounted" / name)
     (train / "notes.txt").symlink_to("gone")
     (train / ".emu.lock").symlink_to("host:77")
-    with pytest.raises(ValueError, match=r"got emu, fox in .*\(2 such\).*a broken link"):
+    with pytest.raises(ValueError, match=r"got 2 folders in .*\(emu, fox\).*broken links"):
         image_folder(train)
 
 
 @pytest.fixture
 def impatient():
-    """What waits for ever is interrupted."""
+    """Interrupt a test that takes more than 20 s."""
 
     def give_up(*_):
         raise TimeoutError
@@ -176,7 +176,7 @@ def test_no_command_waits_for_a_fifo(two, tmp_path, impatient):
     os.mkfifo(shard)
     (problem,) = verify(tmp_path / "data/train")
     assert problem.endswith("train-000001.tar': got 0 whole samples; need 6")
-    assert "a FIFO, socket or device, no file" in problem
+    assert "a FIFO, socket or device, not a file" in problem
     with pytest.raises(ValueError, match=r"(?s)cannot be used.*a FIFO, socket or device"):
         index(str(tmp_path / "data/train"), tmp_path / "out")
     (tmp_path / "rows").mkdir()

@@ -1,4 +1,4 @@
-"""Conversion: the same bytes however it is run, whole or not there, and the stores' pixels."""
+"""Conversion: reproducible bytes, complete or absent splits, and the pixels of each encoding."""
 
 import hashlib
 import io
@@ -18,10 +18,11 @@ from made import make_images
 from PIL import Image
 from running import ROOT, environment, run_python
 
+from ds_classifier.common.progress import Progress
 from ds_classifier.data import images
 from ds_classifier.data.convert import convert as conversion
-from ds_classifier.data.convert.convert import Store, convert, merge
-from ds_classifier.data.convert.sources import Sample, Source, image_folder, open_source
+from ds_classifier.data.convert.convert import Encoding, convert, merge
+from ds_classifier.data.convert.sources import DataSource, Sample, image_folder, open_source
 from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
@@ -41,13 +42,13 @@ def test_conversion_is_deterministic(folder, tmp_path):
     assert tree_digest(tmp_path / "one" / "train") != tree_digest(tmp_path / "other" / "train")
 
 
-def test_converting_again_is_no_work_and_another_source_is_refused(folder, tmp_path):
+def test_converting_again_writes_nothing_and_another_source_is_refused(folder, tmp_path):
     convert(image_folder(folder), tmp_path / "data")
     before = os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns
     convert(image_folder(folder), tmp_path / "data")
     assert os.stat(tmp_path / "data" / "train" / "index.npy").st_mtime_ns == before
     make_images(folder, ["cat/new.png"])
-    with pytest.raises(ValueError, match="something else already"):
+    with pytest.raises(ValueError, match="already holds something else"):
         convert(image_folder(folder), tmp_path / "data")
 
 
@@ -95,8 +96,8 @@ def test_merging_names_the_shards_that_are_missing(many, tmp_path):
         merge(tmp_path / "out")
 
 
-def test_a_killed_conversion_goes_on_where_it_was(many, tmp_path):
-    """SIGKILL in the midst; the second call writes only what is missing; the bytes are the same."""
+def test_a_killed_conversion_continues(many, tmp_path):
+    """Kill a conversion. The second call writes the missing shards only; the bytes are the same."""
     arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "2"]
     command = [sys.executable, *map(str, arguments), "--workers", "2"]
     process = subprocess.Popen(command, env=environment(), start_new_session=True)
@@ -117,13 +118,13 @@ def test_a_killed_conversion_goes_on_where_it_was(many, tmp_path):
 
 
 class Stopped(BaseException):
-    """As if killed."""
+    """A stand-in for a kill."""
 
 
-def convert_some(source: Source, out: Path, shards: int, **keywords) -> None:
-    """A conversion that ends after so many shards of 4."""
+def convert_some(source: DataSource, out: Path, shards: int, **keywords) -> None:
+    """Convert, but stop after a number of shards with 4 samples each."""
 
-    def stop(split, done, total):
+    def stop(done, total, split):
         if split == "train" and done >= 4 * shards:
             raise Stopped
 
@@ -131,10 +132,10 @@ def convert_some(source: Source, out: Path, shards: int, **keywords) -> None:
         convert(source, out, samples_per_shard=4, progress=stop, **keywords)
 
 
-def test_going_on_rewrites_what_changed_in_between(tmp_path):
-    """An image replaced by one of the same size, with an older date, before the second call."""
+def test_continuing_rewrites_shards_whose_images_have_changed(tmp_path):
+    """Replace an image by one of the same size with an older date before the second call."""
     many = tmp_path / "bmp"
-    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of one size
+    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(20)])  # all of the same size
     source = image_folder(many)
     convert_some(source, tmp_path / "out", 3)
     partial = tmp_path / "out" / "train.partial"
@@ -155,7 +156,7 @@ def test_going_on_rewrites_what_changed_in_between(tmp_path):
 
 
 def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
-    """Each row group once, for any number of processes, parts and kills; the same bytes."""
+    """Check that row groups are read once for any number of processes, parts and kills."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -187,7 +188,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
         return len(reads.read_text().split())
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion, "gathered", lambda samples, *_: samples)
+        patched.setattr(conversion, "spool_groups", lambda samples, *_: samples)
         expected = bytes_of(tmp_path / "one_by_one")
         assert groups_read() > 40
     assert bytes_of(tmp_path / "one") == expected
@@ -207,29 +208,29 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
 
 
 def test_shards_of_halved_shards_stay_halved(tmp_path):
-    """The mark goes along; other sizes only downwards, other forms only where nothing is lost."""
-    convert(large_images(), tmp_path / "a", store=Store(64, "png"))
+    """Check that converted shards are marked, can be halved further, but not undo the halving."""
+    convert(large_images(), tmp_path / "a", encoding=Encoding(64, "png"))
     convert(open_source(str(tmp_path / "a")), tmp_path / "b")
     for split in ("train", "val"):
         first, again = (open_shards(tmp_path / name / split) for name in "ab")
         for key in ("stored", "image_size", "form"):
             assert getattr(again.manifest, key) == getattr(first.manifest, key)
     assert np.array_equal(crops(tmp_path / "b/val", 64), crops(tmp_path / "a/val", 64))
-    convert(open_source(str(tmp_path / "b")), tmp_path / "c", store=Store(32, "png"))
-    convert(large_images(), tmp_path / "direct", store=Store(32, "png"))
+    convert(open_source(str(tmp_path / "b")), tmp_path / "c", encoding=Encoding(32, "png"))
+    convert(large_images(), tmp_path / "direct", encoding=Encoding(32, "png"))
     assert open_shards(tmp_path / "c/val").manifest.image_size == 32
     assert np.array_equal(crops(tmp_path / "c/val", 32), crops(tmp_path / "direct/val", 32))
     with pytest.raises(ValueError, match=r"got halved for 65 px.*are halved for 64 px, png"):
-        convert(open_source(str(tmp_path / "b")), tmp_path / "d", store=Store(65, "png"))
-    convert(large_images(), tmp_path / "jpg", store=Store(32))
+        convert(open_source(str(tmp_path / "b")), tmp_path / "d", encoding=Encoding(65, "png"))
+    convert(large_images(), tmp_path / "jpg", encoding=Encoding(32))
     with pytest.raises(ValueError, match="are halved for 32 px, jpg"):
-        convert(open_source(str(tmp_path / "jpg")), tmp_path / "d", store=Store(32, "png"))
-    with pytest.raises(ValueError, match="splits halved otherwise"):
+        convert(open_source(str(tmp_path / "jpg")), tmp_path / "d", encoding=Encoding(32, "png"))
+    with pytest.raises(ValueError, match="splits with different halving"):
         open_source(str(tmp_path / "a/train"), str(tmp_path / "c/val"))
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(many, tmp_path):
-    """Files may not grow beyond 8 KB, as if the disk were full; with room the same call goes on."""
+    """Limit files to 8 KB in place of a full disk. The same call continues without the limit."""
     arguments = [MAKE_SHARDS, "convert", many, tmp_path / "out", "--samples_per_shard", "30"]
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
     limit += (
@@ -248,6 +249,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(many, tmp_path):
 
 BOMBS = """
 import resource, struct, sys, zlib
+from ds_classifier.common.progress import Progress
 from ds_classifier.data import images
 from PIL import Image
 Image.init()
@@ -262,14 +264,14 @@ def png(width, height, *chunks):
 zeros = zlib.compressobj(1)
 bomb = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(16)) + zeros.flush()  # 256 MB
 line = zlib.compress(bytes(31 * 10))
-images = {
+bombs = {
     "pixels": png(20000, 20000, (b"IDAT", bomb)),  # 400 megapixels
     "data": png(10, 10, (b"IDAT", bomb)),  # more than its pixels
     "text": png(10, 10, (b"zTXt", b"k\\0\\0" + bomb), (b"IDAT", line)),
     "profile": png(10, 10, (b"iCCP", b"k\\0\\0" + bomb), (b"IDAT", line)),
 }
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for name, data in images.items():
+for name, data in bombs.items():
     try:
         print(name, images.decode(data).size)
     except ValueError as error:
@@ -286,8 +288,8 @@ def test_compressed_bombs_are_refused_in_little_memory(tmp_path):
     assert int(grown.split()[-1]) < 100
 
 
-def large_images() -> Source:
-    """Colour images of several sizes with structure, as JPEG and PNG."""
+def large_images() -> DataSource:
+    """Return colour images of several sizes with structure, as JPEG and PNG."""
     samples = []
     for i, (width, height) in enumerate([(500, 375), (320, 480), (161, 170), (90, 70), (640, 200)]):
         y, x = np.mgrid[:height, :width]
@@ -296,20 +298,20 @@ def large_images() -> Source:
         data = io.BytesIO()
         Image.fromarray(pixels).save(data, format="JPEG" if i % 2 else "PNG")
         samples.append(Sample(f"p{i}", i, data.getvalue()))
-    return Source("made", [str(i) for i in range(5)], {"train": samples, "val": samples})
+    return DataSource("made", [str(i) for i in range(5)], {"train": samples, "val": samples})
 
 
 def crops(folder: Path, size: int) -> np.ndarray:
-    """Pixels of two epochs of random crops, and of the centre crops."""
+    """Return the pixels of random crops, then of centre crops."""
     dataset = ShardDataset(open_shards(folder), image_size=size, random_crop=True, seed=3)
     centre = ShardDataset(open_shards(folder), image_size=size)
     parts = [dataset[np.arange(5)], centre[np.arange(5)]]
     return np.concatenate([part.images.numpy() for part in parts])
 
 
-def test_halved_png_trains_on_the_very_pixels(tmp_path):
+def test_halved_png_gives_the_same_pixels(tmp_path):
     convert(large_images(), tmp_path / "original")
-    convert(large_images(), tmp_path / "halved", store=Store(32, "png"))
+    convert(large_images(), tmp_path / "halved", encoding=Encoding(32, "png"))
     original, halved = (tmp_path / name / "val" for name in ("original", "halved"))
     for size in (32, 24):  # and any smaller size
         assert np.array_equal(crops(halved, size), crops(original, size))
@@ -318,9 +320,9 @@ def test_halved_png_trains_on_the_very_pixels(tmp_path):
     assert sum(sizes) < sum(len(s.content) for s in large_images().splits["val"]) / 2
 
 
-def test_halved_jpeg_stays_near_the_pixels(tmp_path):
+def test_halved_jpeg_gives_similar_pixels(tmp_path):
     convert(large_images(), tmp_path / "original")
-    convert(large_images(), tmp_path / "halved", store=Store(32, "jpg"))
+    convert(large_images(), tmp_path / "halved", encoding=Encoding(32, "jpg"))
     difference = crops(tmp_path / "halved/val", 32).astype(float) - crops(
         tmp_path / "original/val", 32
     )
@@ -330,17 +332,19 @@ def test_halved_jpeg_stays_near_the_pixels(tmp_path):
     assert (manifest.stored, manifest.image_size, manifest.form) == ("halved", 32, "jpg")
 
 
-def test_a_image_that_cannot_be_halved_is_kept_and_told(tmp_path):
+def test_an_image_that_cannot_be_halved_is_kept_and_listed(tmp_path):
     source = large_images()
     cut = Sample("cut", 0, source.splits["train"][0].content[:3000])
-    convert(Source("made", source.classes, {"val": [cut]}), tmp_path / "out", store=Store(32))
+    convert(
+        DataSource("made", source.classes, {"val": [cut]}), tmp_path / "out", encoding=Encoding(32)
+    )
     manifest = open_shards(tmp_path / "out" / "val").manifest
     assert manifest.undecodable == ["cut"]
     batch = ShardDataset(open_shards(tmp_path / "out" / "val"), image_size=32)[np.arange(1)]
     assert batch.weights.tolist() == [0.0]
 
 
-def test_halving_is_what_every_crop_begins_with():
+def test_halving_stops_where_the_largest_crop_would():
     for size in (16, 64, 100):
         largest = -(-size * 10 // 8)
         for side in (largest, 2 * largest - 1, 2 * largest, 3 * largest, 4 * largest, 9 * largest):
@@ -356,7 +360,7 @@ def test_the_command_line_of_parts(many, tmp_path):
         done = run_python(MAKE_SHARDS, "convert", many, "out", *flags, cwd=tmp_path)
         assert (done.code, done.lines) == (
             0,
-            [f"part {i} of 2 is written; when all are: make_shards.py merge out"],
+            [f"part {i} of 2 is written; after all parts: make_shards.py merge out"],
         )
     done = run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path)
     assert done.code == 0
@@ -373,8 +377,10 @@ def test_the_command_line_of_parts(many, tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
-    """As a terminal sends it, to the program and its workers alike. What is left is not lost to
-    another source: one with fewer images is refused."""
+    """Interrupt the program and its workers, as a terminal does.
+
+    Then refuse to continue with another source, which would lose the finished shards.
+    """
     noise = np.random.RandomState(0).randint(0, 256, (600, 600, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png", compress_level=0)
     for i in range(1500):  # ten seconds of work in one file
@@ -390,7 +396,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell that started the tests in the background has them, and us, ignore it.
+        # Background jobs of a shell ignore SIGINT, and their children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
@@ -398,7 +404,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGINT)
     output, _ = job.communicate(timeout=30)
-    assert (job.returncode, output) == (130, "stopped; the same command again goes on\n")
+    assert (job.returncode, output) == (130, "stopped; run the same command again to continue\n")
     with pytest.raises(ProcessLookupError):  # the group is empty
         os.killpg(job.pid, 0)
     for path in (tmp_path / "images").glob("*/1*.png"):
@@ -411,7 +417,7 @@ def one_part(folder: Path, out: Path, part: tuple[int, int]) -> None:
     convert(image_folder(folder), out, samples_per_shard=5, part=part)
 
 
-def test_parts_that_begin_together(many, tmp_path):
+def test_parts_that_start_at_the_same_time(many, tmp_path):
     fork = multiprocessing.get_context("fork")
     for attempt in range(3):
         out = tmp_path / str(attempt)
@@ -426,7 +432,7 @@ def test_parts_that_begin_together(many, tmp_path):
     assert tree_digest(tmp_path / "0/train") == tree_digest(tmp_path / "alone/train")
 
 
-def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch):
+def test_a_merge_that_was_killed_at_its_end_continues(many, tmp_path, monkeypatch):
     one_part(many, tmp_path / "out", (0, 2))
     one_part(many, tmp_path / "out", (1, 2))
 
@@ -442,10 +448,10 @@ def test_a_merge_that_was_killed_at_its_end_goes_on(many, tmp_path, monkeypatch)
     assert tree_digest(tmp_path / "out/train") == tree_digest(tmp_path / "alone/train")
 
 
-def test_a_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_path, monkeypatch):
-    """What the killed merge had gathered told of the shard as it was before."""
+def test_an_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_path, monkeypatch):
+    """Replace the index that the killed merge wrote from the shard before the change."""
     many = tmp_path / "bmp"
-    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of one size
+    make_images(many, [f"c{i % 3}/{i:02d}.bmp" for i in range(8)])  # all of the same size
 
     def killed(source, target):
         if Path(target).name == "train":
@@ -466,23 +472,21 @@ def test_a_image_that_changed_after_a_killed_merge_is_in_manifest_and_index(tmp_
     assert verify(str(tmp_path / "out/train"), check_hash=True) == []
 
 
-def test_the_rate_of_a_conversion_that_goes_on_is_its_own(monkeypatch):
-    """90 of 100 images were there: the bar begins at 90, so that they do not count as fast."""
-    from launch.make_shards import _Progress
-
+def test_the_rate_of_a_continued_conversion_counts_new_images_only(monkeypatch):
+    """Start the bar at 90 if 90 of 100 images exist, so that they do not count for the rate."""
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    with _Progress() as progress:
-        progress("train", 90, 100)
+    with Progress() as progress:
+        progress(90, 100, "train")
         bar = progress._bar.format_dict
     assert (bar["n"], bar["initial"]) == (90, 90)
 
 
-def test_splits_of_other_classes_do_not_come_to_stand_side_by_side(folder, many, tmp_path):
+def test_splits_with_other_classes_are_refused(folder, many, tmp_path):
     source, other = image_folder(folder), image_folder(many)
-    convert(Source("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
-    with pytest.raises(ValueError, match=r"a/val, of other classes.*one class list"):
+    convert(DataSource("s", source.classes, {"val": source.splits["train"]}), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a/val, with other classes.*one class list"):
         convert(other, tmp_path / "a")
     assert not (tmp_path / "a/train").exists()
     convert(source, tmp_path / "b", samples_per_shard=5, part=(0, 2))

@@ -1,4 +1,4 @@
-"""Shards laid out as timm, open_clip, img2dataset and CLIP_benchmark do, for tests."""
+"""Shards in the layouts of timm, open_clip, img2dataset and CLIP_benchmark, for tests."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def label_of(number: int, classes: int = 3) -> int:
 
 
 def write_tar(path: Path, samples: list[dict]) -> None:
-    """As every one of those tools does it: stock TarWriter, members in the order of their names."""
+    """Write a tar as all of these programs do: webdataset's TarWriter, members sorted by name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path)) as tar:
         for sample in samples:
@@ -115,7 +115,7 @@ def open_clip(folder: Path, counts=(2, 3)) -> Path:
 
 
 def by_stock(tars: list[Path], label=lambda sample: int(sample["cls"])) -> dict:
-    """key -> (image, label), as stock webdataset reads them."""
+    """Return key -> (image, label) as webdataset reads them."""
     found = {}
     for sample in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False):
         data = next(sample[suffix] for suffix in ("jpg", "png", "webp") if suffix in sample)
@@ -124,7 +124,7 @@ def by_stock(tars: list[Path], label=lambda sample: int(sample["cls"])) -> dict:
 
 
 def by_ours(shards) -> dict:
-    """The same, through manifest, index and store."""
+    """Return the same through our manifest, index and store."""
     store, found = store_of(shards), {}
     for i, row in enumerate(shards.index):
         data = store.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
@@ -134,6 +134,7 @@ def by_ours(shards) -> dict:
 
 
 def problems(*arguments, **keywords) -> str:
+    """Return the message of the error with which shards are refused."""
     with pytest.raises(ValueError) as error:
         index(*map(str, arguments[:1]), *arguments[1:], **keywords)
     return str(error.value)

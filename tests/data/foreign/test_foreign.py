@@ -1,4 +1,4 @@
-"""Shards made by others, laid out as timm, open_clip, img2dataset and CLIP_benchmark do."""
+"""Shards made by other programs, in the layouts of timm, open_clip, img2dataset, CLIP_benchmark."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from ds_classifier.data.shards import open_shards
 
 
 @pytest.mark.parametrize("name", ["", "_info.json"])
-def test_timm_with_both_splits_by_its_info(tmp_path, name):
+def test_timm_with_both_splits_from_its_info(tmp_path, name):
     folder = timm(tmp_path / "timm")
     found = index(str(folder / name), tmp_path / "out", workers=2)
     for split, pattern in (("train", "*-train-*.tar"), ("val", "*-validation-*.tar")):
@@ -41,7 +41,7 @@ def test_timm_with_both_splits_by_its_info(tmp_path, name):
     assert not (folder / "manifest.json").exists()
 
 
-def test_timm_labels_may_stand_in_the_json(tmp_path):
+def test_timm_labels_can_be_in_the_json(tmp_path):
     folder = timm(tmp_path / "timm")
     info = json.loads((folder / "_info.json").read_text())
     for split in info["splits"].values():
@@ -57,7 +57,7 @@ def test_timm_labels_may_stand_in_the_json(tmp_path):
 
 def test_clip_benchmark_with_its_class_names_and_ten_shards(tmp_path):
     folder = clip_benchmark(tmp_path / "clip")
-    index(str(folder), folder)  # beside the shards, as far as they are called like our splits
+    index(str(folder), folder)  # the manifest of train/ is written next to its shards
     for split, theirs in (("train", "train"), ("val", "test")):
         shards = open_shards(folder / split)
         assert by_ours(shards) == by_stock(list((folder / theirs).glob("*.tar")))
@@ -67,7 +67,7 @@ def test_clip_benchmark_with_its_class_names_and_ten_shards(tmp_path):
     assert [s.name for s in train.shards] == [f"{i}.tar" for i in range(12)]
     assert open_shards(folder / "val").manifest.location == str(folder / "test")
     (folder / "train/nshards.txt").unlink()
-    index(str(folder), folder)  # made anew
+    index(str(folder), folder)  # replaces the index
     train = open_shards(folder / "train").manifest
     assert [s.name for s in train.shards] == [f"{i}.tar" for i in range(12)]
 
@@ -99,7 +99,7 @@ def test_img2dataset_with_labels_in_the_json(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "sizes.json", "{00000..00001}.tar"])
-def test_open_clip_and_a_second_place_for_validation(tmp_path, name):
+def test_open_clip_and_a_second_location_for_validation(tmp_path, name):
     folder, val = open_clip(tmp_path / "a"), open_clip(tmp_path / "b", (1,))
     found = index(str(folder / name), tmp_path / "out", val=str(val))
     assert {s.checked_by for s in found.values()} == {"sizes.json"}
@@ -110,7 +110,7 @@ def test_open_clip_and_a_second_place_for_validation(tmp_path, name):
 
 
 def test_long_names_folders_and_other_members(tmp_path):
-    """GNU and pax tars with names over 100 and 255 bytes, in any order, with much between them."""
+    """Index GNU and pax tars with names over 100 and 255 bytes, in any order, and other members."""
     long = "n" * 90 + "/" + "k" * 150
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         members = [
@@ -122,7 +122,7 @@ def test_long_names_folders_and_other_members(tmp_path):
             ("b.pkl", b"cos\nsystem\n(S'false'\ntR."),
             ("b.cls", b" 0 "),
             ("._b.jpg", b"mac"),
-            ("__notes__/c.jpg", b"passed by webdataset too"),
+            ("__notes__/c.jpg", b"skipped by webdataset too"),
             ("readme.txt", b"about"),
             (f"{long}.json", b"{" * 100_000),
             (f"{long}.png", image(3, "PNG")),
@@ -152,7 +152,7 @@ def test_indexed_shards_are_trained_on(tmp_path):
     assert (done.code, len(done.lines)) == (0, 3), done.output
     assert "40 images of 3 classes in 2 shards" in done.lines[0]
     assert f"at {folder}; counts agree with _info.json" in done.lines[0]
-    assert "0.0% of neighbours share their class, 33" in done.lines[1]
+    assert "0.0 % of neighbours share their class, 33" in done.lines[1]
     assert "lane" not in done.output
     done = run_python(script, "verify", tmp_path / "data/train", "--hash", cwd=tmp_path)
     assert done.code == 0, done.output
@@ -183,15 +183,15 @@ def test_the_command_line(tmp_path):
     tar_of(tmp_path / "x.tar", members)
     done = run_python(script, "index", "x.tar", "out", "--workers", "1", cwd=tmp_path)
     assert done.code == 0, done.output
-    assert "nothing beside them tells their counts" in done.lines[0]
-    assert "92.3% of neighbours share their class, 25.0% in a random order" in done.lines[1]
+    assert "no metadata to compare the counts with" in done.lines[0]
+    assert "92.3 % of neighbours share their class, 25.0 % in a random order" in done.lines[1]
     assert done.lines[1].endswith("do: train with --shuffle_shards lane")
     tar_of(tmp_path / "x.tar", [*members, ("z.jpg", JPG)])
     done = run_python(script, "index", "x.tar", "new", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 3), done.output
     assert done.lines[0].startswith("error: these shards cannot be used as they are")
     assert done.lines[1].endswith("x.tar: z has an image but no .cls")
-    assert "do: say where labels stand with --label" in done.lines[2]
+    assert "do: give the place of labels with --label" in done.lines[2]
     assert not (tmp_path / "new").exists()
     done = run_python(script, "index", "x.tar", "new", "--label", "txt", cwd=tmp_path)
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""Shards made by others that are damaged, cut or hostile."""
+"""Shards made by other programs that are damaged, cut or hostile."""
 
 import re
 import tarfile
@@ -17,7 +17,7 @@ def header(name: str, size: int, kind: bytes = b"0") -> bytes:
 
 
 def damage() -> dict:
-    """name -> (bytes of a tar after two whole samples and before its end, words of the error)."""
+    """Return name -> (bytes between two samples and the end of a tar, words of the error)."""
     pax = header("x", 20, b"x") + b"20 comment=aaaaaaaa\n".ljust(512, b"\0")
     link = tarfile.TarInfo("l.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -42,7 +42,7 @@ def damage() -> dict:
 
 @pytest.mark.parametrize("way", damage())
 def test_damaged_and_hostile_tars(tmp_path, served_folder, way):
-    """From a file and from a URL; the error names the shard and both counts."""
+    """Check that the error for a file and for a URL names the shard and both counts."""
     server, far = served_folder
     blocks, words = damage()[way]
     whole = tar_of(
@@ -82,8 +82,8 @@ def test_compressed_shards_are_refused(tmp_path):
     assert "compressed tar (gzip)" in problems(tmp_path / "y.tar", tmp_path / "out")
 
 
-def test_memory_stays_small_in_what_follows_the_last_member(tmp_path):
-    """Headers of 30 MB and a trailer of 100 MB are walked in pieces."""
+def test_memory_stays_small_for_large_headers_and_trailers(tmp_path):
+    """Read headers of 30 MB and a trailer of 100 MB in pieces."""
     import tracemalloc
 
     class Zeros:

@@ -1,4 +1,4 @@
-"""Shards made by others that are not as they say, or whose samples are not whole."""
+"""Shards made by other programs that contradict their metadata, or have incomplete samples."""
 
 import pytest
 from layouts_of_others import (
@@ -41,15 +41,15 @@ def test_counts_that_do_not_agree(tmp_path):
         rewrite(open_clip(folder) / "sizes.json", lambda s: s.update({"00002.tar": 4}))
         write_tar(folder / "00005.tar", [{"__key__": "z", "jpg": b"", "cls": 0}])
         return [
-            "00002.tar is not here, but in sizes.json",
-            "00005.tar: sizes.json does not name it",
+            "00002.tar does not exist, but is in sizes.json",
+            "00005.tar is not in sizes.json",
         ]
 
     def nshards(folder):
         clip_benchmark(folder)
         (folder / "train/nshards.txt").write_text("11\n")
         (folder / "test/nshards.txt").write_text("4\n")
-        return ["train/11.tar is here, but not in nshards", "test/3.tar is not here, but in nsh"]
+        return ["train/11.tar is not in nshards", "test/3.tar does not exist, but is in nsh"]
 
     def stats(folder):
         img2dataset(folder)
@@ -59,7 +59,7 @@ def test_counts_that_do_not_agree(tmp_path):
         return [
             "00000.tar: got 3 samples; NAME_stats.json says 2",
             "00001.tar: got no 00001_stats.json",
-            "00002.tar is not here, but in NAME_stats.json",
+            "00002.tar does not exist, but is in NAME_stats.json",
         ]
 
     for number, layout in enumerate(
@@ -93,14 +93,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_samples_that_are_not_whole_are_told_with_their_key(tmp_path, fault):
+def test_incomplete_samples_are_reported_with_their_key(tmp_path, fault):
     members, words = FAULTS[fault]
     good = [("good.jpg", JPG), ("good.cls", b"0")]
     tar = tar_of(tmp_path / "x-0.tar", [*good, *members, ("z.jpg", JPG), ("z.cls", b"x")])
     message = problems(tmp_path, tmp_path / "out")
     assert words in message
     assert "x-0.tar: " in message
-    assert "z has no usable label" in message  # and what follows
+    assert "z has no usable label" in message  # problems after the first one are reported too
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"x-0\.tar"):
         list(scan_shard(tar))
@@ -124,14 +124,14 @@ def test_samples_that_are_not_whole_are_told_with_their_key(tmp_path, fault):
         ('"' + "x" * (1 << 20), "got more than 1048576 bytes"),
     ],
 )
-def test_labels_in_a_json_are_looked_at_closely(tmp_path, value, words):
+def test_labels_in_a_json_are_checked(tmp_path, value, words):
     tar_of(tmp_path / "x.tar", [("a.json", value.encode()), ("a.jpg", JPG)])
     message = problems(tmp_path / "x.tar", tmp_path / "out", labels="json:class")
     assert "a has no usable label in .json" in message
     assert words in message
 
 
-def test_a_number_is_taken_as_a_float_too(tmp_path):
+def test_a_label_can_be_an_integral_float(tmp_path):
     tar_of(tmp_path / "x.tar", [("a.json", b'{"class": 0.0}'), ("a.jpg", JPG)])
     index(str(tmp_path / "x.tar"), tmp_path / "out", labels="json:class")
     assert open_shards(tmp_path / "out/train").index["label"].tolist() == [0]
@@ -154,7 +154,7 @@ def test_labels_out_of_range_and_gaps(tmp_path):
     assert "t-1.tar: c has label 7; there are 2 classes" in message
 
 
-def test_keys_over_shards(tmp_path):
+def test_keys_in_several_shards(tmp_path):
     tar_of(tmp_path / "t-0.tar", [("a.jpg", JPG), ("a.cls", b"0"), ("b.jpg", JPG)])
     tar_of(tmp_path / "t-1.tar", [("b.cls", b"0"), ("c.jpg", JPG), ("c.cls", b"0")])
     message = problems(tmp_path, tmp_path / "out")  # a sample split over two shards
@@ -168,13 +168,13 @@ def test_keys_over_shards(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_many_problems_are_not_all_told(tmp_path):
+def test_at_most_20_problems_are_listed(tmp_path):
     for shard in range(3):
         members = [(f"{shard}_{i}.jpg", b"") for i in range(50)]
         tar_of(tmp_path / f"t-{shard}.tar", members)
     message = problems(tmp_path, tmp_path / "out")
-    assert len(message.splitlines()) == 23  # a head, 20 problems, how many more, what to do
-    assert message.splitlines()[-2].strip() == "... and 130 problems more"
+    assert len(message.splitlines()) == 23  # a head, 20 problems, the number of others, advice
+    assert message.splitlines()[-2].strip() == "... and 130 more problems"
 
 
 def test_the_index_of_other_shards_is_not_replaced(tmp_path):
@@ -189,7 +189,7 @@ def test_the_index_of_other_shards_is_not_replaced(tmp_path):
     assert (tmp_path / "out/train/manifest.json").read_text() == before
 
 
-def test_places_that_hold_no_shards_or_too_many_kinds(tmp_path):
+def test_locations_without_shards_or_with_several_kinds(tmp_path):
     assert "does not exist" in problems(tmp_path / "nowhere", tmp_path / "out")
     assert "without any .tar" in problems(tmp_path, tmp_path / "out")
     assert "none of its 3 shards exists" in problems(tmp_path / "x-{0..2}.tar", tmp_path / "out")
@@ -202,7 +202,7 @@ def test_places_that_hold_no_shards_or_too_many_kinds(tmp_path):
         f"{tmp_path}/{{a/imagenet1k-train-0000,b/00000}}.tar", tmp_path / "out"
     )
     (tmp_path / "b/sizes.json").write_text('{"../../x.tar": 3}')
-    assert "../../x.tar is not here" in problems(tmp_path / "b", tmp_path / "out")
+    assert "../../x.tar does not exist" in problems(tmp_path / "b", tmp_path / "out")
     rewrite(
         timm(tmp_path / "c") / "_info.json",
         lambda i: i["splits"]["train"].update(filenames=["/etc/x.tar", "y.tar"]),

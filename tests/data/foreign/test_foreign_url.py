@@ -1,4 +1,4 @@
-"""Shards made by others at a URL, and where a manifest says that they lie."""
+"""Shards made by other programs behind a URL, and the location in a manifest."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_shards_at_a_url_are_streamed_once_and_read_through_the_cache(
     server, far = served_folder
     layout(far)
     first = sorted(tar.relative_to(far).as_posix() for tar in far.rglob("*0*.tar"))[0]
-    server.faults[first] = ["reset", 500]  # resumed where it broke off
+    server.faults[first] = ["reset", 500]  # the download is resumed after each fault
     found = index(f"{server.url}{suffix}", tmp_path / "out", workers=2)
     assert found["train"].checked_by == checked
     assert ("val" in found) == (layout is not open_clip and not suffix.endswith(".tar"))
@@ -58,7 +58,7 @@ def test_shards_at_a_url_are_streamed_once_and_read_through_the_cache(
 
 
 @pytest.mark.parametrize("no_ranges", [False, True])
-def test_a_stream_goes_on_where_it_broke_off(served_folder, no_ranges):
+def test_an_interrupted_stream_is_resumed(served_folder, no_ranges):
     server, far = served_folder
     content = np.random.RandomState(0).bytes(3_000_000)
     (far / "x.tar").write_bytes(content)
@@ -68,7 +68,7 @@ def test_a_stream_goes_on_where_it_broke_off(served_folder, no_ranges):
     assert b"".join(fetch.stream(f"{server.url}/x.tar", patience=patience)) == content
     assert server.count("x.tar") == 4
     if no_ranges:
-        server.faults["x.tar"] = ["close", "long"]  # another length: another file
+        server.faults["x.tar"] = ["close", "long"]  # another length means another file
         with pytest.raises(OSError, match="was 3000000 bytes, is 3001000 now"):
             list(fetch.stream(f"{server.url}/x.tar", patience=patience))
 
@@ -87,7 +87,7 @@ def test_img2dataset_at_a_url(served_folder, tmp_path):
     assert "00001.tar: got no whole file in 1 try; the last: HTTP 404" in message
 
 
-def test_urls_that_no_manifest_may_hold(tmp_path, served_folder):
+def test_urls_that_a_manifest_must_not_hold(tmp_path, served_folder):
     for url, words in (
         ("pipe:cat /tmp/{0..3}.tar", "runs a program"),
         ("x.tar::pipe:cat y.tar", "runs a program"),

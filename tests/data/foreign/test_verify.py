@@ -1,4 +1,4 @@
-"""Shards behind a URL are verified as they are beside their manifest."""
+"""Verification of shards behind a URL, compared with that of the same files."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ from ds_classifier.data.shards import open_shards
 
 @pytest.fixture
 def far(folder, tmp_path, monkeypatch):
-    """A directory with a split of three shards, served at a URL: (server, directory)."""
+    """Serve a split of three shards at a URL, and yield (server, directory)."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
@@ -27,7 +27,7 @@ def far(folder, tmp_path, monkeypatch):
     server = FlakyServer(tmp_path / "far/train")
     yield server, tmp_path / "far/train"
     server.close()
-    assert not list((tmp_path / "tmp").iterdir()), "what was fetched is still there"
+    assert not list((tmp_path / "tmp").iterdir()), "a download was not removed"
 
 
 def cut(tar):
@@ -44,7 +44,7 @@ def damage_a_header(tar):
     tar.write_bytes(data[:at] + bytes(512) + data[at + 512 :])
 
 
-def damage_a_image(tar):
+def damage_an_image(tar):
     data = bytearray(tar.read_bytes())
     data[data.index(b"IDAT") + 9] ^= 0xFF
     tar.write_bytes(data)
@@ -55,18 +55,18 @@ def swap(tar):
 
 
 @pytest.mark.parametrize("decode", [False, True])
-@pytest.mark.parametrize("damage", [cut, lengthen, damage_a_header, damage_a_image, swap])
+@pytest.mark.parametrize("damage", [cut, lengthen, damage_a_header, damage_an_image, swap])
 def test_problems_at_a_url_are_those_of_the_files(far, damage, decode):
     server, folder = far
     assert verify(server.url, check_decode=decode, workers=2) == []
     damage(folder / "train-000001.tar")
     here = verify(folder, check_hash=True, check_decode=decode)
-    assert here, "the damage is no damage"
+    assert here, "the damage has no effect"
     there = verify(server.url, check_decode=decode)
     assert there == [problem.replace(str(folder), server.url) for problem in here]
 
 
-def test_a_manifest_here_of_shards_at_a_url(far, tmp_path):
+def test_a_local_manifest_of_shards_at_a_url(far, tmp_path):
     server, folder = far
     for number in range(3):
         (folder / f"{number}.tar").write_bytes((folder / f"train-{number:06d}.tar").read_bytes())
@@ -79,12 +79,12 @@ def test_a_manifest_here_of_shards_at_a_url(far, tmp_path):
     assert verify(split, progress=lambda *counts: seen.append(counts)) == []
     assert seen == [(5, 15), (10, 15), (15, 15)]
     assert server.requests == [(f"{number}.tar", None) for number in range(3)]
-    damage_a_image(folder / "1.tar")
+    damage_an_image(folder / "1.tar")
     (problem,) = verify(split)
     assert problem == f"{server.url}/1.tar: its sha256 is not the manifest's"
 
 
-def test_a_broken_connection_is_no_problem_and_a_missing_shard_is_one(far):
+def test_a_broken_connection_is_no_problem_but_a_missing_shard_is(far):
     server, folder = far
     server.faults["train-000000.tar"] = ["reset", 500]
     assert verify(server.url) == []
@@ -98,8 +98,8 @@ def test_the_command_takes_urls(far, tmp_path):
     server, folder = far
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "verify", server.url, "--hash", "--decode", cwd=tmp_path)
-    assert (done.code, done.output) == (0, f"{server.url}: whole\n")
-    damage_a_image(folder / "train-000001.tar")
+    assert (done.code, done.output) == (0, f"{server.url}: no problems\n")
+    damage_an_image(folder / "train-000001.tar")
     done = run_python(script, "verify", f"pipe:cat {folder}/{{name}}", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (1, 2), done.output
     assert "its sha256 is not the manifest's" in done.lines[0]
@@ -110,8 +110,8 @@ def test_the_command_takes_urls(far, tmp_path):
 
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("no_ranges", [False, True])
-def test_a_server_that_tells_no_length_and_breaks_off(far, no_ranges, decode):
-    """Such an end is like a whole file's: it is asked for the rest."""
+def test_a_server_that_sends_no_length_and_disconnects(far, no_ranges, decode):
+    """Ask for the rest, as the end of the connection looks like the end of the file."""
     server, _ = far
     server.no_length, server.no_ranges = True, no_ranges
     for damaged in ("train-000000.tar", "train-000002.tar"):
@@ -121,7 +121,7 @@ def test_a_server_that_tells_no_length_and_breaks_off(far, no_ranges, decode):
     assert server.count("train-000001.tar") == 1
 
 
-def test_what_breaks_off_every_time_is_not_whole(far, monkeypatch):
+def test_a_download_that_never_completes_is_a_problem(far, monkeypatch):
     server, folder = far
     monkeypatch.setattr(fetch, "LONGEST_PAUSE_S", 0.02)
     server.no_length = True
@@ -132,9 +132,9 @@ def test_what_breaks_off_every_time_is_not_whole(far, monkeypatch):
     assert f" of {size} bytes" in problem
 
 
-def test_every_split_that_can_be_checked_is(far, tmp_path):
+def test_all_readable_splits_are_checked(far, tmp_path):
     server, folder = far
-    damage_a_image(folder / "train-000001.tar")
+    damage_an_image(folder / "train-000001.tar")
     script = ROOT / "launch" / "make_shards.py"
     places = [tmp_path / "nothing", f"{server.url}/nowhere", server.url]
     done = run_python(script, "verify", *places, cwd=tmp_path)
@@ -147,7 +147,7 @@ def test_every_split_that_can_be_checked_is(far, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_terminated_it_leaves_nothing(far, tmp_path, workers):
+def test_sigterm_leaves_no_files(far, tmp_path, workers):
     server, _ = far
     for number in range(3):
         server.faults[f"train-{number:06d}.tar"] = ["stall"]
@@ -163,8 +163,11 @@ def test_terminated_it_leaves_nothing(far, tmp_path, workers):
         assert time.monotonic() < end
         time.sleep(0.02)
     time.sleep(0.2)
-    assert list((tmp_path / "tmp").glob("*/tmp*")), "nothing is fetched"
+    assert list((tmp_path / "tmp").glob("*/tmp*")), "no download has started"
     process.terminate()
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (143, "stopped; the same command again goes on\n")
+    _, output = process.communicate(timeout=20)
+    assert (process.returncode, output) == (
+        143,
+        "stopped; run the same command again to continue\n",
+    )
     assert not list((tmp_path / "tmp").iterdir())

@@ -17,7 +17,7 @@ from stores import (
 )
 
 from ds_classifier.data.convert.convert import convert
-from ds_classifier.data.convert.sources import Source, open_source
+from ds_classifier.data.convert.sources import DataSource, open_source
 from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
@@ -34,7 +34,7 @@ def many_shards(tmp_path_factory) -> Path:
     """The digits in shards of a few dozen images."""
     out = tmp_path_factory.mktemp("many")
     digits = open_source("digits")
-    val = Source("digits", digits.classes, {"val": digits.splits["val"]})
+    val = DataSource("digits", digits.classes, {"val": digits.splits["val"]})
     convert(val, out, samples_per_shard=50)
     return out / "val"
 
