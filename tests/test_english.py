@@ -29,21 +29,21 @@ VERBS = words(
     Change Check Choose Claim Classify Clean Clear Close Collect Combine Commit Compare Compile
     Complete Compute Concatenate Connect Construct Continue Convert Copy Correct Count Create
     Crop Cut Deal Decide Declare Decode Delete Denoise Describe Detect Determine Disable Display
-    Divide Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate Evict
-    Exit Expand Export Extend Extract Fail Fetch Fill Find Finish Fit Flush Fold Follow Force
+    Divide Do Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate Evict
+    Exchange Exit Expand Export Extend Extract Fail Fetch Fill Find Finish Fit Flush Fold Follow Force
     Forget Fork Format Forward Free Freeze Gather Generate Get Give Group Guess Guide Halve Hand
-    Handle Hash Ignore Import Increase Infer Initialize Insert Inspect Install Interpolate
+    Handle Hash Hide Ignore Import Increase Infer Initialize Insert Inspect Install Interpolate
     Interrupt Join Keep Kill Launch Lay Learn Leave Let Limit List Listen Load Locate Lock
     Log Look Lower Make Map Mark Match Measure Meet Merge Mirror Move Multiply Name Normalize
-    Note Notify Observe Open Order Override Pack Pad Parse Pass Patch Pause Perform
-    Permute Pick Plan Plot Poll Predict Prepare Preserve Print Probe Process Produce
+    Note Notify Observe Open Order Override Overwrite Pack Pad Parse Pass Patch Pause Perform
+    Permute Pick Plan Plot Poll Post Predict Prepare Preserve Print Probe Process Produce
     Protect Prune Put Raise Read Rebuild Receive Reclaim Record Recover Reduce
     Refer Refuse Register Rehearse Release Reload Remember Remove Rename Render Reorder Repeat
     Replace Report Request Require Reserve Reset Resize Resolve Respace Restart Restore Resume
     Retry Return Reverse Rewrite Roll Round Run Sample Save Say Scale Scan Schedule Search Seek
     Select Send Separate Serve Set Settle Show Shuffle Shut Sign Signal Simulate Skip Sleep
     Slice Snapshot Sort Split Spool Start Stop Store Stream Strip Subtract Suggest
-    Sum Summarize Suppress Switch Sync Synchronize Take Talk Touch Trace Track Train
+    Sum Summarize Suppress Switch Sync Synchronize Take Talk Time Touch Trace Track Train
     Transform Translate Try Turn Undo Unlock Unpack Update Upload Use Validate Verify Visit Vote
     Wait Wake Walk Warn Watch Weigh Wrap Write Yield
     """

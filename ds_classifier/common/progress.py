@@ -1,4 +1,4 @@
-"""How far a long task is: a bar while a person watches, a line now and then in a log."""
+"""The progress of a long task: a bar while a person watches, a line now and then in a log."""
 
 from __future__ import annotations
 

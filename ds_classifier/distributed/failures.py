@@ -1,4 +1,4 @@
-"""How a failed run ends: every rank's traceback in a file, one message per host on the screen.
+"""The end of a failed run: every rank's traceback in a file, one message per host on the screen.
 
 runs/NAME/errors/2026-01-31_12-00-00/rank3.txt      what rank 3 was doing, with all its stacks
                                      HOST.json      the first error of that host, as printed

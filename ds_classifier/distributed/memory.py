@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def keep_freed() -> None:
-    """Have glibc keep the memory of freed large tensors, for a process that trains on a CPU.
+    """Let glibc keep the memory of freed large tensors, for a process that trains on a CPU.
 
     By default glibc returns it to the kernel, which gives it out again page by page, zeroed:
     500,000 page faults, 1 s of 6, in a step of the default classifier (fp32, 2 cores).

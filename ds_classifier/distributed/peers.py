@@ -1,4 +1,4 @@
-"""What ranks know about each other without collectives: each one's status, and which are gone.
+"""The ranks' knowledge of each other without collectives: each one's status, and which are gone.
 
 Every rank writes its status under its own key of torch's TCPStore, once per second, in a thread;
 rank 0's process serves the store. Every wait here has a time limit, because the rank that should

@@ -1,4 +1,4 @@
-"""What a conversion will write, decided in advance: the encoding, the shards, the directories."""
+"""The plan of a conversion, made before it writes anything: the encoding, the shards, the directories."""
 
 from __future__ import annotations
 
