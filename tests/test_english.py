@@ -29,8 +29,9 @@ VERBS = words(
     Change Check Choose Claim Classify Clean Clear Close Collect Combine Commit Compare Compile
     Complete Compute Concatenate Connect Construct Continue Convert Copy Correct Count Create
     Crop Cut Deal Decide Declare Decode Delete Denoise Describe Detect Determine Disable Display
-    Divide Do Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate Evict
-    Exchange Exit Expand Export Extend Extract Fail Fetch Fill Find Finish Fit Flush Fold Follow Force
+    Divide Do Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate
+    Evict Exchange Exit Expand Export Extend Extract Fail Fetch Fill Find Finish Fit Flush Fold
+    Follow Force
     Forget Fork Format Forward Free Freeze Gather Generate Get Give Group Guess Guide Halve Hand
     Handle Hash Hide Ignore Import Increase Infer Initialize Insert Inspect Install Interpolate
     Interrupt Join Keep Kill Launch Lay Learn Leave Let Limit List Listen Load Locate Lock

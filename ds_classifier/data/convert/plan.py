@@ -1,4 +1,4 @@
-"""The plan of a conversion, made before it writes anything: the encoding, the shards, the directories."""
+"""The plan of a conversion: the encoding, the shards, the directories."""
 
 from __future__ import annotations
 
