@@ -47,7 +47,7 @@ def warn(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Hide warnings of libraries that no user can act on. Call it before torch is imported."""
+    """Set filters for library warnings that no user can act on. Call it before importing torch."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

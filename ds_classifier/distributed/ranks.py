@@ -61,7 +61,7 @@ def all_gather(tensor):
 
 
 def broadcast(tensor):
-    """Overwrite a tensor with rank 0's, on every rank; return it."""
+    """Replace a tensor by rank 0's, in place, on every rank; return it."""
     import torch.distributed
 
     torch.distributed.broadcast(tensor, src=0)

@@ -150,7 +150,7 @@ class StopRequests:
 
 
 def _ignore(number: int, frame: Any) -> None:
-    """Do nothing: Python also writes the signal's number to the listening thread."""
+    """Ignore a signal: Python also writes its number to the listening thread."""
 
 
 class Stopped(Exception):

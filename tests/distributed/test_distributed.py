@@ -110,7 +110,7 @@ for _ in range(3):
 
 
 def test_a_reader_of_the_output_may_end():
-    """At Ctrl-C tee ends before the run does. The run must survive its broken pipe, and save."""
+    """The run survives the broken pipe of tee, which ends first at Ctrl-C, and saves."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", PRINTING, str(ROOT)]
