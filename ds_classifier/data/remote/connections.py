@@ -58,7 +58,7 @@ class Stream:
 
 
 @contextmanager
-def failures() -> Iterator[None]:
+def network_errors() -> Iterator[None]:
     """What a network does to us is a failed try; what our own disk does is not."""
     try:
         yield
@@ -91,7 +91,7 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
     headers = {"User-Agent": "ds_classifier", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    with failures():
+    with network_errors():
         request = urllib.request.Request(url, headers=headers)
         response = _OPENER.open(request, timeout=stall_timeout_s)
     with response:
@@ -205,7 +205,7 @@ def _opened_by_gopen(url: str, start: int, stall_timeout_s: float) -> Iterator[S
 
     with ExitStack() as opened:
         try:
-            with failures():
+            with network_errors():
                 url = rewrite_url(url)
                 if scheme(url) == "pipe":
                     source = opened.enter_context(_in_shell(url[len("pipe:") :]))
@@ -260,7 +260,7 @@ def _program(source, stall_timeout_s: float) -> Iterator[Stream]:
         yield Stream(read)
         source.timeout = stall_timeout_s
         try:
-            with failures():
+            with network_errors():
                 source.close()  # raises when the program failed
         except subprocess.TimeoutExpired:
             raise Failed("stalled: the program does not end") from None

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import refuse_pipe, shown, without_logins
-from ds_classifier.data.remote.connections import Failed, Stream, failures, opened_url
+from ds_classifier.data.remote.connections import Failed, Stream, network_errors, opened_url
 
 SLOWEST = 1024  # bytes a second; a slower stream is a stalled one
 PROGRESS = 1 << 20  # new bytes that make a broken try no failure
@@ -194,7 +194,7 @@ def _insist(
 def _chunks(stream: Stream, stall_timeout_s: float) -> Iterator[bytes]:
     since, got, at = time.monotonic(), 0, stream.start
     while at != stream.total:  # some servers leave the connection open after the last byte
-        with failures():
+        with network_errors():
             chunk = stream.read()
         if not chunk:
             return
