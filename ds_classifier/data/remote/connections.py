@@ -6,27 +6,33 @@ through webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
 import os
 import re
 import select
 import signal
+import ssl
 import subprocess
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+import requests
+import urllib3
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import scheme
 
 CHUNK = 1 << 20  # bytes asked for at a time
 WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # of the HTTP statuses 4xx
+WRAPPERS = (requests.RequestException, urllib3.exceptions.HTTPError)  # texts may hold secrets
+
+BAD_URL = (
+    "no valid http URL, or a redirect to one that is not; need %XX for all but plain letters, as "
+    "in a password"
+)
 
 # A program in a shell, in a session of its own. Its group ends with the one who started it, of
 # whatever that dies, and when that lets go: the watcher then sees the end of its standard input.
@@ -59,24 +65,19 @@ class Stream:
 
 @contextmanager
 def network_errors() -> Iterator[None]:
-    """What a network does to us is a failed try; what our own disk does is not."""
+    """Raise Failed for errors of the network or the other side; those of our disk pass."""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        final = 400 <= error.code < 500 and error.code not in WORTH_TRYING_AGAIN
-        # 416: the part is as long as the server's file, or longer.
-        restart = error.code == 416
-        raise Failed(f"HTTP {error.code} {error.reason}", final=final, restart=restart) from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise Failed(files.problem(error), final=True) from None
-    except TimeoutError:
-        raise Failed("stalled: no answer within the time-out") from None
-    except http.client.InvalidURL:  # its text may hold a part of a password
-        reason = "no valid URL; need %XX for what is no plain letter in it, as in a password"
-        raise Failed(reason, final=True) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise Failed(f"{type(error).__name__}: {files.problem(error)}") from None
+    except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError) as error:
+        cause = error
+        while isinstance(cause, WRAPPERS) and (inner := cause.__cause__ or cause.__context__):
+            cause = inner
+        if isinstance(cause, TimeoutError):
+            raise Failed("stalled: no answer within the time-out") from None
+        text = "" if isinstance(cause, WRAPPERS) else f": {files.problem(cause)}"
+        raise Failed(type(cause).__name__ + text) from None
 
 
 @contextmanager
@@ -88,114 +89,95 @@ def opened_url(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]
 
 @contextmanager
 def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]:
+    """Open an http(s) URL; with requests, which follows redirects and reads proxy settings.
+
+    A login in the URL is sent to the host that it was given for, and not to a host that a redirect
+    leads to.
+    """
     headers = {"User-Agent": "ds_classifier", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    with network_errors():
-        request = urllib.request.Request(url, headers=headers)
-        response = _OPENER.open(request, timeout=stall_timeout_s)
-    with response:
-        if response.status == 206:
+    adapter = _PatientAdapter(stall_timeout_s)
+    with requests.Session() as session, ExitStack() as opened:
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
+        # The system's certificates, as for all other programs; requests has its own list.
+        certificates = ssl.get_default_verify_paths()
+        session.verify = certificates.cafile or certificates.capath or True
+        with network_errors():
+            try:
+                parts = urllib3.util.parse_url(url)
+                login = parts.auth and map(unquote_to_bytes, parts.auth.partition(":")[::2])
+                response = session.get(
+                    parts._replace(auth=None).url,
+                    headers=headers,
+                    auth=login and tuple(login),  # bytes: requests would encode it as Latin-1
+                    stream=True,
+                    timeout=stall_timeout_s,
+                )
+            except ValueError:  # its text may hold a part of a password
+                raise Failed(BAD_URL, final=True) from None
+        opened.enter_context(response)
+        response.raw.enforce_content_length = False  # the caller compares sizes
+        status = response.status_code
+        if not 200 <= status < 300:
+            final = 400 <= status < 500 and status not in WORTH_TRYING_AGAIN
+            # 416: the part is as long as the server's file, or longer.
+            raise Failed(f"HTTP {status} {response.reason}", final=final, restart=status == 416)
+        if status == 206:
             word = response.headers.get("Content-Range", "")
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", word)
             if not found or int(found[1]) != start:
                 raise Failed(f"asked for bytes {start}-, got {word!r}", restart=True)
             total = None if found[2] == "*" else int(found[2])
         else:  # the whole file, whether or not a range was asked for
-            start, total = 0, response.length
+            start, total = 0, response.raw.length_remaining
 
         def read() -> bytes:
-            response.patient.start()
-            return response.read1(CHUNK)
+            adapter.restart_clock()
+            # Not iter_content, which waits for a whole chunk and loses what came of a broken one.
+            return response.raw.read1(CHUNK, decode_content=False)
 
-        yield Stream(read, start, total, ends=total is not None or bool(response.chunked))
+        yield Stream(read, start, total, ends=total is not None or response.raw.chunked)
 
 
-class _Patient(io.RawIOBase):
-    """What a socket receives; TimeoutError when that takes longer, in all, than its time-out.
+class _PatientAdapter(requests.adapters.HTTPAdapter):
+    """Makes connections where a response's head, and each read, may take limit_s seconds in all.
 
-    By itself a socket counts from byte to byte, and an answer's head may come in a thousand.
+    By itself a socket counts its time-out from byte to byte, and the head of a response, or the
+    length of a chunk, may come in a thousand pieces.
     """
 
-    def __init__(self, socket, received: io.RawIOBase):
-        self._socket, self._received = socket, received
-        self._timeout_s = socket.gettimeout()
-        self.start()
+    def __init__(self, limit_s: float):
+        super().__init__()
+        self._limit_s = limit_s
 
-    def start(self) -> None:
-        self._end = time.monotonic() + self._timeout_s
+    def restart_clock(self) -> None:
+        """Allow limit_s seconds from now."""
+        self._end = time.monotonic() + self._limit_s
 
-    def readable(self) -> bool:
-        return True
+    def get_connection_with_tls_context(self, *arguments, **keywords):
+        """Return the pool of connections for a request."""
+        pool = super().get_connection_with_tls_context(*arguments, **keywords)
+        own = {"response_class": staticmethod(self._response)}
+        pool.ConnectionCls = type("_PatientConnection", (pool.ConnectionCls,), own)
+        return pool
 
-    def readinto(self, buffer) -> int | None:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._socket.settimeout(left)
-        return self._received.readinto(buffer)
+    def _response(self, socket, *arguments, **keywords) -> http.client.HTTPResponse:
+        """Return a response whose reads raise TimeoutError when the time is over."""
+        self.restart_clock()
+        response = http.client.HTTPResponse(socket, *arguments, **keywords)
+        receive = response.fp.raw.readinto
 
-    def close(self) -> None:
-        self._received.close()
-        super().close()
+        def readinto(buffer) -> int | None:
+            left = self._end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            socket.settimeout(left)
+            return receive(buffer)
 
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, socket, *arguments, **keywords):
-        super().__init__(socket, *arguments, **keywords)
-        self.patient = _Patient(socket, self.fp.detach())
-        self.fp = io.BufferedReader(self.patient)
-
-
-class _PatientConnections:
-    def do_open(self, connection, request, **keywords):
-        patient = type("_Connection", (connection,), {"response_class": _Response})
-        return super().do_open(patient, request, **keywords)
-
-
-class _Http(_PatientConnections, urllib.request.HTTPHandler):
-    pass
-
-
-class _Https(_PatientConnections, urllib.request.HTTPSHandler):
-    pass
-
-
-class _Login(urllib.request.BaseHandler):
-    """USER:PASSWORD@ of a URL as an Authorization header (RFC 7617), which urllib leaves in the
-    host's name. Redirects do not take it along: it is for the host that it was given for."""
-
-    handler_order = 100  # before a Host header is made
-
-    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        login, at, host = request.host.rpartition("@")
-        if at:
-            parts = urllib.parse.urlsplit(request.full_url)
-            request.full_url = parts._replace(netloc=host).geturl()
-            words = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
-            request.add_unredirected_header("Authorization", f"Basic {words}")
-        return request
-
-    https_request = http_request
-
-
-class _Redirect(urllib.request.HTTPRedirectHandler):
-    """To another path of the same server the login is taken along."""
-
-    def redirect_request(self, request, *answer):
-        following = super().redirect_request(request, *answer)
-        login = request.unredirected_hdrs.get("Authorization")
-        if following and login and _origin(following) == _origin(request):
-            following.add_unredirected_header("Authorization", login)
-        return following
-
-
-def _origin(request: urllib.request.Request) -> tuple[str, str]:
-    parts = urllib.parse.urlsplit(request.full_url)
-    return parts.scheme.lower(), parts.netloc.lower()
-
-
-_OPENER = urllib.request.build_opener(_Http, _Https, _Login, _Redirect)
+        response.fp.raw.readinto = readinto
+        return response
 
 
 @contextmanager

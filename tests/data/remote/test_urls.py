@@ -86,6 +86,14 @@ def test_a_login_is_taken_to_no_other_server(served, tmp_path):
         assert other.logins == [None]
 
 
+def test_a_redirect_to_no_valid_url_shows_no_login(served):
+    server, _, url = served
+    server.redirects = {"moved.tar": "http://me:secret/x@h/a"}
+    with pytest.raises(OSError, match=r"moved\.tar: got no whole file in 1 try.*need %XX") as error:
+        fetch_small(f"{url}/moved.tar", limit_bytes=9, patience=Patience(**FAST))
+    assert "secret" not in str(error.value)
+
+
 def test_nothing_that_is_kept_or_said_has_a_login(served, folder, tmp_path):
     """A split at such a URL: its cache, errors, verify; and no manifest holds it."""
     server, far, url = served
