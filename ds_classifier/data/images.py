@@ -181,8 +181,9 @@ def resize_and_crop(
     """Resize to the short side, then cut a square: uint8 [size, size, channels].
 
     image: decoded, or as uint8 [H, W, channels]; a fast resize takes that without a copy.
-    fast: by torch's bicubic filter, whose weights have fewer bits than Pillow's: no value differs
-    by more than FAST_TOLERANCE. Images with alpha, or very tall ones, stay with Pillow.
+    fast: resize with torchvision, whose filter weights have fewer bits than Pillow's: no value
+        differs by more than FAST_TOLERANCE. Images with alpha, and very tall ones, stay with
+        Pillow.
     """
     resized = resized_size(_size(image), short_side)
     if min(_size(image)) >= 2 * short_side:
@@ -226,16 +227,13 @@ def _pillow_crop(
 def _torch_crop(
     pixels: np.ndarray, resized: tuple[int, int], size: int, top: int, left: int
 ) -> np.ndarray:
-    import torch  # here: converting and verifying shards needs none
+    import torch  # here: converting and verifying shards needs neither
+    from torchvision.transforms.v2.functional import InterpolationMode, resize
 
     width, height = resized
-    whole = torch.nn.functional.interpolate(
-        torch.from_numpy(pixels).permute(2, 0, 1)[None],  # [1, C, H, W], channels last
-        size=(height, width),
-        mode="bicubic",
-        antialias=True,
-    )
-    return whole[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+    image = torch.from_numpy(pixels).permute(2, 0, 1)  # [C, H, W], channels last
+    image = resize(image, [height, width], InterpolationMode.BICUBIC)
+    return image[:, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
 def center_crop(image: Image.Image | np.ndarray, size: int, *, fast: bool = False) -> np.ndarray:
