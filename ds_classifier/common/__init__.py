@@ -1,1 +1,1 @@
-"""Files, URLs and keyed random numbers: what knows nothing of training."""
+"""Files, URLs, text, progress and keyed random numbers; nothing here knows about training."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: hashes, syncing, replacing; lines that a kill cut short."""
+"""Write files completely or not at all; append to line files; hash files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 
 def problem(error: Exception) -> str:
-    """What an error says; of one of the system, the file and the reason, without its number."""
+    """Return an error's text; for a system error, "FILE: REASON" without the error number."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -30,9 +30,10 @@ def sha256(path: Path) -> str:
 
 
 def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a file and have it on the disk; returns its size and sha256, of what was to be written.
+    """Write chunks to a file and sync it; return its size in bytes and its SHA-256 in hex.
 
-    Raises OSError with the path in it.
+    The hash is of the bytes passed in; the file is not read again.
+    Raises OSError that names the path.
     """
     digest, size = hashlib.sha256(), 0
     try:
@@ -50,7 +51,7 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an error name the file: a full disk does not tell which."""
+    """Add the path to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -73,12 +74,12 @@ def size_of_file(path: Path) -> int:
 
 
 def nearest_directory(path: Path) -> Path:
-    """The directory, or that of its parents which exists: on the disk where it will be made."""
+    """Return the path, or its nearest parent, that is a directory: on the disk it will use."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 def fsync(path: Path) -> None:
-    """Have a file, or a directory's entries, on the disk before going on."""
+    """Sync a file, or a directory's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -87,12 +88,12 @@ def fsync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give a file a new content at once: readers see the old or the new one, never a part."""
+    """Replace a file's content atomically: readers see the old or the new text, never a part."""
     replace_lines(path, [text])
 
 
 def replace_lines(path: Path, lines: Iterable[str]) -> None:
-    """As `replace_text`, of a content that need not fit in memory."""
+    """Replace a file's content atomically with lines that need not fit in memory together."""
     staging = path.with_name(f".{path.name}.staging")
     with open(staging, "w", newline="") as file:
         file.writelines(lines)
@@ -101,7 +102,10 @@ def replace_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add whole lines to a file; one that a full disk or a kill cut short ends before them."""
+    """Append whole lines to a file.
+
+    If a full disk or a kill cut the last line short, a line break is written first.
+    """
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, 2)
@@ -110,7 +114,10 @@ def append(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a .jsonl file; no file has none, and lines cut by a kill are passed over."""
+    """Yield the JSON objects of a .jsonl file; skip lines that a kill cut short.
+
+    Yields nothing if the file does not exist.
+    """
     try:
         file = open(path, errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""The keyed random numbers of `keyed_random.py` as tensors, on whatever device trains.
+"""The keyed random numbers of `keyed_random.py` as tensors, on any device.
 
-int64 arithmetic: two's complement wraps as uint64 does, only right shifts must be masked. The
-integers equal numpy's.
+torch has no uint64 arithmetic, so int64 is used: two's complement wraps in the same way, and only
+right shifts must be masked. The integers equal numpy's.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def sample_keys(key: int, positions: Tensor) -> Tensor:
-    """A key for every position: [N] int64 -> [N] int64, `fold(key, position)` as signed bits."""
+    """Return a key for each position, `fold(key, position)` as signed bits: [N] int64."""
     return _mix((positions + 1) * _signed(GOLDEN) + _signed(key))
 
 
 def uniform(keys: Tensor) -> Tensor:
-    """One number in [0, 1) a key, [N] float64, of 53 random bits."""
+    """Return one number in [0, 1) per key, [N] float64, with 53 random bits."""
     return _shift_right(_mix(keys + _signed(GOLDEN)), 11).double() * 2.0**-53
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
-    """Standard normal numbers, [N, count] float32: row n depends on keys[n] alone.
+    """Return standard normal numbers, [N, count] fp32; row n depends on keys[n] alone.
 
-    Box & Muller 1958 on the two halves of each 64-bit number; at most 6.8 standard deviations.
-    The integers are the same on every device, the normals up to its rounding of log and cos.
+    Method: Box & Muller 1958, on the two halves of each 64-bit number; the largest possible value
+    is 6.8 standard deviations. Devices differ only in their rounding of log and cos.
     """
     pairs = (count + 1) // 2
     index = torch.arange(1, pairs + 1, device=keys.device) * _signed(GOLDEN)

@@ -1,4 +1,4 @@
-"""What a URL is, and what of it may be shown."""
+"""Recognize URLs, and hide logins before a URL is shown."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import re
 
 HIDDEN_LOGIN = "***@"
 
-# A login ends at the last @ before the path. Where what follows its first colon is no port, a
-# password with an unescaped slash is taken for one too, for nobody could fetch that anyway.
+# A login ends at the last @ before the path. If the text after its first colon is not a port, the
+# login may also hold a slash: a password with an unescaped slash cannot be fetched, only hidden.
 _LOGIN = re.compile(r"""(?<=//)(?:[^/\s'"]*@|[^/\s'"@:]+:(?!\d*/)[^\s'"@]*@)+""")
 
 
 def scheme(location: str) -> str:
-    """ "http", "pipe" ... of a URL in lower case; "" of a local path."""
+    """Return a URL's scheme ("http", "pipe", ...) in lower case, or "" for a local path."""
     found = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe|file):", location, re.IGNORECASE)
     return (found[1] or found[2]).lower() if found else ""
 
 
 def without_logins(text: str) -> str:
-    """The text with ***@ for the USER:PASSWORD@ of every URL in it."""
+    """Return the text with ***@ in place of USER:PASSWORD@ in every URL."""
     return _LOGIN.sub(HIDDEN_LOGIN, text)
 
 
 def shown(url: str) -> str:
-    """The URL without what may be secret: ***@ for user and password, and no http query.
+    """Return the URL without secrets: ***@ for user and password, and no http query.
 
-    Directories are what they were, so that any location may be passed through.
+    A directory is returned unchanged, so any location may be passed.
     """
     if not scheme(url):
         return url
@@ -34,7 +34,7 @@ def shown(url: str) -> str:
 
 
 def refuse_pipe(url: str, allow_pipe: bool) -> None:
-    """ValueError for a pipe: URL, which runs a program, unless the command line named it."""
+    """Raise ValueError for a pipe: URL, which runs a program, unless allow_pipe is set."""
     if scheme(url) == "pipe" and not allow_pipe:
         raise ValueError(
             f"got {shown(url)!r}, which runs a program; need a URL; do: pass it as a flag"
@@ -42,7 +42,7 @@ def refuse_pipe(url: str, allow_pipe: bool) -> None:
 
 
 def refuse_hidden_login(url: str) -> None:
-    """ValueError for a URL as it is kept with a run, whose login was left out."""
+    """Raise ValueError for a URL whose login was replaced by ***@ when it was saved with a run."""
     if HIDDEN_LOGIN in url:
         raise ValueError(
             f"got {shown(url)}, whose user and password were not kept; do: give the URL with them "
