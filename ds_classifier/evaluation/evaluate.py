@@ -22,7 +22,7 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
-from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.evaluation.meter import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.loss import NoisedClassifier, to_x_start
 

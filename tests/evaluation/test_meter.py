@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter
+from ds_classifier.evaluation.meter import LOSS_EDGES, Meter
 
 
 @pytest.fixture(autouse=True)
