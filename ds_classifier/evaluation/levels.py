@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
+from ds_classifier.evaluation.metrics import METRICS, likeliest
 
-TOP = 5
 ECE_BINS = 15  # as in Guo et al. 2017
 FRACTION = 1 << 31  # parts of 1 that the fraction of a summed number is rounded to
 LARGEST = 1e9  # of a number summed: 2^31 samples of it fit into 64 bits
 
+COUNTED = [metric for metric in METRICS.values() if metric.count]  # values of 0 or 1
+AVERAGED = [metric for metric in METRICS.values() if not metric.count]
 # What is counted of a sample, and what is summed of it.
-COUNTS = ("samples", "correct@1", "correct@5", "not_finite")
-VALUES = ("loss", "grad_norm")
+COUNTS = ("samples", *(metric.count for metric in COUNTED), "not_finite")
+VALUES = (*(metric.name for metric in AVERAGED), "grad_norm")
 
 
 class LevelSums:
@@ -59,23 +61,23 @@ class LevelSums:
         A sample whose loss or gradient is not finite is wrong, and in no mean.
         """
         log_p, grad_norms = log_p.double(), grad_norms.double()
-        top = likeliest(log_p)
         losses = -log_p.gather(1, labels[:, None])[:, 0]
         confidence = log_p.amax(dim=1).exp()
         seen = weights > 0
-        finite = (losses <= LARGEST) & (grad_norms <= LARGEST)  # false of not-a-number too
-        hits = (top == labels[:, None]) & finite[:, None]
-        counts = torch.stack([seen, hits[:, 0], hits.any(dim=1), ~finite], dim=1) & seen[:, None]
+        values = [metric.per_sample(losses, log_p, labels) for metric in AVERAGED]
+        values = torch.stack([*values, grad_norms], dim=1)
+        finite = (values.abs() <= LARGEST).all(dim=1)  # false of not-a-number too
+        hits = {m.name: finite & (m.per_sample(losses, log_p, labels) > 0) for m in COUNTED}
+        counts = torch.stack([seen, *hits.values(), ~finite], dim=1) & seen[:, None]
         row = level * self.num_classes + labels
         self._counts.index_add_(0, row, counts.long())
         summed = seen & finite
-        values = torch.stack([losses, grad_norms], dim=1).where(summed[:, None], 0.0)
-        self._values.index_add_(0, row, _whole(values))
+        self._values.index_add_(0, row, _whole(values.where(summed[:, None], 0.0)))
 
         confidence = confidence.where(summed, 0.0)
         bins = (confidence * ECE_BINS).ceil().long() - 1  # bin b holds (b/B, (b + 1)/B]
         row = level * ECE_BINS + bins.clamp(0, ECE_BINS - 1)
-        self._bins.index_add_(0, row, torch.stack([summed, summed & hits[:, 0]], dim=1).long())
+        self._bins.index_add_(0, row, torch.stack([summed, summed & hits["acc@1"]], dim=1).long())
         self._bin_confidence.index_add_(0, row, _whole(confidence))
 
     def read(self) -> LevelNumbers:
@@ -91,15 +93,6 @@ class LevelSums:
             bins.view(levels, ECE_BINS, 2),
             confidence.view(levels, ECE_BINS, 2),
         )
-
-
-def likeliest(log_p: Tensor) -> Tensor:
-    """The TOP likeliest classes, [N, 5] or [N, K], best first.
-
-    Of equally likely ones, which 16 bits often make, torch's choice hangs on how many are asked
-    for; so all that is counted asks here.
-    """
-    return log_p.topk(min(TOP, log_p.shape[1]), dim=1).indices
 
 
 def _whole(values: Tensor) -> Tensor:
@@ -139,8 +132,7 @@ class LevelNumbers:
         }
         return {
             **counts,
-            "acc@1": _mean(Fraction(counts["correct@1"]), samples),
-            "acc@5": _mean(Fraction(counts["correct@5"]), samples),
+            **{m.name: _mean(Fraction(counts[m.count]), samples) for m in COUNTED},
             "ece": self.calibration_error(level),
             **means,
         }

@@ -1,0 +1,151 @@
+"""The table of metrics: how each is computed for a sample, and how its mean is shown.
+
+METRICS is all there is to a metric. The meter, the validation, the evaluation at noise levels, the
+console, the log, the tables and the report walk it. Keys of their means are the reference's:
+train_NAME and val_NAME; NAME_q0 .. NAME_q3 over a quarter of the timesteps, from nearly clean (q0)
+to nearly pure noise (q3); val_NAME_t0 on images at t = 0.
+
+This module imports no torch: the report reads it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUARTILES = 4
+TOP = 5
+DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the line of a validation shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """How a number is shown.
+
+    title: heads its chart. label: heads its column; "": its name.
+    unit: of its axis; "%" is for shares in [0, 1], which are shown as percentages.
+    digits: decimals on the console.
+    """
+
+    name: str
+    title: str
+    label: str = ""
+    unit: str = ""
+    digits: int = 3
+
+    @property
+    def factor(self) -> int:
+        """The factor from a mean to what is shown."""
+        return 100 if self.unit == "%" else 1
+
+    @property
+    def head(self) -> str:
+        """The head of its column, with the unit if that is "%"."""
+        return (self.label or self.name) + " %" * (self.unit == "%")
+
+    def text(self, value: float | None) -> str:
+        """Return a mean as it is shown, without its unit; "-" for None."""
+        return "-" if value is None else f"{self.factor * value:.{self.digits}f}"
+
+    def brief(self, value: float | None) -> str:
+        """Return a mean in about three characters: ".03", "2.3" or, of a share, "97"."""
+        if value is None or not math.isfinite(value):
+            return "-"
+        if self.unit == "%":
+            return f"{100 * value:.0f}"
+        return f"{value:.2f}".replace("0.", ".") if abs(value) < 0.995 else f"{value:.1f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Shown):
+    """A mean over samples.
+
+    per_sample: takes losses [N], logits or log-probabilities [N, K], labels [N] int64; returns [N].
+    count: only where values are 0 or 1: the key of their sum in an evaluation. A sample without
+    finite numbers counts as 0 there; metrics without a count leave it out of their mean.
+    """
+
+    per_sample: Callable[[Tensor, Tensor, Tensor], Tensor]
+    count: str = ""
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the TOP likeliest classes, [N, 5] or [N, K] if K < 5, best first.
+
+    Among equally likely classes, common in 16 bits, the order that torch gives depends on how many
+    are asked for. Everything that counts hits calls this function, so that all counts agree.
+    """
+    return logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+
+
+_METRICS = (
+    Metric(
+        name="loss",
+        title="Cross-entropy",
+        unit="nats",
+        per_sample=lambda losses, logits, labels: losses,
+    ),
+    Metric(
+        name="acc@1",
+        title="Top-1 accuracy",
+        unit="%",
+        digits=1,
+        count="correct@1",
+        per_sample=lambda losses, logits, labels: likeliest(logits)[:, 0] == labels,
+    ),
+    Metric(
+        name="acc@5",
+        title="Top-5 accuracy",
+        unit="%",
+        digits=1,
+        count="correct@5",
+        per_sample=lambda losses, logits, labels: (likeliest(logits) == labels[:, None]).any(dim=1),
+    ),
+)
+METRICS = {metric.name: metric for metric in _METRICS}
+
+# The columns of an evaluation at noise levels: shares first; then the numbers that are no means of
+# a metric, which levels.py computes.
+LEVEL_COLUMNS: tuple[Shown, ...] = (
+    *sorted(METRICS.values(), key=lambda metric: metric.unit != "%"),
+    Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
+    Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
+)
+
+
+def console_heads() -> str:
+    """Return the heads of the metrics' columns on the console, each with its quartiles."""
+    quartiles = "".join(f"{f'q{q}':>4}" for q in range(QUARTILES))
+    return " ".join(f"{m.name:>{_width(m)}}{quartiles}" for m in METRICS.values())
+
+
+def console_cells(row: dict[str, Any]) -> str:
+    """Return a training row's metrics under console_heads."""
+    return " ".join(
+        m.text(row.get(f"train_{name}")).rjust(_width(m))
+        + "".join(m.brief(row.get(f"train_{name}_q{q}")).rjust(4) for q in range(QUARTILES))
+        for name, m in METRICS.items()
+    )
+
+
+def _width(metric: Metric) -> int:
+    return max(len(metric.name), 5 if metric.unit == "%" else 6)
+
+
+def validation_words(row: dict[str, Any]) -> str:
+    """Return "loss 2.303, acc@1 10.0 % (quartiles of t 9 10 9 12; t=0 11.0), ..." of its row."""
+    parts = []
+    for name, metric in METRICS.items():
+        words = f"{name} {metric.text(row.get(f'val_{name}'))}" + " %" * (metric.unit == "%")
+        if name == DETAILED:
+            quartiles = " ".join(
+                metric.brief(row.get(f"val_{name}_q{q}")) for q in range(QUARTILES)
+            )
+            words += f" (quartiles of t {quartiles}; t=0 {metric.text(row.get(f'val_{name}_t0'))})"
+        parts.append(words)
+    return ", ".join(parts)
