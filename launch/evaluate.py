@@ -25,7 +25,7 @@ from ds_classifier.common import files
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config.settings import RECIPES, Settings, add_setting_flags
 from ds_classifier.distributed import failures
-from ds_classifier.evaluation.record import (
+from ds_classifier.evaluation.format import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,
     PRECISIONS,
