@@ -165,19 +165,19 @@ def evaluate_levels(
     samples: int,
     device: torch.device,
     confusion: Confusion | None = None,
-    progress: Callable[[int], None] = lambda positions: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[LevelNumbers], int]:
     """What each posterior makes of the whole set: under uniform t, then at each of `levels`.
 
     loader: batches at `ValidationPositions` of a fixed size, on every rank. samples: in the set.
     confusion: filled with what the first posterior makes of the first level.
-    progress: called on each rank with the positions it has done.
+    progress: called on each rank after each batch, with the number of positions it has done.
     Returns the numbers of each posterior, row 0 under uniform t and row 1 + i at levels[i], the
     same on every rank and for any number of ranks; and how many images could not be decoded.
     Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     sums = [LevelSums(1 + len(levels), num_classes, device) for _ in posteriors]
-    bad = 0
+    bad = done = 0
     for batch in loader:
         bad += len(batch.bad)
         inside = int((batch.positions >= 0).sum())
@@ -207,7 +207,8 @@ def evaluate_levels(
                         positions=batch.positions,
                         weights=batch.weights,
                     )
-        progress(inside)
+        done += inside
+        progress(done)
     bad_samples = int(distributed.all_reduce_sum(torch.tensor(bad, device=device)))
     numbers = [its_sums.read() for its_sums in sums]
     for its_numbers in numbers:
