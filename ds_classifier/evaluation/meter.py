@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
 
 class Meter:
-    """Weighted sums over batches, of this rank until they are read."""
+    """The weighted sums of METRICS over batches, of this rank until they are read."""
 
     def __init__(self, num_timesteps: int, device: torch.device | str):
         self.num_timesteps = num_timesteps
@@ -59,7 +59,7 @@ class Meter:
         self._sums.index_add_(0, quartile, counted)
 
     def read(self) -> Reading:
-        """Return the means of what all ranks added, and start anew. Waits for the device."""
+        """Return the means over all ranks, and set the sums to zero. Waits for the device."""
         sums = distributed.all_reduce_sum(self._sums.clone()).cpu()
         self._sums.zero_()
         sums, losses = sums[:, : len(METRICS) + 1], sums[:, len(METRICS) + 1 :]

@@ -1,9 +1,10 @@
-"""The table of metrics: how each is computed for a sample, and how its mean is shown.
+"""The table of metrics: the function that computes each per sample, and how its mean is shown.
 
-METRICS is all there is to a metric. The meter, the validation, the evaluation at noise levels, the
-console, the log, the tables and the report walk it. Keys of their means are the reference's:
-train_NAME and val_NAME; NAME_q0 .. NAME_q3 over a quarter of the timesteps, from nearly clean (q0)
-to nearly pure noise (q3); val_NAME_t0 on images at t = 0.
+To add a metric that is a mean over samples, add an entry to METRICS. The meter, the validation, the
+evaluation at noise levels, the console, the log, the tables and the report walk this table.
+
+The keys of the means are the reference's: train_NAME and val_NAME; NAME_q0 .. NAME_q3 over a quarter
+of the timesteps, from nearly clean (q0) to nearly pure noise (q3). val_NAME_t0 is at t = 0.
 
 This module imports no torch: the report reads it too.
 """
@@ -25,7 +26,7 @@ DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the line of a validat
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """How a number is shown.
+    """The way a number is shown.
 
     title: heads its chart. label: heads its column; "": its name.
     unit: of its axis; "%" is for shares in [0, 1], which are shown as percentages.

@@ -1,4 +1,4 @@
-"""Evaluate one set of weights, and write what was found: RUN/eval/NAME.json."""
+"""Evaluate one set of weights, and write the result: RUN/eval/NAME.json."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MOST_IMAGES = 64  # of such a batch
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate weights on, and how.
+    """The data to evaluate weights on, and the way to do it.
 
     given: settings from the command line, for a file of weights that records none.
     val_data_dir: shards or their URL; "": those that the run validates on.
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found of one set of weights.
+    """The result for one set of weights.
 
     record: the JSON, the same on all ranks. grid: a few images with their predictions, on rank 0
     only; None if there is none.
@@ -235,7 +235,7 @@ class Evaluator:
                 f"{bad} images could not be decoded and are not counted; "
                 "make_shards.py verify --decode names them"
             )
-        found = {
+        measured = {
             "bad_samples": bad,
             "classifier": evaluate.describe_levels(numbers, diffusion, levels, chosen=chosen),
             "confusion": {"t": levels[0], **confusion.read()},
@@ -253,7 +253,7 @@ class Evaluator:
                 "pictures": len(denoiser),
                 **evaluate.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
             }
-        return found if denoiser is None else found | {"bayes": self._bayes[key]}
+        return measured if denoiser is None else measured | {"bayes": self._bayes[key]}
 
     def _batch_size(self, settings: Settings, samples: int) -> int:
         fitting = max(1, min(MOST_IMAGES, BATCH_PIXELS // settings.image_size**2))
@@ -267,7 +267,7 @@ def write_series(evaluations: Sequence[Evaluation], path: Path) -> None:
 
 
 def compute_reproducibly() -> None:
-    """Have torch compute in full fp32, and in the same order in every run."""
+    """Make torch compute in full fp32, and in the same order in every run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.fp32_precision = "ieee"
