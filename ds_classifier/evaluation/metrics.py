@@ -3,8 +3,8 @@
 To add a metric that is a mean over samples, add an entry to METRICS. The meter, the validation, the
 evaluation at noise levels, the console, the log, the tables and the report walk this table.
 
-The keys of the means are the reference's: train_NAME and val_NAME; NAME_q0 .. NAME_q3 over a quarter
-of the timesteps, from nearly clean (q0) to nearly pure noise (q3). val_NAME_t0 is at t = 0.
+The keys of the means are the reference's: train_NAME and val_NAME. NAME_q0 .. NAME_q3 are over a
+quarter of the timesteps, from nearly clean (q0) to nearly pure noise (q3). val_NAME_t0 is at t = 0.
 
 This module imports no torch: the report reads it too.
 """

@@ -1,4 +1,4 @@
-"""Sums by quartile of t against a loop over samples."""
+"""The meter's means by quartile of t against a loop over samples."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def alone(monkeypatch):
 
 
 def by_hand(samples, num_timesteps):
-    """Means of (loss, top-1, top-5) per quartile and over all, by a loop."""
+    """Compute the means of loss, top-1 and top-5 per quartile and over all, by a loop."""
     groups = {}
     for loss, logits, label, t, weight in samples:
         if weight == 0:
@@ -28,7 +28,7 @@ def by_hand(samples, num_timesteps):
 
 @pytest.mark.parametrize("classes", [3, 12])
 @pytest.mark.parametrize("num_timesteps", [1000, 250, 7])
-def test_means_are_those_of_a_loop(classes, num_timesteps):
+def test_means_equal_those_of_a_loop(classes, num_timesteps):
     generator = torch.Generator().manual_seed(0)
     meter, samples = Meter(num_timesteps, "cpu"), []
     for _ in range(4):
