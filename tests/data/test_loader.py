@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from running import GOLDEN
+from worker_memory import made_up_shards, memory_of
 
 from ds_classifier.data import images
 from ds_classifier.data.convert.convert import convert
@@ -23,7 +24,6 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
-from launch.benchmarks.memory import made_up_shards, memory_of
 
 GLOBAL_BATCH = 12
 
