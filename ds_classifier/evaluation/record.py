@@ -140,7 +140,7 @@ class Evaluator:
             f"at {len(levels)} noise levels and under uniform t, {request.precision}, on "
             f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"
         )
-        numbers = self._measure(source, shards, diffusion, classifier, levels, chosen)
+        numbers, bad = self._measure(source, shards, diffusion, classifier, levels, chosen)
         record = {
             "format": EVALUATION_FORMAT,
             "version": EVALUATION_VERSION,
@@ -154,7 +154,7 @@ class Evaluator:
                 "location": without_logins(location),
                 "fingerprint": shards.manifest.fingerprint,
                 "samples": samples,
-                "bad_samples": numbers.pop("bad_samples"),
+                "bad_samples": bad,
             },
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
@@ -186,8 +186,8 @@ class Evaluator:
         classifier: nn.Module,
         levels: list[int],
         chosen: list[int],
-    ) -> dict[str, Any]:
-        """Return the numbers of a record, and of the exact posterior if there is one."""
+    ) -> tuple[dict[str, Any], int]:
+        """Return the measured part of a record, and the number of undecodable images."""
         request, device, settings = self._request, self._device, source.settings
         samples = shards.manifest.samples
         posteriors = [evaluate.classifier_posterior(classifier, diffusion)]
@@ -236,7 +236,6 @@ class Evaluator:
                 "make_shards.py verify --decode names them"
             )
         measured = {
-            "bad_samples": bad,
             "classifier": evaluate.describe_levels(numbers, diffusion, levels, chosen=chosen),
             "confusion": {"t": levels[0], **confusion.read()},
             "machine": {
@@ -253,7 +252,9 @@ class Evaluator:
                 "pictures": len(denoiser),
                 **evaluate.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
             }
-        return measured if denoiser is None else measured | {"bayes": self._bayes[key]}
+        if denoiser is not None:
+            measured["bayes"] = self._bayes[key]
+        return measured, bad
 
     def _batch_size(self, settings: Settings, samples: int) -> int:
         fitting = max(1, min(MOST_IMAGES, BATCH_PIXELS // settings.image_size**2))

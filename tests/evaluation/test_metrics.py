@@ -1,4 +1,4 @@
-"""How the table of metrics is shown, and that an entry is all a new metric needs."""
+"""The table of metrics as it is shown; an entry is all that a new metric needs."""
 
 import pytest
 import torch
