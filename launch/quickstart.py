@@ -1,7 +1,7 @@
-"""The whole way on the handwritten digits, in a few minutes: shards, training, evaluation with a
-report, export, guided samples.
+"""Do every step on the handwritten digits, in a few minutes.
 
-`make quickstart` runs it. Everything lands in data/digits/ and runs/quickstart/.
+The steps are shards, training, evaluation with a report, export, and guided samples.
+`make quickstart` runs this. The results are in data/digits/ and runs/quickstart/.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ if not __package__:  # run by its path: use the source tree it lies in
 
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
 RANKS = 2
-GUIDANCE_SCALE = 10  # of 1, 3, 10, 30 the least that most samples follow
+GUIDANCE_SCALE = 10  # the smallest of 1, 3, 10, 30 at which most samples show the class asked for
 
 
 def main() -> int:
+    """Run all steps, and return the exit code of the first that fails, or 0."""
     argparse.ArgumentParser(prog="quickstart.py", description=__doc__).parse_args()
     RUN.mkdir(parents=True, exist_ok=True)
-    print("1. shards of the 1,797 handwritten digits that scikit-learn carries", flush=True)
+    print("1. shards of the 1,797 handwritten digits in scikit-learn", flush=True)
     if code := call([sys.executable, ROOT / "launch/make_shards.py", "convert", "digits", DATA]):
         return code
     trained_before = (RUN / "DONE").exists()
@@ -36,17 +37,17 @@ def main() -> int:
     if code := call(training_command(config, ranks)):
         return code
     minutes = (time.monotonic() - began) / 60
-    print("3. what it knows at each noise level", flush=True)
+    print("3. evaluation at each noise level", flush=True)
     if code := call([sys.executable, ROOT / "launch/evaluate.py", RUN]):
         return code
-    print("4. the classifier to take away", flush=True)
+    print("4. export of the classifier", flush=True)
     if code := call([sys.executable, ROOT / "launch/export.py", RUN]):
         return code
-    print("5. digits guided by it, beside unguided ones", flush=True)
+    print("5. digits guided by it, and unguided ones from the same noise", flush=True)
     if code := call(sampling_command()):
         return code
     if trained_before:
-        print(f"trained before; to train again: rm -r {RUN}")
+        print(f"it was trained before; to train again: rm -r {RUN}")
     else:
         print(f"trained in {minutes:.1f} minutes, start-up included")
     report()
@@ -54,7 +55,7 @@ def main() -> int:
 
 
 def choose_config() -> tuple[str, str, int]:
-    """The fastest shipped JSON that this machine can run, why, and on how many ranks."""
+    """Return the fastest shipped JSON that this machine can run, the reason, and how many ranks."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -70,6 +71,7 @@ def choose_config() -> tuple[str, str, int]:
 
 
 def training_command(config: str, ranks: int) -> list[object]:
+    """Return the command that trains on a number of ranks."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--quiet", "--num_gpus", ranks]
     script = [ROOT / "launch/train.py", "--deepspeed_config", ROOT / "ds_configs" / config]
     flags = ["--recipe", "digits32", "--run_dir", RUN]
@@ -78,16 +80,19 @@ def training_command(config: str, ranks: int) -> list[object]:
 
 
 def sampling_command() -> list[object]:
-    """Ten rows, one a class: eight digits unguided, and eight from the same noise guided."""
+    """Return the command that samples eight digits per class, unguided and guided."""
     script = [sys.executable, ROOT / "launch/sample.py", "--classifier_path", RUN]
     flags = ["--data_dir", DATA / "train", "--classifier_scale", 0, GUIDANCE_SCALE]
-    # DDPM: in as few steps, DDIM's samples follow the classifier less.
+    # DDPM: with this few steps, DDIM's samples follow the classifier less.
     flags += ["--num_samples", 80, "--batch_size", 40, "--timestep_respacing", 25]
     return [*script, *flags, "--out_dir", RUN / "samples"]
 
 
 def call(command: list[object]) -> int:
-    """Run a command; show its lines and keep them all, less what libraries say of themselves."""
+    """Run a command and return its exit code.
+
+    All its output goes to RUN/quickstart.log, and to the screen without the libraries' log lines.
+    """
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -106,7 +111,7 @@ def call(command: list[object]) -> int:
 
 
 def report() -> None:
-    """Accuracies of the last validation, and where things lie."""
+    """Print the accuracies of the last validation, and the paths of the results."""
     rows = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
     row = next(row for row in reversed(rows) if "val_acc@1" in row)
     quartiles = ", ".join(f"{100 * row[f'val_acc@1_q{q}']:.0f}" for q in range(4))
@@ -114,8 +119,8 @@ def report() -> None:
         f"  held-out accuracy   {100 * row['val_acc@1_t0']:.1f} % on (almost) clean digits, t = 0"
     )
     print(f"                      {100 * row['val_acc@1']:.1f} % over all noise levels")
-    print(f"                      {quartiles} % by quartile of t, from little noise to nearly all")
-    print(f"  to take away        {RUN}/export/, with a model card")
+    print(f"                      {quartiles} % by quartile of t, from little noise to much")
+    print(f"  exported            {RUN}/export/, with a model card")
     print(f"  guided digits       {RUN}/samples/overview.png")
     print(f"  report              {RUN}/report.html, for a browser")
     print(f"  curves              {RUN}/progress.csv, log.jsonl, and tb/ for TensorBoard")

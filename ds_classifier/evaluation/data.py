@@ -1,4 +1,4 @@
-"""What an evaluation reads: validation shards, a rank's batches of them, a small training set."""
+"""The data of an evaluation: validation shards, this rank's batches, a small training set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.store import open_named
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
-BAYES_NUMBERS = 10_000_000  # of a training set whose exact posterior is shown unasked
+# Numbers in a training set, up to which its exact posterior is evaluated without being asked for.
+BAYES_NUMBERS = 10_000_000
 
 
 def open_validation_data(
@@ -30,10 +31,11 @@ def open_validation_data(
     cache_gb: float | None,
     device: torch.device,
 ) -> ShardSet:
-    """The shards to evaluate on, the same on all ranks and with the classifier's classes.
+    """Open the shards to evaluate on.
 
     location: a directory or URL. cache_dir, cache_gb: of remote shards; None: as in training.
-    Raises ValueError if they are not there or do not fit the classifier.
+    Raises ValueError if they do not exist, differ between ranks, or have other classes than the
+    classifier.
     """
     settings = source.settings
     if not location:
@@ -60,7 +62,7 @@ def open_validation_data(
         )
     fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
-        problem = f"the shards in {shown(location)} here are not those of rank 0's node"
+        problem = f"the shards in {shown(location)} on this node differ from those of rank 0's node"
     distributed.raise_together(problem, device)
     return shards
 
@@ -68,9 +70,10 @@ def open_validation_data(
 def create_validation_loader(
     shards: ShardSet, settings: Settings, *, batch_size: int, workers: int
 ) -> Loader:
-    """This rank's batches; which images share one does not hang on the number of ranks.
+    """Return a loader of this rank's batches.
 
-    workers: processes a rank; below 0: as many as suit the machine.
+    The composition of a batch does not depend on the number of ranks.
+    workers: processes per rank; below 0: as many as suit the machine.
     """
     positions = ValidationPositions(
         shards.manifest.samples,
@@ -88,10 +91,10 @@ def create_validation_loader(
 def open_training_set(
     source: Source, asked: str, val_shards: ShardSet, device: torch.device
 ) -> tuple[str, ExactDenoiser | None]:
-    """Where the training set is, and its exact denoiser if it is asked for or small, else None.
+    """Return the location of the training set, and its exact denoiser or None.
 
-    asked: shards; "": those of the run, and on all ranks or none: a training set that is gone, or
-    another now, is left out. Raises ValueError if those asked for do not fit.
+    asked: shards. Raises ValueError if they do not fit the validation set. "": the run's training
+    set, if it is small; None unless every rank finds the same data there that the run trained on.
     """
     settings, problem, opened = source.settings, None, None
     location = asked or (settings.data_dir if source.kind == "checkpoint" else "")
@@ -105,14 +108,14 @@ def open_training_set(
         elif opened.manifest.classes != val_shards.manifest.classes:
             problem = f"--bayes: got {location}; need the classes of the validation set"
         elif not asked and opened.manifest.fingerprint != source.data:
-            problem = "another data set now"
+            problem = "not the data of the run any more"
     if asked:
         distributed.raise_together(problem, device)
-    numbers_a_image = settings.in_channels * settings.image_size**2
-    small = opened is not None and opened.manifest.samples * numbers_a_image <= BAYES_NUMBERS
-    use = problem is None and opened is not None and (bool(asked) or small)
-    without = torch.tensor(int(not use), device=device)
-    if int(distributed.all_reduce_sum(without)):
+    per_image = settings.in_channels * settings.image_size**2
+    small = opened is not None and opened.manifest.samples * per_image <= BAYES_NUMBERS
+    usable = problem is None and opened is not None and (bool(asked) or small)
+    unusable = torch.tensor(int(not usable), device=device)
+    if int(distributed.all_reduce_sum(unusable)):
         return location, None
     images, labels, classes = read_images(
         location, image_size=settings.image_size, channels=settings.in_channels

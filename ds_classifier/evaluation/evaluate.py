@@ -1,11 +1,11 @@
-"""The whole validation set, every sample exactly once, with fixed timesteps and noise.
+"""Evaluate on the whole validation set, every sample exactly once, with fixed timesteps and noise.
 
-So two checkpoints, or two numbers of ranks, are compared on the same images at the same noise: a
-sample's noise is keyed by (VALIDATION_SEED, "validation", its position in the set), and is the same
-at every noise level; t under uniform t is `spread_timesteps` of the position.
+Two checkpoints, or two numbers of ranks, are compared on the same images with the same noise. The
+noise of a sample is keyed by (VALIDATION_SEED, "validation", its position in the set); it is the
+same at every noise level. Under uniform t, a sample's t is `spread_timesteps` of its position.
 
-`evaluate` is the validation during training, `evaluate_levels` that of launch/evaluate.py: their
-numbers under uniform t and at t = 0 agree.
+Training validates with `evaluate`, launch/evaluate.py with `evaluate_levels`. Their numbers under
+uniform t and at t = 0 agree.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
-from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.evaluation.meter import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.loss import NoisedClassifier, to_x_start
 
-VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs compare
+VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs can be compared
 GOLDEN_RATIO = 0.6180339887498949
 
 
 def spread_timesteps(positions: Tensor, num_timesteps: int) -> Tensor:
-    """A fixed t for each validation sample, [N] int64: multiples of the golden ratio mod 1.
+    """Return a fixed t for each position, [N] int64: multiples of the golden ratio mod 1.
 
-    Any run of samples, such as a class, covers all noise levels evenly (Weyl's sequence); a set of
-    a few hundred gives a steadier number than independent draws.
+    Consecutive samples, such as those of a class, cover all noise levels evenly (Weyl's sequence).
+    The mean over a few hundred samples varies less than with independent draws.
     """
     share = ((positions + 0.5).double() * GOLDEN_RATIO) % 1.0
     return (share * num_timesteps).long().clamp_max(num_timesteps - 1)
@@ -50,11 +50,14 @@ def evaluate(
     noised: bool = True,
     t: int | None = None,
 ) -> tuple[dict[str, float], int]:
-    """Loss and accuracy over a validation set, and how many of its images could not be decoded.
+    """Return the means of METRICS over a validation set, and the number of undecodable images.
 
-    loader: batches at `ValidationPositions`, on every rank. samples: in the whole set.
-    noised: False shows clean images at t = 0. t: one noise level, 0 .. T-1, for all; None spreads
-    them. Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
+    The means are also given by quartile of t, see Meter.read.
+
+    loader: this rank's batches at `ValidationPositions`. samples: number in the whole set.
+    noised: False shows clean images at t = 0. t: one noise level, 0 .. T-1, for all samples; None
+    spreads them. Raises RuntimeError unless every sample was counted once, ValueError if none
+    decodes.
     """
     num_timesteps = module.diffusion.num_timesteps
     meter = Meter(num_timesteps, device)
@@ -95,16 +98,17 @@ def _check_counted(counted: int, bad: int, samples: int) -> None:
 
 
 def log_snr(diffusion: GaussianDiffusion) -> np.ndarray:
-    """log(alpha_bar_t / (1 - alpha_bar_t)) of every t, [T] float64, falling."""
+    """Return log(alpha_bar_t / (1 - alpha_bar_t)) of every t, [T] float64, falling."""
     return np.log(diffusion.alphas_cumprod) - np.log1p(-diffusion.alphas_cumprod)
 
 
 def level_grid(diffusion: GaussianDiffusion, count: int) -> list[int]:
-    """t = 0 and `count` more timesteps, nearest to values evenly spaced in log-SNR down to T - 1's.
+    """Return t = 0 and `count` more timesteps, evenly spaced in log-SNR, ascending.
 
-    Ascending, each once. Where timesteps lie farther apart than the values, such as at the cosine
-    schedule's end, several values share one; then as many more values are taken as it needs.
-    All timesteps, if there are no more than count + 1.
+    They are the timesteps nearest to evenly spaced values, from the log-SNR of t = 0 to that of
+    T - 1. If timesteps lie farther apart than these values, as at the end of the cosine schedule,
+    several values share a timestep; then the values are spaced more closely until there are
+    count + 1 timesteps. With at most count + 1 timesteps, all are returned.
     """
     snr = log_snr(diffusion)
     if len(snr) <= count + 1:
@@ -119,39 +123,46 @@ def level_grid(diffusion: GaussianDiffusion, count: int) -> list[int]:
 
 
 def middle_level(diffusion: GaussianDiffusion, levels: Sequence[int]) -> int:
-    """The one of some timesteps whose signal is nearest to its noise: log-SNR 0."""
+    """Return the timestep whose signal is nearest to its noise in strength: log-SNR 0."""
     return min(levels, key=lambda t: abs(log_snr(diffusion)[t]))
 
 
 class Posterior(Protocol):
-    """Another answer to the same images: x_t [N, C, S, S], t [N], labels [N] -> log p(y | x_t)
-    [N, K] and the norms [N] of its gradient at the labels."""
+    """A source of p(y | x_t): the classifier, or the exact posterior of a training set."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(y | x_t), [N, K], and the norm of the gradient of log p(label | x_t), [N].
+
+        x_t: [N, C, S, S]. t, labels: [N].
+        """
 
 
 def classifier_posterior(classifier: nn.Module, diffusion: GaussianDiffusion) -> Posterior:
-    """What the classifier says: log-probabilities, and the gradient that guidance would follow."""
+    """Return the classifier's posterior; its gradient is the one that guidance follows."""
 
-    def answer(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate_at(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
             log_p = classifier(x_t, diffusion.model_timesteps(t)).log_softmax(dim=1)
             (gradient,) = torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), x_t)
         return log_p.detach(), gradient.flatten(1).norm(dim=1)
 
-    return answer
+    return evaluate_at
 
 
 def bayes_posterior(denoiser: ExactDenoiser, diffusion: GaussianDiffusion) -> Posterior:
-    """What the training set says, in closed form: the best any classifier could know of its x_t."""
+    """Return the exact posterior given the training images, in closed form.
+
+    No classifier does better on noised training images. On held-out images with little noise it is
+    overconfident, so it is no bound there.
+    """
     alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)  # [T] float64
 
-    def answer(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        found = denoiser.posterior(x_t, alpha_bar.to(t.device)[t], labels)
-        return found.log_class, found.gradient.flatten(1).norm(dim=1)
+    def evaluate_at(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        exact = denoiser.posterior(x_t, alpha_bar.to(t.device)[t], labels)
+        return exact.log_class, exact.gradient.flatten(1).norm(dim=1)
 
-    return answer
+    return evaluate_at
 
 
 @torch.no_grad()
@@ -165,24 +176,26 @@ def evaluate_levels(
     samples: int,
     device: torch.device,
     confusion: Confusion | None = None,
-    progress: Callable[[int], None] = lambda positions: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[LevelNumbers], int]:
-    """What each posterior makes of the whole set: under uniform t, then at each of `levels`.
+    """Evaluate each posterior on the whole set: under uniform t, then at each of `levels`.
 
-    loader: batches at `ValidationPositions` of a fixed size, on every rank. samples: in the set.
-    confusion: filled with what the first posterior makes of the first level.
-    progress: called on each rank with the positions it has done.
-    Returns the numbers of each posterior, row 0 under uniform t and row 1 + i at levels[i], the
-    same on every rank and for any number of ranks; and how many images could not be decoded.
+    loader: this rank's batches at `ValidationPositions`, of a fixed size. samples: number in the
+    set. confusion: filled with the predictions of the first posterior at levels[0].
+    progress: called on each rank after each batch, with the number of positions it has done.
+
+    Returns the numbers of each posterior, and the number of undecodable images. Row 0 of the
+    numbers is under uniform t, row 1 + i at levels[i]; they are the same on every rank and for any
+    number of ranks.
     Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     sums = [LevelSums(1 + len(levels), num_classes, device) for _ in posteriors]
-    bad = 0
+    bad = done = 0
     for batch in loader:
         bad += len(batch.bad)
         inside = int((batch.positions >= 0).sum())
         if not inside:
-            continue  # the padding of a rank that has less to do
+            continue  # padding of a rank with fewer samples
         batch = batch.to(device)
         x_start = to_x_start(batch.images)  # [N, S, S, C]
         shape = tuple(batch.images.shape[1:])
@@ -191,9 +204,9 @@ def evaluate_levels(
         rows += [torch.full_like(batch.positions, t) for t in levels]
         for row, t in enumerate(rows):
             x_t = diffusion.q_sample(x_start, t, noise).permute(0, 3, 1, 2)  # [N, C, S, S]
-            for posterior, its_sums in zip(posteriors, sums, strict=True):
+            for posterior, level_sums in zip(posteriors, sums, strict=True):
                 log_p, grad_norms = posterior(x_t, t, batch.labels)
-                its_sums.add(
+                level_sums.add(
                     row,
                     log_p=log_p,
                     labels=batch.labels,
@@ -207,12 +220,13 @@ def evaluate_levels(
                         positions=batch.positions,
                         weights=batch.weights,
                     )
-        progress(inside)
+        done += inside
+        progress(done)
     bad_samples = int(distributed.all_reduce_sum(torch.tensor(bad, device=device)))
-    numbers = [its_sums.read() for its_sums in sums]
-    for its_numbers in numbers:
+    numbers = [level_sums.read() for level_sums in sums]
+    for level_numbers in numbers:
         for row in range(1 + len(levels)):
-            _check_counted(its_numbers.samples(row), bad_samples, samples)
+            _check_counted(level_numbers.samples(row), bad_samples, samples)
     return numbers, bad_samples
 
 
@@ -223,10 +237,10 @@ def describe_levels(
     *,
     chosen: Sequence[int],
 ) -> dict[str, Any]:
-    """The numbers of one posterior as JSON: under uniform t, at every level, and in detail.
+    """Return the numbers of one posterior as JSON: under uniform t, at every level, and in detail.
 
+    A level is named by t; timestep is the network's input for it, log_snr a natural logarithm.
     chosen: those of `levels` that get numbers per class and calibration bins, as uniform t does.
-    A level is named by t; timestep is what the network is shown, log_snr the natural logarithm.
     """
     shown = diffusion.model_timesteps(torch.tensor(list(levels))).tolist()
     snr = log_snr(diffusion)

@@ -1,7 +1,7 @@
-"""A few validation images at several noise levels, and what a classifier takes them for.
+"""A grid of validation images at several noise levels, with their predicted classes.
 
-Kept as one PNG of bare tiles, a row an image and a column a level, which anybody can look at; what
-was predicted stands in the PNG's own text, under TEXT_KEY, as JSON. predictions.py makes it.
+It is kept as one PNG of tiles, with a row per image and a column per level. The predictions are in
+the PNG's text chunk TEXT_KEY, as JSON. predictions.py computes the grid.
 """
 
 from __future__ import annotations
@@ -17,34 +17,37 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 TEXT_KEY = "ds_classifier pictures"
-RIGHT, WRONG = (0, 114, 178), (213, 94, 0)  # blue and vermilion: told apart by the colour-blind
-MARKED_SIDE, CAPTION = 64, 15  # pixels of a tile at least, and of the words under it
+RIGHT, WRONG = (0, 114, 178), (213, 94, 0)  # blue and vermilion, safe for the colour-blind
+MARKED_SIDE, CAPTION = 64, 15  # pixels: least side of a marked tile, height of its caption
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted of a grid's images. R rows, L levels."""
+    """The predictions for a grid of R images at L levels."""
 
     step: int | None
     t: list[int]  # [L]
     log_snr: list[float]  # [L]
-    shrunk: int  # the factor by which the tiles are smaller than what was classified
+    shrunk: int  # the factor by which a tile is smaller than the classified image
     positions: list[int]  # [R], in the validation set
     labels: list[int]  # [R]
     predicted: list[list[int]]  # [R][L] classes
-    confidence: list[list[float | None]]  # [R][L] of them, 0 .. 1; None: not finite
+    confidence: list[list[float | None]]  # [R][L], their probabilities; None: not finite
 
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """tiles: uint8 [R, L, side, side, 3]."""
+    """A grid of images and their predictions.
+
+    tiles: uint8 [R, L, side, side, 3].
+    """
 
     tiles: np.ndarray
     predictions: Predictions
 
 
 def save_grid(grid: ImageGrid, path: Path) -> None:
-    """Write the PNG, at once."""
+    """Write the PNG; readers see the old file or the new one, never a part."""
     rows, levels, side = grid.tiles.shape[:3]
     sheet = grid.tiles.transpose(0, 2, 1, 3, 4).reshape(rows * side, levels * side, 3)
     text = PngInfo()
@@ -55,7 +58,7 @@ def save_grid(grid: ImageGrid, path: Path) -> None:
 
 
 def load_grid(path: Path) -> ImageGrid | None:
-    """What save_grid wrote; None for any other file, or none."""
+    """Read a grid that save_grid wrote; return None for any other or missing file."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -70,9 +73,9 @@ def load_grid(path: Path) -> ImageGrid | None:
 
 
 def marked_sheet(grid: ImageGrid, classes: Sequence[str]) -> np.ndarray:
-    """The grid with its predictions written under the tiles, uint8 [h, w, 3], for TensorBoard.
+    """Draw the grid with its predictions under the tiles, uint8 [h, w, 3], for TensorBoard.
 
-    A frame is blue where the prediction is right, and vermilion where it is wrong.
+    A tile's frame is blue if its prediction is right, vermilion if it is wrong.
     """
     rows, levels, side = grid.tiles.shape[:3]
     factor = max(1, MARKED_SIDE // side)
@@ -92,11 +95,11 @@ def marked_sheet(grid: ImageGrid, classes: Sequence[str]) -> np.ndarray:
             )
             tile = grid.tiles[i, j].repeat(factor, axis=0).repeat(factor, axis=1)
             canvas.paste(Image.fromarray(tile), (left + frame, top + frame))
-            sure = grid.predictions.confidence[i][j]
-            percent = "-" if sure is None else f"{100 * sure:.0f}%"
+            confidence = grid.predictions.confidence[i][j]
+            percent = "-" if confidence is None else f"{100 * confidence:.0f}%"
             name = classes[predicted]
             while name and font.getlength(f"{name} {percent}") > side:
                 name = name[:-1]
-            place = (left + frame, top + side + 2 * frame)
-            draw.text(place, f"{name} {percent}", fill=color, font=font)
+            corner = (left + frame, top + side + 2 * frame)
+            draw.text(corner, f"{name} {percent}", fill=color, font=font)
     return np.asarray(canvas)

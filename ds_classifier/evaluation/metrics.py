@@ -1,87 +1,152 @@
-"""Sums of loss and accuracy by quartile of t, kept on the device until somebody asks.
+"""The table of metrics: the function that computes each per sample, and how its mean is shown.
 
-Keys and meaning are the reference's: loss, acc@1, acc@5, and the same with _q0 .. _q3, the quarters
-of the timesteps from nearly clean (q0) to nearly pure noise (q3).
+To add a metric that is a mean over samples, add an entry to METRICS. The meter, the validation, the
+evaluation at noise levels, the console, the log, the tables and the report walk this table.
+
+The keys of the means are the reference's: train_NAME and val_NAME. NAME_q0 .. NAME_q3 are over a
+quarter of the timesteps, from nearly clean (q0) to nearly pure noise (q3). val_NAME_t0 is at t = 0.
+
+This module imports no torch: the report reads it too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ds_classifier import distributed
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUARTILES = 4
-NAMES = ("loss", "acc@1", "acc@5")
-# Bins of a sample's loss, nats: below the first edge, between two, above the last. Half octaves.
-LOSS_EDGES = tuple(2.0 ** (k / 2) for k in range(-16, 11))
+TOP = 5
+DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the line of a validation shows
 
 
-class Reading(NamedTuple):
-    """Means over all ranks since the last reading; quartiles without samples are left out.
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The way a number is shown.
 
-    weight: samples that they rest on. losses [QUARTILES, len(LOSS_EDGES) + 1] fp64, on the CPU:
-    samples by their loss.
+    title: heads its chart. label: heads its column; "": its name.
+    unit: of its axis; "%" is for shares in [0, 1], which are shown as percentages.
+    digits: decimals on the console.
     """
 
-    means: dict[str, float]
-    weight: float
-    losses: Tensor
+    name: str
+    title: str
+    label: str = ""
+    unit: str = ""
+    digits: int = 3
+
+    @property
+    def factor(self) -> int:
+        """The factor from a mean to what is shown."""
+        return 100 if self.unit == "%" else 1
+
+    @property
+    def head(self) -> str:
+        """The head of its column, with the unit if that is "%"."""
+        return (self.label or self.name) + " %" * (self.unit == "%")
+
+    def text(self, value: float | None) -> str:
+        """Return a mean as it is shown, without its unit; "-" for None."""
+        return "-" if value is None else f"{self.factor * value:.{self.digits}f}"
+
+    def brief(self, value: float | None) -> str:
+        """Return a mean in about three characters: ".03", "2.3" or, of a share, "97"."""
+        if value is None or not math.isfinite(value):
+            return "-"
+        if self.unit == "%":
+            return f"{100 * value:.0f}"
+        return f"{value:.2f}".replace("0.", ".") if abs(value) < 0.995 else f"{value:.1f}"
 
 
-class Meter:
-    """Weighted sums over batches; all ranks' together when read."""
+@dataclass(frozen=True, kw_only=True)
+class Metric(Shown):
+    """A mean over samples.
 
-    def __init__(self, num_timesteps: int, device: torch.device | str):
-        self.num_timesteps = num_timesteps
-        # [quartile, (loss, acc@1, acc@5, weight, a weight a bin)] fp64: counts stay exact.
-        columns = len(NAMES) + 1 + len(LOSS_EDGES) + 1
-        self._sums = torch.zeros(QUARTILES, columns, dtype=torch.float64, device=device)
-        self._edges = torch.tensor(LOSS_EDGES, device=device)
-        self._bins = torch.arange(len(LOSS_EDGES) + 1, device=device)
-
-    @torch.no_grad()
-    def add(
-        self, *, losses: Tensor, logits: Tensor, labels: Tensor, t: Tensor, weights: Tensor
-    ) -> None:
-        """losses, t, weights, labels [N]; logits [N, K]. A sample of weight 0 is not counted."""
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
-        hits = top == labels[:, None]
-        ones = torch.ones_like(losses)
-        values = torch.stack([losses, hits[:, 0].float(), hits.any(dim=1).float(), ones], dim=1)
-        bins = torch.bucketize(losses, self._edges)[:, None] == self._bins  # [N, bins]
-        values = torch.cat([values, bins.float()], dim=1)
-        # A bad sample's loss means nothing, and 0 * nan is nan: leave it out, do not weigh it.
-        counted = torch.where(weights[:, None] > 0, values * weights[:, None], 0.0).double()
-        quartile = t * QUARTILES // self.num_timesteps
-        self._sums.index_add_(0, quartile, counted)
-
-    def read(self) -> Reading:
-        """What was added on all ranks; starts anew. Waits for the device."""
-        sums = distributed.all_reduce_sum(self._sums.clone()).cpu()
-        self._sums.zero_()
-        sums, losses = sums[:, : len(NAMES) + 1], sums[:, len(NAMES) + 1 :]
-        total = sums.sum(dim=0)
-        weight = float(total[-1])
-        means: dict[str, float] = {}
-        for i, name in enumerate(NAMES):
-            if weight > 0:
-                means[name] = float(total[i] / weight)
-            for q in range(QUARTILES):
-                if sums[q, -1] > 0:
-                    means[f"{name}_q{q}"] = float(sums[q, i] / sums[q, -1])
-        return Reading(means, weight, losses)
-
-
-def by_position(trained: Tensor) -> Tensor:
-    """All ranks' positions, t and losses of a step, [3, n] fp64, without the bad samples.
-
-    In the order of the stream, so that it does not depend on the number of ranks; positions are
-    exact up to 2^53. trained: this rank's, as train_step returns it. Every rank must call it.
+    per_sample: takes losses [N], logits or log-probabilities [N, K], labels [N] int64; returns [N].
+    count: only where values are 0 or 1: the key of their sum in an evaluation. A sample without
+    finite numbers counts as 0 there; metrics without a count leave it out of their mean.
     """
-    everyone = distributed.all_gather(trained)  # [W, accumulation, 3, micro-batch]
-    samples = everyone.transpose(0, 2).flatten(1)  # [3, global batch]
-    samples = samples[:, samples[0].argsort()]
-    return samples[:, samples[0] >= 0]
+
+    per_sample: Callable[[Tensor, Tensor, Tensor], Tensor]
+    count: str = ""
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the TOP likeliest classes, [N, 5] or [N, K] if K < 5, best first.
+
+    Among equally likely classes, common in 16 bits, the order that torch gives depends on how many
+    are asked for. Everything that counts hits calls this function, so that all counts agree.
+    """
+    return logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+
+
+_METRICS = (
+    Metric(
+        name="loss",
+        title="Cross-entropy",
+        unit="nats",
+        per_sample=lambda losses, logits, labels: losses,
+    ),
+    Metric(
+        name="acc@1",
+        title="Top-1 accuracy",
+        unit="%",
+        digits=1,
+        count="correct@1",
+        per_sample=lambda losses, logits, labels: likeliest(logits)[:, 0] == labels,
+    ),
+    Metric(
+        name="acc@5",
+        title="Top-5 accuracy",
+        unit="%",
+        digits=1,
+        count="correct@5",
+        per_sample=lambda losses, logits, labels: (likeliest(logits) == labels[:, None]).any(dim=1),
+    ),
+)
+METRICS = {metric.name: metric for metric in _METRICS}
+
+# The columns of an evaluation at noise levels: shares first; then the numbers that are no means of
+# a metric, which levels.py computes.
+LEVEL_COLUMNS: tuple[Shown, ...] = (
+    *sorted(METRICS.values(), key=lambda metric: metric.unit != "%"),
+    Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
+    Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
+)
+
+
+def console_heads() -> str:
+    """Return the heads of the metrics' columns on the console, each with its quartiles."""
+    quartiles = "".join(f"{f'q{q}':>4}" for q in range(QUARTILES))
+    return " ".join(f"{m.name:>{_width(m)}}{quartiles}" for m in METRICS.values())
+
+
+def console_cells(row: dict[str, Any]) -> str:
+    """Return a training row's metrics under console_heads."""
+    return " ".join(
+        m.text(row.get(f"train_{name}")).rjust(_width(m))
+        + "".join(m.brief(row.get(f"train_{name}_q{q}")).rjust(4) for q in range(QUARTILES))
+        for name, m in METRICS.items()
+    )
+
+
+def _width(metric: Metric) -> int:
+    return max(len(metric.name), 5 if metric.unit == "%" else 6)
+
+
+def validation_words(row: dict[str, Any]) -> str:
+    """Return "loss 2.303, acc@1 10.0 % (quartiles of t 9 10 9 12; t=0 11.0), ..." of its row."""
+    parts = []
+    for name, metric in METRICS.items():
+        words = f"{name} {metric.text(row.get(f'val_{name}'))}" + " %" * (metric.unit == "%")
+        if name == DETAILED:
+            quartiles = " ".join(
+                metric.brief(row.get(f"val_{name}_q{q}")) for q in range(QUARTILES)
+            )
+            words += f" (quartiles of t {quartiles}; t=0 {metric.text(row.get(f'val_{name}_t0'))})"
+        parts.append(words)
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What a classifier takes a few validation images for, at several noise levels."""
+"""Predict the classes of a few validation images at several noise levels."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from ds_classifier.evaluation.image_grid import ImageGrid, Predictions
 from ds_classifier.loss import from_x_start, to_x_start
 
 ROWS, LEVELS = 10, 8
-TILE_SIDE = 128  # pixels; larger images are shrunk by a whole factor
+TILE_SIDE = 128  # pixels; larger images are shrunk by an integer factor
 
 
 def choose_positions(shards: ShardSet, rows: int = ROWS) -> np.ndarray:
-    """The first image of up to `rows` classes, evenly spaced among those there are: [R] int64.
+    """Return the position of the first image of up to `rows` classes, [R] int64.
 
-    Behind a URL, of the first shard alone, so that no other is fetched for them.
+    The classes are evenly spaced among those of the set. Of shards behind a URL only the first is
+    considered, so that no other has to be fetched.
     """
     labels = shards.index["label"]
     if isinstance(shards, RemoteShardSet):
         labels = labels[: shards.manifest.shards[0].samples]
     classes, first = np.unique(labels, return_index=True)
-    places = np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)
-    return first[places].astype(np.int64)
+    chosen = np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)
+    return first[chosen].astype(np.int64)
 
 
 @torch.no_grad()
@@ -45,8 +46,11 @@ def predict_grid(
     device: torch.device,
     step: int | None = None,
 ) -> ImageGrid | None:
-    """Classify the grid on this rank alone, with the noise of the evaluation; None if no image
-    decodes."""
+    """Classify a few images on this rank only, with the noise of the evaluation.
+
+    step: the optimizer step of the weights; None if it is not known. Returns None if no image
+    decodes.
+    """
     training = classifier.training
     dataset = ShardDataset(shards, image_size=image_size, channels=channels)
     batch = dataset[choose_positions(shards)]
@@ -58,7 +62,8 @@ def predict_grid(
         VALIDATION_SEED, "validation", positions.to(device), tuple(images.shape[1:])
     )
     x_start = to_x_start(images.to(device))  # [R, S, S, C]
-    # Evenly spaced in t, as training draws it; even in log-SNR, half of them would be mere noise.
+    # Evenly spaced in t, as training draws it. Evenly spaced in log-SNR, half of the levels would
+    # show nothing but noise.
     last = diffusion.num_timesteps - 1
     levels = sorted({round(i * last / (LEVELS - 1)) for i in range(LEVELS)})
     factor = max(1, math.ceil(image_size / TILE_SIDE))
@@ -68,12 +73,12 @@ def predict_grid(
         t = torch.full((len(positions),), level, device=device)
         x_t = diffusion.q_sample(x_start, t, noise)
         rows = []
-        for one, its_t in zip(x_t.permute(0, 3, 1, 2).split(4), t.split(4), strict=True):
-            rows.append(classifier(one, diffusion.model_timesteps(its_t)).float().softmax(dim=1))
-        surest = torch.cat(rows).max(dim=1)
+        for part, part_t in zip(x_t.permute(0, 3, 1, 2).split(4), t.split(4), strict=True):
+            rows.append(classifier(part, diffusion.model_timesteps(part_t)).float().softmax(dim=1))
+        best = torch.cat(rows).max(dim=1)
         tiles.append(_as_pixels(x_t, factor))
-        predicted.append(surest.indices.tolist())
-        confidence.append([v if math.isfinite(v) else None for v in surest.values.tolist()])
+        predicted.append(best.indices.tolist())
+        confidence.append([v if math.isfinite(v) else None for v in best.values.tolist()])
     classifier.train(training)
     snr = log_snr(diffusion)
     return ImageGrid(
@@ -92,9 +97,9 @@ def predict_grid(
 
 
 def _as_pixels(x_t: torch.Tensor, factor: int) -> np.ndarray:
-    """x_t [R, S, S, C] as uint8 [R, S/factor, S/factor, 3], what exceeds [-1, 1] cut off.
+    """Return x_t [R, S, S, C] as uint8 [R, S/factor, S/factor, 3], clipped to [-1, 1].
 
-    Of one or two channels the first is shown in grey, of four the first three in colour.
+    With one or two channels, the first is shown in grey; with four, the first three in colour.
     """
     x = x_t[..., :3] if x_t.shape[-1] >= 3 else x_t[..., :1].expand(*x_t.shape[:-1], 3)
     pixels = from_x_start(x).permute(0, 3, 1, 2)

@@ -1,40 +1,47 @@
-"""An evaluation's record as tables on the screen, at most 100 columns wide."""
+"""The record of an evaluation as tables for the screen, at most 100 columns wide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from ds_classifier.common import text
+from ds_classifier.evaluation.metrics import LEVEL_COLUMNS, Shown
+
 Record = dict[str, Any]
 
-CLASSES_SHOWN = 12  # of more classes, the worst
+CLASSES_SHOWN = 12  # with more classes, the worst ones
 NAME_WIDTH = 40
+LEVELS_SHOWN = 4  # columns of class_table, as many as fit
+BAYES_COLUMNS = [
+    column for column in LEVEL_COLUMNS if column.name in ("acc@1", "loss", "grad_norm")
+]
 
 
 def level_table(record: Record) -> list[str]:
-    """A line a noise level, under uniform t first; the Bayes-optimal numbers beside, if there."""
+    """Return a line per noise level, the first under uniform t, with the exact posterior's numbers.
+
+    Lines at the end name the levels with samples whose numbers were not finite.
+    """
     ours, bayes = record["classifier"], record.get("bayes")
-    lines = [
-        f"{'t':>9} {'log-SNR':>8} {'acc@1 %':>8} {'acc@5 %':>8} {'loss':>7} {'ECE %':>6} "
-        f"{'|grad|':>8}"
+    heads = ["t", "log-SNR", *(column.head for column in LEVEL_COLUMNS)]
+    rows = [
+        [
+            str(row.get("t", "uniform")),
+            f"{row['log_snr']:.2f}" if "log_snr" in row else "",
+            *_cells(row, LEVEL_COLUMNS),
+        ]
+        for row in _rows(ours)
     ]
     if bayes:
-        lines[0] += f"   {'Bayes acc@1 %':>13} {'loss':>8} {'|grad|':>8}"
-    pairs = [(ours["uniform_t"], bayes and bayes["uniform_t"])]
-    pairs += zip(ours["levels"], bayes["levels"] if bayes else ours["levels"], strict=True)
-    for row, optimum in pairs:
-        snr = f"{row['log_snr']:8.2f}" if "log_snr" in row else " " * 8
-        line = (
-            f"{row.get('t', 'uniform'):>9} {snr} {_percent(row['acc@1'])} {_percent(row['acc@5'])} "
-            f"{_number(row['loss'], 7)} {_percent(row['ece'], 6)} {_number(row['grad_norm'], 8)}"
-        )
-        if bayes:
-            line += (
-                f"   {_percent(optimum['acc@1'], 13)} {_number(optimum['loss'], 8)} "
-                f"{_number(optimum['grad_norm'], 8)}"
-            )
-        lines.append(line)
-    for row, _ in pairs:
+        first, *others = (column.head for column in BAYES_COLUMNS)
+        heads += [f"Bayes {first}", *others]
+        rows = [
+            cells + _cells(row, BAYES_COLUMNS)
+            for cells, row in zip(rows, _rows(bayes), strict=True)
+        ]
+    lines = text.table(heads, rows, left=0)
+    for row in _rows(ours):
         if row["not_finite"]:
             where = f"t = {row['t']}" if "t" in row else "uniform t"
             lines.append(f"{where}: {row['not_finite']} not finite, counted as wrong, in no mean")
@@ -42,56 +49,52 @@ def level_table(record: Record) -> list[str]:
 
 
 def class_table(record: Record) -> list[str]:
-    """A line a class that has samples, its accuracy at the chosen levels; the worst of many."""
-    chosen = record["classifier"]["per_class"]
+    """Return a line per class that has samples: its accuracy at the chosen levels.
+
+    With more than CLASSES_SHOWN classes, only those with the lowest accuracy under uniform t.
+    """
+    chosen = record["classifier"]["per_class"][:LEVELS_SHOWN]
     samples = chosen[0]["samples"]
     seen = [k for k, count in enumerate(samples) if count]
     title = "class"
     if len(seen) > CLASSES_SHOWN:
         seen = sorted(seen, key=lambda k: chosen[0]["correct@1"][k] / samples[k])[:CLASSES_SHOWN]
         title = f"class (the worst {CLASSES_SHOWN} under uniform t)"
-    heads = ["uniform t" if level["t"] is None else f"t = {level['t']}" for level in chosen]
-    shown = heads[:4]  # as many as fit the width
-    lines = [
-        f"{title:<{NAME_WIDTH}} {'samples':>8}   acc@1 %" + "".join(f"{head:>10}" for head in shown)
-    ]
+    levels = ["uniform t" if level["t"] is None else f"t = {level['t']}" for level in chosen]
+    rows = []
     for k in seen:
-        accuracies = [level["correct@1"][k] / samples[k] for level in chosen[: len(shown)]]
+        accuracies = [f"{100 * level['correct@1'][k] / samples[k]:.1f}" for level in chosen]
         name = record["classes"][k]
         name = name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "..."
-        cells = "".join(f"{100 * value:10.1f}" for value in accuracies)
-        lines.append(f"{name:<{NAME_WIDTH}} {samples[k]:>8}          {cells}")
-    return lines
+        rows.append([name, str(samples[k]), "", *accuracies])
+    return text.table([title, "samples", "acc@1 %:", *levels], rows)
 
 
 def series_table(records: Sequence[Record]) -> list[str]:
-    """A line a checkpoint: under uniform t, and accuracy at t = 0 and at log-SNR 0."""
-    width = max(10, *(len(record["name"]) for record in records))
-    lines = [
-        f"{'weights':<{width}} {'acc@1 %':>8} {'acc@5 %':>8} {'loss':>7} {'ECE %':>6} {'|grad|':>8}"
-    ]
+    """Return a line per checkpoint: under uniform t, and its accuracy at the chosen levels."""
     chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]][:3]
-    lines[0] += "".join(f"   {f'acc@1 t={t}':>11}" for t in chosen)
+    heads = ["weights", *(column.head for column in LEVEL_COLUMNS)]
+    heads += [f"acc@1 t={t}" for t in chosen]
+    rows = []
     for record in records:
-        row = record["classifier"]["uniform_t"]
         at = {level["t"]: level["acc@1"] for level in record["classifier"]["levels"]}
-        lines.append(
-            f"{record['name']:<{width}} {_percent(row['acc@1'])} {_percent(row['acc@5'])} "
-            f"{_number(row['loss'], 7)} {_percent(row['ece'], 6)} {_number(row['grad_norm'], 8)}"
-            + "".join(f"   {_percent(at.get(t), 11)}" for t in chosen)
-        )
-    return lines
+        cells = _cells(record["classifier"]["uniform_t"], LEVEL_COLUMNS)
+        accuracies = (at.get(t) for t in chosen)
+        cells += ["-" if value is None else f"{100 * value:.1f}" for value in accuracies]
+        rows.append([record["name"], *cells])
+    return text.table(heads, rows)
 
 
-def _percent(value: float | None, width: int = 8) -> str:
-    return "-".rjust(width) if value is None else f"{100 * value:{width}.1f}"
+def _rows(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    return [numbers["uniform_t"], *numbers["levels"]]
 
 
-def _number(value: float | None, width: int) -> str:
-    """Three decimals while they fit, else three digits and an exponent."""
-    if value is None:
-        return "-".rjust(width)
-    plain = f"{value:.3f}"
-    if len(plain) < width and (value == 0 or abs(value) >= 0.01):
-        return plain.rjust(width)
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").rjust(width)
+def _cells(row: dict[str, Any], columns: Sequence[Shown]) -> list[str]:
+    return [_cell(column, row.get(column.name)) for column in columns]
+
+
+def _cell(column: Shown, value: float | None) -> str:
+    """Return a number as its column shows it; very small and large ones with an exponent."""
+    if value is None or column.unit == "%" or value == 0 or 0.01 <= abs(value) < 1000:
+        return column.text(value)
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")

@@ -38,7 +38,7 @@ from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.evaluation.record import (
+from ds_classifier.evaluation.format import (
     EVALUATION_FORMAT,
     EVALUATION_VERSION,
     PRECISIONS,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
+from ds_classifier.evaluation.format import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
-from ds_classifier.evaluation.record import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.training.run_dir import EVENTS, read_done, read_events
 from ds_classifier.training.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.training.sanity import Guessing, RecentRows

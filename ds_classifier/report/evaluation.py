@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ds_classifier.evaluation.metrics import LEVEL_COLUMNS, METRICS
 from ds_classifier.report.charts import (
     BLUE,
     GREEN,
@@ -81,6 +82,11 @@ def noise_levels(run: Run) -> str:
             None,
         ),
     ]
+    panels += [
+        (m.title, m.name, Axis(m.unit, text=percent if m.unit == "%" else short), None)
+        for m in METRICS.values()
+        if m.name not in ("loss", "acc@1", "acc@5")
+    ]
     charts = []
     for title, key, y, level in panels:
         lines = _noise_lines(newest, older, key, with_bayes=key != "ece")
@@ -135,9 +141,9 @@ def _name(record: Record) -> str:
 
 
 def _points(numbers: Record, key: str) -> list[tuple[float, float]]:
-    scale = 100 if key in ("acc@1", "acc@5", "ece") else 1
+    (scale,) = (column.factor for column in LEVEL_COLUMNS if column.name == key)
     return [
-        (row["log_snr"], math.nan if row[key] is None else scale * row[key])
+        (row["log_snr"], math.nan if row.get(key) is None else scale * row[key])
         for row in numbers["levels"]
     ]
 
@@ -180,8 +186,8 @@ def _per_class(record: Record) -> str:
 
 def _table(record: Record) -> str:
     ours, bayes = record["classifier"], record.get("bayes")
-    heads = ["t", "log-SNR", "top-1", "top-5", "loss", "ECE", "|gradient|"]
-    heads += ["Bayes top-1", "Bayes loss"] * bool(bayes)
+    heads = ["t", "log-SNR", *(column.label or column.name for column in LEVEL_COLUMNS)]
+    heads += ["Bayes acc@1", "Bayes loss"] * bool(bayes)
     pairs = [(ours["uniform_t"], bayes and bayes["uniform_t"])]
     pairs += zip(ours["levels"], bayes["levels"] if bayes else ours["levels"], strict=True)
     rows = []
@@ -189,11 +195,10 @@ def _table(record: Record) -> str:
         cells = [
             str(row.get("t", "uniform")),
             f"{row['log_snr']:.2f}" if "log_snr" in row else "",
-            _share(row["acc@1"]),
-            _share(row["acc@5"]),
-            _plain(row["loss"]),
-            _share(row["ece"]),
-            _plain(row["grad_norm"]),
+            *(
+                (_share if column.unit == "%" else _plain)(row.get(column.name))
+                for column in LEVEL_COLUMNS
+            ),
         ]
         if bayes:
             cells += [_share(optimum["acc@1"]), _plain(optimum["loss"])]

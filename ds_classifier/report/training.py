@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from ds_classifier.evaluation.metrics import METRICS
 from ds_classifier.report.charts import (
     BLUE,
     GREEN,
@@ -220,6 +221,14 @@ def curves(run: Run) -> str:
         charts.append(_chart(run, "Validation top-1 by quartile", share, lines))
     if classes > TOP_5_FROM:
         charts.append(_chart(run, "Top-5 accuracy", share, _train_and_val(run, "acc@5", 100)))
+    for name, metric in METRICS.items():
+        if name not in ("loss", "acc@1", "acc@5"):
+            axis = Axis(metric.unit, text=percent if metric.unit == "%" else short)
+            for title, lines in (
+                (metric.title, _train_and_val(run, name, metric.factor)),
+                (f"{metric.title} by quartile", _quartiles(train, f"train_{name}", metric.factor)),
+            ):
+                charts.append(_chart(run, title, axis, lines))
     of_machine = [
         ("Gradient norm", "grad_norm", 1, Axis("", low=0)),
         ("Learning rate", "lr", 1, Axis("", low=0)),

@@ -14,13 +14,12 @@ from ds_classifier.distributed import failures
 from ds_classifier.distributed.stopping import Stopped
 from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
+from ds_classifier.evaluation.metrics import METRICS
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.training.log import TrainingLog
 from ds_classifier.training.lost import BadSamples
 from ds_classifier.training.run_dir import append_event
 from ds_classifier.training.setup import Setup
-
-AT_T0 = ("loss", "acc@1", "acc@5")  # the means that a log row has at t = 0 too
 
 
 class Validation:
@@ -57,7 +56,7 @@ class Validation:
         )
         means, bad = evaluation.evaluate(engine.module, self._batches(), **keywords)
         at_0, _ = evaluation.evaluate(engine.module, self._batches(), t=0, **keywords)
-        means |= {f"{name}_t0": at_0[name] for name in AT_T0}
+        means |= {f"{name}_t0": at_0[name] for name in METRICS}
         if distributed.rank() == 0:
             failures.tolerate("the grid of images", self._draw_grid)
         return means | ({"bad_samples": bad} if bad else {})

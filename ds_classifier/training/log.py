@@ -22,7 +22,7 @@ from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.memory import peak_memory
-from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter, Reading
+from ds_classifier.evaluation.meter import LOSS_EDGES, Meter, Reading
 from ds_classifier.training import screen
 from ds_classifier.training.flops import Arithmetic
 from ds_classifier.training.lost import Lost

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ds_classifier.data.loader import Batch
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training.between_steps import Checkpoints, Validation
 from ds_classifier.training.log import TrainingLog
 from ds_classifier.training.lost import Lost

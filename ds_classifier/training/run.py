@@ -18,7 +18,7 @@ from ds_classifier.distributed import deepspeed_engine, failures
 from ds_classifier.distributed.memory import MemoryAdvice
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.evaluation.meter import Meter
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
 from ds_classifier.training import loop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ds_classifier import distributed
@@ -11,12 +10,11 @@ from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.evaluation import metrics
 from ds_classifier.training.setup import Setup
 
-_QUARTILE_HEADS = "  q0  q1  q2  q3"
 HEADER = (
-    f"{'step':>6} {'eta':>8} {'loss':>6}{_QUARTILE_HEADS} "
-    f"{'acc@1':>5}{_QUARTILE_HEADS} {'acc@5':>5}{_QUARTILE_HEADS} "
+    f"{'step':>6} {'eta':>8} {metrics.console_heads()} "
     f"{'gnorm':>5} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
 )
 
@@ -70,34 +68,13 @@ def _schedule(setup: Setup) -> str:
 
 def training_line(row: dict[str, Any], *, eta_seconds: float) -> str:
     """Return the line of a training row under HEADER. Accuracies are in per cent."""
-
-    def cell(key: str, scale: float, width: int, decimals: int) -> str:
-        value = row.get(key)
-        if value is None:
-            return "-".rjust(width)
-        return f"{scale * value:{width}.{decimals}f}"
-
-    def accuracies(name: str) -> str:
-        parts = [cell(f"{name}_q{q}", 100, 4, 0) for q in range(4)]
-        return cell(name, 100, 5, 1) + "".join(parts)
-
-    losses = "".join(_short_loss(row.get(f"train_loss_q{q}")).rjust(4) for q in range(4))
     lg_scale = f"2^{row['lg_loss_scale']:g}" if row["lg_loss_scale"] else "-"
     return (
-        f"{row['step']:>6} {duration(eta_seconds):>8} "
-        f"{cell('train_loss', 1, 6, 3)}{losses} "
-        f"{accuracies('train_acc@1')} {accuracies('train_acc@5')} "
-        f"{cell('grad_norm', 1, 5, 2)} {row['lr']:7.1e} {lg_scale:>5} "
+        f"{row['step']:>6} {duration(eta_seconds):>8} {metrics.console_cells(row)} "
+        f"{row['grad_norm']:5.2f} {row['lr']:7.1e} {lg_scale:>5} "
         f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
         f"{row['memory_gib']:4.1f}G"
     )
-
-
-def _short_loss(value: float | None) -> str:
-    """Return a loss in three characters: .03, 2.3."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.2f}"[1:] if value < 0.995 else f"{value:.1f}"
 
 
 def lost_line(row: dict[str, Any], why_skipped: str) -> str:
@@ -113,13 +90,9 @@ def lost_line(row: dict[str, Any], why_skipped: str) -> str:
 
 def validation_line(row: dict[str, Any]) -> str:
     """Return the line of a validation row."""
-    quartiles = [row.get(f"val_acc@1_q{q}") for q in range(4)]
-    accuracies = " ".join("-" if value is None else f"{100 * value:.0f}" for value in quartiles)
     bad = row.get("val_bad_samples", 0)
     return (
-        f"{row['step']:>6} validation: loss {row['val_loss']:.3f}, "
-        f"acc@1 {100 * row['val_acc@1']:.1f} % (quartiles of t {accuracies}; "
-        f"t=0 {100 * row['val_acc@1_t0']:.1f}), acc@5 {100 * row['val_acc@5']:.1f} %, "
+        f"{row['step']:>6} validation: {metrics.validation_words(row)}, "
         f"{row['val_seconds']:.1f} s"
         + (f"; without {bad:,} that did not decode (verify --decode names them)" if bad else "")
     )

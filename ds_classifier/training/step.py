@@ -17,7 +17,7 @@ import torch
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.evaluation.metrics import Meter, by_position
+from ds_classifier.evaluation.meter import Meter, by_position
 
 
 @dataclass(frozen=True)

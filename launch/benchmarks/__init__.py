@@ -1,1 +1,1 @@
-"""What launch/benchmark.py measures, a module a command: `measure` returns a table's rows."""
+"""The measurements of launch/benchmark.py: a module per command, whose `measure` returns rows."""

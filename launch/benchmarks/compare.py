@@ -1,4 +1,4 @@
-"""Whole trainers with different flags, in turn: which of two ways to train suits this machine?"""
+"""Compare whole trainers with different flags, run in turn on this machine."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ def measure(
     steps: int,
     repeats: int,
 ) -> list[dict]:
-    """A row a way and number of ranks. words: flags of the training command that all ways share.
+    """Return a row per way and number of ranks; ratios are medians over repeats, to the first row.
 
-    program: launch/train.py. ways: the flags of each, as a shell would split them. steps: timed of
-    each in a repeat. Ratios are medians of those of each repeat, to the first row.
+    words: flags of the training command that all ways share. program: launch/train.py.
+    images: shards, or what make_shards.py takes. ways: the flags of each way, in one string.
+    ranks: the numbers of ranks to run each way on. steps: steps timed per run.
     """
     runs = [(way, count) for count in ranks for way in ways]
     batches = []
-    for way, count in runs:  # what can be known at once
+    for way, count in runs:  # find wrong flags before the first run
         command = [*words, *shlex.split(way)]
         try:
             training_command(command)
             batches.append(resolve_words(command, count).batch.total)
         except ValueError as error:
             raise ValueError(f"--way '{way}', --ranks {count}: {error}") from None
-    told: list[dict[str, list[float]]] = [{} for _ in runs]
+    measured: list[dict[str, list[float]]] = [{} for _ in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = ["--data_dir", str(shards_for(words, images, folder))]
         for repeat in range(repeats):
             first = None
-            for (way, count), figures in zip(runs, told, strict=True):
+            for (way, count), figures in zip(runs, measured, strict=True):
                 command = [*words, *shlex.split(way), *data]
                 try:
                     row = trainer_row(program, command, folder / "run", ranks=count, steps=steps)
@@ -60,6 +61,7 @@ def measure(
                     "x the first": rate / first,
                     "waiting for data, %": 100 * row["data_wait_frac"],
                     "GiB of rank 0": row["memory_gib"],
+                    "start-up, s": row["start_s"],
                 }.items():
                     figures.setdefault(name, []).append(value)
                 show_progress(repeat, repeats, f"--way '{way}', --ranks {count}")
@@ -72,5 +74,5 @@ def measure(
             "spread": spread(figures["images/s"]),
             "each repeat's images/s": figures["images/s"],
         }
-        for (way, count), batch, figures in zip(runs, batches, told, strict=True)
+        for (way, count), batch, figures in zip(runs, batches, measured, strict=True)
     ]

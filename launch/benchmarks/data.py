@@ -1,4 +1,4 @@
-"""Images a second and core, from shards of every store and from a folder."""
+"""Images per second and core, from shards in every encoding and from a folder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from .measuring import interleaved
 
 
 def measure(images: str, *, image_sizes: list[int], count: int, repeats: int) -> list[dict]:
-    """The plain way (folder, Pillow, float32), and shards of every store, by a core's own seconds.
+    """Measure the plain way (folder, Pillow, float32) and shards in every encoding.
 
-    exact, fast: what `--resize` says. decode: the bytes to pixels of the stored size, no more.
+    Rates are per second of the process's own CPU time. exact, fast: the values of `--resize`.
+    decode: only from bytes to pixels of the stored size.
     """
     torch.set_num_threads(1)
     source = open_source(images)
@@ -56,7 +57,8 @@ def measure(images: str, *, image_sizes: list[int], count: int, repeats: int) ->
     return rows
 
 
-def stores(size: int) -> dict:
+def stores(size: int) -> dict[str, Encoding]:
+    """Return the ways in which shards store images that train at `size` pixels."""
     return {
         "original": Encoding(),
         "halved jpg": Encoding(size, "jpg"),
@@ -83,7 +85,8 @@ def _decode_alone(folder: Path, count: int) -> Callable[[], int]:
 
 
 def _plain(source, size: int, count: int) -> Callable[[], int]:
-    """As the reference reads: a file an image, its crop, flip, float32, collated 16 at a time."""
+    """Return a run that reads as the reference: a file per image, cropped, flipped, as float32, in
+    batches of 16."""
     samples = source.splits["train"]
 
     def one(i: int) -> tuple[np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""Repeats that are interleaved, and the table of what came out."""
+"""Interleaved repeats, and the table of the results."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from ds_classifier.common import text
+
 
 def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each of the ways tells, asked in turn: A B A B ..."""
-    told: dict[str, list[float]] = {name: [] for name in ways}
+    """Return what each way measures in each repeat, the ways taken in turn: A B A B ..."""
+    measured: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
         for name, way in ways.items():
-            told[name].append(way())
+            measured[name].append(way())
             show_progress(repeat, repeats, name)
-    return told
+    return measured
 
 
 def show_progress(repeat: int, repeats: int, name: object) -> None:
-    """On a screen, that one of the repeats, from 0, has been done; for a table comes at the end."""
+    """Show on a terminal that repeat number `repeat`, from 0, is done."""
     if sys.stderr.isatty():
         done = f"repeat {repeat + 1} of {repeats}: {name}"
         print(f"\r{done[:78]:78}", end="\r", file=sys.stderr, flush=True)
@@ -31,15 +33,13 @@ def interleaved(
     repeats: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Median of things done a second by each run, in turn, after one warm-up.
+    """Return the median rate of each run, taken in turn after one warm-up.
 
-    clock: its seconds. before: called ahead of every run, not timed.
+    runs: each returns how many things it did; rates are things per second of `clock`.
     """
 
     def rate(run: Callable[[], int]) -> float:
-        before()
         began = clock()
         done = run()
         return done / (clock() - began)
@@ -50,21 +50,17 @@ def interleaved(
 
 
 def spread(values: list[float]) -> float:
-    """How far the repeats lie apart, as a share of their median."""
+    """Return the range of the repeats as a share of their median."""
     return (max(values) - min(values)) / statistics.median(values)
 
 
 def print_table(rows: list[dict]) -> None:
-    """Lists, such as the numbers of each repeat, are for the JSON alone."""
+    """Print rows under their keys. Lists, such as each repeat's numbers, go to the JSON only."""
     columns = list(dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list)))
     if sys.stderr.isatty():
         print(f"\r{'':78}", end="\r", file=sys.stderr, flush=True)
-    cells = [columns, *([_cell(row.get(c, "")) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        )
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    print("\n".join(text.table(columns, cells)))
 
 
 def _cell(value: object) -> str:

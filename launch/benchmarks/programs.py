@@ -1,9 +1,10 @@
-"""Whole trainers as programs of their own: this one, and an unmodified guided-diffusion."""
+"""Run whole trainers as separate programs: this one, and an unmodified guided-diffusion."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,33 +23,34 @@ from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
 from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
-MOST_CONVERTED = 2000  # images, which are read again and again
-WARM_UP = 2  # steps that are not timed, at least: the first ones make buffers
+MOST_CONVERTED = 2000  # images; a benchmark reads them again and again
+WARM_UP = 2  # least number of steps that are not timed: the first ones allocate buffers
+FIRST_LINE = "  step"  # begins the line that a run prints when it is ready to train
 REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
-# Settings of a training command that a benchmark chooses itself.
+# Settings of a training command that the benchmark chooses itself.
 OURS = ("data_dir", "val_data_dir", "run_dir", "iterations", "log_interval", "save_interval")
 OURS += ("eval_interval", "num_classes", "resume_checkpoint", "init_from")
 
 
 class ProgramFailed(ValueError):
-    """A program that is measured did not run to its end; the last that it said."""
+    """A measured program failed; the message is the end of its output."""
 
 
 def training_command(words: list[str]) -> CommandLine:
-    """A user's flags of launch/train.py. Raises ValueError for those that cannot be measured."""
-    said = io.StringIO()
+    """Parse flags of launch/train.py. Raises ValueError for those that cannot be measured."""
+    output = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(output):
             command = parse_training_command(words)
     except SystemExit:
-        problem = said.getvalue().strip().splitlines()[-1:] or ["--help"]
+        problem = output.getvalue().strip().splitlines()[-1:] or ["--help"]
         problem = problem[0].removeprefix("train.py: error: ")
         raise ValueError(f"{problem} (flags of launch/train.py come after IMAGES)") from None
     flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     chosen = sorted(set(OURS) & flags)
     if chosen or command.skips_training:
-        named = ", ".join(f"--{name}" for name in chosen) or "a rehearsal or a look"
-        raise ValueError(f"got {named}; need flags of training alone, less what a benchmark sets")
+        named = ", ".join(f"--{name}" for name in chosen) or "a command that does not train"
+        raise ValueError(f"got {named}; need flags of training that the benchmark does not set")
     return command
 
 
@@ -63,11 +65,10 @@ def reference_images_per_sec(
     microbatch: int,
     steps: int,
 ) -> float:
-    """classifier_train.py's images a second over `steps` steps, of its own loader and logging.
+    """Return classifier_train.py's images per second over `steps` steps, loader and log included.
 
-    runner: launch/benchmarks/run_reference.py. images: a folder whose files begin with their
-    class and _.
-    folder: for what it writes.
+    runner: launch/benchmarks/run_reference.py. checkout: of guided-diffusion.
+    images: a folder of files named CLASS_*. folder: where it may write.
     """
     moments = folder / "moments.json"
     moments.unlink(missing_ok=True)
@@ -84,20 +85,23 @@ def reference_images_per_sec(
 
 
 def resolve_words(words: list[str], ranks: int) -> Resolved:
-    """What a training command asks for on so many ranks. Raises ValueError if it cannot be."""
+    """Resolve a training command on a number of ranks. Raises ValueError if it is impossible."""
     command = parse_training_command(words)
     return resolve(command, read_ds_config(command.deepspeed_config), world_size=ranks)
 
 
 def split_of_shards(images: Path) -> Path | None:
-    """Where images are shards already: their training split, or the split named."""
+    """Return the training split of shards, or the split itself; None if images are no shards."""
     splits = (images, images / "train")
     return next((split for split in splits if (split / MANIFEST).is_file()), None)
 
 
 def shards_for(words: list[str], images: str, folder: Path) -> Path:
-    """The training split of images; if they are no shards, at most MOST_CONVERTED of them,
-    converted into the folder as the training command's image size asks for."""
+    """Return the training split of images.
+
+    Of images that are no shards, up to MOST_CONVERTED are converted into `folder`, for the image
+    size of the training command.
+    """
     if (split := split_of_shards(Path(images))) is not None:
         return split.resolve()
     source = open_source(images)
@@ -111,10 +115,11 @@ def shards_for(words: list[str], images: str, folder: Path) -> Path:
 def trainer_row(
     program: Path, words: list[str], run_dir: Path, *, ranks: int, steps: int
 ) -> dict[str, float]:
-    """What the trainer logs of `steps` steps. program: launch/train.py. words: its flags.
+    """Train, and return the log row of the last `steps` steps, with start_s added.
 
-    It logs as often, and what is told comes after all that the loader had read ahead while the
-    rest of the program started. run_dir: is emptied first.
+    The steps before them use up what the loader read ahead while the program started.
+    start_s: seconds from the command until the program was ready to train.
+    program: launch/train.py. words: its flags. run_dir: emptied first.
     """
     resolved = resolve_words(words, ranks)
     workers = resolved.settings.workers
@@ -124,13 +129,13 @@ def trainer_row(
     shutil.rmtree(run_dir, ignore_errors=True)
     length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
     length += ["--log_interval", steps, "--save_interval", 10**6, "--eval_interval", 10**6]
-    _run([*launched(program, ranks), *words, *map(str, length)])
+    start_s = _run([*launched(program, ranks), *words, *map(str, length)])
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if "images_per_sec" in row][-1]
+    return [row for row in rows if "images_per_sec" in row][-1] | {"start_s": start_s}
 
 
 def launched(program: Path, ranks: int) -> list[str]:
-    """The words that start launch/train.py on so many ranks of this machine."""
+    """Return the words that start launch/train.py on a number of ranks of this machine."""
     if ranks == 1:
         return [sys.executable, str(program)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
@@ -138,48 +143,29 @@ def launched(program: Path, ranks: int) -> list[str]:
     return [sys.executable, deepspeed, *here, str(program)]
 
 
-def seconds_to_lines(words: list[str], marks: dict[str, str]) -> dict[str, float]:
-    """Start a program; the seconds until it has printed a line with each of the marks, then end it.
+def _run(words: list[object], environment: dict[str, str] | None = None) -> float:
+    """Run a program to its end. Returns the seconds until it printed FIRST_LINE, nan if it did not.
 
-    marks: name -> what the line begins with, in the order in which they come.
+    Raises ProgramFailed unless it exits with 0.
     """
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        words,
-        env=_of_its_own(),
+    began, first, output = time.perf_counter(), math.nan, []
+    with subprocess.Popen(
+        list(map(str, words)),
+        env=_without_rank() | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-    )
-    found, said = {}, []
-    waiting = list(marks.items())
-    for line in process.stdout:
-        said.append(line)
-        while waiting and line.startswith(waiting[0][1]):
-            found[waiting.pop(0)[0]] = time.perf_counter() - began
-        if not waiting:
-            break
-    process.terminate()
-    process.communicate()
-    if waiting:
-        raise ProgramFailed("".join(said[-20:]))
-    return found
+    ) as process:
+        for line in process.stdout:
+            output.append(line)
+            if math.isnan(first) and line.startswith(FIRST_LINE):
+                first = time.perf_counter() - began
+    if process.returncode:
+        raise ProgramFailed("".join(output)[-3000:].removeprefix("error: "))
+    return first
 
 
-def _run(words: list[object], environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(
-        list(map(str, words)),
-        env=_of_its_own() | (environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ProgramFailed((done.stdout + done.stderr)[-3000:].removeprefix("error: "))
-
-
-def _of_its_own() -> dict[str, str]:
-    """The environment, without this process's place among ranks."""
+def _without_rank() -> dict[str, str]:
+    """Return the environment without this process's place among ranks."""
     place = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in place}

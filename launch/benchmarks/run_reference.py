@@ -1,9 +1,9 @@
-"""Run guided-diffusion's classifier_train.py as it is, and write down when each step ended.
+"""Run guided-diffusion's classifier_train.py unchanged, and write the times at which steps ended.
 
-`benchmark.py step --reference CHECKOUT` starts it: CHECKOUT MOMENTS STEPS FLAGS... It ends after so
-many optimizer steps. Two things are adapted from outside: its DDP call names a device even where
-that is a CPU, which torch refuses; and mpi4py and blobfile are stood in for where they are missing,
-which one process with local files does not need.
+`benchmark.py step --reference CHECKOUT` starts it, with arguments CHECKOUT MOMENTS STEPS FLAGS...
+It ends after STEPS optimizer steps. Two things are adapted from outside. The script's DDP call
+names a device even if that is a CPU, which torch refuses. And mpi4py and blobfile are replaced if
+they are not installed: one process with local files does not need them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def main() -> None:
+    """Run the script until the given number of steps is done, then end this process."""
     checkout, moments, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     script = checkout / "scripts" / "classifier_train.py"
     stand_in()
@@ -45,12 +46,14 @@ def main() -> None:
 
 
 class OnCPU(distributed.DistributedDataParallel):
+    """A DistributedDataParallel that ignores the device it is given."""
+
     def __init__(self, module, device_ids=None, output_device=None, **rest):
         super().__init__(module, **rest)
 
 
 def stand_in() -> None:
-    """One process and local files, for what is not installed."""
+    """Replace mpi4py and blobfile, if not installed, by what one process on local files needs."""
     if importlib.util.find_spec("mpi4py") is None:
         sys.modules["mpi4py"] = types.ModuleType("mpi4py")
         world = types.SimpleNamespace(

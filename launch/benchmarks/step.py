@@ -1,13 +1,14 @@
-"""Images a second of training: bare, in an engine, in the whole trainer, in the reference.
+"""Images per second of training: bare, in an engine, in the whole trainer, in the reference.
 
-Each layer does what the one below does and more, so that what it costs can be seen. The bare model
-and the engine run in this process on one batch that lies ready; the trainer and the reference are
-whole programs, started anew for each repeat, on the same images.
+Each layer does the work of the one before it and more, so the ratio of two rows is the cost of the
+difference. The bare model and the engine run in this process, on one batch in memory. The trainer
+and the reference are whole programs, started again for each repeat, on the same images.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_classifier import distributed
+from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
 from ds_classifier.config.deepspeed_json import Resolved
@@ -28,7 +30,7 @@ from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.evaluation.meter import Meter
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
@@ -46,15 +48,16 @@ from .programs import (
     training_command,
 )
 
-# Of the square matrices whose product is taken for the peak: the best of these.
+# Sides of the square matrices whose product gives the device's peak: the fastest size counts.
 GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
-PRODUCTS = 10  # of them at a time
+PRODUCTS = 10  # matrix products per timed call
 GEMM, TRAINER, REFERENCE = "matrix product", "whole trainer", "guided-diffusion, fp32"
+SAVING = "trainer's step while saving"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One rank's model, engine and batch, as the training command's words describe them."""
+    """The model, engine and batch of one rank, as a training command describes them."""
 
     resolved: Resolved
     engine: Any
@@ -62,6 +65,7 @@ class Bench:
 
     @classmethod
     def of(cls, words: list[str]) -> Bench:
+        """Build them. words: flags of launch/train.py. Raises ValueError if they do not fit."""
         resolved = resolve_words(words, 1)
         settings = resolved.settings
         device = distributed.init()
@@ -80,21 +84,25 @@ class Bench:
             weights=torch.ones(count),
             bad=[],
         )
-        if device.type == "cuda":  # as the loader's
+        if device.type == "cuda":  # as the loader's batches are
             batch = Batch(*(tensor.pin_memory() for tensor in batch[:4]), [])
         return cls(resolved, engine, batch)
 
     @property
     def precision(self) -> str:
+        """The engine's precision, such as "bf16"."""
         return deepspeed_engine.precision(self.engine)
 
     @property
     def images(self) -> int:
-        """Of a step."""
+        """The number of images of a step."""
         return self.resolved.batch.total
 
     def trainer_step(self) -> Callable[[], int]:
-        """All of a step but the loader: noise, metrics, the engine. Returns the images of it."""
+        """Return a step of the trainer without its loader: noise, metrics, engine.
+
+        Calling it returns the number of images.
+        """
         settings, engine = self.resolved.settings, self.engine
         meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
         sampler = UniformSampler(engine.module.diffusion.num_timesteps)
@@ -108,7 +116,7 @@ class Bench:
         return waited_for(step, engine.device)
 
     def engine_step(self) -> Callable[[], int]:
-        """Forward, backward and step of the engine, the noise lying ready."""
+        """Return the engine's forward, backward and step, on noise drawn beforehand."""
         engine = self.engine
         inputs = self._inputs()
 
@@ -122,7 +130,7 @@ class Bench:
         return waited_for(step, engine.device)
 
     def bare_step(self) -> Callable[[], int]:
-        """The same module in the same precision, without DeepSpeed, and torch's AdamW for it."""
+        """Return a step of the same module in the same precision, without DeepSpeed, by AdamW."""
         device, accumulation = self.engine.device, self.engine.gradient_accumulation_steps()
         settings = self.resolved.settings
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
@@ -155,16 +163,16 @@ class Bench:
 def gemm(
     side: int, dtype: torch.dtype, device: torch.device, *, as_convolution: bool
 ) -> Callable[[], int]:
-    """A product of two square matrices, which returns its operations.
+    """Return a function that multiplies two square matrices and returns its number of operations.
 
-    as_convolution: by the library of convolutions, which on some CPUs is the quicker of the two.
+    as_convolution: use the library of convolutions, which is faster on some CPUs.
     """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
     pixels = a.view(1, 32, side // 32, side).permute(0, 3, 1, 2)  # [1, side, 32, side / 32]
 
     def product() -> int:
         before = torch.get_float32_matmul_precision()
-        if device.type == "cuda":  # in TF32, as cuDNN's convolutions take fp32 unless told not to
+        if device.type == "cuda":  # in TF32, which cuDNN's convolutions use for fp32 by default
             torch.set_float32_matmul_precision("high")
         for _ in range(PRODUCTS):
             if as_convolution:
@@ -178,7 +186,7 @@ def gemm(
 
 
 def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], int]:
-    """The step, until the device has done it."""
+    """Return the step, made to wait until the device has done it."""
 
     def whole() -> int:
         done = step()
@@ -190,9 +198,50 @@ def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], in
 
 
 def make_room(device: torch.device) -> None:
-    """Give back what this process keeps of a GPU's memory for reuse, for a program to run there."""
+    """Free the GPU memory that this process caches, so that another program can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+class Saves:
+    """Saves checkpoints into a folder, each written in the background of training steps.
+
+    step: a training step, which returns its number of images.
+    """
+
+    def __init__(self, bench: Bench, folder: Path, step: Callable[[], int]):
+        self._writer = CheckpointWriter(
+            folder,
+            engine=bench.engine,
+            sampler=UniformSampler(bench.engine.module.diffusion.num_timesteps),
+            keep_last=1,
+            keep_every=0,
+            max_failed=0,
+        )
+        self._step = step
+        self._snapshot: list[float] = []
+        self._written: list[float] = []
+
+    def rate(self) -> float:
+        """Save, and train until the checkpoint is written. Returns images per second."""
+        began = time.perf_counter()
+        self._writer.save({})
+        self._snapshot.append(time.perf_counter() - began)
+        images = self._step()
+        self._writer.check()
+        while self._writer.under_way is not None:
+            images += self._step()
+            self._writer.check()
+        seconds = time.perf_counter() - began
+        self._written.append(seconds)
+        return images / seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Return medians: how long the snapshot stops training, and when a save is written."""
+        return {  # the first save, which allocates the buffers, is left out
+            "snapshot, s": statistics.median(self._snapshot[1:]),
+            "written after, s": statistics.median(self._written[1:]),
+        }
 
 
 def measure(
@@ -201,58 +250,44 @@ def measure(
     program: Path,
     images: str,
     reference: Path | None,
+    save: Path | None,
     ranks: list[int],
     steps: int,
     repeats: int,
 ) -> list[dict]:
-    """Every layer, interleaved. words: of the training command. images: shards, or what they are
-    made of.
+    """Measure every layer, interleaved, and return a row per layer.
 
-    program: launch/train.py. ranks: the trainer is run on each of these numbers of them, by the
-    same words, in which --batch_size is a rank's and --global_batch all ranks'. steps: timed of
-    each program in a repeat. reference: a checkout of guided-diffusion, run as it is.
-    Raises ValueError where the reference cannot be run, or only with other images or another
-    classifier.
+    words: flags of launch/train.py, `program`. images: shards, or what make_shards.py takes.
+    ranks: the numbers of ranks to run the trainer on, with the same flags: --batch_size is per
+    rank, --global_batch over all ranks. steps: steps timed per layer and repeat.
+    save: a directory on the disk to save checkpoints to; None: measure no saves.
+    reference: a checkout of guided-diffusion to run too, unchanged; None: do not.
+    Raises ValueError if the reference cannot be run with these images or this classifier.
     """
     settings = training_command(words).settings
     if reference is not None:
         _check_reference(reference, Path(images), settings)
-    with tempfile.TemporaryDirectory() as temporary:
+    if save is not None and not save.is_dir():
+        raise ValueError(f"--save: got {save}, which is no directory; need one on the disk")
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tempfile.TemporaryDirectory(dir=save) as checkpoints,
+    ):
         folder = Path(temporary)
         shards = shards_for(words, images, folder)
         words = [*words, "--data_dir", str(shards)]
         classes = open_shards(shards).manifest.classes
         bench = Bench.of([*words, "--num_classes", str(len(classes))])
-        device, dtype = bench.engine.device, deepspeed_engine.DTYPES[bench.precision]
-
-        def rate(step: Callable[[], int]) -> float:
-            began = time.perf_counter()
-            return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
+        start_up: dict[str, list[float]] = {}
 
         def trainer(count: int) -> float:
-            make_room(device)
+            make_room(bench.engine.device)
             row = trainer_row(program, words, folder / "run", ranks=count, steps=steps)
+            start_up.setdefault(trainer_name(count), []).append(row["start_s"])
             return row["images_per_sec"]
 
-        here = {
-            **{
-                f"{GEMM} {side}, {convolution}": waited_for(
-                    gemm(side, dtype, device, as_convolution=convolution), device
-                )
-                for side in GEMM_SIDES[device.type]
-                for convolution in (False, True)
-            },
-            "bare model + AdamW": bench.bare_step(),
-            "engine": bench.engine_step(),
-            "trainer's step": bench.trainer_step(),
-        }
-        ways = {name: partial(rate, step) for name, step in here.items()}
-        in_turn(ways, 1)  # the first is slower than any other; programs warm up by themselves
-        for count in ranks:
-            ways[TRAINER + f", {count} ranks" * (count > 1)] = partial(trainer, count)
-
         def theirs() -> float:
-            make_room(device)
+            make_room(bench.engine.device)
             return reference_images_per_sec(
                 program.parent / "benchmarks" / "run_reference.py",
                 reference,
@@ -264,25 +299,64 @@ def measure(
                 steps=steps,
             )
 
+        ways = layers_here(bench, steps)
+        saves = None
+        if save is not None:
+            saves = Saves(bench, Path(checkpoints), bench.trainer_step())
+            ways[SAVING] = saves.rate
+        in_turn(ways, 1)  # the first call is the slowest; programs warm up by themselves
+        ways |= {trainer_name(count): partial(trainer, count) for count in ranks}
         if reference is not None:
             ways[REFERENCE] = theirs
         print(described(bench, steps=steps, repeats=repeats), flush=True)
-        devices = {f"{TRAINER}, {count} ranks": count for count in ranks}
-        if device.type == "cpu":  # unless OMP_NUM_THREADS says so, one rank has all cores
-            cores = len(os.sched_getaffinity(0)) // torch.get_num_threads()
-            devices = {name: min(count, max(1, cores)) for name, count in devices.items()}
-        return rows_of(in_turn(ways, repeats), bench, devices)
+        rates = in_turn(ways, repeats)
+        seconds = {
+            name: {"start-up, s": statistics.median(values)} for name, values in start_up.items()
+        }
+        if saves is not None:
+            seconds[SAVING] = saves.seconds()
+        return rows_of(rates, bench, ranks, seconds)
+
+
+def layers_here(bench: Bench, steps: int) -> dict[str, Callable[[], float]]:
+    """Return the layers measured in this process.
+
+    Each measures `steps` calls and returns images, or operations of a matrix product, per second.
+    """
+    device, dtype = bench.engine.device, deepspeed_engine.DTYPES[bench.precision]
+
+    def rate(step: Callable[[], int]) -> float:
+        began = time.perf_counter()
+        return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
+
+    layers = {
+        f"{GEMM} {side}, {convolution}": waited_for(
+            gemm(side, dtype, device, as_convolution=convolution), device
+        )
+        for side in GEMM_SIDES[device.type]
+        for convolution in (False, True)
+    }
+    layers["bare model + AdamW"] = bench.bare_step()
+    layers["engine"] = bench.engine_step()
+    layers["trainer's step"] = bench.trainer_step()
+    return {name: partial(rate, step) for name, step in layers.items()}
+
+
+def trainer_name(ranks: int) -> str:
+    """Return the name of the trainer's layer."""
+    return TRAINER + f", {ranks} ranks" * (ranks > 1)
 
 
 def _check_reference(checkout: Path, images: Path, settings: Settings) -> None:
+    """Raise ValueError if the reference cannot train on these images with these settings."""
     if not (checkout / REFERENCE_SCRIPT).is_file():
         raise ValueError(f"--reference: got {checkout}; need a checkout with {REFERENCE_SCRIPT}")
     if not images.is_dir() or split_of_shards(images) is not None:
         raise ValueError(
-            f"--reference: got the images {images}; need a folder of image files, which is "
-            "all that it reads"
+            f"--reference: got the images {images}; need a folder of image files: it reads "
+            "nothing else"
         )
-    # How many classes there are changes its last layer alone.
+    # The number of classes changes only its last layer.
     obstacles = reference_obstacles(settings.replace(num_classes=REFERENCE_CLASSES))
     if obstacles:
         raise ValueError(
@@ -291,28 +365,35 @@ def _check_reference(checkout: Path, images: Path, settings: Settings) -> None:
 
 
 def described(bench: Bench, *, steps: int, repeats: int) -> str:
-    """What is measured, in a line."""
+    """Return a line on what is measured."""
     settings, device = bench.resolved.settings, bench.engine.device
     flops = training_flops(forward_flops(settings.model_kwargs())) / 1e9
     parameters = sum(p.numel() for p in bench.engine.module.parameters())
     return (
-        f"{settings.image_size} px, {parameters:,} parameters, {flops:,.1f} GFLOP an image; "
+        f"{settings.image_size} px, {parameters:,} parameters, {flops:,.1f} GFLOP per image; "
         f"{bench.precision}, {bench.resolved.batch}, on "
         f"{deepspeed_engine.describe_device(device)}; "
-        f"medians of {repeats}, of {steps} steps each"
+        f"medians of {repeats} repeats of {steps} steps each"
     )
 
 
 def rows_of(
-    told: dict[str, list[float]], bench: Bench, devices: dict[str, int]
+    measured: dict[str, list[float]],
+    bench: Bench,
+    ranks: list[int],
+    seconds: dict[str, dict[str, float]],
 ) -> list[dict[str, object]]:
-    """A row a layer, of medians; ratios are medians of those of each repeat.
+    """Return a row of medians per layer; ratios are medians of each repeat's ratios.
 
-    told: images a second by layer, and operations of the matrix products, a number a repeat.
-    devices: that a layer has, where it is not one.
+    measured: images per second by layer, and operations per second of matrix products, one number
+    per repeat. ranks: the numbers of ranks of the trainer. seconds: more columns by layer.
     """
-    rates = {name: np.array(values) for name, values in told.items()}
-    peak = np.max([rates.pop(name) for name in told if name.startswith(GEMM)], axis=0)
+    devices = {trainer_name(count): count for count in ranks}
+    if bench.engine.device.type == "cpu":  # one rank uses all cores, unless OMP_NUM_THREADS is set
+        cores = len(os.sched_getaffinity(0)) // torch.get_num_threads()
+        devices = {name: min(count, max(1, cores)) for name, count in devices.items()}
+    rates = {name: np.array(values) for name, values in measured.items()}
+    peak = np.max([rates.pop(name) for name in measured if name.startswith(GEMM)], axis=0)
     flops = training_flops(forward_flops(bench.resolved.settings.model_kwargs()))
     rows = [{"layer": GEMM, "precision": bench.precision, "GFLOP/s": median(peak) / 1e9}]
     above = None
@@ -331,12 +412,15 @@ def rows_of(
             row["of the layer above"] = median(rate / above)
         if slowest is not None:
             row["x guided-diffusion"] = median(rate / slowest)
-        row["spread"] = spread(told[name])
-        row["each repeat's images/s"] = told[name]
+        row |= seconds.get(name, {})
+        row["spread"] = spread(measured[name])
+        row["each repeat's images/s"] = measured[name]
         rows.append(row)
-        above = rate
+        if name != SAVING:  # the whole trainer is compared with the step that saves nothing
+            above = rate
     return rows
 
 
 def median(values: np.ndarray) -> float:
+    """Return the median as a Python float, which JSON can hold."""
     return float(np.median(values))

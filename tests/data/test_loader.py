@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made import made_up_shards
 from PIL import Image
 from running import GOLDEN
 
@@ -23,7 +25,6 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
-from launch.benchmarks.memory import made_up_shards, memory_of
 
 GLOBAL_BATCH = 12
 
@@ -169,6 +170,25 @@ def test_fast_is_the_same_crops_and_flips(digits):
     difference = (exact - fast).abs()
     assert 0 < difference.max() <= 2
     assert difference.float().mean() < 0.01
+
+
+def memory_of(pid: int, index: str) -> tuple[int, int]:
+    """Return two numbers of bytes: the process's private memory, and its copied index pages.
+
+    The first leaves out the mapping of the index file; the second counts pages of that mapping that
+    are no longer the file's but copies.
+    """
+    own = copied = 0
+    in_index = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if not name[0].isupper():  # a mapping begins: addresses, rights, ..., path
+            in_index = line.endswith(str(index))
+        elif name in ("Private_Clean", "Private_Dirty") and not in_index:
+            own += 1024 * int(rest.split()[0])
+        elif name == "Anonymous" and in_index:
+            copied += 1024 * int(rest.split()[0])
+    return own, copied
 
 
 def test_workers_hold_one_index_and_do_not_grow(tmp_path):

@@ -1,6 +1,6 @@
-"""launch/evaluate.py over several validation sets, one after another in one process group.
+"""Run launch/evaluate.py on several validation sets, one after another in one process group.
 
-Arguments: the weights, then for each set its shards, its batch size and where the record goes.
+Arguments: the weights; then, for each set, its shards, its batch size and the output directory.
 """
 
 import shlex

@@ -1,4 +1,4 @@
-"""Evaluation at noise levels against loops written here; the same numbers on any ranks."""
+"""Evaluation at noise levels against loops; the same numbers on any number of ranks."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def alone(monkeypatch):
 
 
 def made_up(count, classes, seed=0):
-    """log_p, labels, gradient norms and weights of samples that are often right, sometimes bad."""
+    """Return log_p, labels, gradient norms and weights; samples are often right, sometimes bad."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (count,), generator=generator)
     logits = 3 * torch.randn(count, classes, generator=generator)
@@ -47,12 +47,12 @@ def made_up(count, classes, seed=0):
         -5, 6, (count,), generator=generator
     )
     weights = (torch.rand(count, generator=generator) < 0.9).float()
-    log_p[weights == 0] = math.nan  # an image that did not decode may give anything
+    log_p[weights == 0] = math.nan  # an undecodable image may give any number
     return log_p, labels, grad_norms, weights
 
 
 def by_hand(log_p, labels, grad_norms, weights, classes):
-    """The numbers of one level by a loop over samples, and by class."""
+    """Compute the numbers of one level by a loop, and the values of the samples by class."""
     rows = [[] for _ in range(classes)]
     bins = [[] for _ in range(15)]
     for log_probs, label, norm, weight in zip(
@@ -82,7 +82,7 @@ def by_hand(log_p, labels, grad_norms, weights, classes):
 
 
 @pytest.mark.parametrize("classes", [3, 12])
-def test_sums_are_those_of_a_loop(classes, alone):
+def test_sums_equal_those_of_a_loop(classes, alone):
     sums = LevelSums(2, classes, "cpu")
     data = [made_up(200, classes, seed) for seed in (0, 1)]
     for level in (1, 0):
@@ -103,8 +103,8 @@ def test_sums_are_those_of_a_loop(classes, alone):
         assert sum(row["samples"] for row in numbers.reliability(level)) == expected["samples"]
 
 
-def test_tied_classes_are_counted_alike_everywhere(alone):
-    """16 bits often make two classes equally likely: accuracy and confusion must agree."""
+def test_accuracy_and_confusion_agree_on_tied_classes(alone):
+    """Check classes that are equally likely, as 16 bits often make them."""
     generator = torch.Generator().manual_seed(0)
     log_p = torch.randint(0, 3, (300, 10), generator=generator).double().log_softmax(dim=1)
     labels = torch.randint(0, 10, (300,), generator=generator)
@@ -121,7 +121,7 @@ def test_tied_classes_are_counted_alike_everywhere(alone):
     assert sums.read().overall(0)["correct@1"] == diagonal
 
 
-def test_sums_do_not_hang_on_the_order(alone):
+def test_sums_do_not_depend_on_the_order(alone):
     log_p, labels, grad_norms, weights = made_up(500, 7)
     answers = []
     for seed, batch in ((0, 500), (1, 1), (2, 37)):
@@ -140,7 +140,7 @@ def test_sums_do_not_hang_on_the_order(alone):
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_what_is_not_finite_is_wrong_and_told(alone):
+def test_a_sample_that_is_not_finite_counts_as_wrong(alone):
     log_p = torch.log(torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.2, 0.8]]))
     log_p[1] = math.nan
     grad_norms = torch.tensor([1.0, 1.0, math.inf, 3.0])
@@ -159,7 +159,7 @@ def test_what_is_not_finite_is_wrong_and_told(alone):
 
 
 class Linear(torch.nn.Module):
-    """Logits whose gradient is known without autograd; they hang on the timestep shown."""
+    """A classifier whose gradient is known without autograd; its logits depend on the timestep."""
 
     def __init__(self, numbers, classes):
         super().__init__()
@@ -170,7 +170,7 @@ class Linear(torch.nn.Module):
 
 
 def batches(count, size, classes, batch):
-    """Random images as the loader gives them: padded to whole batches, one that is bad."""
+    """Return random images as the loader does: padded to whole batches, one of them bad."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator).to(torch.uint8)
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -188,7 +188,7 @@ def batches(count, size, classes, batch):
     return made
 
 
-def test_levels_are_those_of_a_loop(alone):
+def test_levels_equal_those_of_a_loop(alone):
     torch.manual_seed(0)
     count, size, classes, levels = 23, 4, 6, [0, 7, 49]
     diffusion = create_gaussian_diffusion(**RESPACED)
@@ -204,7 +204,7 @@ def test_levels_are_those_of_a_loop(alone):
         device=torch.device("cpu"),
     )
     assert bad == 1
-    # By hand, of the unrespaced process: 50 steps evenly from 0 to 499, shown as 1000/500 times.
+    # The process before respacing: 50 steps evenly from 0 to 499; timesteps are scaled by 1000/500.
     kept = [round(i * 499 / 49) for i in range(50)]
     alpha_bar = np.cumprod(1 - np.linspace(2e-4, 0.04, 500))[kept]
     weight = model.weight.detach().double().numpy()
@@ -238,7 +238,7 @@ def test_levels_are_those_of_a_loop(alone):
     assert [row["log_snr"] for row in described["levels"]] == pytest.approx(snr)
     assert [level["t"] for level in described["per_class"]] == [None, 7]
 
-    # The validation during training shows the same images with the same noise.
+    # The validation during training uses the same images and the same noise.
     module = NoisedClassifier(model, diffusion)
     for row, t in ((0, None), (1, 0)):
         means, _ = evaluate.evaluate(module, loader, samples=count, device=torch.device("cpu"), t=t)
@@ -268,11 +268,11 @@ def test_levels_are_even_in_log_snr(schedule, count):
     diffusion = create_gaussian_diffusion(**schedule)
     levels = evaluate.level_grid(diffusion, count)
     snr = [math.log(a / (1 - a)) for a in diffusion.alphas_cumprod]
-    # As many as asked, if there are; where timesteps lie far apart one value more may be needed.
+    # The number asked for, if there are as many; one more where timesteps lie far apart.
     assert min(count + 1, len(snr)) <= len(levels) <= count + 2
     assert levels == sorted(set(levels))
     assert (levels[0], levels[-1]) == (0, diffusion.num_timesteps - 1)
-    # Evenly: a gap is wider than the others only where no timestep stands in it.
+    # A gap is wider than the others only if there is no timestep in it.
     gaps = [(snr[a] - snr[b], b - a) for a, b in itertools.pairwise(levels)]
     even = (snr[0] - snr[-1]) / count
     assert all(gap < 1.5 * even for gap, steps in gaps if steps > 1)
@@ -284,8 +284,8 @@ def test_levels_are_even_in_log_snr(schedule, count):
 
 
 def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
-    """A published-format .pt on 1, 2 and 3 ranks: sets of 1, 7 and 1,000 images."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun and the launcher have it
+    """Evaluate a .pt in the published format on 1, 2 and 3 ranks, on 1, 7 and 1,000 images."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun and the launcher set it
     names = [f"train/{c}/{i}.png" for c in ("cat", "dog", "emu") for i in range(2)]
     make_images(tmp_path, names)
     sets = []
@@ -333,13 +333,13 @@ def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
         rows = [numbers["uniform_t"], *numbers["levels"]]
         assert len(rows) == 5
         assert [row["samples"] for row in rows] == [count] * 5
-        assert all(row["acc@5"] == 1.0 for row in rows)  # of three classes
+        assert all(row["acc@5"] == 1.0 for row in rows)  # with three classes
         assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert 0.2 < records[1, "set1000"]["classifier"]["uniform_t"]["acc@1"] < 0.5
 
 
 def test_a_run_and_its_checkpoints(digits, tmp_path):
-    """The run's own validation data and settings; the numbers that training logged; a series."""
+    """Compare with the numbers that training logged, for one checkpoint and for a series."""
     run = tmp_path / "run"
     flags = ["--deepspeed_config", CONFIGS / "zero1_fp32.json", "--run_dir", run, *TINY]
     data = ["--data_dir", digits / "train", "--val_data_dir", digits / "val"]
@@ -348,7 +348,7 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
     assert done.code == 0, done.output
     done = launch(1, run, "--checkpoints", "nope", script=EVALUATE, cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 1), done.output
-    assert not list((run / "eval").glob("step-*"))  # nothing was done before it was seen
+    assert not list((run / "eval").glob("step-*"))  # it was refused before any evaluation
     done = launch(
         2,
         *(run, "--checkpoints", "all", "--timesteps", "0,300"),
@@ -362,12 +362,12 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
     assert records[1] == json.loads((run / "eval" / "step-00000004.json").read_text())
     done = launch(1, run, "--timesteps", "0,300", script=EVALUATE, cwd=tmp_path)
     alone = json.loads((run / "eval" / "step-00000004.json").read_text())
-    assert records[0]["bayes"] == records[1]["bayes"] == alone["bayes"]  # computed once of a series
+    assert records[0]["bayes"] == records[1]["bayes"] == alone["bayes"]  # computed once per series
     flags = ("--timesteps", "0", "--precision", "bf16", "--bayes", digits / "train")
     done = launch(1, run, *flags, script=EVALUATE, cwd=tmp_path)
     rough = json.loads((run / "eval" / "step-00000004-bf16.json").read_text())
     assert (rough["precision"], rough["weights_sha256"]) == ("bf16", alone["weights_sha256"])
-    assert alone == json.loads((run / "eval" / "step-00000004.json").read_text())  # stays
+    assert alone == json.loads((run / "eval" / "step-00000004.json").read_text())  # unchanged
     for name in ("series.png", "step-00000002.png", "step-00000004.png"):
         assert (run / "eval" / name).read_bytes().startswith(b"\x89PNG")
     logged = {row["step"]: row for row in read_log(run) if "val_loss" in row}
@@ -376,7 +376,7 @@ def test_a_run_and_its_checkpoints(digits, tmp_path):
         for name in ("loss", "acc@1", "acc@5"):
             assert numbers["uniform_t"][name] == pytest.approx(row[f"val_{name}"], rel=1e-5)
             assert numbers["levels"][0][name] == pytest.approx(row[f"val_{name}_t0"], rel=1e-5)
-        # The digits are small: the exact posterior stands beside, and knows better than 4 steps.
+        # The digits are few: their exact posterior is evaluated too, and beats 4 steps of training.
         assert record["bayes"]["pictures"] == 1437
         assert record["bayes"]["levels"][0]["acc@1"] > 0.9
         tables = [*level_table(record), *class_table(record), *series_table(records)]

@@ -1,56 +1,65 @@
-"""Sums by quartile of t against a loop over samples."""
+"""The table of metrics as it is shown; an entry is all that a new metric needs."""
 
 import pytest
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.evaluation.metrics import LOSS_EDGES, Meter
+from ds_classifier.evaluation import metrics
+from ds_classifier.evaluation.meter import Meter
+
+TRAINED = {
+    **{"train_loss": 1.25, "train_loss_q0": 0.034, "train_loss_q1": 0.996, "train_loss_q3": 2.31},
+    **{"train_acc@1": 0.405, "train_acc@1_q0": 1.0, "train_acc@1_q2": 0.306},
+    "train_acc@5": 0.9,
+}
+VALIDATED = {
+    **{"val_loss": 2.3026, "val_acc@1": 0.1, "val_acc@5": 0.5, "val_acc@1_t0": 0.125},
+    **{"val_acc@1_q0": 0.09, "val_acc@1_q1": 0.11, "val_acc@1_q2": None, "val_acc@1_q3": 0.0},
+}
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
+@pytest.fixture
+def entropy(monkeypatch):
+    """Add the mean entropy of the predicted distribution to METRICS."""
+
+    def per_sample(losses, logits, labels):
+        return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+    entry = metrics.Metric(name="entropy", title="Entropy", unit="nats", per_sample=per_sample)
+    monkeypatch.setitem(metrics.METRICS, "entropy", entry)
+
+
+def test_the_console_shows_means_and_quartiles():
+    assert metrics.console_heads() == (
+        "  loss  q0  q1  q2  q3 acc@1  q0  q1  q2  q3 acc@5  q0  q1  q2  q3"
+    )
+    assert metrics.console_cells(TRAINED) == (
+        " 1.250 .03 1.0   - 2.3  40.5 100   -  31   -  90.0   -   -   -   -"
+    )
+
+
+def test_a_validation_is_one_line():
+    assert metrics.validation_words(VALIDATED) == (
+        "loss 2.303, acc@1 10.0 % (quartiles of t 9 11 - 0; t=0 12.5), acc@5 50.0 %"
+    )
+
+
+def test_columns_of_an_evaluation():
+    heads = [column.head for column in metrics.LEVEL_COLUMNS]
+    assert heads == ["acc@1 %", "acc@5 %", "loss", "ECE %", "|grad|"]
+
+
+def test_an_entry_is_all_a_metric_needs(entropy, monkeypatch):
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor)
-
-
-def by_hand(samples, num_timesteps):
-    """Means of (loss, top-1, top-5) per quartile and over all, by a loop."""
-    groups = {}
-    for loss, logits, label, t, weight in samples:
-        if weight == 0:
-            continue
-        ranked = sorted(range(len(logits)), key=lambda c: -logits[c])
-        values = (loss, float(ranked[0] == label), float(label in ranked[:5]))
-        for suffix in ("", f"_q{int(4 * t / num_timesteps)}"):
-            for name, value in zip(("loss", "acc@1", "acc@5"), values, strict=True):
-                groups.setdefault(name + suffix, []).append(value)
-    return {key: sum(values) / len(values) for key, values in groups.items()}
-
-
-@pytest.mark.parametrize("classes", [3, 12])
-@pytest.mark.parametrize("num_timesteps", [1000, 250, 7])
-def test_means_are_those_of_a_loop(classes, num_timesteps):
-    generator = torch.Generator().manual_seed(0)
-    meter, samples = Meter(num_timesteps, "cpu"), []
-    for _ in range(4):
-        batch = dict(
-            losses=10 * torch.rand(33, generator=generator) ** 4,
-            logits=torch.randn(33, classes, generator=generator),
-            labels=torch.randint(0, classes, (33,), generator=generator),
-            t=torch.randint(0, num_timesteps, (33,), generator=generator),
-            weights=(torch.rand(33, generator=generator) < 0.9).float(),
-        )
-        batch["losses"][batch["weights"] == 0] = float("nan")  # of an image that did not decode
-        meter.add(**batch)
-        samples += list(zip(*(batch[k].tolist() for k in batch), strict=True))
-    means, weight, losses = meter.read()
-    expected = by_hand(samples, num_timesteps)
-    assert means.keys() == expected.keys()
-    assert means == pytest.approx(expected, rel=1e-6)
-    assert weight == sum(sample[-1] for sample in samples)
-    counts = [[0] * (len(LOSS_EDGES) + 1) for _ in range(4)]
-    for loss, _, _, t, weight in samples:
-        if weight > 0:
-            counts[4 * t // num_timesteps][sum(edge < loss for edge in LOSS_EDGES)] += 1
-    assert losses.tolist() == counts
-    means, weight, losses = meter.read()
-    assert (means, weight, float(losses.sum())) == ({}, 0.0, 0.0)
+    meter = Meter(4, "cpu")
+    logits = torch.tensor([[0.0, 0.0], [50.0, 0.0]])  # entropies ln 2 and 0
+    labels, t = torch.tensor([0, 0]), torch.tensor([0, 3])
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    meter.add(losses=losses, logits=logits, labels=labels, t=t, weights=torch.ones(2))
+    means = meter.read().means
+    assert means["entropy_q0"] == pytest.approx(0.693147, abs=1e-6)
+    assert means["entropy"] == pytest.approx(0.346574, abs=1e-6)
+    row = {f"{split}_{name}": value for split in ("train", "val") for name, value in means.items()}
+    assert metrics.console_heads().endswith("entropy  q0  q1  q2  q3")
+    assert metrics.console_cells(row).endswith("  0.347 .69   -   - .00")
+    assert metrics.validation_words(row).endswith("entropy 0.347")

@@ -20,7 +20,7 @@ from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.weights import find_recorded, load_classifier, open_weights
 from ds_classifier.config import Settings
-from ds_classifier.evaluation.record import EVALUATION_FORMAT, EVALUATION_VERSION
+from ds_classifier.evaluation.format import EVALUATION_FORMAT, EVALUATION_VERSION
 from ds_classifier.export import export
 from ds_classifier.export.reference_flags import classifier_flags, flags_text, reference_obstacles
 from ds_classifier.guidance.gradient import classifier_gradient

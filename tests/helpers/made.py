@@ -1,4 +1,4 @@
-"""Make inputs for tests: folders of images and run directories."""
+"""Make inputs for tests: folders of images, run directories, and shards with a long index."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from small_models import SMALL, filled
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.config import Settings
+from ds_classifier.data.images import encode
+from ds_classifier.data.shards import INDEX, INDEX_DTYPE, Manifest, Shard, ShardSet
 from ds_classifier.model import create_classifier
 
 CLASS_NAMES = ["cat", "dog: a | b", "héron", '"quoted"', "```"]
@@ -72,3 +74,32 @@ def make_images(folder: Path, names: list[str]) -> Path:
         pixels = np.random.RandomState(i).randint(0, 256, (12, 10, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(path)
     return folder
+
+
+def made_up_shards(folder: Path, sizes: list[int], touched: np.ndarray) -> ShardSet:
+    """Return a split whose index is as long as a real one, but sparse on disk.
+
+    sizes: samples per shard. touched: the rows that may be read; each names the same image.
+    """
+    noise = np.random.RandomState(0).randint(0, 256, (80, 100, 3)).astype(np.uint8)
+    image = encode(Image.fromarray(noise), "jpg")
+    shards = [Shard(f"train-{n:06d}.tar", k, len(image), "0" * 64) for n, k in enumerate(sizes)]
+    (folder / shards[0].name).write_bytes(image)
+    samples = sum(sizes)
+    rows = np.lib.format.open_memmap(folder / INDEX, "w+", dtype=INDEX_DTYPE, shape=(samples,))
+    rows["length"][touched] = len(image)
+    rows.flush()
+    manifest = Manifest(
+        split="train",
+        source="made up",
+        plan="",
+        classes=["one"],
+        samples=samples,
+        stored="original",
+        image_size=None,
+        form="",
+        undecodable=[],
+        shards=shards,
+        index_sha256="",
+    )
+    return ShardSet(folder, manifest, np.load(folder / INDEX, mmap_mode="r"))

@@ -20,7 +20,7 @@ from ds_classifier.data.loader import Batch
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.stopping import STOPPED
-from ds_classifier.evaluation.metrics import Meter
+from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training.setup import Setup
 from ds_classifier.training.step import Objective, train_step
 
