@@ -6,7 +6,7 @@ classifiers load here unchanged, and ours load there.
 
 Shapes: N images, C channels, H x W pixels, T = H*W tokens, E = 4 * width embedding, K classes.
 Precision: weights may be fp32, bf16 or fp16. Timesteps are embedded in fp32; group norm and
-softmax accumulate in fp32 inside their kernels; logits leave in fp32.
+softmax accumulate in fp32 inside their kernels; logits are fp32.
 Layout: weights stay contiguous, since DeepSpeed flattens them. Activations run channels_last on
 GPUs, for their convolutions, and contiguous on CPUs, where PyTorch's channels_last group norm has a
 backward 4 to 25 times slower than the contiguous one.
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 HEAD_CHANNELS = 64  # channels of an attention head, fixed in the published classifiers
-NORM_GROUPS = 32  # groups of every group norm, likewise
+NORM_GROUPS = 32  # groups of every group norm, fixed there too
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
-# Width of each resolution level as a multiple of classifier_width. 64 and above: the reference's.
+# Width of each resolution level as a multiple of classifier_width; from 64 px on the reference's.
 CHANNEL_MULT = {
     8: (1, 2),
     16: (1, 2, 4),
@@ -40,7 +40,7 @@ CHANNEL_MULT = {
 
 
 def default_channel_mult(image_size: int) -> tuple[float, ...]:
-    """The reference's level widths; an unlisted size takes those of the next smaller listed one."""
+    """Return the multipliers of the levels; an unlisted size has those of the next smaller one."""
     listed = [size for size in CHANNEL_MULT if size <= image_size]
     if not listed:
         raise ValueError(
@@ -51,7 +51,7 @@ def default_channel_mult(image_size: int) -> tuple[float, ...]:
 
 
 def parse_channel_mult(text: str, image_size: int) -> tuple[float, ...]:
-    """'1,2,4' -> (1, 2, 4); '' -> the default of the image size."""
+    """Return (1, 2, 4) for '1,2,4', and the default of the image size for ''; raise ValueError."""
     if not text:
         return default_channel_mult(image_size)
     try:
@@ -82,13 +82,13 @@ def create_classifier(
     """Build the classifier that the reference's flags of the same names describe.
 
     image_size: pixels of a side; a multiple of 2^(levels-1).
-    classifier_width: channels at multiplier 1. classifier_depth: residual blocks a level.
+    classifier_width: channels at multiplier 1. classifier_depth: residual blocks per level.
     classifier_attention_resolutions: "32,16,8": attention where the feature map has that side.
     classifier_pool: how features become logits: attention, adaptive, spatial or spatial_v2.
-    classifier_channel_mult: "1,2,4", a multiplier a level; "" means the size's default.
+    classifier_channel_mult: "1,2,4", a multiplier per level; "" means the default of the size.
 
     Returns a module: forward(x [N, in_channels, S, S] in [-1, 1], timesteps [N]) -> logits [N, K].
-    Raises ValueError for what the architecture cannot be built with.
+    Raises ValueError for values with which the architecture cannot be built.
     """
     mult = parse_channel_mult(classifier_channel_mult, image_size)
     channels = [int(m * classifier_width) for m in mult]
@@ -153,29 +153,31 @@ def _check_architecture(
                 "only, or widen the model"
             )
     if depth < 1:
-        raise ValueError(f"classifier_depth: got {depth}; need at least 1 block a level; do: use 2")
+        raise ValueError(
+            f"classifier_depth: got {depth}; need at least 1 block per level; do: use 2"
+        )
     if pool not in POOLS:
         raise ValueError(f"classifier_pool: got {pool!r}; need one of {', '.join(POOLS)}")
     if num_classes < 2:
-        raise ValueError(f"num_classes: got {num_classes}; need at least 2 classes to tell apart")
+        raise ValueError(f"num_classes: got {num_classes}; need at least 2 classes")
     if not 1 <= in_channels <= 4:
         raise ValueError(f"in_channels: got {in_channels}; need 1 to 4")
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm of 32 groups; its kernels accumulate in fp32 whatever the weights' precision."""
+    """A group norm of 32 groups; its kernels accumulate in fp32 in every precision."""
 
     def __init__(self, channels: int):
         super().__init__(NORM_GROUPS, channels)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution; its output has its input's memory format."""
+    """A convolution whose output has the memory format of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16 and x.device.type == "cpu":
-            # CPU libraries have no fast fp16 convolution backward: theirs runs 80 times slower
-            # than fp32. This one operation is computed in fp32 there; all else stays fp16.
+            # The fp16 convolution backward of CPU libraries is 80 times slower than fp32. Only this
+            # operation is computed in fp32 there; everything else stays fp16.
             weight, bias = self.weight.float(), self.bias.float()
             return F.conv2d(x.float(), weight, bias, self.stride, self.padding).half()
         return super().forward(x)
@@ -189,7 +191,7 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def tokens(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, T, C]; a view where x is channels_last."""
+    """Return [N, C, H, W] as tokens [N, T, C]; a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -199,7 +201,7 @@ def project(x: Tensor, layer: nn.Conv1d) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps [N] -> [N, dim] fp32 (Vaswani et al. 2017, section 3.5).
+    """Return the sinusoidal embedding of timesteps [N], [N, dim] fp32 (Vaswani et al. 2017, 3.5).
 
     Cosines first, then sines; timesteps may be fractional.
     """
@@ -211,12 +213,12 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 def double(x: Tensor) -> Tensor:
-    """Every pixel becomes a square of four: [N, C, H, W] -> [N, C, 2H, 2W]."""
+    """Repeat every pixel as a square of four: [N, C, H, W] -> [N, C, 2H, 2W]."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv; the timestep as scale and shift (or a shift); norm, SiLU, conv; plus x."""
+    """A residual block: norm, SiLU, conv; norm, scaled and shifted by the timestep; SiLU, conv."""
 
     def __init__(
         self,
@@ -264,7 +266,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A strided convolution between levels, where the residual blocks do not halve."""
+    """A strided convolution between levels, if the residual blocks do not halve."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -275,7 +277,7 @@ class Downsample(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a feature map, added to it.
+    """A self-attention over the pixels of a feature map, added to it.
 
     new_order: of the qkv layer's outputs; q, k, v are split before the heads, else after them.
     """
@@ -294,7 +296,7 @@ class AttentionBlock(nn.Module):
         qkv = project(tokens(self.norm(x)), self.qkv)  # [N, T, heads * 3 * c/heads]
         if self.new_order:
             qkv = qkv.view(n, height * width, 3, self.num_heads, -1).transpose(2, 3)
-        else:  # the reference's "legacy order", of all its classifiers: each head's q, k, v adjoin
+        else:  # the "legacy order" of the reference's classifiers: q, k, v of a head are adjacent
             qkv = qkv.view(n, height * width, self.num_heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [N, heads, T, c/heads]
         h = F.scaled_dot_product_attention(q, k, v)
@@ -303,7 +305,7 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """CLIP's attention pooling: the mean token asks, all tokens answer. [N, C, H, W] -> [N, K]."""
+    """An attention pool as in CLIP: the mean token is the query. [N, C, H, W] -> [N, K]."""
 
     def __init__(self, side: int, channels: int, num_classes: int):
         super().__init__()
@@ -318,7 +320,7 @@ class AttentionPool2d(nn.Module):
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [N, 1 + T, C]
         x = x + self.positional_embedding.t()[None]
         weight, bias = self.qkv_proj.weight[:, :, 0], self.qkv_proj.bias
-        # Only the mean token's answer is used, so only its query is formed.
+        # Only the output of the mean token is used, so only its query is computed.
         q = F.linear(x[:, :1], weight[:c], bias[:c]).view(n, 1, self.num_heads, HEAD_CHANNELS)
         kv = F.linear(x, weight[c:], bias[c:]).view(n, -1, 2, self.num_heads, HEAD_CHANNELS)
         k, v = kv.permute(2, 0, 3, 1, 4)  # each [N, heads, 1 + T, 64]
@@ -327,7 +329,7 @@ class AttentionPool2d(nn.Module):
 
 
 class TimestepSequential(nn.Sequential):
-    """A level's block: passes the timestep embedding to the layers that take it."""
+    """A sequence that passes the timestep embedding to the layers that take it."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
@@ -336,10 +338,12 @@ class TimestepSequential(nn.Sequential):
 
 
 class EncoderUNetModel(nn.Module):
-    """p(y | x_t, t): forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32.
+    """The classifier p(y | x_t, t).
 
-    activation_checkpointing: an attribute; where set, a backward computes each block's inside again
-    from its input (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32.
+
+    activation_checkpointing: an attribute; if set, the backward computes the inside of each block
+    again from its input (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     """
 
     def __init__(
@@ -374,7 +378,7 @@ class EncoderUNetModel(nn.Module):
         self.input_blocks = nn.ModuleList(
             [TimestepSequential(Conv2d(in_channels, c, 3, padding=1))]
         )
-        features = c  # channels of all blocks' outputs together, which the spatial pools read
+        features = c  # the sum of the channels of all blocks' outputs, which the spatial pools read
         for level, level_channels in enumerate(channels):
             for _ in range(depth):
                 layers: list[nn.Module] = [block(c, level_channels)]
