@@ -36,7 +36,7 @@ from ds_classifier.evaluation.record import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ds_classifier.checkpoint.weights import Source
+    from ds_classifier.checkpoint.weights import WeightsFile
     from ds_classifier.evaluation.image_grid import ImageGrid
 
 BATCH_PIXELS = 1 << 20  # of a batch where --batch_size says nothing; 64 images at most
@@ -194,7 +194,7 @@ def find_sources(arguments: argparse.Namespace) -> list[str]:
 
 def evaluate_source(
     path: Path, arguments: argparse.Namespace, given: dict, device, optima: dict[str, dict]
-) -> tuple[dict, ImageGrid | None, Source]:
+) -> tuple[dict, ImageGrid | None, WeightsFile]:
     """One classifier's record, rank 0's images, and whose weights it has.
 
     optima: what exact posteriors gave, by all that decides it; those of a series are the same.
@@ -320,9 +320,9 @@ def evaluate_source(
     return record, grid, source
 
 
-def read_source(path: Path, given: dict, device) -> tuple[Source, dict[str, Tensor]]:
+def read_source(path: Path, given: dict, device) -> tuple[WeightsFile, dict[str, Tensor]]:
     """Whose weights lie at a path, known to all ranks; and the weights, on rank 0 alone."""
-    from ds_classifier.checkpoint.weights import Source, open_weights
+    from ds_classifier.checkpoint.weights import WeightsFile, open_weights
 
     weights = {}
 
@@ -334,7 +334,7 @@ def read_source(path: Path, given: dict, device) -> tuple[Source, dict[str, Tens
 
     answer = distributed.on_rank_0(read, device)
     paths = {"path": Path(answer["path"]), "settings": Settings(**answer["settings"])}
-    return Source(**answer | paths), weights
+    return WeightsFile(**answer | paths), weights
 
 
 def build_classifier(settings: Settings, weights: dict[str, Tensor], precision: str, device):

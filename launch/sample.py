@@ -28,7 +28,7 @@ from ds_classifier.config.settings import GROUPS
 from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:
-    from ds_classifier.checkpoint.weights import Source
+    from ds_classifier.checkpoint.weights import WeightsFile
     from ds_classifier.diffusion import GaussianDiffusion
 
 BAYES = "bayes"  # instead of a classifier's path: the best possible one of the training set
@@ -261,7 +261,10 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
 
 
 def origin(
-    arguments: argparse.Namespace, settings: Settings, source: Source | None, classes: list[int]
+    arguments: argparse.Namespace,
+    settings: Settings,
+    source: WeightsFile | None,
+    classes: list[int],
 ) -> dict:
     """What made the samples, for samples.json: JSON-able, and enough to make them again."""
     classifier = {"path": arguments.classifier_path}

@@ -35,7 +35,7 @@ NEEDED_SETTINGS = (*Settings().model_kwargs(), *Settings().diffusion_kwargs())
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsFile:
     """Whose weights: their settings and place.
 
     kind: "checkpoint", "export" or "file"; a file does not tell its settings.
@@ -76,7 +76,7 @@ class Source:
             )
 
 
-def load_classifier(path: Path, given: Settings | None = None) -> tuple[Source, nn.Module]:
+def load_classifier(path: Path, given: Settings | None = None) -> tuple[WeightsFile, nn.Module]:
     """A classifier to use: fp32, on the CPU, in eval mode, its parameters without gradients.
 
     path, given: as of `open_weights`. Raises ValueError as it does.
@@ -87,7 +87,7 @@ def load_classifier(path: Path, given: Settings | None = None) -> tuple[Source, 
     return source, classifier.eval().requires_grad_(False)
 
 
-def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]]:
+def open_weights(path: Path, given: Settings) -> tuple[WeightsFile, dict[str, Tensor]]:
     """Find weights and read them, on the CPU.
 
     path: a run or a directory of exports (the newest step), a checkpoint, or a .pt or .safetensors
@@ -116,10 +116,10 @@ def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]
             + "\n  ".join(misfits)
             + "\ndo: give these flags; its noise schedule cannot be seen in it"
         )
-    return Source(path.resolve(), fitting, "file", files.sha256(path)), weights
+    return WeightsFile(path.resolve(), fitting, "file", files.sha256(path)), weights
 
 
-def find_recorded(path: Path) -> Source | None:
+def find_recorded(path: Path) -> WeightsFile | None:
     """The weights that a path names, if their settings are recorded with them; None: a bare file.
 
     path: as of `open_weights`. Raises ValueError for a path that does not exist, for a directory
@@ -139,7 +139,7 @@ def find_recorded(path: Path) -> Source | None:
     found = disk.resolve_checkpoint(path)
     state = disk.read_state(found)
     manifest = json.loads((found / disk.MANIFEST).read_text(encoding="utf-8"))
-    return Source(
+    return WeightsFile(
         found,
         Settings(**state["settings"]),
         "checkpoint",
@@ -148,7 +148,7 @@ def find_recorded(path: Path) -> Source | None:
     )
 
 
-def read_recorded(source: Source) -> dict[str, Tensor]:
+def read_recorded(source: WeightsFile) -> dict[str, Tensor]:
     """The state dict of a checkpoint or an export.
 
     Raises ValueError where the settings recorded with it build another classifier.
@@ -310,7 +310,7 @@ def _settings_in(description: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _find_export(path: Path) -> Source | None:
+def _find_export(path: Path) -> WeightsFile | None:
     description = _description(path)
     if description is None:
         return None
@@ -320,7 +320,7 @@ def _find_export(path: Path) -> Source | None:
             f"got {path}, which is not the file that {path.with_suffix('.json').name} beside it "
             "tells of; do: export it again, or move the JSON away and give its settings as flags"
         )
-    return Source(
+    return WeightsFile(
         path.resolve(),
         Settings(**_settings_in(description)),
         "export",

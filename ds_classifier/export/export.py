@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ds_classifier.checkpoint.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
-    Source,
+    WeightsFile,
     open_weights,
     own_json,
     refuse_not_finite,
@@ -129,7 +129,7 @@ def _process_in_words(settings: Settings) -> str:
 # ----------------------------------------------------------------------------------- the files
 
 
-def _refuse_others_files(out: Path, name: str, source: Source) -> None:
+def _refuse_others_files(out: Path, name: str, source: WeightsFile) -> None:
     """Raise ValueError where a file to be replaced is the source, or was written by no export."""
     described = own_json(out / f"{name}.json") is not None
     ours = dict.fromkeys([name + suffix for suffix in SUFFIXES], described)
@@ -148,7 +148,7 @@ def _refuse_others_files(out: Path, name: str, source: Source) -> None:
 
 
 def _write(
-    folder: Path, name: str, source: Source, live: nn.Module, evaluation: dict[str, Any] | None
+    folder: Path, name: str, source: WeightsFile, live: nn.Module, evaluation: dict[str, Any] | None
 ) -> list[str]:
     """Write all files into a directory; returns their names."""
     state = {key: value.clone() for key, value in live.state_dict().items()}
@@ -176,7 +176,7 @@ def _write(
     return [*of_weights, *texts]
 
 
-def find_evaluation(source: Source) -> dict[str, Any] | None:
+def find_evaluation(source: WeightsFile) -> dict[str, Any] | None:
     """What evaluate.py has measured of exactly this classifier, in eval/ of the run, or None.
 
     The one of the highest precision. None too for other settings, such as another noise process of
@@ -187,7 +187,7 @@ def find_evaluation(source: Source) -> dict[str, Any] | None:
     return next((evaluation for evaluation in found if evaluation is not None), None)
 
 
-def _evaluation(source: Source, path: Path) -> dict[str, Any] | None:
+def _evaluation(source: WeightsFile, path: Path) -> dict[str, Any] | None:
     settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
     ours = dict(
         format=EVALUATION_FORMAT,
@@ -214,7 +214,7 @@ def _evaluation(source: Source, path: Path) -> dict[str, Any] | None:
 
 
 def describe(
-    source: Source, name: str, parameters: int, evaluation: dict[str, Any] | None
+    source: WeightsFile, name: str, parameters: int, evaluation: dict[str, Any] | None
 ) -> dict[str, Any]:
     """An export's JSON, but for its files' hashes; no path of this machine, no time."""
     settings = source.settings

@@ -36,7 +36,7 @@ LOWEST = -1e300  # of a logit; finite, so that the difference of two is a number
 
 
 @dataclass(frozen=True)
-class Posterior:
+class ExactPosterior:
     """What x_t says of x_0 and its class, given the training set.
 
     x_start: [N, C, S, S] E[x_0 | x_t]; in x_t's dtype, as gradient is.
@@ -92,7 +92,7 @@ class ExactDenoiser:
             yield to_x_start(self._images[part], torch.float64), part
 
     @torch.no_grad()
-    def posterior(self, x_t: Tensor, alpha_bar: Tensor, y: Tensor | None = None) -> Posterior:
+    def posterior(self, x_t: Tensor, alpha_bar: Tensor, y: Tensor | None = None) -> ExactPosterior:
         """Everything the training set says of x_t.
 
         x_t: [N, C, S, S]. alpha_bar: [N] in [0, 1), the noise level of each (DDPM Eq. 4).
@@ -134,7 +134,7 @@ class ExactDenoiser:
         if of_class is not None:
             gradient = signal / variance * (of_class.mean() - every.mean())
             gradient = gradient.view_as(x_t).to(x_t.dtype)
-        return Posterior(
+        return ExactPosterior(
             x_start=every.mean().view_as(x_t).to(x_t.dtype),
             log_class=log_mass - log_mass.logsumexp(dim=1, keepdim=True),
             gradient=gradient,

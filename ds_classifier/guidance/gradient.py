@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 
-CondFn = Callable[..., Tensor]
+CondFn = Callable[..., Tensor]  # cond_fn(x_t, timesteps, y=classes) -> gradient
 
 
 def classifier_gradient(

@@ -22,6 +22,7 @@ from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.gradient import CondFn
 from ds_classifier.loss import from_x_start
 
 
@@ -39,7 +40,6 @@ class Prediction:
 
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Prediction]  # of x_t, t, y
-CondFn = Callable[..., Tensor]
 
 
 class ReverseProcess:
