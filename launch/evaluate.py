@@ -213,6 +213,8 @@ def evaluate_source(
     from ds_classifier.evaluation.predictions import predict_grid
 
     source, weights = read_source(path, given, device)
+    for note in source.notes():
+        distributed.say(note)
     settings = source.settings
     location = arguments.val_data_dir
     if not location and source.kind == "checkpoint":
@@ -327,7 +329,7 @@ def read_source(path: Path, given: dict, device) -> tuple[WeightsFile, dict[str,
     weights = {}
 
     def read() -> dict:
-        source, tensors = open_weights(path, Settings(**given))
+        source, tensors = open_weights(path, given)
         weights.update(tensors)
         source.refuse_contradicting_flags(given)
         return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}

@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     width = max(len(str(path)) for path in exported.paths)
     for path in exported.paths:
         print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")
-    if exported.assumed:
-        print(f"{exported.assumed}: as flags say, for a bare file of weights does not tell its own")
+    for note in exported.notes:
+        print(note)
     if not exported.evaluated:
         print("no accuracies in them: evaluate.py has not measured this classifier and process yet")
     t = ", ".join(map(str, exported.timesteps))

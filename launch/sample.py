@@ -253,7 +253,7 @@ def load_classifier(arguments: argparse.Namespace, given: dict, device):
         return Settings(**given), None, None
     # Which levels are walked through may be chosen anew; what they are may not.
     respaced = {name: value for name, value in given.items() if name == "timestep_respacing"}
-    source, classifier = load(Path(arguments.classifier_path), Settings(**given))
+    source, classifier = load(Path(arguments.classifier_path), given)
     source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respaced})
     settings = source.settings.replace(**respaced)
     classifier.to(device, torch.float16 if arguments.classifier_use_fp16 else None)

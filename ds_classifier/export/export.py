@@ -65,14 +65,14 @@ TOLERANCE = 1e-6
 class Exported:
     """What was written. timesteps: where it was compared. largest_difference: of logits and input
     gradients, relative to their largest. obstacles: why stock guided-diffusion cannot load it.
-    assumed: in words, the noise process that a bare file does not tell; empty where it is known."""
+    notes: lines on what a bare file does not record (see WeightsFile.notes)."""
 
     paths: list[Path]
     timesteps: list[int]
     largest_difference: float
     evaluated: bool
     obstacles: list[Obstacle]
-    assumed: str
+    notes: list[str]
 
 
 def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = None) -> Exported:
@@ -87,7 +87,7 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     then.
     """
     given = given or {}
-    source, weights = open_weights(path, Settings(**given))
+    source, weights = open_weights(path, given)
     source.refuse_contradicting_flags(given)
     refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
@@ -117,13 +117,8 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
         difference,
         evaluation is not None,
         reference_obstacles(source.settings),
-        _process_in_words(source.settings) if source.kind == "file" else "",
+        source.notes(),
     )
-
-
-def _process_in_words(settings: Settings) -> str:
-    text = f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
-    return text + (", rescaled timesteps" if settings.rescale_timesteps else "")
 
 
 # ----------------------------------------------------------------------------------- the files
@@ -271,7 +266,7 @@ def _compare(
     timesteps, *expected = logits_and_gradients(live, settings)
     for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
         try:
-            source, weights = open_weights(path, Settings())  # by the JSON beside it, with hashes
+            source, weights = open_weights(path)  # by the JSON beside it, with hashes
         except ValueError as error:
             raise RuntimeError(f"{path.name}: cannot be read back: {error}") from None
         if path.suffix == ".pt" and list(weights) != list(state):

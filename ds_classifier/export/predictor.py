@@ -147,7 +147,9 @@ def load(
     _check_types(settings)
     _check_device(device)
     of_recipe = RECIPES.get(recipe, {})
-    given = Settings(**{**of_recipe, **settings})
+    # How a recipe trains does not matter here, and an export does not even record all of it.
+    used = Settings().model_kwargs() | Settings().diffusion_kwargs()
+    given = {name: value for name, value in of_recipe.items() if name in used} | settings
     try:
         source, weights = open_weights(Path(path), given)
         classifier = create_classifier(**source.settings.model_kwargs())
@@ -156,13 +158,10 @@ def load(
         if "--" not in str(error):
             raise
         raise ValueError(f"{error}; a flag --name is load(..., name=...)") from None
-    # How a recipe trains is of no account here; an export does not even record all of it.
-    used = given.model_kwargs() | given.diffusion_kwargs()
-    asked = {name: value for name, value in of_recipe.items() if name in used} | settings
-    if wrong := source.contradicted_by(asked):
+    if wrong := source.contradicted_by(given):
         name, of = wrong[0], "" if wrong[0] in settings else f" of recipe {recipe}"
         raise ValueError(
-            f"got {name} {asked[name]!r}{of}; need none for {path}, in which it is "
+            f"got {name} {given[name]!r}{of}; need none for {path}, in which it is "
             f"{getattr(source.settings, name)!r}; do: drop it"
         )
     classifier.load_state_dict(weights)

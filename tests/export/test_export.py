@@ -80,7 +80,7 @@ def test_the_best_checkpoint_goes_by_its_name(tmp_path):
     assert find_recorded(run / "checkpoints" / "latest").step == 9
     best.write_text("../../elsewhere val_loss 0.25\n")
     with pytest.raises(ValueError, match="best"):
-        open_weights(best, Settings())
+        open_weights(best)
 
 
 def test_same_bytes_in_another_place_and_process(tmp_path):
@@ -183,7 +183,7 @@ def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypat
 
 def test_of_several_precisions_the_highest_is_told(tmp_path):
     run = make_run(tmp_path / "run")
-    source, _ = open_weights(run, Settings())
+    source, _ = open_weights(run)
     for name, precision in (("-fp16", "fp16"), ("-bf16", "bf16"), ("", "fp32")):
         write_evaluation(run, precision=precision)
         written = run / "eval" / "step-00000007.json"
@@ -208,7 +208,7 @@ def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
             records.append(whole | {"classifier": {"uniform_t": row, "levels": []}})
             level = dict(row, t=0, log_snr=8.9)
             records.append(whole | {"classifier": {"uniform_t": numbers, "levels": [level]}})
-    source, _ = open_weights(run, Settings())
+    source, _ = open_weights(run)
     assert export.find_evaluation(source) is not None
     for text in ("", "[" * 100_000, "\0", *map(json.dumps, records)):
         path.write_text(text)
@@ -247,7 +247,7 @@ def test_the_card_can_be_read_and_its_python_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(re.search("```python\n(.*?)```", card, re.DOTALL).group(1), names)
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 4])
-    source, weights = open_weights(run, Settings())
+    source, weights = open_weights(run)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)
     assert torch.equal(names["cond_fn"](x, t, y=y), classifier_gradient(live)(x, t, y=y))
@@ -272,7 +272,7 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
     export.export(run)
     source, live = load_classifier(run / "checkpoints" / "step-00000007")
     folder = run / "export"
-    assert open_weights(folder, Settings())[0].step == 20
+    assert open_weights(folder)[0].step == 20
     for path in (folder / "model000007.pt", folder / "model000007.safetensors"):
         found, rebuilt = load_classifier(path)
         assert (found.kind, found.step, found.name, found.home) == (
@@ -291,14 +291,14 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
     # Weights that are not those of the JSON beside them, and a JSON of a later version.
     (folder / "model000007.pt").write_bytes((folder / "model000020.pt").read_bytes())
     with pytest.raises(ValueError, match="is not the file"):
-        open_weights(folder / "model000007.pt", Settings())
+        open_weights(folder / "model000007.pt")
     later = folder / "model000020.json"
     later.write_text(later.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="got version 2; need 1"):
-        open_weights(folder, Settings())
+        open_weights(folder)
     # Of another program, it tells nothing: the file is bare.
     later.write_text("{}")
-    assert open_weights(folder / "model000020.pt", Settings(**SMALL))[0].kind == "file"
+    assert open_weights(folder / "model000020.pt", SMALL)[0].kind == "file"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -317,7 +317,7 @@ def test_a_damaged_json_is_named(tmp_path, suffix):
         ("step", True, "step: got True"),
         ("data", 7, "data: got 7"),
         ("classes", "abcde", "classes: got 'abcde'"),
-        ("classes", [1, 2, 3, 4, 5], "classes: got a name that is no text"),
+        ("classes", [1, 2, 3, 4, 5], "classes: got a name that is not text"),
         ("classes", CLASS_NAMES[:4], "classes: got 4 names; need num_classes, 5"),
         ("diffusion", whole["diffusion"] | {"noise_schedule": "quartic"}, "got 'quartic'"),
         ("diffusion", whole["diffusion"] | {"noise_schedule": 3}, "noise_schedule: got 3"),
@@ -332,12 +332,12 @@ def test_a_damaged_json_is_named(tmp_path, suffix):
         damaged |= {} if value is None else {key: value}
         path.write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(ValueError) as caught:
-            open_weights(path.with_suffix(suffix), Settings())
+            open_weights(path.with_suffix(suffix))
         assert str(caught.value).startswith(str(path))
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
     path.write_text(json.dumps(whole | {"training": {"lr": 1, "unknown": 2}}), encoding="utf-8")
-    assert open_weights(path.with_suffix(suffix), Settings())[0].settings.lr == 1
+    assert open_weights(path.with_suffix(suffix))[0].settings.lr == 1
 
 
 def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
@@ -357,21 +357,25 @@ def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
     assert done.stdout.strip() == ascii(CLASS_NAMES), done.stderr
 
 
-def test_a_bare_file_is_exported_by_its_flags(tmp_path):
+def test_a_bare_file_is_exported_without_flags_for_its_architecture(tmp_path):
+    """The tensors show it; the noise process is the flags', and the output says so."""
     settings = Settings(**SMALL)
     torch.save(filled(tensors_of(settings)), tmp_path / "64x64.v2.pt")
-    flags = [f"--{name}={value}" for name, value in SMALL.items()]
     script, out = ROOT / "launch" / "export.py", tmp_path / "out"
-    done = run_python(script, "64x64.v2.pt", "--out", out, *flags, cwd=tmp_path)
+    done = run_python(
+        script, "64x64.v2.pt", "--out", out, "--noise_schedule", "cosine", cwd=tmp_path
+    )
     assert done.code == 0, done.output
+    assert "inferred from the tensors in 64x64.v2.pt: --image_size 16, --" in done.output
+    assert "as the flags say: cosine noise, 1000 steps\n" in done.output
     assert "5 classes: create_classifier has 1000 wired in" in done.output
     assert "names are not recorded" in (out / "README.md").read_text()
-    source, _ = open_weights(out, Settings())
+    source, _ = open_weights(out)
     assert (source.kind, source.step, source.name) == ("export", None, "64x64.v2")
     assert source.settings.classifier_width == 32
     done = run_python(script, "64x64.v2.pt", "--image_size", 64, cwd=tmp_path)
     assert (done.code, "Traceback" in done.output) == (2, False)
-    assert "--classifier_depth: got 2; need 1" in done.output
+    assert "  --image_size: got 64; need 16\n" in done.output
 
 
 def test_a_flag_that_contradicts_a_checkpoint_is_refused(tmp_path):

@@ -114,10 +114,10 @@ def test_no_image_and_one(run, tmp_path):
 def test_a_file_of_weights_brings_no_names(run, tmp_path):
     weights = ds_classifier.load(run).classifier.state_dict()
     torch.save(weights, tmp_path / "model.pt")
-    flags = {k: v for k, v in vars(PREDICTOR_SETTINGS).items() if k.startswith("classifier_")}
     process = dict(noise_schedule="cosine", timestep_respacing="250")
-    model = ds_classifier.load(tmp_path / "model.pt", image_size=8, **flags, **process)
+    model = ds_classifier.load(tmp_path / "model.pt", **process)
     assert (model.classes, model.step) == (None, None)
+    assert model.settings.image_size == 8
     images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     assert torch.equal(model.predict(images, 5), ds_classifier.load(run).predict(images, 5))
 
@@ -189,7 +189,7 @@ def test_a_run_s_own_settings_are_not_to_be_contradicted(run):
 def test_flags_that_an_error_names_are_keywords(run, tmp_path):
     torch.save(ds_classifier.load(run).classifier.state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"(?s)--image_size: .*--name is load\(\.\.\., name="):
-        ds_classifier.load(tmp_path / "model.pt")
+        ds_classifier.load(tmp_path / "model.pt", image_size=64)
 
 
 def test_import_is_cheap():
