@@ -1,4 +1,4 @@
-"""Exports: read by stock tools, compared before they are named, the same bytes every time."""
+"""Test exports: other tools read them, they are compared first, and their bytes never differ."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from ds_classifier.model import create_classifier
 
 
 def write_evaluation(run: Path, step: int = 7, **changes) -> None:
-    """What evaluate.py writes of it, less what an export does not read."""
+    """Write what evaluate.py would, with the fields that an export reads."""
     final = run / "checkpoints" / disk.step_name(step)
     manifest = json.loads((final / disk.MANIFEST).read_text())
     settings = Settings(**disk.read_state(final)["settings"])
@@ -48,6 +48,7 @@ def write_evaluation(run: Path, step: int = 7, **changes) -> None:
 
 
 def sums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file in a directory."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
@@ -70,7 +71,7 @@ def test_stock_tools_read_it(tmp_path):
 
 
 def test_the_best_checkpoint_goes_by_its_name(tmp_path):
-    """checkpoints/best and latest are files that name one."""
+    """Check that checkpoints/best and latest, which hold a name, stand for that checkpoint."""
     run = make_run(tmp_path / "run", step=7)
     make_run(tmp_path / "run", step=9)
     best = run / "checkpoints" / "best"
@@ -84,7 +85,7 @@ def test_the_best_checkpoint_goes_by_its_name(tmp_path):
 
 
 def test_same_bytes_in_another_place_and_process(tmp_path):
-    """Another directory, hash seed, process, and clock; other files beside them."""
+    """Check with another directory, hash seed, process and clock, and over an earlier export."""
     first, second = (make_run(tmp_path / name) for name in ("here", "there/deeper"))
     export.export(first)
     code = "from pathlib import Path; from ds_classifier.export.export import export"
@@ -101,8 +102,8 @@ def test_same_bytes_in_another_place_and_process(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["torch.save", "save_file", "width", "schedule", "timesteps"])
-def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
-    """One number changed on the way into a file, or a setting that builds the same tensors."""
+def test_files_that_differ_get_no_name(tmp_path, monkeypatch, step):
+    """Check with one number changed in a file, or a setting that builds the same tensors."""
     run = make_run(tmp_path / "run")
     before = export.export(run).paths[0].parent
     (before / "model000007.pt").write_bytes(b"of before")
@@ -141,7 +142,7 @@ def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
     assert sums(before) == kept
 
 
-def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
+def test_only_an_evaluation_of_these_weights_is_recorded(tmp_path):
     run = make_run(tmp_path / "run")
     for changes in (dict(weights_sha256="0" * 64), dict(version=2), dict(format="other")):
         write_evaluation(run, **changes)
@@ -165,9 +166,9 @@ def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
         dict(rescale_timesteps=True),
     ],
 )
-def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypatch, other):
-    """The same bare file, measured once: its own process cannot be seen in it."""
-    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+def test_accuracies_under_another_noise_process_are_not_recorded(tmp_path, monkeypatch, other):
+    """Check a bare file, which does not record its noise process, with an evaluation of one."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not tested here
     torch.save(filled(tensors_of(Settings(**SMALL))), tmp_path / "bare.pt")
     make_run(tmp_path / "run", noise_schedule="linear")
     write_evaluation(tmp_path / "run")
@@ -181,7 +182,7 @@ def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypat
         assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
 
 
-def test_of_several_precisions_the_highest_is_told(tmp_path):
+def test_of_several_precisions_the_highest_is_recorded(tmp_path):
     run = make_run(tmp_path / "run")
     source, _ = open_weights(run)
     for name, precision in (("-fp16", "fp16"), ("-bf16", "bf16"), ("", "fp32")):
@@ -192,8 +193,8 @@ def test_of_several_precisions_the_highest_is_told(tmp_path):
 
 
 def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
-    """Every value in turn gone, or of another kind; and no JSON at all."""
-    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+    """Check with every value in turn missing or of another type, and with text that is no JSON."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not tested here
     run = make_run(tmp_path / "run")
     write_evaluation(run)
     path = run / "eval" / "step-00000007.json"
@@ -217,7 +218,7 @@ def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
     assert not export.export(run).evaluated
 
 
-def test_the_json_tells_what_guidance_needs(tmp_path):
+def test_the_json_has_what_guidance_needs(tmp_path):
     run = make_run(tmp_path / "run")
     export.export(run)
     described = json.loads((run / "export" / "model000007.json").read_text())
@@ -264,8 +265,8 @@ def test_hugging_face_reads_the_front_matter(tmp_path):
     assert data.eval_results[1].metric_name == "accuracy, t = 0"
 
 
-def test_an_export_is_as_good_as_its_run(tmp_path):
-    """Directory, .safetensors and .pt bring settings, step and classes; the newest of several."""
+def test_an_export_records_what_its_run_does(tmp_path):
+    """Check settings, step and classes of the directory (its newest step), .safetensors and .pt."""
     run = make_run(tmp_path / "run", classifier_attention_resolutions="", rescale_timesteps=True)
     export.export(run)
     make_run(tmp_path / "run", step=20)
@@ -296,14 +297,14 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
     later.write_text(later.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="got version 2; need 1"):
         open_weights(folder)
-    # Of another program, it tells nothing: the file is bare.
+    # A JSON of another program records nothing: the file is bare.
     later.write_text("{}")
     assert open_weights(folder / "model000020.pt", SMALL)[0].kind == "file"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_damaged_json_is_named(tmp_path, suffix):
-    """Each fault alone, in a whole export's JSON: one line that names the JSON and the fault."""
+    """Check that each single fault in a JSON gives one line with the JSON and the fault."""
     export.export(make_run(tmp_path / "run"))
     path = tmp_path / "run" / "export" / "model000007.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
@@ -358,7 +359,7 @@ def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
 
 
 def test_a_bare_file_is_exported_without_flags_for_its_architecture(tmp_path):
-    """The tensors show it; the noise process is the flags', and the output says so."""
+    """Check that the output names what was inferred, and the noise process, which was not."""
     settings = Settings(**SMALL)
     torch.save(filled(tensors_of(settings)), tmp_path / "64x64.v2.pt")
     script, out = ROOT / "launch" / "export.py", tmp_path / "out"
@@ -368,7 +369,7 @@ def test_a_bare_file_is_exported_without_flags_for_its_architecture(tmp_path):
     assert done.code == 0, done.output
     assert "inferred from the tensors in 64x64.v2.pt: --image_size 16, --" in done.output
     assert "as the flags say: cosine noise, 1000 steps\n" in done.output
-    assert "5 classes: create_classifier has 1000 wired in" in done.output
+    assert "5 classes: create_classifier always builds 1000" in done.output
     assert "names are not recorded" in (out / "README.md").read_text()
     source, _ = open_weights(out)
     assert (source.kind, source.step, source.name) == ("export", None, "64x64.v2")
@@ -410,7 +411,7 @@ def test_files_of_others_are_not_replaced(tmp_path, name, content):
 
 
 def test_an_earlier_export_is_replaced(tmp_path):
-    """Its card may have been edited, its JSON be of another version, its weights be cut short."""
+    """Check with an edited card, a JSON of another version and weights that are cut short."""
     run = make_run(tmp_path / "run")
     folder = export.export(run).paths[0].parent
     whole = sums(folder)
@@ -423,8 +424,8 @@ def test_an_earlier_export_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_what_is_exported_is_not_replaced(tmp_path, suffix):
-    """A bare file of another precision, and an export onto itself."""
+def test_the_exported_file_is_not_replaced(tmp_path, suffix):
+    """Check with a bare file of another precision, and an export onto itself."""
     half = {name: value.half() for name, value in filled(tensors_of(Settings(**SMALL))).items()}
     path = tmp_path / f"model{suffix}"
     torch.save(half, path) if suffix == ".pt" else save_file(half, path)
@@ -442,7 +443,7 @@ def test_what_is_exported_is_not_replaced(tmp_path, suffix):
     assert sums(folder) == before
 
 
-def test_files_are_for_whom_the_umask_says(tmp_path):
+def test_file_modes_follow_the_umask(tmp_path):
     run = make_run(tmp_path / "run")
     for umask, mode in ((0o022, 0o644), (0o007, 0o660)):
         before = os.umask(umask)
@@ -462,8 +463,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_no_attention_is_said_in_a_way_that_guided_diffusion_can_read():
-    """It cannot parse an empty list; a side above the image's stands for none."""
+def test_guided_diffusion_can_read_the_flag_for_no_attention():
+    """Check the flag for no attention: a side larger than the image, as an empty list fails."""
     flags = classifier_flags(Settings(classifier_attention_resolutions=""))
     assert 64 // int(flags["classifier_attention_resolutions"]) == 0
 
@@ -479,8 +480,8 @@ def test_flags_are_words_of_a_command_line():
     assert "cannot load" not in respaced
 
 
-def test_a_new_noise_schedule_is_told_as_an_obstacle(monkeypatch):
-    """Stock guided-diffusion would build another process without a word."""
+def test_a_new_noise_schedule_is_an_obstacle(monkeypatch):
+    """Check that it is listed: guided-diffusion would build another process silently."""
     monkeypatch.setitem(diffusion.NOISE_SCHEDULES, "quadratic", diffusion.linear_betas)
     settings = Settings(num_classes=1000, noise_schedule="quadratic")
     (obstacle,) = reference_obstacles(settings)
