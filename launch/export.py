@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{exported.largest_difference:.1g} at most"
     )
     if exported.obstacles:
-        print("unmodified guided-diffusion cannot load it; the flags file lists the changes needed:")
+        print("unmodified guided-diffusion cannot load it; the flags file lists what to change:")
         for obstacle in exported.obstacles:
             print(f"  {obstacle.reason}")
     else:
