@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return failures.report(error)
     width = max(len(str(path)) for path in exported.paths)
     for path in exported.paths:
-        size = path.stat().st_size / 1e6
-        print(f"{path!s:<{width}}  {CONTENTS[path.suffix]}, {size:,.2f} MB")
+        print(f"{path!s:<{width}}  {CONTENTS[path.suffix]}, {path.stat().st_size:,} bytes")
     for note in exported.notes:
         print(note)
     if not exported.evaluated:
