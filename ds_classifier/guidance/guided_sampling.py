@@ -211,7 +211,7 @@ def load_guide(
     """
     if path is None:
         return Settings(**given), None, None
-    # The process is the one that the classifier was trained on; sampling may respace it anew.
+    # The process is the one of the classifier's training; only its respacing may differ.
     respacing = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load_classifier(path, given)
     source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respacing})

@@ -1,4 +1,4 @@
-"""Weights wherever they lie: what fits them, and the flag that is named where nothing does."""
+"""Test reading weights, and inferring the settings of a bare file."""
 
 import argparse
 import os
@@ -16,14 +16,14 @@ from ds_classifier.model import create_classifier
 
 
 def tensors(settings: Settings) -> dict[str, torch.Tensor]:
-    """A state dict of these shapes, without storage."""
+    """Return a state dict of these shapes, without storage."""
     with torch.device("meta"):
         return create_classifier(**settings.model_kwargs()).state_dict()
 
 
 @pytest.mark.parametrize("recipe", ["imagenet64", "imagenet128", "imagenet256", "imagenet512"])
 def test_published_shapes_are_known_from_the_defaults(recipe):
-    """As someone names a published file and forgets the flags."""
+    """Check that a published file needs no flags."""
     settings = Settings(**RECIPES[recipe]).replace(num_classes=1000)
     inferred = infer_settings(tensors(settings), {}, Path("x.pt"))
     assert inferred.model_kwargs() == settings.model_kwargs()
@@ -61,8 +61,10 @@ def test_what_fits_builds_the_same_tensors(own):
 
 
 def test_of_several_that_fit_the_nearest_is_found():
-    """Levels of one width without attention: 2 levels of 1 block at 16 px look like 1 level of 3
-    blocks at 8 px."""
+    """Check levels of one width without attention, which have the same tensors.
+
+    They are 2 levels of 1 block at 16 px, and 1 level of 3 blocks at 8 px.
+    """
     alike = SMALL | dict(classifier_channel_mult="2,2", classifier_attention_resolutions="")
     settings = Settings(**alike)
     other = dict(image_size=8, classifier_depth=3, classifier_channel_mult="2")
@@ -79,7 +81,7 @@ def test_of_several_that_fit_the_nearest_is_found():
 
 
 def test_an_image_size_that_the_tensors_do_not_show_is_asked_for():
-    """Only the attention pool's positional embedding depends on the size."""
+    """Check another pool than attention, whose positional embedding alone depends on the size."""
     weights = tensors(Settings(**SMALL, classifier_pool="adaptive"))
     with pytest.raises(ValueError, match="--image_size: got none; need the side"):
         infer_settings(weights, {}, Path("x.pt"))
@@ -105,7 +107,7 @@ def test_the_flag_that_would_fit_is_named(tmp_path, suffix):
     assert source.settings.num_classes == 5
     assert (source.step, source.name, source.home) == (None, "model", tmp_path)
     assert all(torch.equal(read[name], weights[name]) for name in weights)
-    # No feature map has a side of 32: naming it is no misfit.
+    # No feature map has a side of 32, so attention there contradicts nothing.
     own = dict(classifier_depth=4, in_channels=1, classifier_attention_resolutions="32,8")
     given = SMALL | own
     with pytest.raises(ValueError) as caught:
@@ -123,7 +125,7 @@ def test_the_flag_that_would_fit_is_named(tmp_path, suffix):
     assert open_weights(path, SMALL)[0].inferred == []
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"model\.pt is not a plain state dict"):
@@ -150,7 +152,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "got 'a' of torch.complex64"),
     ],
 )
-def test_what_holds_no_floating_tensors_is_refused(tmp_path, content, words):
+def test_other_content_than_floating_tensors_is_refused(tmp_path, content, words):
     path = tmp_path / "model.pt"
     torch.save(content, path)
     with pytest.raises(ValueError, match=rf"model\.pt: {words}.*; need a state dict") as caught:
@@ -159,6 +161,8 @@ def test_what_holds_no_floating_tensors_is_refused(tmp_path, content, words):
 
 
 class Opened:
+    """An object whose unpickling would call a function."""
+
     def __reduce__(self):
         return os.getpid, ()
 
@@ -171,7 +175,7 @@ class Opened:
         (None, "it cannot be unpickled"),
     ],
 )
-def test_nobody_is_told_to_run_the_code_in_a_file(tmp_path, content, words):
+def test_no_message_advises_to_run_the_code_in_a_file(tmp_path, content, words):
     path = tmp_path / "model.pt"
     torch.save(content, path)
     if content is None:

@@ -176,10 +176,10 @@ def test_accuracies_under_another_noise_process_are_not_recorded(tmp_path, monke
     record["weights_sha256"] = hashlib.sha256((tmp_path / "bare.pt").read_bytes()).hexdigest()
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "bare.json").write_text(json.dumps(record))
-    for given, told in ((SMALL, True), (SMALL | other, False)):
-        assert export.export(tmp_path / "bare.pt", given).evaluated == told
+    for given, expected in ((SMALL, True), (SMALL | other, False)):
+        assert export.export(tmp_path / "bare.pt", given).evaluated == expected
         card = (tmp_path / "export" / "README.md").read_text()
-        assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
+        assert ("Not measured" in card, "type: accuracy" in card) == (not expected, expected)
 
 
 def test_of_several_precisions_the_highest_is_recorded(tmp_path):
@@ -289,7 +289,7 @@ def test_an_export_records_what_its_run_does(tmp_path):
         ]
         x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
         assert torch.equal(live(x, t), rebuilt(x, t))
-    # Weights that are not those of the JSON beside them, and a JSON of a later version.
+    # Weights that are not those of their JSON, and a JSON of a later version.
     (folder / "model000007.pt").write_bytes((folder / "model000020.pt").read_bytes())
     with pytest.raises(ValueError, match="is not the file"):
         open_weights(folder / "model000007.pt")

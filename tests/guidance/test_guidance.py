@@ -146,6 +146,7 @@ def test_a_level_without_signal_is_not_guided(kind, monkeypatch):
     """Check that the output is returned unchanged where alpha_bar is 0.
 
     x_t is then pure noise and p(y | x_t) = p(y), whose gradient is 0, as the exact posterior's is.
+    A classifier's gradient is never exactly 0 there, and Tweedie would move x_0 infinitely far.
     """
     monkeypatch.setattr(OneScheduler.config, "prediction_type", kind)
     monkeypatch.setattr(OneScheduler, "alphas_cumprod", torch.tensor([0.9, 0.5, 0.0]))
