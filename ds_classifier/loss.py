@@ -1,7 +1,7 @@
-"""The science of a step: images -> x_start -> x_t -> logits -> a loss per sample.
+"""Compute the loss per sample: images -> x_start -> x_t -> logits -> loss.
 
-`NoisedClassifier` is the module that DeepSpeed wraps. What a pixel means is decided here alone, by
-`to_x_start` and its inverse.
+`NoisedClassifier` is the module that DeepSpeed wraps. Only `to_x_start` and its inverse decide how
+pixel values become x_0.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from ds_classifier.model import EncoderUNetModel
 
 
 def to_x_start(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return x_0 of images in any layout: uint8 values 0 .. 255 become -1 .. 1.
+    """Return x_0 for images in any layout: uint8 values 0 .. 255 become -1 .. 1.
 
-    Floating values, which are x_0 already, only change their dtype.
+    Floating values are x_0 already, and only change their dtype.
     """
     x = images.to(dtype)
     return x if images.is_floating_point() else x / 127.5 - 1.0
 
 
 def from_x_start(x: Tensor) -> Tensor:
-    """Return pixel values in 0 .. 255, floating, of x in -1 .. 1; values beyond are clipped."""
+    """Return pixel values 0 .. 255, floating, for x in -1 .. 1; x beyond that is clipped."""
     return ((x + 1.0) * 127.5).clamp(0, 255)
 
 
 class NoisedClassifier(nn.Module):
-    """A classifier behind a diffusion process.
+    """A classifier of images that a diffusion process has noised.
 
-    The pixels and the noise stay fp32 up to x_t, which the classifier casts to its own precision.
+    Pixels and noise stay fp32 up to x_t, which the classifier casts to its own precision.
     """
 
     def __init__(self, classifier: nn.Module, diffusion: GaussianDiffusion):
@@ -45,13 +45,13 @@ class NoisedClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Classify x_t of a batch.
 
-        images [N, S, S, C] uint8; labels [N] int64; t [N] int64 in 0 .. T-1;
-        noise [N, S, S, C] fp32, or None for clean images (t is then the t they are shown with).
+        images: [N, S, S, C] uint8. labels: [N] int64. t: [N] int64 in 0 .. T - 1.
+        noise: [N, S, S, C] fp32; None for clean images, which the network sees with timestep t.
         Returns cross-entropies [N] fp32 and logits [N, K] fp32.
         """
         x_start = to_x_start(images)
         x_t = x_start if noise is None else self.diffusion.q_sample(x_start, t, noise)
-        x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S], in channels_last memory as it is
+        x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S]; in memory this is channels_last already
         logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
         return self.loss(logits, labels), logits
 
@@ -62,8 +62,8 @@ class NoisedClassifier(nn.Module):
 
 
 def noised_classifier(classifier: EncoderUNetModel, settings: Settings) -> NoisedClassifier:
-    """The classifier behind the settings' diffusion, computed in the way that they ask for."""
+    """Return the classifier with the settings' diffusion, compilation and checkpointing."""
     classifier.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
-        classifier.compile()  # in place: parameter names stay what they are
+        classifier.compile()  # in place: the parameters keep their names
     return NoisedClassifier(classifier, create_gaussian_diffusion(**settings.diffusion_kwargs()))

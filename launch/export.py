@@ -1,4 +1,4 @@
-"""Take a classifier away: `python launch/export.py RUN`.
+"""Export a classifier: `python launch/export.py RUN`.
 
 Writes guided-diffusion's modelNNNNNN.pt and its flags, safetensors with all settings as JSON, and a
 model card; reads them back and compares them with the classifier.
@@ -10,14 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-if not __package__:  # run by its path: use the source tree it lies in
+if not __package__:  # run by its path: use the source tree that it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.distributed import failures
 
-KINDS = {
+CONTENTS = {
     ".pt": "guided-diffusion's state dict",
     ".safetensors": "the same weights",
     ".json": "settings, classes, accuracy by noise level",
@@ -27,6 +27,7 @@ KINDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Export a classifier, print what was written, and return the exit code."""
     arguments, given = parse(sys.argv[1:] if argv is None else argv)
     from ds_classifier.export.export import export
 
@@ -36,20 +37,18 @@ def main(argv: list[str] | None = None) -> int:
         return failures.report(error)
     width = max(len(str(path)) for path in exported.paths)
     for path in exported.paths:
-        print(f"{path!s:<{width}}  {KINDS[path.suffix]}, {_size(path)}")
-    if exported.assumed:
-        print(f"{exported.assumed}: as flags say, for a bare file of weights does not tell its own")
+        print(f"{path!s:<{width}}  {CONTENTS[path.suffix]}, {path.stat().st_size:,} bytes")
+    for note in exported.notes:
+        print(note)
     if not exported.evaluated:
-        print("no accuracies in them: evaluate.py has not measured this classifier and process yet")
+        print("no accuracies recorded: evaluate.py has not measured these weights and settings yet")
     t = ", ".join(map(str, exported.timesteps))
     print(
         f"read back: logits and input gradients at t = {t} differ by "
         f"{exported.largest_difference:.1g} at most"
     )
     if exported.obstacles:
-        print(
-            "unmodified guided-diffusion cannot load it; the flags file says what to change there:"
-        )
+        print("unmodified guided-diffusion cannot load it; the flags file lists what to change:")
         for obstacle in exported.obstacles:
             print(f"  {obstacle.reason}")
     else:
@@ -58,26 +57,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
-    """The arguments, and the settings that the recipe and flags give."""
+    """Return the arguments, and the settings that the recipe and flags give."""
     parser = argparse.ArgumentParser(
         prog="export.py",
         description="Write a classifier as guided-diffusion's file, as safetensors with its "
         "settings, and a model card; read them back and compare.",
-        epilog="The flags of classifier and diffusion are for a file that does not tell them.",
+        epilog="The flags of classifier and diffusion are for a file that does not record its "
+        "settings.",
     )
     add = parser.add_argument
     add("source", type=Path, help="a run, a checkpoint, or a .pt or .safetensors file")
-    add("--out", type=Path, help="a directory (default: export/ of the run, or beside the file)")
+    add("--out", type=Path, help="a directory (default: export/ of the run, or next to the file)")
     own = {action.dest for action in parser._actions}
     add_setting_flags(parser, ("classifier", "diffusion"))
     arguments = parser.parse_args(argv)
     flags = {k: v for k, v in vars(arguments).items() if k not in own and k != "recipe"}
     return arguments, {**RECIPES.get(arguments.recipe, {}), **flags}
-
-
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 if __name__ == "__main__":

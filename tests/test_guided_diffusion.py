@@ -1,7 +1,6 @@
-"""Unmodified guided-diffusion beside ours; GUIDED_DIFFUSION names a checkout of it.
+"""Compare with unmodified guided-diffusion; GUIDED_DIFFUSION names a checkout of it.
 
-What it needs beyond torch, mpi4py and blobfile, is stood in for: only distributed start-up and
-remote files use them.
+Stubs replace mpi4py and blobfile, which it uses for distributed start-up and remote files only.
 """
 
 import importlib
@@ -47,7 +46,7 @@ def checkout() -> Path:
 
 @pytest.fixture(scope="module")
 def reference(checkout, tmp_path_factory):
-    """guided_diffusion.script_util, imported from the checkout and forgotten afterwards."""
+    """Import guided_diffusion.script_util from the checkout, and unload it afterwards."""
     yield from imported(checkout, tmp_path_factory.mktemp("stubs"))
 
 
@@ -68,12 +67,12 @@ def imported(checkout: Path, stubs: Path):
 
 
 def flags_of(text: str) -> list[str]:
-    """What `grep -v '^#'` leaves, as a shell's words."""
+    """Return the words that `grep -v '^#'` leaves of a flags file."""
     return [w for line in text.splitlines() if not line.startswith("#") for w in line.split()]
 
 
 def built_there(reference, settings: Settings):
-    """The reference's classifier, from our flags file through the reference's own parser."""
+    """Build the reference's classifier from our flags file, through its own parser."""
     import argparse
 
     parser = argparse.ArgumentParser()
@@ -85,6 +84,7 @@ def built_there(reference, settings: Settings):
 
 
 def answers(model, x, t, y):
+    """Return logits, and the gradient of log p(y | x) with respect to x."""
     x = x.clone().requires_grad_()
     logits = model(x, t)
     logits.log_softmax(dim=-1)[range(len(y)), y].sum().backward()
@@ -92,7 +92,7 @@ def answers(model, x, t, y):
 
 
 def differences(ours, theirs, size, channels=3, classes=1000) -> tuple[float, float]:
-    """Of logits and input gradients, relative to the largest, at three timesteps."""
+    """Return the differences of logits and input gradients, relative to the largest number."""
     x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(5))
     t, y = torch.tensor([0, 400, 999]), torch.tensor([1, classes - 1, 3])
     got, expected = answers(ours, x, t, y), answers(theirs, x, t, y)
@@ -110,8 +110,8 @@ def differences(ours, theirs, size, channels=3, classes=1000) -> tuple[float, fl
         ("spatial_v2", 64),
     ],
 )
-def test_it_loads_our_file_strictly_and_answers_alike(reference, tmp_path, size, pool, capsys):
-    """Weights are made from their names, so none are zero; width as published."""
+def test_it_loads_our_file_and_gives_the_same_logits(reference, tmp_path, size, pool, capsys):
+    """Compare at the published width, with weights made from their names, so none are zero."""
     own = dict(image_size=size, num_classes=1000, classifier_pool=pool, classifier_width=128)
     own |= dict(classifier_attention_resolutions="32,16,8", classifier_channel_mult="")
     own |= dict(classifier_resblock_updown=pool != "spatial_v2")
@@ -129,7 +129,7 @@ def test_it_loads_our_file_strictly_and_answers_alike(reference, tmp_path, size,
 
 
 def edited(checkout: Path, settings: Settings, to: Path) -> Path:
-    """A copy of the checkout with the changes that the flags file asks for."""
+    """Copy the checkout and make the changes that the flags file lists."""
     shutil.copytree(checkout, to)
     for obstacle in reference_obstacles(settings):
         for edit in obstacle.edits:
@@ -154,14 +154,14 @@ def edited(checkout: Path, settings: Settings, to: Path) -> Path:
         dict(image_size=16, num_classes=5, in_channels=1, classifier_channel_mult="2"),
     ],
 )
-def test_with_the_changes_named_it_loads_other_classifiers(checkout, tmp_path, own):
+def test_with_the_listed_changes_it_loads_other_classifiers(checkout, tmp_path, own):
     run = make_run(tmp_path / "run", **own)
     exported = export(run)
     source, ours = load_classifier(run)
     assert exported.obstacles
     (tmp_path / "stubs").mkdir()
     module = imported(edited(checkout, source.settings, tmp_path / "edited"), tmp_path / "stubs")
-    # The module-scoped import of the unmodified one, if any, stands aside meanwhile.
+    # Unload the unmodified modules meanwhile, if the module-scoped fixture imported them.
     aside = {n: sys.modules.pop(n) for n in list(sys.modules) if n.startswith("guided_diffusion")}
     try:
         theirs = built_there(next(module), source.settings).eval()
@@ -186,8 +186,10 @@ SMALL_64 = dict(
 
 @pytest.mark.parametrize("own", [{}, dict(image_size=32, num_classes=10, in_channels=1)])
 def test_its_sampling_script_takes_our_flags(checkout, tmp_path, own):
-    """scripts/classifier_sample.py with the flags file and a tiny diffusion model of its own; with
-    the changes named where it has to be changed."""
+    """Run scripts/classifier_sample.py with the flags file and a tiny diffusion model.
+
+    The listed changes are made if it needs any.
+    """
     run = make_run(tmp_path / "run", **SMALL_64 | own)
     exported = export(run)
     source, _ = load_classifier(run)
@@ -225,15 +227,17 @@ def test_its_sampling_script_takes_our_flags(checkout, tmp_path, own):
 
 @pytest.mark.parametrize(("loop", "scale"), [("p_sample_loop", 50.0), ("ddim_sample_loop", 1.0)])
 def test_its_loops_take_our_gradient(reference, tmp_path, loop, scale):
-    """Samples guided by our cond_fn and by that of its script, from the same noise; from a noisy
-    x_t, DDIM magnifies rounding by the scale."""
+    """Compare samples guided by our cond_fn and by its script's, from the same noise.
+
+    From a noisy x_t, DDIM magnifies rounding errors by the scale.
+    """
     run = make_run(tmp_path / "run", **SMALL_64)
     exported = export(run)
     source, ours = load_classifier(run)
     theirs = built_there(reference, source.settings).eval()
     theirs.load_state_dict(torch.load(exported.paths[0], weights_only=True))
     diffusion = reference.create_gaussian_diffusion(
-        # With the cosine one, the first step would magnify rounding 20,000 times.
+        # With cosine noise, the first step would magnify rounding errors 20,000 times.
         steps=1000,
         noise_schedule="linear",
         timestep_respacing="4",
@@ -241,6 +245,7 @@ def test_its_loops_take_our_gradient(reference, tmp_path, loop, scale):
     )
 
     def their_cond_fn(x, t, y=None):
+        """Return the gradient as its script does."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             log_p = theirs(x, t).log_softmax(dim=-1)
@@ -260,7 +265,7 @@ def test_its_loops_take_our_gradient(reference, tmp_path, loop, scale):
             ).numpy()
         )
     assert relative_error(samples[1], samples[0]) < 1e-5
-    assert relative_error(samples[2], samples[0]) > 1e-3  # it does steer
+    assert relative_error(samples[2], samples[0]) > 1e-3  # guidance has an effect
 
 
 def test_the_eight_flags_are_its_own(reference):

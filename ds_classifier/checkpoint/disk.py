@@ -1,17 +1,17 @@
-"""Checkpoints: what is in one, how it becomes final, how it is found and loaded.
+"""Write, verify, find, prune and load checkpoints.
 
     checkpoints/step-00010000/
       model.safetensors      fp32 master weights under the reference's parameter names
-      optimizer.safetensors  Adam's exp_avg.NAME and exp_avg_sq.NAME, fp32; schedule_sampler.* if
-      any state.json             step, skipped steps, schedule, loss scaler, settings, classes, data
+      optimizer.safetensors  Adam's exp_avg.NAME and exp_avg_sq.NAME, fp32; schedule_sampler.NAME
+      state.json             step, skipped steps, schedule, loss scaler, settings, classes, data
       manifest.json          size and sha256 of each file; written last
-    checkpoints/latest       the name of the newest, for people and scripts
-    checkpoints/best         the name of the one that validated best, and its val_loss; likewise
+    checkpoints/latest       the name of the newest checkpoint, for people and scripts
+    checkpoints/best         the name of the one with the lowest val_loss, and that loss
 
-It depends neither on the number of ranks nor on ZeRO stage or precision, and holds no pickle.
-Rank 0 alone touches the disk; the other ranks send and receive, so no shared file system is needed.
-A checkpoint appears under its name by one rename, complete: what has no valid manifest is none.
-Who takes the state from the engine and calls commit: checkpoint_writer.py.
+A checkpoint does not depend on the number of ranks, the ZeRO stage or the precision, and holds no
+pickle. Only rank 0 touches the disk; the other ranks send and receive, so no shared file system is
+needed. A checkpoint gets its name by one rename when it is complete. A directory without a valid
+manifest is not a checkpoint. `writer.py` takes the state from the engine and calls `commit`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ VERSION = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 PREFIX = "classifier."  # the engine's module is the NoisedClassifier
-NAME = re.compile(r"step-\d{8,}")  # of a checkpoint's directory
+NAME = re.compile(r"step-\d{8,}")  # the name of a checkpoint's directory
 SAMPLER = "schedule_sampler."
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.int64: "I64"}
 
 
 def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -57,8 +58,9 @@ def commit(
 ) -> None:
     """Write a checkpoint and give it its name, `final`, by one rename; then name it in `latest`.
 
-    model, optimizer: contiguous CPU tensors, fp32 or int64. state: what state.json holds.
-    Raises OSError, which names the file, if something cannot be written; what stood still stands.
+    model, optimizer: contiguous CPU tensors, fp32 or int64. state: the content of state.json.
+    Raises OSError, which names the file, if something cannot be written. The checkpoints before it
+    are then unchanged.
     """
     staging = final.parent / f".{final.name}.staging"
     try:
@@ -66,19 +68,20 @@ def commit(
         _set_later_aside(final)
         replaced = final.parent / f".{final.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # a damaged one, or of a run continued from before it
+        if final.exists():  # damaged, or written before the run was resumed from an earlier step
             os.rename(final, replaced)
         os.rename(staging, final)
         files.fsync(final.parent)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, for the others' sake
+        shutil.rmtree(staging, ignore_errors=True)  # makes room if the disk is full
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     files.replace_text(final.parent / "latest", final.name + "\n")
 
 
 def _write_files(staging: Path, model, optimizer, state) -> None:
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed at this very step
+    """Write and sync all files of a checkpoint, the manifest last."""
+    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed in this function
     staging.mkdir(parents=True)
     contents = {
         MODEL: _tensor_file(model),
@@ -95,10 +98,10 @@ def _write_files(staging: Path, model, optimizer, state) -> None:
 
 
 def _tensor_file(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces, the tensors' own memory among them: nothing is copied.
+    """Yield a safetensors file in pieces, without copying the tensors' memory.
 
-    Format: the header's length, 8 bytes little-endian; the header, JSON of dtype, shape and place
-    of each tensor, padded with spaces to a multiple of 8 bytes; the tensors' bytes.
+    Format: the header's length, 8 bytes little-endian; the header, JSON with dtype, shape and
+    offsets of each tensor, padded with spaces to a multiple of 8 bytes; the tensors' bytes.
     """
     header, end = {}, 0
     for name, value in tensors.items():
@@ -116,8 +119,10 @@ def _tensor_file(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _set_later_aside(final: Path) -> None:
-    """Rename checkpoints of later steps: damaged ones that were passed over, or of a run that was
-    taken up again from before them. They are not this run's any more, and must not be found."""
+    """Rename checkpoints of later steps to abandoned-NAME, so that they are not found any more.
+
+    They are damaged and were skipped, or the run was resumed from an earlier step.
+    """
     for checkpoint in list_checkpoints(final.parent):
         if _step(checkpoint) > _step(final):
             aside = final.parent / f"abandoned-{checkpoint.name}"
@@ -126,10 +131,10 @@ def _set_later_aside(final: Path) -> None:
 
 
 def prune(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[str]:
-    """Delete what need not be kept; returns what could not be deleted, a line each.
+    """Delete old checkpoints; return an error message for each that could not be deleted.
 
-    Kept are the keep_last newest that look whole, those of every keep_every-th step (0: none), and
-    the best.
+    It keeps the keep_last newest checkpoints that look whole, those of every keep_every-th step (0:
+    none), and the best one.
     """
     whole = 0
     best = best_checkpoint(checkpoints)
@@ -140,7 +145,7 @@ def prune(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[str]:
             whole += looks_whole
         elif not (keep_every and looks_whole and _step(checkpoint) % keep_every == 0):
             try:
-                # Out of sight at once: a kill in the middle leaves no half of it under its name.
+                # Renamed first: a kill in rmtree leaves no half checkpoint under its name.
                 doomed = checkpoints / f".{checkpoint.name}.pruned"
                 os.rename(checkpoint, doomed)
                 shutil.rmtree(doomed)
@@ -150,7 +155,7 @@ def prune(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[str]:
 
 
 def name_best(checkpoints: Path) -> None:
-    """Say in `best` which checkpoint validated best, as `latest` says which is the newest."""
+    """Write the name of the checkpoint with the lowest val_loss, and that loss, into `best`."""
     best = best_checkpoint(checkpoints)
     if best is not None:
         text = f"{best.name} val_loss {_val_loss(best):.6g}\n"
@@ -158,7 +163,7 @@ def name_best(checkpoints: Path) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what killed saves and prunings left; call when no other process writes here."""
+    """Delete what killed saves and prunings left. No other process may be writing here."""
     for suffix in ("staging", "replaced", "pruned"):
         for leftover in checkpoints.glob(f".step-*.{suffix}"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -168,7 +173,7 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Directories named as checkpoints, newest step first, whole or not."""
+    """Return the directories named like checkpoints, newest step first, whole or damaged."""
     if not checkpoints.is_dir():
         return []
     named = [p for p in checkpoints.iterdir() if NAME.fullmatch(p.name)]
@@ -176,11 +181,12 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def _step(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def best_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint of the lowest val_loss, of those that look whole and were validated."""
+    """Return the checkpoint with the lowest val_loss; None if none looks whole and has one."""
     losses = {
         checkpoint: _val_loss(checkpoint)
         for checkpoint in list_checkpoints(checkpoints)
@@ -191,6 +197,7 @@ def best_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def _val_loss(checkpoint: Path) -> float | None:
+    """Return a checkpoint's val_loss; None if it has none, or none that is finite."""
     try:
         loss = float(_json(checkpoint / STATE)["val_loss"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -199,7 +206,7 @@ def _val_loss(checkpoint: Path) -> float | None:
 
 
 def _json(path: Path) -> Any:
-    """The JSON in a file. Raises ValueError for what is none, and for brackets without end."""
+    """Read a JSON file. Raises ValueError if it is not JSON, or nested too deep."""
     try:
         return json.loads(path.read_text())
     except RecursionError:
@@ -207,6 +214,7 @@ def _json(path: Path) -> Any:
 
 
 def _is_object(path: Path) -> bool:
+    """Return whether a file holds a JSON object."""
     try:
         return isinstance(_json(path), dict)
     except ValueError:
@@ -214,9 +222,9 @@ def _is_object(path: Path) -> bool:
 
 
 def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every byte is as it was written.
+    """Return what is wrong with a checkpoint's files; None if each byte is as it was written.
 
-    hashes: False compares sizes alone, and reads no tensors.
+    hashes: False compares sizes only, and reads no tensors.
     """
     try:
         described = _json(checkpoint / MANIFEST)["files"]
@@ -232,9 +240,9 @@ def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
         if hashes:
             _names(checkpoint)
             if not _is_object(checkpoint / STATE):
-                return f"{STATE} is no JSON object"
+                return f"{STATE} is not a JSON object"
     except SafetensorError as error:
-        return f"a file of tensors is no safetensors file: {error}"
+        return f"a file of tensors is not a safetensors file: {error}"
     except OSError as error:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
@@ -243,31 +251,29 @@ def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
 
 
 def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all.
+    """Return the newest checkpoint that verifies; None if there are no checkpoints at all.
 
-    Says why newer ones were passed over. Raises ValueError if there are some and all are damaged:
-    starting anew in silence would throw the run away.
+    say: called with the reason for each newer one that is skipped.
+    Raises ValueError if all are damaged, since starting afresh would silently discard the run.
     """
     reasons = []
     for checkpoint in list_checkpoints(checkpoints):
         problem = damage(checkpoint)
         if problem is None:
             for reason in reasons:
-                say(f"passed over {reason}")
+                say(f"skipped {reason}")
             return checkpoint
         reasons.append(f"{checkpoint}: {problem}")
     if reasons:
         raise ValueError(
-            "no checkpoint is whole: "
-            + "; ".join(reasons)
-            + "; do: restore one, or start afresh in "
+            f"no checkpoint is whole: {'; '.join(reasons)}; do: restore one, or start afresh in "
             "another --run_dir"
         )
     return None
 
 
 def named_by(path: Path) -> Path:
-    """What `checkpoints/best` or `checkpoints/latest` names; any other path as it is."""
+    """Return the checkpoint that a file `best` or `latest` names; any other path unchanged."""
     if path.name in ("best", "latest") and path.is_file():
         name = path.read_text(errors="replace").partition(" ")[0].strip()
         if NAME.fullmatch(name):
@@ -276,13 +282,17 @@ def named_by(path: Path) -> Path:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint directory from what a user names: it, its run directory, its checkpoints/, or
-    `best` or `latest` in them."""
+    """Return the checkpoint that a user means by a path.
+
+    path: a checkpoint, a run directory or its checkpoints/ (the newest that verifies), or `best` or
+    `latest` in them.
+    Raises ValueError if there is none, or if the one named is damaged.
+    """
     path = named_by(path.resolve())
     if path.is_file():
         raise ValueError(
             f"got {path}, a file; need a run directory or a checkpoint in it; do: give "
-            "weights alone, such as guided-diffusion's .pt, to --init_from"
+            "a file of weights, such as guided-diffusion's .pt, to --init_from"
         )
     for candidate in (path, path / "checkpoints"):
         if (candidate / MANIFEST).is_file() and (candidate / MODEL).is_file():
@@ -300,23 +310,23 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read state.json. Raises ValueError for another format or version."""
     state = json.loads((checkpoint / STATE).read_text())
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         raise ValueError(
             f"{checkpoint}: got {state.get('format')} version {state.get('version')}; need "
-            f"{FORMAT} "
-            f"version {VERSION}"
+            f"{FORMAT} version {VERSION}"
         )
     return state
 
 
 def read_model(checkpoint: Path) -> dict[str, Tensor]:
-    """The classifier's fp32 weights by the reference's names."""
+    """Read the classifier's fp32 weights, under the reference's names."""
     return load_file(checkpoint / MODEL)
 
 
 def _names(checkpoint: Path) -> list[dict[str, list[int]]]:
-    """Name -> shape of the tensors in MODEL and OPTIMIZER. Raises SafetensorError."""
+    """Return name -> shape of the tensors, for MODEL and OPTIMIZER. Raises SafetensorError."""
     shapes = []
     for file in (MODEL, OPTIMIZER):
         with safe_open(checkpoint / file, framework="pt") as tensors:
@@ -329,11 +339,12 @@ def _names(checkpoint: Path) -> list[dict[str, list[int]]]:
 
 
 def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> None:
-    """Put a checkpoint into a fresh engine; every rank must call it.
+    """Load a checkpoint into a fresh engine; every rank must call it.
 
-    checkpoint: read on rank 0 alone, may be None elsewhere. state: its `read_state`, on all ranks.
-    The steps that follow are bit-equal to those of the run that wrote it, on as many ranks.
-    Raises ValueError on all ranks if tensors are missing or of other shapes.
+    checkpoint: read on rank 0 only; may be None on other ranks.
+    state: its `read_state`, on all ranks.
+    On the same number of ranks, the following steps are bit-equal to those of the run that wrote
+    it. Raises ValueError on all ranks if tensors are missing or have other shapes.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -343,6 +354,7 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
         opened = [safe_open(checkpoint / name, framework="pt") for name in (MODEL, OPTIMIZER)]
 
     def tensor(file: int, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor of MODEL (file 0) or OPTIMIZER (file 1) on all ranks."""
         full = torch.empty(like.shape, dtype=dtype, device=engine.device)
         if distributed.rank() == 0:
             full.copy_(opened[file].get_tensor(name))
@@ -371,7 +383,7 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
 
 
 def _check_tensors(checkpoint: Path, engine, sampler) -> None:
-    """Raise ValueError unless the files hold each tensor that load will ask for."""
+    """Raise ValueError unless the files hold each tensor that `load` reads, in its shape."""
     wanted: tuple[dict, dict] = ({}, {})
     for name, parameter in engine.module.named_parameters():
         name = name.removeprefix(PREFIX)

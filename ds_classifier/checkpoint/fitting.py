@@ -1,8 +1,13 @@
-"""Which settings build a classifier of given tensors: guided-diffusion's files do not say."""
+"""Infer from its tensors which settings a classifier was built with.
+
+A bare file of weights, such as guided-diffusion's published ones, does not record them.
+"""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,27 +16,60 @@ from ds_classifier.config import Settings
 from ds_classifier.model import create_classifier, parse_channel_mult
 
 
-def fitting_settings(weights: dict[str, Tensor], given: Settings) -> Settings | None:
-    """The settings that build a classifier of exactly these tensors, as near to `given` as can be.
+def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path) -> Settings:
+    """Return the settings that build a classifier of exactly these tensors.
 
-    weights: without empty dimensions, as `weights.read_weights` gives them; their names and shapes
-    may be anything. None if no setting does.
+    weights: without empty dimensions, as `weights.read_weights` returns them.
+    given: the settings that the user named; num_classes 0 stands for any number. They decide where
+        the tensors leave a choice, and what the tensors do not show keeps its default.
+    path: named in errors.
+    Raises ValueError if the tensors are not a classifier's, if `given` contradicts them, or if they
+    fit several classifiers and `given` does not decide between these.
     """
-    if fits(weights, given):
-        return given
-    fitting = []
-    for candidate in filter(lambda settings: fits(weights, settings), _candidates(weights, given)):
-        # What the tensors do not decide stays as given.
-        for name, value in vars(given).items():
-            nearer = candidate.replace(**{name: value})
-            if nearer != candidate and fits(weights, nearer):
-                candidate = nearer
-        fitting.append(candidate)
-    return min(fitting, key=lambda settings: len(differences(settings, given)), default=None)
+    named = Settings(**given)
+    fitting = _fitting(weights, named)
+    if not fitting:
+        raise ValueError(
+            f"got {path}, whose tensors ({', '.join(list(weights)[:2])}, ...) are not a "
+            "classifier's; need those of guided-diffusion's EncoderUNetModel"
+        )
+    wrong = [[n for n in differences(s, named) if n in given] for s in fitting]
+    agreeing = [s for s, names in zip(fitting, wrong, strict=True) if not names]
+    if not agreeing:
+        names, nearest = min(zip(wrong, fitting, strict=True), key=lambda pair: len(pair[0]))
+        lines = [f"  --{n}: got {given[n]!r}; need {getattr(nearest, n)!r}" for n in names]
+        raise ValueError(
+            f"the classifier in {path} was built with other settings:\n"
+            + "\n".join(lines)
+            + "\ndo: drop these flags, or the recipe that sets them: the tensors show the settings"
+        )
+    first, *others = agreeing
+    needed = {
+        name: [getattr(settings, name) for settings in agreeing]
+        for name, value in vars(first).items()
+        if any(getattr(other, name) != value for other in others)
+    }
+    lines = [f"  --{n}: need {' or '.join(map(repr, values))}" for n, values in needed.items()]
+    if first.classifier_pool != "attention" and "image_size" not in given:
+        lines.insert(0, "  --image_size: got none; need the side of its images in pixels")
+    if lines:
+        raise ValueError(
+            f"the tensors in {path} fit several classifiers:\n"
+            + "\n".join(lines)
+            + "\ndo: give these flags"
+        )
+    return first
+
+
+def fitting_settings(weights: dict[str, Tensor], near: Settings) -> Settings | None:
+    """Return the settings nearest to `near` that build exactly these tensors; None if none do."""
+    if fits(weights, near):
+        return near
+    return min(_fitting(weights, near), key=lambda s: len(differences(s, near)), default=None)
 
 
 def differences(settings: Settings, given: Settings) -> list[str]:
-    """The flags that `given` would have to have another value for; 0 classes: as many as fit."""
+    """Return the names of the settings in which two differ; num_classes 0 in `given` fits any."""
     return [
         name
         for name, value in vars(given).items()
@@ -40,7 +78,7 @@ def differences(settings: Settings, given: Settings) -> list[str]:
 
 
 def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
-    """Whether settings build a classifier of exactly these names and shapes."""
+    """Return whether settings build a classifier of exactly these names and shapes."""
     try:
         own = tensors_of(settings)
     except ValueError:
@@ -51,17 +89,32 @@ def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
 
 
 def tensors_of(settings: Settings) -> dict[str, Tensor]:
-    """The state dict of a classifier of these settings, without storage.
+    """Return the state dict of a classifier of these settings, on the meta device (no storage).
 
-    Raises ValueError for settings that build none.
+    Raises ValueError for settings that build no classifier.
     """
     with torch.device("meta"):
         return create_classifier(**settings.model_kwargs()).state_dict()
 
 
-def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
-    """Settings read off the tensors; several where levels and depth can be told apart only so far
-    as that halving residual blocks look like others."""
+def _fitting(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
+    """Return all settings that build these tensors, each as near to `near` as it can be."""
+    fitting = []
+    for candidate in filter(lambda settings: fits(weights, settings), _candidates(weights, near)):
+        # A setting that the tensors do not decide keeps its value of `near`.
+        for name, value in vars(near).items():
+            nearer = candidate.replace(**{name: value})
+            if nearer != candidate and fits(weights, nearer):
+                candidate = nearer
+        fitting.append(candidate)
+    return fitting
+
+
+def _candidates(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
+    """Return settings read off the tensors, one per number of levels that their names allow.
+
+    There are several where residual blocks halve the image: these have the names of other blocks.
+    """
     try:
         width = weights["time_embed.0.weight"].shape[1]
         in_channels = weights["input_blocks.0.0.weight"].shape[1]
@@ -72,13 +125,14 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
         return []
     blocks = len({name.split(".")[1] for name in weights if name.startswith("input_blocks.")})
     strided = sum(f"input_blocks.{i}.0.op.weight" in weights for i in range(blocks))
-    found = []
+    candidates = []
     for levels in [strided + 1] if strided else range(1, blocks):
-        # Of `blocks`, one is the first convolution and levels - 1 halve: levels * (depth + 1) all.
+        # The blocks are the first convolution, depth per level, and one halving between levels:
+        # 1 + levels * depth + levels - 1 = levels * (depth + 1).
         if blocks % levels:
             continue
         depth = blocks // levels - 1
-        image_size = side * 2 ** (levels - 1) if side else given.image_size
+        image_size = side * 2 ** (levels - 1) if side else near.image_size
         firsts = [1 + level * (depth + 1) for level in range(levels)]
         norms = [weights.get(f"input_blocks.{i}.0.out_layers.0.weight") for i in firsts]
         if any(norm is None or norm.dim() == 0 for norm in norms):
@@ -89,7 +143,7 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
             for level, i in enumerate(firsts)
             if f"input_blocks.{i}.1.qkv.weight" in weights
         ]
-        settings = given.replace(
+        settings = near.replace(
             image_size=image_size,
             in_channels=in_channels,
             num_classes=num_classes,
@@ -107,12 +161,15 @@ def _candidates(weights: dict[str, Tensor], given: Settings) -> list[Settings]:
             usual = False
         if not usual:
             settings = settings.replace(classifier_channel_mult=",".join(f"{m:g}" for m in mult))
-        found.append(settings)
-    return found
+        candidates.append(settings)
+    return candidates
 
 
 def _head_of(weights: dict[str, Tensor]) -> tuple[str, int, int | None]:
-    """The pool, the classes, and the side of the last feature map where the head tells it."""
+    """Return the pool, the number of classes, and the side of the last feature map.
+
+    The side is None if the head fits any (all pools but attention).
+    """
     if "out.2.positional_embedding" in weights:
         tokens = weights["out.2.positional_embedding"].shape[1]
         return "attention", weights["out.2.c_proj.weight"].shape[0], math.isqrt(tokens - 1)

@@ -1,7 +1,10 @@
-"""Starting a training from other weights: --init_from.
+"""Start a training from other weights (--init_from): guided-diffusion's file, an export or a run.
 
-From guided-diffusion's file, an export or a run: all weights; or all but a head of another class
-count; or those of another image size, whose positional embedding is interpolated.
+All weights are taken, with two exceptions: a head for another number of classes starts afresh, and
+the positional embedding for another image size is interpolated.
+
+The architecture is never taken from the weights: training's settings are fixed before the ranks
+meet and compared at every resume, and only rank 0 reads these weights.
 """
 
 from __future__ import annotations
@@ -23,19 +26,20 @@ from ds_classifier.checkpoint.weights import (
 from ds_classifier.config import Settings
 from ds_classifier.model import parse_channel_mult
 
-POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # of the attention pool
+POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # in the attention pool
 
 
 def load_initial_weights(
     classifier: nn.Module, path: Path, settings: Settings, classes: list[str]
 ) -> list[str]:
-    """Start a classifier from other weights; returns lines for the screen.
+    """Load other weights into a classifier; return lines for the screen.
 
-    path: a guided-diffusion .pt, an export, a checkpoint or a run. settings, classes: those of
-    `classifier`. The first line says where the weights are from, the others what of them was left
-    out or changed, and what they were trained for otherwise.
+    path: a guided-diffusion .pt, an export, a checkpoint or a run.
+    settings, classes: the settings of `classifier` and the class names of its training data.
+    The first line names the origin of the weights. The others say which weights were left out or
+    changed, and how the earlier training differs from this one.
     Raises ValueError for weights of another architecture, naming the flags that would fit, and for
-    some that are not finite: training would skip every step.
+    weights that are not finite, with which training would skip every step.
     """
     try:
         recorded = find_recorded(path)
@@ -59,21 +63,21 @@ def load_initial_weights(
     if head:
         notes.append(
             f"another number of classes, {len(weights[head[0]])} there and {len(classes)} here: "
-            f"the head starts anew ({', '.join(head)})"
+            f"the head starts afresh ({', '.join(head)})"
         )
     if recorded is not None:
-        notes += _other_purpose(recorded.settings, recorded.classes, settings, classes)
+        notes += _training_differences(recorded.settings, recorded.classes, settings, classes)
     origin = f"weights from {path}"
-    return [f"{origin}, all but its head" if head else origin, *notes]
+    return [f"{origin}, without its head" if head else origin, *notes]
 
 
 def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:
-    """An attention pool's positional embedding for a feature map of another side.
+    """Return an attention pool's positional embedding for a feature map of another side.
 
-    embedding: [C, 1 + S^2], the mean token's first, then the pixels' row by row. Returns
-    [C, 1 + side^2]. The mean token's stays; the others are an image of S x S that is interpolated,
-    as is usual for vision transformers (Dosovitskiy et al. 2021, section 3.2): bicubic, with
-    antialiasing, as open_clip and timm do.
+    embedding: [C, 1 + S^2], for the mean token first, then for the pixels row by row.
+    Returns [C, 1 + side^2]. The mean token's embedding is kept. The others are interpolated as an
+    S x S image, as is usual for vision transformers (Dosovitskiy et al. 2021, section 3.2):
+    bicubic, with antialiasing, as in open_clip and timm.
     """
     own_side = math.isqrt(embedding.shape[1] - 1)
     mean, grid = embedding[:, :1], embedding[:, 1:].unflatten(1, (own_side, own_side))
@@ -84,7 +88,10 @@ def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:
 
 
 def _resize_positional_embedding(weights: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
-    """Interpolate it in `weights` if it is of another feature map's size; returns whether."""
+    """Interpolate the positional embedding in `weights` if its size differs; return whether it did.
+
+    own: the state dict of the classifier to train.
+    """
     got, need = weights.get(POSITIONAL_EMBEDDING), own.get(POSITIONAL_EMBEDDING)
     if got is None or need is None or got.shape == need.shape:
         return False
@@ -99,8 +106,8 @@ def _resize_positional_embedding(weights: dict[str, Tensor], own: dict[str, Tens
 
 
 def _head_of_other_classes(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """The last layer's weight and bias if they differ by the class count and by nothing else."""
-    layer = list(own)[-1].rpartition(".")[0]  # out.2.c_proj, out.3 or out.2, as the pool has it
+    """Return the names of the last layer's weight and bias if only the class count differs."""
+    layer = list(own)[-1].rpartition(".")[0]  # out.2.c_proj, out.3 or out.2, by the pool
     head = [f"{layer}.weight", f"{layer}.bias"]
     if not weights.keys() >= set(head):
         return []
@@ -110,14 +117,15 @@ def _head_of_other_classes(weights: dict[str, Tensor], own: dict[str, Tensor]) -
 
 
 def _size_note(settings: Settings, theirs: Settings | None, *, how: str) -> str:
+    """Return a line on another image size. theirs: the settings of the weights; None if unknown."""
     size = f"{theirs.image_size} px" if theirs else "another size"
     return f"another image size, {size} there and {settings.image_size} px here: {how}"
 
 
-def _other_purpose(
+def _training_differences(
     theirs: Settings, their_classes: list[str] | None, settings: Settings, classes: list[str]
 ) -> list[str]:
-    """What the weights were trained for otherwise than they will be: noise, classes."""
+    """Return lines on how the earlier training differs from this one: noise, class names."""
     notes = []
     was, now = (dict(s.diffusion_kwargs(), noised=s.noised) for s in (theirs, settings))
     changed = [f"{name} {was[name]!r} there, {now[name]!r} here" for name in was
@@ -135,7 +143,7 @@ def _other_purpose(
 
 
 def _misfit(path: Path, theirs: Settings | None, settings: Settings) -> str:
-    """The error for weights of another architecture, with the flags that would fit if there are."""
+    """Return the error for weights of another architecture, with flags that would fit, if any."""
     needed = None
     if theirs is not None:
         try:
@@ -145,8 +153,8 @@ def _misfit(path: Path, theirs: Settings | None, settings: Settings) -> str:
     flags = differences(needed, settings) if needed else []
     if not flags:
         return (
-            f"--init_from: got {path}, whose parameters are not a classifier's that could be "
-            "continued here; need those of guided-diffusion's EncoderUNetModel"
+            f"--init_from: got {path}, whose parameters are not a classifier's that can be trained "
+            "here; need those of guided-diffusion's EncoderUNetModel"
         )
     lines = [f"--{n}: got {getattr(settings, n)!r}; need {getattr(needed, n)!r}" for n in flags]
     return (
@@ -157,7 +165,7 @@ def _misfit(path: Path, theirs: Settings | None, settings: Settings) -> str:
 
 
 def _at_size_of(theirs: Settings, settings: Settings) -> Settings:
-    """The same blocks and weights for another image size and class count."""
+    """Return their settings for the image size and class count of `settings`, with same blocks."""
     mult = parse_channel_mult(theirs.classifier_channel_mult, theirs.image_size)
     sides = theirs.classifier_attention_resolutions.split(",")
     factors = {theirs.image_size // int(side) for side in sides if side and int(side) > 0}

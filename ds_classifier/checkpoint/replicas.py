@@ -1,7 +1,7 @@
-"""What all ranks must hold alike, and finite, before it may be saved.
+"""Check that all ranks hold the same, finite weights before they are saved.
 
-ZeRO-1 and 2 shard the optimizer; the parameters are whole on every rank. A broken memory or link,
-or a bug, can let them drift apart in silence, and rank 0's file would hide it.
+ZeRO-1 and 2 shard the optimizer, but every rank holds all parameters. Broken memory, a broken link
+or a bug can let them drift apart silently, and a checkpoint of rank 0's weights would hide it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor's bits as integers modulo 2^64, [] int64: the same in whatever order.
+    """Return the sum of a tensor's bits as integers modulo 2^64, [] int64.
 
-    Eight bytes at a time, which a CPU sums ten times as fast as smaller integers.
+    The order of the additions does not matter. They are 8 bytes wide, ten times as fast on a CPU as
+    with smaller integers.
     """
     flat = value.detach().reshape(-1)
     in_words = len(flat) - len(flat) % (8 // value.element_size())
-    words = flat[:in_words].clone().view(torch.int64)  # a view of its own storage starts aligned
+    words = flat[:in_words].clone().view(torch.int64)  # a clone is aligned to 8 bytes
     rest = flat[in_words:].view(_BITS[value.element_size()])
     return words.sum() + rest.sum(dtype=torch.int64)
 
 
 def not_finite(value: Tensor) -> Tensor:
-    """Whether any number is infinite or not a number, [] int64: 1 or 0."""
+    """Return 1 if any number is infinite or nan, else 0, [] int64."""
     lowest, highest = value.detach().aminmax()  # either is nan if any number is
     return (~(lowest.isfinite() & highest.isfinite())).long()
 
@@ -38,9 +39,10 @@ def not_finite(value: Tensor) -> Tensor:
 def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
     """Compare tensors that must be equal on all ranks, by their bit sums; every rank must call it.
 
-    tensors: by name, the same names on all ranks. This rank's share of master weights and Adam
-    moments must be finite too. Reads each number once, sends two a tensor; waits for the device.
-    Raises FloatingPointError on all ranks alike.
+    tensors: by name, the same names on all ranks. This rank's share of the master weights and Adam
+        moments must be finite too.
+    Reads each number once, sends two per tensor, and waits for the device.
+    Raises FloatingPointError on all ranks if tensors differ or are not finite.
     """
     infinite = [not_finite(value) for value in tensors.values()]
     share = sum(not_finite(value) for value in deepspeed_engine.optimizer_share(engine))
@@ -60,13 +62,16 @@ def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
     problem = describe_difference(rows, names)
     if problem is not None:
         raise FloatingPointError(
-            f"step {step}: {problem}; {again}; should it come again, test the memory and links of "
+            f"step {step}: {problem}; {again}; if it happens again, test the memory and links of "
             "that rank's machine"
         )
 
 
 def describe_difference(rows: Tensor, names: list[str]) -> str | None:
-    """Which ranks' rows [W, n] differ from those of most, and in what first; None where equal."""
+    """Return which ranks differ from the majority, and in which tensors; None if none does.
+
+    rows: [W, n], a row per rank and a column per name.
+    """
     same = Counter(map(tuple, rows.tolist()))
     if len(same) == 1:
         return None
@@ -75,6 +80,6 @@ def describe_difference(rows: Tensor, names: list[str]) -> str | None:
     columns = (rows != torch.tensor(usual)).any(dim=0).nonzero().flatten().tolist()
     where = f"first in {names[columns[0]]}, {len(columns)} of {len(names)} tensors"
     if 2 * count <= len(rows):
-        return f"the ranks hold different parameters, and no majority alike ({where})"
+        return f"the ranks hold different parameters, and no majority agrees ({where})"
     ranks = ", ".join(map(str, differing))
     return f"the parameters of rank {ranks} differ from those of the other ranks ({where})"

@@ -1,8 +1,9 @@
-"""A classifier's weights, wherever they lie: a run, one of its checkpoints, an export, or a file.
+"""Find and read a classifier's weights: of a run, one of its checkpoints, an export, or a file.
 
-A checkpoint brings its settings, and so does an export: MODEL.pt or MODEL.safetensors with our
-MODEL.json beside it (see `export.py`). Another file, such as guided-diffusion's published ones,
-holds tensors alone: the settings come with it, and what of them does not fit its tensors is named.
+A checkpoint records its settings, and so does an export: MODEL.pt or MODEL.safetensors with our
+MODEL.json in the same directory (see `export.py`). Any other file, such as guided-diffusion's
+published ones, holds tensors alone. Its architecture is inferred from them; its noise process is
+not in them and is taken from the flags.
 """
 
 from __future__ import annotations
@@ -19,28 +20,31 @@ import torch
 from torch import Tensor, nn
 
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fitting import differences, fits, fitting_settings
+from ds_classifier.checkpoint.fitting import differences, fits, infer_settings
 from ds_classifier.common import files
+from ds_classifier.common.text import first_line
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier
 
 EXPORT_FORMAT, EXPORT_VERSION = "ds_classifier export", 1
-# Of an export's JSON: the sections that hold settings, under the names of `Settings`.
+# The sections of an export's JSON that hold settings, under the names of `Settings`.
 SETTINGS_SECTIONS = ("classifier", "diffusion", "training")
 DESCRIPTION = {"files": dict, "step": int | None, "classes": list | None, "data": str | None}
 DESCRIPTION |= dict.fromkeys(SETTINGS_SECTIONS, dict)
-# Those that the tensors do not tell, or not all of them: a default would be another classifier's.
+# Settings that the tensors do not show, or not fully: a default could build another classifier.
 NEEDED_SETTINGS = (*Settings().model_kwargs(), *Settings().diffusion_kwargs())
 
 
 @dataclass(frozen=True)
-class Source:
-    """Whose weights: their settings and place.
+class WeightsFile:
+    """The place and the settings of a classifier's weights.
 
-    kind: "checkpoint", "export" or "file"; a file does not tell its settings.
-    step, classes, data (the training set's fingerprint): None where it is not known.
-    sha256: of the file of weights, in hex.
+    kind: "checkpoint", "export" or "file"; only a "file" does not record its settings.
+    step, classes, data (the training set's fingerprint): None if unknown.
+    sha256: hash of the file of weights, in hex.
+    inferred: for a "file", the names of the settings that were inferred from its tensors and that
+        differ from the flags and defaults.
     """
 
     path: Path
@@ -50,25 +54,41 @@ class Source:
     step: int | None = None
     classes: list[str] | None = None
     data: str | None = None
+    inferred: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Of files made from it: the checkpoint's, or the file's without its suffix."""
+        """The name of files made from it: the checkpoint's, or the file's without its suffix."""
         return self.path.stem
 
     @property
     def home(self) -> Path:
-        """The run of a checkpoint; the directory of a file."""
+        """The run directory of a checkpoint; the directory that holds a file."""
         return self.path.parents[1] if self.kind == "checkpoint" else self.path.parent
 
+    def notes(self) -> list[str]:
+        """Return lines for the screen: what was inferred for a bare file, and what was assumed."""
+        if self.kind != "file":
+            return []
+        settings = self.settings
+        values = ", ".join(f"--{name} {getattr(settings, name)}" for name in self.inferred)
+        process = f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
+        process += ", rescaled timesteps" if settings.rescale_timesteps else ""
+        inferred = f"inferred from the tensors in {self.path.name}: {values}"
+        assumed = f"{self.path.name} does not record its noise process; as the flags say: {process}"
+        return [inferred, assumed] if values else [assumed]
+
     def contradicted_by(self, given: dict[str, Any]) -> list[str]:
-        """Which settings of `given` are not those recorded with the weights; none of a file's."""
+        """Return the names in `given` whose values differ from the recorded settings.
+
+        Empty for a bare file, which records none.
+        """
         if self.kind == "file":
             return []
         return [name for name, value in given.items() if value != getattr(self.settings, name)]
 
     def refuse_contradicting_flags(self, given: dict[str, Any]) -> None:
-        """Raise ValueError, which names the first flag whose setting is recorded otherwise."""
+        """Raise ValueError, naming the first flag in `given` that differs from what is recorded."""
         for name in self.contradicted_by(given):
             raise ValueError(
                 f"got --{name}; need none for {self.path}, in which it is "
@@ -76,55 +96,48 @@ class Source:
             )
 
 
-def load_classifier(path: Path, given: Settings | None = None) -> tuple[Source, nn.Module]:
-    """A classifier to use: fp32, on the CPU, in eval mode, its parameters without gradients.
+def load_classifier(
+    path: Path, given: dict[str, Any] | None = None
+) -> tuple[WeightsFile, nn.Module]:
+    """Return a classifier to use: fp32, on the CPU, in eval mode, parameters without gradients.
 
-    path, given: as of `open_weights`. Raises ValueError as it does.
+    path, given: see `open_weights`. Raises ValueError as it does.
     """
-    source, weights = open_weights(path, given or Settings())
+    source, weights = open_weights(path, given)
     classifier = create_classifier(**source.settings.model_kwargs())
     classifier.load_state_dict(weights)
     return source, classifier.eval().requires_grad_(False)
 
 
-def open_weights(path: Path, given: Settings) -> tuple[Source, dict[str, Tensor]]:
+def open_weights(
+    path: Path, given: dict[str, Any] | None = None
+) -> tuple[WeightsFile, dict[str, Tensor]]:
     """Find weights and read them, on the CPU.
 
     path: a run or a directory of exports (the newest step), a checkpoint, or a .pt or .safetensors
-    file. given: the settings for a file that does not tell them, where num_classes 0 means as many
-    as it has.
-    Raises ValueError for what holds no weights, or for settings, given or recorded, that do not fit
-    them.
+        file.
+    given: the settings that the user named, by name. They count only for a file that does not
+        record its own (see `fitting.infer_settings`).
+    Raises ValueError if there are no weights at path, if recorded settings do not build them, or if
+    a bare file's settings cannot be inferred or contradict `given`.
     """
     source = find_recorded(path)
     if source is not None:
         return source, read_recorded(source)
+    given = given or {}
     weights = read_weights(path)
-    fitting = fitting_settings(weights, given)
-    if fitting is None:
-        raise ValueError(
-            f"got {path}, whose tensors ({', '.join(list(weights)[:2])}, ...) are no classifier's; "
-            "need those of guided-diffusion's EncoderUNetModel"
-        )
-    misfits = [
-        f"--{name}: got {getattr(given, name)!r}; need {getattr(fitting, name)!r}"
-        for name in differences(fitting, given)
-    ]
-    if misfits:
-        raise ValueError(
-            f"the classifier in {path} was built with other settings:\n  "
-            + "\n  ".join(misfits)
-            + "\ndo: give these flags; its noise schedule cannot be seen in it"
-        )
-    return Source(path.resolve(), fitting, "file", files.sha256(path)), weights
+    settings = infer_settings(weights, given, path)
+    inferred = differences(settings, Settings(**given))
+    digest = files.sha256(path)
+    return WeightsFile(path.resolve(), settings, "file", digest, inferred=inferred), weights
 
 
-def find_recorded(path: Path) -> Source | None:
-    """The weights that a path names, if their settings are recorded with them; None: a bare file.
+def find_recorded(path: Path) -> WeightsFile | None:
+    """Find the weights at a path whose settings are recorded; return None for a bare file.
 
-    path: as of `open_weights`. Raises ValueError for a path that does not exist, for a directory
-    without weights, for a damaged checkpoint or JSON, and for a file that is not the one its JSON
-    tells of.
+    path: see `open_weights`.
+    Raises ValueError if the path does not exist, if a directory holds no weights, if a checkpoint
+    or a JSON is damaged, or if a file is not the one that its JSON describes.
     """
     path = disk.named_by(path)
     if path.is_dir() and (exports := _exports_in(path)):
@@ -139,7 +152,7 @@ def find_recorded(path: Path) -> Source | None:
     found = disk.resolve_checkpoint(path)
     state = disk.read_state(found)
     manifest = json.loads((found / disk.MANIFEST).read_text(encoding="utf-8"))
-    return Source(
+    return WeightsFile(
         found,
         Settings(**state["settings"]),
         "checkpoint",
@@ -148,26 +161,26 @@ def find_recorded(path: Path) -> Source | None:
     )
 
 
-def read_recorded(source: Source) -> dict[str, Tensor]:
-    """The state dict of a checkpoint or an export.
+def read_recorded(source: WeightsFile) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint or an export.
 
-    Raises ValueError where the settings recorded with it build another classifier.
+    Raises ValueError if the settings recorded with it build another classifier.
     """
     path = source.path
     weights = disk.read_model(path) if source.kind == "checkpoint" else read_weights(path)
     if not fits(weights, source.settings):
-        told = path if source.kind == "checkpoint" else path.with_suffix(".json")
+        record = path if source.kind == "checkpoint" else path.with_suffix(".json")
         raise ValueError(
-            f"{told}: got settings that do not build the tensors in {path.name}; need those that "
+            f"{record}: got settings that do not build the tensors in {path.name}; need those that "
             "it was trained with; do: export it again, or restore the file"
         )
     return weights
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pt or .safetensors file; no code in it is run.
+    """Read the state dict in a .pt or .safetensors file, without running any code in it.
 
-    Raises ValueError for anything but names and dense floating tensors with numbers in them.
+    Raises ValueError for anything but names and dense, non-empty floating tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -176,16 +189,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             weights: Any = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text says how to run the code
+    except pickle.UnpicklingError as error:  # torch's own message explains how to run the code
         code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} is no plain state dict: "
+            f"{path} is not a plain state dict: "
             + (f"it holds {code[1]}, whose code is not run" if code else "it cannot be unpickled")
             + "; need names and tensors alone; do: save model.state_dict()"
         ) from None
-    except Exception as error:  # unpickling raises whatever the file makes it
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no plain state dict: {first_line}") from None
+    except Exception as error:  # a damaged file can raise any error while it is unpickled
+        raise ValueError(f"{path} is not a plain state dict: {first_line(error)}") from None
     fault = _fault_of_state_dict(weights)
     if fault is not None:
         raise ValueError(f"{path}: got {fault}; need a state dict of dense floating tensors")
@@ -193,7 +205,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_not_finite(weights: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError where an fp32 classifier of these weights, read at path, has NaN or inf."""
+    """Raise ValueError if these weights, read from path, have NaN or infinity in fp32."""
     for name, value in weights.items():
         if not value.float().isfinite().all():
             raise ValueError(
@@ -202,7 +214,7 @@ def refuse_not_finite(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def _fault_of_state_dict(weights: Any) -> str | None:
-    """What of it no classifier could be built with, whatever its settings; None: nothing."""
+    """Return why no settings can build these tensors, or None if nothing speaks against it."""
     if not isinstance(weights, dict) or not weights:
         return "nothing" if isinstance(weights, dict) else f"a {type(weights).__name__}"
     for name, value in weights.items():
@@ -223,14 +235,14 @@ def _fault_of_state_dict(weights: Any) -> str | None:
 
 
 def _exports_in(folder: Path) -> list[Path]:
-    """The .safetensors in a directory that one of our JSON files describes."""
+    """Return the .safetensors files in a directory that one of our JSON files describes."""
     return [path for path in sorted(folder.glob("*.safetensors")) if _description(path)]
 
 
 def own_json(path: Path) -> dict[str, Any] | None:
-    """The JSON of an export beside a file of weights, of any version, whole or damaged.
+    """Read the JSON that an export wrote for a file of weights, of any version, whole or damaged.
 
-    None where there is none, or another program's.
+    None if there is no JSON, or another program wrote it.
     """
     try:
         description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -241,7 +253,10 @@ def own_json(path: Path) -> dict[str, Any] | None:
 
 
 def _description(path: Path) -> dict[str, Any] | None:
-    """As `own_json`. Raises ValueError for one of a version that cannot be read, or damaged."""
+    """Read and check the JSON that an export wrote for a file of weights; None if there is none.
+
+    Raises ValueError if it is damaged, or of a version that this code does not read.
+    """
     description = own_json(path)
     if description is None:
         return None
@@ -260,18 +275,23 @@ def _description(path: Path) -> dict[str, Any] | None:
 
 
 def _fault_of_description(description: dict[str, Any]) -> str | None:
-    """What of an export's JSON is not as `export.describe` writes it; None: nothing."""
+    """Return how an export's JSON differs from what `export.describe` writes; None if it does not.
+
+    Checked by hand: pydantic takes as many lines, and its messages name our classes.
+    """
     fault = _fault_of_values(description, DESCRIPTION)
     if fault is not None:
         return fault
     for name, facts in description["files"].items():
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             return f"files: got {facts!r:.60} for {name}; need its sha256"
-    told, kinds = _settings_in(description), get_type_hints(Settings)
-    fault = _fault_of_values(told, {name: kinds[name] for name in (*NEEDED_SETTINGS, *told)})
+    recorded, kinds = _settings_in(description), get_type_hints(Settings)
+    fault = _fault_of_values(
+        recorded, {name: kinds[name] for name in (*NEEDED_SETTINGS, *recorded)}
+    )
     if fault is not None:
         return fault
-    settings = Settings(**told)
+    settings = Settings(**recorded)
     try:
         create_gaussian_diffusion(**settings.diffusion_kwargs())
     except ValueError as error:
@@ -280,14 +300,17 @@ def _fault_of_description(description: dict[str, Any]) -> str | None:
     if classes is None:
         return None
     if not all(isinstance(name, str) for name in classes):
-        return "classes: got a name that is no text"
+        return "classes: got a name that is not text"
     if len(classes) != settings.num_classes:
         return f"classes: got {len(classes)} names; need num_classes, {settings.num_classes}"
     return None
 
 
 def _fault_of_values(values: dict[str, Any], kinds: dict[str, Any]) -> str | None:
-    """Which value is not of its kind, a type or several; a whole number may stand for a float."""
+    """Return which value is missing or of a wrong type; None if all are right.
+
+    kinds: a type or a union by name. A whole number may stand for a float.
+    """
     for name, kind in kinds.items():
         allowed = get_args(kind) or (kind,)
         if name not in values:
@@ -300,7 +323,7 @@ def _fault_of_values(values: dict[str, Any], kinds: dict[str, Any]) -> str | Non
 
 
 def _settings_in(description: dict[str, Any]) -> dict[str, Any]:
-    """The settings told in an export's JSON, by name; what is none of ours is left out."""
+    """Return the settings in an export's JSON by name, without names that Settings lacks."""
     known = {field.name for field in dataclasses.fields(Settings)}
     return {
         name: value
@@ -310,17 +333,22 @@ def _settings_in(description: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _find_export(path: Path) -> Source | None:
+def _find_export(path: Path) -> WeightsFile | None:
+    """Return the export that a file of weights belongs to; None if no JSON describes the file.
+
+    Raises ValueError if the file's hash is not the one in its JSON.
+    """
     description = _description(path)
     if description is None:
         return None
     sha256 = files.sha256(path)
     if description["files"].get(path.name, {}).get("sha256") != sha256:
         raise ValueError(
-            f"got {path}, which is not the file that {path.with_suffix('.json').name} beside it "
-            "tells of; do: export it again, or move the JSON away and give its settings as flags"
+            f"got {path}, which is not the file that {path.with_suffix('.json').name} describes "
+            "(another sha256); do: export it again, or move the JSON away and give its settings as "
+            "flags"
         )
-    return Source(
+    return WeightsFile(
         path.resolve(),
         Settings(**_settings_in(description)),
         "export",

@@ -1,11 +1,11 @@
-"""Saving while training goes on: a snapshot at a step boundary, the disk behind the next steps.
+"""Save checkpoints while training continues: take a snapshot, then write it in a thread.
 
-1. save(), all ranks: what must be equal on all ranks is compared; the state is gathered into rank
-   0's memory. Training waits for this much.
-2. A thread of rank 0 commits it, with retries, and prunes. One write at a time: a save that comes
-   due meanwhile waits.
-3. check(), all ranks, after every step: rank 0's outcome reaches all at the same step.
-4. finish(), all ranks: the last write is waited for, and must have succeeded.
+1. save(), all ranks: compare what must be equal on all ranks, and gather the state into rank 0's
+   memory. Training waits for this part only.
+2. A thread of rank 0 commits the snapshot, with retries, and prunes old checkpoints. It writes one
+   checkpoint at a time: a save that is due meanwhile waits.
+3. check(), all ranks, after every step: all ranks learn rank 0's outcome at the same step.
+4. finish(), all ranks: wait for the last write, which must succeed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.replicas import check_replicas
 from ds_classifier.common import files
+from ds_classifier.common.text import count, first_line
 from ds_classifier.distributed import deepspeed_engine
 
-# What a network file system or a failing-over disk may say once and not again.
+# Errors of a network file system or a failing-over disk that may not occur again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOLCK)
 RETRY_SECONDS = (1.0, 3.0, 9.0)  # pauses between tries
 BYTES_A_PARAMETER = 12  # fp32 weight and two moments
 
 
 def check_room(checkpoints: Path, parameters: int) -> None:
-    """Raise ValueError if the directory cannot be written, or has no room for two checkpoints."""
+    """Raise ValueError if the directory cannot be written or has no room for two checkpoints."""
     probe = checkpoints / ".probe"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -46,13 +47,16 @@ def check_room(checkpoints: Path, parameters: int) -> None:
     except OSError as error:
         raise ValueError(
             f"--run_dir: got {checkpoints.parent}, where nothing can be written "
-            f"({_first_line(error)}); do: choose another"
+            f"({first_line(error)}); do: choose another"
         ) from None
     check_free(checkpoints, parameters)
 
 
 def check_free(checkpoints: Path, parameters: int) -> None:
-    """Raise ValueError if a directory, or where it will be, has no room for two checkpoints."""
+    """Raise ValueError if the disk of a directory, existing or not, lacks room for two checkpoints.
+
+    parameters: the number of the classifier's parameters.
+    """
     size = BYTES_A_PARAMETER * parameters
     free = shutil.disk_usage(files.nearest_directory(checkpoints)).free
     if free < 2 * size:
@@ -63,12 +67,13 @@ def check_free(checkpoints: Path, parameters: int) -> None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one engine into one directory; every rank makes one.
+    """Writes checkpoints of one engine into one directory; every rank must create one.
 
-    keep_last, keep_every: see checkpoint.prune. max_failed: writes that may fail in a row before
-    check() raises OSError on all ranks; the last of a run may not fail at all.
-    on_failure: called by rank 0's thread with the step and the message of a failed write.
-    Rank 0 keeps the snapshot, 12 bytes a parameter, in (on GPUs: pinned) memory of its own.
+    keep_last, keep_every: see disk.prune.
+    max_failed: the number of writes in a row that may fail. At one more, check() raises OSError on
+        all ranks. The last write of a run may not fail.
+    on_failure: called in rank 0's thread with the step and the message of a failed write.
+    Rank 0 keeps the snapshot, 12 bytes per parameter, in host memory (pinned if there is a GPU).
     """
 
     def __init__(
@@ -87,9 +92,9 @@ class CheckpointWriter:
         self._max_failed, self._on_failure = max_failed, on_failure
         self._group = distributed.cpu_group()
         self.under_way: int | None = None  # the step being written; the same on all ranks
-        self._failed, self._error = 0, ""  # writes in a row; known to all ranks
+        self._failed, self._error = 0, ""  # failed writes in a row, on all ranks; the last error
         self._news: tuple[Any, Tensor] | None = None  # (handle, 1 if rank 0's thread has ended)
-        # Of rank 0:
+        # On rank 0 only:
         self._thread: threading.Thread | None = None
         self._outcome: dict[str, str] = {}  # empty: written; else the error, and its kind
         self._model: dict[str, Tensor] = {}
@@ -98,10 +103,10 @@ class CheckpointWriter:
         self._warned_of_pruning = False
 
     def save(self, state: dict[str, Any], *, val_loss: float | None = None) -> None:
-        """Take the state of this step boundary and have it written; every rank must call it.
+        """Take a snapshot of this step and start to write it; every rank must call it.
 
-        state: JSON-able facts of the caller, kept under their names in state.json.
-        val_loss: of this step, if it was validated.
+        state: the caller's entries of state.json, JSON-able.
+        val_loss: the validation loss at this step; None if it was not validated.
         Raises FloatingPointError on all ranks if weights are not finite or differ between ranks.
         """
         engine, sampler = self._engine, self._sampler
@@ -130,9 +135,10 @@ class CheckpointWriter:
         self._begin()
 
     def check(self) -> None:
-        """Call on every rank after every step: all learn at the same one that a write has ended.
+        """Take in the outcome of a write that has ended; every rank must call it after every step.
 
-        Costs nothing while none is under way; the news is waited for one step later.
+        All ranks learn at the same step that a write has ended. A broadcast started in one step is
+        waited for in the next; without a write under way nothing is sent.
         Raises OSError on all ranks when more than max_failed writes failed in a row.
         """
         if self.under_way is None:
@@ -153,7 +159,8 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait for the write under way, if any; every rank must call it.
 
-        Raises OSError on all ranks if the last snapshot cannot be written, tried once more.
+        If the last write failed it is tried once more. Raises OSError on all ranks if it fails
+        again.
         """
         self._settle(final=True)
         if self._failed:
@@ -166,7 +173,7 @@ class CheckpointWriter:
     # ------------------------------------------------------------------------- all ranks
 
     def _snapshot(self, parameters: dict[str, Tensor], sampled: dict[str, Tensor]) -> None:
-        """Full fp32 weights and Adam moments into rank 0's buffers, which are used again."""
+        """Copy full fp32 weights and Adam moments into rank 0's buffers, which are reused."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         deepspeed_engine.ensure_adam_state(self._engine)
@@ -181,6 +188,7 @@ class CheckpointWriter:
             torch.cuda.synchronize(self._engine.device)
 
     def _keep_copy(self, buffers: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """Copy a tensor into a buffer of its name, on rank 0."""
         if distributed.rank() != 0:
             return
         if name not in buffers:
@@ -189,14 +197,18 @@ class CheckpointWriter:
         buffers[name].copy_(value, non_blocking=True)
 
     def _begin(self) -> None:
+        """Start to write the snapshot, in a thread of rank 0."""
         self.under_way = self._state["step"]
         if distributed.rank() == 0:
-            # Not a daemon: a process that ends for whatever reason first finishes the write.
+            # Not a daemon: a process that exits finishes the write first.
             self._thread = threading.Thread(target=self._write, name="checkpoint writer")
             self._thread.start()
 
     def _settle(self, *, final: bool = False) -> None:
-        """Wait for the write under way and take in its outcome, on all ranks."""
+        """Wait for the write under way, and share its outcome with all ranks.
+
+        final: do not raise OSError for too many failed writes.
+        """
         if self.under_way is None:
             return
         if self._news is not None:
@@ -205,7 +217,7 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        # The wait for the disk happens here, on the CPU; no GPU kernel spins for it.
+        # The other ranks wait for the disk here, on the CPU, so no GPU kernel spins meanwhile.
         torch.distributed.broadcast(torch.zeros(1), src=0, group=self._group)
         outcome = distributed.broadcast_json(self._outcome, self._engine.device)
         self.under_way = None
@@ -214,18 +226,20 @@ class CheckpointWriter:
         self._failed = self._failed + 1 if outcome else 0
         self._error = outcome.get("error", "")
         if self._failed > self._max_failed and not final:
-            times = "1 checkpoint" if self._failed == 1 else f"{self._failed} checkpoints in a row"
+            times = count(self._failed, "checkpoint") + " in a row" * (self._failed > 1)
             raise OSError(
                 f"{times} could not be written, more than --max_failed_saves {self._max_failed}: "
                 f"{self._error}"
             )
 
     def _busy(self) -> bool:
+        """Return whether rank 0's thread is writing; False on other ranks."""
         return self._thread is not None and self._thread.is_alive()
 
     # ------------------------------------------------------------------------- rank 0's thread
 
     def _write(self) -> None:
+        """Commit the snapshot and keep the outcome for `_settle`."""
         self._outcome = {}
         final = self._checkpoints / disk.step_name(self._state["step"])
         try:
@@ -240,7 +254,7 @@ class CheckpointWriter:
             message = (
                 f"{error.filename or final}: cannot write: {error.strerror or error}; need "
                 f"{needed:,} bytes, {_free(final.parent)} are free; the checkpoints before it "
-                "stand; do: make room, or see to the disk"
+                "are kept; do: make room, or check the disk"
             )
             self._outcome = {"error": message}
             distributed.say(f"{'':>6} the checkpoint of step {self._state['step']}: {message}")
@@ -252,7 +266,7 @@ class CheckpointWriter:
         self._clear_up()
 
     def _clear_up(self) -> None:
-        """Name the best and prune. That this fails is no reason to stop."""
+        """Name the best checkpoint and prune old ones. Failures are reported once and ignored."""
         try:
             disk.name_best(self._checkpoints)
             problems = disk.prune(self._checkpoints, **self._keep)
@@ -267,7 +281,10 @@ class CheckpointWriter:
 
 
 def with_retries(task: Callable[[], None]) -> None:
-    """Do a task, again after a pause where the disk's error may pass; raises the last OSError."""
+    """Run a task, again after a pause if the disk's error may be transient.
+
+    Raises the last OSError.
+    """
     for pause in (*RETRY_SECONDS, None):
         try:
             task()
@@ -275,16 +292,13 @@ def with_retries(task: Callable[[], None]) -> None:
         except OSError as error:
             if pause is None or error.errno not in TRANSIENT:
                 raise
-            distributed.say(f"{'':>6} {_first_line(error)}; trying again in {pause:g} s")
+            distributed.say(f"{'':>6} {first_line(error)}; trying again in {pause:g} s")
             time.sleep(pause)
 
 
 def _free(folder: Path) -> str:
+    """Return the number of bytes free on the disk of a directory, as text."""
     try:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
         return "unknown numbers"
-
-
-def _first_line(error: OSError) -> str:
-    return str(error).splitlines()[0]

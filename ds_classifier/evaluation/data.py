@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.checkpoint.weights import Source
+from ds_classifier.checkpoint.weights import WeightsFile
 from ds_classifier.common.urls import shown
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import (
@@ -24,7 +24,7 @@ BAYES_NUMBERS = 10_000_000
 
 
 def open_validation_data(
-    source: Source,
+    source: WeightsFile,
     location: str,
     *,
     cache_dir: str | None,
@@ -89,7 +89,7 @@ def create_validation_loader(
 
 
 def open_training_set(
-    source: Source, asked: str, val_shards: ShardSet, device: torch.device
+    source: WeightsFile, asked: str, val_shards: ShardSet, device: torch.device
 ) -> tuple[str, ExactDenoiser | None]:
     """Return the location of the training set, and its exact denoiser or None.
 

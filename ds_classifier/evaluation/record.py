@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ds_classifier import distributed
-from ds_classifier.checkpoint.weights import Source
+from ds_classifier.checkpoint.weights import WeightsFile
 from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
 from ds_classifier.common.urls import shown, without_logins
@@ -77,7 +77,7 @@ class Evaluation:
     only; None if there is none.
     """
 
-    source: Source
+    source: WeightsFile
     record: dict[str, Any]
     grid: ImageGrid | None
 
@@ -116,6 +116,8 @@ class Evaluator:
         """
         request, device = self._request, self._device
         source, weights = read_source(path, request.given, device)
+        for note in source.notes():
+            distributed.say(note)
         settings = source.settings
         location = request.val_data_dir
         if not location and source.kind == "checkpoint":
@@ -180,7 +182,7 @@ class Evaluator:
 
     def _measure(
         self,
-        source: Source,
+        source: WeightsFile,
         shards: ShardSet,
         diffusion: GaussianDiffusion,
         classifier: nn.Module,

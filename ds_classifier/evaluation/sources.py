@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.weights import Source, find_recorded, open_weights
+from ds_classifier.checkpoint.weights import WeightsFile, find_recorded, open_weights
 from ds_classifier.config import Settings
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.model import create_classifier
@@ -44,7 +44,7 @@ def find_sources(source: Path | None, checkpoints: list[str]) -> list[str]:
 
 def read_source(
     path: Path, given: dict[str, Any], device: torch.device
-) -> tuple[Source, dict[str, Tensor]]:
+) -> tuple[WeightsFile, dict[str, Tensor]]:
     """Return the weights' description, on every rank, and the weights, on rank 0 only (else {})."""
     weights: dict[str, Tensor] = {}
 
@@ -56,7 +56,7 @@ def read_source(
 
     answer = distributed.on_rank_0(read, device)
     paths = {"path": Path(answer["path"]), "settings": Settings(**answer["settings"])}
-    return Source(**answer | paths), weights
+    return WeightsFile(**answer | paths), weights
 
 
 def build_classifier(

@@ -1,14 +1,14 @@
-"""Taking the classifier away: one set of files that guided-diffusion, we and people can read.
+"""Export a classifier as files that guided-diffusion, this package and people can read.
 
-    modelNNNNNN.pt           a plain fp32 state dict that loads strictly, weights_only, into
+    modelNNNNNN.pt           a plain fp32 state dict that loads strictly, with weights_only, into
                              guided-diffusion's `create_classifier`
     modelNNNNNN.safetensors  the same tensors
     modelNNNNNN.json         all settings, class names, accuracy by noise level, the files' hashes
-    modelNNNNNN.flags.txt    guided-diffusion's flags, and what would have to change there
+    modelNNNNNN.flags.txt    guided-diffusion's flags, and what would have to change in its code
     README.md                a model card
 
-They are written elsewhere, read back, rebuilt and compared with the live classifier before they get
-their names. The same weights and evaluation give the same bytes.
+The files are written to a staging directory, read back, rebuilt and compared with the live
+classifier before they get their names. The same weights and evaluation give the same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ds_classifier.checkpoint.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
-    Source,
+    WeightsFile,
     open_weights,
     own_json,
     refuse_not_finite,
@@ -38,13 +38,8 @@ from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.evaluation.format import (
-    EVALUATION_FORMAT,
-    EVALUATION_VERSION,
-    PRECISIONS,
-    evaluation_name,
-)
-from ds_classifier.export.model_card import is_evaluation, is_model_card, model_card
+from ds_classifier.export.measured import find_evaluation
+from ds_classifier.export.model_card import is_model_card, model_card
 from ds_classifier.export.reference_flags import (
     Obstacle,
     classifier_flags,
@@ -57,37 +52,42 @@ from ds_classifier.model import create_classifier, parse_channel_mult
 SUFFIXES = (".pt", ".safetensors", ".json", ".flags.txt")
 CARD = "README.md"
 PROBES = 5  # timesteps at which the files are compared with the live classifier
-# Relative to the largest number; on one machine the same weights give the same numbers.
+# Largest difference allowed, relative to the largest number. On one machine it is 0.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. timesteps: where it was compared. largest_difference: of logits and input
-    gradients, relative to their largest. obstacles: why stock guided-diffusion cannot load it.
-    assumed: in words, the noise process that a bare file does not tell; empty where it is known."""
+    """The files of an export, and how they compare with the live classifier.
+
+    timesteps: the timesteps at which logits and input gradients were compared.
+    largest_difference: of logits and input gradients, relative to their largest number.
+    evaluated: whether an evaluation of these weights was found and recorded.
+    obstacles: why unmodified guided-diffusion cannot load the classifier; empty if it can.
+    notes: lines on what a bare file does not record (see WeightsFile.notes).
+    """
 
     paths: list[Path]
     timesteps: list[int]
     largest_difference: float
     evaluated: bool
     obstacles: list[Obstacle]
-    assumed: str
+    notes: list[str]
 
 
 def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = None) -> Exported:
     """Export a classifier.
 
-    path: as of `weights.open_weights`. given: the settings that the user named; the others are the
-    defaults. out: a directory; None: export/ of the run, or beside the file. Files of an export of
-    the same name there are replaced, each at once.
-    Raises ValueError where path holds no weights or none that are finite, where what is given
-    contradicts the settings recorded with them, or where out holds a file that is no export's;
-    RuntimeError where what was written reads back as another classifier. Nothing has got its name
-    then.
+    path: see `weights.open_weights`.
+    given: the settings that the user named.
+    out: a directory; None means export/ of the run, or of the directory that holds the file. The
+        files of an earlier export of the same name are replaced there, each atomically.
+    Raises ValueError if path holds no weights or some that are not finite, if `given` contradicts
+    the settings recorded with them, or if out holds a file that no export wrote; RuntimeError if
+    the written files read back as another classifier. In both cases no file has got its name.
     """
     given = given or {}
-    source, weights = open_weights(path, Settings(**given))
+    source, weights = open_weights(path, given)
     source.refuse_contradicting_flags(given)
     refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
@@ -104,7 +104,8 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
         evaluation = find_evaluation(source)
         names = _write(staging, name, source, live, evaluation)
         timesteps, difference = _compare(staging, name, live, source.settings)
-        # The JSON first: cut off here, an export is made anew, for it tells whose the files are.
+        # The JSON goes first: it marks the other files as ours. After a kill in this loop, the
+        # next export therefore replaces them instead of refusing to.
         for file in sorted(names, key=lambda file: not file.endswith(".json")):
             files.fsync(staging / file)
             os.replace(staging / file, out / file)
@@ -117,28 +118,23 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
         difference,
         evaluation is not None,
         reference_obstacles(source.settings),
-        _process_in_words(source.settings) if source.kind == "file" else "",
+        source.notes(),
     )
-
-
-def _process_in_words(settings: Settings) -> str:
-    text = f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
-    return text + (", rescaled timesteps" if settings.rescale_timesteps else "")
 
 
 # ----------------------------------------------------------------------------------- the files
 
 
-def _refuse_others_files(out: Path, name: str, source: Source) -> None:
-    """Raise ValueError where a file to be replaced is the source, or was written by no export."""
+def _refuse_others_files(out: Path, name: str, source: WeightsFile) -> None:
+    """Raise ValueError if a file to be replaced is the source, or was not written by an export."""
     described = own_json(out / f"{name}.json") is not None
     ours = dict.fromkeys([name + suffix for suffix in SUFFIXES], described)
     ours[CARD] = is_model_card(out / CARD)
-    found = [file for file in ours if (out / file).exists()]
+    existing = [file for file in ours if (out / file).exists()]
     problem = None
-    if others := [file for file in found if not ours[file]]:
+    if others := [file for file in existing if not ours[file]]:
         problem = f"which holds {', '.join(others)} of another origin"
-    if own := [file for file in found if (out / file).samefile(source.path)]:
+    if own := [file for file in existing if (out / file).samefile(source.path)]:
         problem = f"in which {own[0]} is what is exported"
     if problem:
         raise ValueError(
@@ -148,16 +144,20 @@ def _refuse_others_files(out: Path, name: str, source: Source) -> None:
 
 
 def _write(
-    folder: Path, name: str, source: Source, live: nn.Module, evaluation: dict[str, Any] | None
+    folder: Path,
+    name: str,
+    source: WeightsFile,
+    live: nn.Module,
+    evaluation: dict[str, Any] | None,
 ) -> list[str]:
-    """Write all files into a directory; returns their names."""
+    """Write all files into a directory, and return their names."""
     state = {key: value.clone() for key, value in live.state_dict().items()}
-    # Given a file and not its path, torch.save puts no name into the archive.
+    # Given an open file instead of a path, torch.save puts no file name into the archive.
     with open(folder / f"{name}.pt", "wb") as file:
         torch.save(state, file)
-    # One key: safetensors writes several in any order.
+    # Only one key: safetensors writes several metadata keys in any order.
     save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    # It writes for its owner alone, whatever the umask.
+    # safetensors makes its file readable for the owner only, whatever the umask.
     shutil.copymode(folder / f"{name}.pt", folder / f"{name}.safetensors")
     of_weights = {
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
@@ -176,47 +176,10 @@ def _write(
     return [*of_weights, *texts]
 
 
-def find_evaluation(source: Source) -> dict[str, Any] | None:
-    """What evaluate.py has measured of exactly this classifier, in eval/ of the run, or None.
-
-    The one of the highest precision. None too for other settings, such as another noise process of
-    a bare file's weights, and for a record that is damaged.
-    """
-    names = [evaluation_name(source.name, precision) for precision in PRECISIONS]
-    found = (_evaluation(source, source.home / "eval" / f"{name}.json") for name in names)
-    return next((evaluation for evaluation in found if evaluation is not None), None)
-
-
-def _evaluation(source: Source, path: Path) -> dict[str, Any] | None:
-    settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
-    ours = dict(
-        format=EVALUATION_FORMAT,
-        version=EVALUATION_VERSION,
-        weights_sha256=source.sha256,
-        settings=settings,
-    )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if ours != {key: record[key] for key in ours}:
-            return None
-        rows = [record["classifier"]["uniform_t"], *record["classifier"]["levels"]]
-        evaluation = {
-            "precision": record["precision"],
-            "samples": record["data"]["samples"],
-            "data": record["data"]["fingerprint"],
-            "noise": record["noise"],
-            "uniform_t": rows[0],
-            "levels": rows[1:],
-        }
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return evaluation if is_evaluation(evaluation) else None
-
-
 def describe(
-    source: Source, name: str, parameters: int, evaluation: dict[str, Any] | None
+    source: WeightsFile, name: str, parameters: int, evaluation: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """An export's JSON, but for its files' hashes; no path of this machine, no time."""
+    """Return an export's JSON without its files' hashes; it holds no path and no time."""
     settings = source.settings
     size, channels = settings.image_size, settings.in_channels
     mult = parse_channel_mult(settings.classifier_channel_mult, size)
@@ -248,8 +211,8 @@ def describe(
             "normalisation": "8-bit values / 127.5 - 1, so in [-1, 1] before noise",
             "resize": "guided-diffusion's centre crop: halved by BOX while twice too large, then "
             "BICUBIC to the short side",
-            "timesteps": f"{shown}, of 0 (almost clean) to {settings.diffusion_steps - 1} (almost "
-            "noise) of the process that is not respaced",
+            "timesteps": f"{shown}, for t from 0 (almost clean) to {settings.diffusion_steps - 1} "
+            "(almost noise) of the process before respacing",
         },
         "reference_flags": classifier_flags(settings) | process_flags(settings),
         "classes": source.classes,
@@ -265,13 +228,16 @@ def describe(
 def _compare(
     folder: Path, name: str, live: nn.Module, settings: Settings
 ) -> tuple[list[int], float]:
-    """Rebuild the classifier from each file and compare; returns the timesteps and the largest
-    relative difference. Raises RuntimeError where one differs."""
+    """Rebuild the classifier from each file of weights and compare it with the live one.
+
+    Returns the timesteps, and the largest relative difference of logits and input gradients.
+    Raises RuntimeError if a file gives other tensors or another classifier.
+    """
     state, largest = live.state_dict(), 0.0
     timesteps, *expected = logits_and_gradients(live, settings)
     for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
         try:
-            source, weights = open_weights(path, Settings())  # by the JSON beside it, with hashes
+            source, weights = open_weights(path)  # reads the settings and hashes in the JSON
         except ValueError as error:
             raise RuntimeError(f"{path.name}: cannot be read back: {error}") from None
         if path.suffix == ".pt" and list(weights) != list(state):
@@ -287,8 +253,8 @@ def _compare(
             difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"{path.name}: rebuilt, its {what} are {difference:.1e} beside the live "
-                    f"classifier's (at most {TOLERANCE:g} is rounding)"
+                    f"{path.name}: the rebuilt classifier's {what} differ by {difference:.1e} from "
+                    f"the live classifier's (rounding is at most {TOLERANCE:g})"
                 )
             largest = max(largest, difference)
     return timesteps, largest
@@ -297,9 +263,11 @@ def _compare(
 def logits_and_gradients(
     classifier: nn.Module, settings: Settings
 ) -> tuple[list[int], Tensor, Tensor]:
-    """What a classifier makes of fixed images, noised by its own process at timesteps from the
-    first to the last: these; logits [N, K]; and the gradient [N, C, S, S] of log p(y | x_t), for
-    y = 0, 1, ..., which guidance follows."""
+    """Run a classifier on fixed images, noised by its own process at PROBES timesteps.
+
+    Returns the timesteps, evenly spaced from the first to the last; logits [PROBES, K]; and the
+    gradient [PROBES, C, S, S] of log p(y | x_t) with respect to x_t, for y = 0, 1, ...
+    """
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
     timesteps = np.linspace(0, diffusion.num_timesteps - 1, PROBES).round().astype(int).tolist()
     random, size = np.random.RandomState(7), settings.image_size
@@ -310,6 +278,6 @@ def logits_and_gradients(
     x_t = diffusion.q_sample(x_start, t, noise).requires_grad_()
     logits = classifier(x_t, diffusion.model_timesteps(t))
     y = torch.arange(PROBES) % settings.num_classes
-    asked = logits.log_softmax(dim=1).gather(1, y[:, None])
-    (gradient,) = torch.autograd.grad(asked.sum(), x_t)
+    log_p = logits.log_softmax(dim=1).gather(1, y[:, None])
+    (gradient,) = torch.autograd.grad(log_p.sum(), x_t)
     return timesteps, logits.detach(), gradient

@@ -1,50 +1,53 @@
-"""The model card of an exported classifier: Markdown with Hugging Face's front matter.
+"""Write the model card of an exported classifier: Markdown with Hugging Face's front matter.
 
-What of it a machine reads: https://huggingface.co/docs/hub/model-cards (model-index: the results).
+Front matter, and model-index for results: https://huggingface.co/docs/hub/model-cards
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 LIBRARY = "library_name: ds_classifier"  # a line of the front matter
 CLASSES_SHOWN = 100
-MEANS = ("acc@5", "loss", "ece", "grad_norm")  # shown beside acc@1; null where nothing is finite
 
 
 def model_card(description: dict[str, Any], flags: str) -> str:
-    """The card as text. description: an export's JSON. flags: its classifier_sample.py flags."""
+    """Return the text of the card.
+
+    description: an export's JSON. flags: the text of its flags file.
+    """
     name = description["name"]
     classifier, classes = description["classifier"], description["classes"]
-    size, count = classifier["image_size"], classifier["num_classes"]
+    size, number = classifier["image_size"], classifier["num_classes"]
+    step = description["step"]
     sections = [
         _front_matter(description),
-        f"# Noise-aware classifier, {size} px, {count} classes\n\n"
-        f"`{name}`: tells the class of an image at every noise level of a diffusion process, so "
-        "that its gradient can steer a diffusion model (classifier guidance, "
+        f"# Noise-aware classifier, {size} px, {number} classes\n\n"
+        f"`{name}` predicts the class of an image at every noise level of a diffusion process. "
+        "Its gradient steers a diffusion model towards a class (classifier guidance, "
         "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233), Alg. 1 and 2). "
-        f"{description['parameters']:,} parameters, fp32"
-        + ("." if description["step"] is None else f", after {description['step']:,} steps."),
+        f"It has {description['parameters']:,} parameters in fp32"
+        + ("." if step is None else f" and was trained for {step:,} steps."),
         _files(description),
         _input(description),
         _use(name, flags),
         _evaluation(description["evaluation"]),
         _training(description),
-        _classes(classes, count),
+        _classes(classes, number),
         "## Limits\n\n"
-        "It knows images like those it was trained on, at its own size, noised by its own "
-        "process: a diffusion model with another schedule or another scale of pixels needs "
-        "another classifier. " + _clean_only(description) + "Its licence and that of its training "
-        "data are for whoever shares it to state.",
+        "The classifier works on images like its training images, at its own size, noised by its "
+        "own process. A diffusion model with another noise schedule or another scale of pixel "
+        "values needs another classifier. " + _clean_only(description) + "This card states no "
+        "licence: whoever shares the classifier has to add its licence and that of its training "
+        "data.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def is_model_card(path: Path) -> bool:
-    """Whether a file is a card of an export, perhaps edited: its front matter tells."""
+    """Return whether a file is the card of an export, perhaps edited, by its front matter."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -54,7 +57,7 @@ def is_model_card(path: Path) -> bool:
 
 
 def _front_matter(description: dict[str, Any]) -> str:
-    """YAML; its strings are written as JSON, which YAML reads."""
+    """Return the front matter: YAML, with strings written as JSON, which YAML reads."""
     lines = [
         "---",
         LIBRARY,
@@ -78,108 +81,88 @@ def _front_matter(description: dict[str, Any]) -> str:
         ]
         rows = [("all noise levels", evaluation["uniform_t"])]
         rows += [(f"t = {row['t']}", row) for row in evaluation["levels"] if row["t"] == 0]
-        for where, row in rows:
+        for levels, row in rows:
             lines += [
                 "    - type: accuracy",
-                f"      name: {json.dumps('accuracy, ' + where)}",
+                f"      name: {json.dumps('accuracy, ' + levels)}",
                 f"      value: {round(row['acc@1'], 6)}",
             ]
     return "\n".join([*lines, "---"])
 
 
 def _files(description: dict[str, Any]) -> str:
+    """Return the section on the files."""
     name = description["name"]
     return (
         "## Files\n\n"
-        f"- `{name}.safetensors`: the weights; `{name}.json`: all settings, class names, numbers\n"
-        f"- `{name}.pt`: the same weights as guided-diffusion's file, a plain state dict\n"
-        f"- `{name}.flags.txt`: the flags that guided-diffusion's `classifier_sample.py` needs"
+        f"- `{name}.safetensors`: the weights\n"
+        f"- `{name}.json`: all settings, class names and measured accuracies\n"
+        f"- `{name}.pt`: the same weights in guided-diffusion's format, a plain state dict\n"
+        f"- `{name}.flags.txt`: the flags for guided-diffusion's `classifier_sample.py`"
     )
 
 
 def _input(description: dict[str, Any]) -> str:
+    """Return the section on input and output."""
     shown, process = description["input"], description["diffusion"]
     respaced = process["timestep_respacing"]
     lines = [
         "## Input and output",
         "",
         f"- images: {shown['shape']}, {shown['normalisation']}",
-        f"- made square by: {shown['resize']}",
+        f"- resizing: {shown['resize']}",
         f"- noise: {process['noise_schedule']} schedule of {process['diffusion_steps']} steps"
         + (f", respaced to {respaced}" if respaced else ""),
         f"- timesteps: {shown['timesteps']}",
-        f"- out: logits [N, {description['classifier']['num_classes']}], fp32",
+        f"- output: logits [N, {description['classifier']['num_classes']}], fp32",
     ]
     return "\n".join(lines)
 
 
 def _use(name: str, flags: str) -> str:
+    """Return the section on use, with the flags and the changes that guided-diffusion needs."""
     own = [line for line in flags.splitlines() if not line.startswith("#")]
     notes = [line.removeprefix("#").removeprefix(" ") for line in flags.splitlines()
              if line.startswith("#")]  # fmt: skip
     obstacle = next((i for i, line in enumerate(notes) if line.startswith("Unmodified")), None)
-    changes = "" if obstacle is None else "\n\n" + _indented(notes[obstacle:])
+    changes = "" if obstacle is None else "\n\n" + _code(notes[obstacle:])
     return (
         "## Use\n\n"
         "With guided-diffusion:\n\n"
-        + _indented(
+        + _code(
             [
                 f"python scripts/classifier_sample.py --classifier_path {name}.pt \\",
                 f"    --model_path DIFFUSION.pt MODEL_FLAGS $(grep -v '^#' {name}.flags.txt)",
             ]
         )
-        + "\n\nwhich are\n\n"
-        + _indented(own)
+        + "\n\nThe flags file holds\n\n"
+        + _code(own)
         + changes
-        + "\n\nWith ds_classifier, in any sampler that takes a cond_fn(x, t, y), or with "
-        "diffusers' schedulers (`guidance.guide_scheduler_output`):\n\n"
+        + "\n\nWith `ds_classifier`, in any sampler that takes a `cond_fn(x, t, y)`, or with the "
+        "schedulers of diffusers (`ds_classifier.guidance.guide_scheduler_output`):\n\n"
         "```python\n"
-        "from pathlib import Path\n"
+        "import ds_classifier\n"
         "from ds_classifier.guidance import classifier_gradient\n"
-        "from ds_classifier.weights import load_classifier\n"
         "\n"
-        f'source, classifier = load_classifier(Path("{name}.safetensors"))\n'
-        "cond_fn = classifier_gradient(classifier, scale=1.0)  # or .half(), .bfloat16()\n"
+        f'model = ds_classifier.load("{name}.safetensors")  # device="cuda" for a GPU\n'
+        "cond_fn = classifier_gradient(model.classifier, scale=1.0)\n"
         "```"
     )
 
 
-def is_evaluation(evaluation: dict[str, Any]) -> bool:
-    """Whether every value that the card shows of an export's evaluation is of its kind."""
-
-    def number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
-
-    def row(row: Any) -> bool:
-        return (
-            isinstance(row, dict)
-            and number(row.get("acc@1"))
-            and all(name in row and (row[name] is None or number(row[name])) for name in MEANS)
-        )
-
-    return (
-        type(evaluation["samples"]) is int
-        and all(isinstance(evaluation[key], str) for key in ("precision", "data", "noise"))
-        and row(evaluation["uniform_t"])
-        and all(
-            row(level) and type(level.get("t")) is int and number(level.get("log_snr"))
-            for level in evaluation["levels"]
-        )
-    )
-
-
 def _evaluation(evaluation: dict[str, Any] | None) -> str:
+    """Return the section on accuracy, with a row per noise level."""
     if not evaluation:
         return (
             "## Accuracy by noise level\n\n"
-            "Not measured for these weights (`ds_classifier`'s `evaluate.py` measures it)."
+            "Not measured for these weights. `evaluate.py` of `ds_classifier` measures it."
         )
     lines = [
         "## Accuracy by noise level",
         "",
-        f"On all {evaluation['samples']:,} held-out images, with fixed noise, computed in "
-        f"{evaluation['precision']}. t = 0 is almost clean; ECE: expected calibration error; "
-        "gradient: the mean norm of what guidance follows at scale 1.",
+        f"Measured in {evaluation['precision']} on all {evaluation['samples']:,} held-out images, "
+        "with fixed noise. t = 0 is almost clean. ECE is the expected calibration error; gradient "
+        "is the mean norm of the guidance gradient at scale 1.",
         "",
         "| t | log-SNR | accuracy % | top-5 % | cross-entropy | ECE % | gradient |",
         "|---:|---:|---:|---:|---:|---:|---:|",
@@ -195,10 +178,12 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
 
 
 def _number(value: float | None, factor: float, form: str) -> str:
+    """Return a cell: factor * value in a format; "-" for None."""
     return "-" if value is None else format(factor * value, form)
 
 
 def _training(description: dict[str, Any]) -> str:
+    """Return the section on training: the settings that shaped it."""
     training = description["training"]
     if not training:
         return "## Training\n\nNot recorded with these weights."
@@ -206,28 +191,30 @@ def _training(description: dict[str, Any]) -> str:
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
     data = description["data"]
     return (
-        "## Training\n\nWith `ds_classifier`"
-        + (f", on the data of fingerprint `{data}`" if data else "")
+        "## Training\n\nTrained with `ds_classifier`"
+        + (f" on the data with fingerprint `{data}`" if data else "")
         + ":\n\n"
-        + _indented(lines)
+        + _code(lines)
     )
 
 
-def _classes(classes: list[str] | None, count: int) -> str:
+def _classes(classes: list[str] | None, number: int) -> str:
+    """Return the section on the classes: the first CLASSES_SHOWN names."""
     if classes is None:
-        return f"## Classes\n\n{count}; their names are not recorded with these weights."
-    # As JSON strings in a block of code, no name can break the page.
+        return f"## Classes\n\n{number}; their names are not recorded with these weights."
+    # Written as JSON strings in a block of code, no name can break the page.
     lines = [f"{k}: {json.dumps(name, ensure_ascii=False)}" for k, name in enumerate(classes)]
-    more = f"\n\nand {count - CLASSES_SHOWN} more, in the JSON." if count > CLASSES_SHOWN else ""
-    return f"## Classes\n\n{_indented(lines[:CLASSES_SHOWN])}{more}"
+    more = f"\n\nand {number - CLASSES_SHOWN} more, in the JSON." if number > CLASSES_SHOWN else ""
+    return f"## Classes\n\n{_code(lines[:CLASSES_SHOWN])}{more}"
 
 
 def _clean_only(description: dict[str, Any]) -> str:
+    """Return the warning for a classifier of clean images; "" for a noise-aware one."""
     if description["training"].get("noised", True):
         return ""
-    return "It was trained on clean images alone, as if t were 0. "
+    return "This one was trained on clean images only, with t = 0. "
 
 
-def _indented(lines: list[str]) -> str:
-    """A block of code."""
+def _code(lines: list[str]) -> str:
+    """Return a block of code."""
     return "\n".join(f"    {line}" if line else "" for line in lines)

@@ -1,7 +1,7 @@
-"""The classifier in Python: `ds_classifier.load(path)`, then images, noise and probabilities.
+"""Use a trained classifier in Python: `ds_classifier.load(path)` returns a Predictor.
 
-Two ways to use what is loaded: `predict` takes clean images and noises them itself, as evaluation
-does; inside a sampler, `classifier(x_t, diffusion.model_timesteps(t))` takes noisy ones.
+`Predictor.predict` takes clean images and noises them itself, as evaluation does. Inside a sampler,
+where images are noisy already, call `classifier(x_t, diffusion.model_timesteps(t))`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_classifier.checkpoint.weights import open_weights
 from ds_classifier.common.keyed_noise import keyed_noise
+from ds_classifier.common.text import first_line
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data.images import center_crop, decode
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
@@ -30,10 +31,11 @@ from ds_classifier.model import create_classifier
 class Predictor:
     """A trained classifier and the diffusion process that it was trained on.
 
-    classifier: in eval mode, fp32; forward(x_t [N, C, S, S] in [-1, 1], timesteps [N]) -> logits
-    [N, K] fp32. diffusion: q_sample, alphas_cumprod, model_timesteps, T = num_timesteps.
-    classes: names in the order of the logits; None of a file of weights, which has none.
-    step: that the checkpoint was taken at; None of a file.
+    classifier: in eval mode, fp32; forward(x_t [N, C, S, S], timesteps [N]) -> logits [N, K] fp32,
+        where x_0 is in [-1, 1] before noise.
+    diffusion: has q_sample, alphas_cumprod, model_timesteps and num_timesteps, called T below.
+    classes: names in the order of the logits; None for a bare file of weights.
+    step: the training step of the weights; None for a bare file.
     """
 
     classifier: nn.Module
@@ -44,19 +46,21 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
+        """The device of the classifier."""
         return next(self.classifier.parameters()).device
 
     def read(self, paths: str | Path | Iterable[str | Path]) -> Tensor:
-        """Image files as validation sees them: whole, centre-cropped to S. [N, S, S, C] uint8.
+        """Read image files as validation does: resized and centre-cropped to S x S.
 
-        paths: of any number of files, or of one.
-        Raises ValueError for a file that does not decode, OSError for one that is not there.
+        paths: one path, or any number of them.
+        Returns [N, S, S, C] uint8.
+        Raises ValueError for a file that does not decode, OSError for one that cannot be opened.
         """
         size, channels = self.settings.image_size, self.settings.in_channels
         pixels = []
         for path in [paths] if isinstance(paths, (str, Path)) else paths:
             try:
-                with warnings.catch_warnings():  # Pillow's remarks on odd EXIF
+                with warnings.catch_warnings():  # Pillow warns of odd EXIF data
                     warnings.simplefilter("ignore")
                     image = decode(Path(path).read_bytes(), channels)
             except ValueError as error:
@@ -71,11 +75,13 @@ class Predictor:
         t: int | Tensor | np.ndarray = 0,
         noise: Tensor | np.ndarray | None = None,
     ) -> Tensor:
-        """p(y | x_t) of clean images noised to level t, [N, K] fp32, on the classifier's device.
+        """Return p(y | x_t) for clean images noised to level t.
 
-        images: [N, S, S, C] uint8. t: 0 (nearly clean) .. T - 1 (nearly noise), one for all or
-        [N], whole. noise: [N, S, S, C] Gaussian; None draws that of evaluation's positions
-        0 .. N - 1, the same at each call and level.
+        images: [N, S, S, C] uint8.
+        t: whole, 0 (almost clean) to T - 1 (almost noise); one for all images, or [N].
+        noise: [N, S, S, C] standard normal. None draws the noise of evaluation's positions
+            0 .. N - 1, which is the same at each call and level.
+        Returns [N, K] fp32, on the classifier's device.
         Raises ValueError for other shapes, types or levels.
         """
         shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
@@ -83,7 +89,7 @@ class Predictor:
         if images is None or images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise ValueError(
                 f"images: got {got}; need [N, {', '.join(map(str, shape))}] torch.uint8; do: "
-                "take those of read()"
+                "read them with read()"
             )
         count, device = len(images), self.device
         levels = self._levels(t, count).to(device)
@@ -94,7 +100,7 @@ class Predictor:
             got, noise = _tensor_of(noise)
             if noise is None or not noise.is_floating_point() or noise.shape != images.shape:
                 raise ValueError(f"noise: got {got}; need {list(images.shape)}, floating")
-        if count == 0:  # which the classifier's attention cannot reshape
+        if count == 0:  # the classifier's attention cannot reshape an empty batch
             return torch.empty(0, self.settings.num_classes, device=device)
         x_start = to_x_start(images.to(device))
         x_t = self.diffusion.q_sample(x_start, levels, noise.to(device).float())
@@ -102,10 +108,13 @@ class Predictor:
         return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)
 
     def _levels(self, t: Any, count: int) -> Tensor:
-        """The noise levels of so many images, [N] int64; ValueError for what are none."""
+        """Return the noise levels of `count` images, [count] int64.
+
+        Raises ValueError if t is not a level, or not one per image.
+        """
         steps, levels = self.diffusion.num_timesteps, _tensor_of(t)[1]
         if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
-            levels = torch.tensor(t if t in range(steps) else -1)  # int64 does not hold every t
+            levels = torch.tensor(t if t in range(steps) else -1)  # a t beyond int64 would overflow
         if (
             levels is None
             or levels.dtype == torch.bool
@@ -113,7 +122,7 @@ class Predictor:
             or levels.shape not in ((), (count,))
             or bool(((levels.long() < 0) | (levels.long() >= steps)).any())
         ):
-            got = " ".join(repr(t).split())  # a tensor's on one line
+            got = " ".join(repr(t).split())  # a tensor's repr may have several lines
             raise ValueError(
                 f"t: got {got}; need 0 to {steps - 1}, the process's noise levels, a whole number "
                 f"or one for each of {count} images"
@@ -122,9 +131,9 @@ class Predictor:
 
 
 def _tensor_of(value: Any) -> tuple[str, Tensor | None]:
-    """What was given, in words, and as a tensor; None of what is neither a tensor nor an array."""
+    """Return a description of a value, and the value as a tensor; None if it cannot be one."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "uif":
-        value = torch.from_numpy(value.copy())  # of any strides, writable or not
+        value = torch.from_numpy(value.copy())  # torch takes no negative strides
     if not torch.is_tensor(value):
         return f"a {type(value).__name__}", None
     return f"{list(value.shape)} {value.dtype}", value
@@ -133,21 +142,25 @@ def _tensor_of(value: Any) -> tuple[str, Tensor | None]:
 def load(
     path: str | Path, *, device: str | torch.device = "cpu", recipe: str = "", **settings: Any
 ) -> Predictor:
-    """A classifier from a run (its newest checkpoint), a checkpoint, or a file of weights.
+    """Load a classifier from a run (its newest checkpoint), a checkpoint, or a file of weights.
 
-    path: the run's directory, the checkpoint's, or a .pt or .safetensors file such as guided-
-    diffusion's published ones. device: where it is to be used. recipe, settings: of such a file, by
-    the names of the flags (classifier_depth=4); a run, a checkpoint and an export bring their own,
-    which these may not contradict.
-    Raises ValueError for what is no classifier's, for settings that do not fit it, and for a device
-    that is not there.
+    path: the directory of a run, a checkpoint or an export, or a .pt or .safetensors file such as
+        guided-diffusion's published ones.
+    device: the device to put the classifier on.
+    recipe, settings: settings of a bare file, by the names of the flags (noise_schedule="cosine").
+        Its architecture is inferred from its tensors, its noise process is not. A run, a checkpoint
+        and an export record their settings, which these may not contradict.
+    Raises ValueError if there is no classifier at path, if settings contradict it, or if torch
+    cannot use the device.
     """
     if recipe and recipe not in RECIPES:
         raise ValueError(f"recipe: got {recipe!r}; need one of {', '.join(RECIPES)}")
     _check_types(settings)
     _check_device(device)
     of_recipe = RECIPES.get(recipe, {})
-    given = Settings(**{**of_recipe, **settings})
+    # How a recipe trains does not matter here, and an export does not even record all of it.
+    used = Settings().model_kwargs() | Settings().diffusion_kwargs()
+    given = {name: value for name, value in of_recipe.items() if name in used} | settings
     try:
         source, weights = open_weights(Path(path), given)
         classifier = create_classifier(**source.settings.model_kwargs())
@@ -156,13 +169,10 @@ def load(
         if "--" not in str(error):
             raise
         raise ValueError(f"{error}; a flag --name is load(..., name=...)") from None
-    # How a recipe trains is of no account here; an export does not even record all of it.
-    used = given.model_kwargs() | given.diffusion_kwargs()
-    asked = {name: value for name, value in of_recipe.items() if name in used} | settings
-    if wrong := source.contradicted_by(asked):
+    if wrong := source.contradicted_by(given):
         name, of = wrong[0], "" if wrong[0] in settings else f" of recipe {recipe}"
         raise ValueError(
-            f"got {name} {asked[name]!r}{of}; need none for {path}, in which it is "
+            f"got {name} {given[name]!r}{of}; need none for {path}, in which it is "
             f"{getattr(source.settings, name)!r}; do: drop it"
         )
     classifier.load_state_dict(weights)
@@ -176,7 +186,7 @@ def load(
 
 
 def _check_types(settings: dict[str, Any]) -> None:
-    """ValueError for settings that do not exist, or are of another type."""
+    """Raise ValueError for settings that do not exist or have another type."""
     kinds = get_type_hints(Settings)
     if unknown := sorted(settings.keys() - kinds.keys()):
         raise ValueError(f"load: got {', '.join(unknown)}; need names of train.py's flags")
@@ -190,11 +200,11 @@ def _check_types(settings: dict[str, Any]) -> None:
 
 
 def _check_device(device: str | torch.device) -> None:
-    """ValueError for a device that torch does not know or does not find."""
+    """Raise ValueError for a device that torch does not know or cannot find."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         raise ValueError(
-            f"device: got {device}; need one that torch can use ({str(error).splitlines()[0]}); "
+            f"device: got {device}; need one that torch can use ({first_line(error)}); "
             "do: device='cpu'"
         ) from None

@@ -1,6 +1,6 @@
-"""A classifier in guided-diffusion's words: flags of its scripts, and what it cannot build.
+"""Write guided-diffusion's flags for a classifier, and list what its code cannot build.
 
-guided-diffusion is meant as it stands at commit 22e0df8, its last.
+All of this refers to guided-diffusion at commit 22e0df8, its last one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ SCRIPT_UTIL, SAMPLE = "guided_diffusion/script_util.py", "scripts/classifier_sam
 
 
 def classifier_flags(settings: Settings) -> dict[str, Any]:
-    """The eight flags that build a classifier there, as in its `classifier_defaults`."""
+    """Return the eight flags that build a classifier there, those of its `classifier_defaults`."""
     sides = [int(s) for s in settings.classifier_attention_resolutions.split(",") if s.strip()]
-    # It cannot read an empty list; no feature map has a side above the image's.
+    # It cannot parse an empty list. No feature map is larger than the image, so this side matches
+    # none.
     sides = [side for side in sides if side > 0] or [2 * settings.image_size]
     return {
         "image_size": settings.image_size,
@@ -36,9 +37,10 @@ def classifier_flags(settings: Settings) -> dict[str, Any]:
 
 
 def process_flags(settings: Settings) -> dict[str, Any]:
-    """The flags of the noise process that the classifier knows; the diffusion model must share it.
+    """Return the flags of the classifier's noise process, which the diffusion model must share.
 
-    timestep_respacing only where training was respaced: else sampling may respace as it likes.
+    timestep_respacing is among them only if training was respaced. In other cases sampling may
+    choose any respacing.
     """
     flags = settings.diffusion_kwargs()
     if not settings.timestep_respacing:
@@ -48,8 +50,10 @@ def process_flags(settings: Settings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change that guided-diffusion needs: in a function of a file ("": outside of any), `old`,
-    which stands there once, becomes `new`."""
+    """A change to guided-diffusion's code: replace `old` by `new` in a function of a file.
+
+    function: "" means outside of all functions. `old` occurs there exactly once.
+    """
 
     file: str
     function: str
@@ -59,14 +63,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What of a classifier stock guided-diffusion has wired in otherwise, and what would help."""
+    """A reason why unmodified guided-diffusion cannot load a classifier, and edits that fix it."""
 
     reason: str
     edits: tuple[Edit, ...]
 
 
 def reference_obstacles(settings: Settings) -> list[Obstacle]:
-    """What keeps stock guided-diffusion from loading a classifier; empty: it loads."""
+    """Return why unmodified guided-diffusion cannot load a classifier; empty if it can."""
     obstacles = []
     if settings.num_classes != REFERENCE_CLASSES:
         obstacles.append(_other_classes(settings.num_classes))
@@ -79,7 +83,7 @@ def reference_obstacles(settings: Settings) -> list[Obstacle]:
         obstacles.append(
             Obstacle(
                 f"noise schedule {settings.noise_schedule}: get_named_beta_schedule in "
-                f"guided_diffusion/gaussian_diffusion.py knows {' and '.join(REFERENCE_SCHEDULES)}",
+                f"guided_diffusion/gaussian_diffusion.py has {' and '.join(REFERENCE_SCHEDULES)}",
                 (),
             )
         )
@@ -87,17 +91,19 @@ def reference_obstacles(settings: Settings) -> list[Obstacle]:
 
 
 def _other_classes(classes: int) -> Obstacle:
+    """Return the obstacle of another number of classes."""
     return Obstacle(
-        f"{classes} classes: create_classifier has {REFERENCE_CLASSES} wired in",
+        f"{classes} classes: create_classifier always builds {REFERENCE_CLASSES}",
         (
             Edit(SCRIPT_UTIL, "create_classifier", "out_channels=1000", f"out_channels={classes}"),
-            # Which classes are drawn, and how many a class-conditional UNet has.
+            # The range of the classes drawn, and their number in a class-conditional UNet.
             Edit(SCRIPT_UTIL, "", "NUM_CLASSES = 1000", f"NUM_CLASSES = {classes}"),
         ),
     )
 
 
 def _other_channels(channels: int) -> Obstacle:
+    """Return the obstacle of another number of image channels."""
     read = ("in_channels=3", f"in_channels={channels}")
     return Obstacle(
         f"{channels} channels: create_classifier has in_channels=3",
@@ -116,21 +122,22 @@ def _other_channels(channels: int) -> Obstacle:
 
 
 def _other_levels(size: int, mult: tuple[float, ...]) -> Obstacle:
+    """Return the obstacle of another image size or other channel multipliers."""
     shown = ", ".join(f"{m:g}" for m in mult)
     levels = f"({shown},)" if len(mult) == 1 else f"({shown})"
     first = "if image_size == 512:"
     own = f"if image_size == {size}:\n        channel_mult = {levels}\n    el{first}"
     return Obstacle(
-        f"image_size {size} with multipliers {shown}: create_classifier knows "
-        f"{', '.join(map(str, REFERENCE_SIZES))} and theirs",
+        f"image_size {size} with multipliers {shown}: create_classifier has fixed multipliers for "
+        f"{', '.join(map(str, REFERENCE_SIZES))} px only",
         (Edit(SCRIPT_UTIL, "create_classifier", first, own),),
     )
 
 
 def flags_text(settings: Settings, name: str) -> str:
-    """A file of classifier_sample.py's flags: comments (#), and a flag and its value a line.
+    """Return the text of a flags file for classifier_sample.py.
 
-    name: of the classifier's .pt.
+    Each line is a comment (#) or a flag with its value. name: the file name of the .pt.
     """
     obstacles = reference_obstacles(settings)
     lines = [
@@ -140,10 +147,10 @@ def flags_text(settings: Settings, name: str) -> str:
         "# The diffusion model must have the same image_size and noise process.",
     ]
     if not settings.noised:
-        lines.append("# This classifier was trained on clean images, as if t were 0.")
+        lines.append("# This classifier was trained on clean images only, with t = 0.")
     if obstacles:
         lines.append("#")
-        lines.append("# Unmodified guided-diffusion cannot load this classifier. It would need:")
+        lines.append("# Unmodified guided-diffusion cannot load this classifier. It needs changes:")
     for obstacle in obstacles:
         lines.append(f"# {obstacle.reason}:")
         lines += [f"#   {line}" for edit in obstacle.edits for line in edit_lines(edit)]
@@ -155,7 +162,7 @@ def flags_text(settings: Settings, name: str) -> str:
 
 
 def edit_lines(edit: Edit) -> list[str]:
-    """An edit for people to read, as a few lines."""
+    """Return an edit as lines for people to read: the place, then - and + lines as in a diff."""
     place = f"{edit.file}, {edit.function}:" if edit.function else f"{edit.file}:"
     indent = " " * 4 if edit.function else ""
     return [

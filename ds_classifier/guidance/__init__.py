@@ -1,5 +1,5 @@
-"""Guided sampling: the classifier's gradient, samplers, and judges of what they make."""
+"""Guided sampling: the classifier's gradient, samplers, and measures of what they produce."""
 
-from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.guidance.gradient import classifier_gradient, guide_scheduler_output
 
-__all__ = ["classifier_gradient"]
+__all__ = ["classifier_gradient", "guide_scheduler_output"]

@@ -1,6 +1,6 @@
-"""The exact denoiser of a small training set, and its exact class posterior, in closed form.
+"""Compute the exact denoiser of a small training set, and its exact class posterior.
 
-Of images x_1 .. x_M, each equally likely, noised to x_t = sqrt(alpha_bar) x_0 + sqrt(1 -
+For images x_1 .. x_M, each equally likely, noised to x_t = sqrt(alpha_bar) x_0 + sqrt(1 -
 alpha_bar) noise, the optimal estimate of x_0 is an average of the images (Karras et al. 2022,
 "Elucidating the Design Space of Diffusion-Based Generative Models", appendix B.3):
 
@@ -9,12 +9,12 @@ alpha_bar) noise, the optimal estimate of x_0 is an average of the images (Karra
     p(y | x_t) = sum_{i in class y} w_i
     grad log p(y | x_t) = sqrt(alpha_bar) / (1 - alpha_bar) (E[x_0 | x_t, y] - E[x_0 | x_t])
 
-So guidance can be tried and measured with no trained diffusion model, and a trained classifier be
-compared with the Bayes-optimal one at every noise level.
+With it, guidance can be tried and measured without a trained diffusion model, and a trained
+classifier can be compared with the Bayes-optimal one at every noise level.
 
-Shapes: N noisy images, M training images, K classes, D = C*S*S numbers an image.
-Precision: float64 inside, whatever x_t has. At t = 0 the squared distances, up to 4 D, are divided
-by 1e-4: float32 would err by more than the differences that decide.
+Shapes: N noisy images, M training images, K classes, D = C*S*S numbers per image.
+Precision: float64 inside, whatever the dtype of x_t. At t = 0 the squared distances, up to 4 D, are
+divided by about 1e-4. The rounding errors of float32 would exceed the differences that decide.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from ds_classifier.loss import to_x_start
 
 CHUNK_NUMBERS = 1 << 24  # float64 numbers of training images in memory at a time: 128 MiB
 READ_BATCH = 256  # images decoded at a time
-LOWEST = -1e300  # of a logit; finite, so that the difference of two is a number
+LOWEST = -1e300  # stands for a logit of -inf; finite, so that differences are not nan
 
 
 @dataclass(frozen=True)
-class Posterior:
-    """What x_t says of x_0 and its class, given the training set.
+class ExactPosterior:
+    """The posterior of x_0 and its class given x_t and the training set.
 
-    x_start: [N, C, S, S] E[x_0 | x_t]; in x_t's dtype, as gradient is.
+    x_start: [N, C, S, S] E[x_0 | x_t], in the dtype of x_t.
     log_class: [N, K] log p(y | x_t), float64; -inf for a class without images.
-    gradient: [N, C, S, S] of log p(y | x_t) with respect to x_t, for the y asked for, else None.
+    gradient: [N, C, S, S] of log p(y | x_t) with respect to x_t, in its dtype, for the y that was
+        given; None if none was.
     """
 
     x_start: Tensor
@@ -50,11 +51,12 @@ class Posterior:
 
 
 class ExactDenoiser:
-    """The posterior over a training set, streamed over it in chunks.
+    """The posterior over a training set, computed in chunks of it.
 
-    images: [M, C, S, S] uint8, shown as u / 127.5 - 1 as the classifier sees them; or floating,
-        taken as they are. labels: [M] int64 in 0 .. num_classes - 1; both move to `device`.
-    chunk: training images at a time; None: as many as take 128 MiB.
+    images: [M, C, S, S] uint8, or floating and in [-1, 1] already (see `loss.to_x_start`).
+    labels: [M] int64 in 0 .. num_classes - 1. Images and labels are moved to `device`.
+    chunk: training images at a time; None means as many as take 128 MiB.
+    Raises ValueError for other shapes or labels, or no images.
     """
 
     def __init__(
@@ -83,20 +85,23 @@ class ExactDenoiser:
         self._half_norms = torch.cat([(x * x).sum(1) / 2 for x, _ in self._chunks()])  # [M]
 
     def __len__(self) -> int:
+        """Return the number of training images."""
         return len(self._images)
 
     def _chunks(self):
-        """(images [m, D] float64 as the process sees them, their slice), in order."""
+        """Yield x_0 of the images, [m, D] float64, with their slice, in order."""
         for start in range(0, len(self), self._chunk):
             part = slice(start, start + self._chunk)
             yield to_x_start(self._images[part], torch.float64), part
 
     @torch.no_grad()
-    def posterior(self, x_t: Tensor, alpha_bar: Tensor, y: Tensor | None = None) -> Posterior:
-        """Everything the training set says of x_t.
+    def posterior(self, x_t: Tensor, alpha_bar: Tensor, y: Tensor | None = None) -> ExactPosterior:
+        """Return the posterior at x_t.
 
-        x_t: [N, C, S, S]. alpha_bar: [N] in [0, 1), the noise level of each (DDPM Eq. 4).
-        y: [N] int64, the class whose gradient is wanted; None: no gradient.
+        x_t: [N, C, S, S].
+        alpha_bar: [N] in [0, 1), the noise level of each image (DDPM Eq. 4).
+        y: [N] int64, the classes to return the gradient for; None means no gradient.
+        Raises ValueError for other shapes or noise levels, or a class without training images.
         """
         n = len(x_t)
         if x_t.shape[1:] != self.shape or alpha_bar.shape != (n,):
@@ -106,12 +111,12 @@ class ExactDenoiser:
             )
         alpha_bar = alpha_bar.to(x_t.device, torch.float64)
         if bool((alpha_bar < 0).any() or (alpha_bar >= 1).any()):
-            raise ValueError("got alpha_bar outside [0, 1); at 1 there is no noise to take away")
+            raise ValueError("got alpha_bar outside [0, 1); need some noise, so below 1")
         x = x_t.flatten(1).double()  # [N, D]
         signal, variance = alpha_bar.sqrt()[:, None], (1.0 - alpha_bar)[:, None]  # [N, 1]
         every = _Average(x)
         of_class = None if y is None else _Average(x)
-        # Each class has its own largest logit, so that log p of the unlikeliest is exact too.
+        # Each class has its own largest logit, so that log p of an unlikely class is exact too.
         largest = x.new_full((n, self.num_classes), LOWEST)
         mass = x.new_zeros(n, self.num_classes)
         for images, part in self._chunks():
@@ -128,13 +133,13 @@ class ExactDenoiser:
                 others = labels != y[:, None]
                 of_class.add(logits.masked_fill(others, LOWEST), images)
         if y is not None and bool((mass.gather(1, y[:, None]) == 0).any()):
-            raise ValueError("got a class y of which the training set has no image")
+            raise ValueError("got a class y that has no image in the training set")
         log_mass = largest + mass.log()
         gradient = None
         if of_class is not None:
             gradient = signal / variance * (of_class.mean() - every.mean())
             gradient = gradient.view_as(x_t).to(x_t.dtype)
-        return Posterior(
+        return ExactPosterior(
             x_start=every.mean().view_as(x_t).to(x_t.dtype),
             log_class=log_mass - log_mass.logsumexp(dim=1, keepdim=True),
             gradient=gradient,
@@ -142,7 +147,7 @@ class ExactDenoiser:
 
 
 class _Average:
-    """A softmax-weighted average of images that come in chunks (online softmax).
+    """A softmax-weighted average of images that arrive in chunks (online softmax).
 
     Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", Alg. 3.
     """
@@ -153,9 +158,10 @@ class _Average:
         self.sum = torch.zeros_like(x)
 
     def add(self, logits: Tensor, images: Tensor) -> None:
-        """logits: [N, m], LOWEST for an image left out; images: [m, D].
+        """Add a chunk. logits: [N, m], LOWEST for an excluded image; images: [m, D].
 
-        While all are left out each weighs 1; the first that is not shrinks that to 0.
+        As long as all images are excluded, each has weight 1. The first image that is not excluded
+        shrinks these weights to 0.
         """
         largest = torch.maximum(self.largest, logits.amax(dim=1, keepdim=True))
         weights = (logits - largest).exp_()
@@ -165,17 +171,18 @@ class _Average:
         self.largest = largest
 
     def mean(self) -> Tensor:
-        """[N, D]"""
+        """Return the average, [N, D]."""
         return self.sum / self.total
 
 
 def read_images(
     folder: Path | str, *, image_size: int, channels: int = 3
 ) -> tuple[Tensor, Tensor, int]:
-    """A whole split, centre-cropped: [M, C, S, S] uint8, [M] int64 labels, and the class count.
+    """Read a whole split, centre-cropped.
 
-    Images that do not decode are left out, as they are from training.
-    Raises ValueError where there are no shards, or none of their images decodes.
+    Returns images [M, C, S, S] uint8, labels [M] int64, and the number of classes. Images that do
+    not decode are left out, as in training.
+    Raises ValueError if there are no shards, or none of their images decodes.
     """
     shards = open_shards(folder)
     dataset = ShardDataset(shards, image_size=image_size, channels=channels)

@@ -1,41 +1,49 @@
-"""Does the classifier guide? Measured on a small training set, where the right answer is known.
+"""Measure how well a classifier guides, on a small training set, where the right answer is known.
 
 The exact denoiser of the training set (`exact_denoiser.py`) stands in for a diffusion model, and
-its class posterior is that of the best possible classifier. Two measures:
+its class posterior is the best possible classifier. There are two measures:
 
 - at each noise level, how far the classifier's p(y | x_t) and its gradient are from the best ones;
-- of guided samples, the share that an independent classifier takes for the class asked for.
+- the share of guided samples that an independent classifier assigns to the class asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_classifier.common import text
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.guidance.guided_sampling import GuidedSampling
 from ds_classifier.loss import to_x_start
 
-# Where x_t leaves less doubt of its class, log p(y | x_t) is flat: there is no gradient to compare.
+LEVELS = 20  # intervals between the noise levels that `compare_evenly` takes
+LEVEL_IMAGES = 256  # training images that it shows at each level, at most
+# Below this doubt, 1 - p(y | x_t), log p(y | x_t) is flat and there is no gradient to compare.
 DOUBT = 1e-6
 
 
 @dataclass(frozen=True)
 class LevelFidelity:
-    """A classifier beside the best possible one at a noise level; means over images.
+    """A comparison of a classifier with the best possible one at a noise level, over images.
 
-    t: of the original process. kl: KL(p_Bayes(y | x_t) || p(y | x_t)) in nats.
+    t: the noise level, in the original process.
+    kl: mean of KL(p_Bayes(y | x_t) || p(y | x_t)), in nats.
     accuracy, bayes_accuracy: shares of images whose class comes first.
-    compared: share of images where the best classifier doubts their class. Over these: cosine,
-    the mean of the two gradients' of log p(own class | x_t), and length_ratio, the root mean square
-    length of the classifier's over that of the best; None if there are none.
+    compared: the share of images about whose class the best classifier is in doubt. The gradients
+        of log p(own class | x_t) are compared on these:
+    cosine: the mean cosine between the two gradients; None if there are no such images.
+    length_ratio: the root mean square length of the classifier's gradient over that of the best
+        one; None likewise.
     """
 
     t: int
@@ -59,15 +67,15 @@ def compare_with_bayes(
     seed: int,
     batch_size: int = 128,
 ) -> Iterator[LevelFidelity]:
-    """The classifier against the Bayes-optimal one of a training set, a row a noise level.
+    """Yield a comparison with the Bayes-optimal classifier of a training set per noise level.
 
-    diffusion: the original process, not respaced. images: [M, C, S, S] uint8 of the training set,
-    or some of them, on the device; labels: [M].
+    diffusion: the original process, not respaced.
+    images: [M, C, S, S] uint8 of the training set, or some of them, on the device; labels: [M].
     """
     model_gradient = classifier_gradient(classifier)
     alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
     for level in timesteps:
-        found = []  # of each batch, [n, 7]
+        rows = []  # per batch, [n, 7]
         for start in range(0, len(images), batch_size):
             x_start = to_x_start(images[start : start + batch_size])
             y = labels[start : start + batch_size]
@@ -91,8 +99,8 @@ def compare_with_bayes(
                 own.square().sum(dim=1),
                 ideal.square().sum(dim=1),
             ]
-            found.append(torch.stack([column.double() for column in columns], dim=1).cpu())
-        numbers = torch.cat(found)
+            rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+        numbers = torch.cat(rows)
         kl, right, best_right, compared = numbers[:, :4].mean(dim=0).tolist()
         kept = numbers[numbers[:, 3] > 0, 4:]
         cosine = ratio = None
@@ -106,7 +114,7 @@ class Judge:
     """An independent classifier of clean images: a support vector machine on their pixels."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        """images: uint8 [M, ...]; labels: [M]. Raises ValueError without scikit-learn."""
+        """Train it. images: uint8 [M, ...]; labels: [M]. Raises ValueError without scikit-learn."""
         try:
             from sklearn.svm import SVC
         except ImportError:
@@ -117,28 +125,104 @@ class Judge:
 
     @staticmethod
     def _features(images: np.ndarray) -> np.ndarray:
+        """Return [M, D] fp32 in [0, 1]."""
         return images.reshape(len(images), -1).astype(np.float32) / 255.0
 
     def share(self, samples: np.ndarray, asked: np.ndarray) -> float:
-        """The share of samples, uint8 [N, ...] like `images`, taken for the class asked for."""
+        """Return the share of samples, uint8 [N, ...], that it assigns to the class asked for."""
         return float((self._svc.predict(self._features(samples)) == asked).mean())
 
 
-HEADER = (
-    "beside the best possible classifier, on training images noised to t; gradients of log p of\n"
-    "their class: the share of images that leave it a doubt, and of these the cosine to its\n"
-    "gradient and the length over its\n"
-    f"{'t':>6s}{'KL(Bayes||model)':>18s}{'accuracy':>10s}{'Bayes':>9s}"
-    f"{'gradients: compared':>22s}{'cosine':>8s}{'length':>8s}"
-)
+@dataclass(frozen=True)
+class Guidance:
+    """The measures of a guided sampling.
+
+    samples: the number of samples at each scale.
+    shares: by scale ("0", "2.5", ...), the share of samples assigned to the class asked for.
+    levels: per noise level, a comparison with the best classifier; empty if that one guided.
+    """
+
+    samples: int
+    shares: dict[str, float]
+    levels: list[LevelFidelity]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of fidelity.json."""
+        return {"shares": self.shares, "levels": [asdict(level) for level in self.levels]}
+
+    def lines(self) -> list[str]:
+        """Return the measures as tables for the screen."""
+        shares = [(scale, text.percent(share)) for scale, share in self.shares.items()]
+        lines = [
+            f"share of {text.count(self.samples, 'sample')} that an SVM, trained on the clean "
+            "images, assigns to the class asked for:",
+            *text.table(["scale", "share"], shares),
+        ]
+        return [*lines, LEVEL_TABLE, *level_table(self.levels)] if self.levels else lines
 
 
-def level_line(row: LevelFidelity) -> str:
-    """A row of the table that HEADER heads."""
-    gradients = "       -       -"
-    if row.cosine is not None:
-        gradients = f"{row.cosine:8.2f}{row.length_ratio:8.2f}"
-    return (
-        f"{row.t:6d}{row.kl:18.3f}{100 * row.accuracy:9.1f}%{100 * row.bayes_accuracy:8.1f}%"
-        f"{100 * row.compared:21.0f}%{gradients}"
+def measure(
+    guided: GuidedSampling,
+    scales: Sequence[float],
+    samples: Sequence[np.ndarray],
+    asked: np.ndarray,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Guidance:
+    """Measure samples and the classifier that guided them.
+
+    guided: with a training set. samples: per scale, uint8 [N, S, S, C]. asked: [N], the classes
+    asked for. seed: of the noise. progress: called with the levels done and their number.
+    Raises ValueError without scikit-learn.
+    """
+    judge = Judge(guided.images.permute(0, 2, 3, 1).numpy(), guided.labels.numpy())
+    pairs = zip(scales, samples, strict=True)
+    shares = {f"{scale:g}": judge.share(pixels, asked) for scale, pixels in pairs}
+    levels = []
+    if guided.classifier is not None:
+        for level in compare_evenly(guided, seed):
+            levels.append(level)
+            progress(len(levels), LEVELS + 1)
+    return Guidance(len(asked), shares, levels)
+
+
+def compare_evenly(guided: GuidedSampling, seed: int) -> Iterator[LevelFidelity]:
+    """Yield `compare_with_bayes` at LEVELS + 1 evenly spaced levels, on evenly spaced images."""
+    images, labels, device = guided.images, guided.labels, guided.device
+    stride = max(1, len(images) // LEVEL_IMAGES)
+    shown = slice(None, LEVEL_IMAGES * stride, stride)
+    last = guided.original.num_timesteps - 1
+    return compare_with_bayes(
+        guided.classifier,
+        guided.exact,
+        guided.original,
+        images[shown].to(device),
+        labels[shown].to(device),
+        timesteps=torch.linspace(0, last, LEVELS + 1).round().long().tolist(),
+        seed=seed,
     )
+
+
+LEVEL_TABLE = """\
+Classifier and best possible classifier on training images noised to t. Gradients are of log p(own
+class): the share of images on which they are compared (the best classifier is in doubt), the cosine
+between the two, and the length of the classifier's over that of the best one."""
+
+
+def level_table(levels: Iterable[LevelFidelity]) -> list[str]:
+    """Return the comparison as a table, a line per noise level."""
+    heads = "t", "KL(Bayes||model)", "accuracy", "Bayes", "compared", "cosine", "length"
+    rows = [
+        (
+            str(row.t),
+            f"{row.kl:.3f}",
+            text.percent(row.accuracy),
+            text.percent(row.bayes_accuracy),
+            text.percent(row.compared, 0),
+            "-" if row.cosine is None else f"{row.cosine:.2f}",
+            "-" if row.length_ratio is None else f"{row.length_ratio:.2f}",
+        )
+        for row in levels
+    ]
+    return text.table(heads, rows, left=0)

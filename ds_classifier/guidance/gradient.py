@@ -1,10 +1,10 @@
-"""Classifier guidance: the gradient that steers a diffusion model to a class.
+"""Compute the gradient that steers a diffusion model to a class (classifier guidance).
 
 Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", Alg. 1 and 2. A cond_fn has
 guided-diffusion's signature, cond_fn(x [N, C, S, S], t [N], y=[N]) -> [N, C, S, S], so it fits the
-p_sample and ddim loops there as well as those of `sampling.py`; t are the timesteps that a network
-is shown, those of the original process; y are int64. Those here raise ValueError for classes that
-are not one for each image and, on a CPU, which need not wait for it, that do not exist.
+p_sample and ddim loops there and those of `sampling.py`. t are the network's timesteps, of the
+original process; y are int64. The cond_fn made here raise ValueError unless y has one class per
+image. On a CPU they also check that the classes exist; on a GPU that would wait for the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 
-CondFn = Callable[..., Tensor]
+CondFn = Callable[..., Tensor]  # cond_fn(x_t, timesteps, y=classes) -> gradient
 
 
 def classifier_gradient(
@@ -29,16 +29,19 @@ def classifier_gradient(
     joint_temperature: float = 1.0,
     marginal_temperature: float = 1.0,
 ) -> CondFn:
-    """scale * grad_x log p(y | x_t), in fp32, of a classifier in fp32, bf16 or fp16.
+    """Return a cond_fn: scale * grad_x log p(y | x_t), in fp32.
 
-    With temperatures, scale * grad_x (joint * f_y - logsumexp_k(marginal * f_k)) of its logits f
-    (Ma et al. 2023, "Elucidating the Design Space of Classifier-Guided Diffusion Generation",
-    section 4); at 1 and 1 that is log p(y | x_t).
+    classifier: forward(x_t [N, C, S, S], timesteps [N]) -> logits [N, K], in fp32, bf16 or fp16.
+    joint_temperature, marginal_temperature: with these the cond_fn is
+        scale * grad_x (joint * f_y - logsumexp_k(marginal * f_k)) for the logits f (Ma et al. 2023,
+        "Elucidating the Design Space of Classifier-Guided Diffusion Generation", section 4); with
+        both 1 that is grad_x log p(y | x_t).
     """
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the gradient at x."""
         with torch.enable_grad():
-            # A pixel's share of the gradient may be too small for a sampler's 16 bits.
+            # In fp32 even for a 16-bit sampler, whose format may lose a pixel's small gradient.
             x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_(True)
             logits = classifier(x, t).float()  # [N, K]
             asked = logits.gather(1, _classes(y, *logits.shape)[:, None])[:, 0]
@@ -52,13 +55,14 @@ def classifier_gradient(
 def bayes_gradient(
     exact: ExactDenoiser, alphas_cumprod: np.ndarray, *, scale: float = 1.0
 ) -> CondFn:
-    """scale * grad_x log p(y | x_t) of the best possible classifier on a training set.
+    """Return a cond_fn: scale * grad_x log p(y | x_t) of the best classifier on a training set.
 
-    alphas_cumprod: [T] float64, of the original process, whose timesteps t are.
+    alphas_cumprod: [T] float64, of the original process. The timesteps are indices in it.
     """
     table = torch.from_numpy(np.asarray(alphas_cumprod, dtype=np.float64))
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the gradient at x."""
         y = _classes(y, len(x), exact.num_classes)
         return exact.posterior(x, table.to(x.device)[t.long()], y).gradient * scale
 
@@ -66,7 +70,7 @@ def bayes_gradient(
 
 
 def _classes(y: Tensor | None, n: int, num_classes: int) -> Tensor:
-    """y, one class for each of n images; else ValueError."""
+    """Return y. Raise ValueError unless it has one class for each of n images."""
     need = f"need one for each of {n} images, [{n}] int64"
     if y is None:
         raise ValueError(f"guidance: got no classes y; {need}")
@@ -85,7 +89,7 @@ def guide_scheduler_output(
     model_input: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """What to give a diffusers scheduler's `step` instead of the model's output (Alg. 2).
+    """Return the guided output to give to a diffusers scheduler's `step` (Alg. 2).
 
         for t in scheduler.timesteps:
             x_t = scheduler.scale_model_input(x, t)
@@ -94,13 +98,15 @@ def guide_scheduler_output(
 
     scheduler: one with `alphas_cumprod`, such as DDPM, DDIM, PNDM, DPMSolverMultistep; its
         prediction_type may be epsilon, v_prediction or sample.
-    model_output: [N, C or 2C, S, S]; a learned variance passes through. timestep: one, whole.
-    model_input: [N, C, S, S], what the model was shown, so x_t = sqrt(alpha_bar) x_0 + noise.
-    Where alpha_bar is 0, as in the last level of a schedule of zero terminal SNR, x_t tells nothing
-    of its class, p(y | x_t) has no gradient, and the output passes as it is.
+    model_output: [N, C or 2C, S, S]; a learned variance is returned unchanged.
+    timestep: one whole number for all images.
+    model_input: [N, C, S, S], the model's input x_t = sqrt(alpha_bar) x_0 + noise.
+    y: [N] int64, the classes asked for.
+    If alpha_bar is 0, as at the last level of a schedule with zero terminal SNR, x_t holds no
+    information on the class, p(y | x_t) has no gradient, and model_output is returned unchanged.
     Raises ValueError for another prediction_type, or a timestep that the process does not have.
     """
-    # Waits for the device only where the timestep or the table lies on it.
+    # This waits for the device only if the timestep or the table is on it.
     steps, wanted = len(scheduler.alphas_cumprod), torch.as_tensor(timestep).tolist()
     if wanted not in range(steps):
         raise ValueError(
@@ -111,7 +117,7 @@ def guide_scheduler_output(
     alpha_bar = float(scheduler.alphas_cumprod[t])
     if alpha_bar == 0:
         return model_output
-    # grad log p(y | x_t) moves the score; in the output's own terms that is (alpha_bar = a):
+    # grad log p(y | x_t) is added to the score. In the model's output this is (a = alpha_bar):
     shift = {
         "epsilon": -math.sqrt(1.0 - alpha_bar),  # score = -noise / sqrt(1 - a)
         # Tweedie: x_0 = (x_t + (1 - a) score) / sqrt(a)

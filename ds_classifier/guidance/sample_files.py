@@ -1,11 +1,11 @@
-"""Samples on disk: guided-diffusion's npz, and PNG sheets to look at.
+"""Write samples to disk: guided-diffusion's npz, and PNG sheets to look at.
 
 scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: images and classes
 scale_3/class_0007.png        the samples of a class
-overview.png                  a row a class, a block of columns a scale
-samples.json                  what made them: the classifier, the denoiser, scales, seed, process
+overview.png                  a row per class, a block of columns per scale
+samples.json                  how they were drawn: classifier, denoiser, scales, seed, process
 
-What an earlier sampling left in a scale's folder goes when its new samples are written.
+Writing the samples of a scale deletes those that an earlier run left in its folder.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 GAP = 2  # pixels between images
-SHEET_SIDE = 64  # images smaller than this are shown enlarged by a whole factor
-CLASS_IMAGES = 64  # of a class on its sheet, at most
-OVERVIEW_CLASSES, OVERVIEW_IMAGES = 10, 8  # rows, and columns of each scale, at most
-HEADER, MARGIN = 16, 30  # pixels of an overview's line of text, and of its column of class numbers
+SHEET_SIDE = 64  # pixels; smaller images are enlarged by a whole factor
+CLASS_IMAGES = 64  # images on the sheet of a class, at most
+OVERVIEW_CLASSES, OVERVIEW_IMAGES = 10, 8  # rows, and columns per scale, at most
+HEADER, MARGIN = 16, 30  # pixels: an overview's line of text, and its column of class numbers
 
 
 def scale_folder(out: Path, scale: float) -> Path:
+    """Return the folder of a scale's samples."""
     return out / f"scale_{scale:g}"
 
 
 def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
-    """Write the npz and a sheet a class, in place of older ones.
+    """Write the npz and a sheet per class in place of older ones; return the path of the npz.
 
     pixels: uint8 [N, H, W, C]; labels: int64 [N].
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
     staging = path.with_suffix(".staging.npz")
-    np.savez(staging, pixels, labels)  # unnamed arrays are called arr_0, arr_1
+    np.savez(staging, pixels, labels)  # numpy names the arrays arr_0, arr_1
     for old in [*folder.glob("samples_*.npz"), *folder.glob("class_*.png")]:
         if old != staging:
             old.unlink()
@@ -52,9 +53,9 @@ def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
 def write_overview(
     path: Path, scales: Sequence[float], samples: Sequence[np.ndarray], labels: np.ndarray
 ) -> None:
-    """The first classes, a row each, at every scale, side by side under their scales' names.
+    """Write a sheet with a row for each of the first classes, and a block of columns per scale.
 
-    samples: for each scale uint8 [N, H, W, C]; labels: int64 [N], the same for all.
+    samples: per scale, uint8 [N, H, W, C]; labels: int64 [N], the same at all scales.
     """
     classes = np.unique(labels)[:OVERVIEW_CLASSES]
     blocks = [
@@ -76,7 +77,7 @@ def write_overview(
 
 
 def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Images in rows, white between them: rows of uint8 [n, H, W, C] -> uint8 [h, w, C]."""
+    """Lay out images in rows with white gaps: rows of uint8 [n, H, W, C] -> uint8 [h, w, C]."""
     height, width, channels = rows[0].shape[1:]
     factor = max(1, SHEET_SIDE // max(height, width))
     tile = (height * factor + GAP, width * factor + GAP)
@@ -91,8 +92,10 @@ def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _image(pixels: np.ndarray) -> Image.Image:
+    """Return [H, W, C] uint8 as a Pillow image; one channel is grey."""
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
+    """Write [H, W, C] uint8 to an image file."""
     _image(pixels).save(path)

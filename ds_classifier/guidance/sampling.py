@@ -1,12 +1,12 @@
-"""The reverse process: DDPM and DDIM steps with classifier guidance, and whole sampling loops.
+"""Sample from the reverse process: DDPM and DDIM steps with classifier guidance, and whole loops.
 
 Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (learned variances), Dhariwal
 & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (guidance: Alg. 1 and 2).
 Tables are float64 numpy and used as fp32, as in guided-diffusion.
 
-Shapes: N samples, C channels, S x S pixels. t: [N] int64, index in the (respaced) process.
-cond_fn(x, timesteps, y=y) -> [N, C, S, S], scale * grad log p(y | x), is called with the timesteps
-that a network is shown, those of the original process; `guidance.py` makes them.
+Shapes: N samples, C channels, S x S pixels. t: [N] int64, an index in the (respaced) process.
+A cond_fn (`gradient.py`) is called as cond_fn(x_t, timesteps, y=y) and returns
+scale * grad log p(y | x_t), [N, C, S, S]. The timesteps are the network's, of the original process.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.gradient import CondFn
 from ds_classifier.loss import from_x_start
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says at x_t.
+    """A denoiser's output at x_t.
 
     x_start: [N, C, S, S] fp32, the estimate of x_0, not clipped.
-    variance_share: [N, C, S, S], where log variance lies between its bounds: 0 the posterior's, 1
-        beta_t's (Improved DDPM Eq. 15); None where it is not learned.
+    variance_share: [N, C, S, S], the place of the log variance between its bounds: 0 for the
+        posterior's, 1 for beta_t's (Improved DDPM Eq. 15); None if the variance is not learned.
     """
 
     x_start: Tensor
     variance_share: Tensor | None
 
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Prediction]  # of x_t, t, y
-CondFn = Callable[..., Tensor]
+Denoiser = Callable[[Tensor, Tensor, Tensor], Prediction]  # takes x_t, t, y
 
 
 class ReverseProcess:
-    """p(x_{t-1} | x_t) of a diffusion process, for a denoiser's prediction.
+    """The distribution p(x_{t-1} | x_t) of a diffusion process, given a denoiser's prediction.
 
     A variance that is not learned is beta_t, the reference's choice ("fixed large").
     """
@@ -53,7 +53,7 @@ class ReverseProcess:
         betas, alpha_bar = diffusion.betas, diffusion.alphas_cumprod
         before = np.append(1.0, alpha_bar[:-1])  # alpha_bar_{t-1}
         posterior_variance = betas * (1.0 - before) / (1.0 - alpha_bar)  # DDPM Eq. 7
-        # At t = 0 it is 0 and has no logarithm; the next one stands in.
+        # At t = 0 it is 0, which has no logarithm; the value at t = 1 is used there.
         posterior_variance = np.append(posterior_variance[1:2], posterior_variance[1:])
         beta_variance = np.append(posterior_variance[:1], betas[1:])
         self._tables = {
@@ -69,22 +69,25 @@ class ReverseProcess:
         }
 
     def _at(self, name: str, t: Tensor) -> Tensor:
-        """A table's numbers at t, [N, 1, 1, 1] fp32."""
+        """Return a table's numbers at t, [N, 1, 1, 1] fp32."""
         numbers = torch.from_numpy(self._tables[name]).to(t.device)[t]
         return numbers.float()[:, None, None, None]
 
     def x_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_0 of x_t and the noise in it (DDPM Eq. 4, solved)."""
+        """Return x_0 for x_t and the noise in it (DDPM Eq. 4, solved for x_0)."""
         return self._at("signal_recip", t) * x_t - self._at("noise_to_signal", t) * noise
 
     def noise_from_x_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        """The noise in x_t if x_0 is x_start."""
+        """Return the noise in x_t if x_0 is x_start."""
         return (self._at("signal_recip", t) * x_t - x_start) / self._at("noise_to_signal", t)
 
     def mean_log_variance(
         self, x_t: Tensor, t: Tensor, prediction: Prediction
     ) -> tuple[Tensor, Tensor]:
-        """Of p(x_{t-1} | x_t), each [N, C, S, S] (DDPM Eq. 7, Improved DDPM Eq. 15)."""
+        """Return mean and log variance of p(x_{t-1} | x_t), each [N, C, S, S].
+
+        DDPM Eq. 7, Improved DDPM Eq. 15.
+        """
         mean = self._at("mean_of_x_start", t) * prediction.x_start
         mean = mean + self._at("mean_of_x_t", t) * x_t
         share = prediction.variance_share
@@ -96,7 +99,7 @@ class ReverseProcess:
     def guided_mean(
         self, mean: Tensor, variance: Tensor, x_t: Tensor, t: Tensor, cond_fn: CondFn, y: Tensor
     ) -> Tensor:
-        """The mean moved along the classifier's gradient (Beat GANs Alg. 1)."""
+        """Return the mean, moved along the classifier's gradient (Beat GANs Alg. 1)."""
         return mean + variance * cond_fn(x_t, self.diffusion.model_timesteps(t), y=y).float()
 
     def ddpm_step(
@@ -109,7 +112,7 @@ class ReverseProcess:
         cond_fn: CondFn | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """A draw of x_{t-1}; at t = 0 the mean itself. noise: [N, C, S, S] standard normal."""
+        """Draw x_{t-1}; at t = 0 return the mean. noise: [N, C, S, S] standard normal."""
         mean, log_variance = self.mean_log_variance(x_t, t, prediction)
         if cond_fn is not None:
             mean = self.guided_mean(mean, log_variance.exp(), x_t, t, cond_fn, y)
@@ -125,9 +128,9 @@ class ReverseProcess:
         cond_fn: CondFn | None = None,
         y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x_{t-1} without randomness (DDIM Eq. 12, eta 0), and the x_0 it heads for.
+        """Return x_{t-1} without randomness (DDIM Eq. 12, eta 0), and the estimate of x_0.
 
-        Guided, the noise is moved against the classifier's gradient (Beat GANs Alg. 2).
+        With a cond_fn, the noise is moved against the classifier's gradient (Beat GANs Alg. 2).
         """
         x_start = prediction.x_start
         noise = self.noise_from_x_start(x_t, t, x_start)
@@ -140,11 +143,12 @@ class ReverseProcess:
 
 
 def unet_denoiser(unet: nn.Module, process: ReverseProcess) -> Denoiser:
-    """A guided-diffusion UNet as a denoiser; told y where it is class-conditional."""
+    """Return a guided-diffusion UNet as a denoiser. A class-conditional one gets y."""
 
     def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
-        given = None if unet.num_classes is None else y
-        output = unet(x_t, process.diffusion.model_timesteps(t), given).float()
+        """Run the UNet."""
+        condition = None if unet.num_classes is None else y
+        output = unet(x_t, process.diffusion.model_timesteps(t), condition).float()
         return prediction_of_output(process, x_t, t, output)
 
     return predict
@@ -153,7 +157,10 @@ def unet_denoiser(unet: nn.Module, process: ReverseProcess) -> Denoiser:
 def prediction_of_output(
     process: ReverseProcess, x_t: Tensor, t: Tensor, output: Tensor
 ) -> Prediction:
-    """A network's output, the noise [N, C, S, S] and maybe its variance too [N, 2C, S, S], read."""
+    """Return the prediction in a network's output.
+
+    output: the noise, [N, C, S, S], or noise and variance share in [-1, 1], [N, 2C, S, S].
+    """
     channels = x_t.shape[1]
     if output.shape[1] == channels:
         return Prediction(process.x_start_from_noise(x_t, t, output), None)
@@ -162,10 +169,11 @@ def prediction_of_output(
 
 
 def exact_denoiser(exact: ExactDenoiser, process: ReverseProcess) -> Denoiser:
-    """The exact denoiser of a training set; it is not told the class."""
+    """Return the exact denoiser of a training set, which does not take the class."""
     alphas_cumprod = torch.from_numpy(process.diffusion.alphas_cumprod)
 
     def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
+        """Return E[x_0 | x_t]."""
         alpha_bar = alphas_cumprod.to(t.device)[t]
         return Prediction(exact.posterior(x_t, alpha_bar).x_start, None)
 
@@ -183,11 +191,12 @@ def sample(
     ddim: bool = False,
     clip_denoised: bool = True,
 ) -> Tensor:
-    """A batch of samples, [N, C, S, S] fp32, about in [-1, 1].
+    """Draw a batch of samples, [N, C, S, S] fp32, roughly in [-1, 1].
 
-    noise(i): [N, C, S, S] standard normal; i = T is where the sampling starts, i = t the noise
-        added in step t, which DDIM does not ask for.
-    y: [N] int64, the classes asked for. clip_denoised: keep estimates of x_0 within [-1, 1].
+    noise: a function; noise(i) returns [N, C, S, S] standard normal. noise(T) is the starting
+        point; noise(t) is added in step t, and not used by DDIM.
+    y: [N] int64, the classes asked for.
+    clip_denoised: clip estimates of x_0 to [-1, 1].
     """
     steps = process.diffusion.num_timesteps
     x = noise(steps)
@@ -205,12 +214,15 @@ def sample(
 
 
 def keyed_steps(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """The noise of samples at these positions, [N] int64, for `sample`: theirs wherever drawn."""
+    """Return the `noise` of `sample` for the samples at these positions, [N] int64.
+
+    It depends on (seed, position) alone, not on the batch or the rank.
+    """
     return lambda i: keyed_noise(seed, f"sampling step {i}", positions, shape)
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """[N, C, S, S] in [-1, 1] -> [N, S, S, C] uint8, cut off as guided-diffusion does."""
+    """Return [N, C, S, S] in [-1, 1] as pixels, [N, S, S, C] uint8, truncated, not rounded."""
     return from_x_start(x).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -226,18 +238,19 @@ def sample_classes(
     device: torch.device,
     ddim: bool = False,
     clip_denoised: bool = True,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """A sample for every label, on all ranks together: uint8 [N, S, S, C], the same on each.
+    """Draw a sample per label, on all ranks together: uint8 [N, S, S, C], the same on each rank.
 
-    labels: [N] int64, the classes asked for. shape: (C, S, S). progress: called with samples done.
-    Sample n's noise depends on (seed, n) alone, and batches have the same samples on any number of
-    ranks, so images are those of one rank as far as its device rounds alike.
+    labels: [N] int64, the classes asked for. shape: (C, S, S). batch_size: samples per rank.
+    progress: called with the number of samples drawn and N.
+    The noise of sample n depends on (seed, n) alone, and a batch holds the same samples on any
+    number of ranks, so the images are those of one rank if the devices round in the same way.
     """
     ranks, rank = distributed.world_size(), distributed.rank()
     pixels = []
     for first in range(0, len(labels), ranks * batch_size):
-        # A rank past the end repeats the last sample, so that all take part in the gathering.
+        # A rank past the end repeats the last sample, as all must take part in all_gather.
         start = first + rank * batch_size
         positions = torch.arange(start, start + batch_size, device=device)
         positions = positions.clamp_max(len(labels) - 1)
@@ -253,5 +266,5 @@ def sample_classes(
             clip_denoised=clip_denoised,
         )
         pixels.append(distributed.all_gather(to_pixels(x)).flatten(0, 1).cpu().numpy())
-        progress(min(first + ranks * batch_size, len(labels)))
+        progress(min(first + ranks * batch_size, len(labels)), len(labels))
     return np.concatenate(pixels)[: len(labels)]

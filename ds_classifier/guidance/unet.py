@@ -1,20 +1,23 @@
-"""guided-diffusion's UNet: the noise in x_t, and its learned variance; for sampling from its files.
+"""guided-diffusion's UNet, which predicts the noise in x_t and its variance, to sample from.
 
 Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3. Parameter names
 and shapes are those of guided-diffusion's `UNetModel`, so that its published models of all sizes
-load here unchanged. Its first half is the classifier's (`model.py`). Dropout is left out: it does
-nothing in sampling.
+load here unchanged. Its first half is built from the classifier's blocks (`model.py`). Dropout is
+left out, as it does nothing in sampling.
 
-Shapes: N images, C channels, S x S pixels, E = 4 * width embedding.
+Shapes: N images, C channels, S x S pixels, E = 4 * width numbers in an embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_classifier.checkpoint.weights import read_weights
 from ds_classifier.model import (
     NORM_GROUPS,
     AttentionBlock,
@@ -50,14 +53,16 @@ def create_unet(
 ) -> UNetModel:
     """Build the UNet that the reference's flags of the same names describe.
 
-    num_channels: channels at multiplier 1. num_res_blocks: residual blocks a level.
-    channel_mult: "1,2,3,4", a multiplier a level; "" means the image size's default.
-    num_heads: of each attention, num_heads_upsample (-1: as many) in the second half; both count
-        only where num_head_channels, the channels of a head, is -1.
-    class_cond: it is told the class, one of num_classes. learn_sigma: it tells its variance too.
+    num_channels: channels at multiplier 1.
+    num_res_blocks: residual blocks per level in the first half; one more in the second.
+    channel_mult: a multiplier per level, like "1,2,3,4"; "" means the default of the image size.
+    num_heads: heads per attention in the first half; num_heads_upsample in the second (-1 means
+        num_heads). Both are ignored unless num_head_channels, the channels per head, is -1.
+    class_cond: the UNet takes the class, one of num_classes, as input.
+    learn_sigma: the UNet also predicts the variance.
 
     Returns a module: forward(x [N, C, S, S], timesteps [N], y [N] or None) -> [N, C or 2C, S, S].
-    Raises ValueError for what the architecture cannot be built with.
+    Raises ValueError for values that the architecture cannot be built with.
     """
     try:
         mult = (
@@ -92,7 +97,7 @@ def create_unet(
         if any(divisor < 1 or c % divisor for divisor in divisors):
             raise ValueError(
                 f"num_heads, num_heads_upsample, num_head_channels: got {num_heads}, {heads_up}, "
-                f"{num_head_channels}; need what divides the {c} channels of a level that attends"
+                f"{num_head_channels}; need divisors of {c}, the channels of a level with attention"
             )
     return UNetModel(
         in_channels=in_channels,
@@ -110,19 +115,55 @@ def create_unet(
     )
 
 
+def load_unet(
+    path: Path,
+    *,
+    fp16: bool = False,
+    device: torch.device | str = "cpu",
+    **architecture: Any,
+) -> UNetModel:
+    """Load a UNet from guided-diffusion's file, in eval mode, parameters without gradients.
+
+    fp16: compute its blocks in fp16. architecture: see `create_unet`.
+    Raises ValueError if the file was written by a UNet of another architecture.
+    """
+    unet = create_unet(**architecture)
+    try:
+        unet.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"--model_path: {path} was built with other flags ({lines[1].strip()}"
+            f"{' ...' if len(lines) > 2 else ''}); do: give its MODEL_FLAGS"
+        ) from None
+    unet.to(device).eval().requires_grad_(False)
+    if fp16:
+        unet.set_precision(torch.float16)
+    return unet
+
+
 class Upsample(nn.Module):
-    """Doubling and a convolution between levels, where the residual blocks do not double."""
+    """A doubling of the side and a convolution, between levels without resblock_updown."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return an image of twice the side: [N, C, S, S] -> [N, C, 2S, 2S]."""
         return self.conv(double(x))
 
 
 class UNetModel(nn.Module):
-    """forward(x [N, C, S, S], timesteps [N], y [N] or None) -> noise, and variance if learned."""
+    """The UNet. Use `create_unet` to build it.
+
+    width: channels of the timestep embedding before its layers.
+    channels: channels of each level. depth: residual blocks per level.
+    attention_ds: the factors of downsampling at which there is attention.
+    heads: heads per attention in the first and the second half, unless head_channels is given.
+    new_order: the layout of queries, keys and values (the reference's use_new_attention_order).
+    num_classes: None for a UNet that does not take the class.
+    """
 
     def __init__(
         self,
@@ -145,11 +186,13 @@ class UNetModel(nn.Module):
         emb_channels = 4 * width
 
         def block(c: int, out: int, *, down: bool = False, up: bool = False) -> ResBlock:
+            """Return a residual block that may halve or double the side."""
             return ResBlock(
                 c, emb_channels, out, use_scale_shift_norm=use_scale_shift_norm, down=down, up=up
             )
 
         def attention(c: int, heads: int) -> AttentionBlock:
+            """Return an attention block for c channels."""
             return AttentionBlock(c, head_channels=head_channels or c // heads, new_order=new_order)
 
         self.time_embed = nn.Sequential(
@@ -161,7 +204,7 @@ class UNetModel(nn.Module):
         self.input_blocks = nn.ModuleList(
             [TimestepSequential(Conv2d(in_channels, c, 3, padding=1))]
         )
-        kept = [c]  # channels of every block's output; the second half reads them, last first
+        kept = [c]  # channels of each block's output; the second half reads them, last first
         for level, level_channels in enumerate(channels):
             for _ in range(depth):
                 layers: list[nn.Module] = [block(c, level_channels)]
@@ -190,11 +233,16 @@ class UNetModel(nn.Module):
         )
 
     def set_precision(self, dtype: torch.dtype) -> None:
-        """Compute the blocks in fp16 or bf16; embeddings and the last layers stay fp32."""
+        """Compute the blocks in fp16 or bf16; embeddings and the last layers stay in fp32."""
         for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
             blocks.to(dtype)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the noise in x, and its variance if that was learned.
+
+        x [N, C, S, S]; timesteps [N]; y [N] int64, or None if the UNet does not take the class.
+        Returns [N, C, S, S] or, with the variance, [N, 2C, S, S] fp32.
+        """
         emb = self.time_embed(timestep_embedding(timesteps, self.width))  # [N, E] fp32
         if self.num_classes is not None:
             emb = emb + self.label_emb(y)

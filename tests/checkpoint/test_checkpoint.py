@@ -1,4 +1,4 @@
-"""Commit, damage, and which checkpoint is found; the engine's part is in test_training.py."""
+"""Test commits, damage, and finding checkpoints; test_training.py tests loading into an engine."""
 
 import errno
 import hashlib
@@ -15,6 +15,7 @@ from ds_classifier.checkpoint import disk
 
 
 def commit(folder, step, value=1.0, val_loss=None):
+    """Commit a small checkpoint, and return its directory."""
     final = folder / disk.step_name(step)
     disk.commit(
         final,
@@ -27,7 +28,7 @@ def commit(folder, step, value=1.0, val_loss=None):
 
 
 def find(folder):
-    """The newest valid checkpoint's name, and what was said about the others."""
+    """Return the newest valid checkpoint's name, and what was said about the others."""
     said = []
     found = disk.newest_valid(folder, said.append)
     return (found.name if found else None), said
@@ -54,7 +55,7 @@ def test_stock_safetensors_reads_what_is_written(tmp_path):
 
 
 def test_a_pickle_under_a_good_hash_is_refused_and_never_run(tmp_path):
-    """Whoever can write the manifest can make the hashes agree; still nothing is unpickled."""
+    """Check that nothing is unpickled even if the manifest was changed to agree."""
 
     class Evil:
         def __reduce__(self):
@@ -72,8 +73,8 @@ def test_a_pickle_under_a_good_hash_is_refused_and_never_run(tmp_path):
     (final / "manifest.json").write_text(json.dumps(manifest))
     name, said = find(tmp_path)
     assert name == "step-00000010"
-    assert "no safetensors file" in said[0]
-    with pytest.raises(ValueError, match="no safetensors file"):
+    assert "not a safetensors file" in said[0]
+    with pytest.raises(ValueError, match="not a safetensors file"):
         disk.resolve_checkpoint(final)
     assert not (tmp_path / "ran").exists()
 
@@ -120,11 +121,11 @@ def test_a_damaged_manifest_counts_as_damage(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]", "[" * 100_000, "nothing"])
-def test_a_state_that_is_none_under_a_good_hash_counts_as_damage(tmp_path, text):
+def test_a_state_that_is_not_an_object_counts_as_damage(tmp_path, text):
     commit(tmp_path, 10)
     swap_state(commit(tmp_path, 20), text)
     assert find(tmp_path)[1] == [
-        f"passed over {tmp_path / 'step-00000020'}: state.json is no JSON object"
+        f"skipped {tmp_path / 'step-00000020'}: state.json is not a JSON object"
     ]
     assert disk.best_checkpoint(tmp_path) is None
 
@@ -137,7 +138,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path, loss):
 
 
 def swap_state(path, text):
-    """Another state.json, which the manifest vouches for."""
+    """Replace state.json, and its hash in the manifest."""
     (path / "state.json").write_text(text)
     manifest = json.loads((path / "manifest.json").read_text())
     described = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -209,7 +210,7 @@ def test_every_nth_and_the_best_are_never_pruned(tmp_path):
     assert disk.best_checkpoint(tmp_path).name == "step-00000007"
 
 
-def test_what_cannot_be_deleted_is_told_and_the_rest_goes(tmp_path, monkeypatch):
+def test_what_cannot_be_deleted_is_reported_and_the_rest_goes(tmp_path, monkeypatch):
     for step in (1, 2, 3, 4):
         commit(tmp_path, step)
     rename = os.rename
@@ -244,7 +245,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
 
 
 def test_tensors_of_another_classifier_are_refused_before_any_is_sent(tmp_path):
-    """Else rank 0 would fail in the middle, and the others wait for it."""
+    """Check this because rank 0 would fail in between, and the other ranks wait for it."""
     final = tmp_path / "step-00000001"
     layer = torch.nn.Linear(3, 2)
     model = {name: value.detach() for name, value in layer.named_parameters()}
@@ -265,8 +266,8 @@ def test_tensors_of_another_classifier_are_refused_before_any_is_sent(tmp_path):
         disk._check_tensors(final, engine, sampler)
 
 
-def test_later_checkpoints_of_before_are_set_aside(tmp_path):
-    """A run taken up again from step 10 must not be overtaken by what lay at 20."""
+def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
+    """Check that a run resumed from step 10 never finds the checkpoint of step 20 again."""
     for step in (10, 20, 12):
         final = commit(tmp_path, step)
     disk._set_later_aside(final)
@@ -274,7 +275,7 @@ def test_later_checkpoints_of_before_are_set_aside(tmp_path):
     assert (tmp_path / "abandoned-step-00000020" / "manifest.json").exists()
 
 
-def test_a_write_that_fails_is_told_and_leaves_what_stood(tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_and_changes_nothing(tmp_path, monkeypatch):
     import resource
 
     commit(tmp_path, 10)
@@ -289,7 +290,7 @@ def test_a_write_that_fails_is_told_and_leaves_what_stood(tmp_path, monkeypatch)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_a_user_names(tmp_path):
+def test_paths_that_a_user_may_give(tmp_path):
     run = tmp_path / "run"
     step_10 = commit(run / "checkpoints", 10)
     step_20 = commit(run / "checkpoints", 20)

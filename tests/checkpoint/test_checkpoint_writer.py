@@ -1,4 +1,4 @@
-"""Writing behind training, failures and their policy, on one rank; more of them: test_faults.py."""
+"""Test writing in a thread, and failed writes, on one rank; test_faults.py has more ranks."""
 
 import errno
 import threading
@@ -24,7 +24,7 @@ def one_rank():
 
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
-    """A writer of an engine with one parameter, whose state is taken without DeepSpeed."""
+    """Return a writer for an engine with one layer, whose state is taken without DeepSpeed."""
     module = torch.nn.Linear(3, 1)
     adam = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 3)).sum().backward()
@@ -63,14 +63,14 @@ def save(writer, step, **keywords):
 
 
 def settle(writer):
-    """What the training loop does after steps, until the write has ended."""
+    """Do what the training loop does after each step, until the write has ended."""
     while writer.under_way is not None:
         writer.check()
 
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Commits go through this list of errors first; `gate` closed holds them up."""
+    """Make commits raise the errors in a list first; a closed `gate` holds them up."""
     commit = checkpoint.commit
     disk = SimpleNamespace(errors=[], gate=threading.Event(), tries=0)
     disk.gate.set()
@@ -127,7 +127,7 @@ def test_an_error_that_stays_is_raised_after_the_last_try(writer, disk, capsys):
 
 
 def test_a_full_disk_minute_is_survived_and_a_full_disk_is_not(writer, disk, tmp_path, capsys):
-    """max_failed 1: one failed save is told and passed; the second in a row stops the run."""
+    """Check max_failed 1: one failed save is reported, the second in a row stops the run."""
     for step in (1, 2, 3, 4):
         disk.errors = [errno.ENOSPC] if step % 2 else []
         save(writer, step)
@@ -135,7 +135,7 @@ def test_a_full_disk_minute_is_survived_and_a_full_disk_is_not(writer, disk, tmp
     said = capsys.readouterr().out
     assert "the checkpoint of step 3" in said
     assert "ENOSPC; need 32 bytes" in said
-    assert "are free; the checkpoints before it stand" in said
+    assert "are free; the checkpoints before it are kept" in said
     assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["4", "2"]
     disk.errors = [errno.ENOSPC] * 2
     save(writer, 5)
@@ -143,7 +143,7 @@ def test_a_full_disk_minute_is_survived_and_a_full_disk_is_not(writer, disk, tmp
     save(writer, 6)
     with pytest.raises(OSError, match=r"2 checkpoints in a row.*--max_failed_saves 1.*ENOSPC"):
         settle(writer)
-    assert disk.tries == 6  # not tried again: a disk does not empty itself
+    assert disk.tries == 6  # ENOSPC is not tried again: it does not pass by itself
 
 
 def test_the_last_checkpoint_gets_a_second_chance(writer, disk, tmp_path):
@@ -154,7 +154,7 @@ def test_the_last_checkpoint_gets_a_second_chance(writer, disk, tmp_path):
     assert checkpoint.damage(tmp_path / "step-00000001") is None
 
 
-def test_a_bug_in_the_writing_thread_is_no_lost_checkpoint_in_silence(writer, monkeypatch):
+def test_a_bug_in_the_writing_thread_is_raised(writer, monkeypatch):
     monkeypatch.setattr(checkpoint, "commit", lambda *_, **__: {}["no such key"])
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     save(writer, 1)

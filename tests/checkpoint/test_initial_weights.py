@@ -1,4 +1,4 @@
-"""--init_from: what is taken of other weights, what is changed, what is refused."""
+"""Test --init_from: which weights are taken, changed or refused."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ POSITIONAL = "out.2.positional_embedding"
 
 
 def start(path, classes=CLASS_NAMES, **own):
-    """A classifier of these settings, started from path: (lines, its state, its state before)."""
+    """Start a classifier from path; return the lines, its state, and the state before."""
     settings = Settings(**SMALL | dict(num_classes=len(classes), noise_schedule="cosine") | own)
     torch.manual_seed(0)
     classifier = create_classifier(**settings.model_kwargs())
@@ -41,7 +41,7 @@ def bare(tmp_path, weights):
     return tmp_path / "bare.pt"
 
 
-def test_all_weights_from_wherever_they_lie(tmp_path, bare, weights):
+def test_all_weights_from_each_kind_of_path(tmp_path, bare, weights):
     run = make_run(tmp_path / "run")
     export(run)
     exports = [run / "export" / f"model000007{suffix}" for suffix in (".pt", ".safetensors")]
@@ -56,10 +56,10 @@ def test_a_head_of_other_classes_starts_anew_and_the_rest_is_kept(tmp_path, pool
     run = make_run(tmp_path / "run", classifier_pool=pool)
     weights = filled(tensors_of(Settings(**SMALL, classifier_pool=pool)))
     (origin, note), state, before = start(run, list("abc"), classifier_pool=pool)
-    assert origin.endswith("all but its head")
-    assert note.startswith("another number of classes, 5 there and 3 here: the head starts anew")
+    assert origin.endswith("without its head")
+    assert note.startswith("another number of classes, 5 there and 3 here: the head starts afresh")
     new = [name for name in state if torch.equal(state[name], before[name])]
-    # A fresh head's shape tells it; biases and norms may be fresh by chance of their filling.
+    # The head is found by its shape; other tensors may equal fresh ones by chance.
     assert {name for name in state if state[name].shape != weights[name].shape} <= set(new)
     kept = [name for name in state if state[name].shape == weights[name].shape]
     assert all(torch.equal(state[name], weights[name]) for name in kept)
@@ -109,8 +109,7 @@ def test_another_image_size_interpolates_the_positional_embedding(bare, weights)
 
 
 def test_interpolation_keeps_places():
-    """A smooth image over the feature map is the same image over another; so says the formula
-    of the image, at the new pixels' centres."""
+    """Compare with a smooth image, evaluated at the centres of the new pixels."""
 
     def image(side):
         at = (np.arange(side) + 0.5) / side
@@ -122,7 +121,7 @@ def test_interpolation_keeps_places():
         got = interpolate_positional_embedding(torch.from_numpy(embedding).float(), side)
         assert got.shape == (2, 1 + side**2)
         np.testing.assert_array_equal(got[:, :1], mean)
-        inner = slice(side // 4, -(side // 4))  # at the edge there is nothing to look at beyond
+        inner = slice(side // 4, -(side // 4))  # the edges are extrapolated
         np.testing.assert_allclose(
             got[:, 1:].unflatten(1, (side, side))[:, inner, inner],
             image(side)[:, inner, inner],
@@ -133,8 +132,7 @@ def test_interpolation_keeps_places():
 
 
 def test_the_resized_classifier_still_knows_enlarged_images(bare, weights):
-    """Its pooled features of an image twice as large stay nearer to the original's than with the
-    embedding of another shuffle: the interpolation is along the right axes."""
+    """Check the axes: logits of an image twice as large change less than with transposed axes."""
     own = dict(image_size=32, classifier_attention_resolutions="16")
     _, state, _ = start(bare, **own)
     small = create_classifier(**Settings(**SMALL).model_kwargs())
@@ -156,14 +154,14 @@ def test_the_resized_classifier_still_knows_enlarged_images(bare, weights):
     assert errors[0] < errors[1]
 
 
-def test_a_size_that_needs_no_change_is_said(tmp_path):
+def test_a_size_that_needs_no_change_is_reported(tmp_path):
     run = make_run(tmp_path / "run", classifier_pool="adaptive")
     own = dict(image_size=32, classifier_attention_resolutions="16", classifier_pool="adaptive")
     (_, note), _, _ = start(run, **own)
     assert note == "another image size, 16 px there and 32 px here: all weights are kept"
 
 
-def test_another_purpose_is_said(tmp_path):
+def test_differences_in_training_are_reported(tmp_path):
     run = make_run(tmp_path / "run")
     lines, _, _ = start(run, [*CLASS_NAMES[:4], "emu"], noise_schedule="linear", noised=False)
     assert lines[1] == (
@@ -191,14 +189,14 @@ def test_flags_that_would_fit_are_named(bare, tmp_path):
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf"), 1e300])
 def test_weights_that_are_not_finite_are_refused(tmp_path, weights, number):
-    """1e300 is none in fp32."""
+    """Check also 1e300, which is infinite in fp32."""
     weights["input_blocks.1.0.out_layers.0.weight"] = torch.full((32,), number, dtype=torch.float64)
     torch.save(weights, tmp_path / "bare.pt")
     with pytest.raises(ValueError, match=r"--init_from: got .*bare\.pt.* not all finite \(input_b"):
         start(tmp_path / "bare.pt")
 
 
-def test_a_path_that_does_not_exist_is_told_from_an_empty_one(tmp_path):
+def test_an_absent_path_and_an_empty_one_give_different_errors(tmp_path):
     for path, words in ((tmp_path / "absent.pt", "does not exist"), (tmp_path, "holds no checkp")):
         with pytest.raises(ValueError, match=f"--init_from: got .*, which {words}"):
             start(path)

@@ -1,4 +1,4 @@
-"""Differences between ranks are found and blamed on the right one; runs are in test_faults.py."""
+"""Test that differences between ranks are found and named; test_faults.py has whole runs."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_one_number_that_is_not_finite_shows(dtype, bad):
 
 
 def test_a_part_of_a_larger_tensor_sums_like_a_copy_of_it():
-    """Parameters are views into ZeRO's flat buffers, from any place on."""
+    """Check views at any offset, as parameters are views into ZeRO's flat buffers."""
     flat = torch.randn(50).bfloat16()
     for first in range(5):
         part = flat[first : first + 21].view(3, 7)

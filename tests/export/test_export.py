@@ -1,4 +1,4 @@
-"""Exports: read by stock tools, compared before they are named, the same bytes every time."""
+"""Test exports: other tools read them, they are compared first, and their bytes never differ."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from ds_classifier.model import create_classifier
 
 
 def write_evaluation(run: Path, step: int = 7, **changes) -> None:
-    """What evaluate.py writes of it, less what an export does not read."""
+    """Write what evaluate.py would, with the fields that an export reads."""
     final = run / "checkpoints" / disk.step_name(step)
     manifest = json.loads((final / disk.MANIFEST).read_text())
     settings = Settings(**disk.read_state(final)["settings"])
@@ -48,6 +48,7 @@ def write_evaluation(run: Path, step: int = 7, **changes) -> None:
 
 
 def sums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file in a directory."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
@@ -70,7 +71,7 @@ def test_stock_tools_read_it(tmp_path):
 
 
 def test_the_best_checkpoint_goes_by_its_name(tmp_path):
-    """checkpoints/best and latest are files that name one."""
+    """Check that checkpoints/best and latest, which hold a name, stand for that checkpoint."""
     run = make_run(tmp_path / "run", step=7)
     make_run(tmp_path / "run", step=9)
     best = run / "checkpoints" / "best"
@@ -80,11 +81,11 @@ def test_the_best_checkpoint_goes_by_its_name(tmp_path):
     assert find_recorded(run / "checkpoints" / "latest").step == 9
     best.write_text("../../elsewhere val_loss 0.25\n")
     with pytest.raises(ValueError, match="best"):
-        open_weights(best, Settings())
+        open_weights(best)
 
 
 def test_same_bytes_in_another_place_and_process(tmp_path):
-    """Another directory, hash seed, process, and clock; other files beside them."""
+    """Check with another directory, hash seed, process and clock, and over an earlier export."""
     first, second = (make_run(tmp_path / name) for name in ("here", "there/deeper"))
     export.export(first)
     code = "from pathlib import Path; from ds_classifier.export.export import export"
@@ -101,8 +102,8 @@ def test_same_bytes_in_another_place_and_process(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["torch.save", "save_file", "width", "schedule", "timesteps"])
-def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
-    """One number changed on the way into a file, or a setting that builds the same tensors."""
+def test_files_that_differ_get_no_name(tmp_path, monkeypatch, step):
+    """Check with one number changed in a file, or a setting that builds the same tensors."""
     run = make_run(tmp_path / "run")
     before = export.export(run).paths[0].parent
     (before / "model000007.pt").write_bytes(b"of before")
@@ -141,7 +142,7 @@ def test_what_differs_gets_no_name(tmp_path, monkeypatch, step):
     assert sums(before) == kept
 
 
-def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
+def test_only_an_evaluation_of_these_weights_is_recorded(tmp_path):
     run = make_run(tmp_path / "run")
     for changes in (dict(weights_sha256="0" * 64), dict(version=2), dict(format="other")):
         write_evaluation(run, **changes)
@@ -165,9 +166,9 @@ def test_only_an_evaluation_of_these_weights_is_told(tmp_path):
         dict(rescale_timesteps=True),
     ],
 )
-def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypatch, other):
-    """The same bare file, measured once: its own process cannot be seen in it."""
-    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+def test_accuracies_under_another_noise_process_are_not_recorded(tmp_path, monkeypatch, other):
+    """Check a bare file, which does not record its noise process, with an evaluation of one."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not tested here
     torch.save(filled(tensors_of(Settings(**SMALL))), tmp_path / "bare.pt")
     make_run(tmp_path / "run", noise_schedule="linear")
     write_evaluation(tmp_path / "run")
@@ -175,15 +176,15 @@ def test_accuracies_under_another_noise_process_are_not_told(tmp_path, monkeypat
     record["weights_sha256"] = hashlib.sha256((tmp_path / "bare.pt").read_bytes()).hexdigest()
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "bare.json").write_text(json.dumps(record))
-    for given, told in ((SMALL, True), (SMALL | other, False)):
-        assert export.export(tmp_path / "bare.pt", given).evaluated == told
+    for given, expected in ((SMALL, True), (SMALL | other, False)):
+        assert export.export(tmp_path / "bare.pt", given).evaluated == expected
         card = (tmp_path / "export" / "README.md").read_text()
-        assert ("Not measured" in card, "type: accuracy" in card) == (not told, told)
+        assert ("Not measured" in card, "type: accuracy" in card) == (not expected, expected)
 
 
-def test_of_several_precisions_the_highest_is_told(tmp_path):
+def test_of_several_precisions_the_highest_is_recorded(tmp_path):
     run = make_run(tmp_path / "run")
-    source, _ = open_weights(run, Settings())
+    source, _ = open_weights(run)
     for name, precision in (("-fp16", "fp16"), ("-bf16", "bf16"), ("", "fp32")):
         write_evaluation(run, precision=precision)
         written = run / "eval" / "step-00000007.json"
@@ -192,8 +193,8 @@ def test_of_several_precisions_the_highest_is_told(tmp_path):
 
 
 def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
-    """Every value in turn gone, or of another kind; and no JSON at all."""
-    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not what is tested
+    """Check with every value in turn missing or of another type, and with text that is no JSON."""
+    monkeypatch.setattr(export, "_compare", lambda *_: ([], 0.0))  # not tested here
     run = make_run(tmp_path / "run")
     write_evaluation(run)
     path = run / "eval" / "step-00000007.json"
@@ -208,7 +209,7 @@ def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
             records.append(whole | {"classifier": {"uniform_t": row, "levels": []}})
             level = dict(row, t=0, log_snr=8.9)
             records.append(whole | {"classifier": {"uniform_t": numbers, "levels": [level]}})
-    source, _ = open_weights(run, Settings())
+    source, _ = open_weights(run)
     assert export.find_evaluation(source) is not None
     for text in ("", "[" * 100_000, "\0", *map(json.dumps, records)):
         path.write_text(text)
@@ -217,7 +218,7 @@ def test_a_damaged_evaluation_breaks_no_export(tmp_path, monkeypatch):
     assert not export.export(run).evaluated
 
 
-def test_the_json_tells_what_guidance_needs(tmp_path):
+def test_the_json_has_what_guidance_needs(tmp_path):
     run = make_run(tmp_path / "run")
     export.export(run)
     described = json.loads((run / "export" / "model000007.json").read_text())
@@ -247,7 +248,7 @@ def test_the_card_can_be_read_and_its_python_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(re.search("```python\n(.*?)```", card, re.DOTALL).group(1), names)
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 4])
-    source, weights = open_weights(run, Settings())
+    source, weights = open_weights(run)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)
     assert torch.equal(names["cond_fn"](x, t, y=y), classifier_gradient(live)(x, t, y=y))
@@ -264,15 +265,15 @@ def test_hugging_face_reads_the_front_matter(tmp_path):
     assert data.eval_results[1].metric_name == "accuracy, t = 0"
 
 
-def test_an_export_is_as_good_as_its_run(tmp_path):
-    """Directory, .safetensors and .pt bring settings, step and classes; the newest of several."""
+def test_an_export_records_what_its_run_does(tmp_path):
+    """Check settings, step and classes of the directory (its newest step), .safetensors and .pt."""
     run = make_run(tmp_path / "run", classifier_attention_resolutions="", rescale_timesteps=True)
     export.export(run)
     make_run(tmp_path / "run", step=20)
     export.export(run)
     source, live = load_classifier(run / "checkpoints" / "step-00000007")
     folder = run / "export"
-    assert open_weights(folder, Settings())[0].step == 20
+    assert open_weights(folder)[0].step == 20
     for path in (folder / "model000007.pt", folder / "model000007.safetensors"):
         found, rebuilt = load_classifier(path)
         assert (found.kind, found.step, found.name, found.home) == (
@@ -288,22 +289,22 @@ def test_an_export_is_as_good_as_its_run(tmp_path):
         ]
         x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
         assert torch.equal(live(x, t), rebuilt(x, t))
-    # Weights that are not those of the JSON beside them, and a JSON of a later version.
+    # Weights that are not those of their JSON, and a JSON of a later version.
     (folder / "model000007.pt").write_bytes((folder / "model000020.pt").read_bytes())
     with pytest.raises(ValueError, match="is not the file"):
-        open_weights(folder / "model000007.pt", Settings())
+        open_weights(folder / "model000007.pt")
     later = folder / "model000020.json"
     later.write_text(later.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="got version 2; need 1"):
-        open_weights(folder, Settings())
-    # Of another program, it tells nothing: the file is bare.
+        open_weights(folder)
+    # A JSON of another program records nothing: the file is bare.
     later.write_text("{}")
-    assert open_weights(folder / "model000020.pt", Settings(**SMALL))[0].kind == "file"
+    assert open_weights(folder / "model000020.pt", SMALL)[0].kind == "file"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_damaged_json_is_named(tmp_path, suffix):
-    """Each fault alone, in a whole export's JSON: one line that names the JSON and the fault."""
+    """Check that each single fault in a JSON gives one line with the JSON and the fault."""
     export.export(make_run(tmp_path / "run"))
     path = tmp_path / "run" / "export" / "model000007.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
@@ -317,7 +318,7 @@ def test_a_damaged_json_is_named(tmp_path, suffix):
         ("step", True, "step: got True"),
         ("data", 7, "data: got 7"),
         ("classes", "abcde", "classes: got 'abcde'"),
-        ("classes", [1, 2, 3, 4, 5], "classes: got a name that is no text"),
+        ("classes", [1, 2, 3, 4, 5], "classes: got a name that is not text"),
         ("classes", CLASS_NAMES[:4], "classes: got 4 names; need num_classes, 5"),
         ("diffusion", whole["diffusion"] | {"noise_schedule": "quartic"}, "got 'quartic'"),
         ("diffusion", whole["diffusion"] | {"noise_schedule": 3}, "noise_schedule: got 3"),
@@ -332,12 +333,12 @@ def test_a_damaged_json_is_named(tmp_path, suffix):
         damaged |= {} if value is None else {key: value}
         path.write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(ValueError) as caught:
-            open_weights(path.with_suffix(suffix), Settings())
+            open_weights(path.with_suffix(suffix))
         assert str(caught.value).startswith(str(path))
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
     path.write_text(json.dumps(whole | {"training": {"lr": 1, "unknown": 2}}), encoding="utf-8")
-    assert open_weights(path.with_suffix(suffix), Settings())[0].settings.lr == 1
+    assert open_weights(path.with_suffix(suffix))[0].settings.lr == 1
 
 
 def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
@@ -357,21 +358,25 @@ def test_the_json_is_utf_8_whatever_the_locale(tmp_path):
     assert done.stdout.strip() == ascii(CLASS_NAMES), done.stderr
 
 
-def test_a_bare_file_is_exported_by_its_flags(tmp_path):
+def test_a_bare_file_is_exported_without_flags_for_its_architecture(tmp_path):
+    """Check that the output names what was inferred, and the noise process, which was not."""
     settings = Settings(**SMALL)
     torch.save(filled(tensors_of(settings)), tmp_path / "64x64.v2.pt")
-    flags = [f"--{name}={value}" for name, value in SMALL.items()]
     script, out = ROOT / "launch" / "export.py", tmp_path / "out"
-    done = run_python(script, "64x64.v2.pt", "--out", out, *flags, cwd=tmp_path)
+    done = run_python(
+        script, "64x64.v2.pt", "--out", out, "--noise_schedule", "cosine", cwd=tmp_path
+    )
     assert done.code == 0, done.output
-    assert "5 classes: create_classifier has 1000 wired in" in done.output
+    assert "inferred from the tensors in 64x64.v2.pt: --image_size 16, --" in done.output
+    assert "as the flags say: cosine noise, 1000 steps\n" in done.output
+    assert "5 classes: create_classifier always builds 1000" in done.output
     assert "names are not recorded" in (out / "README.md").read_text()
-    source, _ = open_weights(out, Settings())
+    source, _ = open_weights(out)
     assert (source.kind, source.step, source.name) == ("export", None, "64x64.v2")
     assert source.settings.classifier_width == 32
     done = run_python(script, "64x64.v2.pt", "--image_size", 64, cwd=tmp_path)
     assert (done.code, "Traceback" in done.output) == (2, False)
-    assert "--classifier_depth: got 2; need 1" in done.output
+    assert "  --image_size: got 64; need 16\n" in done.output
 
 
 def test_a_flag_that_contradicts_a_checkpoint_is_refused(tmp_path):
@@ -406,7 +411,7 @@ def test_files_of_others_are_not_replaced(tmp_path, name, content):
 
 
 def test_an_earlier_export_is_replaced(tmp_path):
-    """Its card may have been edited, its JSON be of another version, its weights be cut short."""
+    """Check with an edited card, a JSON of another version and weights that are cut short."""
     run = make_run(tmp_path / "run")
     folder = export.export(run).paths[0].parent
     whole = sums(folder)
@@ -419,8 +424,8 @@ def test_an_earlier_export_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_what_is_exported_is_not_replaced(tmp_path, suffix):
-    """A bare file of another precision, and an export onto itself."""
+def test_the_exported_file_is_not_replaced(tmp_path, suffix):
+    """Check with a bare file of another precision, and an export onto itself."""
     half = {name: value.half() for name, value in filled(tensors_of(Settings(**SMALL))).items()}
     path = tmp_path / f"model{suffix}"
     torch.save(half, path) if suffix == ".pt" else save_file(half, path)
@@ -438,7 +443,7 @@ def test_what_is_exported_is_not_replaced(tmp_path, suffix):
     assert sums(folder) == before
 
 
-def test_files_are_for_whom_the_umask_says(tmp_path):
+def test_file_modes_follow_the_umask(tmp_path):
     run = make_run(tmp_path / "run")
     for umask, mode in ((0o022, 0o644), (0o007, 0o660)):
         before = os.umask(umask)
@@ -458,8 +463,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_no_attention_is_said_in_a_way_that_guided_diffusion_can_read():
-    """It cannot parse an empty list; a side above the image's stands for none."""
+def test_guided_diffusion_can_read_the_flag_for_no_attention():
+    """Check the flag for no attention: a side larger than the image, as an empty list fails."""
     flags = classifier_flags(Settings(classifier_attention_resolutions=""))
     assert 64 // int(flags["classifier_attention_resolutions"]) == 0
 
@@ -475,8 +480,8 @@ def test_flags_are_words_of_a_command_line():
     assert "cannot load" not in respaced
 
 
-def test_a_new_noise_schedule_is_told_as_an_obstacle(monkeypatch):
-    """Stock guided-diffusion would build another process without a word."""
+def test_a_new_noise_schedule_is_an_obstacle(monkeypatch):
+    """Check that it is listed: guided-diffusion would build another process silently."""
     monkeypatch.setitem(diffusion.NOISE_SCHEDULES, "quadratic", diffusion.linear_betas)
     settings = Settings(num_classes=1000, noise_schedule="quadratic")
     (obstacle,) = reference_obstacles(settings)

@@ -1,4 +1,4 @@
-"""The Python interface: README's own lines, and evaluation's numbers."""
+"""Test the Python interface: the lines in README.md, and agreement with evaluation."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def run(tmp_path):
 
 
 def test_the_lines_of_the_readme(run, digits, tmp_path):
-    """Run as they stand there, in a process of its own, on images of the training set."""
+    """Run them unchanged in a new process, on images of the training set."""
     section = (ROOT / "README.md").read_text().split("## In Python\n")[1]
     block = textwrap.dedent(section.strip("\n").split("\n\n")[0])
     assert len(block.splitlines()) == 5
@@ -46,7 +46,7 @@ def test_the_lines_of_the_readme(run, digits, tmp_path):
 
 
 def test_predictions_are_those_of_evaluation(run, digits):
-    """Accuracy and loss of the validation set at several levels, by the library's own sums."""
+    """Compare accuracy and loss of the validation set at several levels."""
     model = ds_classifier.load(run)
     assert (model.step, model.classes[3], len(model.classes)) == (7, "the 3", 10)
     shards = open_named(str(digits / "val"), cache_dir="", cache_gb=0, image_size=8)
@@ -72,7 +72,7 @@ def test_predictions_are_those_of_evaluation(run, digits):
         assert loss == pytest.approx(means["loss"], rel=1e-5)
 
 
-def test_levels_and_noise_of_one_s_own(run):
+def test_levels_per_image_and_given_noise(run):
     model = ds_classifier.load(run)
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
     levels = torch.tensor([0, 10, 100, 249])
@@ -83,7 +83,7 @@ def test_levels_and_noise_of_one_s_own(run):
     assert not torch.allclose(model.predict(images, 100, noise), model.predict(images, 100))
 
 
-def test_arrays_are_as_good_as_tensors(run):
+def test_arrays_give_what_tensors_give(run):
     model = ds_classifier.load(run)
     images = np.random.RandomState(1).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     noise = np.random.RandomState(2).standard_normal((3, 8, 8, 3))[:, ::-1]
@@ -100,7 +100,7 @@ def test_arrays_are_as_good_as_tensors(run):
     assert torch.equal(model.predict(images, np.int64(3), noise)[0], found[0])
 
 
-def test_no_image_and_one(run, tmp_path):
+def test_no_image_and_a_single_one(run, tmp_path):
     model = ds_classifier.load(run)
     nothing = model.read([])
     assert (nothing.shape, nothing.dtype) == ((0, 8, 8, 3), torch.uint8)
@@ -111,13 +111,13 @@ def test_no_image_and_one(run, tmp_path):
         assert torch.equal(model.read(one), torch.full((1, 8, 8, 3), 7, dtype=torch.uint8))
 
 
-def test_a_file_of_weights_brings_no_names(run, tmp_path):
+def test_a_file_of_weights_has_no_names(run, tmp_path):
     weights = ds_classifier.load(run).classifier.state_dict()
     torch.save(weights, tmp_path / "model.pt")
-    flags = {k: v for k, v in vars(PREDICTOR_SETTINGS).items() if k.startswith("classifier_")}
     process = dict(noise_schedule="cosine", timestep_respacing="250")
-    model = ds_classifier.load(tmp_path / "model.pt", image_size=8, **flags, **process)
+    model = ds_classifier.load(tmp_path / "model.pt", **process)
     assert (model.classes, model.step) == (None, None)
+    assert model.settings.image_size == 8
     images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     assert torch.equal(model.predict(images, 5), ds_classifier.load(run).predict(images, 5))
 
@@ -144,12 +144,12 @@ def test_a_file_of_weights_brings_no_names(run, tmp_path):
         (dict(images=BLACK, noise=torch.zeros(1, 8, 8, 3)), "noise: got .1, 8, 8, 3."),
     ],
 )
-def test_what_predict_refuses(run, arguments, words):
+def test_predict_refuses_wrong_input(run, arguments, words):
     with pytest.raises(ValueError, match=words):
         ds_classifier.load(run).predict(**arguments)
 
 
-def test_what_load_and_read_refuse(run, tmp_path):
+def test_load_and_read_refuse_wrong_input(run, tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         ds_classifier.load(tmp_path)
     with pytest.raises(
@@ -173,8 +173,8 @@ def test_a_gpu_that_is_not_there(run):
         ds_classifier.load(run, device="cuda")
 
 
-def test_a_run_s_own_settings_are_not_to_be_contradicted(run):
-    """Neither by name nor by a recipe, of which only what builds the model and process counts."""
+def test_settings_of_a_run_cannot_be_contradicted(run):
+    """Check settings given by name and by a recipe, whose training settings do not count."""
     with pytest.raises(ValueError, match=r"got image_size 64; need none for .*, in which it is 8"):
         ds_classifier.load(run, image_size=64)
     with pytest.raises(ValueError, match="got classifier_width 64 of recipe cifar32; need none"):
@@ -189,7 +189,7 @@ def test_a_run_s_own_settings_are_not_to_be_contradicted(run):
 def test_flags_that_an_error_names_are_keywords(run, tmp_path):
     torch.save(ds_classifier.load(run).classifier.state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"(?s)--image_size: .*--name is load\(\.\.\., name="):
-        ds_classifier.load(tmp_path / "model.pt")
+        ds_classifier.load(tmp_path / "model.pt", image_size=64)
 
 
 def test_import_is_cheap():

@@ -1,4 +1,4 @@
-"""The exact denoiser against a brute force in float64, its gradient against autograd."""
+"""Test the exact denoiser against brute force in float64, and its gradient against autograd."""
 
 import math
 
@@ -14,7 +14,7 @@ LEVELS = (1e-9, 0.02, 0.5, 0.9, 0.9999)  # alpha_bar, from nearly all noise to n
 
 
 def brute_log_weights(images, x, alpha_bar):
-    """log p(i | x_t), [M], one image at a time, differentiable in x [C, S, S]."""
+    """Return log p(i | x_t), [M], image by image; differentiable in x [C, S, S]."""
     clean = images.double() / 127.5 - 1
     distances = [((x - math.sqrt(alpha_bar) * c) ** 2).sum() for c in clean]
     return torch.stack([-d / (2 * (1 - alpha_bar)) for d in distances]).log_softmax(dim=0)
@@ -51,9 +51,12 @@ def test_one_call_takes_a_noise_level_for_each_image():
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
-def test_float32_at_the_least_noise_still_tells_near_twins_apart():
-    """Two images of 3072 numbers that differ by one grey level in one of them: at t = 0 of the
-    cosine schedule their distances differ by 6e-5 in 12,000, below float32's step there."""
+def test_near_twins_are_told_apart_at_the_least_noise_in_float32():
+    """Compare two images of 3072 numbers that differ by one grey level in one number.
+
+    At t = 0 of the cosine schedule their distances differ by 6e-5 in 12,000, less than float32
+    resolves.
+    """
     alpha_bar = 1 - 4.1e-5
     twin = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
     twin[1, 0, 0, 0] = 254
@@ -62,12 +65,12 @@ def test_float32_at_the_least_noise_still_tells_near_twins_apart():
     found = denoiser.posterior(x, torch.full((2,), alpha_bar, dtype=torch.float64))
     apart = alpha_bar * (1 / 127.5) ** 2 / (2 * (1 - alpha_bar))  # 0.75 in the logit
     expected = torch.tensor([[0.0, -apart], [-apart, 0.0]], dtype=torch.float64).log_softmax(1)
-    # What is left is float32's rounding of x itself.
+    # The rest is the rounding of x itself to float32.
     torch.testing.assert_close(found.log_class, expected, rtol=0, atol=2e-5)
     assert found.x_start.dtype == torch.float32
 
 
-def test_a_class_without_images_has_no_share():
+def test_a_class_without_images_has_probability_0():
     images, labels = training_set()
     denoiser = ExactDenoiser(images, labels, CLASSES + 1)
     x, level = noisy(images, 0.5), torch.full((2,), 0.5)
@@ -79,7 +82,7 @@ def test_a_class_without_images_has_no_share():
 
 
 @pytest.mark.parametrize("level", [1.0, -0.1])
-def test_refuses_noise_levels_that_are_none(level):
+def test_refuses_wrong_noise_levels(level):
     images, labels = training_set()
     with pytest.raises(ValueError, match="alpha_bar"):
         ExactDenoiser(images, labels, CLASSES).posterior(
@@ -92,7 +95,7 @@ def test_reads_a_split(digits):
     assert images.shape == (360, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert classes == 10
-    # One of them by hand, through stock webdataset.
+    # Compare one image with the one that webdataset reads.
     import webdataset
 
     tar = next(iter(sorted((digits / "val").glob("*.tar"))))

@@ -1,4 +1,4 @@
-"""The measures of guidance, where their value is known beforehand."""
+"""Test the measures of guidance on cases with known values."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from torch import nn
 
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance.fidelity import HEADER, Judge, compare_with_bayes, level_line
+from ds_classifier.guidance.fidelity import Judge, compare_with_bayes, level_table
 
 
 class BayesModule(nn.Module):
-    """The best classifier written out with autograd; `sharper` multiplies its logits."""
+    """The best classifier, differentiated by autograd; `sharper` multiplies its logits."""
 
     def __init__(self, images, labels, diffusion, sharper=1.0):
         super().__init__()
@@ -61,8 +61,9 @@ def test_the_best_classifier_is_found_to_be_the_best(world):
         assert row.compared > 0.9
         assert row.cosine == pytest.approx(1, abs=1e-4)
         assert row.length_ratio == pytest.approx(1, abs=1e-3)
-    assert level_line(rows[0]).split()[-2:] == ["-", "-"]
-    assert len(level_line(rows[1])) == len(HEADER.splitlines()[-1])
+    table = level_table(rows)
+    assert len(table) == 1 + len(rows)
+    assert table[1].split()[-2:] == ["-", "-"]
 
 
 def test_an_ignorant_and_an_inverted_classifier(world):
@@ -86,12 +87,12 @@ def test_an_ignorant_and_an_inverted_classifier(world):
         labels,
         **how,
     )
-    # Against uniform answers KL is log K less the entropy of the best answers.
+    # For uniform answers KL is log K minus the entropy of the best answers.
     assert 0 < ignorant.kl < np.log(CLASSES)
     assert ignorant.length_ratio < 1e-6
 
 
-def test_the_judge_knows_digits(digits):
+def test_the_judge_classifies_digits(digits):
     pytest.importorskip("sklearn")
     from ds_classifier.guidance.exact_denoiser import read_images
 

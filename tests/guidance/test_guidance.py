@@ -1,4 +1,4 @@
-"""The guidance gradient against recorded numbers and autograd; diffusers' schedulers."""
+"""Test the guidance gradient against recorded numbers, autograd and diffusers' schedulers."""
 
 import inspect
 
@@ -39,14 +39,14 @@ def test_equals_the_recorded_gradient_in_every_precision(classifier, dtype, tole
     recorded = np.load(GOLDEN / "model.npz")
     cond_fn = classifier_gradient(classifier.to(dtype), scale=2.5)
     t, y = torch.from_numpy(recorded["t"]), torch.from_numpy(recorded["y"])
-    with torch.no_grad():  # as the sampling loops call it
+    with torch.no_grad():  # as in the sampling loops
         gradient = cond_fn(recorded_input(), t, y=y)
     assert gradient.dtype == torch.float32
     assert relative_error(gradient.numpy(), 2.5 * recorded["input_grad"]) < tolerance
 
 
 def test_temperatures(classifier):
-    """0 of the marginal leaves the asked logit's own gradient, by finite differences."""
+    """Check with finite differences that marginal temperature 0 leaves one logit's gradient."""
     t, y = torch.tensor([3, 750]), torch.tensor([1, 5])
     x, step = recorded_input().double(), 1e-4
     classifier = classifier.double()
@@ -83,7 +83,7 @@ def test_a_class_is_needed_for_each_image(classifier, guide, y, words):
 
 
 def test_the_best_guide_reaches_every_class():
-    """At scale 1 the exact classifier's gradient makes the exact denoiser class-conditional."""
+    """Check that exact guidance at scale 1 makes the exact denoiser class-conditional."""
     images, labels = training_set(m=30)
     process = ReverseProcess(
         create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="50")
@@ -108,7 +108,7 @@ def test_the_best_guide_reaches_every_class():
 
 
 class OneScheduler:
-    """What the adaptor needs of a scheduler."""
+    """A scheduler with only the attributes that the adapter reads."""
 
     class config:
         prediction_type = "epsilon"
@@ -118,7 +118,7 @@ class OneScheduler:
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_every_prediction_type_moves_the_same_x_start(kind, monkeypatch):
-    """Tweedie: x_0 moves by (1 - a) / sqrt(a) times the gradient, whatever the model predicts."""
+    """Check that x_0 moves by (1 - a) / sqrt(a) times the gradient (Tweedie) for each type."""
     monkeypatch.setattr(OneScheduler.config, "prediction_type", kind)
     x_t, x_start = noisy(training_set()[0], 0.5), noisy(training_set()[0], 0.9)
     a = torch.tensor(0.5, dtype=torch.float64)
@@ -143,9 +143,10 @@ def test_every_prediction_type_moves_the_same_x_start(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_a_level_without_signal_is_not_guided(kind, monkeypatch):
-    """Where alpha_bar is 0, x_t is mere noise: p(y | x_t) = p(y), as the exact one's gradient says.
+    """Check that the output is returned unchanged where alpha_bar is 0.
 
-    A classifier's is never quite 0 there, and Tweedie would move x_0 by infinitely much.
+    x_t is then pure noise and p(y | x_t) = p(y), whose gradient is 0, as the exact posterior's is.
+    A classifier's gradient is never exactly 0 there, and Tweedie would move x_0 infinitely far.
     """
     monkeypatch.setattr(OneScheduler.config, "prediction_type", kind)
     monkeypatch.setattr(OneScheduler, "alphas_cumprod", torch.tensor([0.9, 0.5, 0.0]))
@@ -172,7 +173,7 @@ def test_scheduler_misuse_is_told(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_diffusers_ddim_ends_where_ours_does(classifier, kind):
-    """A guided loop through diffusers' own scheduler, the exact denoiser as its model."""
+    """Compare with a guided loop through diffusers' scheduler, with the exact denoiser as model."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
     original = create_gaussian_diffusion(noise_schedule="linear")
     process = ReverseProcess(create_gaussian_diffusion(timestep_respacing="ddim10"))
@@ -230,7 +231,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_best_guide_reaches_every_class_by_diffusers(name, kind):
-    """Guided by the exact classifier, each scheduler's samples are images of the asked class."""
+    """Check that exact guidance makes each scheduler sample images of the asked class."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
     images, labels = training_set(m=30)
     exact = ExactDenoiser(images, labels, CLASSES)
@@ -269,12 +270,13 @@ def test_the_best_guide_reaches_every_class_by_diffusers(name, kind):
 
 
 def takes(function) -> set[str]:
+    """Return the names of a function's parameters."""
     return set(inspect.signature(function).parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_diffusers_output_keeps_its_precision(classifier, dtype):
-    """A UNet and a classifier in 16 bits: the output stays the UNet's, near the fp32 one."""
+    """Check that a 16-bit UNet and classifier give an output in that dtype, near the fp32 one."""
     x, y = recorded_input(), torch.tensor([1, 5])
     output = torch.sin(3 * x)
     expected = guide_scheduler_output(
@@ -285,4 +287,4 @@ def test_diffusers_output_keeps_its_precision(classifier, dtype):
     got = guide_scheduler_output(OneScheduler, half, output.to(dtype), 1, x.to(dtype), y)
     assert got.dtype == dtype
     assert relative_error(got.float().numpy(), expected.numpy()) < 0.03
-    assert relative_error(output.numpy(), expected.numpy()) > 0.1  # it does move
+    assert relative_error(output.numpy(), expected.numpy()) > 0.1  # guidance has an effect

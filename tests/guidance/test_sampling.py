@@ -1,8 +1,8 @@
-"""DDPM and DDIM steps and whole guided loops against guided-diffusion's; the command."""
+"""Test DDPM and DDIM steps and guided loops against guided-diffusion's, and launch/sample.py."""
 
-import argparse
 import json
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from running import GOLDEN, ROOT, launch
 from small_models import DEFAULT, filled, relative_error, small_unet
 
 from ds_classifier.diffusion import create_gaussian_diffusion
-from ds_classifier.guidance import sample_files
-from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
+from ds_classifier.guidance import fidelity, sample_files
 from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.guidance.guided_sampling import load_guide, load_guided_sampling
 from ds_classifier.guidance.sampling import (
     Prediction,
     ReverseProcess,
@@ -24,10 +24,11 @@ from ds_classifier.guidance.sampling import (
     to_pixels,
     unet_denoiser,
 )
+from ds_classifier.guidance.unet import load_unet
 from ds_classifier.model import create_classifier
 
 BAYES = ["--classifier_path", "bayes", "--data_dir", "x"]
-STEP = 1e-6  # of a single step, relative to its largest number
+STEP = 1e-6  # error of a single step, relative to its largest number
 
 
 def test_single_steps_equal_the_reference(reference):
@@ -94,25 +95,23 @@ def test_guided_loops_end_where_the_reference_does(name, ddim):
     assert relative_error(pixels.numpy(), recorded[f"{loop}_{name}"]) < 1e-4
 
 
-def test_pixels_are_cut_off_not_rounded():
+def test_pixels_are_truncated_not_rounded():
     x = torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 2, 3)
     assert to_pixels(x).flatten().tolist() == [0, 0, 127, 254, 255, 255]
 
 
 @pytest.fixture(scope="module")
 def classifier_file(tmp_path_factory):
-    """A small classifier of digits, untrained, as a .pt, and its flags."""
+    """Write a small, untrained classifier of digits as a .pt; return the command's flags for it."""
     settings = DEFAULT | dict(num_classes=10)
     classifier = create_classifier(**settings)
     path = tmp_path_factory.mktemp("classifier") / "model.pt"
     torch.save(filled(classifier.state_dict()), path)
-    flags = ["--image_size", "16", "--noise_schedule", "cosine", "--classifier_width", "32"]
-    flags += ["--classifier_depth", "1", "--classifier_attention_resolutions", "8"]
-    return ["--classifier_path", path, "--classifier_channel_mult", "1,2", *flags]
+    return ["--classifier_path", path, "--noise_schedule", "cosine"]
 
 
 def test_two_ranks_draw_the_images_of_one(digits, classifier_file, tmp_path):
-    """Seven samples in batches of two: the second rank runs out of samples before the first."""
+    """Draw seven samples in batches of two: the second rank has fewer than the first."""
     arguments = [*classifier_file, "--data_dir", digits / "val", "--num_samples", "7"]
     arguments += ["--batch_size", "2", "--timestep_respacing", "4", "--classes", "3,8"]
     arguments += ["--classifier_scale", "0", "2"]
@@ -130,7 +129,7 @@ def test_two_ranks_draw_the_images_of_one(digits, classifier_file, tmp_path):
         assert np.array_equal(one["arr_0"], two["arr_0"])
         assert one["arr_1"].tolist() == two["arr_1"].tolist() == [3, 8, 3, 8, 3, 8, 3]
         assert one["arr_1"].dtype == np.int64
-        # Each from its own noise, in whatever batch it stands.
+        # Each sample has its own noise, in any batch.
         assert len(np.unique(one["arr_0"].reshape(7, -1), axis=0)) == 7
         first = one["arr_0"][1].repeat(4, 0).repeat(4, 1)  # of class 8; sheets enlarge to 64 px
         assert np.array_equal(
@@ -144,12 +143,14 @@ def test_two_ranks_draw_the_images_of_one(digits, classifier_file, tmp_path):
     assert facts["denoiser"] == {"data_dir": str(digits / "val")}
     assert facts["diffusion"]["noise_schedule"] == "cosine"
     assert facts["diffusion"]["timestep_respacing"] == "4"
-    told = [facts[k] for k in ("classes", "classifier_scale", "num_samples", "seed", "use_ddim")]
-    assert told == [[3, 8], [0.0, 2.0], 7, 0, False]
+    recorded = [
+        facts[k] for k in ("classes", "classifier_scale", "num_samples", "seed", "use_ddim")
+    ]
+    assert recorded == [[3, 8], [0.0, 2.0], 7, 0, False]
 
 
-def test_nothing_of_an_earlier_sampling_stays(tmp_path):
-    """Fewer images of other classes, and what a killed writing left; other files are let be."""
+def test_samples_of_an_earlier_run_are_deleted(tmp_path):
+    """Write fewer images of other classes, after a killed run; other files must stay."""
     folder = sample_files.scale_folder(tmp_path, 3.0)
     black = np.zeros((6, 8, 8, 3), np.uint8)
     sample_files.write_samples(folder, black, np.arange(6))
@@ -162,31 +163,47 @@ def test_nothing_of_an_earlier_sampling_stays(tmp_path):
     assert np.load(folder / "samples_4x8x8x3.npz")["arr_0"].max() == 9
 
 
-def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
-    """Samples that are images of the asked class at one scale, of the next class at another."""
-    pytest.importorskip("sklearn")
+def guided_digits(digits, classifier_file, device="cpu"):
+    """Return guided sampling of the digits' exact denoiser by the small classifier."""
     from launch import sample as command
 
-    monkeypatch.setattr(command, "LEVELS", 2)
-    monkeypatch.setattr(command, "LEVEL_IMAGES", 6)
-    training_set = read_images(digits / "val", image_size=16)
-    images, labels, _ = training_set
-    pixels = images[:40].permute(0, 2, 3, 1).numpy()
-    classifier = create_classifier(**DEFAULT | dict(num_classes=10))
-    classifier.load_state_dict(filled(classifier.state_dict()))
-    report = command.measure(
-        argparse.Namespace(classifier_scale=[0.0, 2.0], seed=0),
-        classifier,
-        ExactDenoiser(*training_set),
-        create_gaussian_diffusion(),
-        training_set,
-        [pixels, pixels[(np.arange(40) + 1) % 40]],
-        labels[:40].numpy(),
+    words = [*classifier_file, "--data_dir", digits / "val"]
+    arguments, given = command.parse(list(map(str, words)))
+    return load_guided_sampling(
+        Path(arguments.classifier_path),
+        given,
+        data_dir=arguments.data_dir,
+        model_path="",
+        unet={},
+        classifier_fp16=False,
+        unet_fp16=False,
+        device=torch.device(device),
     )
-    assert report["shares"]["0"] > 0.95
-    assert report["shares"]["2"] < 0.5
-    assert [level["t"] for level in report["levels"]] == [0, 500, 999]
-    assert "scale     2" in capsys.readouterr().out
+
+
+def test_measures_of_samples_with_known_classes(digits, classifier_file, monkeypatch):
+    """Check samples that are images of the asked class at one scale, of the next at another."""
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(fidelity, "LEVELS", 2)
+    monkeypatch.setattr(fidelity, "LEVEL_IMAGES", 6)
+    guided = guided_digits(digits, classifier_file)
+    pixels = guided.images[:40].permute(0, 2, 3, 1).numpy()
+    samples = [pixels, pixels[(np.arange(40) + 1) % 40]]
+    calls = []
+    measures = fidelity.measure(
+        guided,
+        [0.0, 2.0],
+        samples,
+        guided.labels[:40].numpy(),
+        seed=0,
+        progress=lambda *call: calls.append(call),
+    )
+    assert measures.shares["0"] > 0.95
+    assert measures.shares["2"] < 0.5
+    assert [level["t"] for level in measures.as_json()["levels"]] == [0, 500, 999]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert [line.split()[0] for line in measures.lines()[2:4]] == ["0", "2"]
+    assert [line.split()[0] for line in measures.lines()[-3:]] == ["0", "500", "999"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +224,7 @@ def test_measuring_tells_what_it_measured(digits, monkeypatch, capsys):
         ([*BAYES, "--marginal_temperature", "0.5"], "--marginal_temperature: got 0.5; need 1"),
     ],
 )
-def test_wrong_flags_are_told(flags, words, capsys):
+def test_wrong_flags_are_refused(flags, words, capsys):
     from launch import sample as command
 
     with pytest.raises(SystemExit):
@@ -215,7 +232,7 @@ def test_wrong_flags_are_told(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_the_largest_seed_is_taken():
+def test_the_largest_seed_is_accepted():
     from launch import sample as command
 
     arguments, _ = command.parse([*BAYES, "--seed", str(2**64 - 1)])
@@ -223,35 +240,38 @@ def test_the_largest_seed_is_taken():
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "\u00b2", "\u0663", "1,,2", "1.0", "9" * 5000])
-def test_classes_are_numbers_of_classes(text):
-    from launch import sample as command
-
-    assert command.parse_classes("3, 7", 10).tolist() == [3, 7]
-    assert command.parse_classes("", 3).tolist() == [0, 1, 2]
+def test_classes_are_numbers_of_classes(digits, classifier_file, text):
+    guided = guided_digits(digits, classifier_file)
+    assert guided.classes("3, 7").tolist() == [3, 7]
+    assert guided.classes("").tolist() == list(range(10))
     with pytest.raises(ValueError, match=r"--classes: got .*; need numbers from 0 to 9"):
-        command.parse_classes(text, 10)
+        guided.classes(text)
 
 
-def test_a_run_s_own_process_is_not_to_be_contradicted(tmp_path):
-    """Its levels stay those of its training; which of them are walked through is asked for."""
+def test_the_process_of_a_run_cannot_be_contradicted(tmp_path):
+    """Check that flags may respace the process of the run and change nothing else."""
     from launch import sample as command
 
-    flags = ["--classifier_path", str(write_run(tmp_path / "run")), "--data_dir", "x"]
+    run = write_run(tmp_path / "run")
+    flags = ["--classifier_path", str(run), "--data_dir", "x"]
+
+    def given(*more):
+        return command.parse([*flags, *more])[1]
+
     for wrong in (["--noise_schedule", "linear"], ["--diffusion_steps", "500"]):
         with pytest.raises(ValueError, match=f"got {wrong[0]}; need none for .*, in which it is"):
-            command.load_classifier(*command.parse([*flags, *wrong]), "cpu")
+            load_guide(run, given(*wrong))
     agreed = ["--noise_schedule", "cosine", "--timestep_respacing", "20"]
-    settings, _, _ = command.load_classifier(*command.parse([*flags, *agreed]), "cpu")
+    settings, _, _ = load_guide(run, given(*agreed))
     assert (settings.noise_schedule, settings.timestep_respacing) == ("cosine", "20")
-    settings, _, _ = command.load_classifier(*command.parse(flags), "cpu")
+    settings, _, _ = load_guide(run, given())
     assert settings.timestep_respacing == "250"
-    _, given = command.parse([*flags, "--recipe", "digits32"])
-    assert given["noise_schedule"] == "cosine"
-    assert "log_interval" not in given
+    recipe = given("--recipe", "digits32")
+    assert recipe["noise_schedule"] == "cosine"
+    assert "log_interval" not in recipe
 
 
 def test_a_unet_file_is_read_with_its_flags(tmp_path):
-    from ds_classifier.config import Settings
     from launch import sample as command
 
     path = tmp_path / "diffusion.pt"
@@ -261,12 +281,13 @@ def test_a_unet_file_is_read_with_its_flags(tmp_path):
     flags += ["--attention_resolutions", "8", "--class_cond", "True", "--learn_sigma", "True"]
     flags += ["--num_head_channels", "32", "--use_new_attention_order", "True", "--dropout", "0.1"]
     for extra in (["--resblock_updown", "True"], []):
-        arguments, given = command.parse(list(map(str, flags + extra)))
-        settings = Settings(**given).replace(num_classes=7)
+        arguments, _ = command.parse(list(map(str, flags + extra)))
+        architecture = {name: getattr(arguments, name) for name in command.UNET}
+        architecture |= dict(image_size=16, num_classes=7)
         if extra:
-            unet = command.load_unet(arguments, settings, "cpu")
+            unet = load_unet(path, **architecture)
             x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 750]), torch.tensor([1, 5])
             assert torch.equal(unet(x, t, y), small_unet("cond")(x, t, y))
         else:
             with pytest.raises(ValueError, match="other flags"):
-                command.load_unet(arguments, settings, "cpu")
+                load_unet(path, **architecture)

@@ -1,4 +1,4 @@
-"""guided-diffusion's UNet against outputs recorded from it."""
+"""Test the UNet against outputs recorded from guided-diffusion's."""
 
 import json
 import zlib
@@ -11,7 +11,7 @@ from small_models import GOLDEN_UNETS, RELATIVE, SMALL_UNET, filled, relative_er
 
 from ds_classifier.guidance.unet import create_unet
 
-# Flags that all models in the README of guided-diffusion have.
+# Flags that all models in guided-diffusion's README share.
 PUBLISHED = dict(SMALL_UNET, channel_mult="", num_classes=1000, class_cond=True, learn_sigma=True)
 PUBLISHED |= dict(attention_resolutions="32,16,8", resblock_updown=True, num_res_blocks=2)
 
@@ -57,7 +57,7 @@ def test_equals_the_reference(reference, name):
     ],
 )
 def test_published_sizes_have_the_reference_s_names_and_shapes(size, flags, parameters, crc):
-    """The crc was taken of guided-diffusion's own state dict, built with these flags."""
+    """Compare with the crc of guided-diffusion's own state dict, built with these flags."""
     with torch.device("meta"):
         unet = create_unet(**PUBLISHED | flags | dict(image_size=size))
     assert sum(p.numel() for p in unet.parameters()) == parameters
@@ -92,6 +92,6 @@ def test_half_precision_stays_near():
         (dict(image_size=0), "image_size: got 0"),
     ],
 )
-def test_refuses_what_it_cannot_build(flags, words):
+def test_refuses_architectures_that_cannot_be_built(flags, words):
     with pytest.raises(ValueError, match=words):
         create_unet(**SMALL_UNET | flags)

@@ -150,7 +150,7 @@ def test_a_run_under_a_series_of_faults_ends_as_if_undisturbed(digits, tmp_path)
         ],
     )
     watch.end()
-    assert "passed over run/checkpoints/step-00000012: model.safetensors is damaged" in done.output
+    assert "skipped run/checkpoints/step-00000012: model.safetensors is damaged" in done.output
     assert "checkpoints/step-00000006, step 6" in done.output
     assert done.output.count("Input/output error") == 2
     full = next(line for line in done.lines if "No space left" in line)

@@ -309,7 +309,7 @@ def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
     torch.save({"model": print}, tmp_path / "evil.pt")
     flags[-1] = tmp_path / "evil.pt"
     done = train(1, "zero1_fp32", digits, tmp_path / "evil", *flags, expect=2)
-    assert "no plain state dict" in done.output
+    assert "not a plain state dict" in done.output
     assert "Traceback" not in done.output
 
 

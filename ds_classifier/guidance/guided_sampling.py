@@ -1,0 +1,219 @@
+"""Load what guided sampling needs: a classifier, something to sample from, and their process.
+
+Samples come from guided-diffusion's UNet, or from the exact denoiser of a small training set. They
+are guided by a trained classifier, or by the exact posterior of that training set ("bayes").
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ds_classifier.checkpoint.weights import WeightsFile, load_classifier
+from ds_classifier.config import Settings
+from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
+from ds_classifier.guidance.gradient import CondFn, bayes_gradient, classifier_gradient
+from ds_classifier.guidance.sampling import (
+    Denoiser,
+    ReverseProcess,
+    exact_denoiser,
+    sample_classes,
+    unet_denoiser,
+)
+from ds_classifier.guidance.unet import UNetModel, load_unet
+
+
+@dataclass(frozen=True)
+class GuidedSampling:
+    """A denoiser to sample from, and a classifier that guides it.
+
+    settings: those of the images and the process, respaced as for sampling.
+    classifier, source: the classifier and its file of weights; None if the exact posterior guides.
+    exact: the exact denoiser of a training set; None if a UNet is sampled from.
+    images, labels: that training set, [M, C, S, S] uint8 and [M] int64; None without one.
+    unet: the UNet to sample from; None with a training set.
+    device: the device that samples are drawn on.
+    origin: what samples.json records of the classifier and the denoiser.
+    """
+
+    settings: Settings
+    classifier: nn.Module | None
+    source: WeightsFile | None
+    exact: ExactDenoiser | None
+    images: Tensor | None
+    labels: Tensor | None
+    unet: UNetModel | None
+    device: torch.device
+    origin: dict[str, Any]
+
+    @functools.cached_property
+    def process(self) -> ReverseProcess:
+        """The reverse process that is sampled, respaced if the settings say so."""
+        return ReverseProcess(create_gaussian_diffusion(**self.settings.diffusion_kwargs()))
+
+    @functools.cached_property
+    def original(self) -> GaussianDiffusion:
+        """The diffusion process before respacing."""
+        settings = self.settings.replace(timestep_respacing="")
+        return create_gaussian_diffusion(**settings.diffusion_kwargs())
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser that is sampled from."""
+        if self.unet is not None:
+            return unet_denoiser(self.unet, self.process)
+        return exact_denoiser(self.exact, self.process)
+
+    def cond_fn(
+        self, scale: float, *, joint_temperature: float = 1.0, marginal_temperature: float = 1.0
+    ) -> CondFn | None:
+        """Return the guidance gradient at a scale, or None at scale 0.
+
+        The temperatures (see `classifier_gradient`) do not apply to the exact posterior.
+        Raises ValueError for the exact posterior with rescaled timesteps, which it cannot read.
+        """
+        if scale == 0:
+            return None
+        if self.classifier is None:
+            if self.original.rescale_timesteps and self.original.num_timesteps != 1000:
+                raise ValueError("--classifier_path bayes: got --rescale_timesteps; do: drop it")
+            return bayes_gradient(self.exact, self.original.alphas_cumprod, scale=scale)
+        return classifier_gradient(
+            self.classifier,
+            scale=scale,
+            joint_temperature=joint_temperature,
+            marginal_temperature=marginal_temperature,
+        )
+
+    def classes(self, text: str) -> np.ndarray:
+        """Return the classes in "3,7", or all for "": [K] int64. Raises ValueError for others."""
+        num_classes = self.settings.num_classes
+        if not text:
+            return np.arange(num_classes)
+        parts = [part.strip() for part in text.split(",")]
+        numbers = [int(part) if re.fullmatch("[0-9]{1,9}", part) else -1 for part in parts]
+        if min(numbers) < 0 or max(numbers) >= num_classes:
+            raise ValueError(
+                f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}, like 3,7"
+            )
+        return np.array(numbers)
+
+    def draw(
+        self,
+        labels: np.ndarray,
+        scale: float,
+        *,
+        joint_temperature: float,
+        marginal_temperature: float,
+        batch_size: int,
+        use_ddim: bool,
+        clip_denoised: bool,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> np.ndarray:
+        """Draw a sample per label, guided at a scale, on all ranks together: uint8 [N, S, S, C].
+
+        labels: [N] int64, the classes asked for. scale, temperatures: see `cond_fn`.
+        batch_size: samples at a time, per rank. The others: see `sample_classes`.
+        """
+        settings = self.settings
+        return sample_classes(
+            self.process,
+            self.denoiser,
+            self.cond_fn(
+                scale,
+                joint_temperature=joint_temperature,
+                marginal_temperature=marginal_temperature,
+            ),
+            labels,
+            shape=(settings.in_channels, settings.image_size, settings.image_size),
+            batch_size=batch_size,
+            seed=seed,
+            device=self.device,
+            ddim=use_ddim,
+            clip_denoised=clip_denoised,
+            progress=progress,
+        )
+
+
+def load_guided_sampling(
+    classifier_path: Path | None,
+    given: dict[str, Any],
+    *,
+    data_dir: str,
+    model_path: str,
+    unet: dict[str, Any],
+    classifier_fp16: bool,
+    unet_fp16: bool,
+    device: torch.device,
+) -> GuidedSampling:
+    """Load a classifier, and a training set or a UNet.
+
+    classifier_path: see `weights.open_weights`; None stands for the exact posterior of data_dir.
+    given: the settings that the user named. timestep_respacing may differ from the classifier's.
+    data_dir: shards of a small training set, whose exact denoiser is sampled from. If it is "",
+        model_path is the file of a UNet, and unet its architecture (see `create_unet`).
+    Raises ValueError if something cannot be loaded, or if its settings or classes do not agree.
+    """
+    settings, classifier, source = load_guide(
+        classifier_path, given, fp16=classifier_fp16, device=device
+    )
+    guide: dict[str, Any] = {"path": "bayes"}
+    if source is not None:
+        guide = {"path": str(source.path), "step": source.step, "sha256": source.sha256}
+    if not data_dir:
+        model = load_unet(
+            Path(model_path),
+            **unet,
+            image_size=settings.image_size,
+            in_channels=settings.in_channels,
+            num_classes=settings.num_classes,
+            fp16=unet_fp16,
+            device=device,
+        )
+        denoiser = {"model_path": model_path, **unet, "use_fp16": unet_fp16}
+        origin = {"classifier": guide, "denoiser": denoiser}
+        return GuidedSampling(settings, classifier, source, None, None, None, model, device, origin)
+    images, labels, num_classes = read_images(
+        data_dir, image_size=settings.image_size, channels=settings.in_channels
+    )
+    if settings.num_classes not in (0, num_classes):
+        raise ValueError(
+            f"--data_dir: got {num_classes} classes in {data_dir}; need the "
+            f"{settings.num_classes} of {classifier_path or '--num_classes'}"
+        )
+    settings = settings.replace(num_classes=num_classes)
+    exact = ExactDenoiser(images, labels, num_classes, device=device)
+    origin = {"classifier": guide, "denoiser": {"data_dir": data_dir}}
+    return GuidedSampling(settings, classifier, source, exact, images, labels, None, device, origin)
+
+
+def load_guide(
+    path: Path | None,
+    given: dict[str, Any],
+    *,
+    fp16: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[Settings, nn.Module | None, WeightsFile | None]:
+    """Load a classifier for sampling, on the device, and the settings to sample with.
+
+    path, given: see `load_guided_sampling`; for path None only settings are returned.
+    Raises ValueError as `load_classifier` does, or if `given` contradicts recorded settings.
+    """
+    if path is None:
+        return Settings(**given), None, None
+    # The process is the one of the classifier's training; only its respacing may differ.
+    respacing = {name: value for name, value in given.items() if name == "timestep_respacing"}
+    source, classifier = load_classifier(path, given)
+    source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respacing})
+    classifier.to(device, torch.float16 if fp16 else None)
+    return source.settings.replace(**respacing), classifier, source
