@@ -49,7 +49,7 @@ def read_source(
     weights: dict[str, Tensor] = {}
 
     def read() -> dict[str, Any]:
-        source, tensors = open_weights(path, Settings(**given))
+        source, tensors = open_weights(path, given)
         weights.update(tensors)
         source.refuse_contradicting_flags(given)
         return vars(source) | {"path": str(source.path), "settings": vars(source.settings)}
