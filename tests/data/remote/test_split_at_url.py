@@ -162,8 +162,8 @@ def test_a_split_that_is_not_served_is_wrong_use(served_store, tmp_path):
     """A ValueError, which ends with exit code 2; a server in trouble is another matter."""
     server, _, _ = served_store
     named = dict(cache_dir=str(tmp_path / "cache"), cache_gb=1.0, image_size=8)
-    with pytest.raises(ValueError, match="1 try; the last: HTTP 404") as error:
+    with pytest.raises(ValueError, match="1 try; last error: HTTP 404") as error:
         open_named(f"{server.url}/nowhere", **named)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"1 try; the last: .*/manifest.json: No such file"):
+    with pytest.raises(ValueError, match=r"1 try; last error: .*/manifest.json: No such file"):
         open_named(f"file:{tmp_path}/nowhere", **named)

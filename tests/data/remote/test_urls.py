@@ -66,7 +66,7 @@ def test_basic_authentication(served):
     server.faults["x.tar"] = ["reset"]
     assert b"".join(stream(f"{url}/x.tar", patience=Patience(**FAST))) == CONTENT
     assert server.requests[-1][1].startswith("bytes="), "the rest was not asked for"
-    with pytest.raises(OSError, match=r"x\.tar: got no whole file in 1 try; the last: HTTP 401"):
+    with pytest.raises(OSError, match=r"x\.tar: got no whole file in 1 try; last error: HTTP 401"):
         fetch_small(f"{server.url}/x.tar", **options)
     wrong = url.replace("cret", "wrong")
     with pytest.raises(OSError, match=r"//\*\*\*@127.*HTTP 401") as error:
