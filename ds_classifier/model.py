@@ -2,14 +2,14 @@
 
 Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 4.1 and Table 12.
 Parameter names and shapes are those of guided-diffusion's `EncoderUNetModel`, so that its published
-classifiers load here unchanged, and ours load there.
+classifiers load here unchanged, and classifiers trained here load there.
 
 Shapes: N images, C channels, H x W pixels, T = H*W tokens, E = 4 * width embedding, K classes.
 Precision: weights may be fp32, bf16 or fp16. Timesteps are embedded in fp32; group norm and
-softmax accumulate in fp32 inside their kernels; logits are fp32.
-Layout: weights stay contiguous, since DeepSpeed flattens them. Activations run channels_last on
-GPUs, for their convolutions, and contiguous on CPUs, where PyTorch's channels_last group norm has a
-backward 4 to 25 times slower than the contiguous one.
+softmax accumulate in fp32 inside their kernels; logits are returned in fp32.
+Layout: weights are contiguous, since DeepSpeed flattens them. Activations are channels_last on
+GPUs, which is faster for convolutions, and contiguous on CPUs, where the backward of PyTorch's
+channels_last group norm is 4 to 25 times slower than that of the contiguous one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 HEAD_CHANNELS = 64  # channels of an attention head, fixed in the published classifiers
-NORM_GROUPS = 32  # groups of every group norm, fixed there too
+NORM_GROUPS = 32  # groups of each group norm, fixed in the published classifiers
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
-# Width of each resolution level as a multiple of classifier_width; from 64 px on the reference's.
+# Width of each resolution level as a multiple of classifier_width, by image size. The entries from
+# 64 on are the reference's.
 CHANNEL_MULT = {
     8: (1, 2),
     16: (1, 2, 4),
@@ -40,7 +41,10 @@ CHANNEL_MULT = {
 
 
 def default_channel_mult(image_size: int) -> tuple[float, ...]:
-    """Return the multipliers of the levels; an unlisted size has those of the next smaller one."""
+    """Return the level widths for an image size; those of the next smaller size if not listed.
+
+    Raises ValueError below the smallest listed size.
+    """
     listed = [size for size in CHANNEL_MULT if size <= image_size]
     if not listed:
         raise ValueError(
@@ -51,7 +55,7 @@ def default_channel_mult(image_size: int) -> tuple[float, ...]:
 
 
 def parse_channel_mult(text: str, image_size: int) -> tuple[float, ...]:
-    """Return (1, 2, 4) for '1,2,4', and the default of the image size for ''; raise ValueError."""
+    """Parse "1,2,4" to (1, 2, 4), and "" to the default of the image size."""
     if not text:
         return default_channel_mult(image_size)
     try:
@@ -61,7 +65,7 @@ def parse_channel_mult(text: str, image_size: int) -> tuple[float, ...]:
     if not mult or min(mult) <= 0:
         raise ValueError(
             f"classifier_channel_mult: got {text!r}; need positive numbers separated by commas, "
-            "one a resolution level; do: write it like 1,2,4"
+            "one per resolution level; do: write it like 1,2,4"
         )
     return mult
 
@@ -79,13 +83,17 @@ def create_classifier(
     in_channels: int = 3,
     classifier_channel_mult: str = "",
 ) -> EncoderUNetModel:
-    """Build the classifier that the reference's flags of the same names describe.
+    """Build a classifier from the reference's flags of the same names.
 
-    image_size: pixels of a side; a multiple of 2^(levels-1).
-    classifier_width: channels at multiplier 1. classifier_depth: residual blocks per level.
-    classifier_attention_resolutions: "32,16,8": attention where the feature map has that side.
-    classifier_pool: how features become logits: attention, adaptive, spatial or spatial_v2.
-    classifier_channel_mult: "1,2,4", a multiplier per level; "" means the default of the size.
+    image_size: side in pixels; a multiple of 2^(levels-1).
+    classifier_width: channels at multiplier 1.
+    classifier_depth: residual blocks per level.
+    classifier_attention_resolutions: "32,16,8" adds attention to feature maps with these sides.
+    classifier_use_scale_shift_norm: apply the timestep as scale and shift, not as a shift alone.
+    classifier_resblock_updown: halve with residual blocks, not with strided convolutions.
+    classifier_pool: the head: attention, adaptive, spatial or spatial_v2.
+    num_classes: K. in_channels: C of the images, 1 to 4.
+    classifier_channel_mult: "1,2,4", one multiplier per level; "" for the default of the size.
 
     Returns a module: forward(x [N, in_channels, S, S] in [-1, 1], timesteps [N]) -> logits [N, K].
     Raises ValueError for values with which the architecture cannot be built.
@@ -126,6 +134,7 @@ def create_classifier(
 def _check_architecture(
     *, image_size, channels, attention_ds, depth, pool, num_classes, in_channels
 ) -> None:
+    """Raise ValueError for values with which the architecture cannot be built."""
     levels = len(channels)
     factor = 2 ** (levels - 1)
     if image_size < factor or image_size % factor:
@@ -140,7 +149,7 @@ def _check_architecture(
         if width == 0 or width % NORM_GROUPS:
             raise ValueError(
                 f"classifier_width: got {width} channels at a level; need a multiple of "
-                f"{NORM_GROUPS}, the groups of its norms; do: change --classifier_width or "
+                f"{NORM_GROUPS}, the groups of each norm; do: change --classifier_width or "
                 "--classifier_channel_mult"
             )
     attended = {channels[-1]}
@@ -149,8 +158,8 @@ def _check_architecture(
         if width % HEAD_CHANNELS:
             raise ValueError(
                 f"classifier_attention_resolutions: got attention over {width} channels; need a "
-                f"multiple of {HEAD_CHANNELS}, the channels of a head; do: attend at deeper levels "
-                "only, or widen the model"
+                f"multiple of {HEAD_CHANNELS}, the channels of a head; do: use attention at deeper "
+                "levels only, or a wider model"
             )
     if depth < 1:
         raise ValueError(
@@ -165,7 +174,7 @@ def _check_architecture(
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm of 32 groups; its kernels accumulate in fp32 in every precision."""
+    """A group norm with 32 groups; its kernels accumulate in fp32 for weights of any precision."""
 
     def __init__(self, channels: int):
         super().__init__(NORM_GROUPS, channels)
@@ -176,22 +185,22 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16 and x.device.type == "cpu":
-            # The fp16 convolution backward of CPU libraries is 80 times slower than fp32. Only this
-            # operation is computed in fp32 there; everything else stays fp16.
+            # The backward of an fp16 convolution on CPUs is 80 times slower than that of an fp32
+            # one. So this operation is computed in fp32; all others stay in fp16.
             weight, bias = self.weight.float(), self.bias.float()
             return F.conv2d(x.float(), weight, bias, self.stride, self.padding).half()
         return super().forward(x)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Start a residual branch at zero, so that a fresh block passes its input through."""
+    """Set all parameters to zero, so that a new residual block returns its input."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def tokens(x: Tensor) -> Tensor:
-    """Return [N, C, H, W] as tokens [N, T, C]; a view if x is channels_last."""
+    """Turn [N, C, H, W] into [N, T, C]; a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -201,9 +210,10 @@ def project(x: Tensor, layer: nn.Conv1d) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Return the sinusoidal embedding of timesteps [N], [N, dim] fp32 (Vaswani et al. 2017, 3.5).
+    """Compute the sinusoidal embedding of timesteps [N]: [N, dim] fp32.
 
-    Cosines first, then sines; timesteps may be fractional.
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.5. The first half are cosines, the
+    second half sines. Timesteps may be fractional.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
@@ -213,12 +223,17 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 def double(x: Tensor) -> Tensor:
-    """Repeat every pixel as a square of four: [N, C, H, W] -> [N, C, 2H, 2W]."""
+    """Repeat each pixel twice along both sides: [N, C, H, W] -> [N, C, 2H, 2W]."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class ResBlock(nn.Module):
-    """A residual block: norm, SiLU, conv; norm, scaled and shifted by the timestep; SiLU, conv."""
+    """A residual block: norm, SiLU, conv; norm, timestep, SiLU, conv; plus the input.
+
+    use_scale_shift_norm: the timestep scales and shifts the second norm's output; if False, it is
+        added before that norm.
+    down, up: halve or double the sides before the first conv.
+    """
 
     def __init__(
         self,
@@ -241,7 +256,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.SiLU(),
-            nn.Identity(),  # the reference's dropout, always 0 in its classifiers
+            nn.Identity(),  # in place of the reference's dropout, which is 0 in its classifiers
             zero_init(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = out_channels == channels
@@ -266,7 +281,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A strided convolution between levels, if the residual blocks do not halve."""
+    """A strided convolution between levels, used if the residual blocks do not halve."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -279,7 +294,8 @@ class Downsample(nn.Module):
 class AttentionBlock(nn.Module):
     """A self-attention over the pixels of a feature map, added to it.
 
-    new_order: of the qkv layer's outputs; q, k, v are split before the heads, else after them.
+    new_order: the order of the qkv layer's outputs. True: q of all heads, k of all heads, v of all
+        heads. False, as in the reference's classifiers: q, k, v of the first head, and so on.
     """
 
     def __init__(
@@ -296,7 +312,7 @@ class AttentionBlock(nn.Module):
         qkv = project(tokens(self.norm(x)), self.qkv)  # [N, T, heads * 3 * c/heads]
         if self.new_order:
             qkv = qkv.view(n, height * width, 3, self.num_heads, -1).transpose(2, 3)
-        else:  # the "legacy order" of the reference's classifiers: q, k, v of a head are adjacent
+        else:  # the reference's "legacy order"
             qkv = qkv.view(n, height * width, self.num_heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [N, heads, T, c/heads]
         h = F.scaled_dot_product_attention(q, k, v)
@@ -305,7 +321,10 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """An attention pool as in CLIP: the mean token is the query. [N, C, H, W] -> [N, K]."""
+    """A pooling by attention, as in CLIP: [N, C, H, W] -> [N, K].
+
+    The mean of all tokens is the only query; keys and values come from the mean and all tokens.
+    """
 
     def __init__(self, side: int, channels: int, num_classes: int):
         super().__init__()
@@ -320,7 +339,7 @@ class AttentionPool2d(nn.Module):
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [N, 1 + T, C]
         x = x + self.positional_embedding.t()[None]
         weight, bias = self.qkv_proj.weight[:, :, 0], self.qkv_proj.bias
-        # Only the output of the mean token is used, so only its query is computed.
+        # Only the output at the mean token is used, so only its query is computed.
         q = F.linear(x[:, :1], weight[:c], bias[:c]).view(n, 1, self.num_heads, HEAD_CHANNELS)
         kv = F.linear(x, weight[c:], bias[c:]).view(n, -1, 2, self.num_heads, HEAD_CHANNELS)
         k, v = kv.permute(2, 0, 3, 1, 4)  # each [N, heads, 1 + T, 64]
@@ -329,7 +348,7 @@ class AttentionPool2d(nn.Module):
 
 
 class TimestepSequential(nn.Sequential):
-    """A sequence that passes the timestep embedding to the layers that take it."""
+    """A block of layers; passes the timestep embedding to the residual blocks among them."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
@@ -341,9 +360,9 @@ class EncoderUNetModel(nn.Module):
     """The classifier p(y | x_t, t).
 
     forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32.
-
-    activation_checkpointing: an attribute; if set, the backward computes the inside of each block
-    again from its input (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    activation_checkpointing: an attribute, False by default. If True, the backward computes the
+        inside of each block again from its input (Chen et al. 2016, "Training Deep Nets with
+        Sublinear Memory Cost").
     """
 
     def __init__(
@@ -378,7 +397,7 @@ class EncoderUNetModel(nn.Module):
         self.input_blocks = nn.ModuleList(
             [TimestepSequential(Conv2d(in_channels, c, 3, padding=1))]
         )
-        features = c  # the sum of the channels of all blocks' outputs, which the spatial pools read
+        features = c  # sum of the channels of all blocks' outputs, the input of the spatial pools
         for level, level_channels in enumerate(channels):
             for _ in range(depth):
                 layers: list[nn.Module] = [block(c, level_channels)]
@@ -398,6 +417,7 @@ class EncoderUNetModel(nn.Module):
 
     @staticmethod
     def _head(pool: str, c: int, features: int, side: int, num_classes: int) -> nn.Sequential:
+        """Build the head that turns features into logits."""
         if pool == "attention":
             return nn.Sequential(GroupNorm(c), nn.SiLU(), AttentionPool2d(side, c, num_classes))
         if pool == "adaptive":
@@ -416,7 +436,7 @@ class EncoderUNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.width).to(dtype))  # [N, E]
         layout = torch.channels_last if x.is_cuda else torch.contiguous_format
         h = x.to(dtype).contiguous(memory_format=layout)
-        pooled = []  # spatial pools: the mean of every block's feature map
+        pooled = []  # for the spatial pools: the mean of each block's feature map, [N, C]
         for module in (*self.input_blocks, self.middle_block):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(module, h, emb, use_reentrant=False, preserve_rng_state=False)

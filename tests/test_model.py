@@ -1,4 +1,4 @@
-"""The classifier against numbers recorded from guided-diffusion, and what it refuses."""
+"""The classifier gives the numbers recorded from guided-diffusion; values that it refuses."""
 
 import json
 
@@ -12,7 +12,7 @@ from ds_classifier.model import create_classifier
 
 
 def logits_and_gradient(model, size, t, y):
-    """Logits and d sum(log p(y|x)) / dx of the recorded input."""
+    """Return the logits and d sum(log p(y|x)) / dx of the recorded input."""
     x = np.random.RandomState(7).standard_normal((2, 3, size, size)).astype(np.float32)
     x = torch.from_numpy(x).requires_grad_()
     logits = model(x, torch.from_numpy(t))
@@ -38,7 +38,7 @@ def test_agrees_with_the_recorded_cases(reference, name):
     model = create_classifier(**flags)
     shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
     assert shapes == case["state"]
-    assert list(shapes) == list(case["state"])  # optimizer states go by order
+    assert list(shapes) == list(case["state"])  # optimizer states depend on the order
     check_against(model, flags["image_size"], np.load(reference / f"model_{name}.npz"))
 
 
@@ -113,7 +113,7 @@ def test_low_precision_stays_near_fp32(dtype):
         (dict(classifier_depth=0), ["classifier_depth", "0"]),
     ],
 )
-def test_refuses_what_cannot_be_built(change, names):
+def test_refuses_values_that_cannot_be_built(change, names):
     with pytest.raises(ValueError) as error:
         create_classifier(**DEFAULT | change)
     for name in names:
@@ -121,7 +121,7 @@ def test_refuses_what_cannot_be_built(change, names):
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    """Of every parameter, for a batch that is always the same."""
+    """Return the gradient of every parameter for one fixed batch."""
     model.load_state_dict(filled(model.state_dict()))
     model.zero_grad()
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def test_activation_checkpointing_changes_no_bit(pool):
 
 @pytest.mark.faults
 def test_compiled_in_place():
-    """Names stay what they are, and the numbers within rounding."""
+    """The names stay the same, and the numbers differ by rounding only."""
     model = create_classifier(**DEFAULT)
     names, plain = list(model.state_dict()), gradients(model)
     model.compile()

@@ -1,7 +1,7 @@
-"""Positions -> batches: read, decode and crop in worker processes that keep no state.
+"""Positions -> batches: read, decode and crop images in worker processes without state.
 
-A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32; and
-bad, the samples that could not be decoded: they keep their place with weight 0.
+A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32, and the
+bad samples, which could not be decoded: they keep their place in the batch with weight 0.
 """
 
 from __future__ import annotations
@@ -30,38 +30,43 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.store import store_of
 from ds_classifier.distributed import processes
 
-AHEAD = 2**17  # positions a rank looks ahead at most, to name the shards it will need
-PREFETCH = 4  # batches ahead a worker
-MAX_RESTARTS = 3  # in a row, without a batch between: more is no accident
-DEATH_S = 1.0  # seconds until a process whose pipe broke counts as alive
+AHEAD = 2**17  # positions that a rank looks ahead at most, to name the shards it will need
+PREFETCH = 4  # batches that each worker prepares ahead
+MAX_RESTARTS = 3  # restarts in a row without a batch between them
+DEATH_S = 1.0  # seconds to wait for the death of a worker whose pipe broke
 
 
 class BadSample(NamedTuple):
+    """A sample that could not be decoded."""
+
     position: int
     key: str
     error: str
 
 
 class Batch(NamedTuple):
+    """A micro-batch of samples."""
+
     images: Tensor  # [n, S, S, C] uint8
     labels: Tensor  # [n] int64
-    positions: Tensor  # [n] int64, places in the training stream
+    positions: Tensor  # [n] int64, in the training stream
     weights: Tensor  # [n] fp32: 1, or 0 for a bad sample or padding
     bad: list[BadSample]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; the copies do not wait when the memory is pinned."""
+        """Copy the batch to a device, without waiting if its memory is pinned."""
         moved = [tensor.to(device, non_blocking=True) for tensor in self[:4]]
         return Batch(*moved, self.bad)
 
 
 class ShardDataset(Dataset):
-    """Samples by position. An item is a whole batch: dataset[positions] with positions [n] int64.
+    """A data set whose item is a whole batch: dataset[positions] with positions [n] int64.
 
-    order: which sample stands at a position, or None for the manifest's order.
-    batches: the rank's, so that shards behind a URL are fetched ahead of them.
-    image_size: S, pixels. channels: 1 to 4. random_crop, random_flip: keyed by (seed, position).
-    fast: the same crops, resized by torch; see `images.resize_and_crop`.
+    order: maps positions to samples; None for the order of the manifest.
+    batches: positions of this rank, from which the shards at a URL are fetched ahead; or None.
+    image_size: S, pixels. channels: C, 1 to 4.
+    random_crop, random_flip: their random numbers depend on (seed, position) alone.
+    fast: resize with torchvision; see `images.resize_and_crop`.
     """
 
     def __init__(
@@ -80,16 +85,20 @@ class ShardDataset(Dataset):
         self.shards, self.order = shards, order
         self.image_size, self.channels = image_size, channels
         self.random_crop, self.random_flip, self.fast = random_crop, random_flip, fast
-        if fast:  # imported here, before the workers are forked: it takes seconds and 165 MB
+        if fast:  # imported before the workers are forked, since it takes 1.5 s and 165 MB
             importlib.import_module("torchvision.transforms.v2.functional")
         self._crop_key = stream_key(seed, "crop")
         self._store = store_of(shards)
         self._batches = batches if self._store.remote else None
-        self._looked = (0, 0)  # positions for which the shards ahead are named
+        self._looked = (0, 0)  # range of positions for which the shards ahead have been named
 
     def __getitem__(self, positions: np.ndarray) -> Batch:
+        """Read, decode and crop the samples at the positions; -1 is padding, with weight 0.
+
+        Raises OSError if a shard cannot be read.
+        """
         positions = np.asarray(positions, dtype=np.int64)
-        inside = positions >= 0  # padding stands at -1
+        inside = positions >= 0
         if self._batches is not None and inside.any():
             self._look_ahead(int(positions[inside].min()))
         samples = np.where(inside, positions, 0)
@@ -121,7 +130,7 @@ class ShardDataset(Dataset):
         )
 
     def _look_ahead(self, position: int) -> None:
-        """Name the shards of the blocks being read, and of those after them, to the store."""
+        """Name to the store the shards that the current and the next blocks need."""
         if self._looked[0] <= position < self._looked[1]:
             return
         ahead = self._batches.after(position)
@@ -130,15 +139,15 @@ class ShardDataset(Dataset):
         else:
             shards = self.order.open_shards(ahead)
         self._store.prefetch(shards)
-        self._looked = (position, int(ahead[len(ahead) // 8]))  # then again, a block further on
+        self._looked = (position, int(ahead[len(ahead) // 8]))
 
     def key(self, position: int) -> str:
-        """The key of the sample at a position."""
+        """Return the key of the sample at a position."""
         at = np.array([position])
         return self.shards.key(int((at if self.order is None else self.order.samples(at))[0]))
 
     def _crop(self, data: bytes, position: int) -> tuple[np.ndarray, bool]:
-        """The crop, [S, S, C] uint8, and whether it is to be flipped."""
+        """Return the crop, [S, S, C] uint8, and whether to flip it."""
         decode = images.decode_pixels if self.fast else images.decode
         image = decode(data, self.channels)
         draws = Draws(fold(self._crop_key, position))
@@ -150,13 +159,16 @@ class ShardDataset(Dataset):
 
 
 def _flip(pixels: Tensor) -> None:
-    """Mirror an image, [H, W, C], in place; torch does it ten times quicker than numpy."""
+    """Mirror an image, [H, W, C], in place; torch does it ten times faster than numpy."""
     image = pixels.permute(2, 0, 1)[None]  # [1, C, H, W], channels last
     image.copy_(image.flip(-1))
 
 
 class TrainingPositions(Sampler):
-    """The positions of one rank's micro-batches from a step on, [micro_batch] each."""
+    """The positions of one rank's micro-batches, [micro_batch] each, for the given steps.
+
+    first_step, steps: the range of steps is [first_step, steps).
+    """
 
     def __init__(
         self,
@@ -182,7 +194,10 @@ class TrainingPositions(Sampler):
             yield from share_of_rank(self.order, step, **self.shape).reshape(-1, self.micro_batch)
 
     def after(self, position: int) -> np.ndarray:
-        """The rank's positions from a step on, until every open block is read and one more."""
+        """Return this rank's positions from the step of `position` on.
+
+        They cover the rest of all open blocks and one more step; at most AHEAD positions.
+        """
         step, share = position // self.shape["global_batch"], self.accumulation * self.micro_batch
         count = min(-(-self.order.open_samples // self.shape["world_size"]), AHEAD)
         steps = range(step, min(step + 1 + -(-count // share), self.steps))
@@ -190,7 +205,10 @@ class TrainingPositions(Sampler):
 
 
 class ValidationPositions(Sampler):
-    """Every sample once over all ranks, each reading its own part; equal steps, padded with -1."""
+    """The positions of one rank's part of all samples, [batch] each.
+
+    Every rank has the same number of batches; the last ones are padded with -1.
+    """
 
     def __init__(self, samples: int, *, batch: int, rank: int, world_size: int):
         self.samples, self.batch = samples, batch
@@ -206,16 +224,17 @@ class ValidationPositions(Sampler):
             yield np.where(positions < self.samples, positions, -1)
 
     def after(self, position: int) -> np.ndarray:
-        """The rank's next positions from one on."""
+        """Return this rank's next positions, beginning with `position`."""
         end = min((self.rank + 1) * len(self) * self.batch, self.samples)
         return np.arange(position, min(position + AHEAD // 8, end), dtype=np.int64)
 
 
 class Loader:
-    """Batches of the dataset at the given positions, in their order, however its workers fare.
+    """The batches of a dataset at the given positions, in their order.
 
-    A batch is a function of its positions alone. So where a worker is killed, say for want of
-    memory, all are started anew at the first batch not yet delivered, and nothing is lost.
+    A batch is a function of its positions alone. So if a worker is killed, for example because
+    memory ran out, all workers are restarted at the first batch not yet delivered, and the same
+    batches are read again.
     """
 
     def __init__(self, dataset: ShardDataset, positions: Sampler, *, workers: int, prefetch: int):
@@ -226,7 +245,10 @@ class Loader:
         return len(self.positions)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises what a worker raises; OSError after MAX_RESTARTS restarts in a row."""
+        """Yield the batches.
+
+        Raises the error of a worker; OSError if workers die after MAX_RESTARTS restarts in a row.
+        """
         delivered = restarts = 0
         while True:
             children = set(multiprocessing.active_children())
@@ -237,7 +259,7 @@ class Loader:
                     delivered, restarts = delivered + 1, 0
                     yield batch
                 return
-            except Exception as error:  # torch tells of a lost worker in several ways
+            except Exception as error:  # torch reports a lost worker by several error types
                 death = _first_death(workers)
                 if death is None:
                     raise
@@ -245,15 +267,16 @@ class Loader:
                 restarts += 1
                 if restarts > MAX_RESTARTS:
                     raise OSError(
-                        f"{lost}, {restarts} times in a row; do: see whether memory ran out, and "
-                        f"give fewer --workers (now {self.workers} a rank)"
+                        f"{lost}, {restarts} times in a row; do: check whether memory ran out, and "
+                        f"use fewer --workers (now {self.workers} per rank)"
                     ) from error
-            for worker in workers:  # the others may wait for a lock that the dead one held
+            for worker in workers:  # the other workers may wait for a lock that the dead one held
                 worker.kill()
             del batches
-            distributed.warn(f"{lost}; reading on with new ones from the same position")
+            distributed.warn(f"{lost}; new workers continue at the same position")
 
     def _start(self, first: int) -> Iterator[Batch]:
+        """Start the workers; return the batches from number `first` on."""
         in_workers = {}
         if self.workers > 0:
             in_workers = dict(
@@ -263,15 +286,15 @@ class Loader:
             )
         loader = DataLoader(
             self.dataset,
-            batch_size=None,  # the sampler's item is a whole batch already
+            batch_size=None,  # an item of the sampler is a whole batch
             sampler=_Rest(self.positions, first),
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_is,
             **in_workers,
         )
-        # torch would raise a worker's death wherever this process is, such as in a collective;
-        # without its handler it looks at the workers when a batch is due and does not come.
+        # torch's handler for SIGCHLD raises wherever this process is, for example in a collective.
+        # Without it, torch checks the workers when a batch does not come in time.
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not handler:
@@ -280,7 +303,7 @@ class Loader:
 
 
 class _Rest(Sampler):
-    """The positions without the first so many batches."""
+    """The positions without the first batches."""
 
     def __init__(self, positions: Sampler, first: int):
         self._positions, self._first = positions, first
@@ -293,7 +316,10 @@ class _Rest(Sampler):
 
 
 def _first_death(workers: set[multiprocessing.Process]) -> str | None:
-    """What a worker died of, or None while all live; a pipe breaks a moment before its process."""
+    """Return the signal or exit code of a dead worker, or None if all workers are alive.
+
+    A worker's pipe breaks shortly before its process ends, so wait up to DEATH_S.
+    """
     ended = multiprocessing.connection.wait(
         [w.sentinel for w in workers], timeout=DEATH_S if workers else 0
     )
@@ -309,19 +335,20 @@ def _first_death(workers: set[multiprocessing.Process]) -> str | None:
 def create_loader(
     dataset: ShardDataset, positions: Sampler, *, workers: int, prefetch: int = PREFETCH
 ) -> Loader:
-    """Batches of the dataset at the given positions, in their order.
+    """Build a loader for the batches at the given positions, in their order.
 
-    workers: processes beside this one; 0 reads in this process. prefetch: batches ahead a worker.
+    workers: number of worker processes; 0 reads in this process.
+    prefetch: number of batches that each worker prepares ahead.
     """
     return Loader(dataset, positions, workers=workers, prefetch=prefetch)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Deaf workers would not hear multiprocessing's own request to end with this process."""
+    """Kill the workers at exit: they ignore the SIGTERM that multiprocessing sends them."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each as an accident
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each death as an error
     for worker in workers:
         worker.kill()
 
@@ -331,20 +358,21 @@ def _as_is(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    """Workers outlive the signals that stop a run, so that its last step gets its data.
+    """Make a worker ignore the signals that stop a run, so that the last step gets its data.
 
-    They die with their rank, whatever it dies of.
+    The worker is killed when its rank dies, for whatever reason.
     """
     processes.die_with(multiprocessing.parent_process().pid)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF; bad images are counted
+    warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; bad images are counted anyway
 
 
 def default_workers(ranks_here: int) -> int:
-    """Loader processes a rank: the node's cores shared by its ranks, less one each to compute.
+    """Return the number of loader processes per rank.
 
-    Without a GPU the cores are the computer: one worker is enough to overlap reading.
+    With a GPU: the node's cores divided by its ranks, minus one for the rank itself, at most 8.
+    Without a GPU, training needs the cores, and one worker is enough to overlap reading.
     """
     cores = len(os.sched_getaffinity(0)) // max(ranks_here, 1)
     if not torch.cuda.is_available():

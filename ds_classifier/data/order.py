@@ -1,4 +1,4 @@
-"""Which sample stands at position q of the endless training stream: a pure function, no state.
+"""The order of samples: position q of the endless training stream -> sample, without state.
 
 N samples lie in shards; L lanes and blocks of K shards are fixed for a run. With perm(n; ...) a
 keyed permutation of range(n):
@@ -29,24 +29,26 @@ import numpy as np
 
 from ds_classifier.common.keyed_random import fold, permutation, stream_key
 
-OPEN_LIMIT = 2**27  # samples in the blocks read side by side: with the next, 1 GB a process
+OPEN_LIMIT = 2**27  # samples in the open blocks; with the next blocks, 1 GB per process
 
 
 class _Blocks(NamedTuple):
-    """Where positions of one epoch lie: [n] int64 each."""
+    """The blocks in which positions of one epoch lie: [n] int64 each."""
 
     place: np.ndarray  # v before the block is permuted
     start: np.ndarray  # v of the block's first sample
-    end: np.ndarray  # and one past its last
+    end: np.ndarray  # v of the block's last sample, plus one
 
 
 class SampleOrder:
     """Maps positions of the training stream to samples, numbered shard after shard.
 
-    shard_samples: samples in each shard, in the manifest's order. seed: of the run.
-    lanes: L above, at most as many as there are shards. shuffle_shards: K above; None: a block is
-    the whole lane. Larger ones mix more and have more shards open at a time.
-    Raises ValueError where the open blocks would hold more than OPEN_LIMIT samples.
+    shard_samples: number of samples in each shard, in the manifest's order.
+    seed: the seed of the run.
+    lanes: L above; lowered to the number of shards.
+    shuffle_shards: K above; None for one block per lane. A larger K mixes more samples, and has
+        more shards open at a time.
+    Raises ValueError if the open blocks would hold more than OPEN_LIMIT samples.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class SampleOrder:
         self.lanes = min(lanes, len(sizes))
         lane_length = -(-self.num_samples // self.lanes)
         self._block_shards = len(sizes) if shuffle_shards is None else shuffle_shards
-        # Samples of the blocks read side by side, at most.
+        # Upper limit for the number of samples in the open blocks.
         self.open_samples = self.lanes * min(self._block_shards * int(sizes.max()), lane_length)
         if self.open_samples > OPEN_LIMIT:
             raise ValueError(
@@ -71,14 +73,14 @@ class SampleOrder:
                 f"in their open blocks; need at most {OPEN_LIMIT:,}; do: lower one of them"
             )
         self._sizes = sizes
-        self._first = np.cumsum(sizes) - sizes  # [shards] sample number of each shard's first
+        self._first = np.cumsum(sizes) - sizes  # [shards] number of each shard's first sample
         self._shard_key = stream_key(seed, "order/shards")
         self._block_key = stream_key(seed, "order/blocks")
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
-        """positions q [n] int64 -> sample numbers [n] int64, in manifest order from 0."""
+        """Map positions q, [n] int64, to sample numbers, [n] int64, in manifest order from 0."""
         positions = np.asarray(positions, dtype=np.int64)
         samples = np.empty_like(positions)
         for epoch, here, blocks in self._located(positions):
@@ -95,11 +97,11 @@ class SampleOrder:
         return samples
 
     def lane(self, positions: np.ndarray) -> np.ndarray:
-        """The lane of each position, [n] int64."""
+        """Return the lane of each position, [n] int64."""
         return positions % self.num_samples % self.lanes
 
     def open_shards(self, positions: np.ndarray) -> list[int]:
-        """Every shard that these positions may read, in the order in which they begin to."""
+        """Return the shards that these positions may read, in the order of their first use."""
         shards: dict[int, None] = {}
         for epoch, _, blocks in self._located(np.asarray(positions, dtype=np.int64)):
             order, ends = self._shard_order(epoch)
@@ -111,13 +113,14 @@ class SampleOrder:
         return list(shards)
 
     def _located(self, positions: np.ndarray):
-        """By epoch: its number, which positions are its own, their blocks."""
+        """Yield for each epoch its number, the mask of its positions, and their blocks."""
         epochs = positions // self.num_samples
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             yield epoch, here, self._blocks(epoch, positions[here] % self.num_samples)
 
     def _blocks(self, epoch: int, g: np.ndarray) -> _Blocks:
+        """Find the blocks of positions g within an epoch."""
         lane = g % self.lanes
         lane_start, lane_end = self._lane_start(lane), self._lane_start(lane + 1)
         place = lane_start + g // self.lanes
@@ -129,11 +132,12 @@ class SampleOrder:
         return _Blocks(place, np.maximum(begins, lane_start), np.minimum(ends[last], lane_end))
 
     def _lane_start(self, lane):
+        """Return v of a lane's first sample."""
         base, extra = divmod(self.num_samples, self.lanes)
         return lane * base + np.minimum(lane, extra)
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shard numbers in order, and where each ends among the samples v."""
+        """Return the epoch's shard numbers in order, and v of the end of each, both [shards]."""
 
         def make():
             order = permutation(len(self._sizes), fold(self._shard_key, epoch))
@@ -142,6 +146,8 @@ class SampleOrder:
         return _remembered(self._epochs, epoch, make, limit=2)
 
     def _permutation(self, epoch: int, start: int, length: int) -> np.ndarray:
+        """Return the permutation of the block that begins at v = start, [length] int32."""
+
         def make():
             key = fold(fold(self._block_key, epoch), start)
             return permutation(length, key).astype(np.int32)
@@ -151,6 +157,7 @@ class SampleOrder:
 
 
 def _remembered(cache: OrderedDict, key, make, *, limit: int):
+    """Return cache[key], made if it is not there; keep the `limit` entries used last."""
     if key not in cache:
         cache[key] = make()
         if len(cache) > limit:
@@ -162,7 +169,7 @@ def _remembered(cache: OrderedDict, key, make, *, limit: int):
 def share_of_rank(
     order: SampleOrder, step: int, *, global_batch: int, rank: int, world_size: int
 ) -> np.ndarray:
-    """Positions [global_batch / world_size] int64 that a rank trains on in a step."""
+    """Return the positions that a rank trains on in a step, [global_batch / world_size] int64."""
     positions = step * global_batch + np.arange(global_batch, dtype=np.int64)
     by_lane = positions[np.argsort(order.lane(positions), kind="stable")]
     share = global_batch // world_size
@@ -172,8 +179,8 @@ def share_of_rank(
 def node_shards(
     order: SampleOrder, step: int, *, global_batch: int, ranks: range, world_size: int
 ) -> list[int]:
-    """Shards that the ranks of a node have open side by side around a step."""
-    steps = range(step, step + -(-order.lanes // global_batch))  # until every lane has its turn
+    """Return the shards that the ranks of a node have open together around a step."""
+    steps = range(step, step + -(-order.lanes // global_batch))  # until every lane was read
     shape = dict(global_batch=global_batch, world_size=world_size)
     shares = [share_of_rank(order, s, rank=rank, **shape) for s in steps for rank in ranks]
     return order.open_shards(np.concatenate(shares))

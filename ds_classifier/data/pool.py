@@ -1,6 +1,6 @@
-"""The same task on many things in forked processes, which inherit what they work on.
+"""Do one task on many jobs in forked processes, which inherit the data that they work on.
 
-They end with their parent, however it ends, and leave Ctrl-C to it.
+The processes end with their parent, for whatever reason it ends, and leave Ctrl-C to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _shared: Any = None
 
 
 def shared() -> Any:
-    """What was given to `in_processes`, in its tasks."""
+    """Return the argument `shared` of `in_processes`; for use in its tasks."""
     return _shared
 
 
@@ -31,9 +31,12 @@ def in_processes(
     shared: Any,
     ordered: bool = True,
 ) -> Iterator[Any]:
-    """The results of a task on jobs, in their order or as they come; only jobs and results travel.
+    """Yield the results of task(job) for all jobs.
 
-    One worker, or one job, is done in this process.
+    workers: number of processes; with one worker, or one job, the work is done in this process.
+    shared: data that the forked processes inherit; only jobs and results are pickled.
+    ordered: yield the results in the order of the jobs; if False, as they are finished.
+    Raises the error of a task; OSError if a worker dies.
     """
     global _shared
     _shared = shared
@@ -48,12 +51,12 @@ def in_processes(
                 yield future.result()
         except BrokenProcessPool:
             raise OSError(
-                "a worker process died, perhaps for want of memory; do: run the same command "
-                "again, with fewer --workers"
+                "a worker process died, perhaps because memory ran out; do: run the same command "
+                "again with fewer --workers"
             ) from None
         except BaseException:
             for worker in set(multiprocessing.active_children()) - others:
-                worker.kill()  # nobody waits for the rest
+                worker.kill()  # nobody needs the other results
             raise
         finally:
             executor.shutdown()
@@ -62,6 +65,7 @@ def in_processes(
 
 
 def _start(parent: int) -> None:
+    """Set up a worker's signals and its end with the parent."""
     processes.die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # cleaning up is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent cleans up

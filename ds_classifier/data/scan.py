@@ -1,4 +1,4 @@
-"""The samples of a WebDataset tar, as one walks it, trusting nothing.
+"""Walk a WebDataset tar and yield its samples, without trusting its content.
 
 Formats: POSIX.1-1988 ustar; WebDataset (keys group members up to the first dot of the base name).
 """
@@ -23,7 +23,7 @@ from ds_classifier.data.tars import (
 )
 
 LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's JSON has a few KB
-LARGEST_IMAGE = (1 << 32) - 1  # bytes, as the index counts them
+LARGEST_IMAGE = (1 << 32) - 1  # bytes; the index stores 32 bits
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ScannedSample:
 
 @dataclass
 class _Group:
-    """The members of one key, as they come."""
+    """The members of one key, collected in the order of the tar."""
 
     key: str
     image: Member | None = None
@@ -46,16 +46,16 @@ class _Group:
 
     @property
     def whole(self) -> bool:
+        """Shows whether the sample has an image and a label, and no fault."""
         return self.image is not None and self.label is not None and not self.faults
 
 
 def scan_shard(
     path: Path, *, labels: str = "cls", numbers: Mapping[str, int] | None = None
 ) -> Iterator[ScannedSample]:
-    """Walk a tar on this machine and yield its samples in order, trusting nothing.
+    """Walk a local tar and yield its samples in order; the keywords are those of scan_samples.
 
-    Raises ValueError that names the shard and the place, for the first thing that is wrong. The
-    keywords are those of scan_samples.
+    Raises ValueError for the first fault, with the shard and the place.
     """
 
     def refuse(problem: str) -> None:
@@ -75,20 +75,22 @@ def scan_samples(
     numbers: Mapping[str, int] | None = None,
     report: Callable[[str], None],
 ) -> Iterator[ScannedSample]:
-    """Walk a tar and yield its whole samples in order, trusting nothing.
+    """Walk a tar and yield its complete samples in order.
 
-    A sample is a run of members with one key, in any order: one image, and its label. Members of
-    other kinds are passed, never decoded.
-    size: bytes; None: wherever the file ends. labels: "cls", or "json:KEY" for a field of .json.
-    numbers: class name -> label, where labels may be names. report: called for every sample that
-    is not whole, with the shard and its key.
-    Raises ValueError for a damaged tar, see tar_members.
+    A sample is a run of members with one key, in any order: one image and its label. Other members
+    are skipped, never decoded.
+    size: bytes of the tar; None to read to the end of the file.
+    labels: "cls", or "json:KEY" for a field of .json.
+    numbers: class name -> label, if labels may be names; None if they are numbers.
+    report: called with a message for every incomplete sample; it names the shard and the key.
+    Raises ValueError for a damaged tar; see tar_members.
     """
     suffix_of_label = "json" if labels.startswith("json:") else labels
     seen: set[str] = set()
     group: _Group | None = None
 
     def end(group: _Group | None) -> Iterator[ScannedSample]:
+        """Yield the group's sample if it is complete; report its faults if it is not."""
         if group is None or (group.image is None and not group.label_seen):
             return
         if group.image is None:
@@ -98,7 +100,7 @@ def scan_samples(
         elif group.image.size > LARGEST_IMAGE:
             group.faults.append(f"has an image of {group.image.size} bytes; need 4 GiB at most")
         if group.key in seen:
-            group.faults = ["comes twice; need its members side by side, and each key once"]
+            group.faults = ["appears twice; need its members next to each other, and each key once"]
         seen.add(group.key)
         for fault in group.faults:
             report(f"{where}: {printable(group.key)} {fault}")
@@ -112,7 +114,7 @@ def scan_samples(
             member = next(members, None)
         except ValueError:
             if group is not None and group.whole:
-                yield from end(group)  # the damage begins after it
+                yield from end(group)  # the damage begins after this sample
             raise
         if member is None:
             break
@@ -139,7 +141,7 @@ def scan_samples(
 
 
 def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) -> int:
-    """The label that a member holds; ValueError for what is none."""
+    """Return the label that a member holds; ValueError if it holds none."""
     if len(content) > LARGEST_LABEL:
         raise ValueError(f"got more than {LARGEST_LABEL} bytes")
     if labels.startswith("json:"):
@@ -149,7 +151,7 @@ def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) ->
         except (ValueError, RecursionError) as error:
             raise ValueError(f"got no JSON ({error})") from None
         if not isinstance(fields, dict) or name not in fields:
-            raise ValueError(f"got nothing called {name!r}")
+            raise ValueError(f"got no field {name!r}")
         value = fields[name]
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -161,12 +163,12 @@ def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) ->
         return int(text)
     if numbers is not None and text in numbers:
         return numbers[text]
-    need = "a class index in digits" if numbers is None else "a class index, or a name of the list"
+    need = "a class index in digits" if numbers is None else "a class index or a listed class name"
     raise ValueError(f"got {text[:40]!r}; need {need}")
 
 
 def class_numbers(classes: list[str]) -> dict[str, int]:
-    """Class name -> label, of those names that stand in the list once and are no number."""
+    """Return class name -> label, for the names that are unique in the list and not a number."""
     once = {name: i for i, name in enumerate(classes)}
     for i, name in enumerate(classes):
         if once.get(name, i) != i or name.isdigit():

@@ -1,14 +1,14 @@
-"""Shards as they lie on disk: plain tars, with a manifest and an index beside them.
+"""Shards on disk: plain tars, with a manifest and an index in the same directory.
 
 A split is a directory:
 
     train-000000.tar ...  members KEY.jpg (or .png ...) and KEY.cls (class index in ASCII), mtime 0
-    index.npy             [N] INDEX_DTYPE: where each image lies, and its label; memory-mapped
-    manifest.json         class names, counts, what is stored; per shard name, samples, bytes,
-                          sha256; and a fingerprint of it all
+    index.npy             [N] INDEX_DTYPE: place and label of each image; memory-mapped
+    manifest.json         class names, counts, how images are stored; per shard: name, samples,
+                          bytes, sha256; and a fingerprint of all of it
 
-Shards made by others are indexed where they lie (data/foreign.py): index and manifest are then in
-a directory of their own, the manifest says where the tars are, and samples may have more members.
+Shards made by others are indexed where they lie (data/foreign): index and manifest are then in a
+directory of their own, the manifest says where the tars are, and samples may have more members.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ INDEX = "index.npy"
 VERSION = 1
 CONVERT = "python launch/make_shards.py convert"
 
-# What may stand in a manifest for where its tars lie: some of gopen's schemes run a shell.
+# URLs that a manifest may name as the location of its tars: some of gopen's schemes run a shell.
 PLAIN_URL = re.compile(
     r"(?!pipe:)[a-z][a-z0-9+.-]*:(?!.*//-)[A-Za-z0-9_.,:/@%+=~{}-]+", re.IGNORECASE
 )
 
-# 20 bytes a sample: a billion fit in 20 GB of mapped file.
+# 20 bytes per sample: a billion samples take 20 GB of mapped file.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
-INDEX_ROWS = 1 << 20  # looked at together
-CHECKED_ROWS = 1 << 24  # of an index, at every start; 336 MB
+INDEX_ROWS = 1 << 20  # rows of an index that are checked together
+CHECKED_ROWS = 1 << 24  # an index with more rows, 336 MB, is not checked at every start
 
 
 @dataclass(frozen=True)
 class Shard:
+    """A tar, as the manifest lists it."""
+
     name: str
     samples: int
     bytes: int
@@ -54,15 +56,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a split holds.
+    """The content of a split.
 
-    plan: hash of the classes, names, labels and store it was made from; "" where the shards were
-    made by others and only indexed.
-    stored: "original", the source's bytes untouched; or "halved", as far as every crop at
-    image_size pixels begins with, in `form` ("png" or "jpg"): see `images.halve`.
-    undecodable: names of images that could not be halved and are stored untouched.
-    location: where the tars lie: None, beside the manifest; an absolute directory; or a URL.
-    labels: where a sample's label stands: "cls", or "json:KEY".
+    plan: hash of the classes, names, labels and encoding that it was made from; "" if the shards
+        were made by others and only indexed.
+    stored: "original" for the unchanged bytes of the source; or "halved" for images halved as far
+        as every crop at image_size pixels allows, in `form` ("png" or "jpg"): see `images.halve`.
+    undecodable: names of the images that could not be halved and are stored unchanged.
+    location: directory (absolute) or URL of the tars; None if they lie beside the manifest.
+    labels: place of a sample's label: "cls", or "json:KEY".
     """
 
     split: str
@@ -81,11 +83,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything the data consists of; equal where training sees equal data."""
+        """The SHA-256 of everything that training sees; equal for equal data."""
         facts = [self.classes, self.image_size, [s.sha256 for s in self.shards], self.index_sha256]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Return the text of manifest.json."""
         fields = dict(vars(self), shards=[vars(shard) for shard in self.shards])
         return json.dumps(
             {"format": "ds_classifier shards", "version": VERSION}
@@ -96,7 +99,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError for what is not a manifest of this version."""
+        """Read the text of manifest.json.
+
+        Raises ValueError, KeyError or TypeError if it is not a manifest of this version.
+        """
         fields = json.loads(text)
         if (fields.pop("format"), fields.pop("version")) != ("ds_classifier shards", VERSION):
             raise ValueError("another format or version")
@@ -110,35 +116,40 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A split opened for reading. index: [N] INDEX_DTYPE, memory-mapped."""
+    """A split opened for reading.
+
+    folder: the directory of the tars. index: [N] INDEX_DTYPE, memory-mapped.
+    """
 
     folder: Path
     manifest: Manifest
     index: np.ndarray
 
     def path(self, shard: int) -> Path:
+        """Return the path of a shard."""
         return self.folder / self.manifest.shards[shard].name
 
     def key(self, sample: int) -> str:
-        """The sample's key, read from the tar headers before its image."""
+        """Return a sample's key, read from the tar headers before its image."""
         row = self.index[sample]
         offset, reach = int(row["offset"]), min(int(row["offset"]), NAME_REACH)
         try:
             name = member_name(self._bytes(int(row["shard"]), offset - reach, reach))
-        except tarfile.TarError:  # damaged since it was indexed
+        except tarfile.TarError:  # the shard was damaged after it was indexed
             return f"at byte {offset}"
         return key_of(name)[0]
 
     def _bytes(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a shard."""
         with open(self.path(shard), "rb") as file:
             file.seek(offset)
             return file.read(length)
 
 
 class Neighbours(NamedTuple):
-    """How a split's samples lie: whether those side by side in a shard are of one class.
+    """The shares of neighbours, samples next to each other in a shard, that have the same class.
 
-    alike: share of neighbours that are. by_chance: that of a random order.
+    alike: the share in this split. by_chance: the expected share in a random order.
     """
 
     alike: float
@@ -146,15 +157,16 @@ class Neighbours(NamedTuple):
 
     @property
     def sorted_by_class(self) -> bool:
+        """Shows whether the samples are sorted by class, fully or in part."""
         return self.alike > 2 * self.by_chance + 0.05
 
 
 def neighbours(index: np.ndarray) -> Neighbours:
-    """Of the first INDEX_ROWS samples, which tell enough."""
+    """Compute the shares from the first INDEX_ROWS samples of an index, [N] INDEX_DTYPE."""
     rows = index[:INDEX_ROWS]
     labels, shards = rows["label"], rows["shard"]
-    beside = shards[1:] == shards[:-1]
-    alike = (labels[1:] == labels[:-1])[beside].mean() if beside.any() else 0.0
+    same_shard = shards[1:] == shards[:-1]
+    alike = (labels[1:] == labels[:-1])[same_shard].mean() if same_shard.any() else 0.0
     frequency = np.bincount(labels) / len(rows)
     return Neighbours(float(alike), float((frequency**2).sum()))
 
@@ -162,11 +174,11 @@ def neighbours(index: np.ndarray) -> Neighbours:
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
     """Open a split on this machine by its manifest and index.
 
-    What is checked: that manifest and index belong together and are whole, and that every shard is
-    there in its size. to_verify: the index of any length, but no shard; `verify` will.
-    Images are read by the index, so a damaged header between them loses none; an image whose
-    bytes changed is left to `verify` with its hash, and to the decoder.
-    Raises ValueError that says what to run where there are no shards, or names what is damaged.
+    Checked: manifest and index are complete and belong together, and every shard has its size.
+    Images are read by the index, so a damaged tar header between them loses none. Changed bytes of
+    an image are found by `verify`, from the hashes, or by the decoder.
+    to_verify: check an index of any length, and no shard, since `verify` checks them.
+    Raises ValueError that names the damage, or what to run if there are no shards.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -193,9 +205,10 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
 
 
 def parse_manifest(text: bytes, where: Path | str) -> Manifest:
-    """The manifest in a file's bytes; ValueError, naming `where`, for what is none.
+    """Parse the bytes of a manifest without trusting them: types, sizes and names are checked.
 
-    Nothing in it is trusted: shards have names without directories, and sizes that are sizes.
+    where: the file's name, for messages.
+    Raises ValueError if it is not a manifest of this program.
     """
     try:
         manifest = Manifest.from_json(text.decode())
@@ -205,41 +218,46 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
         if any(type(n) is not int or n < 0 for n in sizes) or any(
             type(n) is not str for n in names
         ):
-            raise ValueError("a name or a size is none")
+            raise ValueError("got a name that is not a text, or a size that is not an integer >= 0")
         place = manifest.location
         if place is not None and not (os.path.isabs(place) or PLAIN_URL.fullmatch(place)):
             raise ValueError(
-                f"location {shown(str(place))!r} is no absolute directory and no plain URL"
+                f"got location {shown(str(place))!r}; need an absolute directory or a plain URL"
             )
         if type(manifest.classes) is not list or any(type(c) is not str for c in manifest.classes):
-            raise ValueError("its classes are no names")
+            raise ValueError("got classes that are not a list of names")
         if type(manifest.image_size) not in (int, type(None)):
-            raise ValueError("its image size is none")
+            raise ValueError("got an image size that is not an integer")
         if not manifest.shards:
-            raise ValueError("it names no shard")
+            raise ValueError("got no shards")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{where}: not a manifest of this program ({error}); do: convert again"
+            f"{where}: not a manifest of this program: {error}; do: convert again"
         ) from None
     for shard in manifest.shards:
         if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
-            raise ValueError(f"{where}: shard name {shard.name!r} leaves the directory")
+            raise ValueError(
+                f"{where}: got shard name {shard.name!r}, which leaves the directory; need a plain "
+                "file name; do: convert again"
+            )
     return manifest
 
 
 def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.ndarray:
-    """The index of a split, [N] INDEX_DTYPE, memory-mapped.
+    """Open the index of a split, [N] INDEX_DTYPE, memory-mapped.
 
-    Its hash and every row are compared with the manifest where it has at most CHECKED_ROWS, which
-    takes a second or less; or where that shall be thorough.
-    Raises ValueError where it is damaged or another's, or points outside of shards or classes.
+    Its hash and all rows are compared with the manifest if it has at most CHECKED_ROWS rows, which
+    takes a second or less.
+    thorough: compare them for an index of any length.
+    Raises ValueError if it is damaged, belongs to another manifest, or points outside the shards
+    or classes.
     """
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: got no such file; do: convert again") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: got no index ({error}); do: convert again") from None
+        raise ValueError(f"{path}: not an index: {error}; do: convert again") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
         raise ValueError(
             f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "
@@ -251,6 +269,7 @@ def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.
 
 
 def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
+    """Raise ValueError if the hash or a row of the index does not fit the manifest."""
     if (found := files.sha256(path)) != manifest.index_sha256:
         raise ValueError(
             f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest beside it "
@@ -267,18 +286,19 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
         if not inside.all():
             row = int(np.argmin(inside))
             raise ValueError(
-                f"{path}: got {rows[row]} for sample {first + row}, outside of the shards' bytes "
-                f"or of the {len(manifest.classes)} classes; do: convert again"
+                f"{path}: got {rows[row]} for sample {first + row}, outside of the bytes of the "
+                f"shards or of the {len(manifest.classes)} classes; do: convert again"
             )
         counts += np.bincount(rows["shard"].astype(np.int64), minlength=len(sizes))
     if counts.tolist() != [shard.samples for shard in manifest.shards]:
         raise ValueError(
-            f"{path}: got other numbers of samples in the shards than the manifest has; do: "
-            "convert again"
+            f"{path}: got numbers of samples per shard that differ from the manifest; do: convert "
+            "again"
         )
 
 
 def _no_shards(folder: Path) -> str:
+    """Return the message for a directory without a manifest, by what it holds instead."""
     if folder.suffix == ".partial" and folder.is_dir():
         folder = folder.with_suffix("")
     if folder.with_name(f"{folder.name}.partial").is_dir():

@@ -1,4 +1,4 @@
-"""The two splits of a training: opened, and checked to be of the same classes."""
+"""Open the training and validation split of a run, and check that they have the same classes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ds_classifier.data.store import open_named
 def open_splits(settings: Settings) -> tuple[ShardSet, ShardSet | None]:
     """Open the training shards, and the validation shards if the settings name some.
 
-    Raises ValueError, which names the flag, if they cannot be read, differ in their classes, or
-    have another number of them than the settings.
+    Raises ValueError that names the flag, if a split cannot be read, if the two have different
+    classes, or if their number differs from the settings.
     """
     shards = _open("data_dir", settings)
     val_shards = _open("val_data_dir", settings) if settings.val_data_dir else None
@@ -25,13 +25,14 @@ def open_splits(settings: Settings) -> tuple[ShardSet, ShardSet | None]:
         )
     if settings.num_classes not in (0, len(classes)):
         raise ValueError(
-            f"--num_classes: got {settings.num_classes}; need {len(classes)}, as many as "
-            f"{shown(settings.data_dir)} has; do: drop the flag"
+            f"--num_classes: got {settings.num_classes}; need {len(classes)}, the number of "
+            f"classes in {shown(settings.data_dir)}; do: drop the flag"
         )
     return shards, val_shards
 
 
 def _open(name: str, settings: Settings) -> ShardSet:
+    """Open the split that a setting names."""
     try:
         return open_named(
             getattr(settings, name),

@@ -1,8 +1,8 @@
-"""Bytes of a shard: a local file, or a URL through a node cache.
+"""Read the bytes of a shard, from a local file or from a URL through a cache of the node.
 
-Local shards are read where they lie. A remote one is fetched whole into the cache, once for all
-processes of the node, and read there: positions of an epoch jump between samples, and a request
-per sample would cost a round trip each.
+A remote shard is fetched completely into the cache, once for all processes of the node, and read
+there: the positions of an epoch jump between samples, and a request for each sample would cost a
+round trip.
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ from ds_classifier.data.shards import (
     read_index,
 )
 
-OPEN_SHARDS = 256  # file handles a process keeps
+OPEN_SHARDS = 256  # file descriptors that a process keeps open
 MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB
-POLL_S = 0.25  # between looks at what other processes of the node are fetching
+POLL_S = 0.25  # seconds between checks of what other processes of the node are fetching
 
-# Names go into paths, URLs and, with some of gopen's schemes, command lines.
+# Shard names become part of paths, URLs and, with some of gopen's schemes, command lines.
 REMOTE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\.tar")
 
 
 class ShardStore:
-    """Reads ranges of shards. Made anywhere, opened by the first use in the process that reads:
-    it may be pickled, and forked before that.
+    """Reads ranges of bytes from shards.
 
-    location: a directory; or a URL to which /NAME is appended, or that holds {name} where the
-        shard's name goes. shards: as the manifest lists them.
-    cache_dir: directory of the node for remote shards. budget_bytes: of all data sets in it; None:
-        no limit. A shard needed at once is fetched even beyond it, one fetched ahead never.
-    stall_timeout_s: seconds without bytes until a download is tried again. retries: failures in a
-        row, after the first, until it is given up. pause_s: seconds before the second try; grows.
-    allow_pipe: take a pipe: URL, which runs a program; for the command line alone.
+    Files are opened by the first use in each process, so a store may be pickled and forked.
+
+    location: a directory; or a URL, to which /NAME is appended, or whose {name} is replaced.
+    shards: as the manifest lists them.
+    cache_dir: directory on the node for remote shards; None if the shards are local.
+    budget_bytes: limit for all data sets in it; None for no limit. A shard that is needed at once
+        is fetched even beyond the limit, one that is fetched ahead is not.
+    stall_timeout_s, retries, pause_s: see `fetch.Patience`.
+    allow_pipe: accept a pipe: URL, which runs a program; only for URLs from the command line.
+    Raises ValueError for a location, names or a budget that cannot work.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ShardStore:
         self._forget()
 
     def _check_remote(self, allow_pipe: bool) -> None:
+        """Raise ValueError if remote shards cannot be used safely with these arguments."""
         refuse_pipe(self.location, allow_pipe)
         refuse_hidden_login(self.location)
         where = shown(self.location)
@@ -86,7 +89,7 @@ class ShardStore:
                     "ending in .tar; do: rename it"
                 )
         if len(set(names)) < len(names):
-            raise ValueError(f"{where}: got two shards of one name; do: rename one")
+            raise ValueError(f"{where}: got two shards with the same name; do: rename one")
         largest = max((shard.bytes for shard in self.shards), default=0)
         if self._budget_bytes is not None and self._budget_bytes < largest:
             raise ValueError(
@@ -96,7 +99,7 @@ class ShardStore:
             )
 
     def _forget(self) -> None:
-        """The state of a process that has not used the store."""
+        """Set the state of a process that has not used the store."""
         self._pid: int | None = None
         self._handles: dict[int, int] = {}  # shard -> file descriptor, least recently opened first
         self._cache: FileCache | None = None
@@ -107,10 +110,10 @@ class ShardStore:
 
     @property
     def folder(self) -> Path:
-        """Where the shards lie on this node: the directory, or their part of the cache.
+        """The directory of the shards on this node: the location, or their part of the cache.
 
-        Named by the location and by what is to lie there, so that neither another data set of
-        equal names nor an older version of this one is taken for it.
+        Its name in the cache is a hash of the URL and of the shards' names and hashes. So another
+        data set with the same names, or an older version of this one, has another directory.
         """
         if not self.remote:
             return Path(self.location)
@@ -118,10 +121,10 @@ class ShardStore:
         return self._cache_dir / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Bytes of a shard, fetched first where it is remote and not in the cache.
+        """Return bytes of a shard; fetch it first if it is remote and not in the cache.
 
-        Raises ValueError for what lies outside the shard, OSError where it was cut or cannot be
-        fetched.
+        Raises ValueError for a range outside the shard; OSError if the shard is shorter than the
+        manifest says, or cannot be fetched.
         """
         self._enter()
         name, size = self.shards[shard].name, self.shards[shard].bytes
@@ -143,11 +146,11 @@ class ShardStore:
         return data
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Name the open window: the shards needed from now on, in the order they will be.
+        """Set the window: the shards needed from now on, in the order of their first use.
 
-        They are fetched in the background as far as the budget goes, beside the windows of other
-        processes, and nobody removes them until the next call here or the end of this process.
-        Returns at once; does nothing for local shards.
+        They are fetched in the background, as far as the budget allows together with the windows
+        of other processes. No process removes them until the next call, or until this process
+        ends. Returns at once; does nothing for local shards.
         """
         if not self.remote:
             return
@@ -162,10 +165,10 @@ class ShardStore:
         self._ahead.want([names[name] for name in kept])
 
     def close(self) -> None:
-        """Close the files and let go of the window; the next use opens them again."""
+        """Close the files and give up the window; the next use opens the files again."""
         if self._pid == os.getpid():
             if self._ahead is not None:
-                self._ahead.stop()  # what it is fetching now it still completes
+                self._ahead.stop()  # the running download is still completed
             for handle in self._handles.values():
                 os.close(handle)
             if self._cache is not None:
@@ -173,16 +176,18 @@ class ShardStore:
         self._forget()
 
     def fetch_beside(self, name: str, *, sizes: tuple[int, int], sha256: str) -> Path:
-        """A file beside the remote shards, like the index, in the cache; it is never removed.
+        """Fetch a file next to the remote shards, such as the index; return its path in the cache.
 
-        sizes: the least and the most bytes that it may have. sha256: in hex.
+        It is never removed from the cache.
+        sizes: the smallest and largest number of bytes allowed. sha256: in hex.
         """
         self._enter()
-        stored = f"{sha256[:16]}-{name}"  # another version at the same address is another file
+        stored = f"{sha256[:16]}-{name}"  # another version at the same URL gets another name
         os.close(self._fetched(self._cache, name, stored, sizes, sha256))
         return self.folder / stored
 
     def _enter(self) -> None:
+        """Prepare this process, if it has not used the store before."""
         if self._pid == os.getpid():
             return
         for handle in self._handles.values():  # a forked child's copies of its parent's
@@ -211,20 +216,20 @@ class ShardStore:
         return f"{self.folder.name}/{name}"
 
     def _fetch_ahead(self, cache: FileCache, shard: int) -> bool:
-        """Whether nothing is left to do about this shard ahead of its use."""
+        """Fetch a shard ahead of its use; return False if it has to be tried again later."""
         try:
             handle = self._open(shard, cache, wait=False)
         except (OSError, ValueError):
-            return True  # reading it will try again, and tell
+            return True  # the read will try again and raise the error
         if handle is not None:
             os.close(handle)
         return handle is not None
 
 
 class _Ahead:
-    """A thread that fetches shards before they are read, the first ones first.
+    """A thread that fetches shards in the order in which they will be read.
 
-    fetch(shard) returns whether it is done with it; others are tried again.
+    fetch: fetch(shard) returns False if it has to be called again later.
     """
 
     def __init__(self, fetch: Callable[[int], bool]):
@@ -235,16 +240,19 @@ class _Ahead:
         threading.Thread(target=self._run, name="shards ahead", daemon=True).start()
 
     def want(self, shards: Sequence[int]) -> None:
+        """Set the shards to fetch, in their order."""
         with self._changed:
             self._wanted = list(shards)
             self._changed.notify()
 
     def stop(self) -> None:
+        """End the thread after the running download."""
         with self._changed:
             self._wanted, self._stopped = [], True
             self._changed.notify()
 
     def _run(self) -> None:
+        """Fetch the wanted shards until stopped."""
         while not self._stopped:
             progress = False
             for shard in self._wanted:
@@ -252,32 +260,35 @@ class _Ahead:
                     progress = True
                     with self._changed:
                         self._wanted = [other for other in self._wanted if other != shard]
-                    break  # the first ones first, again
+                    break  # begin again with the first wanted shard
             with self._changed:
                 if not self._stopped and not progress:
                     self._changed.wait(POLL_S if self._wanted else None)
 
 
 def is_url(location: str) -> bool:
-    """Whether a location is to be fetched, not a directory of this node."""
+    """Return whether a location is a URL, not a directory."""
     return scheme(location) != ""
 
 
 def url_of(location: str, name: str) -> str:
-    """The URL of a file: {name} in the location replaced, or /name appended."""
+    """Return the URL of a file: replace {name} in the location, or append /name.
+
+    Raises ValueError for a URL with a query but without {name}.
+    """
     if "{name}" in location:
         return location.replace("{name}", name)
     if scheme(location) in ("http", "https") and "?" in location:
         raise ValueError(
-            f"got {shown(location)}?..., which does not say where a file's name goes; need "
-            f"{{name}} in it; do: write {shown(location)}/{{name}}?..."
+            f"got {shown(location)}?...; need {{name}} in it, in place of a file's name; do: write "
+            f"{shown(location)}/{{name}}?..."
         )
     return f"{location.rstrip('/')}/{name}"
 
 
 @dataclass(frozen=True)
 class RemoteShardSet(ShardSet):
-    """A split behind a URL. folder: its part of the cache, where shards come and go."""
+    """A split at a URL. folder: its part of the cache, where shards are added and removed."""
 
     store: ShardStore
 
@@ -286,7 +297,7 @@ class RemoteShardSet(ShardSet):
 
 
 def store_of(shards: ShardSet) -> ShardStore:
-    """What reads the shards of an opened split."""
+    """Return the store that reads the shards of an opened split."""
     if isinstance(shards, RemoteShardSet):
         return shards.store
     return ShardStore(shards.folder, shards.manifest.shards)
@@ -303,13 +314,13 @@ def open_split(
     allow_pipe: bool = False,
     to_verify: bool = False,
 ) -> ShardSet:
-    """Open a split by its directory or URL, wherever its manifest says that its tars lie.
+    """Open a split by its directory or URL; its manifest may name another place for the tars.
 
-    Of a URL, manifest and index are fetched, no shard yet; tars at a URL are read through the
-    cache. The other arguments are those of ShardStore. allow_pipe holds for `location` alone: a
-    manifest may not name a program. to_verify: see `open_shards`.
-    Raises ValueError for a location or a manifest that cannot be trusted, OSError where something
-    cannot be fetched.
+    At a URL, manifest and index are fetched now, and shards through the cache when they are read.
+    allow_pipe: accept a pipe: URL as `location`; a manifest may never name a program.
+    to_verify: see `open_shards`. The other arguments are those of ShardStore.
+    Raises ValueError for a location or a manifest that cannot be trusted; OSError if a file cannot
+    be fetched.
     """
     options = dict(
         cache_dir=cache_dir,
@@ -336,8 +347,9 @@ def open_split(
     manifest = parse_manifest(text, shown(url))
     if manifest.location is not None:
         raise ValueError(
-            f"{shown(url)}: got a manifest that points to {shown(manifest.location)}; need one "
-            "beside its shards, or on this machine; do: copy it and its index into a directory here"
+            f"{shown(url)}: got a manifest whose shards are at {shown(manifest.location)}; need a "
+            "manifest next to its shards, or on this machine; do: copy it and its index into a "
+            "directory here"
         )
     store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
     rows = manifest.samples * INDEX_DTYPE.itemsize
@@ -347,26 +359,25 @@ def open_split(
 
 
 def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:
-    """Open a split that the command line names, by a path or a URL, for images of image_size.
+    """Open a split that the command line names by a path or URL, for images of image_size pixels.
 
-    cache_dir, cache_gb: of the node, for shards behind a URL; 0 gigabytes: no limit.
-    Raises ValueError where there is none, or the server says so, or where its images are stored
-    smaller than that.
+    cache_dir, cache_gb: directory of the node for shards at a URL, and its limit; 0 for no limit.
+    Raises ValueError if there is no split at the location, or if its images are stored too small.
     """
     try:
         split = open_split(
             location,
             cache_dir=Path(cache_dir).expanduser(),
             budget_bytes=int(cache_gb * 1e9) or None,
-            allow_pipe=True,  # the command line itself names it
+            allow_pipe=True,  # the URL comes from the command line
         )
-    except NotServed as error:  # nothing is there: the address is wrong, not the connection
+    except NotServed as error:  # the address is wrong, not the connection
         raise ValueError(str(error)) from None
     stored = split.manifest.image_size
     if stored is not None and image_size > stored:
         raise ValueError(
-            f"the images in {split.folder} are stored halved for {stored} px, got --image_size "
-            f"{image_size}; need that size or less; do: convert the originals with --image_size "
+            f"got --image_size {image_size}, but the images in {split.folder} are stored halved "
+            f"for {stored} px; need {stored} or less; do: convert the originals with --image_size "
             f"{image_size}"
         )
     return split

@@ -1,4 +1,4 @@
-"""Tars that nobody vouches for: their members by place, with bounded headers and a checked end.
+"""Read untrusted tars: the place of each member, with limits on headers and a check of the end.
 
 Formats: POSIX.1-1988 ustar, with pax (POSIX.1-2001) and GNU headers; WebDataset's keys.
 """
@@ -15,14 +15,14 @@ from typing import BinaryIO, NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TAR_BLOCK = 512
-LARGEST_HEADER = 1 << 20  # bytes: of all headers of a member; real ones stay under 10 KB
-NAME_REACH = 1 << 14  # bytes before a member's content in which its headers are looked for
+LARGEST_HEADER = 1 << 20  # bytes of all headers of a member; real ones stay under 10 KB
+NAME_REACH = 1 << 14  # bytes before a member's content in which its headers are searched
 _UNKNOWN_END = 1 << 62
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its bytes are [offset, offset + size) of the outermost file."""
+    """A regular file in a tar; its bytes are [offset, offset + size) of the outermost file."""
 
     name: str
     offset: int
@@ -30,9 +30,10 @@ class Member(NamedTuple):
 
 
 class Sequential:
-    """Bytes that come once, in order, as a file that can be read onwards.
+    """A file to read forward, made from chunks of bytes.
 
-    seek goes forward, or back by a block at most. digest: sha256 of all bytes that have come.
+    seek goes forward, or back by one tar block at most.
+    digest: SHA-256 of all bytes received so far.
     """
 
     def __init__(self, chunks: Iterator[bytes]):
@@ -42,19 +43,22 @@ class Sequential:
 
     @property
     def arrived(self) -> int:
-        """Bytes that have come."""
+        """The number of bytes received so far."""
         return self._start + len(self._buffer)
 
     def tell(self) -> int:
+        """Return the position."""
         return self._at
 
     def seek(self, position: int) -> None:
-        assert position >= self._start, "bytes that have gone"
+        """Move to a position that is not before the kept bytes."""
+        assert position >= self._start, "these bytes are no longer kept"
         self._at = position
         while self.arrived < position and self._more():
             pass
 
     def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, or fewer at the end."""
         while self.arrived < self._at + size and self._more():
             pass
         first = self._at - self._start
@@ -63,6 +67,7 @@ class Sequential:
         return data
 
     def _more(self) -> bool:
+        """Receive a chunk; return False at the end. The last block before the position is kept."""
         chunk = next(self._chunks, b"")
         self.digest.update(chunk)
         kept = max(0, min(self._at - self._start, len(self._buffer)) - TAR_BLOCK)
@@ -72,9 +77,9 @@ class Sequential:
 
 
 class _Headers:
-    """An open file up to `end`, as tarfile walks it: headers only, so every read is small.
+    """An open file up to `end`, from which tarfile reads headers only, so every read is small.
 
-    left: bytes that the next member's headers may still have.
+    left: number of bytes that the headers of the next member may still have.
     """
 
     def __init__(self, file: BinaryIO | Sequential, end: int):
@@ -83,6 +88,7 @@ class _Headers:
         self.left = LARGEST_HEADER
 
     def read(self, size: int) -> bytes:
+        """Return the next bytes; ReadError if the headers of a member are too large."""
         self.left -= size
         if self.left < 0:
             raise tarfile.ReadError(f"a header of {size} bytes; need {LARGEST_HEADER} at most")
@@ -92,14 +98,14 @@ class _Headers:
 def tar_members(
     file: BinaryIO | Sequential, name: Path | str, start: int, end: int | None
 ) -> Iterator[Member]:
-    """The regular files of the tar that lies at [start, end) of a file; directories are passed.
+    """Yield the regular files of the tar at [start, end) of a file; skip directories.
 
-    The file is read to its end. end None: wherever that is. Whoever reads a member does so before
-    the next one is asked for.
-    Python's tarfile stops without a word at a damaged header, so the end is checked too: after the
-    last member nothing but zeros, at least two blocks of them (POSIX.1-1988).
-    Raises ValueError for what is no plain tar, cut short, damaged, or has links, devices, names
-    that lead outside, or one name twice.
+    A member has to be read before the next one is requested.
+    end: None to read to the end of the file.
+    Python's tarfile stops silently at a damaged header, so the end is checked: the last member has
+    to be followed by zeros only, at least two blocks of them (POSIX.1-1988).
+    Raises ValueError if it is not an uncompressed tar, is cut short or damaged, or has links,
+    devices, names that lead outside, or the same name twice.
     """
     end = _UNKNOWN_END if end is None else end
     names = set()
@@ -117,15 +123,15 @@ def tar_members(
                 raise tarfile.ReadError("endless global headers")
         except OSError:
             raise
-        except Exception as error:  # tarfile raises what its parser stumbles over
+        except Exception as error:  # tarfile raises errors of many types for damaged headers
             place = "at its first header" if member is None else f"after member {member.name!r}"
             raise ValueError(
-                f"{name}: got no plain tar ({error}), or one damaged or cut short {place}; need a "
-                "whole one that is not compressed; do: download it again"
+                f"{name}: got a file that is not a tar, or is damaged or cut short {place} "
+                f"({error}); need a complete, uncompressed tar; do: download it again"
             ) from None
         if member is None:
             break
-        tar.members.clear()  # tarfile would keep every header
+        tar.members.clear()  # tarfile keeps every header
         blocks = -(-member.size // TAR_BLOCK)
         position = member.offset_data + (0 if member.isdir() else blocks * TAR_BLOCK)
         if member.size < 0 or position > end:
@@ -137,9 +143,9 @@ def tar_members(
         plain = member.isdir() or (member.isreg() and not member.issparse())
         if outside or not plain or member.name in names:
             raise ValueError(
-                f"{name}: got member {member.name!r}, "
-                + ("outside of it" if outside else "there twice" if plain else "no file")
-                + "; need regular files within it, each once; do: pack it anew"
+                f"{name}: got member {member.name!r}, which "
+                + ("leads outside" if outside else "appears twice" if plain else "is not a file")
+                + "; need regular files inside of the tar, each once; do: pack it again"
             )
         if member.isreg():
             names.add(member.name)
@@ -153,24 +159,25 @@ def tar_members(
     if chunk or zeros < 2 * TAR_BLOCK:
         raise ValueError(
             f"{name}: cut short or damaged at byte {position - start}: got no end-of-archive mark "
-            "after the last readable member; need a whole tar; do: download it again"
+            "after the last readable member; need a complete tar; do: download it again"
         )
 
 
 def _refuse_compressed(head: bytes, name: Path | str) -> None:
+    """Raise ValueError if a file's first bytes are those of a compressed file."""
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(
-                f"{name}: got a compressed tar ({kind}), whose members have no place to be read "
-                "at; need one that is not compressed; do: decompress it"
+                f"{name}: got a compressed tar ({kind}), in which members cannot be read by their "
+                "place; need an uncompressed tar; do: decompress it"
             )
 
 
 def key_of(name: str) -> tuple[str, str] | None:
-    """A member's key and its suffix in lower case, as WebDataset splits them; None for no sample's.
+    """Return a member's key and its suffix in lower case, as WebDataset splits them.
 
-    The key ends at the first dot of the base name; names that begin with one, and __NAME__, are
-    not of samples.
+    The key ends at the first dot of the base name. Returns None if the member does not belong to a
+    sample: its base name begins with a dot or has no suffix, or its path begins with __NAME__.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
@@ -180,15 +187,15 @@ def key_of(name: str) -> tuple[str, str] | None:
 
 
 def printable(text: str) -> str:
-    """A name for a message: escaped where it would not show, or act on a terminal."""
+    """Return a name for a message, escaped if it has characters that a terminal would act on."""
     return text if text.isprintable() else ascii(text)
 
 
 def member_name(before: bytes) -> str:
-    """The name of the member whose headers end where `before` ends, of NAME_REACH bytes at most.
+    """Return the name of a member from the bytes before its content, at most NAME_REACH of them.
 
-    Names over 100 bytes stand in the ustar prefix, or in pax or GNU headers before the member's
-    own, which are found by their size. Raises tarfile.TarError where no header stands.
+    A name over 100 bytes is in the ustar prefix, or in pax or GNU headers before the member's own,
+    which are found by their size. Raises tarfile.TarError if there is no header.
     """
     start = len(before) - TAR_BLOCK
     found = True

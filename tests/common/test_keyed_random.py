@@ -1,4 +1,4 @@
-"""SplitMix64 against its published numbers; numpy and torch against each other."""
+"""SplitMix64 gives its published numbers; numpy and torch give the same ones."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ def test_is_splitmix64():
     ]
 
 
-def test_one_number_is_that_of_the_array():
+def test_one_number_equals_that_of_the_array():
     for key in (0, 7, 2**64 - 1):
         for index in (0, 1, 12345, 2**40):
             assert keyed_random.number(key, index) == keyed_random.numbers(key, index, 1)[0]
@@ -39,7 +39,7 @@ def test_draws_are_in_range_and_even():
     assert keyed_random.Draws(3).randrange(1) == 0
 
 
-def test_permutation_is_one():
+def test_permutations_are_permutations():
     for length in (1, 2, 1000):
         assert sorted(keyed_random.permutation(length, 5).tolist()) == list(range(length))
     assert keyed_random.permutation(1000, 5).tolist() != keyed_random.permutation(1000, 6).tolist()

@@ -1,4 +1,4 @@
-"""Pixels against guided-diffusion's, and what odd or hostile files do."""
+"""Pixels equal guided-diffusion's; odd and hostile files."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_resize_and_crop_is_the_random_crop_with_its_draws_made():
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1", "I;16"])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("fast", [False, True])
-def test_any_mode_becomes_the_channels_asked_for(mode, channels, fast):
+def test_any_mode_is_converted_to_the_channels(mode, channels, fast):
     crop = images.center_crop(images.decode(png(mode), channels), 8, fast=fast)
     assert crop.shape == (8, 8, channels)
     assert crop.dtype == np.uint8
@@ -72,8 +72,8 @@ def test_cmyk_jpeg_and_one_pixel(fast):
         assert crop.shape == (4, 4, 3)
 
 
-def test_a_sampling_that_the_quick_decoder_does_not_know_is_pillows():
-    """4:4:1: a 4:2:0 image whose header is patched, since no encoder here writes it."""
+def test_a_subsampling_that_the_fast_decoder_does_not_know_goes_to_pillow():
+    """4:4:1, made by patching the header of a 4:2:0 image, since no encoder here writes it."""
     stored = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(stored, "JPEG", subsampling=2)
     data = bytearray(stored.getvalue())
@@ -83,8 +83,8 @@ def test_a_sampling_that_the_quick_decoder_does_not_know_is_pillows():
     assert np.array_equal(np.asarray(images.decode(bytes(data))), np.asarray(expected))
 
 
-def test_jpegs_are_decoded_to_pillows_pixels(imagenet_sample):
-    """Every kind of JPEG, whole and damaged: the quick decoder gives Pillow's pixels or error."""
+def test_jpegs_are_decoded_to_the_pixels_of_pillow(imagenet_sample):
+    """The fast decoder gives Pillow's pixels, or its error, for whole and damaged JPEGs."""
     pytest.importorskip("simplejpeg")
 
     def outcome(decoder, data):
@@ -104,7 +104,7 @@ def test_jpegs_are_decoded_to_pillows_pixels(imagenet_sample):
         at = draw.randrange(len(data))
         data[at : at + draw.choice([1, 8, len(data)])] = draw.choice([b"", b"\0", b"?!"])
         damaged.append(bytes(data))
-    quick = errors = 0
+    fast = errors = 0
     for data in whole + damaged:
         expected = outcome(by_pillow, data)
         found = outcome(lambda data: np.asarray(images.decode(data)), data)
@@ -112,8 +112,8 @@ def test_jpegs_are_decoded_to_pillows_pixels(imagenet_sample):
         assert np.array_equal(found, expected)
         assert np.array_equal(pixels, expected)
         errors += isinstance(expected, str)
-        quick += images._plain_jpeg(data, 3) is not None
-    assert quick > 202 + 60
+        fast += images._plain_jpeg(data, 3) is not None
+    assert fast > 202 + 60
     assert errors > 200
 
 
@@ -128,7 +128,7 @@ def kinds_of_jpeg(original):
                     yield data.getvalue()
 
 
-def test_without_the_quick_decoder_pillow_does_it(monkeypatch):
+def test_without_the_fast_decoder_pillow_decodes(monkeypatch):
     data = next(kinds_of_jpeg(Image.new("RGB", (9, 9), "red")))
     expected = images.decode_pixels(data)
     monkeypatch.setattr(images, "simplejpeg", None)
@@ -146,7 +146,7 @@ def test_damaged_files_are_value_errors():
             images.decode(damaged)
 
 
-def test_a_sliver_is_not_blown_up():
+def test_a_very_thin_image_is_not_enlarged_too_far():
     for size, fast in (((1, 200_000), False), ((200_000, 1), True)):
         with pytest.raises(ValueError, match="too many"):
             images.center_crop(images.decode(png("L", size)), 64, fast=fast)
@@ -159,7 +159,7 @@ def test_huge_images_are_refused_before_decoding():
 
 
 def whole_then_crop(image, short_side, size, top, left):
-    """guided-diffusion's way: all halvings and the whole resize by Pillow, then the crop."""
+    """Do all halvings and the whole resize with Pillow, then crop, as guided-diffusion does."""
     while min(image.size) >= 2 * short_side:
         half = tuple(side // 2 for side in image.size)
         image = image.resize(half, resample=Image.Resampling.BOX)
@@ -170,8 +170,8 @@ def whole_then_crop(image, short_side, size, top, left):
     return pixels.reshape(size, size, -1)
 
 
-def test_nothing_that_is_left_out_changes_a_pixel():
-    """Wide and tall images of all sizes: exact equals the whole resize, fast nearly."""
+def test_the_shortcuts_change_no_pixel():
+    """Exact crops equal the whole resize, fast ones nearly; wide and tall images of all sizes."""
     draw, noise = random.Random(0), np.random.RandomState(0)
     differing = []
     for _ in range(400):
@@ -199,12 +199,12 @@ def test_nothing_that_is_left_out_changes_a_pixel():
         assert difference.max() <= 2, crop
         differing.append((difference > 0).mean())
     assert len(differing) > 250
-    assert 0 < np.mean(differing) < 0.01  # torch did it, and well
+    assert 0 < np.mean(differing) < 0.01  # torchvision did the resize, and exactly enough
 
 
 @pytest.mark.parametrize(("size", "mean", "decibels"), [(64, 0.005, 66.0), (256, 0.005, 66.0)])
 def test_fast_pixels_of_real_images(imagenet_sample, size, mean, decibels):
-    """What the README states: at most 2 of 255, and how far on average, over all the images."""
+    """Fast pixels differ by at most 2 of 255; the means over all images are as documented."""
     means = []
     for i, path in enumerate(sorted(imagenet_sample.iterdir())):
         image = images.decode(path.read_bytes())

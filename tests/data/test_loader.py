@@ -1,4 +1,4 @@
-"""Batches: the same on any ranks and workers; bad samples; validation."""
+"""Batches are the same for any number of ranks and workers; bad samples; validation."""
 
 import json
 import multiprocessing
@@ -50,7 +50,7 @@ def training_loader(split, *, rank=0, world_size=1, micro=GLOBAL_BATCH, first=0,
 
 
 def global_batches(split, *, world_size, micro, workers=0, first=0, last=6):
-    """Every step's samples of all ranks, in the order of their positions."""
+    """Return the (label, pixels) of all ranks' samples, in the order of their positions."""
     steps = {}
     for rank in range(world_size):
         loader = training_loader(
@@ -133,7 +133,7 @@ def test_padding_has_no_weight(digits):
 
 
 def test_pixels_are_those_of_the_decoder(digits):
-    """Against the shard's bytes decoded by hand; draws repeat for the same seed and position."""
+    """Compare with bytes decoded by hand; equal seeds and positions give equal crops."""
     shards = open_shards(digits / "val")
     row = shards.index[17]
     data = shards.path(row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["length"]]
@@ -192,7 +192,7 @@ def memory_of(pid: int, index: str) -> tuple[int, int]:
 
 
 def test_workers_hold_one_index_and_do_not_grow(tmp_path):
-    """A 400 MB index, read all over, stays the file's pages; many epochs take no more than one."""
+    """A 400 MB index stays in shared pages of the file; many epochs take no more than one."""
     epoch = np.random.RandomState(0).randint(0, 20_000_000, (10, 32))
     shards = made_up_shards(tmp_path, [20_000_000], np.unique(epoch))
     assert shards.index.nbytes == 400_000_000
@@ -200,13 +200,13 @@ def test_workers_hold_one_index_and_do_not_grow(tmp_path):
     before, own = set(multiprocessing.active_children()), []
     for number, batch in enumerate(create_loader(dataset, [*epoch] * 11, workers=1)):
         assert batch.bad == []
-        if number in (10, 100):  # the worker is at most 4 ahead of it
+        if number in (10, 100):  # the worker is at most 4 batches ahead
             (worker,) = set(multiprocessing.active_children()) - before
             private, copied = memory_of(worker.pid, shards.index.filename)
             own.append(private)
             assert copied == 0
     assert 0 < own[0] < 100e6
-    assert own[1] - own[0] < 15e6  # these images, were they kept, would be 60 MB by then
+    assert own[1] - own[0] < 15e6  # the images read by then are 60 MB
 
 
 @pytest.mark.parametrize(("workers", "fast"), [(0, False), (2, False), (0, True)])
@@ -233,10 +233,10 @@ def test_a_shard_cut_while_training_is_named(digits, tmp_path):
         dataset[np.array([300])]
 
 
-def test_workers_do_not_hear_the_signals_that_stop_a_run(digits):
+def test_workers_ignore_the_signals_that_stop_a_run(digits):
     before = set(multiprocessing.active_children())
     batches = iter(training_loader(digits / "train", micro=4, last=40, workers=2))
-    for _ in range(2):  # one of each worker: both have begun
+    for _ in range(2):  # one from each worker: both have started
         next(batches)
     workers = set(multiprocessing.active_children()) - before
     for worker in workers:
@@ -244,20 +244,20 @@ def test_workers_do_not_hear_the_signals_that_stop_a_run(digits):
             os.kill(worker.pid, number)
     for worker in workers:
         worker.join(0.2)
-        assert worker.is_alive(), "it would be replaced, which is not what is tested"
+        assert worker.is_alive(), "the loader would replace it, and hide the failure"
     assert len(list(batches)) == 40 * 3 - 2
 
 
 @pytest.fixture
-def quick_look(monkeypatch):
-    """torch looks after its workers every 5 s; here ten times a second."""
+def frequent_checks(monkeypatch):
+    """Let torch check its workers ten times per second, not every 5 s."""
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
 
     monkeypatch.setattr(Iterator._try_get_data, "__defaults__", (0.1,))
 
 
 def read_with_killings(split, at: dict[int, int]) -> tuple[list, int]:
-    """A run's batches where, before the n-th, at[n] of its 2 workers get SIGKILL; and the kills."""
+    """Read all batches; after batch n, kill at[n] of the 2 workers. Return batches and kills."""
     before, killed, got = set(multiprocessing.active_children()), 0, []
     batches = iter(training_loader(split, micro=4, last=30, workers=2))
     for batch in batches:
@@ -269,24 +269,24 @@ def read_with_killings(split, at: dict[int, int]) -> tuple[list, int]:
     return got, killed
 
 
-def test_a_killed_worker_loses_no_batch(digits, quick_look, capfd):
-    """One of two, both, and one so late that nothing is left to read but what is on its way."""
+def test_a_killed_worker_loses_no_batch(digits, frequent_checks, capfd):
+    """Kill one of two workers, then both, then one when all batches have been requested."""
     expected, _ = read_with_killings(digits / "train", {})
     assert len(expected) == 90
     got, killed = read_with_killings(digits / "train", {5: 1, 40: 2, 85: 1})
     assert killed == 4
     assert got == expected
     said = capfd.readouterr().err
-    assert 2 <= said.count("rank 0: a loader worker died (SIGKILL); reading on") <= 3
+    assert 2 <= said.count("rank 0: a loader worker died (SIGKILL); new workers continue") <= 3
 
 
-def test_workers_that_keep_dying_are_an_error(digits, quick_look, monkeypatch):
+def test_workers_that_keep_dying_are_an_error(digits, frequent_checks, monkeypatch):
     monkeypatch.setattr(ShardDataset, "__getitem__", lambda *_: os.kill(os.getpid(), 9))
-    with pytest.raises(OSError, match=r"SIGKILL\), 4 times in a row.*--workers \(now 2 a rank\)"):
+    with pytest.raises(OSError, match=r"SIGKILL\), 4 times in a row.*--workers \(now 2 per rank\)"):
         list(training_loader(digits / "train", workers=2))
 
 
-def test_an_error_in_a_worker_is_no_death(digits, tmp_path):
+def test_an_error_in_a_worker_is_raised_without_a_restart(digits, tmp_path):
     shutil.copytree(digits / "val", tmp_path / "val")
     loader = training_loader(tmp_path / "val", workers=1)
     os.truncate(tmp_path / "val" / "val-000000.tar", 2048)

@@ -1,4 +1,4 @@
-"""The sample order: permutations, independence of ranks and batches, and that it never changes."""
+"""The sample order is a permutation, independent of ranks and batches, and never changes."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ layouts = st.fixed_dictionaries(
 
 
 def by_hand(shard_samples, seed, lanes, shuffle_shards, epoch):
-    """An epoch's order by the five steps of order.py, with lists."""
+    """Compute an epoch's order by the five steps of order.py, with lists."""
     names = [[(s, i) for i in range(n)] for s, n in enumerate(shard_samples)]
     order = permutation(len(names), fold(stream_key(seed, "order/shards"), epoch))
     stream = [(place, name) for place, s in enumerate(order) for name in names[s]]
@@ -71,7 +71,7 @@ def test_the_five_steps_by_hand(layout, epoch):
 
 @given(layout=layouts, start=st.integers(0, 10**5), length=st.integers(1, 80))
 def test_any_position_can_be_asked_for_alone(layout, start, length):
-    """Resuming at q gives the suffix of the uninterrupted stream, across epoch edges too."""
+    """Resuming at q gives the suffix of the uninterrupted stream, across epochs too."""
     stream = SampleOrder(**layout).samples(np.arange(start, start + length))
     fresh = SampleOrder(**layout)
     backwards = [
@@ -99,7 +99,7 @@ def test_ranks_share_out_the_global_batch_by_lane(layout, share, world_size, ste
 
 
 def shards_of(folder, shard_samples):
-    """A split with so many samples in its shards, each labelled with its number."""
+    """Make a split with the given samples per shard; a sample's label is its number."""
     image = io.BytesIO()
     Image.new("L", (1, 1)).save(image, format="PNG")
     shards, rows = [], []
@@ -114,7 +114,7 @@ def shards_of(folder, shard_samples):
 
 
 def loaded(shards, order, cut, steps, workers):
-    """Position -> sample of all ranks' batches in these steps, through the loader that trains."""
+    """Return position -> sample of all ranks' batches in these steps, read by the loader."""
     found = {}
     micro, accumulation, world_size = cut
     shape = dict(global_batch=micro * accumulation * world_size, micro_batch=micro)
@@ -139,7 +139,7 @@ def loaded(shards, order, cut, steps, workers):
 
 
 def check_loaded(layout, cuts, begins, first_step, workers):
-    """Any cut of the global batch, from any step on, reads what the five steps by hand say."""
+    """Check that any cut of the global batch, from any step on, reads the order by hand."""
     total = math.prod(cuts[0])
     steps = range(first_step, first_step + 4)
     order = SampleOrder(**layout)
@@ -157,7 +157,7 @@ def check_loaded(layout, cuts, begins, first_step, workers):
 
 @st.composite
 def two_cuts(draw):
-    """Two of the ways to cut one global batch: (micro-batch, accumulation, ranks)."""
+    """Draw two ways to cut one global batch: (micro-batch, accumulation, ranks)."""
     total = draw(st.integers(1, 16))
     divisors = [
         (micro, total // micro // ranks, ranks)
@@ -173,14 +173,14 @@ resumed = dict(layout=layouts, cuts=two_cuts(), begin=st.integers(0, 3), first=s
 
 @settings(deadline=None, max_examples=40)
 @given(**resumed)
-def test_the_loader_reads_the_same_stream_however_it_is_cut_and_resumed(layout, cuts, begin, first):
+def test_the_loader_reads_the_same_stream_for_any_cut_and_resume(layout, cuts, begin, first):
     check_loaded(layout, cuts, (0, begin), first, workers=0)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @settings(deadline=None, max_examples=2)
 @given(**resumed)
-def test_so_do_its_workers(workers, layout, cuts, begin, first):
+def test_workers_read_the_same_stream_for_any_cut_and_resume(workers, layout, cuts, begin, first):
     check_loaded(layout, cuts, (0, begin), first, workers)
 
 
@@ -198,8 +198,8 @@ def test_open_shards_are_those_that_may_be_read(layout, start, length):
 
 
 @pytest.mark.parametrize(("nodes", "open_lanes"), [(1, 16), (2, 8), (16, 1), (32, 1)])
-def test_nodes_share_the_shards_out(nodes, open_lanes):
-    """A node of 4 ranks has as many shards open as it has lanes, and fetches few twice."""
+def test_the_shards_are_divided_among_the_nodes(nodes, open_lanes):
+    """A node of 4 ranks has one open shard per lane, and fetches few shards twice."""
     order = SampleOrder([50] * 128, seed=3, lanes=16, shuffle_shards=1)
     world_size = 4 * nodes
     shape = dict(global_batch=world_size, world_size=world_size)
@@ -213,7 +213,7 @@ def test_nodes_share_the_shards_out(nodes, open_lanes):
             assert read <= window
             fetched += len(window - last)
             most, last = max(most, len(window)), window
-    assert most <= 2 * open_lanes + 1  # at an edge between shards, both
+    assert most <= 2 * open_lanes + 1  # two shards at an edge between them
     if nodes <= 16:
         assert fetched <= 1.1 * 128
     else:
@@ -237,7 +237,7 @@ print(hashlib.sha256(order.samples(np.arange(2500)).astype("<i8").tobytes()).hex
 
 
 def test_the_order_never_changes():
-    """A change here would make every saved run continue on other data than it started on."""
+    """A change of this hash would make every saved run continue with other data."""
     expected = "503310ce968df858f836d9a07c68a4244b0c021b4d4c72d5c00238ea0d794ac4"
     for hash_seed in ("0", "1"):
         done = subprocess.run(
@@ -252,32 +252,32 @@ def test_the_order_never_changes():
 
 
 def test_a_lane_walks_through_its_shards_one_after_another():
-    """Few shards are read at a time: lane 0's samples stay within its run of the shard order."""
+    """Few shards are read at a time: lane 0's samples stay within its part of the shard order."""
     order = SampleOrder([100] * 10, seed=0, lanes=5, shuffle_shards=1)
     lane_0 = order.samples(np.arange(0, 1000, 5))  # 200 samples: two shards
     shards = lane_0 // 100
     assert len(set(shards.tolist())) == 2
-    assert (np.diff(shards) != 0).sum() == 1  # the second begins when the first is read
+    assert (np.diff(shards) != 0).sum() == 1  # the second begins after the first ends
 
 
 @pytest.mark.parametrize("shuffle_shards", [1, 4, None])
 @settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 1000), sort=st.booleans())
-def test_neighbours_are_no_more_alike_than_in_a_random_order(shuffle_shards, seed, sort):
-    """Whether the shards are sorted by class or shuffled."""
+def test_neighbours_share_a_class_no_more_often_than_at_random(shuffle_shards, seed, sort):
+    """The shards may be sorted by class or shuffled."""
     n, classes = 16000, 100
     labels = np.repeat(np.arange(classes), n // classes)
     if not sort:
         labels = np.random.RandomState(seed).permutation(labels)
     order = SampleOrder([125] * 128, seed=seed, lanes=64, shuffle_shards=shuffle_shards)
     stream = labels[order.samples(np.arange(n))]
-    alike = (stream[1:] == stream[:-1]).mean()
+    same_class = (stream[1:] == stream[:-1]).mean()
     # Lanes read side by side lie in different shards: neighbours then share a class less often.
-    assert alike < 1 / classes + 4 * np.sqrt(1 / classes / n)
+    assert same_class < 1 / classes + 4 * np.sqrt(1 / classes / n)
 
 
 def distinct_classes(shuffle_shards: int | None, seed: int) -> float:
-    """Classes in 64 batches of 64 of class-sorted shards, on average over them, of 64 possible."""
+    """Return the share of classes in the first 64 batches of 64, for shards sorted by class."""
     n, classes = 64 * 1024, 256
     labels = np.repeat(np.arange(classes), n // classes)
     order = SampleOrder([128] * 512, seed=seed, lanes=64, shuffle_shards=shuffle_shards)
@@ -286,13 +286,13 @@ def distinct_classes(shuffle_shards: int | None, seed: int) -> float:
 
 
 def test_mixing_whole_lanes_brings_every_class_early():
-    """Of class-sorted shards the first sixteenth of an epoch shows all classes, as at random."""
+    """The first sixteenth of an epoch has as many classes as at random, for sorted shards."""
     chance = 1 - (1 - 1 / 256) ** (64 * 64)
     assert distinct_classes(None, seed=0) == pytest.approx(chance, abs=0.02)
     assert distinct_classes(1, seed=0) < 0.5
 
 
-def test_what_cannot_be_held_in_memory_is_refused():
+def test_blocks_that_do_not_fit_in_memory_are_refused():
     with pytest.raises(ValueError, match="lower one of them"):
         SampleOrder([OPEN_LIMIT // 4] * 5, seed=0, lanes=2, shuffle_shards=None)
     SampleOrder([OPEN_LIMIT // 4] * 5, seed=0, lanes=2, shuffle_shards=1)

@@ -1,4 +1,4 @@
-"""Work in forked processes: its results, its errors, and a worker that dies."""
+"""Work in forked processes: results, errors, and a worker that dies."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def die(number):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_in_order_or_as_they_come(workers):
+def test_results_in_order_or_as_they_are_finished(workers):
     assert list(in_processes(workers, add, range(50), shared=7)) == [7 + n for n in range(50)]
     loose = in_processes(workers, add, range(50), shared=1, ordered=False)
     assert sorted(loose) == [1 + n for n in range(50)]

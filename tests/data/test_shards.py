@@ -1,4 +1,4 @@
-"""Shards as stock WebDataset reads them; sources; conversion; and what verify finds."""
+"""Shards read by stock WebDataset; sources; conversion; damage that verify finds."""
 
 import io
 import json
@@ -95,7 +95,7 @@ def test_folders_without_images_do_not_vanish(folder):
 
 
 def test_images_of_other_formats_do_not_vanish(folder, tmp_path):
-    """A TIFF among PNGs is named; a JPEG that is called .jfif is one of the class."""
+    """A TIFF among PNGs is reported; a JPEG named .jfif is an image of the class."""
     image = Image.new("RGB", (9, 9))
     image.save(folder / "cat" / "saved.jfif", format="JPEG")
     names = [sample.name for sample in image_folder(folder).splits["train"]]
@@ -156,7 +156,7 @@ def pack(path: Path, members: dict[str, bytes]) -> None:
 
 
 def damaged_shards() -> dict:
-    """Ways a shard breaks; stock WebDataset reads most of them short without an error."""
+    """Return ways to damage a shard; stock WebDataset reads most of them without an error."""
 
     def cut_at_member(tar, data, offsets):
         return data[: offsets[7] - 512]
@@ -204,7 +204,7 @@ def damaged_shards() -> dict:
 
 @pytest.mark.parametrize("way", damaged_shards())
 def test_a_damaged_shard_is_named_with_its_counts_or_loses_nothing(split, way):
-    """verify tells of every kind. Training refuses what changed a size; else it reads them all."""
+    """verify reports every kind. Training refuses a changed size, and reads all samples if not."""
     tar, before = split / "train-000000.tar", ShardDataset(open_shards(split), image_size=8)
     whole = tar.read_bytes()
     offsets = member_offsets(tar)
@@ -257,15 +257,15 @@ def test_verify_compares_labels_with_the_index(split):
 
 
 @pytest.mark.parametrize("text", [b"", b"-1", b"x", b"1.0"])
-def test_labels_that_are_none_are_named(tmp_path, text):
+def test_invalid_labels_are_reported(tmp_path, text):
     pack(tmp_path / "x.tar", {"a/k1.png": b"", "a/k1.cls": b"0", "a/k2.png": b"", "a/k2.cls": text})
     with pytest.raises(ValueError, match=r"x\.tar.*a/k2.*"):
         list(scan_shard(tmp_path / "x.tar"))
 
 
 @pytest.mark.parametrize("missing", [1, 3])
-def test_images_without_a_label_are_named(tmp_path, missing):
-    """In the midst, and at a shard's end, where the label may be the next shard's first member."""
+def test_images_without_a_label_are_reported(tmp_path, missing):
+    """The label is missing in the middle, or at the end, where it could be in the next shard."""
     members = {"k1.png": b"", "k1.cls": b"0", "k2.png": b"", "k2.cls": b"1"}
     del members[list(members)[missing]]
     pack(tmp_path / "x.tar", members)
@@ -274,7 +274,7 @@ def test_images_without_a_label_are_named(tmp_path, missing):
 
 
 def test_keys_that_appear_twice_are_found(folder, tmp_path):
-    """In one shard, and in two."""
+    """The same key appears in one shard, and in two."""
     convert(image_folder(folder), tmp_path / "data", samples_per_shard=5)
     split = tmp_path / "data" / "train"
     first, second, third = sorted(split.glob("*.tar"))
@@ -288,14 +288,14 @@ def test_keys_that_appear_twice_are_found(folder, tmp_path):
             data[member.offset : member.offset + 512] = header.tobuf(tarfile.USTAR_FORMAT)
     second.write_bytes(data)
     in_one, *in_two = verify(split)
-    assert re.match(rf"{second}: got member .* there twice", in_one)
+    assert re.match(rf"{second}: got member .* appears twice", in_one)
     in_two = [problem for problem in in_two if problem.endswith("appears twice")]
     assert len(in_two) == 5
     assert all(problem.startswith(str(third)) for problem in in_two)
 
 
 def test_no_member_but_the_image_is_ever_decoded(tmp_path):
-    """A pickle beside an image, and one that calls itself an image, run nothing."""
+    """A pickle next to an image, and one with the name of an image, are never run."""
 
     class Evil:
         def __reduce__(self):
@@ -317,7 +317,7 @@ def test_no_member_but_the_image_is_ever_decoded(tmp_path):
 @pytest.mark.parametrize("name", ["../out.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_members_that_leave_the_directory_are_refused(tmp_path, name):
     pack(tmp_path / "x.tar", {name: b""})
-    with pytest.raises(ValueError, match="outside of it"):
+    with pytest.raises(ValueError, match="leads outside"):
         list(scan_shard(tmp_path / "x.tar"))
 
 
@@ -354,7 +354,7 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
     assert "sha256" in after(lambda: np.save(copy / "index.npy", rows[::-1]))
 
     def index_of(rows) -> None:
-        """An index that its manifest agrees with."""
+        """Write an index with a manifest that fits it."""
         np.save(copy / "index.npy", rows)
         manifest = open_shards(split).manifest
         manifest = replace(manifest, index_sha256=files.sha256(copy / "index.npy"))
@@ -406,18 +406,18 @@ def test_a_sample_reads_bytes_or_a_file(tmp_path):
         dict(shards=[]),
     ],
 )
-def test_manifests_made_by_hand_are_refused(folder, tmp_path, change):
+def test_manifests_with_wrong_types_are_refused(folder, tmp_path, change):
     convert(image_folder(folder), tmp_path / "data")
     path = tmp_path / "data/train/manifest.json"
     fields = json.loads(path.read_text()) | change
     made = Manifest(**{k: v for k, v in fields.items() if k in Manifest.__dataclass_fields__})
     object.__setattr__(made, "shards", [Shard(**shard) for shard in fields["shards"]])
-    path.write_text(made.to_json())  # signed again
+    path.write_text(made.to_json())  # with a correct fingerprint
     with pytest.raises(ValueError, match="not a manifest of this program"):
         open_shards(tmp_path / "data/train")
 
 
-def test_a_manifest_nested_without_end_is_refused(tmp_path):
+def test_a_deeply_nested_manifest_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="not a manifest of this program"):
         open_shards(tmp_path)

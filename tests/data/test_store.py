@@ -1,4 +1,4 @@
-"""Shards behind a URL: the same bytes, one download a node, within a budget."""
+"""Shards at a URL: the same bytes, one download per node, within a budget."""
 
 import os
 import pickle
@@ -73,7 +73,7 @@ def test_a_used_store_can_be_pickled_and_forked(served_store):
     assert outcomes(lambda: correct(used, 0) and correct(used, 2), 3) == [True] * 3
 
 
-# ------------------------------------------------------------------------- one download a node
+# ----------------------------------------------------------------------- one download per node
 
 
 def test_processes_share_one_download(served_store):
@@ -123,7 +123,7 @@ def test_two_data_sets_of_equal_names_are_kept_apart(served_store, tmp_path):
         assert correct(store(), 0)
         assert correct(second, 0)
         assert store().folder.parent == second.folder.parent
-        # A newer version at the same address, of the same sizes, is another data set too.
+        # A newer version at the same URL, with the same sizes, is another data set too.
         newer = make_shards(tmp_path / "other", 6, seed=2)
         third = ShardStore(server.url, newer, cache_dir=tmp_path / "cache", **FAST)
         assert correct(third, 0)
@@ -170,7 +170,7 @@ def test_fetching_ahead_waits_for_room_and_reading_does_not(served_store):
     theirs.prefetch([2])
     time.sleep(0.6)
     assert cached(ours) == [0, 1]
-    assert correct(theirs, 2)  # needed now
+    assert correct(theirs, 2)  # needed at once
     assert cached(ours) == [0, 1, 2]
     ours.prefetch([1])
     theirs.prefetch([3])
@@ -179,7 +179,7 @@ def test_fetching_ahead_waits_for_room_and_reading_does_not(served_store):
 
 
 def test_the_budget_holds_with_many_processes(served_store):
-    """Two windows of 2 within a budget of 5, of 6 shards, which so come and go all the time."""
+    """Two processes with windows of 2 of 6 shards, and a budget of 5: shards are often removed."""
     _, _, store = served_store
     budget = 5 * SIZE
     ours = store(budget_bytes=budget)
@@ -205,23 +205,23 @@ def test_the_budget_holds_with_many_processes(served_store):
     assert 3 * SIZE < most <= budget
 
 
-def test_budgets_that_cannot_do_are_refused(served_store):
+def test_budgets_below_the_largest_shard_are_refused(served_store):
     _, _, store = served_store
     with pytest.raises(ValueError, match=r"need at least 0\.0003, the largest"):
         store(budget_bytes=SIZE - 1)
 
 
-def test_a_window_beyond_the_budget_is_fetched_as_far_as_it_goes(served_store):
+def test_a_window_beyond_the_budget_is_fetched_in_part(served_store):
     server, _, store = served_store
     ours = store(budget_bytes=2 * SIZE)
     ours.prefetch([4, 1, 2])
     wait_until(lambda: cached(ours) == [1, 4])
     time.sleep(0.3)
     assert server.count("s-2.tar") == 0
-    assert correct(ours, 2)  # needed at once, it takes a place
+    assert correct(ours, 2)  # needed at once: it exceeds the budget
 
 
-def test_dead_processes_leave_nothing_that_grows(served_store, tmp_path):
+def test_the_files_of_dead_processes_are_removed(served_store, tmp_path):
     _, _, store = served_store
     for _ in range(5):
         assert outcomes(lambda: correct(store(), 0), 1) == [True]
@@ -233,12 +233,12 @@ def test_dead_processes_leave_nothing_that_grows(served_store, tmp_path):
     "name",
     ["../x.tar", "/etc/x.tar", "pipe:touch x.tar", "a b.tar", "$(x).tar", ".x.tar", "-x.tar", "x"],
 )
-def test_names_that_could_do_harm_are_refused(tmp_path, name):
+def test_dangerous_names_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="shard name"):
         ShardStore("http://127.0.0.1", [Shard(name, 1, 1, "")], cache_dir=tmp_path)
 
 
-def test_signed_addresses_name_the_place_and_are_not_shown(tmp_path):
+def test_signed_urls_need_a_name_and_are_not_shown(tmp_path):
     shards = make_shards(tmp_path / "far", 1)
     with pytest.raises(ValueError, match=r"\{name\}") as error:
         whole(ShardStore("http://127.0.0.1:1/x?sig=secret", shards, cache_dir=tmp_path), 0)

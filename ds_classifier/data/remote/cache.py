@@ -1,13 +1,13 @@
-"""Whole files that the processes of a node share, fetched once, within a budget.
+"""A cache of whole files that the processes of a node share: fetched once, within a budget.
 
-    FOLDER/GROUP/NAME         whole and checked: it is renamed to this name when it is
-    FOLDER/GROUP/.NAME.part   a download under way, or one that was cut; the next one resumes it
-    FOLDER/GROUP/.NAME.lock   locked by the one downloader; holds its error where it failed
-    FOLDER/.users/*.json      what a process needs; locked as long as that process lives
-    FOLDER/.lock              locked while the above is counted, removed or changed
+    FOLDER/GROUP/NAME         complete and checked; a part is renamed to this when it is
+    FOLDER/GROUP/.NAME.part   a running download, or an interrupted one that the next one resumes
+    FOLDER/GROUP/.NAME.lock   locked by the process that downloads; holds the error if that failed
+    FOLDER/.users/*.json      the files that a process needs; locked while that process lives
+    FOLDER/.lock              locked while the files above are counted, removed or changed
 
-All locks are flock(2)'s: the kernel drops them with their process, however it ends, so that
-nothing here has to ask whether a process still lives.
+All locks are flock(2) locks. The kernel drops them when their process ends, in whatever way, so no
+code here has to find out whether a process is alive.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pathlib import Path
 
 from ds_classifier.common import files
 
-_locks: set[int] = set()  # handles of this process
+_locks: set[int] = set()  # file descriptors of this process
 
 
 def _close_locks() -> None:
+    """Close the locks that a forked child has from its parent."""
     for handle in _locks:
         os.close(handle)
     _locks.clear()
@@ -36,7 +37,7 @@ os.register_at_fork(after_in_child=_close_locks)
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """A handle that holds the lock, or None where another does and we shall not wait."""
+    """Lock a file and return its descriptor; None if it is locked already and wait is False."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _locks.add(handle)
     try:
@@ -48,42 +49,45 @@ def _lock(path: Path, *, wait: bool) -> int | None:
 
 
 def _unlock(handle: int) -> None:
-    if handle in _locks:  # else it was our parent's
+    """Release a lock, unless it is the parent's, from before a fork."""
+    if handle in _locks:
         _locks.remove(handle)
         os.close(handle)
 
 
 class FileCache:
-    """The files of `folder`, for one process.
+    """The files of `folder`, as one process uses them.
 
-    budget_bytes: of all the *.tar in it; the least recently used ones that no process needs make
-    room for others. None: no limit. Other files, such as an index, are not counted and stay.
+    budget_bytes: limit for all the *.tar files together; the least recently used ones that no
+        process needs are removed to make room. None for no limit. Other files, such as an index,
+        are not counted and are never removed.
     """
 
     def __init__(self, folder: Path, *, budget_bytes: int | None):
         self.folder, self.budget_bytes = folder, budget_bytes
         (folder / ".users").mkdir(parents=True, exist_ok=True)
         self._window: dict[str, int] = {}  # name -> bytes
-        self._fetching: dict[str, int] = {}  # name -> bytes that it will have
+        self._fetching: dict[str, int] = {}  # name -> bytes when complete
         with self._alone():
-            # Made and locked while nobody counts: an unlocked one would pass for a dead process's.
+            # Created under the lock: other processes take an unlocked file for a dead process's.
             self._user_file = folder / ".users" / f"{uuid.uuid4().hex}.json"
             self._user = _lock(self._user_file, wait=True)
             self._publish()
-            self._needs()  # sweeps away what dead processes left
+            self._needs()  # removes the files of dead processes
 
     def close(self) -> None:
-        """This process needs nothing any more."""
+        """Give up all files that this process needs."""
         with self._alone():
             self._user_file.unlink(missing_ok=True)
             _unlock(self._user)
             self._user = None
 
     def protect(self, sizes: dict[str, int]) -> list[str]:
-        """Keep these files, once they are here, until the next call or the end of the process.
+        """Protect files from removal until the next call, or until the process ends.
 
-        sizes: name -> bytes, the most needed first. Only as many as the budget has room for, beside
-        what other processes keep; returns their names.
+        sizes: name -> bytes, the most urgent first; the files need not be there yet.
+        Returns the names of the files that are protected: those that fit in the budget together
+        with the files that other processes protect.
         """
         with self._alone():
             self._window = {}
@@ -100,12 +104,15 @@ class FileCache:
     def open(
         self, name: str, *, size: int | None, fetch: Callable[[Path], None], wait: bool = True
     ) -> int | None:
-        """A handle to read a file by, good even after the file is removed; the caller closes it.
+        """Return a file descriptor for reading, after fetching the file if it is not there.
 
-        name: GROUP/NAME. size: bytes; None: unknown. fetch(part): completes the file `part`.
-        wait: False returns None where another process fetches it, or where there is no room; True
-        waits for the other, and goes over the budget where all is needed. Raises fetch's errors,
-        also to those who waited for another's fetch.
+        The descriptor stays valid after the file is removed; the caller closes it.
+        name: GROUP/NAME.
+        size: bytes; None if unknown.
+        fetch: called with the path `part`, completes that file.
+        wait: if False, return None when another process is fetching the file, or when there is no
+            room. If True, wait for it, and exceed the budget if every other file is needed.
+        Raises the errors of fetch, also if another process called it while this one waited.
         """
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
@@ -124,7 +131,7 @@ class FileCache:
             if handle is not None:
                 return handle
             if not waited:
-                os.ftruncate(lock, 0)  # an older attempt's error
+                os.ftruncate(lock, 0)  # the error of an earlier attempt
             if waited and (error := os.pread(lock, 4096, 0)):
                 raise OSError(error.decode("utf-8", "replace"))
             return self._fetch(name, size or 0, fetch, lock, over_budget=wait)
@@ -132,6 +139,7 @@ class FileCache:
             _unlock(lock)
 
     def _fetch(self, name, size, fetch, lock, *, over_budget) -> int | None:
+        """Make room, fetch the file and return its descriptor; None if there is no room."""
         if not self._make_room(name, size, over_budget=over_budget):
             return None
         path = self.folder / name
@@ -151,7 +159,7 @@ class FileCache:
                 self._publish()
 
     def _make_room(self, name: str, size: int, *, over_budget: bool) -> bool:
-        """Note that a file of so many bytes comes; remove others for it. False: no room."""
+        """Reserve `size` bytes for a file, and remove others for it; False if there is no room."""
         with self._alone():
             if self.budget_bytes is not None:
                 needed, coming = self._needs()
@@ -159,7 +167,7 @@ class FileCache:
                 for path, stat in self._counted():
                     target = _target(path)
                     if target in coming or target == name:
-                        continue  # counted at its full size
+                        continue  # already counted, with its full size
                     used += stat.st_size
                     if target not in needed:
                         idle.append((stat.st_mtime_ns, stat.st_size, path))
@@ -176,15 +184,16 @@ class FileCache:
         return True
 
     def _counted(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield the files that count towards the budget."""
         for pattern in ("*/*.tar", "*/.*.tar.part"):
             for path in self.folder.glob(pattern):
                 try:
                     yield path, path.stat()
-                except FileNotFoundError:  # a part that was renamed just now
+                except FileNotFoundError:  # a part that has just been renamed
                     continue
 
     def _needs(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Of all live processes: what they need, and the downloads under way; name -> bytes."""
+        """Return the files that live processes need, and those being fetched, as name -> bytes."""
         needed, coming = dict(self._window), dict(self._fetching)
         for path in (self.folder / ".users").iterdir():
             if path == self._user_file:
@@ -200,6 +209,7 @@ class FileCache:
         return needed, coming
 
     def _publish(self) -> None:
+        """Write the files that this process needs, for the other processes to read."""
         if self._user is None:  # closed while a thread was fetching
             return
         text = json.dumps({"window": self._window, "fetching": self._fetching}).encode()
@@ -208,6 +218,7 @@ class FileCache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        """Lock the cache against all other processes."""
         lock = _lock(self.folder / ".lock", wait=True)
         try:
             yield
@@ -216,13 +227,13 @@ class FileCache:
 
 
 def _target(path: Path) -> str:
-    """GROUP/NAME of a file or of its part."""
+    """Return GROUP/NAME of a file or of its part."""
     name = path.name
     return f"{path.parent.name}/{name[1:-5] if name.endswith('.part') else name}"
 
 
 def _open_whole(path: Path, size: int | None) -> int | None:
-    """A handle of a file that is there and as long as it should be; it is the newest in use."""
+    """Open a file and mark it as just used; None if it is missing or has another size."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""A URL, opened once, from some byte on: what comes, and how it fails.
+"""Open a URL once, from a byte on, and report failures in one form.
 
-http(s) goes through the standard library, every other scheme (gs, hf, sftp, file, pipe ...)
-through webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests).
+http(s) goes through requests, every other scheme (gs, hf, sftp, file, pipe ...) through
+webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests).
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ import urllib3
 from ds_classifier.common import files
 from ds_classifier.common.urls import scheme
 
-CHUNK = 1 << 20  # bytes asked for at a time
-WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # of the HTTP statuses 4xx
-WRAPPERS = (requests.RequestException, urllib3.exceptions.HTTPError)  # texts may hold secrets
-
+CHUNK = 1 << 20  # bytes to read at a time, at most
+WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # HTTP statuses 4xx after which another try may succeed
+WRAPPERS = (requests.RequestException, urllib3.exceptions.HTTPError)  # their texts may hold secrets
 BAD_URL = (
-    "no valid http URL, or a redirect to one that is not; need %XX for all but plain letters, as "
-    "in a password"
+    "the URL, or one that it redirects to, is not valid; need %XX for special characters, such as "
+    "those in a password"
 )
 
-# A program in a shell, in a session of its own. Its group ends with the one who started it, of
-# whatever that dies, and when that lets go: the watcher then sees the end of its standard input.
+# Runs a program in a shell, in a session of its own. A watcher in the background reads a pipe that
+# only this process holds open; when this process closes it or dies, the watcher kills the group.
 IN_SHELL = """exec 3<&0 </dev/null
 { read -r _; kill -KILL 0; } <&3 3<&- >/dev/null 2>&1 &
 exec 3<&-
@@ -44,7 +43,10 @@ eval "$1"
 
 
 class Failed(Exception):
-    """One try failed. final: another will not help. restart: what it brought is of no use."""
+    """Raised when one try fails.
+
+    final: another try will not help. restart: the bytes received so far must be thrown away.
+    """
 
     def __init__(self, reason: str, *, final: bool = False, restart: bool = False):
         super().__init__(reason)
@@ -53,9 +55,14 @@ class Failed(Exception):
 
 @dataclass
 class Stream:
-    """An answer. read() gives some bytes, b"" at the end; start: where in the file they begin;
-    total: bytes of the whole file, None where the server does not say; ends: whether it says when
-    that was the last byte, or the connection just ends, as it also does when it breaks."""
+    """An open URL.
+
+    read: returns some bytes, b"" at the end.
+    start: position in the file of the first byte that it returns.
+    total: bytes of the whole file; None if the server does not say.
+    ends: False if the end of the file can only be seen from the end of the connection, which a
+        broken connection looks like too.
+    """
 
     read: Callable[[], bytes]
     start: int = 0
@@ -65,7 +72,10 @@ class Stream:
 
 @contextmanager
 def network_errors() -> Iterator[None]:
-    """Raise Failed for errors of the network or the other side; those of our disk pass."""
+    """Raise Failed in place of the errors of a network or a server.
+
+    Wrap only code that reads from the URL: errors of the local disk are OSErrors too.
+    """
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -82,6 +92,11 @@ def network_errors() -> Iterator[None]:
 
 @contextmanager
 def opened_url(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]:
+    """Open a URL for reading from byte `start` on; the stream may begin before it.
+
+    stall_timeout_s: seconds that connecting, the head of the answer, and each read may take.
+    Raises Failed.
+    """
     opened = _opened_http if scheme(url) in ("http", "https") else _opened_by_gopen
     with opened(url, start, stall_timeout_s) as stream:
         yield stream
@@ -89,10 +104,9 @@ def opened_url(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]
 
 @contextmanager
 def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]:
-    """Open an http(s) URL; with requests, which follows redirects and reads proxy settings.
+    """Open an http(s) URL with requests, which follows redirects and reads the proxy settings.
 
-    A login in the URL is sent to the host that it was given for, and not to a host that a redirect
-    leads to.
+    A login in the URL is sent to its own host, but not to another host after a redirect.
     """
     headers = {"User-Agent": "ds_classifier", "Accept-Encoding": "identity"}
     if start:
@@ -101,7 +115,7 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
     with requests.Session() as session, ExitStack() as opened:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
-        # The system's certificates, as for all other programs; requests has its own list.
+        # Use the system's certificates, as other programs do; requests brings its own list.
         certificates = ssl.get_default_verify_paths()
         session.verify = certificates.cafile or certificates.capath or True
         with network_errors():
@@ -111,18 +125,18 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
                 response = session.get(
                     parts._replace(auth=None).url,
                     headers=headers,
-                    auth=login and tuple(login),  # bytes: requests would encode it as Latin-1
+                    auth=login and tuple(login),  # bytes: requests encodes text as Latin-1
                     stream=True,
                     timeout=stall_timeout_s,
                 )
-            except ValueError:  # its text may hold a part of a password
+            except ValueError:  # its text may hold part of a password
                 raise Failed(BAD_URL, final=True) from None
         opened.enter_context(response)
-        response.raw.enforce_content_length = False  # the caller compares sizes
+        response.raw.enforce_content_length = False  # fetch.py compares sizes
         status = response.status_code
         if not 200 <= status < 300:
             final = 400 <= status < 500 and status not in WORTH_TRYING_AGAIN
-            # 416: the part is as long as the server's file, or longer.
+            # 416: the part on disk is as long as the server's file, or longer.
             raise Failed(f"HTTP {status} {response.reason}", final=final, restart=status == 416)
         if status == 206:
             word = response.headers.get("Content-Range", "")
@@ -130,22 +144,22 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
             if not found or int(found[1]) != start:
                 raise Failed(f"asked for bytes {start}-, got {word!r}", restart=True)
             total = None if found[2] == "*" else int(found[2])
-        else:  # the whole file, whether or not a range was asked for
+        else:  # the whole file; the server may have ignored the range
             start, total = 0, response.raw.length_remaining
 
         def read() -> bytes:
             adapter.restart_clock()
-            # Not iter_content, which waits for a whole chunk and loses what came of a broken one.
+            # iter_content waits for a full chunk, and loses its bytes if the connection breaks.
             return response.raw.read1(CHUNK, decode_content=False)
 
         yield Stream(read, start, total, ends=total is not None or response.raw.chunked)
 
 
 class _PatientAdapter(requests.adapters.HTTPAdapter):
-    """Makes connections where a response's head, and each read, may take limit_s seconds in all.
+    """Makes connections on which the head of a response, and each read, have limit_s seconds.
 
-    By itself a socket counts its time-out from byte to byte, and the head of a response, or the
-    length of a chunk, may come in a thousand pieces.
+    A socket's own time-out starts again with every byte, and the head of a response, or the length
+    of a chunk, may come in a thousand pieces.
     """
 
     def __init__(self, limit_s: float):
@@ -164,7 +178,7 @@ class _PatientAdapter(requests.adapters.HTTPAdapter):
         return pool
 
     def _response(self, socket, *arguments, **keywords) -> http.client.HTTPResponse:
-        """Return a response whose reads raise TimeoutError when the time is over."""
+        """Return a response whose reads raise TimeoutError once the clock has run out."""
         self.restart_clock()
         response = http.client.HTTPResponse(socket, *arguments, **keywords)
         receive = response.fp.raw.readinto
@@ -182,7 +196,7 @@ class _PatientAdapter(requests.adapters.HTTPAdapter):
 
 @contextmanager
 def _opened_by_gopen(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]:
-    """gopen knows no ranges: always the whole file."""
+    """Open a URL of any other scheme with gopen, which always reads from the first byte."""
     from webdataset.gopen import Pipe, gopen, rewrite_url  # imports torch
 
     with ExitStack() as opened:
@@ -205,13 +219,17 @@ def _opened_by_gopen(url: str, start: int, stall_timeout_s: float) -> Iterator[S
 
 @contextmanager
 def _in_shell(command: str) -> Iterator:
-    """A program as gopen's Pipe; it and all that it starts end with this block or process."""
+    """Start a shell command as gopen's Pipe.
+
+    The command, and every process that it starts, is killed at the end of the block, or when this
+    process dies.
+    """
     from webdataset import utils
     from webdataset.gopen import Pipe
 
     if utils.enforce_security:
         raise ValueError("WDS_SECURE forbids programs")
-    watched, held = os.pipe()  # held by this process alone: it closes when that dies
+    watched, held = os.pipe()  # only this process has `held`, so it closes when this process dies
     try:
         words = ["sh", "-c", IN_SHELL, "sh", command]
         own_group = dict(stdin=watched, start_new_session=True, bufsize=0)
@@ -228,7 +246,7 @@ def _in_shell(command: str) -> Iterator:
 
 @contextmanager
 def _program(source, stall_timeout_s: float) -> Iterator[Stream]:
-    """What a program writes, as gopen's Pipe."""
+    """Yield the output of a program, given as gopen's Pipe; Failed if the program fails."""
     handle = source.stream.fileno()
     poll = select.poll()
     poll.register(handle, select.POLLIN)
@@ -243,7 +261,7 @@ def _program(source, stall_timeout_s: float) -> Iterator[Stream]:
         source.timeout = stall_timeout_s
         try:
             with network_errors():
-                source.close()  # raises when the program failed
+                source.close()  # raises if the program failed
         except subprocess.TimeoutExpired:
             raise Failed("stalled: the program does not end") from None
     finally:

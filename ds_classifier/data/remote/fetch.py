@@ -1,6 +1,6 @@
-"""Bytes of a URL: resumed where a try broke off, tried again after a pause, checked at the end.
+"""Download a URL: resume after a break, try again after a pause, check size and hash at the end.
 
-How a URL is opened is in connections.py.
+connections.py opens the URLs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ds_classifier.common import files
 from ds_classifier.common.urls import refuse_pipe, shown, without_logins
 from ds_classifier.data.remote.connections import Failed, Stream, network_errors, opened_url
 
-SLOWEST = 1024  # bytes a second; a slower stream is a stalled one
-PROGRESS = 1 << 20  # new bytes that make a broken try no failure
+SLOWEST = 1024  # bytes per second; a slower stream counts as stalled
+PROGRESS = 1 << 20  # a try that brings at least this many new bytes resets the count of failures
 LONGEST_PAUSE_S = 60.0
 
 T = TypeVar("T")
@@ -26,12 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to insist.
+    """The limits of a download.
 
-    stall_timeout_s: seconds without an answer or bytes, or with fewer than SLOWEST, after which a
-    try is broken off.
-    retries: tries after a first that may fail in a row. pause_s: seconds before the second try;
-    doubles up to LONGEST_PAUSE_S, and a random part of up to a half is taken off.
+    stall_timeout_s: seconds without an answer or bytes, or with fewer than SLOWEST bytes per
+        second, after which a try is broken off.
+    retries: number of further tries after a failed one; a try with PROGRESS starts the count again.
+    pause_s: seconds before the second try. The pause doubles up to LONGEST_PAUSE_S; a random part
+        of it, up to a half, is left out.
     """
 
     stall_timeout_s: float = 30.0
@@ -43,16 +44,16 @@ PATIENCE = Patience()
 
 
 class NotServed(OSError):
-    """The other side answers that it has no such file, or none for us."""
+    """Raised when the server says that the file does not exist, or that we may not read it."""
 
 
 def fetch_small(
     url: str, *, limit_bytes: int, patience: Patience = PATIENCE, allow_pipe: bool = False
 ) -> bytes:
-    """The content of a URL, into memory.
+    """Return the content of a URL, of at most limit_bytes.
 
-    Raises ValueError for more than limit_bytes or a pipe that is not allowed; OSError after the
-    last try, NotServed where another would not help.
+    Raises ValueError for more bytes, or for a pipe that is not allowed; OSError after the last
+    try; NotServed if another try would not help.
     """
     refuse_pipe(url, allow_pipe)
 
@@ -73,10 +74,10 @@ def fetch_small(
 def stream(
     url: str, *, size: int | None = None, patience: Patience = PATIENCE, allow_pipe: bool = False
 ) -> Iterator[bytes]:
-    """The bytes of a URL in order, kept nowhere; goes on where a try broke off.
+    """Yield the bytes of a URL in order, without storing them; resume where a try broke off.
 
-    size: bytes that it should have; where a server tells neither length nor end, a connection that
-    ends before is one that broke off. Elsewhere what comes may be shorter, or longer.
+    size: the expected number of bytes. It is used only if the server sends neither a length nor an
+        end mark: a connection that ends before counts as broken. It is not checked in other cases.
     Raises ValueError for a pipe that is not allowed; OSError after the last try.
     """
     refuse_pipe(url, allow_pipe)
@@ -99,7 +100,7 @@ def stream(
                 if not chunk:
                     if needed is not None and at < needed:
                         raise Failed(f"got {at} of {needed} bytes")
-                    connection.close()  # tells whether a program failed
+                    connection.close()  # raises if a program failed
                 return chunk
             except Failed:
                 chunks = None
@@ -112,7 +113,7 @@ def stream(
 
 
 def _from(skipped: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Chunks without their first bytes: a server that knows no ranges sends them again."""
+    """Drop the first `skipped` bytes, which a server without range requests sends again."""
     for chunk in chunks:
         if skipped < len(chunk):
             yield chunk[skipped:]
@@ -122,10 +123,10 @@ def _from(skipped: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
 def fetch_file(
     url: str, part: Path, *, sizes: tuple[int, int], sha256: str, patience: Patience = PATIENCE
 ) -> None:
-    """Complete the file `part`, going on from the bytes that it holds.
+    """Download into the file `part`, continuing after the bytes that it holds.
 
-    sizes: the least and the most bytes that it may have. sha256: in hex, of all of it.
-    Raises OSError after the last try; `part` then holds what a later call may resume.
+    sizes: the smallest and largest number of bytes allowed. sha256: of the whole file, in hex.
+    Raises OSError after the last try; a later call can then resume `part`.
     """
 
     def attempt() -> None:
@@ -145,7 +146,7 @@ def fetch_file(
 
 
 def _append(url: str, part: Path, sizes: tuple[int, int], stall_timeout_s: float) -> int | None:
-    """Add what is missing; returns the server's word on the whole size."""
+    """Append the missing bytes to `part`; return the whole size if the server says it."""
     least, most = sizes
     if _size(part) == least == most:
         return most
@@ -169,7 +170,12 @@ def _size(path: Path) -> int:
 def _insist(
     url: str, attempt: Callable[[], T], patience: Patience, reached: Callable[[], int] = lambda: 0
 ) -> T:
-    """Try until it works, or has failed too often without getting further than ever before."""
+    """Call `attempt` until it succeeds, or has failed too often in a row without progress.
+
+    reached: returns the number of bytes that are safe; a try that adds PROGRESS bytes starts the
+        count of failures again.
+    Raises OSError after the last try; NotServed if another try would not help.
+    """
     tries = failures = furthest = 0
     while True:
         tries += 1
@@ -181,19 +187,20 @@ def _insist(
             furthest = max(furthest, further)
             if failure.final or failures > patience.retries:
                 times = "1 try" if tries == 1 else f"{tries} tries"
-                reason = without_logins(str(failure))  # a program's error tells its command
+                reason = without_logins(str(failure))  # a program's error shows its command
                 raise (NotServed if failure.final else OSError)(
-                    f"{shown(url)}: got no whole file in {times}; the last: {reason}; do: check "
+                    f"{shown(url)}: got no whole file in {times}; last error: {reason}; do: check "
                     "the address and the server, then run the same command again"
                 ) from None
         pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
-        # Not from the global generator: its state belongs to the training, and forks share it.
+        # The global generator's state belongs to the training, and forked processes share it.
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1))
 
 
 def _chunks(stream: Stream, stall_timeout_s: float) -> Iterator[bytes]:
+    """Yield the bytes of a stream; raise Failed if it is slower than SLOWEST."""
     since, got, at = time.monotonic(), 0, stream.start
-    while at != stream.total:  # some servers leave the connection open after the last byte
+    while at != stream.total:  # some servers keep the connection open after the last byte
         with network_errors():
             chunk = stream.read()
         if not chunk:

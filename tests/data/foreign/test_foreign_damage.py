@@ -26,17 +26,17 @@ def damage() -> dict:
     flipped = bytearray(header("c.jpg", 3))
     flipped[3] ^= 1
     return {
-        "parent": (header("../c.jpg", 0), "outside of it"),
-        "absolute": (header("/c.jpg", 0), "outside of it"),
-        "link": (link.tobuf(), "no file"),
-        "device": (device.tobuf(), "no file"),
+        "parent": (header("../c.jpg", 0), "leads outside"),
+        "absolute": (header("/c.jpg", 0), "leads outside"),
+        "link": (link.tobuf(), "is not a file"),
+        "device": (device.tobuf(), "is not a file"),
         "10 GB": (header("c.jpg", 10 << 30), "c.jpg"),
         "10 GB of header": (header("x", 10 << 30, b"x"), "a header of 10737418240 bytes"),
         "endless pax": (pax * 2000, "damaged"),
         "pax for nothing": (header("x", 600_000, b"x") + bytes(600_064) + pax, "damaged"),
         "flipped": (bytes(flipped) + b"abc".ljust(512, b"\0"), "no end-of-archive mark"),
         "negative": (header("c.jpg", 3)[:124] + b"\xff" * 12 + header("c.jpg", 3)[136:], "damaged"),
-        "name twice": (header("a.jpg", 0), "there twice"),
+        "name twice": (header("a.jpg", 0), "appears twice"),
     }
 
 

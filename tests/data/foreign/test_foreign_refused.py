@@ -85,9 +85,12 @@ FAULTS = {
     "two images": ([("a.jpg", JPG), ("a.cls", b"0"), ("a.png", JPG)], "a has two images"),
     "twice": (
         [("a.jpg", JPG), ("a.cls", b"0"), ("b.jpg", JPG), ("b.cls", b"0"), ("a.jpeg", JPG)],
-        "a comes twice",
+        "a appears twice",
     ),
-    "apart": ([("a.jpg", JPG), ("b.jpg", JPG), ("a.cls", b"0"), ("b.cls", b"0")], "b comes twice"),
+    "apart": (
+        [("a.jpg", JPG), ("b.jpg", JPG), ("a.cls", b"0"), ("b.cls", b"0")],
+        "b appears twice",
+    ),
     "unprintable": ([("a\x1b[2J.jpg", JPG)], r"'a\x1b[2J' has an image"),
 }
 
@@ -109,7 +112,7 @@ def test_incomplete_samples_are_reported_with_their_key(tmp_path, fault):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ('{"other": 1}', "got nothing called 'class'"),
+        ('{"other": 1}', "got no field 'class'"),
         ('{"class": -1}', "got '-1'"),
         ('{"class": true}', "got 'true'"),
         ('{"class": null}', "got 'null'"),
@@ -117,7 +120,7 @@ def test_incomplete_samples_are_reported_with_their_key(tmp_path, fault):
         ('{"class": 1.5}', "got '1.5'"),
         ('{"class": [1]}', "got '[1]'"),
         ('{"class": "cat"}', "got 'cat'"),
-        ("[1]", "got nothing called 'class'"),
+        ("[1]", "got no field 'class'"),
         ("{", "got no JSON"),
         ("[" * 100_000, "got no JSON"),
         ('{"class": ' + "9" * 10_000 + "}", "no usable label"),

@@ -84,7 +84,7 @@ def test_img2dataset_at_a_url(served_folder, tmp_path):
     assert "00002.tar: got 4 samples; NAME_stats.json says 5" in message
     (far / "00001.tar").unlink()
     message = problems(pattern, tmp_path / "x", labels="json:class")
-    assert "00001.tar: got no whole file in 1 try; the last: HTTP 404" in message
+    assert "00001.tar: got no whole file in 1 try; last error: HTTP 404" in message
 
 
 def test_urls_that_a_manifest_must_not_hold(tmp_path, served_folder):

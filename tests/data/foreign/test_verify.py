@@ -141,7 +141,7 @@ def test_all_readable_splits_are_checked(far, tmp_path):
     assert (done.code, len(done.lines)) == (2, 4), done.output
     lines = "\n".join(sorted(done.lines))
     assert f"error: got {tmp_path}/nothing, which does not exist" in lines
-    assert "nowhere/manifest.json: got no whole file in 1 try; the last: HTTP 404" in lines
+    assert "nowhere/manifest.json: got no whole file in 1 try; last error: HTTP 404" in lines
     assert f"{server.url}/train-000001.tar: its sha256 is not the manifest's" in lines
     assert f"{server.url}: 1 problem" in lines
 

@@ -1,4 +1,4 @@
-"""Downloads over bad connections and by other schemes: whole files in the end, or one error."""
+"""Downloads over bad connections and by other schemes give complete files, or one error."""
 
 import os
 import signal
@@ -43,13 +43,14 @@ from ds_classifier.distributed import processes
     ],
     ids=lambda faults: "-".join(map(str, faults)),
 )
-def test_what_goes_wrong_and_then_right_is_recovered(served_store, faults, no_ranges):
+def test_downloads_recover_from_faults(served_store, faults, no_ranges):
     server, _, store = served_store
     server.no_ranges = no_ranges
     server.faults["s-1.tar"] = list(faults)
-    ours, began = store(stall_timeout_s=2.0), time.monotonic()  # a busy machine has pauses too
+    ours = store(stall_timeout_s=2.0)  # long, since a busy machine pauses too
+    began = time.monotonic()
     assert correct(ours, 1)
-    assert time.monotonic() - began < 10  # a drip would take 15 s
+    assert time.monotonic() - began < 10  # a drip to the end takes 15 s
     assert not part(ours, 1).exists()
     assert server.count("s-1.tar") == len(faults) + 1
     cut = {"reset", "close", "stall", "drip"} & set(faults)
@@ -68,7 +69,7 @@ def test_a_killed_download_is_resumed(served_store):
     assert server.requests == [("s-0.tar", None), ("s-0.tar", f"bytes={SIZE // 2}-")]
 
 
-def test_a_killed_download_is_free_though_its_child_lives(served_store, tmp_path):
+def test_a_killed_download_is_unlocked_while_its_child_lives(served_store, tmp_path):
     """A DataLoader worker forked during the download holds none of its parent's locks."""
     server, _, store = served_store
     server.faults["s-0.tar"] = ["stall"]
@@ -92,13 +93,13 @@ def test_a_killed_download_is_free_though_its_child_lives(served_store, tmp_path
         os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
-def test_progress_is_no_failure(served_store, monkeypatch):
-    """A large shard over a bad line arrives, though it breaks off more often than retries say."""
+def test_a_try_with_progress_does_not_count_as_a_failure(served_store, monkeypatch):
+    """A large shard over a bad connection arrives after more breaks than `retries`."""
     server, _, store = served_store
     monkeypatch.setattr(fetch, "PROGRESS", 10_000)
     server.faults["s-0.tar"] = ["close"] * 4
     assert correct(store(retries=1), 0)
-    server.no_ranges = True  # now each try stops at the same place
+    server.no_ranges = True  # now each try ends at the same byte
     server.faults["s-1.tar"] = ["close"] * 4
     with pytest.raises(OSError, match="2 tries"):
         whole(store(retries=1), 1)
@@ -114,7 +115,7 @@ def test_progress_is_no_failure(served_store, monkeypatch):
         ("long", "got a file of 301000 bytes; need 300000", 4),
     ],
 )
-def test_what_stays_wrong_ends_in_one_error(served_store, fault, reason, tries):
+def test_a_fault_that_stays_ends_in_one_error(served_store, fault, reason, tries):
     server, _, store = served_store
     server.faults["s-1.tar"] = [fault] * 50
     ours = store()
@@ -136,7 +137,7 @@ def test_a_server_that_is_not_there(tmp_path):
         whole(store, 0)
 
 
-def test_a_part_longer_than_the_shard_is_thrown_away(served_store):
+def test_a_part_longer_than_the_shard_is_discarded(served_store):
     _, _, store = served_store
     ours = store()
     ours.folder.mkdir(parents=True)
@@ -190,7 +191,7 @@ def test_a_program_that_fails_is_a_failed_try(served_store, tmp_path, command, r
 
 @pytest.mark.parametrize("end", ["gives up", "is done", "is killed"])
 def test_programs_end_with_their_reader(served_store, tmp_path, end):
-    """With all that their shell has started, in the background too, and whatever they ignore."""
+    """Every process of the shell ends: also one in the background, or one that ignores signals."""
     _, shards, _ = served_store
     pids = tmp_path / "pids"
     asleep = f"sh -c 'trap \"\" TERM HUP PIPE; echo $$ >> {pids}; exec sleep 60 >/dev/null' &"

@@ -1,4 +1,4 @@
-"""A split behind a URL: it trains as the directory does, and nothing in it is trusted."""
+"""A split at a URL: it gives the same batches as a directory, and its files are not trusted."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ from ds_classifier.data.store import open_named, open_split
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory) -> Path:
-    """The digits in shards of a few dozen images."""
+    """Convert the digits to shards of a few dozen images."""
     out = tmp_path_factory.mktemp("many")
     digits = open_source("digits")
     val = DataSource("digits", digits.classes, {"val": digits.splits["val"]})
@@ -91,18 +91,18 @@ def test_shards_of_an_epoch_are_fetched_ahead_once_and_within_the_budget(
 
         for step, batch in enumerate(loader):
             assert torch.equal(batch.images, next(local).images)
-            if step == 0:  # the blocks being read, and those after them
+            if step == 0:  # the open blocks and the next ones
                 wait_until(lambda: first <= here())
             most = max(most, bytes_in(far.folder, "*.tar"))
             time.sleep(0.02)
         assert 3 * largest < most <= budget["budget_bytes"]
         requests = [name for name, _ in server.requests if name.endswith(".tar")]
         assert set(requests) == {shard.name for shard in near.manifest.shards}
-        assert len(requests) <= len(sizes) + order.lanes  # a shard at a lane's edge may come twice
+        assert len(requests) <= len(sizes) + order.lanes  # lanes may share a shard
 
 
 def changed(split: Path, copy: Path, change) -> Path:
-    """A copy of a split whose manifest was changed by someone who knows how to sign it."""
+    """Copy a split with a changed manifest whose fingerprint is correct."""
     shutil.copytree(split, copy)
     manifest = Manifest.from_json((copy / "manifest.json").read_text())
     fields = json.loads(manifest.to_json())
@@ -142,7 +142,10 @@ def _rename(name):
         (_rename("index.npy"), "shard name"),
         (_rename(5), "not a manifest"),
         (lambda fields: fields["shards"][0].update(bytes=-1), "not a manifest"),
-        (lambda fields: fields["shards"].append(fields["shards"][0]), "two shards of one name"),
+        (
+            lambda fields: fields["shards"].append(fields["shards"][0]),
+            "two shards with the same name",
+        ),
         (lambda fields: fields.update(index_sha256="0" * 64), "got sha256"),
         (lambda fields: fields.update(samples=7), "index.npy: got no whole file"),
     ],
@@ -158,12 +161,12 @@ def test_hostile_manifests_are_refused(many_shards, tmp_path, monkeypatch, chang
     assert not [path for path in (tmp_path / "cache").glob("**/*.tar")]
 
 
-def test_a_split_that_is_not_served_is_wrong_use(served_store, tmp_path):
-    """A ValueError, which ends with exit code 2; a server in trouble is another matter."""
+def test_a_split_that_is_not_served_is_a_usage_error(served_store, tmp_path):
+    """A wrong address raises ValueError, which ends with exit code 2; a broken server does not."""
     server, _, _ = served_store
     named = dict(cache_dir=str(tmp_path / "cache"), cache_gb=1.0, image_size=8)
-    with pytest.raises(ValueError, match="1 try; the last: HTTP 404") as error:
+    with pytest.raises(ValueError, match="1 try; last error: HTTP 404") as error:
         open_named(f"{server.url}/nowhere", **named)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"1 try; the last: .*/manifest.json: No such file"):
+    with pytest.raises(ValueError, match=r"1 try; last error: .*/manifest.json: No such file"):
         open_named(f"file:{tmp_path}/nowhere", **named)

@@ -1,4 +1,4 @@
-"""Logins in URLs: they open what they are for, and nobody gets to read them."""
+"""Logins in URLs are sent to their own server, and never shown or stored."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from ds_classifier.data.store import open_split
 from ds_classifier.training.run_dir import launch_lines, write_run_files
 
 FAST = dict(stall_timeout_s=0.5, retries=1, pause_s=0.02)
-LOGIN = "me:se%20cret%40x"  # as a URL has it; "se cret@x" is the password
+LOGIN = "me:se%20cret%40x"  # as written in a URL; the password is "se cret@x"
 CONTENT = b"0123456789" * 1000
 
 
@@ -44,13 +44,13 @@ CONTENT = b"0123456789" * 1000
         ("data/train", "data/train"),
     ],
 )  # fmt: skip
-def test_what_of_a_location_is_shown(url, expected):
+def test_locations_are_shown_without_secrets(url, expected):
     assert shown(url) == expected
 
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """(server that wants LOGIN, its directory, its URL with that)."""
+    """Start a server that requires LOGIN; yield it, its directory, and its URL with the login."""
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     (tmp_path / "far").mkdir()
     with closing(FlakyServer(tmp_path / "far")) as server:
@@ -66,7 +66,7 @@ def test_basic_authentication(served):
     server.faults["x.tar"] = ["reset"]
     assert b"".join(stream(f"{url}/x.tar", patience=Patience(**FAST))) == CONTENT
     assert server.requests[-1][1].startswith("bytes="), "the rest was not asked for"
-    with pytest.raises(OSError, match=r"x\.tar: got no whole file in 1 try; the last: HTTP 401"):
+    with pytest.raises(OSError, match=r"x\.tar: got no whole file in 1 try; last error: HTTP 401"):
         fetch_small(f"{server.url}/x.tar", **options)
     wrong = url.replace("cret", "wrong")
     with pytest.raises(OSError, match=r"//\*\*\*@127.*HTTP 401") as error:
@@ -74,7 +74,7 @@ def test_basic_authentication(served):
     assert "wrong" not in str(error.value)
 
 
-def test_a_login_is_taken_to_no_other_server(served, tmp_path):
+def test_a_login_is_not_sent_to_another_server(served, tmp_path):
     server, far, url = served
     (far / "x.tar").write_bytes(CONTENT)
     options = dict(limit_bytes=1 << 20, patience=Patience(**FAST))
@@ -94,8 +94,8 @@ def test_a_redirect_to_no_valid_url_shows_no_login(served):
     assert "secret" not in str(error.value)
 
 
-def test_nothing_that_is_kept_or_said_has_a_login(served, folder, tmp_path):
-    """A split at such a URL: its cache, errors, verify; and no manifest holds it."""
+def test_no_file_or_message_has_a_login(served, folder, tmp_path):
+    """Check the cache, the errors and verify for a split at such a URL; and the manifest."""
     server, far, url = served
     convert(image_folder(folder), tmp_path / "data", samples_per_shard=5)
     for file in (tmp_path / "data/train").iterdir():
@@ -109,21 +109,21 @@ def test_nothing_that_is_kept_or_said_has_a_login(served, folder, tmp_path):
     ) as error:
         shards.store.read(1, 0, 512)
     server.faults.clear()
-    told = [str(error.value), *map(str, (tmp_path / "cache").rglob("*"))]
+    texts = [str(error.value), *map(str, (tmp_path / "cache").rglob("*"))]
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    told += [path.read_bytes().decode("latin1") for path in files]
+    texts += [path.read_bytes().decode("latin1") for path in files]
     with pytest.raises(ValueError, match="password") as error:
         index(f"{url}/train-{{000000..000002}}.tar", tmp_path / "out")
-    told.append(str(error.value))
+    texts.append(str(error.value))
     with pytest.raises(ValueError, match="whose user and password were not kept") as error:
         open_split(without_logins(url), **cache)
-    told.append(str(error.value))
+    texts.append(str(error.value))
     script = ROOT / "launch" / "make_shards.py"
     done = run_python(script, "verify", url, f"{url}/gone", cwd=tmp_path)
     assert done.code == 2, done.output
     assert f"{shown(url)}: no problems" in done.lines
-    told.append(done.output)
-    assert not re.search("cret|me:", "".join(told))
+    texts.append(done.output)
+    assert not re.search("cret|me:", "".join(texts))
 
 
 @pytest.mark.parametrize("url", ["https://secret@h/{0..3}.tar", "http://me:p@secret@h/{0..3}.tar"])
@@ -133,7 +133,7 @@ def test_no_manifest_holds_a_token(tmp_path, url):
     assert "secret" not in str(error.value)
 
 
-def test_a_manifest_with_a_login_does_not_tell_it(folder, tmp_path):
+def test_the_login_of_a_manifest_is_not_shown(folder, tmp_path):
     convert(image_folder(folder), tmp_path / "data")
     manifest = tmp_path / "data/train/manifest.json"
     fields = json.loads(manifest.read_text()) | {"location": "sftp://me:secret@h/x"}
@@ -142,9 +142,8 @@ def test_a_manifest_with_a_login_does_not_tell_it(folder, tmp_path):
         open_shards(tmp_path / "data/train")
 
 
-def test_a_run_keeps_no_login(tmp_path):
-    """Its files; test_what_of_a_location_is_shown has what it prints."""
-
+def test_the_files_of_a_run_hold_no_login(tmp_path):
+    """See test_locations_are_shown_without_secrets for its messages."""
     url = "http://me:secret@h/{name}?sig=1"
     flags = ["--deepspeed_config", "x.json", "--data_dir", url, "--val_data_dir", url]
     settings = parse_training_command(flags).settings
@@ -157,7 +156,7 @@ def test_a_run_keeps_no_login(tmp_path):
         assert kept.count("http://***@h/{name}?sig=1") == 2
 
 
-def test_a_program_that_fails_is_told_without_its_logins():
+def test_the_error_of_a_program_shows_no_login():
     url = "pipe:cat https://me:secret@h/x 2>/dev/null; exit 3"
     with pytest.raises(OSError, match=r"(?s)https://\*\*\*@h/x.*exit 3") as error:
         list(stream(url, patience=Patience(**FAST), allow_pipe=True))
@@ -165,7 +164,7 @@ def test_a_program_that_fails_is_told_without_its_logins():
 
 
 @pytest.mark.parametrize("url", ["http://me:secret/x@h/a", "http://me:secret#x@h/a"])
-def test_a_password_that_no_url_can_hold(url):
+def test_a_password_that_makes_the_url_invalid(url):
     with pytest.raises(OSError, match=r"//\*\*\*@h/a: got no whole.*need %XX") as error:
         fetch_small(url, limit_bytes=9, patience=Patience(**FAST))
     assert "secret" not in str(error.value)
