@@ -63,7 +63,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """What a report tells of."""
 
     path: Path
@@ -131,7 +131,7 @@ class Run:
         return round(samples / steps) if samples and steps else 0
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunData:
     """Raises ValueError if it is no run directory. A file that is damaged counts as absent."""
     if not path.is_dir() or not any((path / name).exists() for name in RUN_FILES):
         raise ValueError(f"got {path}; need a run directory, with one of {', '.join(RUN_FILES)}")
@@ -145,7 +145,7 @@ def read_run(path: Path) -> Run:
     evaluations.sort(key=_standing)
     happened, faults = read_events(path), sorted(_faults(path), key=lambda fault: fault.time)
     ranks = _listed(path, ".jsonl", "bad_samples.rank")
-    return Run(
+    return RunData(
         path=path,
         settings=_json(path / "config.json"),
         deepspeed=_json(path / "deepspeed.json"),
@@ -283,11 +283,11 @@ def thin(points: list[tuple[float, float]], most: int = 300) -> Thinned:
     return Thinned(thinned, band)
 
 
-# ------------------------------------------------------------------------------ jobs
+# ------------------------------------------------------------------------------ attempts
 
 
 @dataclass
-class Job:
+class Attempt:
     """One start of the run, until its end. end: how it ended; time_end: None if nothing tells."""
 
     first: int
@@ -298,25 +298,34 @@ class Job:
     facts: dict[str, Any]
 
 
-def jobs_of(run: Run, now: Callable[[], float] = time.time) -> list[Job]:
-    """The starts of a run, from its events; a job without a last word was killed, or crashed."""
-    jobs: list[Job] = []
+def attempts_of(run: RunData, now: Callable[[], float] = time.time) -> list[Attempt]:
+    """Return the starts of a run, from its events; one without an end was killed, or crashed."""
+    attempts: list[Attempt] = []
     for event in run.events:
         kind, step = event["event"], int(event.get("step") or 0)
         if kind in ("start", "resume"):
-            if jobs and jobs[-1].end == "killed":
-                jobs[-1].last = max(jobs[-1].last, int(event.get("reached") or 0))
-            jobs.append(Job(step, step, event["time"], None, "killed", event))
-        elif jobs and kind in ("stop", "finish", "failed"):
+            if attempts and attempts[-1].end == "killed":
+                attempts[-1].last = max(attempts[-1].last, int(event.get("reached") or 0))
+            attempts.append(Attempt(step, step, event["time"], None, "killed", event))
+        elif attempts and kind in ("stop", "finish", "failed"):
             ends = {"stop": "stopped", "finish": "finished", "failed": "failed"}
-            job = jobs[-1]
-            job.end, job.time_end, job.last = ends[kind], event["time"], max(job.last, step)
-    for job, later in zip(jobs, [*(job.time for job in jobs[1:]), math.inf], strict=False):
+            attempt = attempts[-1]
+            attempt.end, attempt.time_end, attempt.last = (
+                ends[kind],
+                event["time"],
+                max(attempt.last, step),
+            )
+    for attempt, later in zip(
+        attempts, [*(attempt.time for attempt in attempts[1:]), math.inf], strict=False
+    ):
         for fault in run.faults:
-            if job.end == "killed" and job.time - FILE_CLOCK <= fault.time < later - FILE_CLOCK:
-                job.end, job.time_end = "failed", fault.time
-    if jobs and jobs[-1].end in ("killed", "failed"):
-        jobs[-1].last = max(jobs[-1].last, run.step)
+            if (
+                attempt.end == "killed"
+                and attempt.time - FILE_CLOCK <= fault.time < later - FILE_CLOCK
+            ):
+                attempt.end, attempt.time_end = "failed", fault.time
+    if attempts and attempts[-1].end in ("killed", "failed"):
+        attempts[-1].last = max(attempts[-1].last, run.step)
         if run.state == "running":
-            jobs[-1].end, jobs[-1].time_end = "running", now()
-    return jobs
+            attempts[-1].end, attempts[-1].time_end = "running", now()
+    return attempts

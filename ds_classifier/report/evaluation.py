@@ -25,7 +25,7 @@ from ds_classifier.report.charts import (
     percent,
     short,
 )
-from ds_classifier.report.data import Run
+from ds_classifier.report.data import RunData
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ JPEG_SIDE = 64  # pixels; larger tiles are embedded as JPEG, since noise makes l
 LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION)
 
 
-def _no_evaluation(run: Run) -> str:
+def _no_evaluation(run: RunData) -> str:
     return (
         '<div class="empty">No evaluation yet. <code>python launch/evaluate.py '
         f"{escape(str(run.path))}</code> measures the newest checkpoint at every noise level and "
@@ -49,7 +49,7 @@ def _no_evaluation(run: Run) -> str:
 # ------------------------------------------------------------------------------ against noise
 
 
-def noise_levels(run: Run) -> str:
+def noise_levels(run: RunData) -> str:
     """Accuracy, loss, calibration and gradient against log-SNR; a table of the same."""
     if not run.evaluations:
         return _no_evaluation(run)
@@ -227,7 +227,7 @@ def _plain(value: float | None) -> str:
 # ------------------------------------------------------------------------------ images
 
 
-def image_grid(run: Run) -> str:
+def image_grid(run: RunData) -> str:
     """Validation images at rising noise, each with what it is taken for."""
     grid = run.grid
     if grid is None:
@@ -287,7 +287,7 @@ def _data_uri(tile: np.ndarray) -> str:
 # ------------------------------------------------------------------------------ confusion
 
 
-def confusion(run: Run) -> str:
+def confusion(run: RunData) -> str:
     """Few classes: the matrix. Many: the pairs most often confused."""
     found = [record for record in run.evaluations if record.get("confusion")]
     if not found:

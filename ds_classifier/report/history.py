@@ -13,11 +13,11 @@ from typing import Any
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import GROUPS
 from ds_classifier.report.charts import BLUE, GREEN, ORANGE, QUIET, VERMILION, nice_ticks, short
-from ds_classifier.report.data import Job, Run, jobs_of
+from ds_classifier.report.data import Attempt, RunData, attempts_of
 from ds_classifier.report.evaluation import table
 
 WIDTH, ROW, LEFT, RIGHT = 1160, 20, 92, 120  # of the time line, pixels
-JOBS_SHOWN, ROWS_SHOWN = 12, 60
+ATTEMPTS_SHOWN, ROWS_SHOWN = 12, 60
 MESSAGE = 400  # characters of a fault's message
 END_COLORS = {
     "finished": BLUE,
@@ -32,41 +32,44 @@ END_WORDS = {"killed": "ended without a word"}
 # ------------------------------------------------------------------------------ time line
 
 
-def time_line(run: Run) -> str:
+def time_line(run: RunData) -> str:
     """Jobs over steps, with what went wrong; a table of the same, with times."""
-    jobs = jobs_of(run)
-    rows = _happened(run, jobs)
-    if not jobs and not rows:
+    attempts = attempts_of(run)
+    rows = _happened(run, attempts)
+    if not attempts and not rows:
         return '<div class="empty">Nothing is recorded: no events.jsonl, no faults.</div>'
     shown = rows[-ROWS_SHOWN:]
     left_out = ""
     if len(rows) > len(shown):
         left_out = f"<p>The last {len(shown)} of {len(rows):,} entries.</p>"
-    return _strip(run, jobs) + left_out + table(["when", "step", "what"], shown, "words events")
+    return _strip(run, attempts) + left_out + table(["when", "step", "what"], shown, "words events")
 
 
-def _strip(run: Run, jobs: Sequence[Job]) -> str:
-    """A bar a job, from its first step to its last; marks of faults under them."""
-    end = max([run.iterations, run.step, *(job.last for job in jobs), 1])
-    shown = jobs[-JOBS_SHOWN:]
+def _strip(run: RunData, attempts: Sequence[Attempt]) -> str:
+    """A bar a attempt, from its first step to its last; marks of faults under them."""
+    end = max([run.iterations, run.step, *(attempt.last for attempt in attempts), 1])
+    shown = attempts[-ATTEMPTS_SHOWN:]
 
     def at(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * min(1.0, max(0.0, step / end))
 
     parts, y = [], 8
-    for number, job in enumerate(shown, start=len(jobs) - len(shown) + 1):
-        color, left = END_COLORS[job.end], at(job.first)
-        width = max(3.0, at(job.last) - left)
-        title = escape(f"job {number}: steps {job.first:,} to {job.last:,}, {_ended(job)}")
+    for number, attempt in enumerate(shown, start=len(attempts) - len(shown) + 1):
+        color, left = END_COLORS[attempt.end], at(attempt.first)
+        width = max(3.0, at(attempt.last) - left)
+        title = escape(
+            f"attempt {number}: steps {attempt.first:,} to {attempt.last:,}, {_ended(attempt)}"
+        )
         parts.append(
-            f'<g><title>{title}</title><text x="0" y="{y + 11}" class="tick">job {number}</text>'
+            f'<g><title>{title}</title><text x="0" y="{y + 11}" class="tick">'
+            f"attempt {number}</text>"
             f'<rect x="{left:.1f}" y="{y + 2}" width="{width:.1f}" height="11" rx="2" '
             f'fill="{color}" opacity="0.75"/>'
             f'<text x="{left + width + 6:.1f}" y="{y + 11}" class="tick">'
-            f"{escape(_ended(job))}</text></g>"
+            f"{escape(_ended(attempt))}</text></g>"
         )
         y += ROW
-    for name, color, sign, steps in _marks(run, jobs):
+    for name, color, sign, steps in _marks(run, attempts):
         parts.append(f'<text x="0" y="{y + 11}" class="tick">{escape(name)}</text>')
         places = sorted({4 * round(at(step) / 4) for step in steps})  # several on a spot: one
         parts += [
@@ -82,14 +85,18 @@ def _strip(run: Run, jobs: Sequence[Job]) -> str:
             f'y="{y + 20}" text-anchor="middle" class="tick">{short(tick)}</text>'
         )
     parts.append(f'<text x="0" y="{y + 20}" class="axis">step</text>')
-    before = f"<p>The last {len(shown)} of {len(jobs)} jobs.</p>" if len(shown) < len(jobs) else ""
+    before = (
+        f"<p>The last {len(shown)} of {len(attempts)} attempts.</p>"
+        if len(shown) < len(attempts)
+        else ""
+    )
     return (
         f'{before}<svg class="strip" viewBox="0 0 {WIDTH} {y + 28}" role="img" '
-        f'aria-label="jobs and faults over steps">{"".join(parts)}</svg>'
+        f'aria-label="attempts and faults over steps">{"".join(parts)}</svg>'
     )
 
 
-def _marks(run: Run, jobs: Sequence[Job]) -> list[tuple[str, str, str, list[float]]]:
+def _marks(run: RunData, attempts: Sequence[Attempt]) -> list[tuple[str, str, str, list[float]]]:
     """Name, colour, sign and steps of each kind of mishap that happened."""
     batch = run.global_batch
     bad = [r["position"] / batch for r in run.bad_samples if batch and "position" in r]
@@ -98,51 +105,51 @@ def _marks(run: Run, jobs: Sequence[Job]) -> list[tuple[str, str, str, list[floa
         ("skipped", ORANGE, "▲", [r["step"] for r in run.skipped if "step" in r]),
         ("bad images", VERMILION, "◆", bad),
         ("failed saves", VERMILION, "✕", failed),
-        ("faults", VERMILION, "!", [_step_of(fault.time, jobs) for fault in run.faults]),
+        ("faults", VERMILION, "!", [_step_of(fault.time, attempts) for fault in run.faults]),
     ]
     return [kind for kind in kinds if kind[3]]
 
 
-def _step_of(moment: float, jobs: Sequence[Job]) -> int:
-    """The last step of the job under way then."""
-    return next((job.last for job in reversed(jobs) if job.time <= moment), 0)
+def _step_of(moment: float, attempts: Sequence[Attempt]) -> int:
+    """The last step of the attempt under way then."""
+    return next((attempt.last for attempt in reversed(attempts) if attempt.time <= moment), 0)
 
 
-def _ended(job: Job) -> str:
-    words = END_WORDS.get(job.end, job.end)
-    return f"{words}, {_duration(job.time_end - job.time)}" if job.time_end else words
+def _ended(attempt: Attempt) -> str:
+    words = END_WORDS.get(attempt.end, attempt.end)
+    return f"{words}, {_duration(attempt.time_end - attempt.time)}" if attempt.time_end else words
 
 
-def _happened(run: Run, jobs: Sequence[Job]) -> list[list[str]]:
+def _happened(run: RunData, attempts: Sequence[Attempt]) -> list[list[str]]:
     """When, step and what, by time; what has no time of its own stands last."""
-    rows = [*_of_jobs(jobs), *_of_events(run, jobs)]
+    rows = [*_of_attempts(attempts), *_of_events(run, attempts)]
     for fault in run.faults:
         said = " / ".join(_last_error(message) for message in fault.messages) or "no message"
         what = f"{said} (errors/{fault.name}: {fault.ranks} rank files)"
-        rows.append((fault.time, _when(fault.time), _step_of(fault.time, jobs), what))
+        rows.append((fault.time, _when(fault.time), _step_of(fault.time, attempts), what))
     rows.sort(key=lambda row: row[0])
     told = [[when, f"{step:,}", what] for _, when, step, what in rows]
     return told + [["", *words] for words in _without_time(run)]
 
 
-def _of_jobs(jobs: Sequence[Job]) -> Iterator[tuple[float, str, int, str]]:
+def _of_attempts(attempts: Sequence[Attempt]) -> Iterator[tuple[float, str, int, str]]:
     """Their beginnings; and the ends of those that were killed, of which nobody knows when."""
-    later = [*(job.time for job in jobs[1:]), math.inf]
-    for job, next_start in zip(jobs, later, strict=False):
-        facts = job.facts
-        what = "started" if facts["event"] == "start" else f"resumed from step {job.first:,}"
-        lost = int(facts.get("reached") or 0) - job.first
+    later = [*(attempt.time for attempt in attempts[1:]), math.inf]
+    for attempt, next_start in zip(attempts, later, strict=False):
+        facts = attempt.facts
+        what = "started" if facts["event"] == "start" else f"resumed from step {attempt.first:,}"
+        lost = int(facts.get("reached") or 0) - attempt.first
         if facts["event"] == "resume" and lost > 0:
             what += f" ({lost:,} done again)"
         ranks = facts.get("world_size", 1)
         what += f" on {ranks} rank{'s' * (ranks != 1)}, "
         what += f"{facts.get('device', '')}, {facts.get('host', '')}"
-        yield job.time, _when(job.time), job.first, what
-        if job.end == "killed":
-            yield next_start - 1e-3, "", job.last, "ended without a word: killed, or cut off"
+        yield attempt.time, _when(attempt.time), attempt.first, what
+        if attempt.end == "killed":
+            yield next_start - 1e-3, "", attempt.last, "ended without a word: killed, or cut off"
 
 
-def _of_events(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[float, str, int, str]]:
+def _of_events(run: RunData, attempts: Sequence[Attempt]) -> Iterator[tuple[float, str, int, str]]:
     words = {
         "finish": "finished",
         "stop": "stopped by {reason}",
@@ -153,14 +160,14 @@ def _of_events(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[float, str, int,
         moment, what = event["time"], words.get(event["event"])
         if what is not None:
             what = what.format_map(dict(reason="?", message="?") | event)
-            yield moment, _when(moment), int(event.get("step", _step_of(moment, jobs))), what
+            yield moment, _when(moment), int(event.get("step", _step_of(moment, attempts))), what
 
 
 def _when(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
-def _without_time(run: Run) -> list[tuple[str, str]]:
+def _without_time(run: RunData) -> list[tuple[str, str]]:
     """Skipped steps and bad samples, which are listed by step and place."""
     lines = []
     if run.skipped:
@@ -203,7 +210,7 @@ def _duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------ settings
 
 
-def settings(run: Run) -> str:
+def settings(run: RunData) -> str:
     """Settings by group, those unlike their defaults in bold; the JSON; versions; the command."""
     if not run.settings and not run.environment:
         return '<div class="empty">No config.json: the run never started.</div>'

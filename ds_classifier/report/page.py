@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from ds_classifier.common import files
-from ds_classifier.report.data import Run, read_run
+from ds_classifier.report.data import RunData, read_run
 from ds_classifier.report.evaluation import confusion, image_grid, noise_levels
 from ds_classifier.report.history import settings, time_line
 from ds_classifier.report.training import checks, curves, headline
@@ -25,7 +25,7 @@ STATES = {
     "ended": "ended without a word; the same command goes on",
     "not started": "not started",
 }
-SECTIONS: list[tuple[str, str, Callable[[Run], str]]] = [
+SECTIONS: list[tuple[str, str, Callable[[RunData], str]]] = [
     ("", "", headline),
     ("working", "Is it working?", checks),
     ("curves", "Training", curves),
@@ -47,7 +47,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     return path
 
 
-def page(run: Run) -> str:
+def page(run: RunData) -> str:
     """The whole page, as HTML."""
     name = escape(run.path.resolve().name)
     menu = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in SECTIONS if key)
@@ -66,7 +66,7 @@ def page(run: Run) -> str:
     )
 
 
-def _section(run: Run, key: str, title: str, make: Callable[[Run], str]) -> str:
+def _section(run: RunData, key: str, title: str, make: Callable[[RunData], str]) -> str:
     try:
         body = make(run)
     except Exception as error:  # a file of another version, or damaged

@@ -19,7 +19,7 @@ from ds_classifier.report.charts import (
     percent,
     short,
 )
-from ds_classifier.report.data import Columns, Run, jobs_of, thin
+from ds_classifier.report.data import Columns, RunData, attempts_of, thin
 from ds_classifier.training import sanity
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -33,7 +33,7 @@ RECENT = 5  # rows of the log whose mean stands for now
 # ------------------------------------------------------------------------------ headline
 
 
-def headline(run: Run) -> str:
+def headline(run: RunData) -> str:
     """The last numbers in large figures."""
     held_out = run.validation.rows > 0
     source, prefix = (run.validation, "val") if held_out else (run.training, "train")
@@ -56,7 +56,7 @@ def headline(run: Run) -> str:
     return f'<div class="figures">{cells}</div>'
 
 
-def best_checkpoint(run: Run) -> tuple[str, str, str]:
+def best_checkpoint(run: RunData) -> tuple[str, str, str]:
     """Its step, and its validation loss; of checkpoints/best."""
     name, _, loss = run.best.partition(" val_loss ")
     step = name.removeprefix("step-").lstrip("0")
@@ -73,22 +73,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _chance(run: Run) -> str:
+def _chance(run: RunData) -> str:
     classes = run.num_classes
     return f"guessing: ln {classes:,} = {math.log(classes):.3f}" if classes else ""
 
 
-def _samples(run: Run) -> str:
+def _samples(run: RunData) -> str:
     samples = run.training.last("samples")
     return f"{short(samples)} images seen" if samples else ""
 
 
-def _speed(run: Run) -> str:
+def _speed(run: RunData) -> str:
     speed = _recent(run.training, "images_per_sec")
     return "-" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
-def _wait(run: Run) -> str:
+def _wait(run: RunData) -> str:
     wait = _recent(run.training, "data_wait_frac")
     return "" if wait is None else f"waiting for data {100 * wait:.0f} %"
 
@@ -102,7 +102,7 @@ def _recent(columns: Columns, key: str) -> float | None:
 # ------------------------------------------------------------------------------ checks
 
 
-def checks(run: Run) -> str:
+def checks(run: RunData) -> str:
     """What the numbers say, a line each."""
     found = [*_learning(run), *_validating(run), *_losses(run)]
     if not found:
@@ -114,7 +114,7 @@ def checks(run: Run) -> str:
     return f'<ul class="checks">{rows}</ul>'
 
 
-def _learning(run: Run) -> list[tuple[str, str]]:
+def _learning(run: RunData) -> list[tuple[str, str]]:
     """What sanity.py says of the last rows, as it did in the log."""
     loss, guessing = _recent(run.training, "train_loss"), run.guessing
     if not run.training.rows:
@@ -141,7 +141,7 @@ def _sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:]}."
 
 
-def _validating(run: Run) -> list[tuple[str, str]]:
+def _validating(run: RunData) -> list[tuple[str, str]]:
     points = [p for p in run.validation.points("val_loss") if math.isfinite(p[1])]
     if not points:
         return [(NOTE, "No validation: what stands here is of the training images.")] * bool(
@@ -155,7 +155,7 @@ def _validating(run: Run) -> list[tuple[str, str]]:
     return [(GOOD, f"{words}, at step {best_step:,.0f}.")]
 
 
-def _losses(run: Run) -> list[tuple[str, str]]:
+def _losses(run: RunData) -> list[tuple[str, str]]:
     """What went lost, and what was waited for."""
     found = []
     wait = _recent(run.training, "data_wait_frac")
@@ -181,11 +181,11 @@ def _losses(run: Run) -> list[tuple[str, str]]:
     failed = sum(event["event"] == "save failed" for event in run.events)
     if failed:
         found.append((BAD, f"{_count(failed, 'checkpoint')} could not be written."))
-    ends = [job.end for job in jobs_of(run)]
+    ends = [attempt.end for attempt in attempts_of(run)]
     unplanned = sum(end in ("killed", "failed") for end in ends)
     if unplanned:
         found.append(
-            (NOTE, f"{unplanned} of {_count(len(ends), 'job')} ended by a fault or a kill; the "
+            (NOTE, f"{unplanned} of {_count(len(ends), 'attempt')} ended by a fault or a kill; the "
              "time line tells.")
         )  # fmt: skip
     if run.training.rows and not (skipped or bad or failed or unplanned):
@@ -200,7 +200,7 @@ def _count(number: int, what: str) -> str:
 # ------------------------------------------------------------------------------ curves
 
 
-def curves(run: Run) -> str:
+def curves(run: RunData) -> str:
     """Small charts over steps."""
     train, val = run.training, run.validation
     if not train.rows and not val.rows:
@@ -248,7 +248,7 @@ def _power(exponent: float) -> str:
 
 
 def _chart(
-    run: Run,
+    run: RunData,
     title: str,
     y: Axis,
     lines: Sequence[Line],
@@ -258,7 +258,7 @@ def _chart(
     return line_chart(title, lines, steps, y, level=level)
 
 
-def _train_and_val(run: Run, name: str, scale: float) -> list[Line]:
+def _train_and_val(run: RunData, name: str, scale: float) -> list[Line]:
     lines = [_line(run.training, f"train_{name}", "training", BLUE, scale=scale)]
     if run.validation.rows:
         lines += [

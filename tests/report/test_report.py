@@ -29,7 +29,7 @@ from ds_classifier.evaluation.image_grid import (
 from ds_classifier.evaluation.levels import Confusion
 from ds_classifier.evaluation.predictions import choose_positions, predict_grid
 from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
-from ds_classifier.report.data import jobs_of, read_run, thin
+from ds_classifier.report.data import attempts_of, read_run, thin
 from ds_classifier.report.page import page, write_report
 from ds_classifier.training.log import RunLogger
 from ds_classifier.training.run_dir import EVENTS, append_event, read_events
@@ -506,7 +506,7 @@ def test_ticks_are_round_and_few(low, high):
 # ------------------------------------------------------------------------------ the time line
 
 
-def test_jobs_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
+def test_attempts_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
     moments = iter([100.0, 200.0, 300.0, 400.0, 500.0])
     monkeypatch.setattr(time, "time", lambda: next(moments))
     append_event(run, "start", step=0, world_size=2, host="a", device="CPU")
@@ -520,8 +520,8 @@ def test_jobs_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
     append_event(run, "finish", step=100)
     (run / "DONE").write_text("step 100\n")
     write_log(run, [training_row(100, 1.0)])
-    jobs = jobs_of(read_run(run))
-    assert [(job.first, job.last, job.end) for job in jobs] == [
+    attempts = attempts_of(read_run(run))
+    assert [(attempt.first, attempt.last, attempt.end) for attempt in attempts] == [
         (0, 70, "killed"),
         (50, 80, "stopped"),
         (80, 100, "finished"),
@@ -542,12 +542,12 @@ def test_a_crash_is_told_by_its_errors(run):
     for rank in (0, 1):
         (errors / f"rank{rank}.txt").write_text("stacks")
     write_log(run, [training_row(5, 1.0)])
-    (job,) = jobs_of(read_run(run))
-    assert (job.end, job.last) == ("failed", 5)
+    (attempt,) = attempts_of(read_run(run))
+    assert (attempt.end, attempt.last) == ("failed", 5)
     parsed = opened(run)
     assert "it broke (errors/2026-01-01_00-00-00: 2 rank files)" in parsed.sections["history"]
     assert "failed; the last checkpoint stands" in parsed.text
-    assert "1 of 1 job ended by a fault or a kill" in parsed.sections["working"]
+    assert "1 of 1 attempt ended by a fault or a kill" in parsed.sections["working"]
 
 
 def test_events_are_no_reason_to_stop(tmp_path, capsys):
