@@ -12,19 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ds_classifier.evaluation.metrics import LEVEL_COLUMNS, METRICS
-from ds_classifier.report.charts import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    VERMILION,
-    Axis,
-    Line,
-    line_chart,
-    percent,
-    short,
-)
+from ds_classifier.common.text import short
+from ds_classifier.report import plots
 from ds_classifier.report.data import RunData
 
 Record = dict[str, Any]
@@ -35,7 +24,6 @@ CLASSES_BESIDE = 12  # with more, the matrix takes the whole width
 PAIRS_SHOWN = 20
 MATRIX_WIDTH = 900  # pixels of its cells together
 JPEG_SIDE = 64  # pixels; larger tiles are embedded as JPEG, since noise makes large PNGs
-LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION)
 
 
 def _no_evaluation(run: RunData) -> str:
@@ -55,45 +43,9 @@ def noise_levels(run: RunData) -> str:
         return _no_evaluation(run)
     newest, older = run.evaluations[-1], _older(run.evaluations)
     ours, bayes = newest["classifier"], newest.get("bayes")
-    classes = len(newest["classes"])
-    rows = ours["levels"]
-    span = rows[0]["log_snr"] - rows[-1]["log_snr"]
-    x = Axis(
-        "log-SNR, from clean to noise",
-        low=rows[-1]["log_snr"] - 0.03 * span,
-        high=rows[0]["log_snr"] + 0.03 * span,
-        falling=True,
-    )
-    above, last = [], math.inf
-    for row in rows:
-        if last - row["log_snr"] > 0.1 * span or not above:
-            above.append((row["log_snr"], str(row["t"])))
-            last = row["log_snr"]
-    loss_axis = Axis("nats", low=0, high=1.15 * max(math.log(classes), *_known(ours, "loss")))
-    norms = [*_known(ours, "grad_norm"), *(_known(bayes, "grad_norm") if bayes else [])]
-    panels = [
-        ("Top-1 accuracy", "acc@1", Axis("%", 0, 100, text=percent), (100 / classes, "chance")),
-        ("Cross-entropy", "loss", loss_axis, (math.log(classes), "guessing")),
-        ("Calibration error", "ece", Axis("%, expected", low=0, text=percent), None),
-        (
-            "Gradient that guidance feels",
-            "grad_norm",
-            Axis("norm of ∇ log p(y|x_t)", log=all(n > 0 for n in norms)),
-            None,
-        ),
+    charts = [
+        f'<figure class="chart">{svg}</figure>' for svg in plots.evaluation_svgs(newest, older)
     ]
-    panels += [
-        (m.title, m.name, Axis(m.unit, text=percent if m.unit == "%" else short), None)
-        for m in METRICS.values()
-        if m.name not in ("loss", "acc@1", "acc@5")
-    ]
-    charts = []
-    for title, key, y, level in panels:
-        lines = _noise_lines(newest, older, key, with_bayes=key != "ece")
-        options = dict(level=level, above=above, above_label="t")
-        charts.append(line_chart(title, lines, x, y, **options))
-    charts.append(_reliability(ours))
-    charts.append(_per_class(newest))
     overall = ours["uniform_t"]
     words = (
         f"{newest['name']}: {newest['data']['samples']:,} images, {newest['precision']}. Under "
@@ -120,70 +72,6 @@ def _older(evaluations: Sequence[Record]) -> list[Record]:
     return [before[i] for i in places]
 
 
-def _noise_lines(
-    newest: Record, older: Sequence[Record], key: str, *, with_bayes: bool
-) -> list[Line]:
-    lines = []
-    for i, record in enumerate(older):
-        faint = 0.15 + 0.25 * (i + 1) / len(older)
-        points = _points(record["classifier"], key)
-        lines.append(Line("", points, BLUE, opacity=faint, width=1.3))
-    if with_bayes and newest.get("bayes"):
-        lines.append(Line("Bayes", _points(newest["bayes"], key), ORANGE, dash="5 3", dots=True))
-    lines.append(Line(_name(newest), _points(newest["classifier"], key), BLUE, width=2, dots=True))
-    if older:
-        lines.append(Line("earlier", [], BLUE, opacity=0.3))
-    return lines
-
-
-def _name(record: Record) -> str:
-    return f"step {record['step']:,}" if record["step"] is not None else record["name"]
-
-
-def _points(numbers: Record, key: str) -> list[tuple[float, float]]:
-    (scale,) = (column.factor for column in LEVEL_COLUMNS if column.name == key)
-    return [
-        (row["log_snr"], math.nan if row.get(key) is None else scale * row[key])
-        for row in numbers["levels"]
-    ]
-
-
-def _known(numbers: Record, key: str) -> list[float]:
-    return [row[key] for row in numbers["levels"] if row[key] is not None]
-
-
-def _reliability(numbers: Record) -> str:
-    """Accuracy against confidence; a dot's area is its share of the images."""
-    lines = []
-    for level, color in zip(numbers["reliability"], LEVEL_COLORS, strict=False):
-        bins = level["bins"]
-        total = sum(row["samples"] for row in bins)
-        points = [(100 * b["confidence"], 100 * b["correct"] / b["samples"]) for b in bins]
-        areas = [12 + 300 * b["samples"] / total for b in bins]
-        name = "uniform t" if level["t"] is None else f"t = {level['t']}"
-        lines.append(Line(name, points, color, dots=True, areas=areas, opacity=0.55))
-    share = dict(low=0, high=106, text=percent)  # a large dot at 100 % stands free
-    return line_chart(
-        "Reliability", lines, Axis("confidence", **share), Axis("% right", **share), diagonal=True
-    )
-
-
-def _per_class(record: Record) -> str:
-    """Accuracy of the classes at the chosen levels, each level from its worst class to its best."""
-    lines, known = [], 0
-    for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
-        counts = zip(level["correct@1"], level["samples"], strict=True)
-        values = sorted(100 * hit / count for hit, count in counts if count)
-        known = max(known, len(values))
-        name = "uniform t" if level["t"] is None else f"t = {level['t']}"
-        every = max(1, len(values) // 300)
-        points = [(i + 1.0, value) for i, value in enumerate(values)]
-        kept = points[::every] + points[-1:] * (every > 1)
-        lines.append(Line(name, kept, color, dots=len(kept) <= 30))
-    x = Axis("classes, each level's worst first", low=0.5, high=known + 0.5)
-    return line_chart("Top-1 by class", lines, x, Axis("%", 0, 100, text=percent))
-
-
 def _table(record: Record) -> str:
     ours, bayes = record["classifier"], record.get("bayes")
     heads = ["t", "log-SNR", *(column.label or column.name for column in LEVEL_COLUMNS)]
@@ -203,7 +91,7 @@ def _table(record: Record) -> str:
         if bayes:
             cells += [_share(optimum["acc@1"]), _plain(optimum["loss"])]
         rows.append(cells)
-    title = f"{_name(record)}, all {len(ours['levels'])} levels in numbers"
+    title = f"{plots.weights_name(record)}, all {len(ours['levels'])} levels in numbers"
     return f"<details><summary>{escape(title)}</summary>{table(heads, rows)}</details>"
 
 
@@ -300,8 +188,8 @@ def confusion(run: RunData) -> str:
         totals[label] += count
     wrong = sum(count for label, predicted, count in triples if label != predicted)
     words = (
-        f"{_name(record)} at t = {told['t']}, nearly clean: {wrong:,} of {sum(totals):,} images "
-        "taken for another class."
+        f"{plots.weights_name(record)} at t = {told['t']}, nearly clean: {wrong:,} of "
+        f"{sum(totals):,} images taken for another class."
     )
     pairs = sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[0], t[1]))
     rows = [

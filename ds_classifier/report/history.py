@@ -12,19 +12,18 @@ from typing import Any
 
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import GROUPS
-from ds_classifier.report.charts import BLUE, GREEN, ORANGE, QUIET, VERMILION, nice_ticks, short
+from ds_classifier.report import plots
 from ds_classifier.report.data import Attempt, RunData, attempts_of
 from ds_classifier.report.evaluation import table
 
-WIDTH, ROW, LEFT, RIGHT = 1160, 20, 92, 120  # of the time line, pixels
 ATTEMPTS_SHOWN, ROWS_SHOWN = 12, 60
 MESSAGE = 400  # characters of a fault's message
 END_COLORS = {
-    "finished": BLUE,
-    "stopped": GREEN,
-    "running": BLUE,
-    "failed": VERMILION,
-    "killed": VERMILION,
+    "finished": plots.BLUE,
+    "stopped": plots.GREEN,
+    "running": plots.BLUE,
+    "failed": plots.VERMILION,
+    "killed": plots.VERMILION,
 }
 END_WORDS = {"killed": "ended without a word"}
 
@@ -46,68 +45,34 @@ def time_line(run: RunData) -> str:
 
 
 def _strip(run: RunData, attempts: Sequence[Attempt]) -> str:
-    """A bar a attempt, from its first step to its last; marks of faults under them."""
-    end = max([run.iterations, run.step, *(attempt.last for attempt in attempts), 1])
+    """Return a bar per attempt, from its first step to its last, and marks of faults under them."""
     shown = attempts[-ATTEMPTS_SHOWN:]
-
-    def at(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * min(1.0, max(0.0, step / end))
-
-    parts, y = [], 8
-    for number, attempt in enumerate(shown, start=len(attempts) - len(shown) + 1):
-        color, left = END_COLORS[attempt.end], at(attempt.first)
-        width = max(3.0, at(attempt.last) - left)
-        title = escape(
-            f"attempt {number}: steps {attempt.first:,} to {attempt.last:,}, {_ended(attempt)}"
-        )
-        parts.append(
-            f'<g><title>{title}</title><text x="0" y="{y + 11}" class="tick">'
-            f"attempt {number}</text>"
-            f'<rect x="{left:.1f}" y="{y + 2}" width="{width:.1f}" height="11" rx="2" '
-            f'fill="{color}" opacity="0.75"/>'
-            f'<text x="{left + width + 6:.1f}" y="{y + 11}" class="tick">'
-            f"{escape(_ended(attempt))}</text></g>"
-        )
-        y += ROW
-    for name, color, sign, steps in _marks(run, attempts):
-        parts.append(f'<text x="0" y="{y + 11}" class="tick">{escape(name)}</text>')
-        places = sorted({4 * round(at(step) / 4) for step in steps})  # several on a spot: one
-        parts += [
-            f'<text x="{place}" y="{y + 12}" text-anchor="middle" fill="{color}" '
-            f'class="mark">{sign}</text>'
-            for place in places
-        ]
-        y += ROW
-    parts.append(f'<path d="M{LEFT} {y + 4}H{WIDTH - RIGHT}" stroke="{QUIET}"/>')
-    for tick in nice_ticks(0, end, 8):
-        parts.append(
-            f'<path d="M{at(tick):.1f} {y + 4}v4" stroke="{QUIET}"/><text x="{at(tick):.1f}" '
-            f'y="{y + 20}" text-anchor="middle" class="tick">{short(tick)}</text>'
-        )
-    parts.append(f'<text x="0" y="{y + 20}" class="axis">step</text>')
-    before = (
-        f"<p>The last {len(shown)} of {len(attempts)} attempts.</p>"
-        if len(shown) < len(attempts)
-        else ""
-    )
-    return (
-        f'{before}<svg class="strip" viewBox="0 0 {WIDTH} {y + 28}" role="img" '
-        f'aria-label="attempts and faults over steps">{"".join(parts)}</svg>'
-    )
+    bars = [
+        plots.Bar(f"attempt {n}", a.first, a.last, _ended(a), END_COLORS[a.end])
+        for n, a in enumerate(shown, start=len(attempts) - len(shown) + 1)
+    ]
+    last_step = max([run.iterations, run.step, *(a.last for a in attempts), 1])
+    before = ""
+    if len(shown) < len(attempts):
+        before = f"<p>The last {len(shown)} of {len(attempts)} attempts.</p>"
+    svg = plots.time_line_svg(bars, _marks(run, attempts), last_step)
+    return f'{before}<div class="strip">{svg}</div>'
 
 
-def _marks(run: RunData, attempts: Sequence[Attempt]) -> list[tuple[str, str, str, list[float]]]:
-    """Name, colour, sign and steps of each kind of mishap that happened."""
+def _marks(run: RunData, attempts: Sequence[Attempt]) -> list[plots.Marks]:
+    """Return the steps of each kind of mishap that happened."""
     batch = run.global_batch
     bad = [r["position"] / batch for r in run.bad_samples if batch and "position" in r]
     failed = [e.get("step", 0) for e in run.events if e["event"] == "save failed"]
+    faults = [_step_of(fault.time, attempts) for fault in run.faults]
+    skipped = [r["step"] for r in run.skipped if "step" in r]
     kinds = [
-        ("skipped", ORANGE, "▲", [r["step"] for r in run.skipped if "step" in r]),
-        ("bad images", VERMILION, "◆", bad),
-        ("failed saves", VERMILION, "✕", failed),
-        ("faults", VERMILION, "!", [_step_of(fault.time, attempts) for fault in run.faults]),
+        plots.Marks("skipped", skipped, "^", plots.ORANGE),
+        plots.Marks("bad images", bad, "D", plots.VERMILION),
+        plots.Marks("failed saves", failed, "x", plots.VERMILION),
+        plots.Marks("faults", faults, "X", plots.VERMILION),
     ]
-    return [kind for kind in kinds if kind[3]]
+    return [kind for kind in kinds if kind.steps]
 
 
 def _step_of(moment: float, attempts: Sequence[Attempt]) -> int:

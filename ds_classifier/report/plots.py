@@ -1,241 +1,607 @@
-"""An evaluation's record as images: numbers against noise, calibration, classes; a series."""
+"""Every figure: the panels of an evaluation, a series of evaluations, curves, the time line.
+
+Each panel is drawn once, by a function that gets a figure or a part of one. The page shows a panel
+as SVG; a PNG file shows several side by side. matplotlib is imported when a figure is drawn.
+The colors are Okabe and Ito's, which color-blind readers can distinguish.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from ds_classifier.common.text import percent, short
 
-OURS, OPTIMUM, QUIET = "#1f5fa8", "#d9822b", "#8a8f98"
-LEVEL_COLORS = ("#222222", "#1f5fa8", "#2a9d6f", "#b5487c", "#8d6cc9", "#d9822b")
-CLASSES_NAMED = 20  # with more, classes are sorted by accuracy and have no names
-
-
-def plot_evaluation(record: Record, path: Path) -> None:
-    """Write one evaluation as a PNG of six panels."""
-    figure, panels = _panels(2, 3, width=14.5, height=8.2)
-    ours, bayes = record["classifier"], record.get("bayes")
-    classes = len(record["classes"])
-    accuracy, loss, grad_norm, ece, reliability, per_class = panels
-
-    _against_noise(accuracy, ours, "accuracy, %")
-    _line(accuracy, ours, "acc@1", OURS, "top 1", scale=100)
-    if classes > 5:
-        _line(accuracy, ours, "acc@5", OURS, "top 5", scale=100, dashed=True)
-    if bayes:
-        _line(accuracy, bayes, "acc@1", OPTIMUM, "top 1, Bayes of the training set", scale=100)
-    accuracy.axhline(100 / classes, color=QUIET, linewidth=1, linestyle=":", label="chance")
-    accuracy.set_ylim(0, 102)
-    accuracy.legend(loc="best")
-
-    _against_noise(loss, ours, "cross-entropy, nats")
-    _line(loss, ours, "loss", OURS, "classifier")
-    if bayes:
-        _line(loss, bayes, "loss", OPTIMUM, "Bayes of the training set")
-    loss.axhline(math.log(classes), color=QUIET, linewidth=1, linestyle=":", label="chance")
-    largest = max([math.log(classes), *_known(ours, "loss")])
-    loss.set_ylim(0, 1.15 * largest)  # the posterior of few images is far too sure of itself
-    loss.legend(loc="best")
-
-    _against_noise(grad_norm, ours, "mean |gradient of log p(y | x_t)|")
-    _line(grad_norm, ours, "grad_norm", OURS, "classifier")
-    if bayes:
-        _line(grad_norm, bayes, "grad_norm", OPTIMUM, "Bayes of the training set")
-        grad_norm.legend(loc="best")
-    if all(value > 0 for value in _known(ours, "grad_norm")):
-        grad_norm.set_yscale("log")
-        _plain_numbers(grad_norm.yaxis)
-
-    _against_noise(ece, ours, "expected calibration error, %")
-    _line(ece, ours, "ece", OURS, "classifier", scale=100)
-    ece.set_ylim(bottom=0)
-
-    _reliability(reliability, ours)
-    _per_class(per_class, record)
-    overall = ours["uniform_t"]
-    figure.suptitle(
-        f"{record['name']}: {record['data']['samples']:,} images, uniform t: "
-        f"top 1 {100 * overall['acc@1']:.1f} %, cross-entropy {_shown(overall['loss'])}, "
-        f"calibration error {_shown(overall['ece'], 100)} %",
-        fontsize=12,
-    )
-    _write(figure, path)
+BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#aa4499"
+INK, GRAY, SLATE = "#1d2430", "#8a919c", "#4a5568"
+QUARTILE_COLORS = ("#0b4f8a", "#2f9fd0", "#e69f00", "#b3470a")  # of t, from clean to noise
+LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION, PURPLE, ORANGE)
+WIDTH, HEIGHT = 372, 254  # of a panel, in points: pixels where three stand side by side
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 62, 36  # margins of the axes, points
+NAMES = 60  # points below the axes that slanted names take
+CLASSES_NAMED = 20  # with more classes, the accuracies are sorted and have no names
+STRIP_WIDTH, STRIP_LEFT, STRIP_RIGHT, STRIP_ROW = 1160, 92, 150, 20  # of the time line, points
+PNG_DPI = 110
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib; the page shows its own font
+    "font.size": 11,
+    "text.parse_math": False,  # a class may be named "$x$"
+    "text.color": INK,
+    "axes.facecolor": "none",
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": SLATE,
+    "axes.labelsize": 11,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e7eaee",
+    "xtick.color": GRAY,
+    "xtick.labelcolor": SLATE,
+    "ytick.color": GRAY,
+    "ytick.labelcolor": SLATE,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "lines.solid_capstyle": "round",
+    "legend.fontsize": 11,
+    "legend.labelcolor": SLATE,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",  # equal parts of two figures get equal ids
+}
+HINT = "hint:"  # begins the id of a part that has a tooltip; the tooltip's text follows
+Point = tuple[float, float]
+Draw = Callable[[Any], None]  # draws a panel into a Figure or SubFigure
 
 
-def plot_series(records: Sequence[Record], path: Path) -> None:
-    """Write several checkpoints as a PNG: over training, and at every noise level."""
-    figure, (over_time, loss, curves) = _panels(1, 3, width=14.5, height=4.6)
-    names = [record["name"] for record in records]
-    steps = [record["step"] for record in records]
-    in_steps = None not in steps and len(set(steps)) == len(steps)
-    places = steps if in_steps else list(range(len(records)))
+@dataclass(frozen=True)
+class Line:
+    """A curve of a panel; its legend entry ends with its last value, unless it has dots.
 
-    def series(read: Callable[[Record], float | None]) -> list[float]:
-        return [math.nan if (value := read(record)) is None else value for record in records]
+    points: (x, y); y may be nan, which interrupts the line.
+    band: (x, least, most), drawn faintly around the line.
+    dots: draw a mark with a tooltip at each point.
+    name: an empty one keeps the line out of the legend.
+    """
 
-    def accuracy_at(t: int) -> list[float]:
-        at = [{row["t"]: row["acc@1"] for row in r["classifier"]["levels"]} for r in records]
-        return [math.nan if row.get(t) is None else 100 * row[t] for row in at]
+    name: str
+    points: Sequence[Point]
+    color: str
+    band: Sequence[tuple[float, float, float]] = ()
+    dashed: bool = False
+    dots: bool = False
+    opacity: float = 1.0
+    width: float = 1.6
 
-    chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]]
-    uniform = series(lambda record: record["classifier"]["uniform_t"]["acc@1"])
-    over_time.plot(
-        places, [100 * v for v in uniform], "o-", color=LEVEL_COLORS[0], label="uniform t"
-    )
-    for t, color in zip(chosen, LEVEL_COLORS[1:], strict=False):
-        over_time.plot(places, accuracy_at(t), "o-", color=color, label=f"t = {t}")
-    over_time.set_ylabel("top-1 accuracy, %")
-    over_time.legend()
-    values = series(lambda record: record["classifier"]["uniform_t"]["loss"])
-    loss.plot(places, values, "o-", color=OURS)
-    loss.set_ylabel("cross-entropy under uniform t, nats")
-    for panel in (over_time, loss):
-        if in_steps:
-            panel.set_xlabel("step")
-        else:
-            panel.set_xticks(places, names, rotation=30, ha="right")
 
-    import matplotlib
+@dataclass(frozen=True)
+class Axis:
+    """The y axis of a panel.
 
-    shades = matplotlib.colormaps["viridis_r"]
-    _against_noise(curves, records[-1]["classifier"], "top-1 accuracy, %")
-    for i, record in enumerate(records):
-        color = shades(0.1 + 0.9 * i / max(1, len(records) - 1))
-        named = i in (0, len(records) - 1) or len(records) <= 8
-        _line(
-            curves,
-            record["classifier"],
-            "acc@1",
-            color,
-            record["name"] if named else None,
-            scale=100,
+    low, high: fixed ends; None: from the data.
+    text: how ticks and values are written.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    text: Callable[[float], str] = short
+
+
+SHARE = Axis(0.0, 1.03, text=percent)  # a dot at 100 % is whole
+
+
+class Panel:
+    """A title, a legend and axes, in a figure or in a part of one."""
+
+    def __init__(self, figure, title: str, x_label: str, *, bottom: float = BOTTOM):
+        self.figure = figure
+        inside = (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - bottom) / HEIGHT
+        self.axes = figure.add_axes((LEFT / WIDTH, bottom / HEIGHT, *inside))
+        figure.text(0.008, 1 - 14 / HEIGHT, title, weight="bold", fontsize=12)
+        self.axes.set_xlabel(x_label, labelpad=3)
+
+    def draw(self, lines: Sequence[Line], y: Axis, level: tuple[float, str] | None = None) -> None:
+        """Draw curves and, across them, a dotted line at a level (y, its name)."""
+        shown = [[p for p in line.points if _is_shown(p, y)] for line in lines]
+        for line, points in zip(lines, shown, strict=True):
+            self._draw(line, points, y)
+        if level:
+            self.axes.axhline(level[0], color=GRAY, linewidth=1.2, linestyle=":", label=level[1])
+        values = [value for points in shown for _, value in points]
+        if not values:
+            self.axes.set_axis_off()
+            self.figure.text(0.5, 0.45, "nothing to show yet", color=SLATE, ha="center")
+            return
+        values += [level[0]] if level else []
+        values += _quantiles([end for line in lines for _, *ends in line.band for end in ends])
+        self.set_y(y, values)
+
+    def _draw(self, line: Line, points: Sequence[Point], y: Axis) -> None:
+        known = dict(points)
+        label = line.name
+        if points and label and not line.dots:
+            label += f" {y.text(float(f'{points[-1][1]:.3g}'))}"
+        look = dict(color=line.color, alpha=line.opacity)
+        self.axes.plot(
+            [x for x, _ in line.points],
+            [known.get(x, math.nan) for x, _ in line.points],
+            **look,
+            linewidth=line.width,
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            label=label or None,
         )
-    curves.legend(loc="best")
-    _write(figure, path)
+        band = [b for b in line.band if not y.log or b[1] > 0]
+        if len(band) > 1:
+            fill = dict(color=line.color, alpha=0.16, linewidth=0)
+            self.axes.fill_between(*zip(*band, strict=True), **fill)
+        if line.dots or len(points) == 1:
+            for x, value in points:
+                self.dot(x, value, f"{line.name}: {short(x)}, {y.text(value)}", **look)
+
+    def dot(self, x: float, y: float, hint: str, *, area: float = 17.0, **look) -> None:
+        """Draw a dot with a tooltip. area: in square points."""
+        size = 2 * math.sqrt(area / math.pi)
+        look |= dict(markersize=size, markeredgewidth=0, gid=HINT + hint, zorder=3)
+        self.axes.plot([x], [y], "o", **look)
+
+    def set_y(self, y: Axis, values: Sequence[float]) -> None:
+        """Set the limits and ticks of the y axis, for values that shall be seen."""
+        from matplotlib import ticker
+
+        axis = self.axes.yaxis
+        low, high = _limits(y, values)
+        if y.log:
+            self.axes.set_yscale("log")
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+            axis.set_minor_locator(ticker.NullLocator())
+        else:
+            steps = dict(steps=[1, 2, 5, 10], integer=y.text is power_of_two)
+            axis.set_major_locator(ticker.MaxNLocator(6, **steps))
+        as_share = ticker.PercentFormatter(1, symbol=" %")
+        as_text = ticker.FuncFormatter(lambda value, _: y.text(value))
+        axis.set_major_formatter(as_share if y.text is percent else as_text)
+        self.axes.set_ylim(low, high)
+
+    def set_x(self, low: float, high: float, text: Callable[[float], str] = short) -> None:
+        """Set the ends of the x axis; low may be the larger one."""
+        from matplotlib import ticker
+
+        self.axes.set_xlim(low, high)
+        self.axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+        self.axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
+
+    def set_names(self, names: Sequence[str]) -> None:
+        """Write names under the places 0, 1, 2, ... of the x axis."""
+        words = [name if len(name) <= 14 else name[:12] + "..." for name in names]
+        slanted = dict(rotation=45, ha="right", rotation_mode="anchor") if _slanted(names) else {}
+        self.axes.set_xticks(range(len(words)), words, fontsize=9, **slanted)
+        self.axes.set_xlim(-0.5, len(words) - 0.5)
+
+    def legend(self) -> None:
+        """Write the legend between title and axes, in columns of two rows."""
+        handles, labels = self.axes.get_legend_handles_labels()
+        if handles:
+            place = dict(loc="upper left", bbox_to_anchor=(-0.008, 1 - 15 / HEIGHT))
+            close = dict(handlelength=1.2, handletextpad=0.5, columnspacing=1.0, labelspacing=0.2)
+            columns = len(labels) if sum(map(len, labels)) + 4 * len(labels) < 56 else 3
+            self.figure.legend(handles, labels, ncols=columns, frameon=False, **place, **close)
 
 
-def _panels(rows: int, columns: int, *, width: float, height: float):
-    """A figure and its panels in reading order, drawn without a screen."""
+def _slanted(names: Sequence[str]) -> bool:
+    return max(map(len, names), default=0) > 3
+
+
+def _is_shown(point: Point, y: Axis) -> bool:
+    return all(map(math.isfinite, point)) and (not y.log or point[1] > 0)
+
+
+def _quantiles(values: Sequence[float]) -> list[float]:
+    """Return the 1 % and 99 % quantile: a spike of one step must not flatten the curve."""
+    ranked = sorted(filter(math.isfinite, values))
+    return [ranked[int(share * (len(ranked) - 1))] for share in (0.01, 0.99) if ranked]
+
+
+def _limits(y: Axis, values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis: the fixed ones, or those of the values and a margin of 5 %."""
+    low = min(values) if y.low is None else y.low
+    high = max(values) if y.high is None else y.high
+    if y.log:
+        low, high = math.log10(low), math.log10(high)
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    margin = 0.05 * (high - low)
+    if y.low is None:
+        low = 0.0 if not y.log and low >= 0 and low - margin < 0 else low - margin
+    high += margin if y.high is None else 0.0
+    return (10**low, 10**high) if y.log else (low, high)
+
+
+def power_of_two(exponent: float) -> str:
+    """Return "2^16"."""
+    return f"2^{exponent:g}"
+
+
+# ------------------------------------------------------------------------------ SVG and PNG
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Draw in STYLE, whatever the user's matplotlibrc says, without warnings of missing glyphs."""
+    from matplotlib import style
+
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def to_svg(draw: Draw, label: str, *, width: float = WIDTH, height: float = HEIGHT) -> str:
+    """Return a panel as an SVG element to be put into a page. label: for readers who hear it."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    file = io.StringIO()
+    with _style():
+        figure = Figure(figsize=(width / 72, height / 72))
+        figure.patch.set_visible(False)
+        draw(figure)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(file, metadata=no_metadata)
+    return _small(file.getvalue(), label, width, height)
+
+
+_LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
+
+
+def _one_decimal(number: re.Match) -> str:
+    return f"{float(number[0]):.1f}"
+
+
+def _small(svg: str, label: str, width: float, height: float) -> str:
+    """Return matplotlib's SVG without what a page does not need; hints become tooltips."""
+    body = svg[svg.index("</style>") :].partition("</defs>")[2]
+    body = re.sub(rf'<g id="{HINT}([^"]*)">', r"<g><title>\1</title>", body)
+    body = re.sub(r'(<g) id="[^"]*"', r"\1", body)
+    body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
+    body = body.replace("font-family: 'DejaVu Sans'; ", "")
+    body = re.sub(r"\s*\n *", "", body)
+    body = re.sub(r"<[^>]*>", lambda tag: _LONG_NUMBER.sub(_one_decimal, tag[0]), body)
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
+    return head + body
+
+
+def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = "") -> None:
+    """Write panels side by side, in rows of so many columns, under a title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel in panels:
-        panel.grid(color="#e4e6ea", linewidth=0.7)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    rows, head = math.ceil(len(draws) / columns), 36 if title else 8
+    size = columns * WIDTH / 72, (rows * HEIGHT + head) / 72
+    with _style():
+        figure = Figure(figsize=size, dpi=PNG_DPI)
+        top, panels = figure.subfigures(2, 1, height_ratios=[head, rows * HEIGHT])
+        top.text(0.5, 0.4, title, ha="center", fontsize=13)
+        for draw, part in zip(draws, panels.subfigures(rows, columns).flat, strict=True):
+            draw(part)
+        FigureCanvasAgg(figure).print_png(path)
 
 
-def _plain_numbers(axis) -> None:
-    """Ticks of a logarithmic axis as plain numbers, also between powers of ten on a short one."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+# ------------------------------------------------------------------------------ an evaluation
 
 
-def _against_noise(panel, numbers: dict[str, Any], label: str) -> None:
-    """log-SNR along x, from clean to noise, with some t above."""
+def plot_evaluation(record: dict[str, Any], path: Path) -> None:
+    """Write one evaluation's panels as a PNG file. record: what eval/NAME.json holds."""
+    overall = record["classifier"]["uniform_t"]
+    title = (
+        f"{record['name']}: {record['data']['samples']:,} images, uniform t: "
+        f"top 1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
+        f"calibration error {percent(overall['ece'])}"
+    )
+    draws = [partial(draw, record=record, older=()) for _, draw in EVALUATION]
+    _write_png(draws, path, columns=3, title=title)
+
+
+def evaluation_svgs(record: dict[str, Any], older: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one evaluation's panels, with older ones of the same classes drawn faintly."""
+    return [to_svg(partial(draw, record=record, older=older), title) for title, draw in EVALUATION]
+
+
+def _accuracy(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+    classes = len(record["classes"])
+    lines = _noise_lines(record, older, "acc@1")
+    if classes > 5:
+        points = _points(record["classifier"], "acc@5")
+        lines.append(Line("top 5", points, GREEN, dashed=True, dots=True))
+    panel = _against_noise(figure, "Top-1 accuracy", record["classifier"])
+    panel.draw(lines, SHARE, (1 / classes, "chance"))
+    panel.legend()
+
+
+def _loss(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+    chance = math.log(len(record["classes"]))
+    # The Bayes posterior of few images is overconfident: its loss may leave the axes.
+    high = 1.15 * max([chance, *_known(record["classifier"], "loss")])
+    panel = _against_noise(figure, "Cross-entropy, nats", record["classifier"])
+    panel.draw(_noise_lines(record, older, "loss"), Axis(0, high), (chance, "guessing"))
+    panel.legend()
+
+
+def _calibration(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+    panel = _against_noise(figure, "Expected calibration error", record["classifier"])
+    lines = _noise_lines(record, older, "ece", with_bayes=False)
+    panel.draw(lines, Axis(0, text=percent))
+    panel.legend()
+
+
+def _gradient(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+    lines = _noise_lines(record, older, "grad_norm")
+    panel = _against_noise(figure, "Mean norm of ∇ log p(y|x_t)", record["classifier"])
+    known = [value for line in lines for _, value in line.points if math.isfinite(value)]
+    panel.draw(lines, Axis(log=all(value > 0 for value in known)))
+    panel.legend()
+
+
+def _against_noise(figure, title: str, numbers: dict[str, Any]) -> Panel:
+    """Return a panel with log-SNR along x, from clean to noise, and some t above."""
+    panel = Panel(figure, title, "log-SNR, from clean to noise")
     rows = numbers["levels"]
-    panel.set_xlabel("log-SNR: clean to noise")
-    panel.set_ylabel(label)
     clean, noise = rows[0]["log_snr"], rows[-1]["log_snr"]
     margin = 0.03 * (clean - noise) or 1.0
-    panel.set_xlim(clean + margin, noise - margin)
-    above = panel.secondary_xaxis("top")
+    panel.set_x(clean + margin, noise - margin)
     few: list[dict] = []
     for row in rows:  # ticks far enough apart to be read
-        if not few or few[-1]["log_snr"] - row["log_snr"] > 0.085 * (clean - noise):
+        if not few or few[-1]["log_snr"] - row["log_snr"] > 0.1 * (clean - noise):
             few.append(row)
+    above = panel.axes.secondary_xaxis("top")
     above.set_xticks([row["log_snr"] for row in few], [str(row["t"]) for row in few])
-    above.tick_params(labelsize=7, length=2, colors=QUIET)
-    above.spines["top"].set_visible(False)
-    above.set_xlabel("t", fontsize=8, color=QUIET)
+    above.tick_params(labelsize=9, length=2, pad=2)
+    panel.axes.text(-0.02, 1.03, "t", transform=panel.axes.transAxes, fontsize=9, color=SLATE)
+    return panel
 
 
-def _line(panel, numbers, key: str, color, label, *, scale: float = 1, dashed: bool = False):
-    rows = [row for row in numbers["levels"] if row[key] is not None]
-    x, y = [row["log_snr"] for row in rows], [scale * row[key] for row in rows]
-    style = "o--" if dashed else "o-"
-    panel.plot(x, y, style, color=color, label=label, markersize=3, linewidth=1.5)
+def _noise_lines(
+    record: dict[str, Any], older: Sequence[dict[str, Any]], key: str, *, with_bayes: bool = True
+) -> list[Line]:
+    """Return the lines of one number: older evaluations, the evaluation, the Bayes optimum."""
+    lines = []
+    for i, earlier in enumerate(older):
+        faint = dict(opacity=0.15 + 0.25 * (i + 1) / len(older), width=1.3)
+        name = "earlier" if i == 0 else ""
+        lines.append(Line(name, _points(earlier["classifier"], key), BLUE, **faint))
+    points = _points(record["classifier"], key)
+    lines.append(Line(weights_name(record), points, BLUE, width=2, dots=True))
+    if with_bayes and record.get("bayes"):
+        points = _points(record["bayes"], key)
+        lines.append(Line("Bayes", points, ORANGE, dashed=True, dots=True))
+    return lines
 
 
-def _reliability(panel, numbers: dict[str, Any]) -> None:
-    """Accuracy against confidence by calibration bin; a dot's area is its share of the samples."""
-    panel.plot([0, 100], [0, 100], color=QUIET, linewidth=1, linestyle=":")
-    for level, color in zip(numbers["reliability"], LEVEL_COLORS, strict=False):
-        bins = level["bins"]
-        total = sum(row["samples"] for row in bins)
-        x = [100 * row["confidence"] for row in bins]
-        y = [100 * row["correct"] / row["samples"] for row in bins]
-        area = [6 + 300 * row["samples"] / total for row in bins]
-        panel.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
-        panel.scatter(x, y, s=area, color=color, alpha=0.6, linewidth=0)
-        panel.plot([], [], "o", color=color, label=_level_name(level))
-    panel.set_xlim(0, 104)
-    panel.set_ylim(0, 104)
-    panel.set_xlabel("confidence, %")
-    panel.set_ylabel("accuracy, %")
-    panel.legend(loc="best")
+def weights_name(record: dict[str, Any]) -> str:
+    """Return "step 20,000", or the name of weights that have no step."""
+    return f"step {record['step']:,}" if record["step"] is not None else record["name"]
 
 
-def _per_class(panel, record: Record) -> None:
-    """Accuracy of each class at the chosen levels; of many classes, sorted."""
-    for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
-        counts = zip(level["correct@1"], level["samples"], strict=True)
-        values = [100 * hit / count if count else math.nan for hit, count in counts]
-        if len(values) > CLASSES_NAMED:
-            values = sorted(value for value in values if not math.isnan(value))
-            panel.plot(range(len(values)), values, color=color, label=_level_name(level))
-        else:
-            places = range(len(values))
-            panel.plot(
-                places,
-                values,
-                "o:",
-                color=color,
-                label=_level_name(level),
-                linewidth=0.8,
-                markersize=4,
-            )
-    names = record["classes"]
-    if len(names) > CLASSES_NAMED:
-        panel.set_xlabel("classes, from the worst to the best of a level")
-    else:
-        short = [name if len(name) <= 14 else name[:12] + "..." for name in names]
-        slanted = max(map(len, short)) > 3
-        panel.set_xticks(range(len(names)), short, rotation=45 if slanted else 0)
-        panel.set_xlabel("class")
-    panel.set_ylim(0, 104)
-    panel.set_ylabel("top-1 accuracy, %")
-    panel.legend(loc="best")
-
-
-def _level_name(level: dict[str, Any]) -> str:
-    return "uniform t" if level["t"] is None else f"t = {level['t']}"
+def _points(numbers: dict[str, Any], key: str) -> list[Point]:
+    return [
+        (row["log_snr"], math.nan if row[key] is None else row[key]) for row in numbers["levels"]
+    ]
 
 
 def _known(numbers: dict[str, Any], key: str) -> list[float]:
     return [row[key] for row in numbers["levels"] if row[key] is not None]
 
 
-def _shown(value: float | None, scale: float = 1) -> str:
-    return "-" if value is None else f"{scale * value:.3g}"
+def _reliability(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+    """Draw accuracy against confidence; the area of a dot is its share of the images."""
+    panel = Panel(figure, "Reliability: accuracy by confidence", "confidence")
+    panel.axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")
+    for level, color in zip(record["classifier"]["reliability"], LEVEL_COLORS, strict=False):
+        bins = level["bins"]
+        total = sum(row["samples"] for row in bins)
+        for row in bins:
+            right = row["correct"] / row["samples"]
+            hint = f"{_level_name(level)}: {percent(row['confidence'])}, {percent(right)}"
+            area = 12 + 300 * row["samples"] / total
+            panel.dot(row["confidence"], right, hint, area=area, color=color, alpha=0.55)
+        panel.axes.plot([], [], "o", color=color, label=_level_name(level))
+    panel.set_x(0, 1.06, lambda share: percent(share, 0))
+    panel.set_y(Axis(0, 1.06, text=percent), [])  # a large dot at 100 % is whole
+    panel.legend()
 
 
-def _write(figure, path: Path) -> None:
-    for panel in figure.axes:
-        legend = panel.get_legend()
-        if legend is not None:
-            legend.set_frame_on(False)
-            for text in legend.get_texts():
-                text.set_fontsize(8)
-    figure.savefig(path, dpi=110)
+def _per_class(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+    """Draw the accuracy of each class at the chosen levels; many classes are sorted by it."""
+    names = record["classes"]
+    sort = len(names) > CLASSES_NAMED
+    label = "classes, from the worst to the best of a level" if sort else ""
+    bottom = NAMES if not sort and _slanted(names) else BOTTOM
+    panel = Panel(figure, "Top-1 accuracy by class", label, bottom=bottom)
+    lines = []
+    for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
+        counts = zip(level["correct@1"], level["samples"], strict=True)
+        values = [hit / count if count else math.nan for hit, count in counts]
+        if sort:
+            values = sorted(filter(math.isfinite, values))
+            every = max(1, len(values) // 300)
+            points = list(enumerate(values, start=1))
+            points = points[::every] + points[-1:] * (every > 1)
+        else:
+            points = list(enumerate(values))
+        look = dict(dots=not sort, width=0.8) if not sort else {}
+        lines.append(Line(_level_name(level), points, color, **look))
+    panel.draw(lines, SHARE)
+    if sort:
+        panel.set_x(0.5, len(names) + 0.5)
+    else:
+        panel.set_names(names)
+    panel.legend()
+
+
+def _level_name(level: dict[str, Any]) -> str:
+    return "uniform t" if level["t"] is None else f"t = {level['t']}"
+
+
+EVALUATION: list[tuple[str, Callable[..., None]]] = [
+    ("Top-1 accuracy against noise", _accuracy),
+    ("Cross-entropy against noise", _loss),
+    ("Calibration error against noise", _calibration),
+    ("Norm of the gradient against noise", _gradient),
+    ("Accuracy against confidence", _reliability),
+    ("Accuracy of each class", _per_class),
+]
+
+
+# ------------------------------------------------------------------------------ a series
+
+
+def plot_series(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write several evaluations as a PNG file: over training, and at every noise level."""
+    draws = (_series_accuracy, _series_loss, _series_noise)
+    _write_png([partial(draw, records=records) for draw in draws], path, columns=3)
+
+
+def _over_training(figure, records: Sequence[dict[str, Any]], title: str):
+    """Return a panel over the steps, or over the names if steps are missing or not distinct.
+
+    Returns also the places of the records on its x axis.
+    """
+    steps = [record["step"] for record in records]
+    if None not in steps and len(set(steps)) == len(steps):
+        panel = Panel(figure, title, "step")
+        margin = 0.03 * (max(steps) - min(steps)) or 1.0
+        panel.set_x(min(steps) - margin, max(steps) + margin)
+        return panel, steps
+    panel = Panel(figure, title, "", bottom=NAMES)
+    panel.set_names([record["name"] for record in records])
+    return panel, range(len(records))
+
+
+def _series_accuracy(figure, records: Sequence[dict[str, Any]]) -> None:
+    panel, places = _over_training(figure, records, "Top-1 accuracy")
+    rows = [record["classifier"]["uniform_t"] for record in records]
+    lines = [_series_line("uniform t", places, [row["acc@1"] for row in rows], LEVEL_COLORS[0])]
+    chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]]
+    for t, color in zip(chosen, LEVEL_COLORS[1:], strict=False):
+        at = [{row["t"]: row["acc@1"] for row in r["classifier"]["levels"]} for r in records]
+        lines.append(_series_line(f"t = {t}", places, [row.get(t) for row in at], color))
+    panel.draw(lines, Axis(text=percent))
+    panel.legend()
+
+
+def _series_loss(figure, records: Sequence[dict[str, Any]]) -> None:
+    panel, places = _over_training(figure, records, "Cross-entropy under uniform t, nats")
+    losses = [record["classifier"]["uniform_t"]["loss"] for record in records]
+    panel.draw([_series_line("", places, losses, BLUE)], Axis())
+
+
+def _series_line(
+    name: str, places: Sequence[float], values: Sequence[float | None], color: str
+) -> Line:
+    known = [math.nan if value is None else value for value in values]
+    return Line(name, list(zip(places, known, strict=True)), color, dots=True)
+
+
+def _series_noise(figure, records: Sequence[dict[str, Any]]) -> None:
+    import matplotlib
+
+    shades = matplotlib.colormaps["viridis_r"]
+    lines = []
+    for i, record in enumerate(records):
+        color = shades(0.1 + 0.9 * i / max(1, len(records) - 1))
+        named = i in (0, len(records) - 1) or len(records) <= 6
+        points = _points(record["classifier"], "acc@1")
+        lines.append(Line(record["name"] if named else "", points, color, dots=True))
+    panel = _against_noise(figure, "Top-1 accuracy", records[-1]["classifier"])
+    panel.draw(lines, SHARE)
+    panel.legend()
+
+
+# ------------------------------------------------------------------------------ over steps
+
+
+def curves_svg(
+    title: str,
+    lines: Sequence[Line],
+    y: Axis,
+    *,
+    last_step: int,
+    level: tuple[float, str] | None = None,
+) -> str:
+    """Return curves over the steps of training as SVG. level: a dotted line across, its name."""
+
+    def draw(figure) -> None:
+        panel = Panel(figure, title, "step")
+        panel.draw(lines, y, level)
+        panel.set_x(0, max(last_step, 1))
+        panel.legend()
+
+    return to_svg(draw, f"{title}, against steps")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of the time line: steps, and how they ended."""
+
+    name: str
+    first: int
+    last: int
+    end: str
+    color: str
+
+
+@dataclass(frozen=True)
+class Marks:
+    """A row of the time line: marks at the steps where one kind of thing went wrong."""
+
+    name: str
+    steps: Sequence[float]
+    marker: str  # as matplotlib names it
+    color: str
+
+
+def time_line_svg(bars: Sequence[Bar], marks: Sequence[Marks], last_step: int) -> str:
+    """Return bars from first to last step, and rows of marks under them, as SVG."""
+    rows = len(bars) + len(marks)
+    height = STRIP_ROW * rows + BOTTOM
+    inside = STRIP_WIDTH - STRIP_LEFT - STRIP_RIGHT
+    per_point = last_step / inside
+
+    def draw(figure) -> None:
+        box = (STRIP_LEFT / STRIP_WIDTH, BOTTOM / height, inside / STRIP_WIDTH, 1 - BOTTOM / height)
+        axes = figure.add_axes(box)
+        for row, bar in enumerate(bars):
+            width = max(3 * per_point, bar.last - bar.first)
+            hint = f"{bar.name}: steps {bar.first:,} to {bar.last:,}, {bar.end}"
+            look = dict(color=bar.color, alpha=0.75, linewidth=0, gid=HINT + hint)
+            axes.barh(row, width, left=bar.first, height=0.55)[0].set(**look)
+            axes.text(bar.first + width + 6 * per_point, row, bar.end, va="center", color=SLATE)
+        for row, kind in enumerate(marks, start=len(bars)):
+            spots = {4 * per_point * round(s / (4 * per_point)) for s in kind.steps}
+            spots = sorted(min(spot, last_step) for spot in spots)  # one per 4 points
+            look = dict(color=kind.color, markersize=7, linestyle="", clip_on=False)
+            axes.plot(spots, [row] * len(spots), marker=kind.marker, **look)
+        axes.set_yticks(range(rows), [row.name for row in (*bars, *marks)])
+        axes.set_ylim(rows - 0.5, -0.5)
+        axes.grid(False)
+        _step_ticks(axes, last_step)
+
+    return to_svg(draw, "attempts and faults over steps", width=STRIP_WIDTH, height=height)
+
+
+def _step_ticks(axes, last_step: int) -> None:
+    from matplotlib import ticker
+
+    axes.set_xlim(0, last_step)
+    axes.set_xlabel("step", labelpad=3)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short(value)))

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from html import escape
 
-from ds_classifier.evaluation.metrics import METRICS
-from ds_classifier.report.charts import (
-    BLUE,
-    GREEN,
-    QUARTILE_COLORS,
-    SLATE,
-    VERMILION,
-    Axis,
-    Line,
-    line_chart,
-    percent,
-    short,
-)
+from ds_classifier.common.text import percent, short
+from ds_classifier.report import plots
 from ds_classifier.report.data import Columns, RunData, attempts_of, thin
+from ds_classifier.report.plots import Axis, Line
 from ds_classifier.training import sanity
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -201,88 +190,58 @@ def _count(number: int, what: str) -> str:
 
 
 def curves(run: RunData) -> str:
-    """Small charts over steps."""
+    """Return small charts over steps."""
     train, val = run.training, run.validation
     if not train.rows and not val.rows:
         return '<div class="empty">No step is logged yet.</div>'
     classes = run.num_classes
-    chance = (100 / classes, "chance") if classes else None
+    chance = (1 / classes, "chance") if classes else None
     guess = (math.log(classes), "guessing") if classes else None
-    share = Axis("%", low=0, high=100, text=percent)
-    nats = Axis("nats", low=0)
+    nats, share = Axis(0), plots.SHARE
     charts = [
-        _chart(run, "Cross-entropy", nats, _train_and_val(run, "loss", 1), guess),
-        _chart(run, "Top-1 accuracy", share, _train_and_val(run, "acc@1", 100), chance),
-        _chart(run, "Training loss by quartile of t", nats, _quartiles(train, "train_loss", 1)),
-        _chart(run, "Training top-1 by quartile", share, _quartiles(train, "train_acc@1", 100)),
+        ("Cross-entropy, nats", _train_and_val(run, "loss"), nats, guess),
+        ("Top-1 accuracy", _train_and_val(run, "acc@1"), share, chance),
+        ("Training loss by quartile of t, nats", _quartiles(train, "train_loss"), nats, None),
+        ("Training top-1 by quartile of t", _quartiles(train, "train_acc@1"), share, None),
     ]
     if val.rows:
-        lines = _quartiles(val, "val_acc@1", 100)
-        charts.append(_chart(run, "Validation top-1 by quartile", share, lines))
+        lines = _quartiles(val, "val_acc@1")
+        charts.append(("Validation top-1 by quartile of t", lines, share, None))
     if classes > TOP_5_FROM:
-        charts.append(_chart(run, "Top-5 accuracy", share, _train_and_val(run, "acc@5", 100)))
-    for name, metric in METRICS.items():
-        if name not in ("loss", "acc@1", "acc@5"):
-            axis = Axis(metric.unit, text=percent if metric.unit == "%" else short)
-            for title, lines in (
-                (metric.title, _train_and_val(run, name, metric.factor)),
-                (f"{metric.title} by quartile", _quartiles(train, f"train_{name}", metric.factor)),
-            ):
-                charts.append(_chart(run, title, axis, lines))
+        charts.append(("Top-5 accuracy", _train_and_val(run, "acc@5"), share, None))
     of_machine = [
-        ("Gradient norm", "grad_norm", 1, Axis("", low=0)),
-        ("Learning rate", "lr", 1, Axis("", low=0)),
-        ("Loss scale", "lg_loss_scale", 1, Axis("", text=_power)),
-        ("Speed", "images_per_sec", 1, Axis("images a second", low=0)),
-        ("Waiting for data", "data_wait_frac", 100, Axis("% of the time", low=0, text=percent)),
+        ("Gradient norm", "grad_norm", Axis(0)),
+        ("Learning rate", "lr", Axis(0)),
+        ("Loss scale", "lg_loss_scale", Axis(text=plots.power_of_two)),
+        ("Images per second", "images_per_sec", Axis(0)),
+        ("Share of the time waiting for data", "data_wait_frac", Axis(0, text=percent)),
     ]
-    for title, key, scale, axis in of_machine:
+    for title, key, axis in of_machine:
         if key != "lg_loss_scale" or any(value > 0 for value in train[key]):
-            charts.append(_chart(run, title, axis, [_line(train, key, "", SLATE, scale=scale)]))
-    return f'<div class="charts">{"".join(charts)}</div>'
+            charts.append((title, [_line(train, key, "", plots.SLATE)], axis, None))
+    svgs = [
+        plots.curves_svg(title, lines, axis, last_step=run.step, level=level)
+        for title, lines, axis, level in charts
+    ]
+    figures = "".join(f'<figure class="chart">{svg}</figure>' for svg in svgs)
+    return f'<div class="charts">{figures}</div>'
 
 
-def _power(exponent: float) -> str:
-    """A power of two; fractions of exponents have no tick's words."""
-    return f"2^{exponent:g}" if exponent == round(exponent) else ""
-
-
-def _chart(
-    run: RunData,
-    title: str,
-    y: Axis,
-    lines: Sequence[Line],
-    level: tuple[float, str] | None = None,
-) -> str:
-    steps = Axis("step", low=0, high=max(run.step, 1))
-    return line_chart(title, lines, steps, y, level=level)
-
-
-def _train_and_val(run: RunData, name: str, scale: float) -> list[Line]:
-    lines = [_line(run.training, f"train_{name}", "training", BLUE, scale=scale)]
+def _train_and_val(run: RunData, name: str) -> list[Line]:
+    lines = [_line(run.training, f"train_{name}", "training", plots.BLUE)]
     if run.validation.rows:
-        lines += [
-            _line(run.validation, f"val_{name}", "validation", VERMILION, scale=scale),
-            _line(run.validation, f"val_{name}_t0", "its t = 0", GREEN, scale=scale, dash="5 3"),
-        ]
+        clean = _line(run.validation, f"val_{name}_t0", "at t = 0", plots.GREEN, dashed=True)
+        lines += [_line(run.validation, f"val_{name}", "validation", plots.VERMILION), clean]
     return lines
 
 
-def _quartiles(columns: Columns, name: str, scale: float) -> list[Line]:
+def _quartiles(columns: Columns, name: str) -> list[Line]:
     return [
-        _line(columns, f"{name}_q{q}", f"q{q}", color, scale=scale)
-        for q, color in enumerate(QUARTILE_COLORS)
+        _line(columns, f"{name}_q{q}", f"q{q}", color)
+        for q, color in enumerate(plots.QUARTILE_COLORS)
     ]
 
 
-def _line(
-    columns: Columns, key: str, name: str, color: str, *, scale: float = 1, dash: str = ""
-) -> Line:
+def _line(columns: Columns, key: str, name: str, color: str, *, dashed: bool = False) -> Line:
     thinned = thin(columns.points(key))
-    return Line(
-        name,
-        [(x, scale * y) for x, y in thinned.points],
-        color,
-        band=[(x, scale * low, scale * high) for x, low, high in thinned.band],
-        dash=dash,
-    )
+    return Line(name, thinned.points, color, band=thinned.band, dashed=dashed)

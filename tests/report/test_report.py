@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import ROOT, launch, read_log, run_python
 from tiny_run import CONFIGS, TINY, TRACED
 
@@ -28,9 +29,9 @@ from ds_classifier.evaluation.image_grid import (
 )
 from ds_classifier.evaluation.levels import Confusion
 from ds_classifier.evaluation.predictions import choose_positions, predict_grid
-from ds_classifier.report.charts import Axis, Line, line_chart, nice_ticks
 from ds_classifier.report.data import attempts_of, read_run, thin
 from ds_classifier.report.page import page, write_report
+from ds_classifier.report.plots import Axis, Line, curves_svg, plot_evaluation, plot_series
 from ds_classifier.training.log import RunLogger
 from ds_classifier.training.run_dir import EVENTS, append_event, read_events
 from ds_classifier.training.sanity import Guessing, SanityWatch
@@ -38,7 +39,7 @@ from ds_classifier.training.sanity import Guessing, SanityWatch
 REPORT = ROOT / "launch" / "report.py"
 HOSTILE = '<script>alert("x")</script>&"\''
 VOID = {"meta", "link", "img", "br"}
-SVG_ENDS_ITSELF = {"path", "circle", "rect"}
+SVG_ENDS_ITSELF = {"g", "path", "use", "rect"}
 
 
 class Page(HTMLParser):
@@ -297,9 +298,10 @@ def test_noise_levels_and_those_before(run):
     assert "step 30" in parsed.sections["noise"]
     assert "87.5 %" in parsed.sections["noise"]
     assert "Earlier evaluations stand behind" in parsed.sections["noise"]
-    chart = html[html.index("Top-1 accuracy <") :].split("</figure>")[0]
-    assert chart.count('stroke="#0072b2"') == 2 + 1 + 2  # two before, the newest, two of the legend
-    assert "87.5 %</title>" in chart
+    chart = html[html.index("Top-1 accuracy against noise") :].split("</figure>")[0]
+    lines = re.findall(r"<path [^>]*stroke: #0072b2; [^>]*stroke-width: ([\d.]+)", chart)
+    assert sorted(lines) == ["1.3"] * (2 + 1) + ["2"] * (1 + 1)  # curves, and their legend
+    assert "<title>step 30: 10, 87.5 %</title>" in chart
 
 
 def test_few_classes_have_a_matrix(run):
@@ -473,34 +475,70 @@ def test_a_long_run_stays_small(run):
 @pytest.mark.parametrize("log", [False, True])
 def test_a_chart_of_anything(values, log):
     points = list(enumerate(values))
-    chart = line_chart("a", [Line("b", points, "#000")], Axis("x"), Axis("y", log=log))
-    Page(chart)
-    assert "nan" not in chart
+    svg = curves_svg("a", [Line("b", points, "#000")], Axis(log=log), last_step=2)
+    Page(svg)
+    assert "nan" not in svg
+
+
+@pytest.mark.parametrize("points", [[], [(1, math.nan)]])
+def test_a_chart_of_nothing_says_so(points):
+    svg = curves_svg("a", [Line("b", points, "#000")], Axis(), last_step=2)
+    assert "nothing to show yet" in Page(svg).text
 
 
 def test_a_line_stops_at_what_is_no_number():
     points = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)]
-    chart = line_chart("a", [Line("b", points, "#123456")], Axis("x"), Axis("y"))
-    path = re.search(r'<path d="([^"]*)" class="line" stroke="#123456"', chart).group(1)
-    assert (path.count("M"), path.count("L")) == (2, 2)
+    svg = curves_svg("a", [Line("", points, "#123456")], Axis(), last_step=4)
+    path = re.search(r'<path d="([^"]*)"[^>]*stroke: #123456', svg).group(1)
+    assert len(re.findall(r"M [\d.]+ [\d.]+L [\d.]+ [\d.]+", path)) == 2
+
+
+def test_a_spike_does_not_flatten_the_curve():
+    band = [(x, 0.9, 5000.0 if x == 60 else 1.1) for x in range(200)]
+    line = Line("", [(x, 1.0) for x in range(200)], "#000", band=band)
+    words = Page(curves_svg("a", [line], Axis(0), last_step=200)).words
+    assert "1" in words
+    assert "200" in words  # the last step
+    assert max(float(word) for word in words if re.fullmatch(r"[\d.]+", word)) == 200
 
 
 def test_a_point_lies_where_its_numbers_say():
-    chart = line_chart("a", [Line("b", [(25, 0.5)], "#123456")], Axis("x", 0, 100), Axis("y", 0, 1))
-    x, y = re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)"', chart).groups()
-    ticks = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.]+)</text>', chart)
-    at_x = {float(words): float(left) for left, top, words in ticks if float(top) > 190}
-    at_y = {float(words): float(top) - 3.5 for _, top, words in ticks if float(top) <= 190}
+    svg = curves_svg("a", [Line("b", [(25, 0.5)], "#123456")], Axis(0, 1), last_step=100)
+    x, y = re.search(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: #123456', svg).groups()
+    ticks = re.findall(r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.]+)</text>', svg)
+    at_x = {float(words): float(left) for left, top, words in ticks if float(top) > 225}
+    at_y = {float(words): float(top) for _, top, words in ticks if float(top) <= 225}
     assert float(x) == pytest.approx(at_x[0] + (at_x[100] - at_x[0]) / 4, abs=0.2)
-    assert float(y) == pytest.approx((at_y[0] + at_y[1]) / 2, abs=0.2)
+    half = (at_y[0] + at_y[1]) / 2
+    assert half - 5 < float(y) < half  # the baseline of a tick's text lies under its middle
+    assert "<title>b: 25, 0.5</title>" in svg
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 300_000), (-19.8, 10.1), (0.97, 0.971)])
-def test_ticks_are_round_and_few(low, high):
-    ticks = nice_ticks(low, high, 4)
-    assert 2 <= len(ticks) <= 8
-    assert low - 1e-9 <= ticks[0] < ticks[-1] <= high + 1e-9
-    assert all(len(f"{tick:.6g}") <= 8 for tick in ticks)
+def test_numbers_in_a_legend_keep_their_digits():
+    svg = curves_svg("a", [Line("b", [(0, 1.0), (1, 0.0517)], "#000")], Axis(), last_step=1)
+    assert "b 0.0517" in Page(svg).text
+
+
+@pytest.mark.parametrize("backend", ["TkAgg", "module://gone"])
+def test_figures_need_no_screen_and_no_backend(tmp_path, backend):
+    code = (
+        "from ds_classifier.report.plots import *\n"
+        "print(curves_svg('a', [Line('b', [(0, 1.0)], INK)], Axis(), last_step=1)[:4])\n"
+        "import sys; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    done = run_python("-c", code, cwd=ROOT, MPLBACKEND=backend, DISPLAY="")
+    assert (done.code, done.lines) == (0, ["<svg"]), done.output
+
+
+def test_a_png_has_the_same_panels(run):
+    """Class names that matplotlib would take for formulas or has no glyphs for do no harm."""
+    made = record(10, ["$\\bad", "犬", HOSTILE], {(0, 0): 3, (0, 1): 1, (2, 2): 4})
+    plot_evaluation(made, run / "one.png")
+    plot_series([made, made | {"step": 20}], run / "series.png")
+    plot_series([made, made | {"step": None, "name": "other"}], run / "names.png")
+    for name in ("one", "series", "names"):
+        with Image.open(run / f"{name}.png") as image:
+            assert image.size[0] > 1500
 
 
 # ------------------------------------------------------------------------------ the time line
