@@ -1,8 +1,9 @@
-"""Every figure: the panels of an evaluation, a series of evaluations, curves, the time line.
+"""All figures: the panels of an evaluation, a series of evaluations, curves, the timeline.
 
-Each panel is drawn once, by a function that gets a figure or a part of one. The page shows a panel
-as SVG; a PNG file shows several side by side. matplotlib is imported when a figure is drawn.
-The colors are Okabe and Ito's, which color-blind readers can distinguish.
+One function per panel draws it into a figure, or into a part of one. The page shows a panel as
+SVG; a PNG file shows several panels. matplotlib is imported when a figure is drawn, and writes
+through its SVG and Agg canvases, so that neither a screen nor pyplot is needed.
+The colors are those of Okabe and Ito, which color-blind readers can distinguish.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e
 INK, GRAY, SLATE = "#1d2430", "#8a919c", "#4a5568"
 QUARTILE_COLORS = ("#0b4f8a", "#2f9fd0", "#e69f00", "#b3470a")  # of t, from clean to noise
 LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION, PURPLE, ORANGE)
-WIDTH, HEIGHT = 372, 254  # of a panel, in points: pixels where three stand side by side
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 62, 36  # margins of the axes, points
-NAMES = 60  # points below the axes that slanted names take
+WIDTH, HEIGHT = 372, 240  # of a panel, in points: pixels where three stand side by side
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 26, 36  # margins of the axes, points
+LEGEND_ROW, TICKS_ABOVE, SLANTED_NAMES = 15, 14, 60  # points that these take, where there are any
 CLASSES_NAMED = 20  # with more classes, the accuracies are sorted and have no names
 STRIP_WIDTH, STRIP_LEFT, STRIP_RIGHT, STRIP_ROW = 1160, 92, 150, 20  # of the time line, points
 PNG_DPI = 110
@@ -66,7 +67,7 @@ Draw = Callable[[Any], None]  # draws a panel into a Figure or SubFigure
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a panel; its legend entry ends with its last value, unless it has dots.
+    """A curve of a panel.
 
     points: (x, y); y may be nan, which interrupts the line.
     band: (x, least, most), drawn faintly around the line.
@@ -104,34 +105,49 @@ SHARE = Axis(0.0, 1.03, text=percent)  # a dot at 100 % is whole
 class Panel:
     """A title, a legend and axes, in a figure or in a part of one."""
 
-    def __init__(self, figure, title: str, x_label: str, *, bottom: float = BOTTOM):
-        self.figure = figure
-        inside = (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - bottom) / HEIGHT
-        self.axes = figure.add_axes((LEFT / WIDTH, bottom / HEIGHT, *inside))
+    def __init__(self, figure, title: str, x_label: str, *, above: int = 0, bottom: int = BOTTOM):
+        self.figure, self._above, self._bottom = figure, above, bottom
+        self.axes = figure.add_axes(self._place())
         figure.text(0.008, 1 - 14 / HEIGHT, title, weight="bold", fontsize=12)
         self.axes.set_xlabel(x_label, labelpad=3)
 
-    def draw(self, lines: Sequence[Line], y: Axis, level: tuple[float, str] | None = None) -> None:
-        """Draw curves and, across them, a dotted line at a level (y, its name)."""
+    def _place(self, legend_rows: int = 0) -> tuple[float, float, float, float]:
+        """Return left, bottom, width and height of the axes, as shares of the panel."""
+        height = HEIGHT - TOP - LEGEND_ROW * legend_rows - self._above - self._bottom
+        inside = WIDTH - LEFT - RIGHT
+        return LEFT / WIDTH, self._bottom / HEIGHT, inside / WIDTH, height / HEIGHT
+
+    def draw(
+        self,
+        lines: Sequence[Line],
+        y: Axis,
+        level: tuple[float, str] | None = None,
+        *,
+        last_values: bool = False,
+    ) -> None:
+        """Draw curves and the legend.
+
+        level: the height of a dotted line across the axes, and its name.
+        last_values: write the last value of each curve into the legend.
+        """
         shown = [[p for p in line.points if _is_shown(p, y)] for line in lines]
-        for line, points in zip(lines, shown, strict=True):
-            self._draw(line, points, y)
-        if level:
-            self.axes.axhline(level[0], color=GRAY, linewidth=1.2, linestyle=":", label=level[1])
         values = [value for points in shown for _, value in points]
         if not values:
             self.axes.set_axis_off()
-            self.figure.text(0.5, 0.45, "nothing to show yet", color=SLATE, ha="center")
+            self.figure.text(0.5, 0.5, "nothing to show yet", color=SLATE, ha="center")
             return
-        values += [level[0]] if level else []
+        for line, points in zip(lines, shown, strict=True):
+            last = f" {y.text(float(f'{points[-1][1]:.3g}'))}" if points and last_values else ""
+            self._draw(line, points, y, label=f"{line.name}{last}" if line.name else None)
+        if level:
+            self.axes.axhline(level[0], color=GRAY, linewidth=1.2, linestyle=":", label=level[1])
+            values.append(level[0])
         values += _quantiles([end for line in lines for _, *ends in line.band for end in ends])
         self.set_y(y, values)
+        self.legend()
 
-    def _draw(self, line: Line, points: Sequence[Point], y: Axis) -> None:
+    def _draw(self, line: Line, points: Sequence[Point], y: Axis, label: str | None) -> None:
         known = dict(points)
-        label = line.name
-        if points and label and not line.dots:
-            label += f" {y.text(float(f'{points[-1][1]:.3g}'))}"
         look = dict(color=line.color, alpha=line.opacity)
         self.axes.plot(
             [x for x, _ in line.points],
@@ -139,7 +155,7 @@ class Panel:
             **look,
             linewidth=line.width,
             linestyle=(0, (4, 2)) if line.dashed else "-",
-            label=label or None,
+            label=label,
         )
         band = [b for b in line.band if not y.log or b[1] > 0]
         if len(band) > 1:
@@ -156,7 +172,7 @@ class Panel:
         self.axes.plot([x], [y], "o", **look)
 
     def set_y(self, y: Axis, values: Sequence[float]) -> None:
-        """Set the limits and ticks of the y axis, for values that shall be seen."""
+        """Set the limits and ticks of the y axis, so that these values are inside."""
         from matplotlib import ticker
 
         axis = self.axes.yaxis
@@ -189,13 +205,15 @@ class Panel:
         self.axes.set_xlim(-0.5, len(words) - 0.5)
 
     def legend(self) -> None:
-        """Write the legend between title and axes, in columns of two rows."""
+        """Write the legend in one row or two between the title and the axes, which get smaller."""
         handles, labels = self.axes.get_legend_handles_labels()
         if handles:
+            characters = sum(map(len, labels)) + 4 * len(labels)
+            columns = len(labels) if characters < 56 else math.ceil(len(labels) / 2)
             place = dict(loc="upper left", bbox_to_anchor=(-0.008, 1 - 15 / HEIGHT))
             close = dict(handlelength=1.2, handletextpad=0.5, columnspacing=1.0, labelspacing=0.2)
-            columns = len(labels) if sum(map(len, labels)) + 4 * len(labels) < 56 else 3
             self.figure.legend(handles, labels, ncols=columns, frameon=False, **place, **close)
+            self.axes.set_position(self._place(math.ceil(len(labels) / columns)))
 
 
 def _slanted(names: Sequence[str]) -> bool:
@@ -237,7 +255,7 @@ def power_of_two(exponent: float) -> str:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Draw in STYLE, whatever the user's matplotlibrc says, without warnings of missing glyphs."""
+    """Draw in STYLE and not in the user's matplotlibrc, without warnings of missing glyphs."""
     from matplotlib import style
 
     with style.context(STYLE, after_reset=True), warnings.catch_warnings():
@@ -246,7 +264,7 @@ def _style() -> Iterator[None]:
 
 
 def to_svg(draw: Draw, label: str, *, width: float = WIDTH, height: float = HEIGHT) -> str:
-    """Return a panel as an SVG element to be put into a page. label: for readers who hear it."""
+    """Return a panel as an SVG element to be put into a page. label: read by screen readers."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -268,7 +286,7 @@ def _one_decimal(number: re.Match) -> str:
 
 
 def _small(svg: str, label: str, width: float, height: float) -> str:
-    """Return matplotlib's SVG without what a page does not need; hints become tooltips."""
+    """Return matplotlib's SVG without parts that a page does not need, and with tooltips."""
     body = svg[svg.index("</style>") :].partition("</defs>")[2]
     body = re.sub(rf'<g id="{HINT}([^"]*)">', r"<g><title>\1</title>", body)
     body = re.sub(r'(<g) id="[^"]*"', r"\1", body)
@@ -281,7 +299,7 @@ def _small(svg: str, label: str, width: float, height: float) -> str:
 
 
 def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = "") -> None:
-    """Write panels side by side, in rows of so many columns, under a title."""
+    """Write panels under a title, `columns` of them per row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -324,7 +342,6 @@ def _accuracy(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -
         lines.append(Line("top 5", points, GREEN, dashed=True, dots=True))
     panel = _against_noise(figure, "Top-1 accuracy", record["classifier"])
     panel.draw(lines, SHARE, (1 / classes, "chance"))
-    panel.legend()
 
 
 def _loss(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
@@ -333,14 +350,12 @@ def _loss(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> No
     high = 1.15 * max([chance, *_known(record["classifier"], "loss")])
     panel = _against_noise(figure, "Cross-entropy, nats", record["classifier"])
     panel.draw(_noise_lines(record, older, "loss"), Axis(0, high), (chance, "guessing"))
-    panel.legend()
 
 
 def _calibration(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
     panel = _against_noise(figure, "Expected calibration error", record["classifier"])
     lines = _noise_lines(record, older, "ece", with_bayes=False)
     panel.draw(lines, Axis(0, text=percent))
-    panel.legend()
 
 
 def _gradient(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
@@ -348,12 +363,11 @@ def _gradient(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -
     panel = _against_noise(figure, "Mean norm of ∇ log p(y|x_t)", record["classifier"])
     known = [value for line in lines for _, value in line.points if math.isfinite(value)]
     panel.draw(lines, Axis(log=all(value > 0 for value in known)))
-    panel.legend()
 
 
 def _against_noise(figure, title: str, numbers: dict[str, Any]) -> Panel:
     """Return a panel with log-SNR along x, from clean to noise, and some t above."""
-    panel = Panel(figure, title, "log-SNR, from clean to noise")
+    panel = Panel(figure, title, "log-SNR, from clean to noise", above=TICKS_ABOVE)
     rows = numbers["levels"]
     clean, noise = rows[0]["log_snr"], rows[-1]["log_snr"]
     margin = 0.03 * (clean - noise) or 1.0
@@ -424,7 +438,7 @@ def _per_class(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) 
     names = record["classes"]
     sort = len(names) > CLASSES_NAMED
     label = "classes, from the worst to the best of a level" if sort else ""
-    bottom = NAMES if not sort and _slanted(names) else BOTTOM
+    bottom = SLANTED_NAMES if not sort and _slanted(names) else BOTTOM
     panel = Panel(figure, "Top-1 accuracy by class", label, bottom=bottom)
     lines = []
     for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
@@ -437,14 +451,13 @@ def _per_class(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) 
             points = points[::every] + points[-1:] * (every > 1)
         else:
             points = list(enumerate(values))
-        look = dict(dots=not sort, width=0.8) if not sort else {}
+        look = {} if sort else dict(dots=True, width=0.8)
         lines.append(Line(_level_name(level), points, color, **look))
     panel.draw(lines, SHARE)
     if sort:
         panel.set_x(0.5, len(names) + 0.5)
     else:
         panel.set_names(names)
-    panel.legend()
 
 
 def _level_name(level: dict[str, Any]) -> str:
@@ -481,7 +494,7 @@ def _over_training(figure, records: Sequence[dict[str, Any]], title: str):
         margin = 0.03 * (max(steps) - min(steps)) or 1.0
         panel.set_x(min(steps) - margin, max(steps) + margin)
         return panel, steps
-    panel = Panel(figure, title, "", bottom=NAMES)
+    panel = Panel(figure, title, "", bottom=SLANTED_NAMES)
     panel.set_names([record["name"] for record in records])
     return panel, range(len(records))
 
@@ -495,7 +508,6 @@ def _series_accuracy(figure, records: Sequence[dict[str, Any]]) -> None:
         at = [{row["t"]: row["acc@1"] for row in r["classifier"]["levels"]} for r in records]
         lines.append(_series_line(f"t = {t}", places, [row.get(t) for row in at], color))
     panel.draw(lines, Axis(text=percent))
-    panel.legend()
 
 
 def _series_loss(figure, records: Sequence[dict[str, Any]]) -> None:
@@ -523,7 +535,6 @@ def _series_noise(figure, records: Sequence[dict[str, Any]]) -> None:
         lines.append(Line(record["name"] if named else "", points, color, dots=True))
     panel = _against_noise(figure, "Top-1 accuracy", records[-1]["classifier"])
     panel.draw(lines, SHARE)
-    panel.legend()
 
 
 # ------------------------------------------------------------------------------ over steps
@@ -541,16 +552,15 @@ def curves_svg(
 
     def draw(figure) -> None:
         panel = Panel(figure, title, "step")
-        panel.draw(lines, y, level)
+        panel.draw(lines, y, level, last_values=True)
         panel.set_x(0, max(last_step, 1))
-        panel.legend()
 
     return to_svg(draw, f"{title}, against steps")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of the time line: steps, and how they ended."""
+    """A row of the timeline: the steps of an attempt, and how it ended."""
 
     name: str
     first: int
@@ -561,7 +571,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Marks:
-    """A row of the time line: marks at the steps where one kind of thing went wrong."""
+    """A row of the timeline: marks at the steps of one kind of fault."""
 
     name: str
     steps: Sequence[float]
@@ -569,7 +579,7 @@ class Marks:
     color: str
 
 
-def time_line_svg(bars: Sequence[Bar], marks: Sequence[Marks], last_step: int) -> str:
+def timeline_svg(bars: Sequence[Bar], marks: Sequence[Marks], last_step: int) -> str:
     """Return bars from first to last step, and rows of marks under them, as SVG."""
     rows = len(bars) + len(marks)
     height = STRIP_ROW * rows + BOTTOM

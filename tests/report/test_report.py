@@ -297,7 +297,7 @@ def test_noise_levels_and_those_before(run):
     parsed = opened(run)
     assert "step 30" in parsed.sections["noise"]
     assert "87.5 %" in parsed.sections["noise"]
-    assert "Earlier evaluations stand behind" in parsed.sections["noise"]
+    assert "Earlier evaluations are drawn faintly" in parsed.sections["noise"]
     chart = html[html.index("Top-1 accuracy against noise") :].split("</figure>")[0]
     lines = re.findall(r"<path [^>]*stroke: #0072b2; [^>]*stroke-width: ([\d.]+)", chart)
     assert sorted(lines) == ["1.3"] * (2 + 1) + ["2"] * (1 + 1)  # curves, and their legend
@@ -307,7 +307,7 @@ def test_noise_levels_and_those_before(run):
 def test_few_classes_have_a_matrix(run):
     write_record(run, record(10, ["cat", "dog"], {(0, 0): 31, (0, 1): 17, (1, 1): 5}))
     parsed = opened(run)
-    assert "17 of 53 images taken for another class" in parsed.sections["confusion"]
+    assert "17 of 53 images are taken for another class" in parsed.sections["confusion"]
     rows = re.findall(r"<tr>.*?</tr>", write_report(run).read_text().split('class="matrix')[1])
     cells = [re.sub("<.*?>", " ", row).split() for row in rows[1:3]]
     assert cells == [["cat", "31", "17", "48", "65", "%"], ["dog", "5", "5", "100", "%"]]
@@ -505,9 +505,9 @@ def test_a_spike_does_not_flatten_the_curve():
 def test_a_point_lies_where_its_numbers_say():
     svg = curves_svg("a", [Line("b", [(25, 0.5)], "#123456")], Axis(0, 1), last_step=100)
     x, y = re.search(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: #123456', svg).groups()
-    ticks = re.findall(r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.]+)</text>', svg)
-    at_x = {float(words): float(left) for left, top, words in ticks if float(top) > 225}
-    at_y = {float(words): float(top) for _, top, words in ticks if float(top) <= 225}
+    ticks = re.findall(r'text-anchor: (\w+)[^>]* x="([\d.]+)" y="([\d.]+)">([\d.]+)</text>', svg)
+    at_x = {float(words): float(left) for side, left, _, words in ticks if side == "middle"}
+    at_y = {float(words): float(top) for side, _, top, words in ticks if side == "end"}
     assert float(x) == pytest.approx(at_x[0] + (at_x[100] - at_x[0]) / 4, abs=0.2)
     half = (at_y[0] + at_y[1]) / 2
     assert half - 5 < float(y) < half  # the baseline of a tick's text lies under its middle
@@ -565,8 +565,8 @@ def test_attempts_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
         (80, 100, "finished"),
     ]
     text = opened(run).sections["history"]
-    assert "resumed from step 50 (20 done again) on 2 ranks" in text
-    assert "ended without a word" in text
+    assert "resumed from step 50 (20 steps repeated) on 2 ranks" in text
+    assert "ended without a message" in text
     assert "checkpoint not written: disk full" in text
     assert "stopped by SIGTERM" in text
 
@@ -584,7 +584,7 @@ def test_a_crash_is_told_by_its_errors(run):
     assert (attempt.end, attempt.last) == ("failed", 5)
     parsed = opened(run)
     assert "it broke (errors/2026-01-01_00-00-00: 2 rank files)" in parsed.sections["history"]
-    assert "failed; the last checkpoint stands" in parsed.text
+    assert "failed; the last checkpoint is kept" in parsed.text
     assert "1 of 1 attempt ended by a fault or a kill" in parsed.sections["working"]
 
 
@@ -642,7 +642,7 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     pairs = zip(told["label"], told["predicted"], told["samples"], strict=True)
     right = sum(count for label, predicted, count in pairs if label == predicted)
     assert right == made["classifier"]["levels"][0]["correct@1"]
-    assert f"{360 - right:,} of 360 images taken" in parsed.sections["confusion"]
+    assert f"{360 - right:,} of 360 images are taken" in parsed.sections["confusion"]
     # The same images at the same noise: what a validation saw, the evaluation sees.
     again = load_grid(run / "eval" / "step-00000006.pictures.png")
     assert (again.tiles == grid.tiles).all()
