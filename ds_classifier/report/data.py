@@ -24,7 +24,7 @@ FILE_CLOCK = 0.1  # seconds by which a file's time, from a coarser clock, may pr
 
 
 class Columns:
-    """Rows of numbers, stored as one column per key. A number that is missing or null is nan."""
+    """A table of numbers, stored as one column per key. A number that is missing or null is nan."""
 
     def __init__(self):
         self.rows = 0

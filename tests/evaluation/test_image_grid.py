@@ -1,4 +1,4 @@
-"""Images with predictions, and confused classes, compared with direct computations."""
+"""Images with predictions, and counts of confused classes, compared with direct computations."""
 
 import math
 
@@ -43,13 +43,13 @@ def test_confusion_counts_each_sample_once(monkeypatch):
             positions=positions,
             weights=weights[padded],
         )
-    told = counted.read()
-    pairs = zip(told["label"], told["predicted"], strict=True)
-    assert dict(zip(pairs, told["samples"], strict=True)) == expected
+    read = counted.read()
+    pairs = zip(read["label"], read["predicted"], strict=True)
+    assert dict(zip(pairs, read["samples"], strict=True)) == expected
 
 
 class Brightness(torch.nn.Module):
-    """Takes an image for the class that its mean and t say."""
+    """A classifier whose prediction depends only on the mean of the image and on t."""
 
     def forward(self, x, timesteps):
         scores = x.mean(dim=(1, 2, 3))[:, None] * torch.arange(10.0) + timesteps[:, None] / 1000
@@ -62,42 +62,44 @@ def test_images_are_those_of_the_evaluation(digits):
     model = Brightness()
     where = dict(image_size=8, channels=3, device=torch.device("cpu"), step=7)
     grid = predict_grid(model, diffusion, shards, **where)
-    told = grid.predictions
+    predictions = grid.predictions
     assert model.training  # as before
-    assert told.labels == list(range(10))
-    assert [told.t[0], told.t[-1]] == [0, 999]
+    assert predictions.labels == list(range(10))
+    assert [predictions.t[0], predictions.t[-1]] == [0, 999]
     labels = shards.index["label"].tolist()
-    assert told.positions == [labels.index(k) for k in range(10)]
+    assert predictions.positions == [labels.index(k) for k in range(10)]
     for row in (0, 9):
-        position, t = told.positions[row], told.t[3]
+        position, t = predictions.positions[row], predictions.t[3]
         noise = keyed_noise(0, "validation", torch.tensor([position]), (8, 8, 3))[0]
-        # The clean image, but for the noise of t = 0.
+        # The image at t = 0 is clean except for a little noise.
         alpha = diffusion.alphas_cumprod[t]
         clean = torch.from_numpy(grid.tiles[row, 0].copy()).double() / 127.5 - 1
         x_t = math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise.double()
         shown = grid.tiles[row, 3].astype(float)
         assert np.abs(shown - ((x_t + 1) * 127.5).clamp(0, 255).numpy()).max() < 9
         scores = model(x_t.permute(2, 0, 1)[None].float(), torch.tensor([float(t)]))[0]
-        assert told.predicted[row][3] == int(scores.argmax())
-        assert told.confidence[row][3] == pytest.approx(float(scores.softmax(0).max()), abs=0.02)
+        assert predictions.predicted[row][3] == int(scores.argmax())
+        assert predictions.confidence[row][3] == pytest.approx(
+            float(scores.softmax(0).max()), abs=0.02
+        )
 
 
-def test_images_are_of_classes_far_apart(digits):
+def test_images_are_chosen_from_distant_classes(digits):
     shards = open_shards(digits / "val")
     labels = shards.index["label"]
     assert labels[choose_positions(shards, rows=3)].tolist() == [0, 4, 9]
     assert labels[choose_positions(shards, rows=1)].tolist() == [0]
 
 
-def test_a_grid_comes_back_as_it_was(tmp_path):
+def test_a_grid_is_loaded_as_it_was_saved(tmp_path):
     tiles = np.random.RandomState(0).randint(0, 256, (3, 2, 5, 5, 3)).astype(np.uint8)
-    told = Predictions(
+    predictions = Predictions(
         None, [0, 9], [1.0, -1.0], 1, [4, 5, 6], [0, 1, 2], [[0, 1]] * 3, [[0.5, None]] * 3
     )
-    save_grid(ImageGrid(tiles, told), tmp_path / "x.pictures.png")
+    save_grid(ImageGrid(tiles, predictions), tmp_path / "x.pictures.png")
     again = load_grid(tmp_path / "x.pictures.png")
     assert (again.tiles == tiles).all()
-    assert again.predictions == told
+    assert again.predictions == predictions
     sheet = marked_sheet(again, ["a long name indeed", "", "c"])
     assert sheet.dtype == np.uint8
     assert sheet.shape[2] == 3

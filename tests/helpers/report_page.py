@@ -1,4 +1,4 @@
-"""Pages of the report taken apart, and made-up logs and evaluations to report on."""
+"""Helpers of the report's tests: a parser of its page, made-up log rows and evaluations."""
 
 import json
 import re
@@ -12,12 +12,12 @@ SVG_ENDS_ITSELF = {"g", "path", "use", "rect"}
 
 
 class Page(HTMLParser):
-    """A page taken apart: its words, what it would fetch, and whether its tags match."""
+    """A parsed page: its text, the addresses it would fetch. It asserts that the tags match."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.words, self.addresses = [], [], [], []
-        self.sections = {}  # id -> words
+        self.open, self.tags, self.texts, self.addresses = [], [], [], []
+        self.sections = {}  # id -> text
         self.feed(html)
         self.close()
         assert self.open == []
@@ -41,17 +41,17 @@ class Page(HTMLParser):
             assert "url(" not in data
             assert "@import" not in data
             return
-        self.words.append(data)
+        self.texts.append(data)
         section = next((a["id"] for tag, a in self.open if tag == "section"), "")
         self.sections[section] = self.sections.get(section, "") + data + " "
 
     @property
     def text(self):
-        return " ".join(self.words)
+        return " ".join(self.texts)
 
 
 def opened(run) -> Page:
-    """The page of a run directory, checked for what must hold of every page."""
+    """Write and parse a run's page, and check what must hold for every page."""
     html = write_report(run).read_text()
     parsed = Page(html)
     assert "script" not in parsed.tags
@@ -80,7 +80,10 @@ def write_log(run, rows):
 
 
 def record(step, classes, confusion, t0_accuracy=0.9):
-    """An evaluation of three levels, as evaluate.py writes it."""
+    """Return an evaluation at three levels, in the form that evaluate.py writes.
+
+    confusion: number of images by (label, predicted class).
+    """
     samples = sum(confusion.values())
     level = dict(samples=samples, not_finite=0, loss=0.5, grad_norm=0.1, ece=0.02)
     level |= {"correct@1": 1, "correct@5": 1, "acc@1": 0.5, "acc@5": 0.8}

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory with settings, and nothing else yet."""
+    """A run directory that holds the settings only."""
     folder = tmp_path / "a run"
     folder.mkdir()
     settings = {"iterations": 1000, "num_classes": 10, "lr": 1e-3, "data_dir": "data/train"}

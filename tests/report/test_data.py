@@ -12,8 +12,8 @@ from ds_classifier.report.data import attempts_of, read_run, thin
 from ds_classifier.training.run_dir import EVENTS, append_event, read_events
 
 
-def test_of_a_steps_evaluations_the_one_in_full_precision_leads(run):
-    """And of all, one of the last step, in whatever precision there is."""
+def test_evaluations_are_ordered_by_step_then_precision(run):
+    """The last one, which the report shows first, is of the last step, in fp32 if there is one."""
     for step, precision in ((5, "fp32"), (10, "bf16"), (10, "fp32"), (20, "bf16")):
         made = record(step, ["a", "b"], {(0, 0): 4})
         name = made["name"] + ("" if precision == "fp32" else f"-{precision}")
@@ -41,7 +41,7 @@ def test_thinning_keeps_means_ends_spikes_and_gaps():
     assert thin(points[:7], 300).points == points[:7]
 
 
-def test_attempts_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
+def test_attempts_of_a_run_that_was_killed_and_resumed(run, monkeypatch):
     moments = iter([100.0, 200.0, 300.0, 400.0, 500.0])
     monkeypatch.setattr(time, "time", lambda: next(moments))
     append_event(run, "start", step=0, world_size=2, host="a", device="CPU")
@@ -68,7 +68,7 @@ def test_attempts_of_a_run_that_was_killed_and_went_on(run, monkeypatch):
     assert "stopped by SIGTERM" in text
 
 
-def test_a_crash_is_told_by_its_errors(run):
+def test_a_crash_is_known_from_errors(run):
     append_event(run, "start", step=0, world_size=2, host="a", device="CPU")
     errors = run / "errors" / "2026-01-01_00-00-00"
     errors.mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_a_crash_is_told_by_its_errors(run):
     assert "1 of 1 attempt ended by a fault or a kill" in parsed.sections["working"]
 
 
-def test_events_are_no_reason_to_stop(tmp_path, capsys):
+def test_an_event_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     append_event(tmp_path / "gone", "start", step=0)
     assert "not written" in capsys.readouterr().out
     assert read_events(tmp_path / "gone") == []

@@ -1,4 +1,4 @@
-"""Figures of the report: points lie where their numbers say, gaps stay, no screen is needed."""
+"""The figures: points are at the right places, gaps stay gaps, no screen is needed."""
 
 import math
 import re
@@ -26,7 +26,7 @@ def test_a_chart_of_nothing_says_so(points):
     assert "nothing to show yet" in Page(svg).text
 
 
-def test_a_line_stops_at_what_is_no_number():
+def test_nan_interrupts_a_line():
     points = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)]
     svg = curves_svg("a", [Line("", points, "#123456")], Axis(), last_step=4)
     path = re.search(r'<path d="([^"]*)"[^>]*stroke: #123456', svg).group(1)
@@ -36,21 +36,21 @@ def test_a_line_stops_at_what_is_no_number():
 def test_a_spike_does_not_flatten_the_curve():
     band = [(x, 0.9, 5000.0 if x == 60 else 1.1) for x in range(200)]
     line = Line("", [(x, 1.0) for x in range(200)], "#000", band=band)
-    words = Page(curves_svg("a", [line], Axis(0), last_step=200)).words
-    assert "1" in words
-    assert "200" in words  # the last step
-    assert max(float(word) for word in words if re.fullmatch(r"[\d.]+", word)) == 200
+    texts = Page(curves_svg("a", [line], Axis(0), last_step=200)).texts
+    assert "1" in texts
+    assert "200" in texts  # the last step
+    assert max(float(word) for word in texts if re.fullmatch(r"[\d.]+", word)) == 200
 
 
-def test_a_point_lies_where_its_numbers_say():
+def test_a_point_is_where_its_numbers_say():
     svg = curves_svg("a", [Line("b", [(25, 0.5)], "#123456")], Axis(0, 1), last_step=100)
     x, y = re.search(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: #123456', svg).groups()
     ticks = re.findall(r'text-anchor: (\w+)[^>]* x="([\d.]+)" y="([\d.]+)">([\d.]+)</text>', svg)
-    at_x = {float(words): float(left) for side, left, _, words in ticks if side == "middle"}
-    at_y = {float(words): float(top) for side, _, top, words in ticks if side == "end"}
+    at_x = {float(text): float(left) for side, left, _, text in ticks if side == "middle"}
+    at_y = {float(text): float(top) for side, _, top, text in ticks if side == "end"}
     assert float(x) == pytest.approx(at_x[0] + (at_x[100] - at_x[0]) / 4, abs=0.2)
     half = (at_y[0] + at_y[1]) / 2
-    assert half - 5 < float(y) < half  # the baseline of a tick's text lies under its middle
+    assert half - 5 < float(y) < half  # the baseline of a tick label is below its middle
     assert "<title>b: 25, 0.5</title>" in svg
 
 
@@ -60,7 +60,7 @@ def test_numbers_in_a_legend_keep_their_digits():
 
 
 @pytest.mark.parametrize("backend", ["TkAgg", "module://gone"])
-def test_figures_need_no_screen_and_no_backend(tmp_path, backend):
+def test_figures_need_no_screen_and_no_backend(backend):
     code = (
         "from ds_classifier.report.plots import *\n"
         "print(curves_svg('a', [Line('b', [(0, 1.0)], INK)], Axis(), last_step=1)[:4])\n"
@@ -70,8 +70,8 @@ def test_figures_need_no_screen_and_no_backend(tmp_path, backend):
     assert (done.code, done.lines) == (0, ["<svg"]), done.output
 
 
-def test_a_png_has_the_same_panels(run):
-    """Class names that matplotlib would take for formulas or has no glyphs for do no harm."""
+def test_png_files_of_any_class_names(run):
+    """Class names may look like formulas, or have no glyphs in the font."""
     made = record(10, ["$\\bad", "犬", HOSTILE], {(0, 0): 3, (0, 1): 1, (2, 2): 4})
     plot_evaluation(made, run / "one.png")
     plot_series([made, made | {"step": 20}], run / "series.png")

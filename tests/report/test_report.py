@@ -1,4 +1,4 @@
-"""The report page: well-formed, without network, escaped, and with the numbers of the log."""
+"""The report page: well-formed, needs no network, escapes text, shows the numbers of the log."""
 
 import dataclasses
 import json
@@ -66,13 +66,15 @@ def test_one_row_without_validation(run):
     assert "training, no validation" in parsed.text
 
 
-def test_the_log_and_the_report_judge_alike(run):
-    """Of the same rows, with the labels' own frequencies, as the start noted them."""
+def test_the_report_judges_as_the_log_does(run):
+    """Both use the label frequencies that the start recorded."""
     at_chance = {f"train_acc@1_q{q}": 0.5 for q in range(4)}
     rows = [training_row(10, 1.2, **at_chance)]
     write_log(run, rows)
     unknown = opened(run).text
-    assert "learning at every noise level" in unknown  # were the 10 classes equally frequent
+    assert (
+        "learning at every noise level" in unknown
+    )  # true if the 10 classes were equally frequent
     guessing = Guessing(10, loss=1.2, accuracy=0.5)
     started = {"time": 1.0, "event": "start", "guessing": dataclasses.asdict(guessing)}
     (run / "events.jsonl").write_text(json.dumps(started) + "\n")
@@ -81,26 +83,26 @@ def test_the_log_and_the_report_judge_alike(run):
     assert said[1:] in opened(run).text
 
 
-def test_alarms_of_the_log_stand_in_the_report(run):
+def test_alarms_of_the_log_are_in_the_report(run):
     rows = [training_row(step, 1.0 if step < 300 else 9.0) for step in range(10, 400, 10)]
     rows.append(validation_row(390, 3.0, 0.1))
     write_log(run, rows)
     started = {"time": 1.0, "event": "start", "val_samples": 1000}
     (run / "events.jsonl").write_text(json.dumps(started) + "\n")
     text = opened(run).text
-    for words in ("worse than guessing; do: lower --lr", "diverging", "overfitting; take"):
-        assert words in text
+    for text_part in ("worse than guessing; do: lower --lr", "diverging", "overfitting; take"):
+        assert text_part in text
 
 
-def test_headline_and_checks_are_those_of_the_log(run):
+def test_headline_and_checks_agree_with_the_log(run):
     rows = [training_row(s, 2.0 / s) for s in range(10, 500, 10)]
     rows += [validation_row(200, 0.4, 0.7), validation_row(400, 0.7, 0.655)]
     write_log(run, sorted(rows, key=lambda row: row["step"]))
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "best").write_text("step-00000200 val_loss 0.4\n")
     text = opened(run).text
-    for words in ("65.5 %", "490", "200", "its best is 0.400, at step 200: take"):
-        assert words in text
+    for text_part in ("65.5 %", "490", "200", "its best is 0.400, at step 200: take"):
+        assert text_part in text
     recent = sum(2.0 / s for s in (450, 460, 470, 480, 490)) / 5
     assert f"Training loss {recent:.3f}" in text
 
@@ -113,7 +115,7 @@ def test_a_log_cut_by_a_kill(run):
     assert "20 of 1,000 steps" in re.sub(r"\s+", " ", text)
 
 
-def test_damaged_files_cost_their_part_alone(run):
+def test_a_damaged_file_affects_one_section(run):
     write_log(run, [training_row(10, 1.0)])
     write_record(run, record(10, ["a", "b"], {(0, 0): 3, (1, 0): 1}))
     damaged = record(20, ["a", "b"], {(0, 0): 3}) | {"confusion": {"t": 0}}
@@ -125,10 +127,10 @@ def test_damaged_files_cost_their_part_alone(run):
     assert "uniform t" in parsed.sections["noise"]
 
 
-# ------------------------------------------------------------------------------ hostile words
+# ------------------------------------------------------------------------------ hostile text
 
 
-def test_every_word_from_data_is_escaped(run, tmp_path):
+def test_all_text_from_data_is_escaped(run, tmp_path):
     hostile_run = run.rename(tmp_path / "a <script>run")
     classes = [HOSTILE, "</td><img src=http://evil/x>", "dog"]
     write_log(hostile_run, [training_row(10, 1.0), validation_row(10, 1.0)])
@@ -149,10 +151,10 @@ def test_every_word_from_data_is_escaped(run, tmp_path):
     errors.mkdir(parents=True)
     (errors / "host.json").write_text(json.dumps({"message": f"error: {HOSTILE}", "code": 1}))
     tiles = np.zeros((2, 2, 4, 4, 3), np.uint8)
-    told = Predictions(
+    predictions = Predictions(
         10, [0, 9], [1.0, -1.0], 1, [0, 1], [0, 1], [[0, 1], [1, 7]], [[0.5, None]] * 2
     )
-    save_grid(ImageGrid(tiles, told), hostile_run / "eval" / "step-10.pictures.png")
+    save_grid(ImageGrid(tiles, predictions), hostile_run / "eval" / "step-10.pictures.png")
     parsed = opened(hostile_run)
     for section in ("images", "confusion", "history", "settings"):
         assert HOSTILE in parsed.sections[section], section
@@ -162,7 +164,7 @@ def test_every_word_from_data_is_escaped(run, tmp_path):
 # ------------------------------------------------------------------------------ evaluations
 
 
-def test_noise_levels_and_those_before(run):
+def test_noise_levels_and_earlier_evaluations(run):
     for step, accuracy in ((10, 0.5), (20, 0.75), (30, 0.875)):
         write_record(run, record(step, ["a", "b"], {(0, 0): 3, (0, 1): 1}, accuracy))
     html = write_report(run).read_text()
@@ -176,7 +178,7 @@ def test_noise_levels_and_those_before(run):
     assert "<title>step 30: 10, 87.5 %</title>" in chart
 
 
-def test_few_classes_have_a_matrix(run):
+def test_a_matrix_of_few_classes(run):
     write_record(run, record(10, ["cat", "dog"], {(0, 0): 31, (0, 1): 17, (1, 1): 5}))
     parsed = opened(run)
     assert "17 of 53 images are taken for another class" in parsed.sections["confusion"]
@@ -185,7 +187,7 @@ def test_few_classes_have_a_matrix(run):
     assert cells == [["cat", "31", "17", "48", "65", "%"], ["dog", "5", "5", "100", "%"]]
 
 
-def test_a_thousand_classes_have_their_worst_pairs(run):
+def test_the_worst_pairs_of_a_thousand_classes(run):
     classes = [f"class number {k}" for k in range(1000)]
     confusion = {(k, k): 40 for k in range(1000)}
     confusion |= {(k, (k + 1) % 1000): 1 + k // 100 for k in range(0, 1000, 7)}
@@ -224,8 +226,8 @@ def test_a_long_run_stays_small(run):
 # ------------------------------------------------------------------------------ whole runs
 
 
-def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
-    """Two ranks, stopped, resumed, evaluated: what the page says is what the files say."""
+def test_training_and_evaluation_write_the_report(digits, tmp_path, monkeypatch):
+    """A run of two ranks is stopped, resumed and evaluated; the page agrees with the files."""
     run = tmp_path / "run"
     flags = ["--deepspeed_config", CONFIGS / "zero1_fp32.json", "--run_dir", run, *TINY]
     data = ["--data_dir", digits / "train", "--val_data_dir", digits / "val"]
@@ -238,7 +240,7 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     assert "stopped on request" in parsed.text
     assert "stopped by SIGTERM" in parsed.sections["history"]
     (run / "report.html").unlink()
-    (run / "report.html").mkdir()  # where no page can be written
+    (run / "report.html").mkdir()  # no page can be written here
     done = launch(2, *flags, *data, *length, cwd=tmp_path)
     assert done.code == 0, done.output
     assert (run / "DONE").exists()
@@ -265,12 +267,13 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     made = json.loads((run / "eval" / "step-00000006.json").read_text())
     parsed = opened(run)
     assert f"{100 * made['classifier']['levels'][0]['acc@1']:.1f} %" in parsed.sections["noise"]
-    told = made["confusion"]
-    pairs = zip(told["label"], told["predicted"], told["samples"], strict=True)
+    confusion = made["confusion"]
+    columns = (confusion[key] for key in ("label", "predicted", "samples"))
+    pairs = zip(*columns, strict=True)
     right = sum(count for label, predicted, count in pairs if label == predicted)
     assert right == made["classifier"]["levels"][0]["correct@1"]
     assert f"{360 - right:,} of 360 images are taken" in parsed.sections["confusion"]
-    # The same images at the same noise: what a validation saw, the evaluation sees.
+    # The evaluation shows the same images with the same noise as the validation.
     again = load_grid(run / "eval" / "step-00000006.pictures.png")
     assert (again.tiles == grid.tiles).all()
     assert (
@@ -278,7 +281,7 @@ def test_training_and_evaluation_make_it(digits, tmp_path, monkeypatch):
     )
 
 
-def test_a_report_that_fails_is_one_line(capsys):
+def test_a_report_that_cannot_be_written_is_one_line(capsys):
     def broken():
         raise KeyError("x")
 

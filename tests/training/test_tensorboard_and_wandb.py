@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases get from the log."""
+"""The log in TensorBoard and in Weights & Biases."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from ds_classifier.training.log import RunLogger
 
 
 def tensorboard_values(run):
-    """(step, value) of all that TensorBoard would show."""
+    """Yield (step, value) of everything that TensorBoard would show."""
     from tensorboardX.proto.event_pb2 import Event
 
     (file,) = (run / "tb").iterdir()
@@ -37,7 +37,9 @@ def test_tensorboard_has_the_images(tmp_path):
 def test_tensorboard_has_the_losses_of_each_quartile(tmp_path):
     logger = RunLogger(tmp_path, first_step=0)
     logger.histogram("train_losses_q0", [0, 3, 0, 1], [1.0, 2.0, 4.0], 5)
-    logger.histogram("train_losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5)  # no sample: no image
+    logger.histogram(
+        "train_losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5
+    )  # no samples, so nothing is written
     logger.close()
     ((step, value),) = tensorboard_values(tmp_path)
     shown = value.histo
@@ -47,13 +49,13 @@ def test_tensorboard_has_the_losses_of_each_quartile(tmp_path):
 
 
 def leveldb_records(data: bytes):
-    """The records of a log in LevelDB's format: blocks of 32 KiB, the first 7 bytes cut off."""
+    """Yield the records of a LevelDB log: blocks of 32 KiB; `data` lacks the first 7 bytes."""
     place, record = 7, b""
     while place + 7 <= 7 + len(data):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
         head = data[place - 7 : place]
-        length, kind = int.from_bytes(head[4:6], "little"), head[6]  # 1: whole; 2, 3, 4: its parts
+        length, kind = int.from_bytes(head[4:6], "little"), head[6]  # 1: whole; 2, 3, 4: a part
         record += data[place : place + length]
         if kind in (1, 4):
             yield record
@@ -75,8 +77,8 @@ def test_wandb_has_the_rows_under_the_same_keys(tmp_path, monkeypatch):
         for row in some:
             logger.write(row)
         logger.close()
-        time.sleep(1.1)  # its directories are named by the second
-    assert ids[0] == ids[1]  # resumed, not begun anew
+        time.sleep(1.1)  # wandb names its directories by the second
+    assert ids[0] == ids[1]  # resumed, not a new run
     from wandb.proto.wandb_internal_pb2 import Record
 
     logged = {}
@@ -91,7 +93,7 @@ def test_wandb_has_the_rows_under_the_same_keys(tmp_path, monkeypatch):
     assert wandb.run is None
 
 
-def test_wandb_that_is_not_there_is_told_before_anything_starts(monkeypatch):
+def test_a_missing_wandb_is_reported_before_anything_starts(monkeypatch):
     import importlib.util
 
     from ds_classifier.config.settings import Settings, check_settings
