@@ -20,6 +20,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_classifier.common.text import percent, short
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#aa4499"
@@ -30,7 +32,7 @@ WIDTH, HEIGHT = 372, 240  # of a panel, in points: pixels where three stand side
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 26, 36  # margins of the axes, points
 LEGEND_ROW, TICKS_ABOVE, SLANTED_NAMES = 15, 14, 60  # points that these take, where there are any
 CLASSES_NAMED = 20  # with more classes, the accuracies are sorted and have no names
-STRIP_WIDTH, STRIP_LEFT, STRIP_RIGHT, STRIP_ROW = 1160, 92, 150, 20  # of the time line, points
+STRIP_WIDTH, STRIP_LEFT, STRIP_RIGHT, STRIP_ROW = 1160, 92, 160, 20  # of the timeline, points
 PNG_DPI = 110
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page shows its own font
@@ -41,6 +43,7 @@ STYLE = {
     "axes.edgecolor": GRAY,
     "axes.labelcolor": SLATE,
     "axes.labelsize": 11,
+    "axes.labelpad": 3,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -50,11 +53,8 @@ STYLE = {
     "grid.color": "#e7eaee",
     "xtick.color": GRAY,
     "xtick.labelcolor": SLATE,
-    "ytick.color": GRAY,
     "ytick.labelcolor": SLATE,
     "ytick.major.size": 0,
-    "xtick.major.size": 3,
-    "lines.solid_capstyle": "round",
     "legend.fontsize": 11,
     "legend.labelcolor": SLATE,
     "svg.fonttype": "none",
@@ -69,10 +69,10 @@ Draw = Callable[[Any], None]  # draws a panel into a Figure or SubFigure
 class Line:
     """A curve of a panel.
 
+    name: "" keeps the line out of the legend.
     points: (x, y); y may be nan, which interrupts the line.
     band: (x, least, most), drawn faintly around the line.
     dots: draw a mark with a tooltip at each point.
-    name: an empty one keeps the line out of the legend.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Axis:
     """The y axis of a panel.
 
     low, high: fixed ends; None: from the data.
-    text: how ticks and values are written.
+    text: how values are written.
     """
 
     low: float | None = None
@@ -108,8 +108,9 @@ class Panel:
     def __init__(self, figure, title: str, x_label: str, *, above: int = 0, bottom: int = BOTTOM):
         self.figure, self._above, self._bottom = figure, above, bottom
         self.axes = figure.add_axes(self._place())
+        self.axes.set_xlabel(x_label)
         figure.text(0.008, 1 - 14 / HEIGHT, title, weight="bold", fontsize=12)
-        self.axes.set_xlabel(x_label, labelpad=3)
+        figure.set_label(title)
 
     def _place(self, legend_rows: int = 0) -> tuple[float, float, float, float]:
         """Return left, bottom, width and height of the axes, as shares of the panel."""
@@ -131,8 +132,7 @@ class Panel:
         last_values: write the last value of each curve into the legend.
         """
         shown = [[p for p in line.points if _is_shown(p, y)] for line in lines]
-        values = [value for points in shown for _, value in points]
-        if not values:
+        if not any(shown):
             self.axes.set_axis_off()
             self.figure.text(0.5, 0.5, "nothing to show yet", color=SLATE, ha="center")
             return
@@ -141,26 +141,19 @@ class Panel:
             self._draw(line, points, y, label=f"{line.name}{last}" if line.name else None)
         if level:
             self.axes.axhline(level[0], color=GRAY, linewidth=1.2, linestyle=":", label=level[1])
-            values.append(level[0])
-        values += _quantiles([end for line in lines for _, *ends in line.band for end in ends])
-        self.set_y(y, values)
+        self.set_y(y)
         self.legend()
 
     def _draw(self, line: Line, points: Sequence[Point], y: Axis, label: str | None) -> None:
-        known = dict(points)
-        look = dict(color=line.color, alpha=line.opacity)
-        self.axes.plot(
-            [x for x, _ in line.points],
-            [known.get(x, math.nan) for x, _ in line.points],
-            **look,
-            linewidth=line.width,
-            linestyle=(0, (4, 2)) if line.dashed else "-",
-            label=label,
-        )
-        band = [b for b in line.band if not y.log or b[1] > 0]
-        if len(band) > 1:
-            fill = dict(color=line.color, alpha=0.16, linewidth=0)
-            self.axes.fill_between(*zip(*band, strict=True), **fill)
+        known, look = dict(points), dict(color=line.color, alpha=line.opacity)
+        dashes = (0, (4, 2)) if line.dashed else "-"
+        xs = [x for x, _ in line.points]
+        ys = [known.get(x, math.nan) for x in xs]
+        self.axes.plot(xs, ys, **look, linewidth=line.width, linestyle=dashes, label=label)
+        band = np.array([b for b in line.band if not y.log or b[1] > 0]).reshape(-1, 3)
+        if len(band) > 1:  # a spike of one step must not flatten the curve
+            least, most = np.clip(band[:, 1:], *np.quantile(band[:, 1:], (0.01, 0.99))).T
+            self.axes.fill_between(band[:, 0], least, most, color=line.color, alpha=0.16, lw=0)
         if line.dots or len(points) == 1:
             for x, value in points:
                 self.dot(x, value, f"{line.name}: {short(x)}, {y.text(value)}", **look)
@@ -171,31 +164,26 @@ class Panel:
         look |= dict(markersize=size, markeredgewidth=0, gid=HINT + hint, zorder=3)
         self.axes.plot([x], [y], "o", **look)
 
-    def set_y(self, y: Axis, values: Sequence[float]) -> None:
-        """Set the limits and ticks of the y axis, so that these values are inside."""
+    def set_y(self, y: Axis) -> None:
+        """Set the scale, the ends and the ticks of the y axis."""
         from matplotlib import ticker
 
         axis = self.axes.yaxis
-        low, high = _limits(y, values)
         if y.log:
             self.axes.set_yscale("log")
+            low, high = self.axes.get_ylim()
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
             axis.set_minor_locator(ticker.NullLocator())
-        else:
-            steps = dict(steps=[1, 2, 5, 10], integer=y.text is power_of_two)
-            axis.set_major_locator(ticker.MaxNLocator(6, **steps))
-        as_share = ticker.PercentFormatter(1, symbol=" %")
-        as_text = ticker.FuncFormatter(lambda value, _: y.text(value))
-        axis.set_major_formatter(as_share if y.text is percent else as_text)
-        self.axes.set_ylim(low, high)
+        elif y.text is power_of_two:
+            axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        text = _short_percent if y.text is percent else y.text
+        axis.set_major_formatter(lambda value, _: text(value))
+        self.axes.set_ylim(y.low, y.high)
 
     def set_x(self, low: float, high: float, text: Callable[[float], str] = short) -> None:
-        """Set the ends of the x axis; low may be the larger one."""
-        from matplotlib import ticker
-
+        """Set the ends of the x axis, where low may be the larger one, and its ticks."""
         self.axes.set_xlim(low, high)
-        self.axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
-        self.axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
+        self.axes.xaxis.set_major_formatter(lambda value, _: text(value))
 
     def set_names(self, names: Sequence[str]) -> None:
         """Write names under the places 0, 1, 2, ... of the x axis."""
@@ -224,25 +212,8 @@ def _is_shown(point: Point, y: Axis) -> bool:
     return all(map(math.isfinite, point)) and (not y.log or point[1] > 0)
 
 
-def _quantiles(values: Sequence[float]) -> list[float]:
-    """Return the 1 % and 99 % quantile: a spike of one step must not flatten the curve."""
-    ranked = sorted(filter(math.isfinite, values))
-    return [ranked[int(share * (len(ranked) - 1))] for share in (0.01, 0.99) if ranked]
-
-
-def _limits(y: Axis, values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of an axis: the fixed ones, or those of the values and a margin of 5 %."""
-    low = min(values) if y.low is None else y.low
-    high = max(values) if y.high is None else y.high
-    if y.log:
-        low, high = math.log10(low), math.log10(high)
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    margin = 0.05 * (high - low)
-    if y.low is None:
-        low = 0.0 if not y.log and low >= 0 and low - margin < 0 else low - margin
-    high += margin if y.high is None else 0.0
-    return (10**low, 10**high) if y.log else (low, high)
+def _short_percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def power_of_two(exponent: float) -> str:
@@ -263,8 +234,8 @@ def _style() -> Iterator[None]:
         yield
 
 
-def to_svg(draw: Draw, label: str, *, width: float = WIDTH, height: float = HEIGHT) -> str:
-    """Return a panel as an SVG element to be put into a page. label: read by screen readers."""
+def to_svg(draw: Draw, *, width: float = WIDTH, height: float = HEIGHT) -> str:
+    """Return a figure as an SVG element to be put into a page; its label is for screen readers."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -275,27 +246,24 @@ def to_svg(draw: Draw, label: str, *, width: float = WIDTH, height: float = HEIG
         draw(figure)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(file, metadata=no_metadata)
-    return _small(file.getvalue(), label, width, height)
+    label = escape(figure.get_label())
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">'
+    return head + _small(file.getvalue())
 
 
-_LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
-
-
-def _one_decimal(number: re.Match) -> str:
-    return f"{float(number[0]):.1f}"
-
-
-def _small(svg: str, label: str, width: float, height: float) -> str:
-    """Return matplotlib's SVG without parts that a page does not need, and with tooltips."""
+def _small(svg: str) -> str:
+    """Return the inside of matplotlib's SVG without what a page does not need, with tooltips."""
     body = svg[svg.index("</style>") :].partition("</defs>")[2]
     body = re.sub(rf'<g id="{HINT}([^"]*)">', r"<g><title>\1</title>", body)
     body = re.sub(r'(<g) id="[^"]*"', r"\1", body)
     body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
     body = body.replace("font-family: 'DejaVu Sans'; ", "")
     body = re.sub(r"\s*\n *", "", body)
-    body = re.sub(r"<[^>]*>", lambda tag: _LONG_NUMBER.sub(_one_decimal, tag[0]), body)
-    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
-    return head + body
+    return re.sub(r"<[^>]*>", _with_short_numbers, body)
+
+
+def _with_short_numbers(tag: re.Match) -> str:
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", tag[0])
 
 
 def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = "") -> None:
@@ -318,51 +286,40 @@ def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = 
 
 
 def plot_evaluation(record: dict[str, Any], path: Path) -> None:
-    """Write one evaluation's panels as a PNG file. record: what eval/NAME.json holds."""
+    """Write one evaluation's panels as a PNG file. record: the content of eval/NAME.json."""
     overall = record["classifier"]["uniform_t"]
     title = (
         f"{record['name']}: {record['data']['samples']:,} images, uniform t: "
-        f"top 1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
+        f"top-1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
         f"calibration error {percent(overall['ece'])}"
     )
-    draws = [partial(draw, record=record, older=()) for _, draw in EVALUATION]
-    _write_png(draws, path, columns=3, title=title)
+    _write_png(_evaluation_panels(record), path, columns=3, title=title)
 
 
 def evaluation_svgs(record: dict[str, Any], older: Sequence[dict[str, Any]]) -> list[str]:
     """Return one evaluation's panels, with older ones of the same classes drawn faintly."""
-    return [to_svg(partial(draw, record=record, older=older), title) for title, draw in EVALUATION]
+    return [to_svg(draw) for draw in _evaluation_panels(record, older)]
 
 
-def _accuracy(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+def _evaluation_panels(record: dict[str, Any], older: Sequence[dict[str, Any]] = ()) -> list[Draw]:
     classes = len(record["classes"])
-    lines = _noise_lines(record, older, "acc@1")
-    if classes > 5:
-        points = _points(record["classifier"], "acc@5")
-        lines.append(Line("top 5", points, GREEN, dashed=True, dots=True))
-    panel = _against_noise(figure, "Top-1 accuracy", record["classifier"])
-    panel.draw(lines, SHARE, (1 / classes, "chance"))
-
-
-def _loss(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
-    chance = math.log(len(record["classes"]))
+    guessing = math.log(classes)
     # The Bayes posterior of few images is overconfident: its loss may leave the axes.
-    high = 1.15 * max([chance, *_known(record["classifier"], "loss")])
-    panel = _against_noise(figure, "Cross-entropy, nats", record["classifier"])
-    panel.draw(_noise_lines(record, older, "loss"), Axis(0, high), (chance, "guessing"))
+    loss = Axis(0, 1.15 * max([guessing, *_known(record["classifier"], "loss")]))
+    norm = Axis(log=all(value > 0 for value in _known(record["classifier"], "grad_norm")))
+    noise = [
+        ("Top-1 accuracy", "acc@1", SHARE, (1 / classes, "chance")),
+        ("Cross-entropy, nats", "loss", loss, (guessing, "guessing")),
+        ("Expected calibration error", "ece", Axis(0, text=percent), None),
+        ("Mean norm of ∇ log p(y|x_t)", "grad_norm", norm, None),
+    ]
 
+    def draw(figure, title: str, key: str, y: Axis, level: tuple[float, str] | None) -> None:
+        panel = _against_noise(figure, title, record["classifier"])
+        panel.draw(_noise_lines(record, older, key), y, level)
 
-def _calibration(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
-    panel = _against_noise(figure, "Expected calibration error", record["classifier"])
-    lines = _noise_lines(record, older, "ece", with_bayes=False)
-    panel.draw(lines, Axis(0, text=percent))
-
-
-def _gradient(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
-    lines = _noise_lines(record, older, "grad_norm")
-    panel = _against_noise(figure, "Mean norm of ∇ log p(y|x_t)", record["classifier"])
-    known = [value for line in lines for _, value in line.points if math.isfinite(value)]
-    panel.draw(lines, Axis(log=all(value > 0 for value in known)))
+    panels = [partial(draw, title=t, key=k, y=y, level=level) for t, k, y, level in noise]
+    return [*panels, partial(_reliability, record=record), partial(_per_class, record=record)]
 
 
 def _against_noise(figure, title: str, numbers: dict[str, Any]) -> Panel:
@@ -383,9 +340,7 @@ def _against_noise(figure, title: str, numbers: dict[str, Any]) -> Panel:
     return panel
 
 
-def _noise_lines(
-    record: dict[str, Any], older: Sequence[dict[str, Any]], key: str, *, with_bayes: bool = True
-) -> list[Line]:
+def _noise_lines(record: dict[str, Any], older: Sequence[dict[str, Any]], key: str) -> list[Line]:
     """Return the lines of one number: older evaluations, the evaluation, the Bayes optimum."""
     lines = []
     for i, earlier in enumerate(older):
@@ -394,9 +349,12 @@ def _noise_lines(
         lines.append(Line(name, _points(earlier["classifier"], key), BLUE, **faint))
     points = _points(record["classifier"], key)
     lines.append(Line(weights_name(record), points, BLUE, width=2, dots=True))
-    if with_bayes and record.get("bayes"):
+    if record.get("bayes") and key != "ece":
         points = _points(record["bayes"], key)
         lines.append(Line("Bayes", points, ORANGE, dashed=True, dots=True))
+    if key == "acc@1" and len(record["classes"]) > 5:
+        points = _points(record["classifier"], "acc@5")
+        lines.append(Line("top 5", points, GREEN, dashed=True, dots=True))
     return lines
 
 
@@ -406,34 +364,32 @@ def weights_name(record: dict[str, Any]) -> str:
 
 
 def _points(numbers: dict[str, Any], key: str) -> list[Point]:
-    return [
-        (row["log_snr"], math.nan if row[key] is None else row[key]) for row in numbers["levels"]
-    ]
+    rows = numbers["levels"]
+    return [(row["log_snr"], math.nan if row[key] is None else row[key]) for row in rows]
 
 
 def _known(numbers: dict[str, Any], key: str) -> list[float]:
     return [row[key] for row in numbers["levels"] if row[key] is not None]
 
 
-def _reliability(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+def _reliability(figure, record: dict[str, Any]) -> None:
     """Draw accuracy against confidence; the area of a dot is its share of the images."""
     panel = Panel(figure, "Reliability: accuracy by confidence", "confidence")
     panel.axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")
     for level, color in zip(record["classifier"]["reliability"], LEVEL_COLORS, strict=False):
-        bins = level["bins"]
-        total = sum(row["samples"] for row in bins)
-        for row in bins:
+        total = sum(row["samples"] for row in level["bins"])
+        for row in level["bins"]:
             right = row["correct"] / row["samples"]
             hint = f"{_level_name(level)}: {percent(row['confidence'])}, {percent(right)}"
             area = 12 + 300 * row["samples"] / total
             panel.dot(row["confidence"], right, hint, area=area, color=color, alpha=0.55)
         panel.axes.plot([], [], "o", color=color, label=_level_name(level))
-    panel.set_x(0, 1.06, lambda share: percent(share, 0))
-    panel.set_y(Axis(0, 1.06, text=percent), [])  # a large dot at 100 % is whole
+    panel.set_x(0, 1.06, _short_percent)
+    panel.set_y(Axis(0, 1.06, text=percent))  # a large dot at 100 % is whole
     panel.legend()
 
 
-def _per_class(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) -> None:
+def _per_class(figure, record: dict[str, Any]) -> None:
     """Draw the accuracy of each class at the chosen levels; many classes are sorted by it."""
     names = record["classes"]
     sort = len(names) > CLASSES_NAMED
@@ -446,32 +402,19 @@ def _per_class(figure, record: dict[str, Any], older: Sequence[dict[str, Any]]) 
         values = [hit / count if count else math.nan for hit, count in counts]
         if sort:
             values = sorted(filter(math.isfinite, values))
-            every = max(1, len(values) // 300)
-            points = list(enumerate(values, start=1))
-            points = points[::every] + points[-1:] * (every > 1)
-        else:
-            points = list(enumerate(values))
+        every = max(1, len(values) // 300)
+        points = list(enumerate(values))[::every]
         look = {} if sort else dict(dots=True, width=0.8)
         lines.append(Line(_level_name(level), points, color, **look))
     panel.draw(lines, SHARE)
     if sort:
-        panel.set_x(0.5, len(names) + 0.5)
+        panel.set_x(0, len(names))
     else:
         panel.set_names(names)
 
 
 def _level_name(level: dict[str, Any]) -> str:
     return "uniform t" if level["t"] is None else f"t = {level['t']}"
-
-
-EVALUATION: list[tuple[str, Callable[..., None]]] = [
-    ("Top-1 accuracy against noise", _accuracy),
-    ("Cross-entropy against noise", _loss),
-    ("Calibration error against noise", _calibration),
-    ("Norm of the gradient against noise", _gradient),
-    ("Accuracy against confidence", _reliability),
-    ("Accuracy of each class", _per_class),
-]
 
 
 # ------------------------------------------------------------------------------ a series
@@ -555,7 +498,7 @@ def curves_svg(
         panel.draw(lines, y, level, last_values=True)
         panel.set_x(0, max(last_step, 1))
 
-    return to_svg(draw, f"{title}, against steps")
+    return to_svg(draw)
 
 
 @dataclass(frozen=True)
@@ -603,15 +546,10 @@ def timeline_svg(bars: Sequence[Bar], marks: Sequence[Marks], last_step: int) ->
         axes.set_yticks(range(rows), [row.name for row in (*bars, *marks)])
         axes.set_ylim(rows - 0.5, -0.5)
         axes.grid(False)
-        _step_ticks(axes, last_step)
+        axes.set_xlim(0, last_step)
+        axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        figure.set_label("Attempts and faults over steps")
 
-    return to_svg(draw, "attempts and faults over steps", width=STRIP_WIDTH, height=height)
-
-
-def _step_ticks(axes, last_step: int) -> None:
-    from matplotlib import ticker
-
-    axes.set_xlim(0, last_step)
-    axes.set_xlabel("step", labelpad=3)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short(value)))
+    return to_svg(draw, width=STRIP_WIDTH, height=height)
