@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ds_classifier.common.text import percent, short
+from ds_classifier.evaluation.metrics import LEVEL_COLUMNS
 from ds_classifier.report import plots
 from ds_classifier.report.data import RunData
 
@@ -75,21 +76,16 @@ def _older(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _level_table(ours: dict[str, Any], bayes: dict[str, Any] | None) -> dict[str, Any]:
     """Return one row per noise level, after one for uniform t."""
-    heads = ["t", "log-SNR", "top-1", "top-5", "loss", "ECE", "|gradient|"]
-    heads += ["Bayes top-1", "Bayes loss"] * bool(bayes)
+    heads = ["t", "log-SNR", *(column.label or column.name for column in LEVEL_COLUMNS)]
+    heads += ["Bayes acc@1", "Bayes loss"] * bool(bayes)
     pairs = [(ours["uniform_t"], bayes and bayes["uniform_t"])]
     pairs += zip(ours["levels"], bayes["levels"] if bayes else ours["levels"], strict=True)
     rows = []
     for row, optimum in pairs:
-        cells = [
-            row.get("t", "uniform"),
-            f"{row['log_snr']:.2f}" if "log_snr" in row else "",
-            percent(row["acc@1"]),
-            percent(row["acc@5"]),
-            short(row["loss"]),
-            percent(row["ece"]),
-            short(row["grad_norm"]),
-        ]
+        cells = [row.get("t", "uniform"), f"{row['log_snr']:.2f}" if "log_snr" in row else ""]
+        for column in LEVEL_COLUMNS:
+            value = row.get(column.name)
+            cells.append(percent(value) if column.unit == "%" else short(value))
         if bayes:
             cells += [percent(optimum["acc@1"]), short(optimum["loss"])]
         rows.append(cells)

@@ -171,12 +171,12 @@ def settings(run: RunData) -> dict[str, Any] | str:
     """Return settings by group, the environment, the command and the DeepSpeed JSON."""
     if not run.settings and not run.environment:
         return "No config.json: the run never started."
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    group_of = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
     groups: dict[str, list[dict]] = {group: [] for group in (*GROUPS, "other")}
     for name, value in run.settings.items():
-        field = fields.get(name)
-        group = field.metadata["group"] if field else "other"
-        groups[group].append(_entry(name, value, bold=field is None or value != field.default))
+        changed = name not in defaults or value != defaults[name]
+        groups[group_of.get(name, "other")].append(_entry(name, value, bold=changed))
     groups["environment"] = _environment(run.environment)
     blocks = [
         {"name": "Command", "text": run.command.strip()},

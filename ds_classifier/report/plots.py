@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ds_classifier.common.text import percent, short
+from ds_classifier.evaluation.metrics import METRICS
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#aa4499"
 INK, GRAY, SLATE = "#1d2430", "#8a919c", "#4a5568"
@@ -204,6 +205,17 @@ class Panel:
             self.axes.set_position(self._place(math.ceil(len(labels) / columns)))
 
 
+def other_metrics() -> list[tuple[str, str, Axis]]:
+    """Return title, key and y axis of the metrics in METRICS that have no chart of their own."""
+    charts = []
+    for key, metric in METRICS.items():
+        if key not in ("loss", "acc@1", "acc@5"):
+            unit = f", {metric.unit}" if metric.unit not in ("", "%") else ""
+            y = Axis(text=percent if metric.unit == "%" else short)
+            charts.append((metric.title + unit, key, y))
+    return charts
+
+
 def _slanted(names: Sequence[str]) -> bool:
     return max(map(len, names), default=0) > 3
 
@@ -312,6 +324,7 @@ def _evaluation_panels(record: dict[str, Any], older: Sequence[dict[str, Any]] =
         ("Cross-entropy, nats", "loss", loss, (guessing, "guessing")),
         ("Expected calibration error", "ece", Axis(0, text=percent), None),
         ("Mean norm of ∇ log p(y|x_t)", "grad_norm", norm, None),
+        *((title, key, y, None) for title, key, y in other_metrics()),
     ]
 
     def draw(figure, title: str, key: str, y: Axis, level: tuple[float, str] | None) -> None:
@@ -364,8 +377,8 @@ def weights_name(record: dict[str, Any]) -> str:
 
 
 def _points(numbers: dict[str, Any], key: str) -> list[Point]:
-    rows = numbers["levels"]
-    return [(row["log_snr"], math.nan if row[key] is None else row[key]) for row in rows]
+    values = [(row["log_snr"], row.get(key)) for row in numbers["levels"]]
+    return [(log_snr, math.nan if value is None else value) for log_snr, value in values]
 
 
 def _known(numbers: dict[str, Any], key: str) -> list[float]:

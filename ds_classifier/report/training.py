@@ -193,6 +193,9 @@ def curves(run: RunData) -> list[str] | str:
         charts.append(("Validation top-1 by quartile of t", lines, share, None))
     if classes > TOP_5_FROM:
         charts.append(("Top-5 accuracy", _train_and_val(run, "acc@5"), share, None))
+    for title, key, axis in plots.other_metrics():
+        charts.append((title, _train_and_val(run, key), axis, None))
+        charts.append((f"{title}, by quartile of t", _quartiles(train, f"train_{key}"), axis, None))
     of_machine = [
         ("Gradient norm", "grad_norm", Axis(0)),
         ("Learning rate", "lr", Axis(0)),
