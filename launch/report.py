@@ -1,6 +1,6 @@
-"""Make a run's report, one page with all it tells of itself: `python launch/report.py RUN`.
+"""Write a run's report, one HTML page with its log and evaluations: `python launch/report.py RUN`.
 
-Training and evaluate.py make it too; this one makes it anew, also while the run is under way.
+Training and evaluate.py write it too. This program updates it, also while the run is going on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ds_classifier.distributed import failures
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, write the report and print its path; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="report.py",
         description="Write a run's report, one HTML page that needs no network.",

@@ -1,4 +1,4 @@
-"""A run directory, read for its report: whatever is there, in whatever state a kill left it."""
+"""Reads a run directory for its report. Files may be missing, or cut off by a kill."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from ds_classifier.training.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.training.sanity import Guessing, RecentRows
 
 RUN_FILES = ("config.json", "log.jsonl", EVENTS, "checkpoints")
-FILE_CLOCK = 0.1  # seconds that a file's time may lie behind an event's, of a finer clock
+FILE_CLOCK = 0.1  # seconds by which a file's time, from a coarser clock, may precede an event's
 
 
 class Columns:
-    """Rows of numbers as a column a key; what a row lacks, or is null in it, is not-a-number."""
+    """A table of numbers, stored as one column per key. A number that is missing or null is nan."""
 
     def __init__(self):
         self.rows = 0
         self._columns: dict[str, array] = {}
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row; values other than numbers are left out."""
         for key, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 column = self._columns.setdefault(key, array("d"))
@@ -39,32 +40,32 @@ class Columns:
         self.rows += 1
 
     def __getitem__(self, key: str) -> array:
-        """The column, [rows]."""
+        """Return the column, [rows]."""
         column = self._columns.get(key, array("d"))
         return column + array("d", [math.nan] * (self.rows - len(column)))
 
     def last(self, key: str) -> float | None:
-        """The last finite value, or None."""
+        """Return the last finite value, or None."""
         return next((v for v in reversed(self[key]) if math.isfinite(v)), None)
 
     def points(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of each row; the value may be not-a-number."""
+        """Return (step, value) of each row; the value may be nan."""
         return list(zip(self["step"], self[key], strict=True)) if key in self._columns else []
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One directory of errors/: when it was written, the message of each host, files of ranks."""
+    """A directory of errors/, written when ranks fail."""
 
-    time: float
+    time: float  # when it was written
     name: str
-    messages: list[str]
-    ranks: int
+    messages: list[str]  # one per host
+    ranks: int  # number of ranks that left a file
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a report tells of."""
+class RunData:
+    """The contents of a run directory."""
 
     path: Path
     settings: dict[str, Any]
@@ -73,30 +74,31 @@ class Run:
     command: str
     training: Columns
     validation: Columns
-    recent: list[dict[str, Any]]  # the last rows of log.jsonl, of both
+    recent: list[dict[str, Any]]  # the last rows of log.jsonl, of both kinds
     events: list[dict[str, Any]]
     faults: list[Fault]
     skipped: list[dict[str, Any]]
     bad_samples: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]  # the oldest first
+    evaluations: list[dict[str, Any]]  # the newest last, see _order
     grid: ImageGrid | None
-    best: str  # checkpoints/best: a name, and its val_loss
-    latest: str  # checkpoints/latest
+    best: str  # checkpoints/best, "NAME val_loss LOSS"; "" if there is none
+    latest: str  # checkpoints/latest, NAME; "" if there is none
     state: str  # see state_of
 
     @property
     def step(self) -> int:
-        """The last step logged."""
+        """The last step that was logged."""
         logged = [self.training.last("step"), self.validation.last("step")]
         return int(max((step for step in logged if step is not None), default=0))
 
     @property
     def iterations(self) -> int:
+        """The number of steps that the run was asked for; the last step if it is not known."""
         return int(self.settings.get("iterations") or self.step)
 
     @property
     def classes(self) -> list[str] | None:
-        """Their names, if an evaluation or a checkpoint tells them."""
+        """The names of the classes, from an evaluation or a checkpoint; None without either."""
         if self.evaluations:
             return self.evaluations[-1]["classes"]
         state = _json(self.path / "checkpoints" / self.latest / "state.json") if self.latest else {}
@@ -104,13 +106,15 @@ class Run:
 
     @property
     def num_classes(self) -> int:
-        """0 if nothing tells it."""
+        """The number of classes; 0 if it is not known."""
         return self.settings.get("num_classes") or len(self.classes or [])
 
     @property
     def guessing(self) -> Guessing | None:
-        """What a classifier gets that sees no image: by the labels, as a start noted them, else
-        for classes equally frequent; None if nothing tells how many there are."""
+        """The loss and accuracy of guessing, as the last start recorded them.
+
+        If none did, those for equally frequent classes; None if their number is not known.
+        """
         for event in reversed(self.events):
             try:
                 return Guessing(**event["guessing"])
@@ -121,18 +125,22 @@ class Run:
 
     @property
     def val_samples(self) -> int:
-        """Images to validate on; 0 if nothing tells it."""
+        """The number of validation images; 0 if it is not known."""
         noted = [event["val_samples"] for event in self.events if "val_samples" in event]
         return noted[-1] if noted and isinstance(noted[-1], int) else 0
 
     @property
     def global_batch(self) -> int:
+        """The number of images per step, from the log; 0 if it is not known."""
         samples, steps = self.training.last("samples"), self.training.last("step")
         return round(samples / steps) if samples and steps else 0
 
 
-def read_run(path: Path) -> Run:
-    """Raises ValueError if it is no run directory. A file that is damaged counts as absent."""
+def read_run(path: Path) -> RunData:
+    """Read a run directory. A damaged file is treated as a missing one.
+
+    Raises ValueError if path is not a run directory.
+    """
     if not path.is_dir() or not any((path / name).exists() for name in RUN_FILES):
         raise ValueError(f"got {path}; need a run directory, with one of {', '.join(RUN_FILES)}")
     training, validation = Columns(), Columns()
@@ -142,10 +150,10 @@ def read_run(path: Path) -> Run:
             (validation if "val_loss" in row else training).add(row)
             recent.add(row)
     evaluations = [r for r in map(_evaluation, sorted(_listed(path / "eval", ".json"))) if r]
-    evaluations.sort(key=_standing)
-    happened, faults = read_events(path), sorted(_faults(path), key=lambda fault: fault.time)
+    evaluations.sort(key=_order)
+    recorded, faults = read_events(path), sorted(_faults(path), key=lambda fault: fault.time)
     ranks = _listed(path, ".jsonl", "bad_samples.rank")
-    return Run(
+    return RunData(
         path=path,
         settings=_json(path / "config.json"),
         deepspeed=_json(path / "deepspeed.json"),
@@ -154,7 +162,7 @@ def read_run(path: Path) -> Run:
         training=training,
         validation=validation,
         recent=recent.together(),
-        events=happened,
+        events=recorded,
         faults=faults,
         skipped=list(files.read_jsonl(path / "skipped_steps.jsonl")),
         bad_samples=[row for name in sorted(ranks) for row in files.read_jsonl(name)],
@@ -162,12 +170,15 @@ def read_run(path: Path) -> Run:
         grid=_newest_grid(path / "eval"),
         best=_text(path / "checkpoints" / "best").strip(),
         latest=_text(path / "checkpoints" / "latest").strip(),
-        state=state_of(path, happened, faults),
+        state=state_of(path, recorded, faults),
     )
 
 
-def state_of(path: Path, happened: list[dict[str, Any]], faults: list[Fault]) -> str:
-    """finished, running, stopped, failed, ended (without a word: killed), or not started."""
+def state_of(path: Path, recorded: list[dict[str, Any]], faults: list[Fault]) -> str:
+    """Return finished, running, stopped, failed, ended (without a message: killed) or not started.
+
+    A run counts as running while its lock is touched.
+    """
     if read_done(path) is not None:
         return "finished"
     try:
@@ -175,7 +186,7 @@ def state_of(path: Path, happened: list[dict[str, Any]], faults: list[Fault]) ->
             return "running"
     except OSError:
         pass
-    last = happened[-1] if happened else {"event": "", "time": 0.0}
+    last = recorded[-1] if recorded else {"event": "", "time": 0.0}
     if last["event"] == "failed" or (faults and faults[-1].time >= last["time"] - FILE_CLOCK):
         return "failed"
     if last["event"] == "stop":
@@ -184,6 +195,7 @@ def state_of(path: Path, happened: list[dict[str, Any]], faults: list[Fault]) ->
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:
+    """Return the evaluation in a file, or None if there is none that a report can show."""
     record = _json(path)
     if record.get("format") != EVALUATION_FORMAT or not record.get("classifier", {}).get("levels"):
         return None
@@ -191,14 +203,14 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     return record if whole and isinstance(record.get("classes"), list) else None
 
 
-def _standing(evaluation: dict[str, Any]) -> tuple[int, bool, str]:
-    """The report tells of the last: of the highest step, in full precision if there is one."""
+def _order(evaluation: dict[str, Any]) -> tuple[int, bool, str]:
+    """Return a sort key: by step, and fp32 last. The report shows the last evaluation first."""
     full = evaluation.get("precision") == PRECISIONS[0]
     return evaluation["step"] or 0, full, evaluation["name"]
 
 
 def _newest_grid(folder: Path) -> ImageGrid | None:
-    """Of the highest step; of those the one an evaluation made."""
+    """Return the images of the highest step; if two files have them, those of an evaluation."""
     paths = _listed(folder, ".pictures.png")
     grids = [(path.name != "validation.pictures.png", load_grid(path)) for path in paths]
     found = [(grid.predictions.step or 0, made, grid) for made, grid in grids if grid]
@@ -206,6 +218,7 @@ def _newest_grid(folder: Path) -> ImageGrid | None:
 
 
 def _faults(path: Path) -> Iterator[Fault]:
+    """Yield the faults that are recorded in errors/."""
     for folder in _listed(path / "errors"):
         inside = _listed(folder)
         verdicts = [_json(name) for name in inside if name.suffix == ".json"]
@@ -218,6 +231,7 @@ def _faults(path: Path) -> Iterator[Fault]:
 
 
 def _listed(folder: Path, suffix: str = "", prefix: str = "") -> list[Path]:
+    """Return the paths in a folder that are not hidden; none if the folder does not exist."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -253,70 +267,79 @@ def _json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve in at most so many points. band: (x, least, most) of what each point stands for."""
+    """A curve with fewer points than were logged."""
 
     points: list[tuple[float, float]]
-    band: list[tuple[float, float, float]]
+    band: list[tuple[float, float, float]]  # (x, least, most) of the logged points per point
 
 
 def thin(points: list[tuple[float, float]], most: int = 300) -> Thinned:
-    """Means over equal stretches of x, in at most `most` of them, where there are more points.
+    """Return the means over at most `most` equal intervals of x; fewer points stay as they are.
 
-    Not-a-number, on its own or a whole stretch of it, stays: a gap in the line. The first and the
-    last x stay where they are.
+    An interval in which all values are nan stays nan, a gap in the line. The first and the last x
+    do not move.
     """
     if len(points) <= most:
         return Thinned(points, [])
     first, last = points[0][0], points[-1][0]
     width = (last - first) / most or 1.0
-    stretches: list[list[tuple[float, float]]] = [[] for _ in range(most)]
+    intervals: list[list[tuple[float, float]]] = [[] for _ in range(most)]
     for x, y in points:
-        stretches[min(most - 1, max(0, int((x - first) / width)))].append((x, y))
+        intervals[min(most - 1, max(0, int((x - first) / width)))].append((x, y))
     thinned, band = [], []
-    for stretch in filter(None, stretches):
-        x = sum(x for x, _ in stretch) / len(stretch)
-        x = first if not thinned else last if stretch[-1][0] == last else x
-        known = [y for _, y in stretch if math.isfinite(y)]
+    for interval in filter(None, intervals):
+        x = sum(x for x, _ in interval) / len(interval)
+        x = first if not thinned else last if interval[-1][0] == last else x
+        known = [y for _, y in interval if math.isfinite(y)]
         thinned.append((x, sum(known) / len(known) if known else math.nan))
         if known:
             band.append((x, min(known), max(known)))
     return Thinned(thinned, band)
 
 
-# ------------------------------------------------------------------------------ jobs
+# ------------------------------------------------------------------------------ attempts
 
 
 @dataclass
-class Job:
-    """One start of the run, until its end. end: how it ended; time_end: None if nothing tells."""
+class Attempt:
+    """One start of a run, until it ended."""
 
-    first: int
-    last: int
+    first: int  # step that it began at
+    last: int  # last step that it is known to have reached
     time: float
-    time_end: float | None
+    time_end: float | None  # None: not known
     end: str  # finished, stopped, failed, killed, running
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # the event that recorded the start
 
 
-def jobs_of(run: Run, now: Callable[[], float] = time.time) -> list[Job]:
-    """The starts of a run, from its events; a job without a last word was killed, or crashed."""
-    jobs: list[Job] = []
+def attempts_of(run: RunData, now: Callable[[], float] = time.time) -> list[Attempt]:
+    """Return the attempts of a run, from its events. One without an end was killed, or crashed."""
+    attempts: list[Attempt] = []
     for event in run.events:
         kind, step = event["event"], int(event.get("step") or 0)
         if kind in ("start", "resume"):
-            if jobs and jobs[-1].end == "killed":
-                jobs[-1].last = max(jobs[-1].last, int(event.get("reached") or 0))
-            jobs.append(Job(step, step, event["time"], None, "killed", event))
-        elif jobs and kind in ("stop", "finish", "failed"):
+            if attempts and attempts[-1].end == "killed":
+                attempts[-1].last = max(attempts[-1].last, int(event.get("reached") or 0))
+            attempts.append(Attempt(step, step, event["time"], None, "killed", event))
+        elif attempts and kind in ("stop", "finish", "failed"):
             ends = {"stop": "stopped", "finish": "finished", "failed": "failed"}
-            job = jobs[-1]
-            job.end, job.time_end, job.last = ends[kind], event["time"], max(job.last, step)
-    for job, later in zip(jobs, [*(job.time for job in jobs[1:]), math.inf], strict=False):
+            attempt = attempts[-1]
+            attempt.end, attempt.time_end, attempt.last = (
+                ends[kind],
+                event["time"],
+                max(attempt.last, step),
+            )
+    for attempt, later in zip(
+        attempts, [*(attempt.time for attempt in attempts[1:]), math.inf], strict=False
+    ):
         for fault in run.faults:
-            if job.end == "killed" and job.time - FILE_CLOCK <= fault.time < later - FILE_CLOCK:
-                job.end, job.time_end = "failed", fault.time
-    if jobs and jobs[-1].end in ("killed", "failed"):
-        jobs[-1].last = max(jobs[-1].last, run.step)
+            if (
+                attempt.end == "killed"
+                and attempt.time - FILE_CLOCK <= fault.time < later - FILE_CLOCK
+            ):
+                attempt.end, attempt.time_end = "failed", fault.time
+    if attempts and attempts[-1].end in ("killed", "failed"):
+        attempts[-1].last = max(attempts[-1].last, run.step)
         if run.state == "running":
-            jobs[-1].end, jobs[-1].time_end = "running", now()
-    return jobs
+            attempts[-1].end, attempts[-1].time_end = "running", now()
+    return attempts

@@ -1,4 +1,4 @@
-"""The report's parts on evaluations: numbers against noise, images, confusion."""
+"""The report's sections on evaluations: numbers against noise, images, confused classes."""
 
 from __future__ import annotations
 
@@ -6,113 +6,67 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ds_classifier.evaluation.metrics import LEVEL_COLUMNS, METRICS
-from ds_classifier.report.charts import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    VERMILION,
-    Axis,
-    Line,
-    line_chart,
-    percent,
-    short,
-)
-from ds_classifier.report.data import Run
+from ds_classifier.common.text import percent, short
+from ds_classifier.evaluation.metrics import LEVEL_COLUMNS
+from ds_classifier.report import plots
+from ds_classifier.report.data import RunData
 
-Record = dict[str, Any]
-
-OLDER_SHOWN = 8  # evaluations behind the newest
-CLASSES_IN_MATRIX = 24  # with more, the pairs most often confused are listed
-CLASSES_BESIDE = 12  # with more, the matrix takes the whole width
-PAIRS_SHOWN = 20
+OLDER_SHOWN = 8  # evaluations drawn faintly behind the newest
+CLASSES_IN_MATRIX = 24  # with more classes, the pairs most often confused are listed
+CLASSES_BESIDE = 12  # with more classes, the matrix takes the whole width
+PAIRS_SHOWN, PAIRS_BESIDE = 20, 10
 MATRIX_WIDTH = 900  # pixels of its cells together
 JPEG_SIDE = 64  # pixels; larger tiles are embedded as JPEG, since noise makes large PNGs
-LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION)
 
 
-def _no_evaluation(run: Run) -> str:
+def _no_evaluation(run: RunData) -> str:
     return (
-        '<div class="empty">No evaluation yet. <code>python launch/evaluate.py '
-        f"{escape(str(run.path))}</code> measures the newest checkpoint at every noise level and "
-        "makes this page anew.</div>"
+        f"No evaluation yet. To measure the newest checkpoint at every noise level and update this "
+        f"page, run: python launch/evaluate.py {run.path}"
     )
 
 
-# ------------------------------------------------------------------------------ against noise
+# ------------------------------------------------------------------------------ noise levels
 
 
-def noise_levels(run: Run) -> str:
-    """Accuracy, loss, calibration and gradient against log-SNR; a table of the same."""
+def noise_levels(run: RunData) -> dict[str, Any] | str:
+    """Return accuracy, loss, calibration and gradient against log-SNR, as charts and a table."""
     if not run.evaluations:
         return _no_evaluation(run)
     newest, older = run.evaluations[-1], _older(run.evaluations)
     ours, bayes = newest["classifier"], newest.get("bayes")
-    classes = len(newest["classes"])
-    rows = ours["levels"]
-    span = rows[0]["log_snr"] - rows[-1]["log_snr"]
-    x = Axis(
-        "log-SNR, from clean to noise",
-        low=rows[-1]["log_snr"] - 0.03 * span,
-        high=rows[0]["log_snr"] + 0.03 * span,
-        falling=True,
-    )
-    above, last = [], math.inf
-    for row in rows:
-        if last - row["log_snr"] > 0.1 * span or not above:
-            above.append((row["log_snr"], str(row["t"])))
-            last = row["log_snr"]
-    loss_axis = Axis("nats", low=0, high=1.15 * max(math.log(classes), *_known(ours, "loss")))
-    norms = [*_known(ours, "grad_norm"), *(_known(bayes, "grad_norm") if bayes else [])]
-    panels = [
-        ("Top-1 accuracy", "acc@1", Axis("%", 0, 100, text=percent), (100 / classes, "chance")),
-        ("Cross-entropy", "loss", loss_axis, (math.log(classes), "guessing")),
-        ("Calibration error", "ece", Axis("%, expected", low=0, text=percent), None),
-        (
-            "Gradient that guidance feels",
-            "grad_norm",
-            Axis("norm of ∇ log p(y|x_t)", log=all(n > 0 for n in norms)),
-            None,
-        ),
-    ]
-    panels += [
-        (m.title, m.name, Axis(m.unit, text=percent if m.unit == "%" else short), None)
-        for m in METRICS.values()
-        if m.name not in ("loss", "acc@1", "acc@5")
-    ]
-    charts = []
-    for title, key, y, level in panels:
-        lines = _noise_lines(newest, older, key, with_bayes=key != "ece")
-        options = dict(level=level, above=above, above_label="t")
-        charts.append(line_chart(title, lines, x, y, **options))
-    charts.append(_reliability(ours))
-    charts.append(_per_class(newest))
     overall = ours["uniform_t"]
-    words = (
+    text = (
         f"{newest['name']}: {newest['data']['samples']:,} images, {newest['precision']}. Under "
-        f"uniform t: top 1 {_share(overall['acc@1'])}, cross-entropy {_plain(overall['loss'])}, "
-        f"calibration error {_share(overall['ece'])}."
+        f"uniform t: top-1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
+        f"calibration error {percent(overall['ece'])}."
     )
     if older:
-        shown = f"{len(older)} of them" if len(older) < len(run.evaluations) - 1 else "fainter"
-        words += f" Earlier evaluations stand behind, {shown}."
+        chosen = f", {len(older)} of them" if len(older) < len(run.evaluations) - 1 else ""
+        text += f" Earlier evaluations are drawn faintly{chosen}."
     if bayes:
-        words += (
-            f" Bayes: the exact posterior of the {bayes['pictures']:,} training images; of "
-            "held-out ones it is far too sure at little noise."
+        text += (
+            f" Bayes: the exact posterior given only the {bayes['pictures']:,} training images. On "
+            "held-out images at low noise it is overconfident."
         )
-    return f'<p>{escape(words)}</p><div class="charts">{"".join(charts)}</div>{_table(newest)}'
+    return {
+        "text": text,
+        "charts": plots.evaluation_svgs(newest, older),
+        "summary": f"{plots.weights_name(newest)}, all {len(ours['levels'])} levels in numbers",
+        "table": _level_table(ours, bayes),
+    }
 
 
-def _older(evaluations: Sequence[Record]) -> list[Record]:
-    """Of those before the newest, at most OLDER_SHOWN, evenly spaced, with the same classes."""
+def _older(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most OLDER_SHOWN evaluations before the newest, evenly spaced.
+
+    Those of other classes are left out.
+    """
     before = [r for r in evaluations[:-1] if r["classes"] == evaluations[-1]["classes"]]
     if len(before) <= OLDER_SHOWN:
         return before
@@ -120,242 +74,161 @@ def _older(evaluations: Sequence[Record]) -> list[Record]:
     return [before[i] for i in places]
 
 
-def _noise_lines(
-    newest: Record, older: Sequence[Record], key: str, *, with_bayes: bool
-) -> list[Line]:
-    lines = []
-    for i, record in enumerate(older):
-        faint = 0.15 + 0.25 * (i + 1) / len(older)
-        points = _points(record["classifier"], key)
-        lines.append(Line("", points, BLUE, opacity=faint, width=1.3))
-    if with_bayes and newest.get("bayes"):
-        lines.append(Line("Bayes", _points(newest["bayes"], key), ORANGE, dash="5 3", dots=True))
-    lines.append(Line(_name(newest), _points(newest["classifier"], key), BLUE, width=2, dots=True))
-    if older:
-        lines.append(Line("earlier", [], BLUE, opacity=0.3))
-    return lines
-
-
-def _name(record: Record) -> str:
-    return f"step {record['step']:,}" if record["step"] is not None else record["name"]
-
-
-def _points(numbers: Record, key: str) -> list[tuple[float, float]]:
-    (scale,) = (column.factor for column in LEVEL_COLUMNS if column.name == key)
-    return [
-        (row["log_snr"], math.nan if row.get(key) is None else scale * row[key])
-        for row in numbers["levels"]
-    ]
-
-
-def _known(numbers: Record, key: str) -> list[float]:
-    return [row[key] for row in numbers["levels"] if row[key] is not None]
-
-
-def _reliability(numbers: Record) -> str:
-    """Accuracy against confidence; a dot's area is its share of the images."""
-    lines = []
-    for level, color in zip(numbers["reliability"], LEVEL_COLORS, strict=False):
-        bins = level["bins"]
-        total = sum(row["samples"] for row in bins)
-        points = [(100 * b["confidence"], 100 * b["correct"] / b["samples"]) for b in bins]
-        areas = [12 + 300 * b["samples"] / total for b in bins]
-        name = "uniform t" if level["t"] is None else f"t = {level['t']}"
-        lines.append(Line(name, points, color, dots=True, areas=areas, opacity=0.55))
-    share = dict(low=0, high=106, text=percent)  # a large dot at 100 % stands free
-    return line_chart(
-        "Reliability", lines, Axis("confidence", **share), Axis("% right", **share), diagonal=True
-    )
-
-
-def _per_class(record: Record) -> str:
-    """Accuracy of the classes at the chosen levels, each level from its worst class to its best."""
-    lines, known = [], 0
-    for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
-        counts = zip(level["correct@1"], level["samples"], strict=True)
-        values = sorted(100 * hit / count for hit, count in counts if count)
-        known = max(known, len(values))
-        name = "uniform t" if level["t"] is None else f"t = {level['t']}"
-        every = max(1, len(values) // 300)
-        points = [(i + 1.0, value) for i, value in enumerate(values)]
-        kept = points[::every] + points[-1:] * (every > 1)
-        lines.append(Line(name, kept, color, dots=len(kept) <= 30))
-    x = Axis("classes, each level's worst first", low=0.5, high=known + 0.5)
-    return line_chart("Top-1 by class", lines, x, Axis("%", 0, 100, text=percent))
-
-
-def _table(record: Record) -> str:
-    ours, bayes = record["classifier"], record.get("bayes")
+def _level_table(ours: dict[str, Any], bayes: dict[str, Any] | None) -> dict[str, Any]:
+    """Return one row per noise level, after one for uniform t."""
     heads = ["t", "log-SNR", *(column.label or column.name for column in LEVEL_COLUMNS)]
     heads += ["Bayes acc@1", "Bayes loss"] * bool(bayes)
     pairs = [(ours["uniform_t"], bayes and bayes["uniform_t"])]
     pairs += zip(ours["levels"], bayes["levels"] if bayes else ours["levels"], strict=True)
     rows = []
     for row, optimum in pairs:
-        cells = [
-            str(row.get("t", "uniform")),
-            f"{row['log_snr']:.2f}" if "log_snr" in row else "",
-            *(
-                (_share if column.unit == "%" else _plain)(row.get(column.name))
-                for column in LEVEL_COLUMNS
-            ),
-        ]
+        cells = [row.get("t", "uniform"), f"{row['log_snr']:.2f}" if "log_snr" in row else ""]
+        for column in LEVEL_COLUMNS:
+            value = row.get(column.name)
+            cells.append(percent(value) if column.unit == "%" else short(value))
         if bayes:
-            cells += [_share(optimum["acc@1"]), _plain(optimum["loss"])]
+            cells += [percent(optimum["acc@1"]), short(optimum["loss"])]
         rows.append(cells)
-    title = f"{_name(record)}, all {len(ours['levels'])} levels in numbers"
-    return f"<details><summary>{escape(title)}</summary>{table(heads, rows)}</details>"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    """An HTML table of plain words, escaped here."""
-    head = "".join(f"<th>{escape(word)}</th>" for word in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 1000 else short(value)
+    return {"heads": heads, "rows": rows}
 
 
 # ------------------------------------------------------------------------------ images
 
 
-def image_grid(run: Run) -> str:
-    """Validation images at rising noise, each with what it is taken for."""
-    grid = run.grid
-    if grid is None:
+def image_grid(run: RunData) -> dict[str, Any] | str:
+    """Return validation images at rising noise levels, each with its predicted class."""
+    if run.grid is None:
         return (
-            '<div class="empty">No images yet: a validation in training, or '
-            f"<code>python launch/evaluate.py {escape(str(run.path))}</code>, takes them.</div>"
+            "No images yet. A validation during training makes them, and so does: "
+            f"python launch/evaluate.py {run.path}"
         )
-    told, names = grid.predictions, run.classes or []
-    columns = len(told.t)
-    cells = ['<div class="corner">t<br>log-SNR</div>']
-    cells += [
-        f'<div class="level">{t}<br>{snr:.1f}</div>'
-        for t, snr in zip(told.t, told.log_snr, strict=True)
+    shown, names = run.grid.predictions, run.classes or []
+    rows = []
+    for i, label in enumerate(shown.labels):
+        tiles = [
+            {
+                "right": predicted == label,
+                "source": _data_uri(run.grid.tiles[i, j]),
+                "name": class_name(names, predicted),
+                "confidence": percent(shown.confidence[i][j], 0),
+            }
+            for j, predicted in enumerate(shown.predicted[i])
+        ]
+        rows.append({"name": class_name(names, label), "tiles": tiles})
+    levels = [
+        {
+            "t": t,
+            "log_snr": f"{snr:.1f}",
+            "right": f"{sum(row['tiles'][j]['right'] for row in rows)} of {len(rows)}",
+        }
+        for j, (t, snr) in enumerate(zip(shown.t, shown.log_snr, strict=True))
     ]
-    right = [0] * columns
-    for i, label in enumerate(told.labels):
-        name = class_name(names, label)
-        cells.append(f'<div class="truth" title="{name}">{name}</div>')
-        for j in range(columns):
-            predicted, sure = told.predicted[i][j], told.confidence[i][j]
-            hit = predicted == label
-            right[j] += hit
-            words = class_name(names, predicted)
-            share = "-" if sure is None else f"{100 * sure:.0f}&#8239;%"
-            cells.append(
-                f'<figure class="{"hit" if hit else "miss"}">'
-                f'<img src="{_data_uri(grid.tiles[i, j])}" alt="">'
-                f'<figcaption title="{words}"><i>{"✓" if hit else "✗"}</i><em>{words}</em>'
-                f"<b>{share}</b></figcaption></figure>"
-            )
-    cells.append('<div class="truth">right</div>')
-    cells += [f'<div class="sum">{count} of {len(told.labels)}</div>' for count in right]
-    step = f" at step {told.step:,}" if told.step is not None else ""
-    shrunk = f" Shown at 1/{told.shrunk} of their size." if told.shrunk > 1 else ""
-    words = (
-        f"Held-out images{step}, from nearly clean to nearly noise; under each what the "
-        f"classifier takes it for, and how sure it is.{shrunk}"
+    step = f" at step {shown.step:,}" if shown.step is not None else ""
+    shrunk = f" Shown at 1/{shown.shrunk} of their size." if shown.shrunk > 1 else ""
+    text = (
+        f"Held-out images{step}, from nearly clean to nearly noise. Under each one is the "
+        f"predicted class, and how confident the classifier is.{shrunk}"
     )
-    style = f"grid-template-columns: 92px repeat({columns}, minmax(0, 1fr))"
-    return f'<p>{escape(words)}</p><div class="images" style="{style}">{"".join(cells)}</div>'
+    return {"text": text, "levels": levels, "rows": rows}
 
 
 def class_name(names: Sequence[str], label: int) -> str:
-    """Escaped; the number where it has no name."""
-    return escape(str(names[label])) if 0 <= label < len(names) else f"class {label}"
+    """Return the name of a class, or its number if it has no name."""
+    return str(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
 def _data_uri(tile: np.ndarray) -> str:
-    """uint8 [h, w, 3] as an address that holds the image itself."""
+    """Return an image, uint8 [h, w, 3], as an address that holds its bytes."""
     form = "PNG" if tile.shape[0] <= JPEG_SIDE else "JPEG"
-    kept = io.BytesIO()
-    Image.fromarray(tile).save(kept, format=form, **({"quality": 85} if form == "JPEG" else {}))
-    data = base64.b64encode(kept.getvalue()).decode()
+    file = io.BytesIO()
+    Image.fromarray(tile).save(file, format=form, **({"quality": 85} if form == "JPEG" else {}))
+    data = base64.b64encode(file.getvalue()).decode()
     return f"data:image/{form.lower()};base64,{data}"
 
 
 # ------------------------------------------------------------------------------ confusion
 
 
-def confusion(run: Run) -> str:
-    """Few classes: the matrix. Many: the pairs most often confused."""
-    found = [record for record in run.evaluations if record.get("confusion")]
-    if not found:
+def confusion(run: RunData) -> dict[str, Any] | str:
+    """Return the confusion matrix of few classes, or the pairs of many most often confused."""
+    evaluated = [record for record in run.evaluations if record.get("confusion")]
+    if not evaluated:
         return _no_evaluation(run)
-    record = found[-1]
-    told, names = record["confusion"], record["classes"]
-    triples = list(zip(told["label"], told["predicted"], told["samples"], strict=True))
+    record = evaluated[-1]
+    counted, names = record["confusion"], record["classes"]
+    triples = list(zip(counted["label"], counted["predicted"], counted["samples"], strict=True))
     totals = [0] * len(names)
-    for label, _, count in triples:
-        totals[label] += count
-    wrong = sum(count for label, predicted, count in triples if label != predicted)
-    words = (
-        f"{_name(record)} at t = {told['t']}, nearly clean: {wrong:,} of {sum(totals):,} images "
-        "taken for another class."
+    for label, _, images in triples:
+        totals[label] += images
+    wrong = sum(images for label, predicted, images in triples if label != predicted)
+    text = (
+        f"At t = {counted['t']}, nearly clean, {wrong:,} of {sum(totals):,} images are taken for "
+        f"another class ({plots.weights_name(record)})."
     )
     pairs = sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[0], t[1]))
     rows = [
-        [names[label], names[predicted], f"{count:,}", f"{100 * count / totals[label]:.0f} %"]
-        for label, predicted, count in pairs[:PAIRS_SHOWN]
+        [names[label], names[predicted], f"{images:,}", percent(images / totals[label], 0)]
+        for label, predicted, images in pairs[:PAIRS_SHOWN]
     ]
-    often = ["class", "taken for", "images", "of the class"]
+    heads = ["class", "predicted", "images", "of the class"]
     if len(names) <= CLASSES_IN_MATRIX:
-        matrix = _matrix(triples, totals, names)
-        if len(names) <= CLASSES_BESIDE and rows:
-            matrix = f'<div class="beside">{matrix}{table(often, rows[:10], "words")}</div>'
-        return f"<p>{escape(words)}</p>{matrix}"
-    hits = {label: count for label, predicted, count in triples if label == predicted}
-    seen = sorted(
-        (hits.get(label, 0) / total, label) for label, total in enumerate(totals) if total
+        beside = len(names) <= CLASSES_BESIDE and bool(rows)
+        return {
+            "text": text,
+            "layout": "beside" if beside else "",
+            "matrix": _matrix(triples, totals, names),
+            "tables": [{"heads": heads, "rows": rows[:PAIRS_BESIDE]}] * beside,
+        }
+    worst = _worst_classes(triples, totals, names)
+    text += (
+        f" Of {len(names):,} classes, the {len(rows)} pairs most often confused and the "
+        f"{len(worst)} classes least often recognized:"
     )
-    worst = [
-        [names[label], f"{totals[label]:,}", f"{100 * share:.0f} %"]
-        for share, label in seen[:PAIRS_SHOWN]
+    tables = [
+        {"heads": heads, "rows": rows},
+        {"heads": ["class", "images", "right"], "rows": worst},
     ]
-    words += f" Of {len(names):,} classes, the {len(rows)} pairs most often confused"
-    words += f" and the {len(worst)} classes least often known:"
-    return (
-        f'<p>{escape(words)}</p><div class="two">'
-        + table(often, rows, "words")
-        + table(["class", "images", "right"], worst, "words")
-        + "</div>"
-    )
+    return {"text": text, "layout": "two", "matrix": None, "tables": tables}
 
 
-def _matrix(triples: Sequence[tuple[int, int, int]], totals: list[int], names: list[str]) -> str:
-    """A row a class, a column a prediction; shaded by the share of the row."""
-    counts = {(label, predicted): count for label, predicted, count in triples}
-    rows = []
-    for i, name in enumerate(names):
-        cells = [_cell(counts.get((i, j), 0), totals[i], right=i == j) for j in range(len(names))]
-        hit = f"{100 * counts.get((i, i), 0) / totals[i]:.0f} %" if totals[i] else "-"
-        rest = f'<td class="rest">{totals[i]:,}</td><td class="rest">{hit}</td>'
-        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}{rest}</tr>")
-    heads = "".join(f"<th><span>{escape(name)}</span></th>" for name in names)
-    heads += "".join(f'<th class="rest"><span>{word}</span></th>' for word in ("images", "right"))
-    long = " long" if max(map(len, names)) > 4 else ""
-    return (
-        f'<table class="matrix{long}" style="--cell: {min(42, MATRIX_WIDTH // len(names))}px">'
-        f"<thead><tr><th>class ↓ taken for →</th>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
+def _worst_classes(
+    triples: Sequence[tuple[int, int, int]], totals: list[int], names: list[str]
+) -> list[list[str]]:
+    """Return name, number of images and accuracy of the classes with the lowest accuracy."""
+    hits = {label: images for label, predicted, images in triples if label == predicted}
+    accuracies = sorted((hits.get(k, 0) / total, k) for k, total in enumerate(totals) if total)
+    return [
+        [names[label], f"{totals[label]:,}", percent(accuracy, 0)]
+        for accuracy, label in accuracies[:PAIRS_SHOWN]
+    ]
 
 
-def _cell(count: int, total: int, *, right: bool) -> str:
-    if not count:
-        return "<td></td>"
-    share, color = count / total, "0, 114, 178" if right else "213, 94, 0"
-    # Few wrong ones of many must be seen: shaded by the root of their share.
-    alpha = 0.85 * (share if right else math.sqrt(share))
+def _matrix(
+    triples: Sequence[tuple[int, int, int]], totals: list[int], names: list[str]
+) -> dict[str, Any]:
+    """Return one row per class and one column per prediction, shaded by the share of the row."""
+    counts = {(label, predicted): images for label, predicted, images in triples}
+    rows = [
+        {
+            "name": name,
+            "cells": [_cell(counts.get((i, j), 0), totals[i], i == j) for j in range(len(names))],
+            "images": f"{totals[i]:,}",
+            "right": percent(counts.get((i, i), 0) / totals[i] if totals[i] else None, 0),
+        }
+        for i, name in enumerate(names)
+    ]
+    return {
+        "names": names,
+        "rows": rows,
+        "cell": min(42, MATRIX_WIDTH // len(names)),
+        "long": max(map(len, names)) > 4,
+    }
+
+
+def _cell(images: int, total: int, right: bool) -> dict[str, str]:
+    if not images:
+        return {"count": "", "style": ""}
+    share, color = images / total, "0, 114, 178" if right else "213, 94, 0"
+    alpha = 0.85 * (share if right else math.sqrt(share))  # the root makes few errors visible
     ink = "; color: #fff" if alpha > 0.55 else ""
-    return f'<td style="background: rgba({color}, {alpha:.2f}){ink}">{count}</td>'
+    return {"count": str(images), "style": f"background: rgba({color}, {alpha:.2f}){ink}"}

@@ -1,4 +1,4 @@
-"""The report's parts on what happened and what ran: the time line, settings, environment."""
+"""The report's sections on what happened and what ran: the timeline, settings, environment."""
 
 from __future__ import annotations
 
@@ -7,174 +7,146 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import Any
 
+from ds_classifier.common.text import count, duration
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import GROUPS
-from ds_classifier.report.charts import BLUE, GREEN, ORANGE, QUIET, VERMILION, nice_ticks, short
-from ds_classifier.report.data import Job, Run, jobs_of
-from ds_classifier.report.evaluation import table
+from ds_classifier.report import plots
+from ds_classifier.report.data import Attempt, RunData, attempts_of
 
-WIDTH, ROW, LEFT, RIGHT = 1160, 20, 92, 120  # of the time line, pixels
-JOBS_SHOWN, ROWS_SHOWN = 12, 60
-MESSAGE = 400  # characters of a fault's message
+ATTEMPTS_SHOWN, ROWS_SHOWN = 12, 60
+MESSAGE = 400  # characters of a fault's message that are shown
 END_COLORS = {
-    "finished": BLUE,
-    "stopped": GREEN,
-    "running": BLUE,
-    "failed": VERMILION,
-    "killed": VERMILION,
+    "finished": plots.BLUE,
+    "stopped": plots.GREEN,
+    "running": plots.BLUE,
+    "failed": plots.VERMILION,
+    "killed": plots.VERMILION,
 }
-END_WORDS = {"killed": "ended without a word"}
+END_TEXTS = {"killed": "ended without a message"}
 
 
-# ------------------------------------------------------------------------------ time line
+# ------------------------------------------------------------------------------ timeline
 
 
-def time_line(run: Run) -> str:
-    """Jobs over steps, with what went wrong; a table of the same, with times."""
-    jobs = jobs_of(run)
-    rows = _happened(run, jobs)
-    if not jobs and not rows:
-        return '<div class="empty">Nothing is recorded: no events.jsonl, no faults.</div>'
-    shown = rows[-ROWS_SHOWN:]
-    left_out = ""
-    if len(rows) > len(shown):
-        left_out = f"<p>The last {len(shown)} of {len(rows):,} entries.</p>"
-    return _strip(run, jobs) + left_out + table(["when", "step", "what"], shown, "words events")
-
-
-def _strip(run: Run, jobs: Sequence[Job]) -> str:
-    """A bar a job, from its first step to its last; marks of faults under them."""
-    end = max([run.iterations, run.step, *(job.last for job in jobs), 1])
-    shown = jobs[-JOBS_SHOWN:]
-
-    def at(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * min(1.0, max(0.0, step / end))
-
-    parts, y = [], 8
-    for number, job in enumerate(shown, start=len(jobs) - len(shown) + 1):
-        color, left = END_COLORS[job.end], at(job.first)
-        width = max(3.0, at(job.last) - left)
-        title = escape(f"job {number}: steps {job.first:,} to {job.last:,}, {_ended(job)}")
-        parts.append(
-            f'<g><title>{title}</title><text x="0" y="{y + 11}" class="tick">job {number}</text>'
-            f'<rect x="{left:.1f}" y="{y + 2}" width="{width:.1f}" height="11" rx="2" '
-            f'fill="{color}" opacity="0.75"/>'
-            f'<text x="{left + width + 6:.1f}" y="{y + 11}" class="tick">'
-            f"{escape(_ended(job))}</text></g>"
+def timeline(run: RunData) -> dict[str, Any] | str:
+    """Return the attempts over steps and what went wrong, as a figure and as a table."""
+    attempts = attempts_of(run)
+    rows = _rows(run, attempts)
+    if not attempts and not rows:
+        return "Nothing is recorded: no events.jsonl, no faults."
+    notes = [
+        f"The last {shown} of {total:,} {what}."
+        for shown, total, what in (
+            (ATTEMPTS_SHOWN, len(attempts), "attempts"),
+            (ROWS_SHOWN, len(rows), "entries"),
         )
-        y += ROW
-    for name, color, sign, steps in _marks(run, jobs):
-        parts.append(f'<text x="0" y="{y + 11}" class="tick">{escape(name)}</text>')
-        places = sorted({4 * round(at(step) / 4) for step in steps})  # several on a spot: one
-        parts += [
-            f'<text x="{place}" y="{y + 12}" text-anchor="middle" fill="{color}" '
-            f'class="mark">{sign}</text>'
-            for place in places
-        ]
-        y += ROW
-    parts.append(f'<path d="M{LEFT} {y + 4}H{WIDTH - RIGHT}" stroke="{QUIET}"/>')
-    for tick in nice_ticks(0, end, 8):
-        parts.append(
-            f'<path d="M{at(tick):.1f} {y + 4}v4" stroke="{QUIET}"/><text x="{at(tick):.1f}" '
-            f'y="{y + 20}" text-anchor="middle" class="tick">{short(tick)}</text>'
-        )
-    parts.append(f'<text x="0" y="{y + 20}" class="axis">step</text>')
-    before = f"<p>The last {len(shown)} of {len(jobs)} jobs.</p>" if len(shown) < len(jobs) else ""
-    return (
-        f'{before}<svg class="strip" viewBox="0 0 {WIDTH} {y + 28}" role="img" '
-        f'aria-label="jobs and faults over steps">{"".join(parts)}</svg>'
-    )
+        if shown < total
+    ]
+    table = {"heads": ["time", "step", "event"], "rows": rows[-ROWS_SHOWN:]}
+    return {"notes": notes, "strip": _strip(run, attempts), "table": table}
 
 
-def _marks(run: Run, jobs: Sequence[Job]) -> list[tuple[str, str, str, list[float]]]:
-    """Name, colour, sign and steps of each kind of mishap that happened."""
+def _strip(run: RunData, attempts: Sequence[Attempt]) -> str:
+    """Return a bar per attempt, from its first step to its last, and marks of faults, as SVG."""
+    bars = [
+        plots.Bar(f"attempt {number}", a.first, a.last, _end(a), END_COLORS[a.end])
+        for number, a in enumerate(attempts, start=1)
+    ]
+    last_step = max([run.iterations, run.step, *(a.last for a in attempts), 1])
+    return plots.timeline_svg(bars[-ATTEMPTS_SHOWN:], _marks(run, attempts), last_step)
+
+
+def _marks(run: RunData, attempts: Sequence[Attempt]) -> list[plots.Marks]:
+    """Return the steps of each kind of fault that happened."""
     batch = run.global_batch
+    skipped = [r["step"] for r in run.skipped if "step" in r]
     bad = [r["position"] / batch for r in run.bad_samples if batch and "position" in r]
     failed = [e.get("step", 0) for e in run.events if e["event"] == "save failed"]
+    faults = [_step_at(fault.time, attempts) for fault in run.faults]
     kinds = [
-        ("skipped", ORANGE, "▲", [r["step"] for r in run.skipped if "step" in r]),
-        ("bad images", VERMILION, "◆", bad),
-        ("failed saves", VERMILION, "✕", failed),
-        ("faults", VERMILION, "!", [_step_of(fault.time, jobs) for fault in run.faults]),
+        plots.Marks("skipped", skipped, "^", plots.ORANGE),
+        plots.Marks("bad images", bad, "D", plots.VERMILION),
+        plots.Marks("failed saves", failed, "x", plots.VERMILION),
+        plots.Marks("faults", faults, "X", plots.VERMILION),
     ]
-    return [kind for kind in kinds if kind[3]]
+    return [kind for kind in kinds if kind.steps]
 
 
-def _step_of(moment: float, jobs: Sequence[Job]) -> int:
-    """The last step of the job under way then."""
-    return next((job.last for job in reversed(jobs) if job.time <= moment), 0)
+def _step_at(moment: float, attempts: Sequence[Attempt]) -> int:
+    """Return the last step of the attempt that was running at a time."""
+    return next((a.last for a in reversed(attempts) if a.time <= moment), 0)
 
 
-def _ended(job: Job) -> str:
-    words = END_WORDS.get(job.end, job.end)
-    return f"{words}, {_duration(job.time_end - job.time)}" if job.time_end else words
+def _end(attempt: Attempt) -> str:
+    """Return how an attempt ended, and how long it ran."""
+    text = END_TEXTS.get(attempt.end, attempt.end)
+    return f"{text}, {duration(attempt.time_end - attempt.time)}" if attempt.time_end else text
 
 
-def _happened(run: Run, jobs: Sequence[Job]) -> list[list[str]]:
-    """When, step and what, by time; what has no time of its own stands last."""
-    rows = [*_of_jobs(jobs), *_of_events(run, jobs)]
+def _rows(run: RunData, attempts: Sequence[Attempt]) -> list[list[str]]:
+    """Return time, step and event by time; at the end those whose time is not known."""
+    rows = [*_starts_and_kills(attempts), *_events(run, attempts)]
     for fault in run.faults:
-        said = " / ".join(_last_error(message) for message in fault.messages) or "no message"
-        what = f"{said} (errors/{fault.name}: {fault.ranks} rank files)"
-        rows.append((fault.time, _when(fault.time), _step_of(fault.time, jobs), what))
+        messages = " / ".join(_last_error(message) for message in fault.messages) or "no message"
+        what = f"{messages} (errors/{fault.name}: {count(fault.ranks, 'rank file')})"
+        rows.append((fault.time, _time(fault.time), _step_at(fault.time, attempts), what))
     rows.sort(key=lambda row: row[0])
-    told = [[when, f"{step:,}", what] for _, when, step, what in rows]
-    return told + [["", *words] for words in _without_time(run)]
+    return [[when, f"{step:,}", what] for _, when, step, what in rows] + _without_time(run)
 
 
-def _of_jobs(jobs: Sequence[Job]) -> Iterator[tuple[float, str, int, str]]:
-    """Their beginnings; and the ends of those that were killed, of which nobody knows when."""
-    later = [*(job.time for job in jobs[1:]), math.inf]
-    for job, next_start in zip(jobs, later, strict=False):
-        facts = job.facts
-        what = "started" if facts["event"] == "start" else f"resumed from step {job.first:,}"
-        lost = int(facts.get("reached") or 0) - job.first
-        if facts["event"] == "resume" and lost > 0:
-            what += f" ({lost:,} done again)"
-        ranks = facts.get("world_size", 1)
-        what += f" on {ranks} rank{'s' * (ranks != 1)}, "
+def _starts_and_kills(attempts: Sequence[Attempt]) -> Iterator[tuple[float, str, int, str]]:
+    """Yield the start of each attempt, and the end of each killed one, whose time is not known."""
+    next_starts = [*(a.time for a in attempts[1:]), math.inf]
+    for attempt, next_start in zip(attempts, next_starts, strict=False):
+        facts = attempt.facts
+        resumed = facts["event"] == "resume"
+        what = f"resumed from step {attempt.first:,}" if resumed else "started"
+        lost = int(facts.get("reached") or 0) - attempt.first
+        if resumed and lost > 0:
+            what += f" ({count(lost, 'step')} repeated)"
+        what += f" on {count(facts.get('world_size', 1), 'rank')}, "
         what += f"{facts.get('device', '')}, {facts.get('host', '')}"
-        yield job.time, _when(job.time), job.first, what
-        if job.end == "killed":
-            yield next_start - 1e-3, "", job.last, "ended without a word: killed, or cut off"
+        yield attempt.time, _time(attempt.time), attempt.first, what
+        if attempt.end == "killed":
+            yield next_start - 1e-3, "", attempt.last, "ended without a message: killed or crashed"
 
 
-def _of_events(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[float, str, int, str]]:
-    words = {
+def _events(run: RunData, attempts: Sequence[Attempt]) -> Iterator[tuple[float, str, int, str]]:
+    """Yield the events other than starts."""
+    texts = {
         "finish": "finished",
         "stop": "stopped by {reason}",
         "save failed": "checkpoint not written: {message}",
         "failed": "{message}",
     }
     for event in run.events:
-        moment, what = event["time"], words.get(event["event"])
-        if what is not None:
-            what = what.format_map(dict(reason="?", message="?") | event)
-            yield moment, _when(moment), int(event.get("step", _step_of(moment, jobs))), what
+        moment, text = event["time"], texts.get(event["event"])
+        if text is not None:
+            what = text.format_map(dict(reason="?", message="?") | event)
+            yield moment, _time(moment), int(event.get("step", _step_at(moment, attempts))), what
 
 
-def _when(moment: float) -> str:
+def _time(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
-def _without_time(run: Run) -> list[tuple[str, str]]:
-    """Skipped steps and bad samples, which are listed by step and place."""
-    lines = []
+def _without_time(run: RunData) -> list[list[str]]:
+    """Return rows for skipped steps and bad samples, which are recorded without a time."""
+    rows = []
     if run.skipped:
         steps = [row["step"] for row in run.skipped if "step" in row]
         what = f"{len(steps):,} skipped: gradient not finite (skipped_steps.jsonl)"
-        lines.append((_range(steps), what))
+        rows.append(["", _range(steps), what])
     if run.bad_samples:
         batch = run.global_batch or 1
         steps = [r["position"] // batch for r in run.bad_samples if "position" in r]
         keys = [str(key) for key in dict.fromkeys(r.get("key") for r in run.bad_samples)]
         named = ", ".join(keys[:3] + ["..."] * (len(keys) > 3))
         what = f"{len(run.bad_samples):,} not decoded: {named} (bad_samples.rank*.jsonl)"
-        lines.append((_range(steps), what))
-    return lines
+        rows.append(["", _range(steps), what])
+    return rows
 
 
 def _range(steps: Sequence[int]) -> str:
@@ -185,77 +157,54 @@ def _range(steps: Sequence[int]) -> str:
 
 
 def _last_error(message: str) -> str:
-    """The line that says what is wrong, of a message with a traceback above it."""
+    """Return the line that says what is wrong, from a message that begins with a traceback."""
     lines = [line for line in message.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    said = (errors or lines or [""])[-1]
-    return said if len(said) <= MESSAGE else said[: MESSAGE - 3] + "..."
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 100:
-        return f"{hours / 24:.1f} days"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    error = (errors or lines or [""])[-1]
+    return error if len(error) <= MESSAGE else error[: MESSAGE - 3] + "..."
 
 
 # ------------------------------------------------------------------------------ settings
 
 
-def settings(run: Run) -> str:
-    """Settings by group, those unlike their defaults in bold; the JSON; versions; the command."""
+def settings(run: RunData) -> dict[str, Any] | str:
+    """Return settings by group, the environment, the command and the DeepSpeed JSON."""
     if not run.settings and not run.environment:
-        return '<div class="empty">No config.json: the run never started.</div>'
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    groups: dict[str, list[str]] = {group: [] for group in (*GROUPS, "other")}
+        return "No config.json: the run never started."
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    group_of = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
+    groups: dict[str, list[dict]] = {group: [] for group in (*GROUPS, "other")}
     for name, value in run.settings.items():
-        field = fields.get(name)
-        group = next(
-            (g for g, kind in GROUPS.items() if name in kind.__dataclass_fields__), "other"
-        )
-        own = field is None or value != field.default
-        groups[group].append(_entry(name, value, own))
-    lists = [
-        f"<div><h3>{group}</h3><dl>{''.join(entries)}</dl></div>"
-        for group, entries in groups.items()
-        if entries
-    ]
-    facts = _environment(run.environment)
-    if facts:
-        lists.append(f"<div><h3>environment</h3><dl>{''.join(facts)}</dl></div>")
-    parts = [
-        "<p>In bold what is not the default.</p>",
-        f'<div class="settings">{"".join(lists)}</div>',
-    ]
+        changed = name not in defaults or value != defaults[name]
+        groups[group_of.get(name, "other")].append(_entry(name, value, bold=changed))
+    groups["environment"] = _environment(run.environment)
     blocks = [
-        ("Command", run.command.strip()),
-        ("DeepSpeed JSON", json.dumps(run.deepspeed, indent=1) if run.deepspeed else ""),
+        {"name": "Command", "text": run.command.strip()},
+        {
+            "name": "DeepSpeed JSON",
+            "text": json.dumps(run.deepspeed, indent=1) if run.deepspeed else "",
+        },
     ]
-    parts += [
-        f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
-        for title, text in blocks
-        if text
-    ]
-    return "".join(parts)
+    return {
+        "groups": [{"name": name, "entries": some} for name, some in groups.items() if some],
+        "blocks": [block for block in blocks if block["text"]],
+    }
 
 
-def _entry(name: str, value: Any, own: bool) -> str:
-    words = "default" if value is None else "" if value == "" else f"{value}"
-    words = escape(words) or "&ndash;"
-    return f"<dt>{escape(name)}</dt><dd>{f'<b>{words}</b>' if own else words}</dd>"
+def _entry(name: str, value: Any, *, bold: bool = False) -> dict[str, Any]:
+    text = "default" if value is None else "–" if value == "" else str(value)
+    return {"name": name, "value": text, "bold": bold}
 
 
-def _environment(environment: dict[str, Any]) -> list[str]:
-    """Versions and places; nested facts by their own names."""
+def _environment(environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return versions and paths; facts in a nested object appear under their own names."""
     entries = []
     for name, value in environment.items():
         if isinstance(value, dict):
             for key, fact in value.items():
                 if name == "git" and key == "changes":
-                    fact = f"{len((fact or '').splitlines())} files"
-                label = f"git {key}" if name == "git" else key
-                entries.append(_entry(label, fact or "", False))
+                    fact = count(len((fact or "").splitlines()), "file")
+                entries.append(_entry(f"git {key}" if name == "git" else key, fact or ""))
         else:
-            entries.append(_entry(name, value, False))
+            entries.append(_entry(name, value))
     return entries

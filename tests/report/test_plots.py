@@ -1,0 +1,81 @@
+"""The figures: points are at the right places, gaps stay gaps, no screen is needed."""
+
+import math
+import re
+
+import pytest
+from PIL import Image
+from report_page import HOSTILE, Page, record
+from running import ROOT, run_python
+
+from ds_classifier.report.plots import Axis, Line, curves_svg, plot_evaluation, plot_series
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [1e-9, 5e9], [-3.0, 2.0], [math.nan, 1.0]])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_chart_of_anything(values, log):
+    points = list(enumerate(values))
+    svg = curves_svg("a", [Line("b", points, "#000")], Axis(log=log), last_step=2)
+    Page(svg)
+    assert "nan" not in svg
+
+
+@pytest.mark.parametrize("points", [[], [(1, math.nan)]])
+def test_a_chart_of_nothing_says_so(points):
+    svg = curves_svg("a", [Line("b", points, "#000")], Axis(), last_step=2)
+    assert "nothing to show yet" in Page(svg).text
+
+
+def test_nan_interrupts_a_line():
+    points = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, 2.0)]
+    svg = curves_svg("a", [Line("", points, "#123456")], Axis(), last_step=4)
+    path = re.search(r'<path d="([^"]*)"[^>]*stroke: #123456', svg).group(1)
+    assert len(re.findall(r"M [\d.]+ [\d.]+L [\d.]+ [\d.]+", path)) == 2
+
+
+def test_a_spike_does_not_flatten_the_curve():
+    band = [(x, 0.9, 5000.0 if x == 60 else 1.1) for x in range(200)]
+    line = Line("", [(x, 1.0) for x in range(200)], "#000", band=band)
+    texts = Page(curves_svg("a", [line], Axis(0), last_step=200)).texts
+    assert "1" in texts
+    assert "200" in texts  # the last step
+    assert max(float(word) for word in texts if re.fullmatch(r"[\d.]+", word)) == 200
+
+
+def test_a_point_is_where_its_numbers_say():
+    svg = curves_svg("a", [Line("b", [(25, 0.5)], "#123456")], Axis(0, 1), last_step=100)
+    x, y = re.search(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: #123456', svg).groups()
+    ticks = re.findall(r'text-anchor: (\w+)[^>]* x="([\d.]+)" y="([\d.]+)">([\d.]+)</text>', svg)
+    at_x = {float(text): float(left) for side, left, _, text in ticks if side == "middle"}
+    at_y = {float(text): float(top) for side, _, top, text in ticks if side == "end"}
+    assert float(x) == pytest.approx(at_x[0] + (at_x[100] - at_x[0]) / 4, abs=0.2)
+    half = (at_y[0] + at_y[1]) / 2
+    assert half - 5 < float(y) < half  # the baseline of a tick label is below its middle
+    assert "<title>b: 25, 0.5</title>" in svg
+
+
+def test_numbers_in_a_legend_keep_their_digits():
+    svg = curves_svg("a", [Line("b", [(0, 1.0), (1, 0.0517)], "#000")], Axis(), last_step=1)
+    assert "b 0.0517" in Page(svg).text
+
+
+@pytest.mark.parametrize("backend", ["TkAgg", "module://gone"])
+def test_figures_need_no_screen_and_no_backend(backend):
+    code = (
+        "from ds_classifier.report.plots import *\n"
+        "print(curves_svg('a', [Line('b', [(0, 1.0)], INK)], Axis(), last_step=1)[:4])\n"
+        "import sys; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    done = run_python("-c", code, cwd=ROOT, MPLBACKEND=backend, DISPLAY="")
+    assert (done.code, done.lines) == (0, ["<svg"]), done.output
+
+
+def test_png_files_of_any_class_names(run):
+    """Class names may look like formulas, or have no glyphs in the font."""
+    made = record(10, ["$\\bad", "犬", HOSTILE], {(0, 0): 3, (0, 1): 1, (2, 2): 4})
+    plot_evaluation(made, run / "one.png")
+    plot_series([made, made | {"step": 20}], run / "series.png")
+    plot_series([made, made | {"step": None, "name": "other"}], run / "names.png")
+    for name in ("one", "series", "names"):
+        with Image.open(run / f"{name}.png") as image:
+            assert image.size[0] > 1500
