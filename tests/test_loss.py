@@ -1,4 +1,4 @@
-"""What a pixel means, and the loss of noised images."""
+"""The meaning of a pixel, and the loss of noised images."""
 
 import torch
 

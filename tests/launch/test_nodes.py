@@ -41,7 +41,7 @@ def golden(digits, tmp_path_factory) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    """Of steps 1, 2, ...: each once, whatever happened."""
+    """Return the losses of steps 1, 2, ..., each of which must be logged once."""
     rows = read_log(run)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["train_loss"] for row in rows]
@@ -100,7 +100,7 @@ def test_torchrun_starts_hosts_too(golden, digits, tmp_path):
 
 
 def test_a_lost_host_ends_the_others_and_the_run_goes_on(golden, digits, tmp_path, capsys):
-    """Its processes killed, its cable pulled, its link slowed, its power cut, in one run."""
+    """A host's processes are killed, its cable pulled, its link slowed, its power cut, in one run."""
     with Hosts(tmp_path, digits, 2) as hosts:
         one, two = hosts.nodes
         run = hosts.inside(one) / "run"

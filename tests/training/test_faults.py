@@ -181,7 +181,7 @@ def test_a_run_under_a_series_of_faults_ends_as_if_undisturbed(digits, tmp_path)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_last_good_checkpoint(digits, tmp_path):
-    """On two ranks: both end, at once and with the same words; the same command then goes on."""
+    """Both ranks end at once with the same message; the same command then continues the run."""
     flags = ["--global_batch", "8", "--iterations", "12", "--save_interval", "2"]
     golden, run = tmp_path / "golden", tmp_path / "run"
     train(2, "zero2_bf16", digits, golden, *flags)

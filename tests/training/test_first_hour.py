@@ -71,7 +71,7 @@ def test_a_dry_run_through_the_launcher(digits, tmp_path):
 
 
 def test_a_dry_run_of_a_run_half_done(digits, tmp_path):
-    """It starts from the checkpoint, counts what is left, refuses what a run would refuse."""
+    """The dry run starts from the checkpoint, counts what is left, refuses what a run would."""
     run = tmp_path / "run"
     flags = ["--iterations", "8", "--save_interval", "4", "--log_interval", "4"]
     trained = command(1, digits, run, *flags, config="zero1_fp32")
@@ -139,7 +139,7 @@ def test_the_largest_micro_batch_on_paper():
 
 @pytest.mark.parametrize("capacity", [4 * MIB, 2 * 1024**2 * MIB])
 def test_it_is_told_where_the_micro_batch_is_set(capacity):
-    """Whether all fit or not, in a line that a terminal of 120 columns shows whole."""
+    """The line says whether all fit or not, within the 120 columns of a terminal."""
     line = MemoryLine(fixed=10.0, per_image=MIB, capacity=capacity, sizes=(8, 16, 32))
     told = memory_lines(line, BatchSizes(32, 64, 1))[1]
     assert "(train_micro_batch_size_per_gpu)" in told

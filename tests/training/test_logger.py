@@ -64,7 +64,7 @@ def test_a_kill_at_any_byte_changes_nothing_after_the_resume(tmp_path, checkpoin
 
 
 def test_a_log_that_loses_nothing_stays_the_same_file(tmp_path):
-    """So that `tail -f` goes on."""
+    """The file must stay the same one for `tail -f`."""
     write(tmp_path, rows_from(0, 60))
     before = (tmp_path / "log.jsonl").stat().st_ino
     write(tmp_path, rows_from(60, 90), first_step=60)
@@ -111,7 +111,7 @@ class FullDisk:
 
 
 def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
-    """Also a row of which a part was written; said once; the run goes on, and no row is missing."""
+    """A row that was written in part waits too; it is reported once, and no row is missing."""
     logger = RunLogger(tmp_path, first_step=0)
     disk = logger._jsonl = FullDisk(logger._jsonl, 200)
     rows = rows_from(0, 90)
@@ -126,7 +126,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
 
 
 def test_tensorboard_on_a_full_disk_stops_nobody(tmp_path):
-    """Its thread would die, and its queue of 10 fill."""
+    """Without our patch its thread would die, and its queue of 10 fill."""
     logger = RunLogger(tmp_path, first_step=0)
     records = logger._tb.file_writer.event_writer._ev_writer._py_recordio_writer
     records._writer = FullDisk(records._writer, 0)

@@ -1,4 +1,4 @@
-"""What is due after which step, and the clock of the log."""
+"""The things due after a step, and the clock of the log."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""When a run gives up over gradients that are not finite; whole runs are in test_training.py."""
+"""A run that gives up over gradients that are not finite; whole runs are in test_training.py."""
 
 import json
 from types import SimpleNamespace

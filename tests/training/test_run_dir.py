@@ -1,4 +1,4 @@
-"""Where a run directory says that training goes on, and when it must not start anew."""
+"""The events of a run directory, and when a run must not start anew."""
 
 import json
 

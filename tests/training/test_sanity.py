@@ -1,4 +1,4 @@
-"""What is said of made-up and of real rows, and that noise alone makes nothing be said."""
+"""The lines said about made-up and real rows; noise alone must make none."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def test_noise_around_a_good_training_raises_no_alarm(seed, images):
 
 
 def noisy_rows(random, count, *, accuracy, images):
-    """As the sampler `noisy` makes them: 1, 3, 5, 7 of 16 images in the quartiles of t."""
+    """The sampler `noisy` puts 1, 3, 5, 7 of 16 images into the quartiles of t."""
     for step in range(1, count + 1):
         drawn_in = random.multinomial(images, [1 / 16, 3 / 16, 5 / 16, 7 / 16])
         hits = random.binomial(drawn_in, accuracy)
@@ -168,7 +168,7 @@ def test_chance_is_that_of_the_labels_at_hand():
 
 
 def test_luck_is_bounded():
-    """Of 100,000 trials of 160 guesses, none is taken for knowledge; the bound is 6e-6."""
+    """None of 100,000 trials of 160 guesses is taken for knowledge; the bound is 6e-6."""
     counts = np.random.RandomState(0).binomial(160, 0.1, 100_000)
     assert not any(above_chance(count / 160, 0.1, 160) for count in np.unique(counts))
     assert above_chance(0.3, 0.1, 160)
@@ -213,7 +213,7 @@ def test_training_far_above_validation():
 
 
 def test_validations_a_thousand_rows_apart_are_remembered():
-    """As with the defaults: a line every 10 steps, a validation every 10,000."""
+    """The defaults: a line every 10 steps, a validation every 10,000."""
     rows = sequence(range(10, 30_001, 10), accuracies=flat([0.75] * 4), loss=flat(0.7))
     losses = {10_000: 1.3, 20_000: 1.6, 30_000: 1.9}
     validations = [{"step": s, "val_loss": v, "val_acc@1": 0.66} for s, v in losses.items()]
@@ -257,7 +257,7 @@ def test_numbers_that_are_none_are_passed_over():
 
 
 def test_small_batches_are_judged_too():
-    """Of 2 images a line, 20 lines are too few to tell; more are taken."""
+    """At 2 images per line, 20 lines are too few to judge; more are taken."""
     row = {"window_samples": 2, "train_loss": 0.3, "train_acc@1": 0.9}
     row |= {f"train_acc@1_q{q}": 0.9 for q in range(4)}
     (said,) = watched([{"step": step, **row} for step in range(1, 400)])
@@ -297,7 +297,7 @@ def test_more_noise_that_is_easier():
     ],
 )
 def test_rows_of_real_runs(run, wanted):
-    """Of a tiny classifier on digits, as log.jsonl had them."""
+    """The rows of a tiny classifier on digits, from its log.jsonl."""
     recorded = json.loads((GOLDEN / "sanity_rows.json").read_text())[run]
     said = watched(recorded)
     for words in wanted:

@@ -34,7 +34,7 @@ class Job(AnyJob):
 
 
 def listening(environments: dict[int, dict[str, str]]) -> int:
-    """How many ranks have a handler for SIGUSR1, by the kernel's account."""
+    """Return the number of ranks that have a handler for SIGUSR1, by the kernel's account."""
     count = 0
     for pid in (p for p, e in environments.items() if "RANK" in e):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -225,7 +225,7 @@ def test_one_ranks_error_and_too_little_memory(digits, tmp_path):
 
 @pytest.mark.faults
 def test_killed_ranks_leave_nothing_and_the_run_goes_on(digits, tmp_path, capsys):
-    """Of 4 ranks, with their loader workers: {0}, {1, 2}, all; SIGKILL, as the kernel does it."""
+    """Kill {0}, {1, 2} and all of 4 ranks, with their loader workers, by SIGKILL."""
     golden, run = tmp_path / "golden", tmp_path / "run"
     for victims in ([0], [1, 2], [0, 1, 2, 3]):
         job = Job(4, digits, run, PACE="0.2")
