@@ -100,7 +100,7 @@ def test_torchrun_starts_hosts_too(golden, digits, tmp_path):
 
 
 def test_a_lost_host_ends_the_others_and_the_run_goes_on(golden, digits, tmp_path, capsys):
-    """A host's processes are killed, its cable pulled, its link slowed, its power cut, in one run."""
+    """A host loses its processes, its cable, its bandwidth and its power, in one run."""
     with Hosts(tmp_path, digits, 2) as hosts:
         one, two = hosts.nodes
         run = hosts.inside(one) / "run"
