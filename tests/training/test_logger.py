@@ -126,7 +126,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
 
 
 def test_tensorboard_on_a_full_disk_stops_nobody(tmp_path):
-    """Without our patch its thread would die, and its queue of 10 fill."""
+    """An unpatched tensorboardX thread would die, and its queue of 10 fill."""
     logger = RunLogger(tmp_path, first_step=0)
     records = logger._tb.file_writer.event_writer._ev_writer._py_recordio_writer
     records._writer = FullDisk(records._writer, 0)

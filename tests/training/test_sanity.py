@@ -168,7 +168,7 @@ def test_chance_is_that_of_the_labels_at_hand():
 
 
 def test_luck_is_bounded():
-    """None of 100,000 trials of 160 guesses is taken for knowledge; the bound is 6e-6."""
+    """Luck in 100,000 trials of 160 guesses is never taken for knowledge; the bound is 6e-6."""
     counts = np.random.RandomState(0).binomial(160, 0.1, 100_000)
     assert not any(above_chance(count / 160, 0.1, 160) for count in np.unique(counts))
     assert above_chance(0.3, 0.1, 160)
@@ -257,7 +257,7 @@ def test_numbers_that_are_none_are_passed_over():
 
 
 def test_small_batches_are_judged_too():
-    """At 2 images per line, 20 lines are too few to judge; more are taken."""
+    """A judgement at 2 images per line takes more than 20 lines."""
     row = {"window_samples": 2, "train_loss": 0.3, "train_acc@1": 0.9}
     row |= {f"train_acc@1_q{q}": 0.9 for q in range(4)}
     (said,) = watched([{"step": step, **row} for step in range(1, 400)])
