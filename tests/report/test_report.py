@@ -28,6 +28,7 @@ from ds_classifier.evaluation.image_grid import (
     load_grid,
     save_grid,
 )
+from ds_classifier.evaluation.metrics import METRICS, Metric
 from ds_classifier.report.data import read_run
 from ds_classifier.report.page import page, write_report
 from ds_classifier.training.run_dir import append_event, read_events
@@ -288,3 +289,14 @@ def test_a_report_that_cannot_be_written_is_one_line(capsys):
     assert failures.tolerate("report.html", broken) is None
     assert failures.tolerate("report.html", lambda: 3) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_new_metric_has_charts(run, monkeypatch):
+    entry = Metric(name="entropy", title="Entropy", unit="nats", per_sample=None)
+    monkeypatch.setitem(METRICS, "entropy", entry)
+    write_log(run, [training_row(step, 1.0, train_entropy=0.5) for step in (10, 20)])
+    write_record(run, record(20, ["a", "b"], {(0, 0): 4}))
+    parsed = opened(run)
+    assert "Entropy, nats, by quartile of t" in parsed.sections["curves"]
+    assert "training 0.5" in parsed.sections["curves"]
+    assert "Entropy, nats" in parsed.sections["noise"]
