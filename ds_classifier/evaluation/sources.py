@@ -34,7 +34,7 @@ def find_sources(source: Path | None, checkpoints: list[str]) -> list[str]:
     whole = []
     for path in reversed(disk.list_checkpoints(source / "checkpoints")):
         if problem := disk.damage(path):
-            distributed.say(f"passed over {path}: {problem}")
+            distributed.say(f"skipped {path}: {problem}")
         else:
             whole.append(str(path))
     if not whole:
