@@ -27,7 +27,7 @@ from ds_classifier.common.keyed_random import Draws, fold, stream_key
 from ds_classifier.data import images
 from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import store_of
+from ds_classifier.data.splits import store_of
 from ds_classifier.distributed import processes
 
 AHEAD = 2**17  # positions that a rank looks ahead at most, to name the shards it will need

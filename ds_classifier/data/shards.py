@@ -26,6 +26,7 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
+from ds_classifier.data.store import Shard
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, key_of, member_name
 
 MANIFEST = "manifest.json"
@@ -42,16 +43,6 @@ PLAIN_URL = re.compile(
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
 INDEX_ROWS = 1 << 20  # rows of an index that are checked together
 CHECKED_ROWS = 1 << 24  # an index with more rows, 336 MB, is not checked at every start
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar, as the manifest lists it."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.data.splits import RemoteShardSet
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED, log_snr
 from ds_classifier.evaluation.image_grid import ImageGrid, Predictions

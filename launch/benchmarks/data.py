@@ -20,7 +20,7 @@ from ds_classifier.data.images import decode, random_crop
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.store import store_of
+from ds_classifier.data.splits import store_of
 
 from .measuring import interleaved
 

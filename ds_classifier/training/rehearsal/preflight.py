@@ -22,7 +22,7 @@ from ds_classifier.common.text import count
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import PER_NODE_SETTINGS
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import RemoteShardSet
+from ds_classifier.data.splits import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
 
 PROBE_BYTES = 2**24

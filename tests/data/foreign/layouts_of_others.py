@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from ds_classifier.data.foreign.index import index
-from ds_classifier.data.store import store_of
+from ds_classifier.data.splits import store_of
 
 FAST = dict(stall_timeout_s=0.5, retries=3, pause_s=0.02)
 

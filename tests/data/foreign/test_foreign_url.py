@@ -18,7 +18,7 @@ from layouts_of_others import (
 from ds_classifier.data.foreign.index import index
 from ds_classifier.data.remote import fetch
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.store import open_split
+from ds_classifier.data.splits import open_split
 
 
 @pytest.mark.parametrize(
