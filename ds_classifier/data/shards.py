@@ -19,6 +19,7 @@ import os
 import re
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.store import Shard
+from ds_classifier.data.store import Shard, ShardStore
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, key_of, member_name
 
 MANIFEST = "manifest.json"
@@ -109,12 +110,21 @@ class Manifest:
 class ShardSet:
     """A split opened for reading.
 
-    folder: the directory of the tars. index: [N] INDEX_DTYPE, memory-mapped.
+    folder: the directory of the tars; for a split at a URL, their part of the cache, where shards
+        are added and removed.
+    index: [N] INDEX_DTYPE, memory-mapped.
+    remote_store: the store of a split at a URL; None for a local split.
     """
 
     folder: Path
     manifest: Manifest
     index: np.ndarray
+    remote_store: ShardStore | None = None
+
+    @cached_property
+    def store(self) -> ShardStore:
+        """The reader of the shards' bytes."""
+        return self.remote_store or ShardStore(self.folder, self.manifest.shards)
 
     def path(self, shard: int) -> Path:
         """Return the path of a shard."""
@@ -125,16 +135,10 @@ class ShardSet:
         row = self.index[sample]
         offset, reach = int(row["offset"]), min(int(row["offset"]), NAME_REACH)
         try:
-            name = member_name(self._bytes(int(row["shard"]), offset - reach, reach))
-        except tarfile.TarError:  # the shard was damaged after it was indexed
+            name = member_name(self.store.read(int(row["shard"]), offset - reach, reach))
+        except (tarfile.TarError, OSError):  # the shard was damaged or cut after it was indexed
             return f"at byte {offset}"
         return key_of(name)[0]
-
-    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
-        """Return bytes of a shard."""
-        with open(self.path(shard), "rb") as file:
-            file.seek(offset)
-            return file.read(length)
 
 
 class Neighbours(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
@@ -20,23 +19,6 @@ from ds_classifier.data.shards import (
 from ds_classifier.data.store import ShardStore, is_url, url_of
 
 MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB
-
-
-@dataclass(frozen=True)
-class RemoteShardSet(ShardSet):
-    """A split at a URL. folder: its part of the cache, where shards are added and removed."""
-
-    store: ShardStore
-
-    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
-        return self.store.read(shard, offset, length)
-
-
-def store_of(shards: ShardSet) -> ShardStore:
-    """Return the store that reads the shards of an opened split."""
-    if isinstance(shards, RemoteShardSet):
-        return shards.store
-    return ShardStore(shards.folder, shards.manifest.shards)
 
 
 def open_split(
@@ -74,7 +56,7 @@ def open_split(
             return open_shards(folder, to_verify=to_verify)
         store = ShardStore(manifest.location, manifest.shards, **options)
         index = read_index(folder / INDEX, manifest, thorough=to_verify)
-        return RemoteShardSet(store.folder, manifest, index, store)
+        return ShardSet(store.folder, manifest, index, store)
     patience = Patience(stall_timeout_s, retries, pause_s)
     refuse_pipe(location, allow_pipe)
     refuse_hidden_login(location)
@@ -91,7 +73,7 @@ def open_split(
     rows = manifest.samples * INDEX_DTYPE.itemsize
     path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
     index = read_index(path, manifest, thorough=to_verify)
-    return RemoteShardSet(store.folder, manifest, index, store)
+    return ShardSet(store.folder, manifest, index, store)
 
 
 def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:
