@@ -144,16 +144,16 @@ class ShardSet:
 class Neighbours(NamedTuple):
     """The shares of neighbours, samples next to each other in a shard, that have the same class.
 
-    alike: the share in this split. by_chance: the expected share in a random order.
+    same_class: the share in this split. by_chance: the expected share in a random order.
     """
 
-    alike: float
+    same_class: float
     by_chance: float
 
     @property
     def sorted_by_class(self) -> bool:
         """Shows whether the samples are sorted by class, fully or in part."""
-        return self.alike > 2 * self.by_chance + 0.05
+        return self.same_class > 2 * self.by_chance + 0.05
 
 
 def neighbours(index: np.ndarray) -> Neighbours:
@@ -161,9 +161,9 @@ def neighbours(index: np.ndarray) -> Neighbours:
     rows = index[:INDEX_ROWS]
     labels, shards = rows["label"], rows["shard"]
     same_shard = shards[1:] == shards[:-1]
-    alike = (labels[1:] == labels[:-1])[same_shard].mean() if same_shard.any() else 0.0
+    same_class = (labels[1:] == labels[:-1])[same_shard].mean() if same_shard.any() else 0.0
     frequency = np.bincount(labels) / len(rows)
-    return Neighbours(float(alike), float((frequency**2).sum()))
+    return Neighbours(float(same_class), float((frequency**2).sum()))
 
 
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
