@@ -55,7 +55,7 @@ class Manifest:
     stored: "original" for the unchanged bytes of the source; or "halved" for images halved as far
         as every crop at image_size pixels allows, in `form` ("png" or "jpg"): see `images.halve`.
     undecodable: names of the images that could not be halved and are stored unchanged.
-    location: directory (absolute) or URL of the tars; None if they lie beside the manifest.
+    location: directory (absolute) or URL of the tars; None if they lie next to the manifest.
     labels: place of a sample's label: "cls", or "json:KEY".
     """
 
@@ -267,7 +267,7 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
     """Raise ValueError if the hash or a row of the index does not fit the manifest."""
     if (found := files.sha256(path)) != manifest.index_sha256:
         raise ValueError(
-            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest beside it "
+            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest next to it "
             "says; do: bring both from the same conversion, or convert again"
         )
     sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
