@@ -279,7 +279,7 @@ def _index(arguments: argparse.Namespace) -> int:
         if split == "train":
             pairs = indexed.neighbours
             print(
-                f"  {percent(pairs.alike)} of neighbours share their class, "
+                f"  {percent(pairs.same_class)} of neighbours share their class, "
                 f"{percent(pairs.by_chance)} in a random order"
                 + ("; do: train with --shuffle_shards lane" if pairs.sorted_by_class else "")
             )

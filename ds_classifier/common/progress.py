@@ -25,7 +25,7 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int | None, phase: str = "") -> None:
-        """Show that `done` of `total` are done; None: the total is not known yet.
+        """Show that `done` of `total` are done; total: None if it is not known yet.
 
         phase: what is being done now. A new phase starts a new bar, whose rate does not count
         what was done before its first call.

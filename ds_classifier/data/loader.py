@@ -27,7 +27,6 @@ from ds_classifier.common.keyed_random import Draws, fold, stream_key
 from ds_classifier.data import images
 from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import store_of
 from ds_classifier.distributed import processes
 
 AHEAD = 2**17  # positions that a rank looks ahead at most, to name the shards it will need
@@ -88,7 +87,7 @@ class ShardDataset(Dataset):
         if fast:  # imported before the workers are forked, since it takes 1.5 s and 165 MB
             importlib.import_module("torchvision.transforms.v2.functional")
         self._crop_key = stream_key(seed, "crop")
-        self._store = store_of(shards)
+        self._store = shards.store
         self._batches = batches if self._store.remote else None
         self._looked = (0, 0)  # range of positions for which the shards ahead have been named
 

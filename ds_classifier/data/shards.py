@@ -19,6 +19,7 @@ import os
 import re
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
+from ds_classifier.data.store import Shard, ShardStore
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, key_of, member_name
 
 MANIFEST = "manifest.json"
@@ -45,16 +47,6 @@ CHECKED_ROWS = 1 << 24  # an index with more rows, 336 MB, is not checked at eve
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A tar, as the manifest lists it."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The content of a split.
 
@@ -63,7 +55,7 @@ class Manifest:
     stored: "original" for the unchanged bytes of the source; or "halved" for images halved as far
         as every crop at image_size pixels allows, in `form` ("png" or "jpg"): see `images.halve`.
     undecodable: names of the images that could not be halved and are stored unchanged.
-    location: directory (absolute) or URL of the tars; None if they lie beside the manifest.
+    location: directory (absolute) or URL of the tars; None if they lie next to the manifest.
     labels: place of a sample's label: "cls", or "json:KEY".
     """
 
@@ -118,12 +110,21 @@ class Manifest:
 class ShardSet:
     """A split opened for reading.
 
-    folder: the directory of the tars. index: [N] INDEX_DTYPE, memory-mapped.
+    folder: the directory of the tars; for a split at a URL, their part of the cache, where shards
+        are added and removed.
+    index: [N] INDEX_DTYPE, memory-mapped.
+    remote_store: the store of a split at a URL; None for a local split.
     """
 
     folder: Path
     manifest: Manifest
     index: np.ndarray
+    remote_store: ShardStore | None = None
+
+    @cached_property
+    def store(self) -> ShardStore:
+        """The reader of the shards' bytes."""
+        return self.remote_store or ShardStore(self.folder, self.manifest.shards)
 
     def path(self, shard: int) -> Path:
         """Return the path of a shard."""
@@ -134,31 +135,25 @@ class ShardSet:
         row = self.index[sample]
         offset, reach = int(row["offset"]), min(int(row["offset"]), NAME_REACH)
         try:
-            name = member_name(self._bytes(int(row["shard"]), offset - reach, reach))
-        except tarfile.TarError:  # the shard was damaged after it was indexed
+            name = member_name(self.store.read(int(row["shard"]), offset - reach, reach))
+        except (tarfile.TarError, OSError):  # the shard was damaged or cut after it was indexed
             return f"at byte {offset}"
         return key_of(name)[0]
-
-    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
-        """Return bytes of a shard."""
-        with open(self.path(shard), "rb") as file:
-            file.seek(offset)
-            return file.read(length)
 
 
 class Neighbours(NamedTuple):
     """The shares of neighbours, samples next to each other in a shard, that have the same class.
 
-    alike: the share in this split. by_chance: the expected share in a random order.
+    same_class: the share in this split. by_chance: the expected share in a random order.
     """
 
-    alike: float
+    same_class: float
     by_chance: float
 
     @property
     def sorted_by_class(self) -> bool:
         """Shows whether the samples are sorted by class, fully or in part."""
-        return self.alike > 2 * self.by_chance + 0.05
+        return self.same_class > 2 * self.by_chance + 0.05
 
 
 def neighbours(index: np.ndarray) -> Neighbours:
@@ -166,9 +161,9 @@ def neighbours(index: np.ndarray) -> Neighbours:
     rows = index[:INDEX_ROWS]
     labels, shards = rows["label"], rows["shard"]
     same_shard = shards[1:] == shards[:-1]
-    alike = (labels[1:] == labels[:-1])[same_shard].mean() if same_shard.any() else 0.0
+    same_class = (labels[1:] == labels[:-1])[same_shard].mean() if same_shard.any() else 0.0
     frequency = np.bincount(labels) / len(rows)
-    return Neighbours(float(alike), float((frequency**2).sum()))
+    return Neighbours(float(same_class), float((frequency**2).sum()))
 
 
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
@@ -272,7 +267,7 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
     """Raise ValueError if the hash or a row of the index does not fit the manifest."""
     if (found := files.sha256(path)) != manifest.index_sha256:
         raise ValueError(
-            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest beside it "
+            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest next to it "
             "says; do: bring both from the same conversion, or convert again"
         )
     sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)

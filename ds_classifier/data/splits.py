@@ -1,11 +1,104 @@
-"""Open the training and validation split of a run, and check that they have the same classes."""
+"""Open splits: by directory or URL, and the training and validation split of a run."""
 
 from __future__ import annotations
 
-from ds_classifier.common.urls import shown
+from pathlib import Path
+
+from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
 from ds_classifier.config import Settings
-from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import open_named
+from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
+from ds_classifier.data.shards import (
+    INDEX,
+    INDEX_DTYPE,
+    MANIFEST,
+    ShardSet,
+    open_shards,
+    parse_manifest,
+    read_index,
+)
+from ds_classifier.data.store import ShardStore, is_url, url_of
+
+MANIFEST_LIMIT = 1 << 28  # bytes; 200,000 shards and 20,000 classes need 50 MB
+
+
+def open_split(
+    location: str,
+    *,
+    cache_dir: Path,
+    budget_bytes: int | None = None,
+    stall_timeout_s: float = 30.0,
+    retries: int = 5,
+    pause_s: float = 1.0,
+    allow_pipe: bool = False,
+    to_verify: bool = False,
+) -> ShardSet:
+    """Open a split by its directory or URL; its manifest may name another place for the tars.
+
+    At a URL, manifest and index are fetched now, and shards through the cache when they are read.
+    allow_pipe: accept a pipe: URL as `location`; a manifest may never name a program.
+    to_verify: see `open_shards`. The other arguments are those of ShardStore.
+    Raises ValueError for a location or a manifest that cannot be trusted; OSError if a file cannot
+    be fetched.
+    """
+    options = dict(
+        cache_dir=cache_dir,
+        budget_bytes=budget_bytes,
+        stall_timeout_s=stall_timeout_s,
+        retries=retries,
+        pause_s=pause_s,
+    )
+    if not is_url(location):
+        folder = Path(location)
+        manifest = None
+        if (folder / MANIFEST).is_file():
+            manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+        if manifest is None or manifest.location is None or not is_url(manifest.location):
+            return open_shards(folder, to_verify=to_verify)
+        store = ShardStore(manifest.location, manifest.shards, **options)
+        index = read_index(folder / INDEX, manifest, thorough=to_verify)
+        return ShardSet(store.folder, manifest, index, store)
+    patience = Patience(stall_timeout_s, retries, pause_s)
+    refuse_pipe(location, allow_pipe)
+    refuse_hidden_login(location)
+    url = url_of(location, MANIFEST)
+    text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
+    manifest = parse_manifest(text, shown(url))
+    if manifest.location is not None:
+        raise ValueError(
+            f"{shown(url)}: got a manifest whose shards are at {shown(manifest.location)}; need a "
+            "manifest next to its shards, or on this machine; do: copy it and its index into a "
+            "directory here"
+        )
+    store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
+    rows = manifest.samples * INDEX_DTYPE.itemsize
+    path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
+    index = read_index(path, manifest, thorough=to_verify)
+    return ShardSet(store.folder, manifest, index, store)
+
+
+def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:
+    """Open a split that the command line names by a path or URL, for images of image_size pixels.
+
+    cache_dir, cache_gb: directory of the node for shards at a URL, and its limit; 0 for no limit.
+    Raises ValueError if there is no split at the location, or if its images are stored too small.
+    """
+    try:
+        split = open_split(
+            location,
+            cache_dir=Path(cache_dir).expanduser(),
+            budget_bytes=int(cache_gb * 1e9) or None,
+            allow_pipe=True,  # the URL comes from the command line
+        )
+    except NotServed as error:  # the address is wrong, not the connection
+        raise ValueError(str(error)) from None
+    stored = split.manifest.image_size
+    if stored is not None and image_size > stored:
+        raise ValueError(
+            f"got --image_size {image_size}, but the images in {split.folder} are stored halved "
+            f"for {stored} px; need {stored} or less; do: convert the originals with --image_size "
+            f"{image_size}"
+        )
+    return split
 
 
 def open_splits(settings: Settings) -> tuple[ShardSet, ShardSet | None]:

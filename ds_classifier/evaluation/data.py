@@ -16,7 +16,7 @@ from ds_classifier.data.loader import (
     default_workers,
 )
 from ds_classifier.data.shards import ShardSet, open_shards
-from ds_classifier.data.store import open_named
+from ds_classifier.data.splits import open_named
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
 # Numbers in a training set, up to which its exact posterior is evaluated without being asked for.

@@ -11,7 +11,6 @@ from torch import nn
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED, log_snr
 from ds_classifier.evaluation.image_grid import ImageGrid, Predictions
@@ -28,7 +27,7 @@ def choose_positions(shards: ShardSet, rows: int = ROWS) -> np.ndarray:
     considered, so that no other has to be fetched.
     """
     labels = shards.index["label"]
-    if isinstance(shards, RemoteShardSet):
+    if shards.store.remote:
         labels = labels[: shards.manifest.shards[0].samples]
     classes, first = np.unique(labels, return_index=True)
     chosen = np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)

@@ -22,7 +22,6 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
@@ -161,7 +160,7 @@ def _cache_problem(
 ) -> str | None:
     """Return why this node's cache cannot hold the shards that it reads at once, or None."""
     settings, batch = resolved.settings, resolved.batch
-    if not isinstance(shards, RemoteShardSet) or not settings.cache_gb:
+    if not shards.store.remote or not settings.cache_gb:
         return None
     first = distributed.rank() - distributed.local_rank()
     at_once = node_shards(

@@ -20,7 +20,6 @@ from ds_classifier.data.images import decode, random_crop
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.store import store_of
 
 from .measuring import interleaved
 
@@ -73,8 +72,9 @@ def _mean_kilobytes(source) -> float:
 
 def _decode_alone(folder: Path, count: int) -> Callable[[], int]:
     shards = open_shards(folder)
-    store = store_of(shards)
-    data = [store.read(int(r["shard"]), int(r["offset"]), int(r["length"])) for r in shards.index]
+    data = [
+        shards.store.read(int(r["shard"]), int(r["offset"]), int(r["length"])) for r in shards.index
+    ]
 
     def run() -> int:
         for i in range(count):

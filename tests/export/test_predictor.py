@@ -17,7 +17,7 @@ import ds_classifier
 from ds_classifier.config import RECIPES
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
-from ds_classifier.data.store import open_named
+from ds_classifier.data.splits import open_named
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.loss import NoisedClassifier
 

@@ -18,7 +18,8 @@ from ds_classifier.data.remote.connections import CHUNK
 from ds_classifier.data.remote.fetch import stream
 from ds_classifier.data.scan import ScannedSample, class_numbers, scan_samples
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import RemoteShardSet, open_split, url_of
+from ds_classifier.data.splits import open_split
+from ds_classifier.data.store import url_of
 from ds_classifier.data.tars import Sequential
 
 
@@ -39,7 +40,7 @@ class _Split:
     @property
     def remote(self) -> bool:
         """The shards are behind a URL."""
-        return isinstance(self.shards, RemoteShardSet)
+        return self.shards.store.remote
 
     def where(self, number: int) -> str:
         """Return the path of a shard, or its URL without passwords, for messages."""

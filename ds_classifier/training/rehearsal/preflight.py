@@ -22,7 +22,6 @@ from ds_classifier.common.text import count
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import PER_NODE_SETTINGS
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.store import RemoteShardSet
 from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
 
 PROBE_BYTES = 2**24
@@ -67,7 +66,7 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     parameters = sum(tensor.numel() for tensor in tensors_of(settings).values())
     distributed.on_rank_0(lambda: look_at_run_dir(run_dir, parameters), device)
     folders = [run_dir] if distributed.rank() == 0 else []
-    if isinstance(shards, RemoteShardSet):
+    if shards.store.remote:
         folders.append(Path(settings.cache_dir))
     found = look_at_rank(deepspeed_engine.describe_device(device), folders)
     ranks = distributed.gather_json(found, device)

@@ -250,7 +250,7 @@ def test_other_tars_are_refused(plain):
     assert "--val_labels" in refused(train, val)
     assert "without --val" in refused(train, None, kaggle(plain.parent))
     (plain.parent / "zip.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
-    assert "not compressed" in refused(plain.parent / "zip.tar")
+    assert "uncompressed" in refused(plain.parent / "zip.tar")
     (plain.parent / "empty.tar").write_bytes(b"")
     assert "empty.tar" in refused(plain.parent / "empty.tar")
 

@@ -11,7 +11,6 @@ import webdataset
 from PIL import Image
 
 from ds_classifier.data.foreign.index import index
-from ds_classifier.data.store import store_of
 
 FAST = dict(stall_timeout_s=0.5, retries=3, pause_s=0.02)
 
@@ -125,9 +124,9 @@ def by_stock(tars: list[Path], label=lambda sample: int(sample["cls"])) -> dict:
 
 def by_ours(shards) -> dict:
     """Return the same through our manifest, index and store."""
-    store, found = store_of(shards), {}
+    found = {}
     for i, row in enumerate(shards.index):
-        data = store.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
+        data = shards.store.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
         found[shards.key(i)] = (data, int(row["label"]))
     assert len(found) == shards.manifest.samples == len(shards.index)
     return found

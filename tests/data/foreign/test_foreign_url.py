@@ -18,7 +18,7 @@ from layouts_of_others import (
 from ds_classifier.data.foreign.index import index
 from ds_classifier.data.remote import fetch
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.store import open_split
+from ds_classifier.data.splits import open_split
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_the_location_of_a_manifest(tmp_path, served_folder):
                 opener()
     rewrite(split / "manifest.json", lambda m: m.update(location=str(tmp_path)))
     far_split = FlakyServer(split)
-    with pytest.raises(ValueError, match="need one beside its shards"):
+    with pytest.raises(ValueError, match="need a manifest next to its shards"):
         open_split(far_split.url, **cache)
     far_split.close()
     rewrite(split / "manifest.json", lambda m: m.update(location=str(far)))

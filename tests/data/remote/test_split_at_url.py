@@ -26,7 +26,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, Shard, open_shards
-from ds_classifier.data.store import open_named, open_split
+from ds_classifier.data.splits import open_named, open_split
 
 
 @pytest.fixture(scope="module")

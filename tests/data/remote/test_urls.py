@@ -16,7 +16,7 @@ from ds_classifier.data.convert.sources import image_folder
 from ds_classifier.data.foreign.index import index
 from ds_classifier.data.remote.fetch import Patience, fetch_small, stream
 from ds_classifier.data.shards import open_shards
-from ds_classifier.data.store import open_split
+from ds_classifier.data.splits import open_split
 from ds_classifier.training.run_dir import launch_lines, write_run_files
 
 FAST = dict(stall_timeout_s=0.5, retries=1, pause_s=0.02)
