@@ -171,8 +171,8 @@ def create_gaussian_diffusion(
     betas = get_betas(noise_schedule, diffusion_steps)
     if betas.max() > 1:
         raise ValueError(
-            f"diffusion_steps: got {diffusion_steps} with the linear schedule, whose betas then "
-            "exceed 1; need at least 20; do: use 1000"
+            f"diffusion_steps: got {diffusion_steps} with the {noise_schedule} schedule, whose "
+            "betas then exceed 1; need more steps; do: use 1000"
         )
     return GaussianDiffusion(
         original_betas=betas,

@@ -118,15 +118,21 @@ def _parser() -> argparse.ArgumentParser:
         training = " [flags of launch/train.py]" if name in WITH_FLAGS else ""
         usage = f"%(prog)s IMAGES [options]{training}"
         command = commands.add_parser(name, help=text, description=text, usage=usage)
-        command.add_argument("--repeats", type=_count, default=5, help="per figure [5]")
+        command.add_argument("--repeats", type=_count, default=5, help="repeats per figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
         command.add_argument("images", help=SHARDS if training else IMAGE_FOLDER)
         return command
 
     step = add("step", "a training step: bare, in its engine, in the trainer")
     step.set_defaults(program=TRAIN)
-    step.add_argument("--ranks", type=_count, nargs="+", default=[1], help="of the trainer [1]")
-    step.add_argument("--steps", type=_count, default=3, help="timed per layer and repeat [3]")
+    step.add_argument(
+        "--ranks",
+        type=_count,
+        nargs="+",
+        default=[1],
+        help="numbers of ranks to run the trainer on [1]",
+    )
+    step.add_argument("--steps", type=_count, default=3, help="steps timed each time [3]")
     step.add_argument(
         "--save", type=Path, metavar="FOLDER", help="also measure steps while saving to this disk"
     )
@@ -143,8 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="'FLAGS'",
         help="flags of launch/train.py; once per way, ratios are to the first",
     )
-    compare.add_argument("--ranks", type=_count, nargs="+", default=[1], help="per way [1]")
-    compare.add_argument("--steps", type=_count, default=5, help="timed per way and repeat [5]")
+    compare.add_argument(
+        "--ranks", type=_count, nargs="+", default=[1], help="numbers of ranks for each way [1]"
+    )
+    compare.add_argument("--steps", type=_count, default=5, help="steps timed each time [5]")
     data = add("data", "images per second and core, from shards and from a folder")
     data.add_argument(
         "--image_size",

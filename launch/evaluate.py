@@ -49,14 +49,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument
     add("source", nargs="?", type=Path, help="a run, a checkpoint, an export, or a file: .pt, "
         ".safetensors")  # fmt: skip
-    add("--checkpoints", nargs="+", default=[], metavar="PATH", help="more of them, in a "
-        "series; or all: those of the run")  # fmt: skip
+    add("--checkpoints", nargs="+", default=[], metavar="PATH", help="further "
+        "weights to evaluate, as a series; all: every checkpoint of the run")  # fmt: skip
     add("--val_data_dir", default="", help="shards, or their URL (default: those of the run)")
     add("--levels", type=int, default=20, metavar="N", help="noise levels besides t = 0 [20]")
-    add("--timesteps", type=_timesteps, metavar="T,T", help="these levels instead, like 0,100,500")
+    add(
+        "--timesteps",
+        type=_timesteps,
+        metavar="T,T",
+        help="levels in place of --levels, like 0,500",
+    )
     add("--class_timesteps", type=_timesteps, metavar="T,T", help=CLASS_HELP)
     add("--bayes", default="", metavar="SHARDS", help="training shards whose exact posterior is "
-        "evaluated too (default: the run's, if they have at most 10 million numbers)")  # fmt: skip
+        "evaluated too (default: the run's, up to 10 million pixel values)")  # fmt: skip
     add("--precision", default=PRECISIONS[0], choices=PRECISIONS, help="[fp32]")
     add("--batch_size", type=int, default=0, metavar="N", help="images at a time (default: 64, "
         "fewer from 256 px on); use the same one to compare numbers to the last digit")  # fmt: skip

@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{exported.largest_difference:.1g} at most"
     )
     if exported.obstacles:
-        print("unmodified guided-diffusion cannot load it; the flags file lists what to change:")
+        print(
+            "unmodified guided-diffusion cannot load it; the flags file says what to change there:"
+        )
         for obstacle in exported.obstacles:
             print(f"  {obstacle.reason}")
     else:

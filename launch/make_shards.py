@@ -82,8 +82,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--image_size",
         type=int,
-        help="halve images as often as every crop of this size would, and store the result "
-        "[untouched]",
+        help="store large images after the halvings with which a crop to this size begins anyway "
+        "[store them untouched]",
     )
     command.add_argument(
         "--form",

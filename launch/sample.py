@@ -78,19 +78,45 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--model_path", default="", help="guided-diffusion's UNet, a .pt")
     add("--data_dir", default="", help="in place of a UNet: shards of a small training set, whose "
         "exact denoiser is sampled from")  # fmt: skip
-    add("--classifier_scale", type=_finite, nargs="+", default=[1.0], metavar="X", help="[1.0]")
+    add("--classifier_scale", type=_finite, nargs="+", default=[1.0], metavar="X", help="scales to "
+        "sample at, one after the other [1.0]")  # fmt: skip
     add(
-        "--joint_temperature", type=_finite, default=1.0, metavar="X", help="of the asked logit [1]"
+        "--joint_temperature",
+        type=_finite,
+        default=1.0,
+        metavar="X",
+        help="temperature of the requested class's logit [1]",
     )
-    add("--marginal_temperature", type=_finite, default=1.0, metavar="X", help="of all logits [1]")
-    add("--num_samples", type=int, default=10000, metavar="N", help="at each scale [10000]")
+    add("--marginal_temperature", type=_finite, default=1.0, metavar="X", help="temperature "
+        "of the sum over all classes [1]")  # fmt: skip
+    add(
+        "--num_samples",
+        type=int,
+        default=10000,
+        metavar="N",
+        help="samples to draw at each scale [10000]",
+    )
     add("--classes", default="", metavar="K,K", help="classes to sample in turn (default: all)")
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time per rank [16]")
-    add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL")
-    add("--clip_denoised", type=boolean, default=True, metavar="BOOL", help="[True]")
-    add("--use_fp16", type=boolean, default=False, metavar="BOOL", help="of the UNet [False]")
-    add("--classifier_use_fp16", type=boolean, default=False, metavar="BOOL", help="[False]")
-    add("--seed", type=_seed, default=0, help="of the noise; sample n is the same for any N [0]")
+    add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="sample by DDIM in place of DDPM [False]")  # fmt: skip
+    add("--clip_denoised", type=boolean, default=True, metavar="BOOL", help="clip the "
+        "predicted x_0 to [-1, 1] [True]")  # fmt: skip
+    add(
+        "--use_fp16",
+        type=boolean,
+        default=False,
+        metavar="BOOL",
+        help="run the UNet in fp16 [False]",
+    )
+    add("--classifier_use_fp16", type=boolean, default=False, metavar="BOOL", help="run the "
+        "classifier in fp16 [False]")  # fmt: skip
+    add(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="seed of the noise; sample n is the same for any N [0]",
+    )
     add("--out_dir", type=Path, help="(default: samples/ of the run, else samples/)")
     add(
         "--measure",

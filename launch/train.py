@@ -81,7 +81,7 @@ def check_launch(expected: int) -> None:
     if expected not in (0, distributed.world_size()):
         raise ValueError(
             f"--expect_world: got world size {distributed.world_size()}; need {expected}; do: look "
-            "at the hostfile's path, which the launcher forgives if it is wrong"
+            "at the hostfile's path: the launcher ignores one that does not exist"
         )
     if problem := launcher.hostfile_problem():
         raise ValueError(problem)

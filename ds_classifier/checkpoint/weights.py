@@ -75,7 +75,10 @@ class WeightsFile:
         process = f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
         process += ", rescaled timesteps" if settings.rescale_timesteps else ""
         inferred = f"inferred from the tensors in {self.path.name}: {values}"
-        assumed = f"{self.path.name} does not record its noise process; as the flags say: {process}"
+        assumed = (
+            f"{self.path.name} does not record its noise process; assumed, from flags and their "
+            f"defaults: {process}"
+        )
         return [inferred, assumed] if values else [assumed]
 
     def contradicted_by(self, given: dict[str, Any]) -> list[str]:

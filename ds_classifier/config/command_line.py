@@ -81,7 +81,7 @@ def _training_parser() -> argparse.ArgumentParser:
         usage="deepspeed [launcher flags] launch/train.py --deepspeed_config JSON [flags]",
         epilog=textwrap.dedent(f"""\
             The JSON says how to train (micro-batch, precision, ZeRO, optimizer, schedule). "auto"
-            in it means that a flag below sets the number. In ds_configs/:
+            in it means that one of the flags sets the number. In ds_configs/:
             {shipped}.
 
             Examples:

@@ -50,7 +50,7 @@ class DataSettings:
     )
     random_flip: bool = _setting(True, "mirror half of the training images")
     lanes: int = _setting(
-        64, "places of the data set that are read in turn, at most one per shard; see order.py"
+        64, "parts of the data set that are read in turn, at most one per shard; see docs/data.md"
     )
     shuffle_shards: str = _setting(
         "1", "shards of a lane that are shuffled together; lane: all of them, for class-sorted data"
@@ -106,7 +106,7 @@ class DiffusionSettings:
 
     noised: bool = _setting(True, "train on noisy images; False: on clean ones, at t = 0")
     diffusion_steps: int = _setting(1000, "number of noise levels T")
-    noise_schedule: str = _setting("linear", f"noise schedule: {' or '.join(NOISE_SCHEDULES)}")
+    noise_schedule: str = _setting("linear", f"noise schedule: {', '.join(NOISE_SCHEDULES)}")
     timestep_respacing: str = _setting(
         "", "noise levels to keep, such as 250 or ddim25 (default: all)"
     )
@@ -187,7 +187,7 @@ class RunSettings:
     log_interval: int = _setting(10, "steps between log lines", fixed=False)
     wandb: str = _setting(
         "",
-        "Weights & Biases project to log to as well, with the extra wandb (default: none)",
+        "also log to this Weights & Biases project; needs the extra wandb (default: none)",
         fixed=False,
     )
     save_interval: int = _setting(10000, "steps between checkpoints", fixed=False)

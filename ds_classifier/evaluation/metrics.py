@@ -1,7 +1,8 @@
 """The table of metrics: the function that computes each per sample, and how its mean is shown.
 
 To add a metric that is a mean over samples, add an entry to METRICS. The meter, the validation, the
-evaluation at noise levels, the console, the log, the tables and the report walk this table.
+evaluation at noise levels, the console, the log, the tables and the report walk this table; a model
+card has fixed columns.
 
 The keys of the means are the reference's: train_NAME and val_NAME. NAME_q0 .. NAME_q3 are over a
 quarter of the timesteps, from nearly clean (q0) to nearly pure noise (q3). val_NAME_t0 is at t = 0.

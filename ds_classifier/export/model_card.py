@@ -169,7 +169,7 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
     ]
     for row in [evaluation["uniform_t"], *evaluation["levels"]]:
         snr = f"{row['log_snr']:.2f}" if "log_snr" in row else ""
-        cells = [str(row.get("t", "all, evenly")), snr]
+        cells = [str(row.get("t", "uniform t")), snr]
         cells += [_number(row["acc@1"], 100, ".1f"), _number(row["acc@5"], 100, ".1f")]
         cells += [_number(row["loss"], 1, ".3f"), _number(row["ece"], 100, ".1f")]
         cells += [_number(row["grad_norm"], 1, ".3g")]

@@ -83,7 +83,8 @@ def reference_obstacles(settings: Settings) -> list[Obstacle]:
         obstacles.append(
             Obstacle(
                 f"noise schedule {settings.noise_schedule}: get_named_beta_schedule in "
-                f"guided_diffusion/gaussian_diffusion.py has {' and '.join(REFERENCE_SCHEDULES)}",
+                f"guided_diffusion/gaussian_diffusion.py has {' and '.join(REFERENCE_SCHEDULES)} "
+                "only, and needs it too",
                 (),
             )
         )
@@ -152,7 +153,7 @@ def flags_text(settings: Settings, name: str) -> str:
         lines.append("#")
         lines.append("# Unmodified guided-diffusion cannot load this classifier. It needs changes:")
     for obstacle in obstacles:
-        lines.append(f"# {obstacle.reason}:")
+        lines.append(f"# {obstacle.reason}{':' if obstacle.edits else '.'}")
         lines += [f"#   {line}" for edit in obstacle.edits for line in edit_lines(edit)]
     if settings.image_size not in REFERENCE_SIZES:
         lines.append("# A diffusion model of this size needs its own --channel_mult, like 1,2,4.")

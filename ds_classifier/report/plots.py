@@ -289,7 +289,7 @@ def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = 
         figure = Figure(figsize=size, dpi=PNG_DPI)
         top, panels = figure.subfigures(2, 1, height_ratios=[head, rows * HEIGHT])
         top.text(0.5, 0.4, title, ha="center", fontsize=13)
-        for draw, part in zip(draws, panels.subfigures(rows, columns).flat, strict=True):
+        for draw, part in zip(draws, panels.subfigures(rows, columns).flat, strict=False):
             draw(part)
         FigureCanvasAgg(figure).print_png(path)
 

@@ -1,6 +1,6 @@
 """The files of a run directory: config.json, deepspeed.json, env.json, command.sh, events.jsonl.
 
-events.jsonl tells what happened to the run; rank 0 alone appends to it, one line per event,
+events.jsonl records what happened to the run; rank 0 alone appends to it, one line per event,
 {"time": seconds since 1970, "event": NAME, ...}:
 
     start, resume   a job began: step, iterations, world_size, host, device; guessing, the fields of

@@ -1,4 +1,4 @@
-"""Decides where a run begins: at the first that applies of
+"""Decide where a run begins: at the first of these that applies.
 
 1. --resume_checkpoint PATH;
 2. the newest checkpoint in the run directory that verifies (if all are damaged: an error);

@@ -121,7 +121,7 @@ def test_the_flag_that_would_fit_is_named(tmp_path, suffix):
     source, _ = open_weights(path)
     assert source.settings.model_kwargs() == Settings(**SMALL).model_kwargs()
     assert "--classifier_depth 1" in source.notes()[0]
-    assert source.notes()[1].endswith("as the flags say: linear noise, 1000 steps")
+    assert source.notes()[1].endswith("defaults: linear noise, 1000 steps")
     assert open_weights(path, SMALL)[0].inferred == []
 
 

@@ -368,7 +368,7 @@ def test_a_bare_file_is_exported_without_flags_for_its_architecture(tmp_path):
     )
     assert done.code == 0, done.output
     assert "inferred from the tensors in 64x64.v2.pt: --image_size 16, --" in done.output
-    assert "as the flags say: cosine noise, 1000 steps\n" in done.output
+    assert "from flags and their defaults: cosine noise, 1000 steps\n" in done.output
     assert "5 classes: create_classifier always builds 1000" in done.output
     assert "names are not recorded" in (out / "README.md").read_text()
     source, _ = open_weights(out)

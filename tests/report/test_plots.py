@@ -8,7 +8,14 @@ from PIL import Image
 from report_page import HOSTILE, Page, record
 from running import ROOT, run_python
 
-from ds_classifier.report.plots import Axis, Line, curves_svg, plot_evaluation, plot_series
+from ds_classifier.report.plots import (
+    Axis,
+    Line,
+    _write_png,
+    curves_svg,
+    plot_evaluation,
+    plot_series,
+)
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [1e-9, 5e9], [-3.0, 2.0], [math.nan, 1.0]])
@@ -79,3 +86,12 @@ def test_png_files_of_any_class_names(run):
     for name in ("one", "series", "names"):
         with Image.open(run / f"{name}.png") as image:
             assert image.size[0] > 1500
+
+
+def test_a_sheet_need_not_be_full(tmp_path):
+    """One more metric than the panels of today makes a row that is not full."""
+    drawn = []
+    _write_png([drawn.append] * 4, tmp_path / "sheet.png", columns=3)
+    assert len(drawn) == 4
+    with Image.open(tmp_path / "sheet.png") as image:
+        image.load()
