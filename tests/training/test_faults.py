@@ -241,6 +241,6 @@ def test_the_floor_of_the_loss_scale_is_told_in_our_words(digits, tmp_path):
     seams = {"NAN_AT": "3+:1", "EMULATE_FP16": "1"}
     done = train(2, tmp_path / "floor", digits, run, *flags, expect=1, environment=seams.items())
     assert "error: fp16's loss scale is at its floor, 32768" in done.output
-    assert "2 steps skipped, the last 4" in done.output
+    assert "2 steps skipped, the last one is 4" in done.output
     assert "Traceback" not in done.output
     assert names(run) == [2]
