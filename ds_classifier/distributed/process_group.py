@@ -173,7 +173,7 @@ def code_versions() -> dict[str, str]:
     if script:  # in launch/, which is outside the package in a checkout
         source.update(Path(script).read_bytes())
     versions = {"the code (sha256)": source.hexdigest()[:12]}
-    for name in ("torch", "deepspeed", "numpy", "pillow", "simplejpeg"):
+    for name in ("torch", "torchvision", "deepspeed", "numpy", "pillow", "simplejpeg"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
