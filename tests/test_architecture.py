@@ -46,6 +46,8 @@ def own_imports(path: Path) -> set[str]:
     """Return the modules of the package that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        relative = isinstance(node, ast.ImportFrom) and node.level
+        assert not relative, f"{path}:{node.lineno}: a relative import, which nothing here reads"
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ds_classifier"):
             base = node.module.removeprefix("ds_classifier").strip(".")
             for alias in node.names:

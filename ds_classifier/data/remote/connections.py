@@ -112,12 +112,10 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
     if start:
         headers["Range"] = f"bytes={start}-"
     adapter = _PatientAdapter(stall_timeout_s)
-    with requests.Session() as session, ExitStack() as opened:
+    certificates = ssl.get_default_verify_paths()
+    with _Session() as session, ExitStack() as opened:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
-        # Use the system's certificates, as other programs do; requests brings its own list.
-        certificates = ssl.get_default_verify_paths()
-        session.verify = certificates.cafile or certificates.capath or True
         with network_errors():
             try:
                 parts = urllib3.util.parse_url(url)
@@ -125,7 +123,11 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
                 response = session.get(
                     parts._replace(auth=None).url,
                     headers=headers,
-                    auth=login and tuple(login),  # bytes: requests encodes text as Latin-1
+                    # Bytes, since requests encodes text as Latin-1. Without a login in the URL none
+                    # is sent: given no auth at all, requests would look into ~/.netrc.
+                    auth=tuple(login) if login else lambda request: request,
+                    # The system's certificates; given True, requests would take its own list.
+                    verify=certificates.cafile or certificates.capath or True,
                     stream=True,
                     timeout=stall_timeout_s,
                 )
@@ -155,6 +157,15 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
         yield Stream(read, start, total, ends=total is not None or response.raw.chunked)
 
 
+class _Session(requests.Session):
+    """A session that sends the login of the URL, and none from ~/.netrc, after a redirect."""
+
+    def rebuild_auth(self, prepared_request, response) -> None:
+        """Drop the login if the redirect leads to another host."""
+        if self.should_strip_auth(response.request.url, prepared_request.url):
+            prepared_request.headers.pop("Authorization", None)
+
+
 class _PatientAdapter(requests.adapters.HTTPAdapter):
     """Makes connections on which the head of a response, and each read, have limit_s seconds.
 
@@ -165,6 +176,11 @@ class _PatientAdapter(requests.adapters.HTTPAdapter):
     def __init__(self, limit_s: float):
         super().__init__()
         self._limit_s = limit_s
+
+    def init_poolmanager(self, *arguments, **keywords):
+        """Load the system's certificate file and directory; requests would load only one."""
+        context = ssl.create_default_context()
+        return super().init_poolmanager(*arguments, ssl_context=context, **keywords)
 
     def restart_clock(self) -> None:
         """Allow limit_s seconds from now."""

@@ -86,6 +86,20 @@ def test_a_login_is_not_sent_to_another_server(served, tmp_path):
         assert other.logins == [None]
 
 
+def test_logins_of_a_netrc_file_are_not_sent(served, tmp_path, monkeypatch):
+    """The login of the URL counts, on a redirect too; without one, none is sent."""
+    server, far, url = served
+    (far / "x.tar").write_bytes(CONTENT)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login other password wrong\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    options = dict(limit_bytes=1 << 20, patience=Patience(**FAST))
+    server.redirects = {"moved.tar": "/x.tar"}
+    assert fetch_small(f"{url}/moved.tar", **options) == CONTENT
+    with pytest.raises(OSError, match="HTTP 401"):
+        fetch_small(f"{server.url}/x.tar", **options)
+    assert server.logins[-1] is None
+
+
 def test_a_redirect_to_no_valid_url_shows_no_login(served):
     server, _, url = served
     server.redirects = {"moved.tar": "http://me:secret/x@h/a"}
