@@ -169,6 +169,9 @@ def load(
         if "--" not in str(error):
             raise
         raise ValueError(f"{error}; a flag --name is load(..., name=...)") from None
+    if source.kind == "file" and "noise_schedule" not in given:
+        note = f"{source.notes()[-1]}; if it is another: load(..., noise_schedule=...)"
+        warnings.warn(note, stacklevel=2)
     if wrong := source.contradicted_by(given):
         name, of = wrong[0], "" if wrong[0] in settings else f" of recipe {recipe}"
         raise ValueError(

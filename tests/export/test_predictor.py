@@ -201,3 +201,21 @@ def test_import_is_cheap():
         "assert 'deepspeed' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_assumed_noise_of_a_bare_file_is_a_warning(run, tmp_path):
+    torch.save(ds_classifier.load(run).classifier.state_dict(), tmp_path / "model.pt")
+    with pytest.warns(UserWarning, match="linear noise, 1000 steps; if it is another: load"):
+        ds_classifier.load(tmp_path / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ds_classifier.load(tmp_path / "model.pt", noise_schedule="cosine")
+
+
+def test_the_name_of_version_0_1_takes_settings(run, tmp_path):
+    from ds_classifier.config import Settings
+    from ds_classifier.weights import load_classifier
+
+    torch.save(ds_classifier.load(run).classifier.state_dict(), tmp_path / "model.pt")
+    source, _ = load_classifier(tmp_path / "model.pt", Settings(noise_schedule="cosine"))
+    assert source.settings.noise_schedule == "cosine"
