@@ -32,6 +32,10 @@ BAD_URL = (
     "the URL, or one that it redirects to, is not valid; need %XX for special characters, such as "
     "those in a password"
 )
+BAD_PROXY = (
+    "the proxy in the environment (http_proxy, https_proxy, all_proxy) cannot be used; do: correct "
+    "or unset it; a SOCKS proxy needs: pip install 'requests[socks]'"
+)
 
 # Runs a program in a shell, in a session of its own. A watcher in the background reads a pipe that
 # only this process holds open; when this process closes it or dies, the watcher kills the group.
@@ -131,8 +135,10 @@ def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Strea
                     stream=True,
                     timeout=stall_timeout_s,
                 )
-            except ValueError:  # its text may hold part of a password
-                raise Failed(BAD_URL, final=True) from None
+            except ValueError as error:  # its text may hold part of a password
+                proxy = isinstance(error, requests.exceptions.InvalidProxyURL)
+                proxy |= "SOCKS" in str(error)
+                raise Failed(BAD_PROXY if proxy else BAD_URL, final=True) from None
         opened.enter_context(response)
         response.raw.enforce_content_length = False  # fetch.py compares sizes
         status = response.status_code

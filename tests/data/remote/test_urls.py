@@ -100,6 +100,17 @@ def test_logins_of_a_netrc_file_are_not_sent(served, tmp_path, monkeypatch):
     assert server.logins[-1] is None
 
 
+@pytest.mark.parametrize("proxy", ["socks5h://127.0.0.1:9", "http://"])
+def test_a_proxy_that_cannot_be_used_is_named(served, monkeypatch, proxy):
+    _, _, url = served
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(OSError, match="the proxy in the environment") as error:
+        fetch_small(f"{url}/x.tar", limit_bytes=9, patience=Patience(**FAST))
+    assert "cret" not in str(error.value)
+
+
 def test_a_redirect_to_no_valid_url_shows_no_login(served):
     server, _, url = served
     server.redirects = {"moved.tar": "http://me:secret/x@h/a"}
