@@ -55,7 +55,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         from ds_classifier.training import run as training  # with it comes torch
         from ds_classifier.training.run_dir import launch_lines
 
-        code = training.run(
+        setup = training.build(
             command,
             resolved,
             shards,
@@ -64,9 +64,10 @@ def run(command: CommandLine, requests: StopRequests) -> int:
             requests=requests,
             shell_lines=launch_lines(sys.argv, resolved.batch.world_size),
         )
-    if code is None:
-        return 0
-    if distributed.rank() == 0 and not command.skips_training:
+        code = training.run(command, setup) if setup is not None else 0
+        watch.leave()
+        distributed.finish()
+    if setup is not None and not command.skips_training and distributed.rank() == 0:
         from ds_classifier.report.page import write_report  # no rank waits for this one any more
 
         failures.tolerate("report.html", lambda: write_report(run_dir))

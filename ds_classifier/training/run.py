@@ -1,4 +1,4 @@
-"""A run on one rank: build what it needs, do what was asked for, end in order."""
+"""A run on one rank: build what it needs, and do what was asked for."""
 
 from __future__ import annotations
 
@@ -37,45 +37,6 @@ from ds_classifier.training.start import open_run
 from ds_classifier.training.step import Objective
 
 
-def run(
-    command: CommandLine,
-    resolved: Resolved,
-    shards: ShardSet,
-    val_shards: ShardSet | None,
-    *,
-    watch: Watchdog,
-    requests: StopRequests,
-    shell_lines: str,
-) -> int | None:
-    """Do what the command asks for, on this rank.
-
-    Returns the exit code, or None if there was nothing to do: the run is finished, or was to be
-    looked at only.
-    shell_lines: start this program again; they are kept in the run directory.
-    """
-    setup = build(
-        command,
-        resolved,
-        shards,
-        val_shards,
-        watch=watch,
-        requests=requests,
-        shell_lines=shell_lines,
-    )
-    code = None
-    if setup is not None:
-        announce(setup, command)
-        if command.overfit_steps:
-            code = overfit(setup, steps=command.overfit_steps)
-        elif command.dry_run:
-            code = dry_run(setup)
-        else:
-            code = train(setup)
-    watch.leave()
-    distributed.finish()
-    return code
-
-
 def build(
     command: CommandLine,
     resolved: Resolved,
@@ -86,7 +47,11 @@ def build(
     requests: StopRequests,
     shell_lines: str,
 ) -> Setup | None:
-    """Join the other ranks and build everything; None if there is nothing to train."""
+    """Join the other ranks and build everything.
+
+    Returns None if there is nothing to do: the run is finished, or was to be looked at only.
+    shell_lines: start this program again; they are kept in the run directory.
+    """
     settings = resolved.settings
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
     torch.manual_seed(settings.seed)
@@ -122,6 +87,16 @@ def build(
         device, micro_batch=trained.batch.micro, image_size=settings.image_size
     )
     return Setup(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
+
+
+def run(command: CommandLine, setup: Setup) -> int:
+    """Do what the command asks for, on this rank, and return the exit code."""
+    announce(setup, command)
+    if command.overfit_steps:
+        return overfit(setup, steps=command.overfit_steps)
+    if command.dry_run:
+        return dry_run(setup)
+    return train(setup)
 
 
 def train(setup: Setup) -> int:
