@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier.evaluation.metrics import METRICS, likeliest
+from ds_classifier.evaluation.metrics import METRICS, Answers, likeliest
 
 ECE_BINS = 15  # as in Guo et al. 2017
 FRACTION = 1 << 31  # the fraction of a summed number is rounded to a multiple of 1 / FRACTION
@@ -64,10 +64,11 @@ class LevelSums:
         losses = -log_p.gather(1, labels[:, None])[:, 0]
         confidence = log_p.amax(dim=1).exp()
         seen = weights > 0
-        values = [metric.per_sample(losses, log_p, labels) for metric in AVERAGED]
+        answers = Answers(losses, log_p, labels)
+        values = [metric.per_sample(answers) for metric in AVERAGED]
         values = torch.stack([*values, grad_norms], dim=1)
         finite = (values.abs() <= LARGEST).all(dim=1)  # False for nan too
-        hits = {m.name: finite & (m.per_sample(losses, log_p, labels) > 0) for m in COUNTED}
+        hits = {m.name: finite & (m.per_sample(answers) > 0) for m in COUNTED}
         counts = torch.stack([seen, *hits.values(), ~finite], dim=1) & seen[:, None]
         row = level * self.num_classes + labels
         self._counts.index_add_(0, row, counts.long())

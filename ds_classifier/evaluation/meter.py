@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier.evaluation.metrics import METRICS, QUARTILES
+from ds_classifier.evaluation.metrics import METRICS, QUARTILES, Answers
 
 # Edges of the bins of a sample's loss, nats: half octaves. The first bin lies below the first edge,
 # the last one above the last edge.
@@ -48,7 +48,8 @@ class Meter:
 
         losses, t, weights, labels: [N]. logits: [N, K]. A sample of weight 0 is not counted.
         """
-        columns = [metric.per_sample(losses, logits, labels) for metric in METRICS.values()]
+        answers = Answers(losses, logits, labels)
+        columns = [metric.per_sample(answers) for metric in METRICS.values()]
         columns.append(torch.ones_like(losses))
         values = torch.stack([column.to(losses.dtype) for column in columns], dim=1)
         bins = torch.bucketize(losses, self._edges)[:, None] == self._bins  # [N, bins]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,19 +64,6 @@ class Shown:
         return f"{value:.2f}".replace("0.", ".") if abs(value) < 0.995 else f"{value:.1f}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric(Shown):
-    """A mean over samples.
-
-    per_sample: takes losses [N], logits or log-probabilities [N, K], labels [N] int64; returns [N].
-    count: only where values are 0 or 1: the key of their sum in an evaluation. A sample without
-    finite numbers counts as 0 there; metrics without a count leave it out of their mean.
-    """
-
-    per_sample: Callable[[Tensor, Tensor, Tensor], Tensor]
-    count: str = ""
-
-
 def likeliest(logits: Tensor) -> Tensor:
     """Return the TOP likeliest classes, [N, 5] or [N, K] if K < 5, best first.
 
@@ -85,12 +73,42 @@ def likeliest(logits: Tensor) -> Tensor:
     return logits.topk(min(TOP, logits.shape[1]), dim=1).indices
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A batch that was classified, from which the metrics are computed.
+
+    losses: [N]. logits: logits or log-probabilities [N, K]. labels: [N] int64.
+    """
+
+    losses: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    @cached_property
+    def top(self) -> Tensor:
+        """The likeliest classes, [N, 5] or fewer; computed once for all metrics of a batch."""
+        return likeliest(self.logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Shown):
+    """A mean over samples.
+
+    per_sample: takes the Answers for N samples; returns [N].
+    count: only where values are 0 or 1: the key of their sum in an evaluation. A sample without
+    finite numbers counts as 0 there; metrics without a count leave it out of their mean.
+    """
+
+    per_sample: Callable[[Answers], Tensor]
+    count: str = ""
+
+
 _METRICS = (
     Metric(
         name="loss",
         title="Cross-entropy",
         unit="nats",
-        per_sample=lambda losses, logits, labels: losses,
+        per_sample=lambda answers: answers.losses,
     ),
     Metric(
         name="acc@1",
@@ -98,7 +116,7 @@ _METRICS = (
         unit="%",
         digits=1,
         count="correct@1",
-        per_sample=lambda losses, logits, labels: likeliest(logits)[:, 0] == labels,
+        per_sample=lambda answers: answers.top[:, 0] == answers.labels,
     ),
     Metric(
         name="acc@5",
@@ -106,7 +124,7 @@ _METRICS = (
         unit="%",
         digits=1,
         count="correct@5",
-        per_sample=lambda losses, logits, labels: (likeliest(logits) == labels[:, None]).any(dim=1),
+        per_sample=lambda answers: (answers.top == answers.labels[:, None]).any(dim=1),
     ),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
