@@ -20,6 +20,7 @@ from ds_classifier.training.run_lock import LOCK, STALE_SECONDS
 from ds_classifier.training.sanity import Guessing, RecentRows
 
 RUN_FILES = ("config.json", "log.jsonl", EVENTS, "checkpoints")
+RECENT = 5  # rows of the log whose mean stands for the present
 FILE_CLOCK = 0.1  # seconds by which a file's time, from a coarser clock, may precede an event's
 
 
@@ -48,6 +49,11 @@ class Columns:
         """Return the last finite value, or None."""
         return next((v for v in reversed(self[key]) if math.isfinite(v)), None)
 
+    def recent(self, key: str) -> float | None:
+        """Return the mean over the last RECENT rows, or None if no value in them is finite."""
+        known = [value for value in self[key][-RECENT:] if math.isfinite(value)]
+        return sum(known) / len(known) if known else None
+
     def points(self, key: str) -> list[tuple[float, float]]:
         """Return (step, value) of each row; the value may be nan."""
         return list(zip(self["step"], self[key], strict=True)) if key in self._columns else []
@@ -61,6 +67,23 @@ class Fault:
     name: str
     messages: list[str]  # one per host
     ranks: int  # number of ranks that left a file
+
+
+@dataclass(frozen=True)
+class GuidedSamples:
+    """The facts of samples/, which sample.py draws, see guidance/sample_files.py.
+
+    shares: by scale, the share of samples of the class asked for; empty if it was not measured.
+    levels: the comparison with the best possible classifier, see guidance/fidelity.py.
+    """
+
+    scales: list[float]
+    number: int  # of samples at each scale
+    asked: list[int]  # the classes
+    step: int | None  # of the classifier
+    source: str  # the training set or the diffusion model that they were drawn from
+    shares: dict[float, float]
+    levels: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,7 @@ class RunData:
     bad_samples: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]  # the newest last, see _order
     grid: ImageGrid | None
+    samples: GuidedSamples | None
     best: str  # checkpoints/best, "NAME val_loss LOSS"; "" if there is none
     latest: str  # checkpoints/latest, NAME; "" if there is none
     state: str  # see state_of
@@ -168,6 +192,7 @@ def read_run(path: Path) -> RunData:
         bad_samples=[row for name in sorted(ranks) for row in files.read_jsonl(name)],
         evaluations=evaluations,
         grid=_newest_grid(path / "eval"),
+        samples=_samples(path / "samples"),
         best=_text(path / "checkpoints" / "best").strip(),
         latest=_text(path / "checkpoints" / "latest").strip(),
         state=state_of(path, recorded, faults),
@@ -201,6 +226,25 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(record.get("name"), str) and isinstance(record.get("step"), int | None)
     return record if whole and isinstance(record.get("classes"), list) else None
+
+
+def _samples(folder: Path) -> GuidedSamples | None:
+    """Return the facts of the samples in a folder, or None without a whole samples.json."""
+    facts, measured = _json(folder / "samples.json"), _json(folder / "fidelity.json")
+    try:
+        denoiser = facts["denoiser"]
+        step, shares = facts["classifier"].get("step"), measured.get("shares", {})
+        return GuidedSamples(
+            scales=[float(scale) for scale in facts["classifier_scale"]],
+            number=int(facts["num_samples"]),
+            asked=[int(label) for label in facts["classes"]],
+            step=step if isinstance(step, int) else None,
+            source=str(denoiser.get("data_dir") or denoiser.get("model_path") or ""),
+            shares={float(scale): float(share) for scale, share in shares.items()},
+            levels=[level for level in measured.get("levels", []) if isinstance(level, dict)],
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _order(evaluation: dict[str, Any]) -> tuple[int, bool, str]:

@@ -21,7 +21,7 @@ CLASSES_IN_MATRIX = 24  # with more classes, the pairs most often confused are l
 CLASSES_BESIDE = 12  # with more classes, the matrix takes the whole width
 PAIRS_SHOWN, PAIRS_BESIDE = 20, 10
 MATRIX_WIDTH = 900  # pixels of its cells together
-JPEG_SIDE = 64  # pixels; larger tiles are embedded as JPEG, since noise makes large PNGs
+JPEG_SIDE = 32  # pixels; larger tiles are embedded as JPEG, since noise makes large PNGs
 
 
 def _no_evaluation(run: RunData) -> str:
@@ -108,7 +108,7 @@ def image_grid(run: RunData) -> dict[str, Any] | str:
         tiles = [
             {
                 "right": predicted == label,
-                "source": _data_uri(run.grid.tiles[i, j]),
+                "source": data_uri(run.grid.tiles[i, j]),
                 "name": class_name(names, predicted),
                 "confidence": percent(shown.confidence[i][j], 0),
             }
@@ -137,7 +137,7 @@ def class_name(names: Sequence[str], label: int) -> str:
     return str(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
-def _data_uri(tile: np.ndarray) -> str:
+def data_uri(tile: np.ndarray) -> str:
     """Return an image, uint8 [h, w, 3], as an address that holds its bytes."""
     form = "PNG" if tile.shape[0] <= JPEG_SIDE else "JPEG"
     file = io.BytesIO()

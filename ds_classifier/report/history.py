@@ -45,17 +45,19 @@ def timeline(run: RunData) -> dict[str, Any] | str:
         if shown < total
     ]
     table = {"heads": ["time", "step", "event"], "rows": rows[-ROWS_SHOWN:]}
-    return {"notes": notes, "strip": _strip(run, attempts), "table": table}
+    strips = {name: _strip(run, attempts, narrow=name == "narrow") for name in ("wide", "narrow")}
+    return {"notes": notes, **strips, "table": table}
 
 
-def _strip(run: RunData, attempts: Sequence[Attempt]) -> str:
+def _strip(run: RunData, attempts: Sequence[Attempt], *, narrow: bool) -> str:
     """Return a bar per attempt, from its first step to its last, and marks of faults, as SVG."""
     bars = [
         plots.Bar(f"attempt {number}", a.first, a.last, _end(a), END_COLORS[a.end])
         for number, a in enumerate(attempts, start=1)
     ]
     last_step = max([run.iterations, run.step, *(a.last for a in attempts), 1])
-    return plots.timeline_svg(bars[-ATTEMPTS_SHOWN:], _marks(run, attempts), last_step)
+    marks = _marks(run, attempts)
+    return plots.timeline_svg(bars[-ATTEMPTS_SHOWN:], marks, last_step, narrow=narrow)
 
 
 def _marks(run: RunData, attempts: Sequence[Attempt]) -> list[plots.Marks]:

@@ -14,8 +14,10 @@ from typing import Any
 from ds_classifier.common import files
 from ds_classifier.report.data import RunData, read_run
 from ds_classifier.report.evaluation import confusion, image_grid, noise_levels
+from ds_classifier.report.guidance import guides
 from ds_classifier.report.history import settings, timeline
-from ds_classifier.report.training import checks, curves, headline
+from ds_classifier.report.training import curves, headline
+from ds_classifier.report.working import checks
 
 STATES = {
     "finished": "finished",
@@ -27,6 +29,7 @@ STATES = {
 }
 SECTIONS: dict[str, tuple[str, Callable[[RunData], Any]]] = {
     "working": ("Is it working?", checks),
+    "guides": ("Does it guide?", guides),
     "curves": ("Training", curves),
     "noise": ("Noise levels", noise_levels),
     "images": ("Images", image_grid),

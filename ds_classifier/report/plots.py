@@ -28,12 +28,18 @@ from ds_classifier.evaluation.metrics import METRICS
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#aa4499"
 INK, GRAY, SLATE = "#1d2430", "#8a919c", "#4a5568"
 QUARTILE_COLORS = ("#0b4f8a", "#2f9fd0", "#e69f00", "#b3470a")  # of t, from clean to noise
+GRID = "#e7eaee"
+# The page names these colors in its style, so that report.css can give them others in the dark.
+NAMED = {"ink": INK, "gray": GRAY, "slate": SLATE, "grid": GRID, "blue": BLUE, "orange": ORANGE,
+         "green": GREEN, "vermilion": VERMILION, "purple": PURPLE,
+         **{f"q{q}": c for q, c in enumerate(QUARTILE_COLORS) if c != ORANGE}}  # fmt: skip
 LEVEL_COLORS = (INK, BLUE, GREEN, VERMILION, PURPLE, ORANGE)
 WIDTH, HEIGHT = 372, 240  # of a panel, in points: pixels where three stand side by side
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 26, 36  # margins of the axes, points
 LEGEND_ROW, TICKS_ABOVE, SLANTED_NAMES = 15, 14, 70  # points that these take, where there are any
 CLASSES_NAMED = 20  # with more classes, the accuracies are sorted and have no names
-STRIP_WIDTH, STRIP_LEFT, STRIP_RIGHT, STRIP_ROW = 1160, 92, 160, 20  # of the timeline, points
+STRIP_ROW = 20  # of the timeline, points
+STRIP, NARROW_STRIP = (1160, 92, 160), (WIDTH, 150, 20)  # its width, and left and right of the axes
 PNG_DPI = 110
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page shows its own font
@@ -51,7 +57,7 @@ STYLE = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": "#e7eaee",
+    "grid.color": GRID,
     "xtick.color": GRAY,
     "xtick.labelcolor": SLATE,
     "ytick.labelcolor": SLATE,
@@ -271,11 +277,18 @@ def _small(svg: str) -> str:
     body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
     body = body.replace("font-family: 'DejaVu Sans'; ", "")
     body = re.sub(r"\s*\n *", "", body)
-    return re.sub(r"<[^>]*>", _with_short_numbers, body)
+    return re.sub(r"<[^>]*>", _styled, body)
 
 
-def _with_short_numbers(tag: re.Match) -> str:
-    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", tag[0])
+def _styled(tag: re.Match) -> str:
+    """Return a tag with short numbers, and with the colors that have names by these names."""
+    text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", tag[0])
+    return re.sub(r": (#[0-9a-f]{6})", _by_name, text)
+
+
+def _by_name(color: re.Match) -> str:
+    name = next((name for name, value in NAMED.items() if value == color[1]), None)
+    return f": var(--{name}, {color[1]})" if name else color[0]
 
 
 def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = "") -> None:
@@ -535,34 +548,45 @@ class Marks:
     color: str
 
 
-def timeline_svg(bars: Sequence[Bar], marks: Sequence[Marks], last_step: int) -> str:
-    """Return bars from first to last step, and rows of marks under them, as SVG."""
+def timeline_svg(
+    bars: Sequence[Bar], marks: Sequence[Marks], last_step: int, *, narrow: bool = False
+) -> str:
+    """Return bars from first to last step, and rows of marks under them, as SVG.
+
+    narrow: for a phone; the names of the bars say how they ended, without how long they took.
+    """
     rows = len(bars) + len(marks)
     height = STRIP_ROW * rows + BOTTOM
-    inside = STRIP_WIDTH - STRIP_LEFT - STRIP_RIGHT
+    strip_width, left, right = NARROW_STRIP if narrow else STRIP
+    inside = strip_width - left - right
     per_point = last_step / inside
 
     def draw(figure) -> None:
-        box = (STRIP_LEFT / STRIP_WIDTH, BOTTOM / height, inside / STRIP_WIDTH, 1 - BOTTOM / height)
+        box = (left / strip_width, BOTTOM / height, inside / strip_width, 1 - BOTTOM / height)
         axes = figure.add_axes(box)
+        names = [row.name for row in (*bars, *marks)]
         for row, bar in enumerate(bars):
             width = max(3 * per_point, bar.last - bar.first)
             hint = f"{bar.name}: steps {bar.first:,} to {bar.last:,}, {bar.end}"
             look = dict(color=bar.color, alpha=0.75, linewidth=0, gid=HINT + hint)
             axes.barh(row, width, left=bar.first, height=0.55)[0].set(**look)
-            axes.text(bar.first + width + 6 * per_point, row, bar.end, va="center", color=SLATE)
+            if narrow:
+                names[row] = f"{bar.name.removeprefix('attempt ')}: {bar.end.partition(',')[0]}"
+            else:
+                right_of_it = bar.first + width + 6 * per_point
+                axes.text(right_of_it, row, bar.end, va="center", color=SLATE)
         for row, kind in enumerate(marks, start=len(bars)):
             spots = {4 * per_point * round(s / (4 * per_point)) for s in kind.steps}
             spots = sorted(min(spot, last_step) for spot in spots)  # one per 4 points
             look = dict(color=kind.color, markersize=7, linestyle="", clip_on=False)
             axes.plot(spots, [row] * len(spots), marker=kind.marker, **look)
-        axes.set_yticks(range(rows), [row.name for row in (*bars, *marks)])
+        axes.set_yticks(range(rows), names)
         axes.set_ylim(rows - 0.5, -0.5)
         axes.grid(False)
         axes.set_xlim(0, last_step)
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=4 if narrow else 9)
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         figure.set_label("Attempts and faults over steps")
 
-    return to_svg(draw, width=STRIP_WIDTH, height=height)
+    return to_svg(draw, width=strip_width, height=height)

@@ -1,45 +1,67 @@
-"""The report's sections on training: the headline, what the numbers say, the curves."""
+"""The report's headline, and its section on training: the curves."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from ds_classifier.common.text import count, percent, short
+from ds_classifier.common.text import percent, short
 from ds_classifier.report import plots
-from ds_classifier.report.data import Columns, RunData, attempts_of, thin
+from ds_classifier.report.data import Columns, RunData, thin
 from ds_classifier.report.plots import Axis, Line
-from ds_classifier.training import sanity
 
-GOOD, NOTE, BAD = "good", "note", "bad"
-SIGNS = {GOOD: "✓", NOTE: "i", BAD: "!"}
-WAITING = 0.2  # the share of time waiting for data from which on it is reported
-WORSE = 1.1  # times the best validation loss: training is past its best
 TOP_5_FROM = 20  # classes; with fewer, top-5 accuracy says little
-RECENT = 5  # rows of the log whose mean stands for the present
 
 
 # ------------------------------------------------------------------------------ headline
 
 
 def headline(run: RunData) -> list[dict[str, str]]:
-    """Return the last numbers, which the page shows in large figures: value, text, more."""
-    held_out = run.validation.rows > 0
-    source, prefix = (run.validation, "val") if held_out else (run.training, "train")
-    where = "held out" if held_out else "training, no validation"
-    clean = (
-        (percent(source.last("val_acc@1_t0")), "top-1 at t = 0", where)
-        if held_out
-        else (percent(source.last("train_acc@1_q0")), "top-1, least noise", "first quarter of t")
-    )
+    """Return the last numbers, which the page shows in large figures: value, text, more.
+
+    Accuracy and loss are those of the evaluation, if it is of the last validated step or later.
+    """
+    loss, accuracy, clean = _held_out(run)
     figures = [
-        (percent(source.last(f"{prefix}_acc@1")), "top-1, all noise levels", where),
-        clean,
-        (_loss(source.last(f"{prefix}_loss")), "cross-entropy, nats", _chance(run)),
+        (percent(accuracy[0]), "top-1, all noise levels", accuracy[1]),
+        (percent(clean[0]), clean[1], clean[2]),
+        (_loss(loss), "cross-entropy, nats", _chance(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
         (_speed(run), "images per second", _wait(run)),
         best_checkpoint(run),
     ]
     return [dict(value=value, text=text, more=more) for value, text, more in figures]
+
+
+def evaluation_of_the_end(run: RunData) -> dict[str, Any] | None:
+    """Return the newest evaluation if training validated no later step."""
+    record = run.evaluations[-1] if run.evaluations else None
+    validated = run.validation.last("step") or 0
+    return record if record and (record["step"] or 0) >= max(validated, 1) else None
+
+
+def _held_out(run: RunData) -> tuple[float | None, tuple, tuple]:
+    """Return the loss; accuracy and where it is measured; that at the least noise, and what."""
+    record, validated = evaluation_of_the_end(run), run.validation
+    if record:
+        numbers = record["classifier"]
+        overall, first = numbers["uniform_t"], numbers["levels"][0]
+        where = f"held out, evaluated in {record['precision']}"
+        clean = first["acc@1"], f"top-1 at t = {first['t']}", where
+        return overall["loss"], (overall["acc@1"], where), clean
+    if validated.rows:
+        where = f"held out, while training{_in_precision(run)}"
+        clean = validated.last("val_acc@1_t0"), "top-1 at t = 0", where
+        return validated.last("val_loss"), (validated.last("val_acc@1"), where), clean
+    trained, where = run.training, "training, no validation"
+    clean = trained.last("train_acc@1_q0"), "top-1, least noise", "first quarter of t"
+    return trained.last("train_loss"), (trained.last("train_acc@1"), where), clean
+
+
+def _in_precision(run: RunData) -> str:
+    """Return " in bf16" or " in fp16"; "" for fp32."""
+    enabled = (name for name in ("bf16", "fp16") if run.deepspeed.get(name, {}).get("enabled"))
+    return next((f" in {name}" for name in enabled), "")
 
 
 def best_checkpoint(run: RunData) -> tuple[str, str, str]:
@@ -66,115 +88,20 @@ def _samples(run: RunData) -> str:
 
 
 def _speed(run: RunData) -> str:
-    speed = _recent(run.training, "images_per_sec")
+    speed = run.training.recent("images_per_sec")
     return "-" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _wait(run: RunData) -> str:
-    wait = _recent(run.training, "data_wait_frac")
+    wait = run.training.recent("data_wait_frac")
     return "" if wait is None else f"waiting for data {percent(wait, 0)}"
-
-
-def _recent(columns: Columns, key: str) -> float | None:
-    """Return the mean over the last rows, or None if no value in them is finite."""
-    known = [value for value in columns[key][-RECENT:] if math.isfinite(value)]
-    return sum(known) / len(known) if known else None
-
-
-# ------------------------------------------------------------------------------ checks
-
-
-def checks(run: RunData) -> list[dict[str, str]]:
-    """Return what the numbers say, one line each: kind, sign, text."""
-    found = [*_learning(run), *_validating(run), *_losses(run)]
-    if not found:
-        found = [(NOTE, "No step is logged yet; the first line comes after --log_interval steps.")]
-    return [dict(kind=kind, sign=SIGNS[kind], text=text) for kind, text in found]
-
-
-def _learning(run: RunData) -> list[tuple[str, str]]:
-    """Return what sanity.py says about the last rows, the same as in the log."""
-    loss, guessing = _recent(run.training, "train_loss"), run.guessing
-    if not run.training.rows:
-        return []
-    if loss is None:
-        return [(BAD, "The last training losses are not finite: lower --lr, or use a bf16 config.")]
-    if guessing is None:
-        return [(NOTE, f"Training loss {loss:.3f}; the number of classes is not known.")]
-    reached, text = sanity.phase(run.recent, guessing)
-    losses = f"Training loss {loss:.3f}, that of guessing {guessing.loss:.3f}"
-    if reached == sanity.UNKNOWN:
-        found = [(NOTE, f"{losses}: not enough images yet to say whether it learns.")]
-    elif reached == sanity.NOTHING:
-        advice = "This is usual early in a run; later, try another --lr."
-        found = [(BAD, f"{_sentence(text)} {advice}")]
-    else:
-        found = [(GOOD, f"{_sentence(text)} {losses}.")]
-    wrong = sanity.alarms(run.recent, guessing, val_samples=run.val_samples)
-    return found + [(BAD, _sentence(alarm)) for alarm in wrong.values()]
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-def _validating(run: RunData) -> list[tuple[str, str]]:
-    """Return the last validation loss and the best one."""
-    points = [p for p in run.validation.points("val_loss") if math.isfinite(p[1])]
-    if not points:
-        text = "No validation: the numbers are those of the training images."
-        return [(NOTE, text)] * bool(run.training.rows)
-    best_step, best = min(points, key=lambda point: point[1])
-    step, last = points[-1]
-    text = f"Validation loss {last:.3f} at step {step:,.0f}; its best is {best:.3f}"
-    if last > WORSE * best:
-        return [(NOTE, f"{text}, at step {best_step:,.0f}: take checkpoints/best.")]
-    return [(GOOD, f"{text}, at step {best_step:,.0f}.")]
-
-
-def _losses(run: RunData) -> list[tuple[str, str]]:
-    """Return what was lost (steps, images, checkpoints, attempts) and the time spent waiting."""
-    found = []
-    wait = _recent(run.training, "data_wait_frac")
-    if wait is not None and wait > WAITING:
-        found.append(
-            (BAD, f"{percent(wait, 0)} of the time is spent waiting for data: use more --workers, "
-             "smaller stored images (make_shards.py --image_size), or --resize fast.")
-        )  # fmt: skip
-    skipped = int(run.training.last("skipped_steps") or len(run.skipped))
-    if skipped:
-        usual = run.deepspeed.get("fp16", {}).get("enabled") and skipped <= 0.01 * run.step + 20
-        why = "; fp16 finds its loss scale this way" if usual else ""
-        found.append(
-            (NOTE if usual else BAD, f"{count(skipped, 'step')} skipped because a gradient was "
-             f"not finite{why}.")
-        )  # fmt: skip
-    bad = int(run.training.last("bad_samples") or len(run.bad_samples))
-    if bad:
-        found.append(
-            (NOTE, f"{count(bad, 'image')} could not be decoded; bad_samples.rank*.jsonl lists "
-             "them.")
-        )  # fmt: skip
-    failed = sum(event["event"] == "save failed" for event in run.events)
-    if failed:
-        found.append((BAD, f"{count(failed, 'checkpoint')} could not be written."))
-    ends = [attempt.end for attempt in attempts_of(run)]
-    unplanned = sum(end in ("killed", "failed") for end in ends)
-    if unplanned:
-        found.append(
-            (NOTE, f"{unplanned} of {count(len(ends), 'attempt')} ended by a fault or a kill; see "
-             "the timeline.")
-        )  # fmt: skip
-    if run.training.rows and not (skipped or bad or failed or unplanned):
-        found.append((GOOD, "No step was skipped, no image lost, every checkpoint written."))
-    return found
 
 
 # ------------------------------------------------------------------------------ curves
 
 
-def curves(run: RunData) -> list[str] | str:
-    """Return charts over steps as SVG."""
+def curves(run: RunData) -> dict[str, Any] | str:
+    """Return charts over steps as SVG, and a text on their validation."""
     train, val = run.training, run.validation
     if not train.rows and not val.rows:
         return "No step is logged yet."
@@ -206,10 +133,17 @@ def curves(run: RunData) -> list[str] | str:
     for title, key, axis in of_machine:
         if key != "lg_loss_scale" or any(value > 0 for value in train[key]):
             charts.append((title, [_line(train, key, "", plots.SLATE)], axis, None))
-    return [
+    text = ""
+    if val.rows and evaluation_of_the_end(run):
+        text = (
+            f"Validation is computed here while training{_in_precision(run)}. The numbers at the "
+            "top and by noise level are those of the evaluation, so the last digits may differ."
+        )
+    svgs = [
         plots.curves_svg(title, lines, axis, last_step=run.step, level=level)
         for title, lines, axis, level in charts
     ]
+    return {"text": text, "charts": svgs}
 
 
 def _train_and_val(run: RunData, name: str) -> list[Line]:

@@ -174,7 +174,7 @@ def test_noise_levels_and_earlier_evaluations(run):
     assert "87.5 %" in parsed.sections["noise"]
     assert "Earlier evaluations are drawn faintly" in parsed.sections["noise"]
     chart = html.split('id="noise"')[1].split("</figure>")[0]
-    lines = re.findall(r"<path [^>]*stroke: #0072b2; [^>]*stroke-width: ([\d.]+)", chart)
+    lines = re.findall(r"<path [^>]*stroke: var\(--blue, #0072b2\); [^>]*stroke-width: ([\d.]+)", chart)
     assert sorted(lines) == ["1.3"] * (2 + 1) + ["2"] * (1 + 1)  # curves, and their legend
     assert "<title>step 30: 10, 87.5 %</title>" in chart
 
