@@ -198,6 +198,7 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
     from ds_classifier.guidance import fidelity, sample_files
     from ds_classifier.guidance.guided_sampling import load_guided_sampling
+    from ds_classifier.report.page import write_report
 
     bayes = arguments.classifier_path == BAYES
     guided = distributed.together(
@@ -258,6 +259,11 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
     distributed.on_rank_0(finish, device)
     distributed.finish()
+    if source is None or source.kind != "checkpoint" or distributed.rank() != 0:
+        return
+    of_run = out.resolve() == (source.home / "samples").resolve()
+    if of_run and failures.tolerate("report.html", lambda: write_report(source.home)):
+        print(f"written: {source.home}/report.html")
 
 
 if __name__ == "__main__":

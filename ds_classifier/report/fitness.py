@@ -174,8 +174,15 @@ def _worse(
     record: dict[str, Any], rows: Sequence[Row], guessing: Guessing, train: str
 ) -> Iterator[Line]:
     """Yield a line on the levels where the classifier is worse than guessing, or too sure."""
+
+    def proven(row: Row) -> bool:
+        return _gain(row, guessing) < -EVIDENCE
+
+    def clear(row: Row) -> bool:
+        return row["loss"] > (1 + WORSE) * guessing.loss
+
     groups = _groups(rows, lambda row: row["loss"] > guessing.loss)
-    groups = [g for g in groups if min(_gain(row, guessing) for row in g) < -EVIDENCE]
+    groups = [group for group in groups if any(proven(row) or clear(row) for row in group)]
     if not groups:
         yield from _too_long(record, rows, train)
         return
@@ -191,7 +198,9 @@ def _worse(
             f"; its gradient there has the norm {short(worst['grad_norm'])}, that of the exact "
             f"posterior {short(best)}"
         )
-    sign = BAD if worst["loss"] > (1 + WORSE) * guessing.loss else DOUBTFUL
+    sign = BAD if proven(worst) and clear(worst) else DOUBTFUL
+    if not proven(worst):
+        text += f", though {count(worst['samples'], 'image')} are too few to be sure"
     first = groups[-1][0]["t"]
     below = f"guide only at t below {first}, or " if groups[-1][-1] is rows[-1] and first else ""
     yield sign, f"{text}; do: {below}{train}."

@@ -39,7 +39,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 14, 26, 36  # margins of the axes, points
 LEGEND_ROW, TICKS_ABOVE, SLANTED_NAMES = 15, 14, 70  # points that these take, where there are any
 CLASSES_NAMED = 20  # with more classes, the accuracies are sorted and have no names
 STRIP_ROW = 20  # of the timeline, points
-STRIP, NARROW_STRIP = (1160, 92, 160), (WIDTH, 150, 20)  # its width, and left and right of the axes
+STRIP, NARROW_STRIP = (1160, 92, 160), (WIDTH, 168, 20)  # its width, and left and right of the axes
 PNG_DPI = 110
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page shows its own font

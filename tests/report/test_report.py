@@ -108,6 +108,23 @@ def test_headline_and_checks_agree_with_the_log(run):
     assert f"Training loss {recent:.3f}" in text
 
 
+def test_one_accuracy_stands_in_the_headline(run):
+    """The evaluation in fp32 replaces the validation in bf16, unless that is newer."""
+    write_log(run, [training_row(20, 1.0), validation_row(20, 0.9, 0.61)])
+    (run / "deepspeed.json").write_text('{"bf16": {"enabled": true}}')
+    top = opened(run).sections[""]
+    assert "61.0 %" in top
+    assert "held out, while training in bf16" in top
+    write_record(run, record(20, ["a", "b"], {(0, 0): 4}))
+    parsed = opened(run)
+    assert "50.0 %" in parsed.sections[""]
+    assert "held out, evaluated in fp32" in parsed.sections[""]
+    assert "61.0 %" not in parsed.sections[""]
+    assert "computed here while training in bf16" in parsed.sections["curves"]
+    write_log(run, [training_row(30, 1.0), validation_row(30, 0.9, 0.62)])
+    assert "62.0 %" in opened(run).sections[""]
+
+
 def test_a_log_cut_by_a_kill(run):
     write_log(run, [training_row(10, 1.0), training_row(20, None, grad_norm=None)])
     with open(run / "log.jsonl", "a") as file:
@@ -174,7 +191,9 @@ def test_noise_levels_and_earlier_evaluations(run):
     assert "87.5 %" in parsed.sections["noise"]
     assert "Earlier evaluations are drawn faintly" in parsed.sections["noise"]
     chart = html.split('id="noise"')[1].split("</figure>")[0]
-    lines = re.findall(r"<path [^>]*stroke: var\(--blue, #0072b2\); [^>]*stroke-width: ([\d.]+)", chart)
+    lines = re.findall(
+        r"<path [^>]*stroke: var\(--blue, #0072b2\); [^>]*stroke-width: ([\d.]+)", chart
+    )
     assert sorted(lines) == ["1.3"] * (2 + 1) + ["2"] * (1 + 1)  # curves, and their legend
     assert "<title>step 30: 10, 87.5 %</title>" in chart
 
@@ -274,6 +293,12 @@ def test_training_and_evaluation_write_the_report(digits, tmp_path, monkeypatch)
     right = sum(count for label, predicted, count in pairs if label == predicted)
     assert right == made["classifier"]["levels"][0]["correct@1"]
     assert f"{360 - right:,} of 360 images are taken" in parsed.sections["confusion"]
+    flags = ["--classifier_path", run, "--data_dir", digits / "train", "--num_samples", 2]
+    flags += ["--timestep_respacing", 2, "--classes", "3,8"]
+    done = launch(1, *flags, script=ROOT / "launch" / "sample.py", cwd=tmp_path)
+    assert done.code == 0, done.output
+    assert f"written: {run}/report.html" in done.output
+    assert "2 samples per scale" in opened(run).sections["guides"]
     # The evaluation shows the same images with the same noise as the validation.
     again = load_grid(run / "eval" / "step-00000006.pictures.png")
     assert (again.tiles == grid.tiles).all()
