@@ -220,7 +220,7 @@ def numbers(probabilities, labels, t=0):
 
 
 def test_luck_is_not_taken_for_knowledge():
-    """Of answers that do not depend on the image, none in 3,000 counts as better than guessing."""
+    """None of 3,000 sets of answers without knowledge counts as better than guessing."""
     rng = np.random.RandomState(0)
     prior = np.array([0.5, 0.3, 0.2])
     for _ in range(3000):

@@ -9,12 +9,15 @@ from report_page import HOSTILE, Page, record
 from running import ROOT, run_python
 
 from ds_classifier.report.plots import (
+    NAMED,
     Axis,
+    Bar,
     Line,
     _write_png,
     curves_svg,
     plot_evaluation,
     plot_series,
+    timeline_svg,
 )
 
 
@@ -59,6 +62,30 @@ def test_a_point_is_where_its_numbers_say():
     half = (at_y[0] + at_y[1]) / 2
     assert half - 5 < float(y) < half  # the baseline of a tick label is below its middle
     assert "<title>b: 25, 0.5</title>" in svg
+
+
+def test_the_style_may_change_every_color_of_a_figure():
+    """Each color has another value in the dark; the one written beside its name is for light."""
+    style = (ROOT / "ds_classifier" / "report" / "report.css").read_text()
+    light, _, rest = style.partition("@media screen and (prefers-color-scheme: dark) {")
+    dark = rest.partition("}")[0]
+    for name, value in NAMED.items():
+        assert f"--{name}: #" in dark, name
+        assert f"--{name}: {value}" not in dark, name
+        assert f"--{name}:" not in light or name == "ink"
+    svg = curves_svg("a", [Line("b", [(0, 1.0), (1, 2.0)], NAMED["q3"])], Axis(), last_step=1)
+    assert f"stroke: var(--q3, {NAMED['q3']})" in svg
+    bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", svg)
+    assert not re.search(r"#[0-9a-f]{6}", bare)
+
+
+def test_a_narrow_timeline_names_how_each_attempt_ended():
+    bars = [Bar("attempt 3", 0, 70, "ended without a message", NAMED["blue"])]
+    bars += [Bar("attempt 4", 50, 100, "finished, 0:01:25", NAMED["blue"])]
+    wide, narrow = (Page(timeline_svg(bars, [], 100, narrow=way)).texts for way in (False, True))
+    assert {"attempt 3", "finished, 0:01:25"} <= set(wide)
+    assert {"3: ended without a message", "4: finished"} <= set(narrow)
+    assert 'viewBox="0 0 372 ' in timeline_svg(bars, [], 100, narrow=True)
 
 
 def test_numbers_in_a_legend_keep_their_digits():
