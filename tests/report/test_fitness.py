@@ -92,7 +92,11 @@ def test_a_toy_gets_no_tick_for_its_fitness(run):
     write_log(run, [training_row(500, 1.45), validation_row(500, 1.52, 0.36)])
     (run / "config.json").write_text('{"iterations": 500, "num_classes": 5}')
     assert GOOD not in [sign for sign, _ in judged(run, made)]
-    signs = [line["sign"] for group in checks(read_run(run)) for line in group["lines"]]
+    lines = [line for group in checks(read_run(run)) for line in group["lines"]]
+    (validation,) = [line for line in lines if "Validation loss 1.520" in line["text"]]
+    assert validation["sign"] == "?"
+    assert "little below guessing, 1.609: train longer" in validation["text"]
+    signs = [line["sign"] for line in lines]
     assert signs.count("✓") < 3
     assert signs.count("?") + signs.count("!") >= 4
 
