@@ -28,7 +28,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
 from ds_classifier.data.store import Shard, ShardStore
-from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, key_of, member_name
+from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key_of, member_name
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -306,7 +306,7 @@ def _no_shards(folder: Path) -> str:
             f"got {folder}, which does not exist; need a directory of shards; do: "
             f"{CONVERT} IMAGES {folder.parent}"
         )
-    tars = any(folder.glob("*.tar"))
+    tars = any(is_tar_name(entry.name) for entry in folder.iterdir())
     if (folder / "train" / MANIFEST).is_file():
         return f"got {folder}; its shards are one level down; do: pass {folder / 'train'}"
     if tars:
