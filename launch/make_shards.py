@@ -276,6 +276,8 @@ def _index(arguments: argparse.Namespace) -> int:
             checked = f"counts agree with {indexed.checked_by}"
         location = shown(manifest.location or str(folder))
         print(f"{_contents(folder, manifest)}, at {location}; {checked}")
+        if manifest.shard_keys:
+            print("  keys begin anew in each shard: messages call a sample SHARD/KEY")
         if split == "train":
             pairs = indexed.neighbours
             print(

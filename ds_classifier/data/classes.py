@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+_NUMBER = re.compile("-?[0-9]{1,18}")
+
 
 def class_list(name: str, found: set[str | int]) -> list[str]:
     """Return the names of the classes in the order of their numbers.
 
     name: the data source, for messages. found: the class of every training image, a name or an
-    integer. Names are sorted. If all classes are integers, the list is "0" to the largest one.
+    integer. Names are in the order of in_order. If all classes are integers, the list is "0" to the
+    largest one.
     Raises ValueError for negative integers, and if an integer in between has no image.
     """
     if not all(isinstance(class_name, int) for class_name in found):
-        return sorted(map(str, found))
+        return in_order(map(str, found))
     if min(found) < 0:
         raise ValueError(
             f"{name}: got label {min(found)}; need integers from 0; do: remove its images, or "
@@ -24,6 +30,12 @@ def class_list(name: str, found: set[str | int]) -> list[str]:
             "without a gap; do: renumber the classes, or give them names"
         )
     return [str(i) for i in range(len(found))]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return class names sorted: by their numbers if all are whole numbers, else as text."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(map(_NUMBER.fullmatch, names)) else names
 
 
 def class_lines(text: bytes, where: str) -> list[str]:

@@ -9,9 +9,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from ds_classifier.data.tars import (
     IMAGE_SUFFIXES,
@@ -26,6 +26,14 @@ LARGEST_LABEL = 1 << 20  # bytes of a member that holds a label; img2dataset's J
 LARGEST_IMAGE = (1 << 32) - 1  # bytes; the index stores 32 bits
 
 
+MOST_FIELDS = 12  # of a JSON object that a message names
+
+# Kinds of faults.
+NO_LABEL, BAD_LABEL, NO_IMAGE = "no label", "bad label", "no image"
+TWO_IMAGES, LARGE_IMAGE, TWICE = "two images", "large image", "twice"
+MOST_OTHERS = 3  # suffixes of other members that a fault names
+
+
 @dataclass(frozen=True)
 class ScannedSample:
     """A sample found in a tar: its key, and (offset, length, label, 0) as an index row."""
@@ -34,20 +42,51 @@ class ScannedSample:
     entry: tuple[int, int, int, int]
 
 
-@dataclass
+class Fault(NamedTuple):
+    """A reason why a sample cannot be used, as a message: shard, key and words.
+
+    kind: the kind of the reason.
+    """
+
+    kind: str
+    where: Path | str
+    key: str
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {printable(self.key)} {self.words}"
+
+
+@dataclass(slots=True)
 class _Group:
-    """The members of one key, collected in the order of the tar."""
+    """The members of one key that were found so far.
+
+    faults: (kind, words). others: the first suffixes of members that are neither image nor label.
+    """
 
     key: str
     image: Member | None = None
     label: int | None = None
-    faults: list[str] = field(default_factory=list)
     label_seen: bool = False
+    faults: tuple[tuple[str, str], ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
-    def whole(self) -> bool:
-        """Shows whether the sample has an image and a label, and no fault."""
-        return self.image is not None and self.label is not None and not self.faults
+    def empty(self) -> bool:
+        """Shows whether neither an image nor a label was found."""
+        return self.image is None and not self.label_seen
+
+    @property
+    def complete(self) -> bool:
+        """Shows whether both an image and a label were found."""
+        return self.image is not None and self.label_seen
+
+    def add_fault(self, kind: str, words: str) -> None:
+        self.faults += ((kind, words),)
+
+    def add_other(self, suffix: str) -> None:
+        if len(self.others) < MOST_OTHERS and suffix not in self.others:
+            self.others += (suffix,)
 
 
 def scan_shard(
@@ -58,8 +97,8 @@ def scan_shard(
     Raises ValueError for the first fault, with the shard and the place.
     """
 
-    def refuse(problem: str) -> None:
-        raise ValueError(problem)
+    def refuse(fault: Fault) -> None:
+        raise ValueError(str(fault))
 
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -73,47 +112,59 @@ def scan_samples(
     *,
     labels: str = "cls",
     numbers: Mapping[str, int] | None = None,
-    report: Callable[[str], None],
+    report: Callable[[Fault], None],
 ) -> Iterator[ScannedSample]:
-    """Walk a tar and yield its complete samples in order.
+    """Walk a tar and yield its complete samples in the order in which they become complete.
 
-    A sample is a run of members with one key, in any order: one image and its label. Other members
-    are skipped, never decoded.
+    A sample is all members with one key: one image and its label. They need not be next to each
+    other: a key waits for the rest, so memory is needed for all keys that wait at one time. Other
+    members are skipped, never decoded.
     size: bytes of the tar; None to read to the end of the file.
     labels: "cls", or "json:KEY" for a field of .json.
     numbers: class name -> label, if labels may be names; None if they are numbers.
-    report: called with a message for every incomplete sample; it names the shard and the key.
+    report: called for every fault of a sample.
     Raises ValueError for a damaged tar; see tar_members.
     """
     suffix_of_label = "json" if labels.startswith("json:") else labels
-    seen: set[str] = set()
+    ended: set[str] = set()  # keys
+    waiting: dict[str, _Group] = {}
     group: _Group | None = None
 
-    def end(group: _Group | None) -> Iterator[ScannedSample]:
-        """Yield the group's sample if it is complete; report its faults if it is not."""
-        if group is None or (group.image is None and not group.label_seen):
-            return
-        if group.image is None:
-            group.faults.append("has a label but no image")
+    def end(group: _Group) -> Iterator[ScannedSample]:
+        """Yield the group's sample if it is usable; report its faults if it is not."""
+        others = ", ".join(f".{other}" for other in group.others)
+        others = f" (it has {others})" if others else ""
+        if group.key in ended:
+            group.faults = ((TWICE, "appears twice; need each key once"),)
+        elif group.image is None:
+            group.add_fault(NO_IMAGE, f"has a label but no image{others}")
         elif not group.label_seen:
-            group.faults.append(f"has an image but no .{suffix_of_label}")
+            group.add_fault(NO_LABEL, f"has an image but no .{suffix_of_label}{others}")
         elif group.image.size > LARGEST_IMAGE:
-            group.faults.append(f"has an image of {group.image.size} bytes; need 4 GiB at most")
-        if group.key in seen:
-            group.faults = ["appears twice; need its members next to each other, and each key once"]
-        seen.add(group.key)
-        for fault in group.faults:
-            report(f"{where}: {printable(group.key)} {fault}")
+            words = f"has an image of {group.image.size} bytes; need 4 GiB at most"
+            group.add_fault(LARGE_IMAGE, words)
+        ended.add(group.key)
+        for kind, words in group.faults:
+            report(Fault(kind, where, group.key, words))
         if not group.faults:
             entry = (group.image.offset, group.image.size, group.label, 0)
             yield ScannedSample(group.key, entry)
+
+    def leave(group: _Group | None) -> Iterator[ScannedSample]:
+        """End a group that is complete or appears again; let others wait for their members."""
+        if group is None or group.empty:
+            return
+        if group.complete or group.key in ended:
+            yield from end(group)
+        else:
+            waiting[group.key] = group
 
     members = tar_members(file, where, 0, size)
     while True:
         try:
             member = next(members, None)
         except ValueError:
-            if group is not None and group.whole:
+            if group is not None and group.complete and not group.faults:
                 yield from end(group)  # the damage begins after this sample
             raise
         if member is None:
@@ -123,11 +174,11 @@ def scan_samples(
             continue
         key, suffix = split
         if group is None or group.key != key:
-            yield from end(group)
-            group = _Group(key)
+            yield from leave(group)
+            group = waiting.pop(key, None) or _Group(key)
         if f".{suffix}" in IMAGE_SUFFIXES:
             if group.image is not None:
-                group.faults.append("has two images; need one")
+                group.add_fault(TWO_IMAGES, "has two images; need one")
             group.image = member
         elif suffix == suffix_of_label:
             group.label_seen = True
@@ -136,8 +187,12 @@ def scan_samples(
             try:
                 group.label = _label_in(content, labels, numbers)
             except ValueError as error:
-                group.faults.append(f"has no usable label in .{suffix}: {error}")
-    yield from end(group)
+                group.add_fault(BAD_LABEL, f"has no usable label in .{suffix}: {error}")
+        else:
+            group.add_other(suffix)
+    yield from leave(group)
+    for group in waiting.values():
+        yield from end(group)
 
 
 def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) -> int:
@@ -151,7 +206,7 @@ def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) ->
         except (ValueError, RecursionError) as error:
             raise ValueError(f"got no JSON ({error})") from None
         if not isinstance(fields, dict) or name not in fields:
-            raise ValueError(f"got no field {name!r}")
+            raise ValueError(f"got no field {name!r}{fields_in(fields)}")
         value = fields[name]
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -165,6 +220,14 @@ def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) ->
         return numbers[text]
     need = "a class index in digits" if numbers is None else "a class index or a listed class name"
     raise ValueError(f"got {text[:40]!r}; need {need}")
+
+
+def fields_in(content: object) -> str:
+    """Return the names of the fields of a JSON object, for a message; empty if it has none."""
+    if not isinstance(content, dict) or not content:
+        return ""
+    names = ", ".join(printable(name[:40]) for name in list(content)[:MOST_FIELDS])
+    return f"; its fields are {names}" + (" ..." if len(content) > MOST_FIELDS else "")
 
 
 def class_numbers(classes: list[str]) -> dict[str, int]:

@@ -28,7 +28,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
 from ds_classifier.data.store import Shard, ShardStore
-from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, key_of, member_name
+from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key_of, member_name
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -57,6 +57,7 @@ class Manifest:
     undecodable: names of the images that could not be halved and are stored unchanged.
     location: directory (absolute) or URL of the tars; None if they lie next to the manifest.
     labels: place of a sample's label: "cls", or "json:KEY".
+    shard_keys: keys begin anew in each shard, so a sample's key has the name of its shard in front.
     """
 
     split: str
@@ -72,6 +73,12 @@ class Manifest:
     index_sha256: str
     location: str | None = None
     labels: str = "cls"
+    shard_keys: bool = False
+
+    def key(self, shard: int, key: str) -> str:
+        """Return the key of a sample in the split. key: as its shard has it."""
+        name = self.shards[shard].name
+        return f"{os.path.splitext(name)[0]}/{key}" if self.shard_keys else key
 
     @property
     def fingerprint(self) -> str:
@@ -131,14 +138,14 @@ class ShardSet:
         return self.folder / self.manifest.shards[shard].name
 
     def key(self, sample: int) -> str:
-        """Return a sample's key, read from the tar headers before its image."""
+        """Return a sample's key in the split, read from the tar headers before its image."""
         row = self.index[sample]
         offset, reach = int(row["offset"]), min(int(row["offset"]), NAME_REACH)
         try:
             name = member_name(self.store.read(int(row["shard"]), offset - reach, reach))
         except (tarfile.TarError, OSError):  # the shard was damaged or cut after it was indexed
             return f"at byte {offset}"
-        return key_of(name)[0]
+        return self.manifest.key(int(row["shard"]), key_of(name)[0])
 
 
 class Neighbours(NamedTuple):
@@ -221,6 +228,8 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
             )
         if type(manifest.classes) is not list or any(type(c) is not str for c in manifest.classes):
             raise ValueError("got classes that are not a list of names")
+        if type(manifest.shard_keys) is not bool:
+            raise ValueError("got shard_keys that are neither true nor false")
         if type(manifest.image_size) not in (int, type(None)):
             raise ValueError("got an image size that is not an integer")
         if not manifest.shards:
@@ -301,12 +310,18 @@ def _no_shards(folder: Path) -> str:
             f"got {folder}, whose conversion is not finished; do: run its missing parts, then "
             f"python launch/make_shards.py merge {folder.parent}; or the same convert again"
         )
+    if folder.is_file():
+        command = "index" if is_tar_name(folder.name) else "convert"
+        return (
+            f"got {folder}, which is a file; need a directory of shards; do: python "
+            f"launch/make_shards.py {command} {folder} data"
+        )
     if not folder.is_dir():
         return (
             f"got {folder}, which does not exist; need a directory of shards; do: "
             f"{CONVERT} IMAGES {folder.parent}"
         )
-    tars = any(folder.glob("*.tar"))
+    tars = any(is_tar_name(entry.name) for entry in folder.iterdir())
     if (folder / "train" / MANIFEST).is_file():
         return f"got {folder}; its shards are one level down; do: pass {folder / 'train'}"
     if tars:

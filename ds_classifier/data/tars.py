@@ -18,6 +18,9 @@ TAR_BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes of all headers of a member; real ones stay under 10 KB
 NAME_REACH = 1 << 14  # bytes before a member's content in which its headers are searched
 _UNKNOWN_END = 1 << 62
+_TAR_NAME = re.compile(
+    r"[^.].*\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lz|z|br))", re.IGNORECASE
+)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -171,6 +174,14 @@ def _refuse_compressed(head: bytes, name: Path | str) -> None:
                 f"{name}: got a compressed tar ({kind}), in which members cannot be read by their "
                 "place; need an uncompressed tar; do: decompress it"
             )
+
+
+def is_tar_name(name: str) -> bool:
+    """Return whether a file name is that of a tar, plain or compressed.
+
+    Hidden files are no tars, nor is what programs write next to a tar: x.tar.idx, x.tar.md5.
+    """
+    return _TAR_NAME.fullmatch(name) is not None
 
 
 def key_of(name: str) -> tuple[str, str] | None:

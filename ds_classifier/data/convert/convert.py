@@ -41,7 +41,9 @@ from ds_classifier.data.convert.plan import (
     PLAN,
     Encoding,
     Plan,
+    class_lists,
     final_encoding,
+    in_order_of_version_0_1,
     is_written,
     make_plan,
     open_partial,
@@ -84,6 +86,7 @@ def convert(
     error lists them all: after the first one, the other files are only checked, not written.
     """
     encoding = final_encoding(encoding, source)
+    source = in_order_of_version_0_1(source, out)
     splits: dict[str, list[Sample]] = {}
     bad: dict[str, list[BadFile]] = {}
     for split, samples in source.splits.items():
@@ -137,6 +140,8 @@ def merge(out: Path) -> list[str]:
                 f"as {missing[0]}; do: run the parts that write them, then merge"
             )
         plans[partial] = plan
+    if plans:
+        _refuse_two_class_lists(out)
     for partial, plan in plans.items():
         _finish(partial, plan)
     for partial, plan in plans.items():
@@ -151,6 +156,18 @@ def merge(out: Path) -> list[str]:
         (out / plan.split / PLAN).unlink()
     files.fsync(out)
     return [plan.split for plan in plans.values()]
+
+
+def _refuse_two_class_lists(out: Path) -> None:
+    """Raise ValueError if splits in OUT differ in their classes, or in the order of them."""
+    lists = class_lists(out)
+    first, *others = lists
+    for folder in others:
+        if lists[folder] != lists[first]:
+            raise ValueError(
+                f"OUT: got {folder} with other classes than {first}, or with another order of "
+                "them; need one class list in OUT; do: convert both again, to another OUT"
+            )
 
 
 def _write_shards(

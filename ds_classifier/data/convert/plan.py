@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ds_classifier.data.classes import in_order
 from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.shards import MANIFEST, open_shards
 
@@ -62,20 +63,46 @@ class Plan:
         return f"{self.split}-{number:06d}.tar"
 
 
+def class_lists(out: Path) -> dict[Path, list[str]]:
+    """Return the class list of every split in OUT, finished or not, by its directory."""
+    lists = {}
+    for split in ("train", "val"):
+        for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
+            if (folder / facts).is_file():
+                lists[folder] = json.loads((folder / facts).read_text())["classes"]
+    return lists
+
+
 def refuse_other_splits(out: Path, source: DataSource, planned: set[str]) -> None:
     """Raise ValueError if OUT holds another split, finished or not, with other classes.
 
     planned: the splits that the conversion writes; only others are checked.
     """
-    for split in {"train", "val"} - planned:
-        for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
-            if not (folder / facts).is_file():
-                continue
-            if json.loads((folder / facts).read_text())["classes"] != source.classes:
-                raise ValueError(
-                    f"OUT: got {folder}, with other classes than {source.name}; need one class "
-                    "list in OUT; do: remove it, or choose another OUT"
-                )
+    for folder, classes in class_lists(out).items():
+        if folder.stem not in planned and classes != source.classes:
+            raise ValueError(
+                f"OUT: got {folder}, with other classes than {source.name}; need one class "
+                "list in OUT; do: remove it, or choose another OUT"
+            )
+
+
+def in_order_of_version_0_1(source: DataSource, out: Path) -> DataSource:
+    """Return the source with its classes in the order of the splits in OUT, if 0.1 made them.
+
+    Version 0.1 sorted names that are numbers as text: 1, 10, 2. What it began is continued so.
+    """
+    as_text = sorted(source.classes)
+    if source.classes == as_text or source.classes != in_order(as_text):
+        return source
+    if as_text not in class_lists(out).values():
+        return source
+    label = {class_name: i for i, class_name in enumerate(as_text)}
+    new_label = [label[class_name] for class_name in source.classes]
+    splits = {
+        split: [replace(sample, label=new_label[sample.label]) for sample in samples]
+        for split, samples in source.splits.items()
+    }
+    return replace(source, classes=as_text, splits=splits)
 
 
 def final_encoding(encoding: Encoding, source: DataSource) -> Encoding:

@@ -22,7 +22,7 @@ from ds_classifier.data.convert.samples import (
     files_under,
     share_classes,
 )
-from ds_classifier.data.tars import IMAGE_SUFFIXES
+from ds_classifier.data.tars import IMAGE_SUFFIXES, is_tar_name
 
 # Other suffixes of images. If the content is not in a format of IMAGE_SUFFIXES, it is refused.
 OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
@@ -65,6 +65,11 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
             raise ValueError(f"{flag}: got {place}, which does not exist; need a file or a folder")
     kind = _kind(train)
     val_kind = None if val is None else _kind(Path(val))
+    tars = ("tar", "tars")
+    if kind in tars or val_kind in tars:
+        from ds_classifier.data.foreign.contents import refuse_shards
+
+        refuse_shards(train if kind in tars else None, Path(val) if val_kind in tars else None)
     if val is not None and (kind != val_kind) and {"parquet", "shards"} & {kind, val_kind}:
         raise ValueError(
             f"--val: got {val} ({val_kind}) with {source} ({kind}); need the same kind; do: give "
@@ -84,11 +89,17 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
 
 
 def _kind(place: Path) -> str:
-    """Return the kind of a path: "folder", "tar", "list", "parquet" or "shards"."""
+    """Return the kind of a path: "folder", "tar", "tars", "list", "parquet" or "shards".
+
+    "tars" is a folder without images but with tars, "shards" are converted ones.
+    """
     if place.is_dir():
         if any((place / split / "manifest.json").is_file() for split in (".", "train", "val")):
             return "shards"
-        first = next(files_under(place, (*IMAGE_SUFFIXES, ".parquet")), place)
+        first = next(files_under(place, (*IMAGE_SUFFIXES, ".parquet")), None)
+        if first is None:
+            tars = any(is_tar_name(file.name) for file in files_under(place, ("",)))
+            return "tars" if tars else "folder"
         return "parquet" if first.suffix.lower() == ".parquet" else "folder"
     kinds = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LISTS, "list")
     kind = kinds.get(place.suffix.lower())

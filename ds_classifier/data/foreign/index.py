@@ -19,6 +19,8 @@ from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.data.classes import class_lines
+from ds_classifier.data.foreign.advice import advice_for
+from ds_classifier.data.foreign.contents import shard_bytes
 from ds_classifier.data.foreign.layouts import (
     CLASSNAMES,
     Listing,
@@ -27,9 +29,18 @@ from ds_classifier.data.foreign.layouts import (
     stats_name,
     stats_of,
 )
+from ds_classifier.data.foreign.problems import (
+    COPY,
+    COUNT,
+    GAP,
+    METADATA,
+    NO_CLASS,
+    NO_SAMPLE,
+    SHARD,
+    Problems,
+)
 from ds_classifier.data.pool import in_processes, shared
-from ds_classifier.data.remote.fetch import stream
-from ds_classifier.data.scan import class_numbers, scan_samples
+from ds_classifier.data.scan import Fault, class_numbers, scan_samples
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -40,11 +51,8 @@ from ds_classifier.data.shards import (
     neighbours,
     parse_manifest,
 )
-from ds_classifier.data.store import is_url, url_of
+from ds_classifier.data.store import is_url
 from ds_classifier.data.tars import Sequential, printable
-
-MAX_PROBLEMS = 20  # in the error message, and kept per shard
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -90,34 +98,19 @@ def index(
     for split in ("train", "val"):
         _refuse_to_overwrite(out / split, listings.get(split))
     scans: dict[str, list[_Scan]] = {}
-    problems: list[str] = []
+    problems = Problems()
     for split, listing in listings.items():
         shards = _Split(listing, labels, names)
         scans[split] = _scan_all(shards, workers, functools.partial(progress, phase=split))
-        problems += listing.problems + _problems(shards, scans[split])
+        problems.update(_problems(shards, scans[split]))
         if split == "train" and names is None and not problems:
-            names, problems = _number_classes(shards, scans[split])
+            names = _number_classes(shards, scans[split], problems)
     if problems:
-        more = sum(scan.more_problems for split in scans.values() for scan in split)
-        raise ValueError(_message(problems, more))
+        raise ValueError(problems.message(advice_for(problems, labels)))
     return {
         split: _write(out / split, split, listing, labels, names, scans[split])
         for split, listing in listings.items()
     }
-
-
-def _message(problems: list[str], more: int) -> str:
-    """Return the error message for shards with problems. more: number of those not recorded."""
-    lines = problems[:MAX_PROBLEMS]
-    if more := more + len(problems) - len(lines):
-        lines.append(f"... and {count(more, 'more problem')}")
-    if any("label" in line or "no ." in line for line in lines):
-        lines.append(
-            "do: give the place of labels with --label json:KEY, or the names of classes with "
-            "--classes FILE"
-        )
-    head = "these shards cannot be used as they are, nothing was written:"
-    return "\n  ".join([head, *lines])
 
 
 def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
@@ -147,15 +140,6 @@ class _Split:
     labels: str
     classes: list[str] | None
 
-    def open(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of a shard."""
-        if is_url(self.listing.location):
-            yield from stream(url_of(self.listing.location, name))
-            return
-        with open(f"{self.listing.location}/{name}", "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-
     @functools.cached_property
     def numbers(self) -> dict[str, int] | None:
         """The label of every class name; None if there are no class names."""
@@ -173,14 +157,12 @@ class _Scan:
     """The samples of a shard, and its problems.
 
     rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys.
-    problems: the first MAX_PROBLEMS. more_problems: the number of the others.
     """
 
     shard: Shard
     rows: np.ndarray
     keys: np.ndarray
-    problems: list[str]
-    more_problems: int
+    problems: Problems
 
 
 def _scan_all(
@@ -200,45 +182,41 @@ def _scan_all(
 def _scan_one(name: str) -> _Scan:
     """Scan one shard."""
     split: _Split = shared()
-    where = f"{split.listing.location}/{name}"
-    problems, more = [], 0
+    place = (split.listing.location, name)
+    where = "/".join(place)
+    problems = Problems()
 
-    def report(problem: str) -> None:
-        nonlocal more
-        if len(problems) < MAX_PROBLEMS:
-            problems.append(problem)
-        else:
-            more += 1
+    def report(fault: Fault) -> None:
+        problems.add(fault.kind, place, str(fault), words=fault.words)
 
     rows, keys = [], []
-    file = Sequential(split.open(name))
+    file = Sequential(shard_bytes(*place))
     try:
         for key, entry in _samples(split, file, name, report):
             if split.classes is not None and entry[2] >= len(split.classes):
-                report(
-                    f"{where}: {printable(key)} has label {entry[2]}; there are "
-                    f"{len(split.classes)} classes"
-                )
+                words = f"has label {entry[2]}; there are {len(split.classes)} classes"
+                report(Fault(NO_CLASS, where, key, words))
             rows.append(entry)
             keys.append(_hash(key))
         expected = _expected(split, name)
         if expected not in (None, len(rows)) and not problems:
-            report(f"{where}: got {len(rows)} samples; {split.listing.source} says {expected}")
+            message = f"{where}: got {len(rows)} samples; {split.listing.source} says {expected}"
+            problems.add(COUNT, place, message, samples=abs(expected - len(rows)))
     except (ValueError, OSError) as error:
         expected = split.listing.counts.get(name)
         said = "" if expected is None else f"; {split.listing.source} says {expected}"
-        report(f"{error} (samples found before: {len(rows)}{said})")
+        message = f"{error} (samples found before: {len(rows)}{said})"
+        problems.add(SHARD, place, message, samples=max(1, (expected or 0) - len(rows)))
     return _Scan(
         Shard(name, len(rows), file.arrived, file.digest.hexdigest()),
         np.array(rows, dtype=INDEX_DTYPE),
         np.array(keys, dtype=np.uint64),
         problems,
-        more,
     )
 
 
 def _samples(
-    split: _Split, file: Sequential, name: str, report: Callable[[str], None]
+    split: _Split, file: Sequential, name: str, report: Callable[[Fault], None]
 ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
     """Yield (key, index row) of the samples in a shard."""
     for sample in scan_samples(
@@ -270,57 +248,61 @@ def _hash(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _problems(split: _Split, scans: list[_Scan]) -> list[str]:
-    """Return the problems of the shards; if they have none, keys that are in several shards."""
-    problems = [problem for scan in scans for problem in scan.problems]
-    if problems:
-        return problems
-    if not any(len(scan.rows) for scan in scans):
-        return [f"{split.listing.location}: got no samples in {count(len(scans), 'shard')}"]
+def _problems(split: _Split, scans: list[_Scan]) -> Problems:
+    """Return the problems of the shards and of their metadata."""
+    location, names = split.listing.location, split.listing.names
+    problems = Problems()
+    for message in split.listing.problems:
+        problems.add(METADATA, (location, ""), message)
+    for scan in scans:
+        problems.update(scan.problems)
+    if not problems and not any(len(scan.rows) for scan in scans):
+        message = f"{location}: got no samples in {count(len(scans), 'shard')}"
+        problems.add(NO_SAMPLE, (location, names[0] if names else ""), message)
+    shards: dict[str, str] = {}  # sha256 -> the first shard
+    for scan in scans:
+        name = scan.shard.name
+        if len(scan.rows) and (first := shards.setdefault(scan.shard.sha256, name)) != name:
+            message = f"{location}: {first} and {name} have the same bytes; need each shard once"
+            problems.add(COPY, (location, name), message, samples=len(scan.rows))
+    return problems
+
+
+def _keys_begin_anew(scans: list[_Scan]) -> bool:
+    """Return whether a key is in several shards, by the hashes of all keys."""
     hashes = np.concatenate([scan.keys for scan in scans])
     hashes.sort()
-    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MAX_PROBLEMS]
-    if not len(twice):
-        return []
-    holders: dict[str, list[str]] = {}  # key -> shards, as different keys can have one hash
-    for scan in scans:
-        for key in _keys(split, scan, np.isin(scan.keys, twice)):
-            holders.setdefault(key, []).append(scan.shard.name)
-    return [
-        f"{split.listing.location}: key {printable(key)} is in {' and '.join(shards[:3])}; need "
-        "each key once"
-        for key, shards in holders.items()
-        if len(shards) > 1
-    ]
+    return bool((hashes[1:] == hashes[:-1]).any())
 
 
 def _keys(split: _Split, scan: _Scan, wanted: np.ndarray) -> list[str]:
     """Read a shard again for the keys of some of its samples. wanted: [n] bool."""
-    if not wanted.any():
-        return []
-    file = Sequential(split.open(scan.shard.name))
-    samples = _samples(split, file, scan.shard.name, lambda problem: None)
+    file = Sequential(shard_bytes(split.listing.location, scan.shard.name))
+    samples = _samples(split, file, scan.shard.name, lambda fault: None)
     return [key for (key, _), yes in zip(samples, wanted, strict=True) if yes]
 
 
-def _number_classes(split: _Split, scans: list[_Scan]) -> tuple[list[str] | None, list[str]]:
-    """Return the class names "0", "1" ... for the training labels, and the problems of the labels.
+def _number_classes(split: _Split, scans: list[_Scan], problems: Problems) -> list[str] | None:
+    """Return the class names "0", "1" ... for the training labels.
 
-    The names are None if a number below the largest label has no image.
+    Returns None, and adds to the problems, if a number below the largest label has no image.
     """
     present = functools.reduce(np.union1d, (np.unique(scan.rows["label"]) for scan in scans))
     if present[-1] == len(present) - 1:
-        return [str(i) for i in range(len(present))], []
+        return [str(i) for i in range(len(present))]
     gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
     scan = next(scan for scan in scans if (scan.rows["label"] > gap).any())
     wanted = np.zeros(len(scan.rows), dtype=bool)
     wanted[np.argmax(scan.rows["label"])] = True
     key = printable(_keys(split, scan, wanted)[0])
     label = scan.rows["label"].max()
-    return None, [
+    problems.add(
+        GAP,
+        (split.listing.location, scan.shard.name),
         f"{split.listing.location}: no image has label {gap}, but {key} in {scan.shard.name} has "
-        f"{label}; need 0, 1, 2, ... without a gap, or --classes FILE with a name for every label"
-    ]
+        f"{label}; need 0, 1, 2, ... without a gap, or --classes FILE with a name for every label",
+    )
+    return None
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -385,6 +367,7 @@ def _write(
         index_sha256=files.sha256(folder / INDEX),
         location=None if in_place else listing.location,
         labels=labels,
+        shard_keys=_keys_begin_anew(scans),
     )
     files.replace_text(folder / MANIFEST, manifest.to_json())
     files.fsync(folder)

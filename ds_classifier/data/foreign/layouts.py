@@ -31,7 +31,7 @@ from ds_classifier.data.classes import class_lines
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
-from ds_classifier.data.tars import printable
+from ds_classifier.data.tars import is_tar_name, printable
 
 STATS = "NAME_stats.json"
 INFO = ("_info.json", "info.json")
@@ -121,15 +121,15 @@ class Location:
         """Return the names of the tars in a directory, in numerical order; none for a URL."""
         if self.url or not os.path.isdir(self.root):
             return []
-        return sorted(filter(_TAR.search, os.listdir(self.root)), key=_by_number)
+        with os.scandir(self.root) as entries:
+            names = [e.name for e in entries if is_tar_name(e.name) and not e.is_dir()]
+        return sorted(names, key=_by_number)
 
     def tars_with_stats(self) -> set[str]:
         """Return the names of the tars that have NAME_stats.json from img2dataset."""
-        names = os.listdir(self.root)
-        return {n.removesuffix(STATS[4:]) + ".tar" for n in names if n.endswith(STATS[4:])}
-
-
-_TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
+        stats = (name for name in os.listdir(self.root) if name.endswith(STATS[4:]))
+        names = (name.removesuffix(STATS[4:]) + ".tar" for name in stats)
+        return set(filter(is_tar_name, names))
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -154,7 +154,7 @@ def find_shards(address: str, split: str, *, optional: bool = False) -> Listing 
     folder, _, base = address.rstrip("/").rpartition("/")
     if base in (*INFO, SIZES, NSHARDS):
         address = folder or ("/" if address.startswith("/") else ".")
-    elif "{" in address or "::" in address or _TAR.search(base):
+    elif "{" in address or "::" in address or is_tar_name(base):
         return None if optional else _check_names(_from_pattern(address))
     location = Location(address)
     found = _from_info(location, split, optional) or _from_split_folder(location, split)
@@ -253,8 +253,26 @@ def _info_counts(info: object, where: str) -> tuple[dict[str, int], int, str | N
             f"{where}: got no consistent filenames, shard_lengths and num_samples "
             f"({type(error).__name__}: {error})"
         ) from None
-    counts = dict(zip(names, lengths, strict=True))
+    counts = _counts_of_tars(dict(zip(names, lengths, strict=True)))
     return counts, total, f"json:{labels}" if labels else None
+
+
+def _read_sizes(location: Location) -> dict | None:
+    """Return the content of sizes.json, or None if there is no such file."""
+    sizes = location.read_json(SIZES)
+    return None if sizes is None else _counts_of_tars(sizes)
+
+
+def _counts_of_tars(counts: dict) -> dict:
+    """Return the counts of tars among those of a metadata file.
+
+    Names of other types than str, and names with directories, are kept, to be refused.
+    """
+    return {
+        name: number
+        for name, number in counts.items()
+        if not isinstance(name, str) or is_tar_name(os.path.basename(name))
+    }
 
 
 def _from_split_folder(location: Location, split: str) -> Listing | None:
@@ -269,7 +287,7 @@ def _from_split_folder(location: Location, split: str) -> Listing | None:
 def _from_folder(location: Location) -> Listing | None:
     """Return the shards of a directory or URL that holds one split, or None if there are none."""
     tars = location.tars()
-    sizes, nshards = location.read_json(SIZES), location.read(NSHARDS)
+    sizes, nshards = _read_sizes(location), location.read(NSHARDS)
     if nshards is not None:
         if not re.fullmatch(rb"[0-9]{1,6}", nshards.strip()):
             raise ValueError(
@@ -321,7 +339,9 @@ def _from_pattern(pattern: str) -> Listing:
             f"got shards in {len(folders)} directories, {' and '.join(sorted(folders)[:2])}; need "
             "all of a split in one; do: link them into one directory"
         )
-    names = [path.rpartition("/")[2] for path in paths]
+    names = [name for path in paths if is_tar_name(name := path.rpartition("/")[2])]
+    if not names:
+        raise ValueError(f"got {pattern!r}, such as {paths[0]}; need names that end in .tar")
     if len(set(names)) != len(names):
         raise ValueError(f"got {pattern!r}, which names a shard twice; need each once")
     location = Location(folders.pop())
@@ -344,7 +364,7 @@ def _with_metadata(location: Location, names: list[str], problems: list[str]) ->
             if not of_split.keys().isdisjoint(names):
                 counts |= of_split
                 source, labels = name, of_labels
-    sizes = location.read_json(SIZES) if source is None else None
+    sizes = _read_sizes(location) if source is None else None
     if sizes and not sizes.keys().isdisjoint(names):
         if any(type(n) is not int or n < 0 for n in sizes.values()):
             raise ValueError(f"{location.root}/{SIZES}: got a count that is not a natural number")

@@ -16,7 +16,7 @@ from ds_classifier.common.urls import shown
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.remote.connections import CHUNK
 from ds_classifier.data.remote.fetch import stream
-from ds_classifier.data.scan import ScannedSample, class_numbers, scan_samples
+from ds_classifier.data.scan import Fault, ScannedSample, class_numbers, scan_samples
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.splits import open_split
 from ds_classifier.data.store import url_of
@@ -110,7 +110,8 @@ def _verify_one(number: int) -> tuple[list[str], list[str]]:
             problems = _problems(number, found, size, sha256)
             if split.check_decode:
                 problems += _undecodable(file, where, found)
-            return problems, [sample.key for sample in found]
+            manifest = split.shards.manifest
+            return problems, [manifest.key(number, sample.key) for sample in found]
     except FileNotFoundError:
         return [f"{where}: got no such file; need {shard.samples} samples"], []
     except (ValueError, OSError) as error:
@@ -137,8 +138,8 @@ def _scan(
     size: bytes of the shard; None: read to the end of the file.
     """
 
-    def refuse(problem: str) -> None:
-        raise ValueError(problem)
+    def refuse(fault: Fault) -> None:
+        raise ValueError(str(fault))
 
     manifest = shared().shards.manifest
     numbers = class_numbers(manifest.classes)

@@ -191,7 +191,7 @@ def test_the_command_line(tmp_path):
     assert (done.code, len(done.lines)) == (2, 3), done.output
     assert done.lines[0].startswith("error: these shards cannot be used as they are")
     assert done.lines[1].endswith("x.tar: z has an image but no .cls")
-    assert "do: give the place of labels with --label" in done.lines[2]
+    assert "do: pack these shards again with a label for every image" in done.lines[2]
     assert not (tmp_path / "new").exists()
     done = run_python(script, "index", "x.tar", "new", "--label", "txt", cwd=tmp_path)
     assert done.code == 2

@@ -1,0 +1,169 @@
+"""Decide by a tar's first members what it holds: samples of WebDataset, class folders or tars."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ds_classifier.data.convert.samples import files_under
+from ds_classifier.data.foreign.layouts import SPLITS
+from ds_classifier.data.remote.connections import CHUNK
+from ds_classifier.data.remote.fetch import stream
+from ds_classifier.data.scan import LARGEST_LABEL
+from ds_classifier.data.store import is_url, url_of
+from ds_classifier.data.tars import (
+    IMAGE_SUFFIXES,
+    Sequential,
+    is_tar_name,
+    key_of,
+    printable,
+    tar_members,
+)
+
+FIRST_MEMBERS = 1000
+MAX_NAMED = 5  # suffixes and fields in a message
+INDEX = "python launch/make_shards.py index"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The kinds of the first FIRST_MEMBERS members of a tar.
+
+    cls: there are labels in .cls. fields: of the first .json next to an image; None without one.
+    images: the number of images. in_folders: how many of them have a directory in their name.
+    suffixes: those of the other members, most frequent first; "" for a name without suffix.
+    """
+
+    cls: bool
+    fields: list[str] | None
+    images: int
+    in_folders: int
+    suffixes: list[str]
+
+    @property
+    def labelled(self) -> bool:
+        """Shows whether this is a WebDataset shard with members that can hold labels."""
+        return self.cls or self.fields is not None
+
+    @property
+    def class_folders(self) -> bool:
+        """Shows whether this is an archive of directories with images, which may be classes."""
+        return not self.labelled and 0 < self.images == self.in_folders
+
+    @property
+    def tars(self) -> bool:
+        """Shows whether this is a tar of tars."""
+        return "tar" in self.suffixes and not self.images and not self.labelled
+
+    @property
+    def fields_shown(self) -> list[str]:
+        """The first fields, for a message."""
+        return [printable(name[:40]) for name in (self.fields or [])[:MAX_NAMED]]
+
+    @property
+    def others(self) -> str:
+        """The suffixes that are neither images nor .cls, for a message; empty if there are none."""
+        shown = [s for s in self.suffixes if s != "cls"][:MAX_NAMED]
+        return ", ".join(
+            printable(f".{suffix}") if suffix else "files without suffix" for suffix in shown
+        )
+
+
+def contents_of(file: BinaryIO | Sequential, where: Path | str, size: int | None) -> Contents:
+    """Look at the first members of a tar.
+
+    size: bytes of the tar; None to read to the end of the file.
+    Raises ValueError if it is no tar, or is damaged before that many members.
+    """
+    suffixes: Counter[str] = Counter()
+    fields: dict[str, list[str]] = {}  # key -> fields of its .json, for the first one and any image
+    with_image: set[str] = set()
+    images = in_folders = 0
+    for member in itertools.islice(tar_members(file, where, 0, size), FIRST_MEMBERS):
+        name = member.name.removeprefix("./")
+        key, suffix = key_of(name) or (name, os.path.splitext(name)[1][1:].lower())
+        if f".{suffix}" in IMAGE_SUFFIXES:
+            images += 1
+            in_folders += "/" in name
+            with_image.add(key)
+            continue
+        suffixes[suffix] += 1
+        if suffix == "json" and member.size <= LARGEST_LABEL:
+            file.seek(member.offset)
+            fields[key] = _fields(file.read(member.size))
+    return Contents(
+        "cls" in suffixes,
+        next((found for key, found in fields.items() if key in with_image), None),
+        images,
+        in_folders,
+        [suffix for suffix, _ in suffixes.most_common()],
+    )
+
+
+def shard_bytes(location: str, name: str) -> Iterator[bytes]:
+    """Yield the bytes of a shard in a directory or behind a URL."""
+    if is_url(location):
+        yield from stream(url_of(location, name))
+        return
+    with open(f"{location}/{name}", "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _fields(text: bytes) -> list[str]:
+    """Return the names of the fields in a JSON object that could be labels: integers and texts."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    values = content.items() if isinstance(content, dict) else ()
+    return [name for name, value in values if type(value) in (int, str)]
+
+
+def refuse_shards(source: Path | None, val: Path | None) -> None:
+    """Raise ValueError if convert is given WebDataset shards; it names the command `index`.
+
+    source, val: a tar, or a folder of tars without images; None for anything else. A folder of
+    other tars is refused too; a tar of another kind is left to convert.
+    """
+    at, labels = {}, ""
+    for flag, place in (("source", source), ("--val", val)):
+        if place is None:
+            continue
+        tar = place
+        if place.is_dir():
+            tar = next(file for file in files_under(place, ("",)) if is_tar_name(file.name))
+        with open(tar, "rb") as file:
+            contents = contents_of(file, tar, os.fstat(file.fileno()).st_size)
+        if contents.labelled:
+            at[flag] = shlex.quote(str(_shards_place(place, tar)))
+            if not contents.cls:
+                fields = ", ".join(contents.fields_shown)
+                labels = f" --label json:KEY, where KEY is the field of the class: {fields}"
+        elif place.is_dir():
+            raise ValueError(
+                f"{flag}: got {place} without any image, but with tars such as {tar.name}, which "
+                "hold no labels; need a folder of images; do: unpack each tar into a directory "
+                "named after its class, and convert the folder above them"
+            )
+    if at:
+        flag, place = next(iter(at.items()))
+        val_too = f" --val {at['--val']}" if len(at) > 1 else ""
+        raise ValueError(
+            f"{flag}: got shards of WebDataset at {place}; these are used in place, without a "
+            f"conversion; do: {INDEX} {place} data{val_too}{labels}"
+        )
+
+
+def _shards_place(place: Path, tar: Path) -> Path:
+    """Return what to index, for a tar that is the place or lies in or below it."""
+    folder = tar.parent
+    is_split = folder.parent == place and folder.name in (*SPLITS["train"], *SPLITS["val"])
+    return place if tar == place or is_split else folder
