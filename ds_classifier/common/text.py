@@ -29,11 +29,23 @@ def short(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def fitted(value: float | None, width: int, digits: int) -> str:
+    """Return a number in `width` characters, with fewer than `digits` decimals if it must be.
+
+    Five characters hold any number in scientific form, six a negative one. None is "-".
+    """
+    if value is None:
+        return "-"
+    fixed = [f"{value:.{n}f}" for n in range(digits, -1, -1)]
+    brief = [f"{value:.{n}e}".replace("e+0", "e").replace("e-0", "e-") for n in (1, 0)]
+    return next((text for text in fixed + brief if len(text) <= width), brief[-1])
+
+
 def duration(seconds: float) -> str:
-    """Return "0:00:07", "1:02:03" or, from 100 hours on, "4.2 days"."""
+    """Return "0:00:07", "1:02:03" or, from 100 hours on, "4.2 days" or "45 days"."""
     hours, rest = divmod(max(0, int(seconds)), 3600)
     if hours >= 100:
-        return f"{hours / 24:.1f} days"
+        return f"{hours / 24:.{1 if hours < 239 else 0}f} days"
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
