@@ -362,7 +362,9 @@ class TrainingLog:
         """Show on a terminal how far the run is, with the speed since the row before the last."""
         steps = self._window.steps + self._clock.steps
         if not steps:
-            what = "compiles the classifier, which may take minutes" if self._compiled else "begins"
+            what = "is under way"
+            if self._compiled:
+                what = "compiles the classifier, which may take minutes"
             distributed.live(screen.note("", f"the first step {what}"), at_once=at_once)
             return
         step = self._engine.global_steps

@@ -56,7 +56,8 @@ class Table:
     def begin(self) -> str:
         """Return the first head, and what it means."""
         head = self._head()
-        return f"{head}\n{EXPLAINED}" if _QUARTILES in self._columns else head
+        explained = _QUARTILES in self._columns
+        return f"{head}\n{wrapped(EXPLAINED, indent=8)}" if explained else head
 
     def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
         """Return the line of a training row. Accuracies are in per cent."""
@@ -68,12 +69,11 @@ class Table:
         metric = metrics.METRICS[metrics.DETAILED]
         line = self._cells(row, "val", [column for column in self._columns if column.metric])
         at_0 = metric.text(row.get(f"val_{metric.name}_t0"))
-        rest = f"  {metric.name} {at_0} % at t = 0; took {row['val_seconds']:.1f} s"
+        rest = f"  at t=0 {at_0} %, {row['val_seconds']:.1f} s"
         line = self._under_head(line + rest * (len(line + rest) <= self._width))
         if bad := row.get("val_bad_samples", 0):
-            line += (
-                f"\n{'':{STEP}} without {bad:,} that did not decode (verify --decode names them)"
-            )
+            lost = f"without {bad:,} that did not decode (verify --decode names them)"
+            line += "\n" + note("", lost)
         return line
 
     def _head(self) -> str:
@@ -171,8 +171,8 @@ def _scientific(value: float) -> str:
 
 
 def _rate(images_per_sec: float) -> str:
-    """Return images per second in six characters at most: 0.4, 212, 100000."""
-    return fitted(images_per_sec, 6, 1 if images_per_sec < 100 else 0)
+    """Return images per second in six characters at most: 0.04, 7.3, 212, 100000."""
+    return fitted(images_per_sec, 6, sum(images_per_sec < limit for limit in (100, 1)))
 
 
 def progress_line(*, step: int, iterations: int, images_per_sec: float, eta_seconds: float) -> str:
