@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -37,7 +38,7 @@ def fitted(value: float | None, width: int, digits: int) -> str:
     if value is None:
         return "-"
     fixed = [f"{value:.{n}f}" for n in range(digits, -1, -1)]
-    brief = [f"{value:.{n}e}".replace("e+0", "e").replace("e-0", "e-") for n in (1, 0)]
+    brief = [re.sub(r"e\+?(-?)0?", r"e\1", f"{value:.{n}e}") for n in (1, 0)]
     return next((text for text in fixed + brief if len(text) <= width), brief[-1])
 
 

@@ -74,7 +74,9 @@ def write_overview(
     height = blocks[0].shape[0]
     font = ImageFont.load_default(size=TEXT_SIZE)
     most = dict(max_lines=height // len(classes) // LINE, placeholder="…")
-    names = ["\n".join(textwrap.wrap(names[label], NAME_WIDTH, **most)) for label in classes]
+    # Pillow's font has no letters but ASCII's; where boxes stand for others, the number helps.
+    names = [names[k] if names[k].isascii() else f"{k} {names[k]}" for k in classes]
+    names = ["\n".join(textwrap.wrap(name, NAME_WIDTH, **most)) for name in names]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = 3 * GAP + math.ceil(max(draw.textbbox((0, 0), n, font=font)[2] for n in names))
     width = margin + sum(block.shape[1] for block in blocks) + 4 * GAP * (len(blocks) - 1)

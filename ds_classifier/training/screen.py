@@ -126,7 +126,7 @@ def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
         ),
         Column(
             head="eta",
-            width=8,
+            width=9,
             cell=lambda row, split: duration(row["eta_seconds"]) if split == "train" else split,
             keep=_ALWAYS,
             metric=True,
