@@ -30,6 +30,11 @@ def short(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def scientific(value: float, digits: int = 1) -> str:
+    """Return "9.2e-4" or "1.5e6": scientific form without needless signs and zeros; 0 is "0"."""
+    return re.sub(r"e\+?(-?)0?", r"e\1", f"{value:.{digits}e}") if value else "0"
+
+
 def fitted(value: float | None, width: int, digits: int) -> str:
     """Return a number in `width` characters, with fewer than `digits` decimals if it must be.
 
@@ -38,7 +43,7 @@ def fitted(value: float | None, width: int, digits: int) -> str:
     if value is None:
         return "-"
     fixed = [f"{value:.{n}f}" for n in range(digits, -1, -1)]
-    brief = [re.sub(r"e\+?(-?)0?", r"e\1", f"{value:.{n}e}") for n in (1, 0)]
+    brief = [scientific(value, n) for n in (1, 0)]
     return next((text for text in fixed + brief if len(text) <= width), brief[-1])
 
 

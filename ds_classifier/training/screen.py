@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ds_classifier import distributed
-from ds_classifier.common.text import count, duration, fitted
+from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
@@ -139,7 +138,7 @@ def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
             columns.append(_QUARTILES)
     columns += [
         _number("gnorm", 6, 5, lambda row: fitted(row["grad_norm"], 6, 2)),
-        _number("lr", 7, 4, lambda row: _scientific(row["lr"])),
+        _number("lr", 7, 4, lambda row: scientific(row["lr"])),
         _number("scale", 5, 3, lambda row: f"2^{row['lg_loss_scale']:g}"),
         _number("img/s", 6, 7, lambda row: _rate(row["images_per_sec"])),
         _number("wait", 4, 2, lambda row: f"{100 * row['data_wait_frac']:.0f}%"),
@@ -163,11 +162,6 @@ def _metric_column(metric: metrics.Metric) -> Column:
 def _number(head: str, width: int, keep: int, cell: Callable[[dict[str, Any]], str]) -> Column:
     """Return a column that only training rows have."""
     return Column(head=head, width=width, cell=lambda row, split: cell(row), keep=keep)
-
-
-def _scientific(value: float) -> str:
-    """Return "9.2e-4", "1.0e-10", or "0" for 0."""
-    return re.sub(r"e([-+])0?(\d)", r"e\1\2", f"{value:.1e}") if value else "0"
 
 
 def _rate(images_per_sec: float) -> str:
