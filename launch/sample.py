@@ -237,7 +237,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     def finish() -> None:
         """Write the overview, the facts, and the measures if they are asked for."""
         overview = out / "overview.png"
-        sample_files.write_overview(overview, arguments.classifier_scale, samples, labels)
+        rows = sample_files.write_overview(
+            overview, arguments.classifier_scale, samples, labels, guided.names
+        )
         facts = {
             **guided.origin,
             "diffusion": settings.diffusion_kwargs(),
@@ -246,7 +248,9 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         }
         files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
         (out / "fidelity.json").unlink(missing_ok=True)  # it is of an earlier run's samples
-        print(f"a row per class: {overview}", flush=True)
+        drawn = len(set(labels.tolist()))
+        which = "class" if rows == drawn else f"class for the first {rows} of {drawn:,}"
+        print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
             scales, seed = arguments.classifier_scale, arguments.seed
             with Progress("noise levels") as progress:

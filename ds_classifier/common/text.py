@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -29,11 +30,28 @@ def short(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def scientific(value: float, digits: int = 1) -> str:
+    """Return "9.2e-4" or "1.5e6": scientific form without needless signs and zeros; 0 is "0"."""
+    return re.sub(r"e\+?(-?)0?", r"e\1", f"{value:.{digits}e}") if value else "0"
+
+
+def fitted(value: float | None, width: int, digits: int) -> str:
+    """Return a number in `width` characters, with fewer than `digits` decimals if it must be.
+
+    Five characters hold any number in scientific form, six a negative one. None is "-".
+    """
+    if value is None:
+        return "-"
+    fixed = [f"{value:.{n}f}" for n in range(digits, -1, -1)]
+    brief = [scientific(value, n) for n in (1, 0)]
+    return next((text for text in fixed + brief if len(text) <= width), brief[-1])
+
+
 def duration(seconds: float) -> str:
-    """Return "0:00:07", "1:02:03" or, from 100 hours on, "4.2 days"."""
+    """Return "0:00:07", "1:02:03" or, from 100 hours on, "4.2 days" or "45 days"."""
     hours, rest = divmod(max(0, int(seconds)), 3600)
     if hours >= 100:
-        return f"{hours / 24:.1f} days"
+        return f"{hours / 24:.{1 if hours < 239 else 0}f} days"
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 

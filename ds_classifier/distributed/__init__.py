@@ -1,7 +1,9 @@
 """Many processes as one: who this process is, one door for printing, agreement between ranks."""
 
 from ds_classifier.distributed.console import (
+    columns,
     complain,
+    live,
     quiet_libraries,
     say,
     show,
@@ -41,12 +43,14 @@ __all__ = [
     "broadcast_json",
     "check_launch",
     "code_versions",
+    "columns",
     "complain",
     "cpu_group",
     "finish",
     "free_port",
     "gather_json",
     "init",
+    "live",
     "local_rank",
     "local_world_size",
     "on_rank_0",

@@ -138,6 +138,7 @@ class StopRequests:
             )
             os._exit(130 if reason == "Ctrl-C" else 143)
         self.reason = self.reason or reason
+        distributed.live("")  # the launcher, which Ctrl-C reaches too, prints a traceback
         if not self._deferred:
             self.leave()
 

@@ -120,4 +120,4 @@ def open_training_set(
     images, labels, classes = read_images(
         location, image_size=settings.image_size, channels=settings.in_channels
     )
-    return location, ExactDenoiser(images, labels, classes, device=device)
+    return location, ExactDenoiser(images, labels, len(classes), device=device)

@@ -1,7 +1,7 @@
 """The table of metrics: the function that computes each per sample, and how its mean is shown.
 
 To add a metric that is a mean over samples, add an entry to METRICS. The meter, the validation, the
-evaluation at noise levels, the console, the log, the tables and the report walk this table; a model
+evaluation at noise levels, the screen, the log, the tables and the report walk this table; a model
 card has fixed columns.
 
 The keys of the means are the reference's: train_NAME and val_NAME. NAME_q0 .. NAME_q3 are over a
@@ -12,18 +12,17 @@ This module imports no torch: the report reads it too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 QUARTILES = 4
 TOP = 5
-DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the line of a validation shows
+DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the screen of a training shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Shown:
 
     title: heads its chart. label: heads its column; "": its name.
     unit: of its axis; "%" is for shares in [0, 1], which are shown as percentages.
-    digits: decimals on the console.
+    digits: decimals on the screen.
     """
 
     name: str
@@ -54,14 +53,6 @@ class Shown:
     def text(self, value: float | None) -> str:
         """Return a mean as it is shown, without its unit; "-" for None."""
         return "-" if value is None else f"{self.factor * value:.{self.digits}f}"
-
-    def brief(self, value: float | None) -> str:
-        """Return a mean in about three characters: ".03", "2.3" or, of a share, "97"."""
-        if value is None or not math.isfinite(value):
-            return "-"
-        if self.unit == "%":
-            return f"{100 * value:.0f}"
-        return f"{value:.2f}".replace("0.", ".") if abs(value) < 0.995 else f"{value:.1f}"
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -97,10 +88,12 @@ class Metric(Shown):
     per_sample: takes the Answers for N samples; returns [N].
     count: only where values are 0 or 1: the key of their sum in an evaluation. A sample without
     finite numbers counts as 0 there; metrics without a count leave it out of their mean.
+    classes: the least number of classes for which the metric says anything.
     """
 
     per_sample: Callable[[Answers], Tensor]
     count: str = ""
+    classes: int = 2
 
 
 _METRICS = (
@@ -124,6 +117,7 @@ _METRICS = (
         unit="%",
         digits=1,
         count="correct@5",
+        classes=TOP + 1,
         per_sample=lambda answers: (answers.top == answers.labels[:, None]).any(dim=1),
     ),
 )
@@ -136,36 +130,3 @@ LEVEL_COLUMNS: tuple[Shown, ...] = (
     Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
     Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
 )
-
-
-def console_heads() -> str:
-    """Return the heads of the metrics' columns on the console, each with its quartiles."""
-    quartiles = "".join(f"{f'q{q}':>4}" for q in range(QUARTILES))
-    return " ".join(f"{m.name:>{_width(m)}}{quartiles}" for m in METRICS.values())
-
-
-def console_cells(row: dict[str, Any]) -> str:
-    """Return a training row's metrics under console_heads."""
-    return " ".join(
-        m.text(row.get(f"train_{name}")).rjust(_width(m))
-        + "".join(m.brief(row.get(f"train_{name}_q{q}")).rjust(4) for q in range(QUARTILES))
-        for name, m in METRICS.items()
-    )
-
-
-def _width(metric: Metric) -> int:
-    return max(len(metric.name), 5 if metric.unit == "%" else 6)
-
-
-def validation_words(row: dict[str, Any]) -> str:
-    """Return "loss 2.303, acc@1 10.0 % (quartiles of t 9 10 9 12; t=0 11.0), ..." of its row."""
-    parts = []
-    for name, metric in METRICS.items():
-        words = f"{name} {metric.text(row.get(f'val_{name}'))}" + " %" * (metric.unit == "%")
-        if name == DETAILED:
-            quartiles = " ".join(
-                metric.brief(row.get(f"val_{name}_q{q}")) for q in range(QUARTILES)
-            )
-            words += f" (quartiles of t {quartiles}; t=0 {metric.text(row.get(f'val_{name}_t0'))})"
-        parts.append(words)
-    return ", ".join(parts)

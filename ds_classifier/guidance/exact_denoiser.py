@@ -177,11 +177,11 @@ class _Average:
 
 def read_images(
     folder: Path | str, *, image_size: int, channels: int = 3
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, list[str]]:
     """Read a whole split, centre-cropped.
 
-    Returns images [M, C, S, S] uint8, labels [M] int64, and the number of classes. Images that do
-    not decode are left out, as in training.
+    Returns images [M, C, S, S] uint8, labels [M] int64, and the names of the classes. Images that
+    do not decode are left out, as in training.
     Raises ValueError if there are no shards, or none of their images decodes.
     """
     shards = open_shards(folder)
@@ -195,4 +195,4 @@ def read_images(
     images = torch.cat(parts) if parts else torch.empty(0)
     if len(images) == 0:
         raise ValueError(f"{folder}: none of its {len(shards.index)} images decodes")
-    return images, torch.cat(labels), len(shards.manifest.classes)
+    return images, torch.cat(labels), shards.manifest.classes

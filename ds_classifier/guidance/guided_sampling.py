@@ -42,6 +42,7 @@ class GuidedSampling:
     images, labels: that training set, [M, C, S, S] uint8 and [M] int64; None without one.
     unet: the UNet to sample from; None with a training set.
     device: the device that samples are drawn on.
+    names: of all classes; their numbers where neither the classifier nor a training set has names.
     origin: what samples.json records of the classifier and the denoiser.
     """
 
@@ -53,6 +54,7 @@ class GuidedSampling:
     labels: Tensor | None
     unet: UNetModel | None
     device: torch.device
+    names: list[str]
     origin: dict[str, Any]
 
     @functools.cached_property
@@ -182,19 +184,25 @@ def load_guided_sampling(
         )
         denoiser = {"model_path": model_path, **unet, "use_fp16": unet_fp16}
         origin = {"classifier": guide, "denoiser": denoiser}
-        return GuidedSampling(settings, classifier, source, None, None, None, model, device, origin)
-    images, labels, num_classes = read_images(
+        numbers = [str(number) for number in range(settings.num_classes)]
+        names = source.classes or numbers
+        return GuidedSampling(
+            settings, classifier, source, None, None, None, model, device, names, origin
+        )
+    images, labels, names = read_images(
         data_dir, image_size=settings.image_size, channels=settings.in_channels
     )
-    if settings.num_classes not in (0, num_classes):
+    if settings.num_classes not in (0, len(names)):
         raise ValueError(
-            f"--data_dir: got {num_classes} classes in {data_dir}; need the "
+            f"--data_dir: got {len(names)} classes in {data_dir}; need the "
             f"{settings.num_classes} of {classifier_path or '--num_classes'}"
         )
-    settings = settings.replace(num_classes=num_classes)
-    exact = ExactDenoiser(images, labels, num_classes, device=device)
+    settings = settings.replace(num_classes=len(names))
+    exact = ExactDenoiser(images, labels, len(names), device=device)
     origin = {"classifier": guide, "denoiser": {"data_dir": data_dir}}
-    return GuidedSampling(settings, classifier, source, exact, images, labels, None, device, origin)
+    return GuidedSampling(
+        settings, classifier, source, exact, images, labels, None, device, names, origin
+    )
 
 
 def load_guide(

@@ -2,7 +2,7 @@
 
 scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: images and classes
 scale_3/class_0007.png        the samples of a class
-overview.png                  a row per class, a block of columns per scale
+overview.png                  a row per class, with its name; a block of columns per scale
 samples.json                  how they were drawn: classifier, denoiser, scales, seed, process
 
 Writing the samples of a scale deletes those that an earlier run left in its folder.
@@ -10,18 +10,21 @@ Writing the samples of a scale deletes those that an earlier run left in its fol
 
 from __future__ import annotations
 
+import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 GAP = 2  # pixels between images
 SHEET_SIDE = 64  # pixels; smaller images are enlarged by a whole factor
 CLASS_IMAGES = 64  # images on the sheet of a class, at most
 OVERVIEW_CLASSES, OVERVIEW_IMAGES = 10, 8  # rows, and columns per scale, at most
-HEADER, MARGIN = 16, 30  # pixels: an overview's line of text, and its column of class numbers
+HEADER, TEXT_SIZE, LINE = 16, 11, 14  # pixels: an overview's line of scales, its text and lines
+NAME_WIDTH = 18  # characters in a line of a class name at most
 
 
 def scale_folder(out: Path, scale: float) -> Path:
@@ -51,11 +54,17 @@ def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
 
 
 def write_overview(
-    path: Path, scales: Sequence[float], samples: Sequence[np.ndarray], labels: np.ndarray
-) -> None:
+    path: Path,
+    scales: Sequence[float],
+    samples: Sequence[np.ndarray],
+    labels: np.ndarray,
+    names: Sequence[str],
+) -> int:
     """Write a sheet with a row for each of the first classes, and a block of columns per scale.
 
     samples: per scale, uint8 [N, H, W, C]; labels: int64 [N], the same at all scales.
+    names: of all classes. A long one is broken into lines, and cut at the height of its row.
+    Returns the number of rows.
     """
     classes = np.unique(labels)[:OVERVIEW_CLASSES]
     blocks = [
@@ -63,17 +72,25 @@ def write_overview(
         for pixels in samples
     ]
     height = blocks[0].shape[0]
-    width = MARGIN + sum(block.shape[1] for block in blocks) + 4 * GAP * (len(blocks) - 1)
+    font = ImageFont.load_default(size=TEXT_SIZE)
+    most = dict(max_lines=height // len(classes) // LINE, placeholder="…")
+    # Pillow's font has no letters but ASCII's; where boxes stand for others, the number helps.
+    names = [names[k] if names[k].isascii() else f"{k} {names[k]}" for k in classes]
+    names = ["\n".join(textwrap.wrap(name, NAME_WIDTH, **most)) for name in names]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = 3 * GAP + math.ceil(max(draw.textbbox((0, 0), n, font=font)[2] for n in names))
+    width = margin + sum(block.shape[1] for block in blocks) + 4 * GAP * (len(blocks) - 1)
     canvas = Image.new("RGB", (width, HEADER + height), "white")
-    draw, left = ImageDraw.Draw(canvas), MARGIN
-    for row, label in enumerate(classes):
+    draw, left = ImageDraw.Draw(canvas), margin
+    for row, name in enumerate(names):
         middle = HEADER + height * (2 * row + 1) // (2 * len(classes))
-        draw.text((GAP, middle - HEADER // 2), str(label), fill="black")
+        draw.text((GAP, middle), name, fill="black", font=font, anchor="lm", spacing=1)
     for scale, block in zip(scales, blocks, strict=True):
-        draw.text((left + GAP, GAP), f"scale {scale:g}", fill="black")
+        draw.text((left + GAP, GAP), f"scale {scale:g}", fill="black", font=font)
         canvas.paste(_image(block), (left, HEADER))
         left += block.shape[1] + 4 * GAP
     canvas.save(path)
+    return len(classes)
 
 
 def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint.writer import CheckpointWriter
+from ds_classifier.common.text import count
 from ds_classifier.data.loader import Loader
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.stopping import Stopped
@@ -36,7 +37,7 @@ class Validation:
         began = time.perf_counter()
         step = self._setup.engine.global_steps
         with (
-            self._log.clock.paused(),
+            self._log.pause("validation"),
             self._setup.watch.during("validation"),
             suppress(Stopped),
         ):
@@ -54,15 +55,20 @@ class Validation:
             device=engine.device,
             noised=setup.resolved.settings.noised,
         )
-        means, bad = evaluation.evaluate(engine.module, self._batches(), **keywords)
-        at_0, _ = evaluation.evaluate(engine.module, self._batches(), t=0, **keywords)
+        means, bad = evaluation.evaluate(engine.module, self._batches("all t"), **keywords)
+        at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in METRICS}
         if distributed.rank() == 0:
             failures.tolerate("the grid of images", self._draw_grid)
         return means | ({"bad_samples": bad} if bad else {})
 
-    def _batches(self) -> Iterator[Any]:
-        return self._setup.stop.batches(self._setup.watch.batches(self._loader))
+    def _batches(self, levels: str) -> Iterator[Any]:
+        """Yield this rank's batches; show on a terminal how many images all ranks have done."""
+        done, samples = 0, self._setup.val_samples
+        for batch in self._setup.stop.batches(self._setup.watch.batches(self._loader)):
+            yield batch
+            done = min(done + len(batch.positions) * distributed.world_size(), samples)
+            self._log.show(f"validation at {levels}: {done:,} of {count(samples, 'image')}")
 
     def _draw_grid(self) -> None:
         """Keep a grid of images and predictions of this step, for the report and TensorBoard."""
@@ -82,7 +88,7 @@ class Validation:
             folder.mkdir(exist_ok=True)
             save_grid(grid, folder / "validation.pictures.png")
             sheet = marked_sheet(grid, setup.shards.manifest.classes)
-            self._log.image("val_pictures", sheet, engine.global_steps)
+            self._log.image("val/pictures", sheet, engine.global_steps)
 
 
 class Checkpoints:
@@ -106,7 +112,7 @@ class Checkpoints:
     def save(self, val_loss: float | None) -> None:
         """Take a snapshot and start to write it. val_loss: of this step, if it was validated."""
         batch = self._setup.resolved.batch
-        with self._log.clock.paused(), self._setup.watch.during("save"):
+        with self._log.pause("saving"), self._setup.watch.during("save"):
             counts = {
                 "samples": self._setup.engine.global_steps * batch.total,
                 "bad_samples": self._bad_samples.total(),
@@ -120,5 +126,6 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk; see CheckpointWriter.finish."""
+        self._log.show("writing the checkpoint", at_once=True)
         with self._setup.watch.during("save"):
             self._writer.finish()

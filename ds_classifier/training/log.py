@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,23 @@ from ds_classifier.common import files
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.memory import peak_memory
 from ds_classifier.evaluation.meter import LOSS_EDGES, Meter, Reading
+from ds_classifier.evaluation.metrics import QUARTILES
 from ds_classifier.training import screen
 from ds_classifier.training.flops import Arithmetic
 from ds_classifier.training.lost import Lost
 from ds_classifier.training.sanity import SanityWatch
 from ds_classifier.training.step import Trained
+
+# The groups of TensorBoard's sidebar; tensorboard_tag has those of all other numbers.
+TENSORBOARD_GROUPS = {
+    **dict.fromkeys(("lr", "grad_norm", "param_norm", "lg_loss_scale"), "optimizer"),
+    **dict.fromkeys(("images_per_sec", "data_wait_frac", "val_seconds"), "speed"),
+    **dict.fromkeys(("gflops_per_sec", "mfu", "memory_gib"), "speed"),
+    **dict.fromkeys(("samples", "bad_samples", "val_bad_samples", "skipped_steps"), "counts"),
+    **dict.fromkeys(
+        ("window_samples", *(f"window_samples_q{q}" for q in range(QUARTILES))), "counts"
+    ),
+}
 
 
 class RunLogger:
@@ -80,12 +93,15 @@ class RunLogger:
             if not self._warned:
                 self._warned = True
                 distributed.say(
-                    f"{'':>6} {self._jsonl_path}: cannot write: {files.problem(error)}; rows wait "
-                    "until it can; do: make room on the disk"
+                    screen.note(
+                        "",
+                        f"{self._jsonl_path}: cannot write: {files.problem(error)}; rows wait "
+                        "until it can; do: make room on the disk",
+                    )
                 )
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
-                self._tb.add_scalar(key, value, row["step"])
+                self._tb.add_scalar(tensorboard_tag(key), value, row["step"])
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
 
@@ -151,6 +167,19 @@ class RunLogger:
                 self._tb.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def tensorboard_tag(key: str) -> str:
+    """Return the tag of a row's number in TensorBoard, whose sidebar has a group per first part.
+
+    train_loss -> train/loss, val_acc@1_q0 -> val_quartiles/acc@1_q0, lr -> optimizer/lr.
+    """
+    if key in TENSORBOARD_GROUPS:
+        return f"{TENSORBOARD_GROUPS[key]}/{key}"
+    split, _, name = key.partition("_")
+    if split not in ("train", "val"):
+        return key
+    return f"{split}_quartiles/{name}" if re.search("_q[0-9]$", name) else f"{split}/{name}"
 
 
 def _forgive_the_disk(tensorboard) -> None:
@@ -279,7 +308,7 @@ class TrainingLog:
     """Logs a training run: rows in the files, lines on the screen; every rank calls it.
 
     meter: the sums that rows are made of. sanity: reports, from the rows, when the run starts or
-    stops looking healthy. iterations: the number of steps of the run.
+    stops looking healthy. iterations: the number of steps of the run. num_classes: of the data.
     compiled: whether the first step compiles the classifier, whose time is reported.
     """
 
@@ -293,25 +322,60 @@ class TrainingLog:
         arithmetic: Arithmetic,
         sanity: SanityWatch,
         iterations: int,
+        num_classes: int,
         compiled: bool,
     ):
         self._logger, self._engine, self._meter, self._lost = logger, engine, meter, lost
         self._arithmetic, self._sanity = arithmetic, sanity
         self._iterations, self._compiled = iterations, compiled
         self._reported = (0, 0)  # bad samples and skipped steps; a resumed run reports earlier ones
-        self.clock = Clock()
+        self._table = screen.Table(num_classes=num_classes, loss_scale=engine.fp16_enabled())
+        self._clock, self._window = Clock(), Window(0.0, 0, 0.0)
 
     def begin(self) -> None:
-        """Print the header of the table; the first row's time starts now."""
-        distributed.say(screen.HEADER)
-        self.clock.restart()
+        """Print the head of the table; the first row's time starts now."""
+        distributed.say(self._table.begin())
+        self._clock.restart()
+        self._show_progress(at_once=True)
 
     def count(self, trained: Trained) -> None:
         """Count a step."""
-        self.clock.count(trained.waited)
+        self._clock.count(trained.waited)
         if self._compiled:
-            distributed.say(screen.compiled_line(self.clock.seconds()))
+            distributed.say(screen.compiled_line(self._clock.seconds()))
             self._compiled = False
+        self._show_progress()
+
+    @contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """Leave the seconds in this context out of the speed; show what is done meanwhile."""
+        self.show(doing, at_once=True)
+        with self._clock.paused():
+            yield
+        self._show_progress(at_once=True)
+
+    def show(self, doing: str, *, at_once: bool = False) -> None:
+        """Show on a terminal what is done between two steps."""
+        distributed.live(screen.note(self._engine.global_steps, doing), at_once=at_once)
+
+    def _show_progress(self, *, at_once: bool = False) -> None:
+        """Show on a terminal how far the run is, with the speed since the row before the last."""
+        steps = self._window.steps + self._clock.steps
+        if not steps:
+            what = "is under way"
+            if self._compiled:
+                what = "compiles the classifier, which may take minutes"
+            distributed.live(screen.note("", f"the first step {what}"), at_once=at_once)
+            return
+        step = self._engine.global_steps
+        seconds = (self._window.seconds + self._clock.seconds()) / steps
+        line = screen.progress_line(
+            step=step,
+            iterations=self._iterations,
+            images_per_sec=self._engine.train_batch_size() / seconds,
+            eta_seconds=(self._iterations - step) * seconds,
+        )
+        distributed.live(line, at_once=at_once)
 
     def write_window(self, trained: Trained) -> None:
         """Write a row of means over the steps since the last one, and over all ranks.
@@ -319,20 +383,22 @@ class TrainingLog:
         trained: the last of them. Raises TooManyBadSamples.
         """
         reading = self._meter.read()  # waits for the device
-        window = self.clock.restart()
+        window = self._window = self._clock.restart()
         row = self._row(reading, window)
         row |= {"lr": trained.lr, "bad_samples": self._lost.bad_samples.total()}
         self._logger.write(row)
         for q, counts in enumerate(reading.losses.tolist()):
-            self._logger.histogram(f"train_losses_q{q}", counts, LOSS_EDGES, row["step"])
+            tag = tensorboard_tag(f"train_losses_q{q}")
+            self._logger.histogram(tag, counts, LOSS_EDGES, row["step"])
         eta = (self._iterations - row["step"]) * window.seconds / window.steps
-        distributed.say(screen.training_line(row, eta_seconds=eta))
+        distributed.say(self._table.training_line(row, eta_seconds=eta))
         self._report_news(row)
         counts = (row["bad_samples"], row["skipped_steps"])
         if counts != self._reported:
             distributed.say(screen.lost_line(row, self._lost.skipped_steps.news()))
         self._reported = counts
         self._lost.bad_samples.refuse_too_many(row["samples"])
+        self._show_progress(at_once=True)
 
     def _row(self, reading: Reading, window: Window) -> dict[str, Any]:
         """Return the numbers of a window. Memory and GFLOP/s are those of one rank.
@@ -361,7 +427,7 @@ class TrainingLog:
     def write_validation(self, row: dict[str, Any]) -> None:
         """Write a row of validation means."""
         self._logger.write(row)
-        distributed.say(screen.validation_line(row))
+        distributed.say(self._table.validation_line(row))
         self._report_news(row)
 
     def image(self, name: str, pixels: Any, step: int) -> None:
@@ -375,4 +441,4 @@ class TrainingLog:
     def _report_news(self, row: dict[str, Any]) -> None:
         """Print what the row changes in the answer to: is it working?"""
         for line in self._sanity.add(row):
-            distributed.say(f"{row['step']:>6} {line}")
+            distributed.say(screen.note(row["step"], line))

@@ -96,7 +96,10 @@ def run(command: CommandLine, setup: Setup) -> int:
         return overfit(setup, steps=command.overfit_steps)
     if command.dry_run:
         return dry_run(setup)
-    return train(setup)
+    try:
+        return train(setup)
+    finally:
+        distributed.live("")
 
 
 def train(setup: Setup) -> int:
@@ -154,6 +157,7 @@ def assemble(setup: Setup) -> loop.Run:
         arithmetic=setup.arithmetic,
         sanity=watch_sanity(setup),
         iterations=settings.iterations,
+        num_classes=settings.num_classes,
         compiled=settings.compile,
     )
     return loop.Run(

@@ -1,11 +1,14 @@
-"""The lines that a training run prints: a header, and one per log row."""
+"""The lines that a training run prints: a header, a table of log rows, a live line between them."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ds_classifier import distributed
-from ds_classifier.common.text import count, duration
+from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
@@ -13,17 +16,190 @@ from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.evaluation import metrics
 from ds_classifier.training.setup import Setup
 
-HEADER = (
-    f"{'step':>6} {'eta':>8} {metrics.console_heads()} "
-    f"{'gnorm':>5} {'lr':>7} {'scale':>5} {'img/s':>6} {'wait':>4} {'mem':>5}"
+REPEAT = 20  # rows between two heads of the table
+LOG_COLUMNS = 100  # width of the table where stdout is not a terminal
+STEP = 7  # columns of a step's number, or of the space below it
+EXPLAINED = "q0..q3: accuracy by quarter of the timesteps, q0 nearly clean, q3 nearly noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of the table.
+
+    cell: takes a row, and "train" or "val", and returns at most `width` characters.
+    keep: where the width does not suffice, the columns with the lowest number are left out.
+    metric: whether a validation has it too.
+    """
+
+    head: str
+    width: int
+    cell: Callable[[dict[str, Any], str], str]
+    keep: int
+    metric: bool = False
+
+
+class Table:
+    """The rows of a training run on the screen: as many columns as fit, under repeated heads.
+
+    The terminal's width is asked for at each head. A log has LOG_COLUMNS. What is left out of the
+    screen stands in log.jsonl.
+
+    num_classes: metrics that say nothing about so few classes are left out.
+    loss_scale: whether there is a column for it, as in fp16.
+    """
+
+    def __init__(self, *, num_classes: int, loss_scale: bool):
+        self._possible = _columns(num_classes, loss_scale=loss_scale)
+        self._columns, self._width, self._rows = self._possible, LOG_COLUMNS, 0
+
+    def begin(self) -> str:
+        """Return the first head, and what it means."""
+        head = self._head()
+        explained = _QUARTILES in self._columns
+        return f"{head}\n{wrapped(EXPLAINED, indent=8)}" if explained else head
+
+    def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
+        """Return the line of a training row. Accuracies are in per cent."""
+        row = {**row, "eta_seconds": eta_seconds}
+        return self._under_head(self._cells(row, "train", self._columns))
+
+    def validation_line(self, row: dict[str, Any]) -> str:
+        """Return the line of a validation row: its means in their columns, then what is its own."""
+        metric = metrics.METRICS[metrics.DETAILED]
+        line = self._cells(row, "val", [column for column in self._columns if column.metric])
+        at_0 = metric.text(row.get(f"val_{metric.name}_t0"))
+        rest = f"  at t=0 {at_0} %, {row['val_seconds']:.1f} s"
+        line = self._under_head(line + rest * (len(line + rest) <= self._width))
+        if bad := row.get("val_bad_samples", 0):
+            lost = f"without {bad:,} that did not decode (verify --decode names them)"
+            line += "\n" + note("", lost)
+        return line
+
+    def _head(self) -> str:
+        self._width = distributed.columns() or LOG_COLUMNS
+        self._columns = list(self._possible)
+        while sum(1 + column.width for column in self._columns) - 1 > self._width:
+            least = min(column.keep for column in self._columns)
+            if least == _ALWAYS:
+                break
+            *_, left_out = (column for column in self._columns if column.keep == least)
+            self._columns.remove(left_out)
+        return " ".join(column.head.rjust(column.width) for column in self._columns)
+
+    def _cells(self, row: dict[str, Any], split: str, columns: Sequence[Column]) -> str:
+        return " ".join(column.cell(row, split).rjust(column.width) for column in columns)
+
+    def _under_head(self, line: str) -> str:
+        """Return the line, under a new head if the last one is REPEAT rows above it."""
+        self._rows += 1
+        repeated = self._rows > 1 and self._rows % REPEAT == 1
+        return f"{self._head()}\n{line}" if repeated else line
+
+
+_ALWAYS = 9
+_QUARTILES = Column(
+    head=" ".join(f"{f'q{q}':>3}" for q in range(metrics.QUARTILES)),
+    width=4 * metrics.QUARTILES - 1,
+    cell=lambda row, split: " ".join(_quartile(row, split, q) for q in range(metrics.QUARTILES)),
+    keep=6,
+    metric=True,
 )
+
+
+def _quartile(row: dict[str, Any], split: str, q: int) -> str:
+    """Return the accuracy in a quartile of t in three characters; "-" if it had no images."""
+    metric = metrics.METRICS[metrics.DETAILED]
+    value = row.get(f"{split}_{metric.name}_q{q}")
+    return fitted(None if value is None else metric.factor * value, 3, 0).rjust(3)
+
+
+def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
+    """Return all columns, from left to right."""
+    columns = [
+        Column(
+            head="step",
+            width=STEP,
+            cell=lambda row, split: str(row["step"]),
+            keep=_ALWAYS,
+            metric=True,
+        ),
+        Column(
+            head="eta",
+            width=9,
+            cell=lambda row, split: duration(row["eta_seconds"]) if split == "train" else split,
+            keep=_ALWAYS,
+            metric=True,
+        ),
+    ]
+    for metric in metrics.METRICS.values():
+        if num_classes >= metric.classes:
+            columns.append(_metric_column(metric))
+        if metric.name == metrics.DETAILED:
+            columns.append(_QUARTILES)
+    columns += [
+        _number("gnorm", 6, 5, lambda row: fitted(row["grad_norm"], 6, 2)),
+        _number("lr", 7, 4, lambda row: scientific(row["lr"])),
+        _number("scale", 5, 3, lambda row: f"2^{row['lg_loss_scale']:g}"),
+        _number("img/s", 6, 7, lambda row: _rate(row["images_per_sec"])),
+        _number("wait", 4, 2, lambda row: f"{100 * row['data_wait_frac']:.0f}%"),
+        _number("mem", 5, 0, lambda row: fitted(row["memory_gib"], 4, 1) + "G"),
+    ]
+    return [column for column in columns if loss_scale or column.head != "scale"]
+
+
+def _metric_column(metric: metrics.Metric) -> Column:
+    """Return the column of a metric's mean."""
+    width = max(len(metric.name), 5 if metric.unit == "%" else 6)
+
+    def cell(row: dict[str, Any], split: str) -> str:
+        value = row.get(f"{split}_{metric.name}")
+        return fitted(None if value is None else metric.factor * value, width, metric.digits)
+
+    keep = _ALWAYS if metric.name in ("loss", metrics.DETAILED) else 1
+    return Column(head=metric.name, width=width, cell=cell, keep=keep, metric=True)
+
+
+def _number(head: str, width: int, keep: int, cell: Callable[[dict[str, Any]], str]) -> Column:
+    """Return a column that only training rows have."""
+    return Column(head=head, width=width, cell=lambda row, split: cell(row), keep=keep)
+
+
+def _rate(images_per_sec: float) -> str:
+    """Return images per second in six characters at most: 0.04, 7.3, 212, 100000."""
+    return fitted(images_per_sec, 6, sum(images_per_sec < limit for limit in (100, 1)))
+
+
+def progress_line(*, step: int, iterations: int, images_per_sec: float, eta_seconds: float) -> str:
+    """Return the live line between two rows."""
+    return (
+        f"{step:>{STEP}} of {count(iterations, 'step')} ({step / iterations:.0%}), "
+        f"{_rate(images_per_sec)} images/s, {duration(eta_seconds)} left"
+    )
+
+
+def note(step: int | str, text: str) -> str:
+    """Return a line about a step, or about the run for "", as wide as the table's."""
+    return wrapped(f"{step:>{STEP}} {text}", indent=STEP + 1)
+
+
+def wrapped(line: str, *, indent: int) -> str:
+    """Return a line broken between words where a terminal is too narrow; in a log it stays one."""
+    width = distributed.columns()
+    if width is None or len(line) <= width:
+        return line
+    whole_words = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, **whole_words)
 
 
 def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     settings, batch = setup.resolved.settings, setup.resolved.batch
-    engine, shards, say = setup.engine, setup.shards, distributed.say
+    engine, shards = setup.engine, setup.shards
     parameters = sum(p.numel() for p in engine.module.parameters())
+
+    def say(line: str) -> None:
+        distributed.say(wrapped(line, indent=12))
+
     held_out = "none"
     if setup.val_shards is not None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
@@ -66,17 +242,6 @@ def _schedule(setup: Setup) -> str:
     return "linear to 0" if anneal else "constant"
 
 
-def training_line(row: dict[str, Any], *, eta_seconds: float) -> str:
-    """Return the line of a training row under HEADER. Accuracies are in per cent."""
-    lg_scale = f"2^{row['lg_loss_scale']:g}" if row["lg_loss_scale"] else "-"
-    return (
-        f"{row['step']:>6} {duration(eta_seconds):>8} {metrics.console_cells(row)} "
-        f"{row['grad_norm']:5.2f} {row['lr']:7.1e} {lg_scale:>5} "
-        f"{row['images_per_sec']:6.0f} {100 * row['data_wait_frac']:3.0f}% "
-        f"{row['memory_gib']:4.1f}G"
-    )
-
-
 def lost_line(row: dict[str, Any], why_skipped: str) -> str:
     """Return what was seen and what was lost since the run's first start, by a training row."""
     parts = [f"{count(row['samples'], 'sample')} seen so far"]
@@ -85,21 +250,11 @@ def lost_line(row: dict[str, Any], why_skipped: str) -> str:
         parts.append(f"{bad} (listed in bad_samples.rank*.jsonl)")
     if row["skipped_steps"]:
         parts.append(f"{count(row['skipped_steps'], 'step')} skipped ({why_skipped})")
-    return f"{'':>6} {', '.join(parts)}"
-
-
-def validation_line(row: dict[str, Any]) -> str:
-    """Return the line of a validation row."""
-    bad = row.get("val_bad_samples", 0)
-    return (
-        f"{row['step']:>6} validation: {metrics.validation_words(row)}, "
-        f"{row['val_seconds']:.1f} s"
-        + (f"; without {bad:,} that did not decode (verify --decode names them)" if bad else "")
-    )
+    return note("", ", ".join(parts))
 
 
 def compiled_line(seconds: float) -> str:
     """Return the line after a first step that compiled the classifier."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return f"{'':>6} first step, which compiles: {seconds:.1f} s; cached in {cache_dir()}"
+    return note("", f"first step, which compiles: {seconds:.1f} s; cached in {cache_dir()}")

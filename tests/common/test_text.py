@@ -20,6 +20,9 @@ def test_counts_agree_with_their_noun():
         (3723, "1:02:03"),
         (359_999, "99:59:59"),
         (363_000, "4.2 days"),
+        (859_000, "9.9 days"),
+        (860_400, "10 days"),
+        (864_000, "10 days"),
         (-1, "0:00:00"),
     ],
 )
@@ -41,6 +44,25 @@ def test_durations(seconds, shown):
 def test_short_numbers(value, shown):
     assert text.short(value) == shown
     assert len(text.short(value)) <= 7
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (2.3026, "2.303"),
+        (-2.3026, "-2.303"),
+        (329.18, "329.18"),
+        (-329.18, "-329.2"),
+        (123_456, "123456"),
+        (1_234_567, "1.2e6"),
+        (-1.75e100, "-2e100"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        (None, "-"),
+    ],
+)
+def test_numbers_fitted_into_six_characters(value, shown):
+    assert text.fitted(value, 6, 3) == shown
 
 
 def test_percent():

@@ -163,6 +163,26 @@ def test_samples_of_an_earlier_run_are_deleted(tmp_path):
     assert np.load(folder / "samples_4x8x8x3.npz")["arr_0"].max() == 9
 
 
+def test_the_overview_names_its_rows(tmp_path):
+    """Every row has its name's ink beside it, however long; no name covers an image."""
+    names = ["cat", "W" * 400, "a b " * 90, "", "dog", *map(str, range(5, 40))]
+    pixels = np.random.RandomState(0).randint(0, 255, (80, 40, 40, 3)).astype(np.uint8)
+    labels = np.arange(80) % 40
+    path = tmp_path / "overview.png"
+    assert sample_files.write_overview(path, [0, 3], [pixels, pixels], labels, names) == 10
+    shown = np.asarray(Image.open(path))[sample_files.HEADER :]
+    block = sample_files.sheet([pixels[labels == k] for k in range(10)])
+    assert np.array_equal(shown[:, -block.shape[1] :], block)
+    left = shown[:, : shown.shape[1] - 2 * block.shape[1] - 4 * sample_files.GAP] < 128
+    ink = [left[42 * row : 42 * row + 40].any(axis=(1, 2)) for row in range(10)]
+    assert [rows.any() for rows in ink] == [name != "" for name in names[:10]]
+    assert not any(rows[edge] for rows in ink for edge in (0, -1))  # names do not meet
+    named = np.asarray(Image.open(path))
+    sample_files.write_overview(path, [0, 3], [pixels, pixels], labels, ["cow", *names[1:]])
+    other = np.asarray(Image.open(path))
+    assert np.argwhere((named != other).any(axis=2))[:, 0].max() < sample_files.HEADER + 40
+
+
 def guided_digits(digits, classifier_file, device="cpu"):
     """Return guided sampling of the digits' exact denoiser by the small classifier."""
     from launch import sample as command

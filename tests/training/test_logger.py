@@ -9,7 +9,6 @@ import tracemalloc
 import pytest
 
 from ds_classifier.training.log import RunLogger
-from ds_classifier.training.screen import lost_line, validation_line
 
 
 def train_row(step: int) -> dict:
@@ -137,15 +136,3 @@ def test_tensorboard_on_a_full_disk_stops_nobody(tmp_path):
     writing.start()
     writing.join(20)
     assert not writing.is_alive()
-
-
-def test_bad_images_are_told_on_the_screen():
-    means = {"val_loss": 2.3, "val_acc@1": 0.1, "val_acc@5": 0.5, "val_acc@1_t0": 0.1}
-    means["val_seconds"] = 8.83
-    assert validation_line({"step": 3, **means}).endswith("acc@5 50.0 %, 8.8 s")
-    assert "decode" not in validation_line({"step": 3, **means, "val_bad_samples": 0})
-    told = validation_line({"step": 3, **means, "val_bad_samples": 2})
-    assert told.endswith("; without 2 that did not decode (verify --decode names them)")
-    row = {"samples": 9, "skipped_steps": 0}
-    assert "9 samples seen so far, 1 bad sample (" in lost_line({**row, "bad_samples": 1}, "")
-    assert " 2 bad samples (" in lost_line({**row, "bad_samples": 2}, "")

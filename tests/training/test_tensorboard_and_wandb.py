@@ -24,26 +24,55 @@ def tensorboard_values(run):
         yield from ((event.step, value) for value in event.summary.value)
 
 
+def test_tensorboards_sidebar_has_few_groups_and_no_number_outside(tmp_path):
+    """The tags stand in groups; log.jsonl has the same numbers under the reference's names."""
+    rows = [training_row(10, 1.25, **{"train_loss_q0": 0.5}), validation_row(10, 1.5)]
+    logger = RunLogger(tmp_path, first_step=0)
+    for row in rows:
+        logger.write(row)
+    logger.close()
+    shown = {value.tag: value.simple_value for _, value in tensorboard_values(tmp_path)}
+    assert shown["train/loss"] == 1.25
+    assert shown["train_quartiles/loss_q0"] == 0.5
+    assert shown["train_quartiles/acc_1_q3"] == pytest.approx(0.3)
+    assert shown["val/loss"] == 1.5
+    assert shown["val/acc_1_t0"] == pytest.approx(0.8)
+    assert shown["optimizer/grad_norm"] == 1.5
+    assert shown["speed/images_per_sec"] == 100
+    assert {tag.split("/")[0] for tag in shown} == {
+        *("train", "train_quartiles", "val", "optimizer", "speed", "counts")
+    }
+    assert all("/" in tag for tag in shown)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log == rows
+
+
 def test_tensorboard_has_the_images(tmp_path):
     logger = RunLogger(tmp_path, first_step=0)
-    logger.image("val_pictures", np.zeros((20, 30, 3), np.uint8), 5)
+    logger.image("val/pictures", np.zeros((20, 30, 3), np.uint8), 5)
     logger.close()
     found = [
         (step, v.tag, v.image.height, v.image.width) for step, v in tensorboard_values(tmp_path)
     ]
-    assert found == [(5, "val_pictures", 20, 30)]
+    assert found == [(5, "val/pictures", 20, 30)]
 
 
 def test_tensorboard_has_the_losses_of_each_quartile(tmp_path):
     logger = RunLogger(tmp_path, first_step=0)
-    logger.histogram("train_losses_q0", [0, 3, 0, 1], [1.0, 2.0, 4.0], 5)
+    logger.histogram("train_quartiles/losses_q0", [0, 3, 0, 1], [1.0, 2.0, 4.0], 5)
     logger.histogram(
-        "train_losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5
+        "train_quartiles/losses_q1", [0, 0, 0, 0], [1.0, 2.0, 4.0], 5
     )  # no samples, so nothing is written
     logger.close()
     ((step, value),) = tensorboard_values(tmp_path)
     shown = value.histo
-    assert (step, value.tag, shown.num, shown.min, shown.max) == (5, "train_losses_q0", 4, 1, 8)
+    assert (step, value.tag, shown.num, shown.min, shown.max) == (
+        5,
+        "train_quartiles/losses_q0",
+        4,
+        1,
+        8,
+    )
     bars = dict(zip(shown.bucket_limit, shown.bucket, strict=True))
     assert bars == {1: 0, 2: 3, 4: 0, 8: 1}
 
