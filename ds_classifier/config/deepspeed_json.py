@@ -147,7 +147,7 @@ class Resolved:
 
     @property
     def constant_rate(self) -> bool:
-        """Whether the learning rate is the same at every step, however long the run is."""
+        """Returns True if the learning rate is the same at every step, however long the run is."""
         return "scheduler" not in self.ds_config and not self.settings.anneal_lr
 
     def with_part(self, steps: int) -> Resolved:
