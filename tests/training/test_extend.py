@@ -9,13 +9,14 @@ import torch
 from running import ROOT, read_log
 from tiny_run import assert_same_state, losses, traced, train, without_clocks
 
+from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import parse_training_command
 from ds_classifier.config.deepspeed_json import read_ds_config, resolve
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.training.run_dir import read_events
 from ds_classifier.training.setup import lr_factor
-from ds_classifier.training.start import finished, parts_of, refuse_changes
+from ds_classifier.training.start import finished, open_run, parts_of, refuse_changes
 
 JSON = ROOT / "ds_configs" / "zero1_fp32.json"
 LR = 1e-3
@@ -260,3 +261,42 @@ def test_done_counts_for_the_steps_that_were_done(tmp_path):
     (tmp_path / "DONE").write_text("step 600\n")
     assert finished(settings, tmp_path) == "step 600"
     assert finished(settings.replace(extend=900), tmp_path) is None
+
+
+def test_a_run_that_is_extended_is_no_longer_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "on_rank_0", lambda task, device: task())  # the only rank
+    run = tmp_path / "run"
+    flags = ["--iterations", "600", "--run_dir", str(run)]
+    facts = dict(deepspeed={}, classes=[], data="")
+    state = at(600, 600, run_dir=str(run)) | facts
+    state |= dict(format=disk.FORMAT, version=disk.VERSION)
+    weights = {"a": torch.zeros(1)}
+    final = run / "checkpoints" / disk.step_name(600)
+    disk.commit(final, model=weights, optimizer=weights, state=state)
+    (run / "DONE").write_text("step 600\n")
+
+    def opened(*more: str):
+        words = ["--deepspeed_config", str(JSON), *flags, *more]
+        releases = []
+        start = open_run(
+            parse_training_command(words),
+            resolved(*flags, *more),
+            facts,
+            classifier=torch.nn.Linear(1, 1),
+            shell_lines="",
+            release_at_end=releases.append,
+            device=torch.device("cpu"),
+        )
+        for release in releases:
+            release()
+        return start
+
+    assert opened() is None
+    assert (run / "DONE").exists()
+    assert opened("--extend", "900", "--dry_run").part_steps == 300
+    assert (run / "DONE").exists()
+    start = opened("--extend", "900")
+    assert (start.part_begin, start.part_steps, start.state["part_ends"]) == (600, 300, [600, 900])
+    assert not (run / "DONE").exists()
+    params = json.loads((run / "deepspeed.json").read_text())["scheduler"]["params"]
+    assert params["total_num_steps"] == 300
