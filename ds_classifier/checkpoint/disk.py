@@ -3,7 +3,9 @@
     checkpoints/step-00010000/
       model.safetensors      fp32 master weights under the reference's parameter names
       optimizer.safetensors  Adam's exp_avg.NAME and exp_avg_sq.NAME, fp32; schedule_sampler.NAME
-      state.json             step, skipped steps, schedule, loss scaler, settings, classes, data
+      state.json             step, skipped steps, loss scaler, settings, classes, data; part_ends:
+                             the steps at which the parts of the run end, of which --extend adds
+                             one; skipped_before_part: the steps skipped before the last part
       manifest.json          size and sha256 of each file; written last
     checkpoints/latest       the name of the newest checkpoint, for people and scripts
     checkpoints/best         the name of the one with the lowest val_loss, and that loss
@@ -320,6 +322,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def part_ends(state: dict[str, Any]) -> list[int]:
+    """Return the steps at which the parts of a run end; a run that was never extended has one."""
+    return state.get("part_ends") or [state["settings"]["iterations"]]
+
+
+def _applied_in_part(state: dict[str, Any]) -> int:
+    """Return the number of steps since the begin of the last part, without those skipped."""
+    begin = [0, *state.get("part_ends", [0])][-2]
+    skipped = state["skipped_steps"] - state.get("skipped_before_part", 0)
+    return state["step"] - begin - skipped
+
+
 def read_model(checkpoint: Path) -> dict[str, Tensor]:
     """Read the classifier's fp32 weights, under the reference's names."""
     return load_file(checkpoint / MODEL)
@@ -378,7 +392,7 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     engine.global_steps = state["step"]
     engine.skipped_steps = state["skipped_steps"]
     engine.global_samples = state["step"] * engine.train_batch_size()
-    deepspeed_engine.set_schedule(engine, state["step"] - state["skipped_steps"])
+    deepspeed_engine.set_schedule(engine, _applied_in_part(state))
     deepspeed_engine.set_loss_scaler_state(engine, state["loss_scaler"])
 
 

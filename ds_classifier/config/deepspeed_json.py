@@ -145,6 +145,23 @@ class Resolved:
     batch: BatchSizes
     shaping: dict[str, Any]
 
+    @property
+    def constant_rate(self) -> bool:
+        """Returns True if the learning rate is the same at every step, however long the run is."""
+        return "scheduler" not in self.ds_config and not self.settings.anneal_lr
+
+    def with_part(self, steps: int) -> Resolved:
+        """Return a copy in which the JSON's schedule is that of a part of the run.
+
+        steps: the number of steps of the part, which begins with the warm-up.
+        """
+        if "scheduler" not in self.ds_config:
+            return self
+        scheduler = self.ds_config["scheduler"]
+        length = dict(total_num_steps=steps, warmup_num_steps=self.settings.warm_up(steps))
+        scheduler = scheduler | {"params": scheduler["params"] | length}
+        return replace(self, ds_config=self.ds_config | {"scheduler": scheduler})
+
     def with_classes(self, num_classes: int) -> Resolved:
         """Return a copy whose settings have the number of classes of the data."""
         return replace(self, settings=self.settings.replace(num_classes=num_classes))
@@ -213,6 +230,11 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     problems += _check_and_fill(ds, command)
     settings = _settle_numbers(ds, command, problems)
     problems += check_settings(settings)  # again, with the numbers of the JSON
+    if 0 < settings.extend <= settings.iterations:
+        problems.append(
+            f"--extend: got {settings.extend}; need the number of steps in all, more than the "
+            f"{settings.iterations} of --iterations"
+        )
     try:
         batch = settle_batch(ds, settings, world_size)
     except ValueError as error:
@@ -436,7 +458,7 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
         params = ds["scheduler"]["params"]
         settle(("scheduler", "params", "total_num_steps"), "iterations")
         if settings.warmup_steps < 0 and params.get("warmup_num_steps", AUTO) == AUTO:
-            params["warmup_num_steps"] = max(1, min(1000, settings.iterations // 50))
+            params["warmup_num_steps"] = settings.warm_up(settings.iterations)
         else:
             settle(("scheduler", "params", "warmup_num_steps"), "warmup_steps")
         settle(("scheduler", "params", "warmup_max_lr"), "lr")

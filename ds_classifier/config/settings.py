@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,12 @@ class TrainingSettings:
     """The optimization: steps, rates, batch sizes, seed."""
 
     iterations: int = _setting(150000, "total number of optimizer steps")
+    extend: int = _setting(
+        0,
+        "train a finished run on, to this number of steps in all; the learning rate begins anew "
+        "(default: do not)",
+        fixed=False,
+    )
     lr: float = _setting(3e-4, "peak learning rate")
     weight_decay: float = _setting(0.0, "decoupled weight decay, on every parameter")
     anneal_lr: bool | None = _setting(
@@ -247,6 +254,15 @@ GROUPS = {
 class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, DataSettings):
     """The settings. Every field is a flag of the same name; the help strings document them."""
 
+    @property
+    def steps(self) -> int:
+        """The number of steps of the run in all, with --extend."""
+        return max(self.iterations, self.extend)
+
+    def warm_up(self, steps: int) -> int:
+        """Return the steps of the JSON's warm-up, where it schedules a number of steps."""
+        return self.warmup_steps if self.warmup_steps >= 0 else max(1, min(1000, steps // 50))
+
     def order_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `data.order.SampleOrder`, without the shards."""
         lane = self.shuffle_shards == "lane"
@@ -280,6 +296,7 @@ def check_settings(settings: Settings) -> list[str]:
     problems = []
     least = dict(
         iterations=1,
+        extend=0,
         log_interval=1,
         save_interval=1,
         eval_interval=1,
@@ -324,10 +341,15 @@ def check_settings(settings: Settings) -> list[str]:
     return problems
 
 
-def changed_settings(saved: dict[str, Any], now: Settings) -> list[str]:
-    """Return a line for each setting that shapes the training and differs from a checkpoint's."""
+def changed_settings(
+    saved: dict[str, Any], now: Settings, *, free: Collection[str] = ()
+) -> list[str]:
+    """Return a line for each setting that shapes the training and differs from a checkpoint's.
+
+    free: names of settings that may differ in this run.
+    """
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS
-        if name in saved and saved[name] != getattr(now, name)
+        if name not in free and name in saved and saved[name] != getattr(now, name)
     ]

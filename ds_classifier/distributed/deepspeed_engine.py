@@ -49,9 +49,9 @@ def describe_device(device: torch.device) -> str:
     return f"this CPU ({count(torch.get_num_threads(), 'thread')} per rank)"
 
 
-def linear_anneal(iterations: int) -> Callable[[int], float]:
-    """Return the reference's anneal_lr: step k, from 0, runs at lr * (1 - k / iterations)."""
-    return lambda k: max(0.0, 1.0 - k / iterations)
+def linear_anneal(steps: int) -> Callable[[int], float]:
+    """Return the reference's anneal_lr: step k, from 0, runs at lr * (1 - k / steps)."""
+    return lambda k: max(0.0, 1.0 - k / steps)
 
 
 def create_engine(

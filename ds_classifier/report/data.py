@@ -118,7 +118,8 @@ class RunData:
     @property
     def iterations(self) -> int:
         """The number of steps that the run was asked for; the last step if it is not known."""
-        return int(self.settings.get("iterations") or self.step)
+        asked = [self.settings.get(name) or 0 for name in ("iterations", "extend")]
+        return int(max(asked) or self.step)
 
     @property
     def classes(self) -> list[str] | None:

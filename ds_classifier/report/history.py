@@ -122,11 +122,12 @@ def _events(run: RunData, attempts: Sequence[Attempt]) -> Iterator[tuple[float, 
         "stop": "stopped by {reason}",
         "save failed": "checkpoint not written: {message}",
         "failed": "{message}",
+        "extend": "extended to {iterations} steps",
     }
     for event in run.events:
         moment, text = event["time"], texts.get(event["event"])
         if text is not None:
-            what = text.format_map(dict(reason="?", message="?") | event)
+            what = text.format_map(dict(reason="?", message="?", iterations="?") | event)
             yield moment, _time(moment), int(event.get("step", _step_at(moment, attempts))), what
 
 

@@ -76,8 +76,11 @@ def build(
         preflight.look(resolved, shards, device)
     if start is None or command.preflight:
         return None
+    resolved = resolved.with_part(start.part_steps)
     trained = resolved.with_batch(rehearsed(resolved.batch)) if command.dry_run else resolved
-    engine = deepspeed_engine.create_engine(module, trained.ds_config, lr_factor(settings))
+    engine = deepspeed_engine.create_engine(
+        module, trained.ds_config, lr_factor(settings, start.part_steps)
+    )
     sampler = create_schedule_sampler(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )
@@ -145,7 +148,7 @@ def assemble(setup: Setup) -> loop.Run:
     skipped_steps = SkippedSteps(
         engine,
         run_dir=run_dir,
-        limit=min(settings.max_skipped_steps, settings.iterations),
+        limit=min(settings.max_skipped_steps, setup.start.part_steps),
         key_of=loader.dataset.key,
     )
     lost = Lost(bad_samples, skipped_steps)
@@ -156,14 +159,14 @@ def assemble(setup: Setup) -> loop.Run:
         lost=lost,
         arithmetic=setup.arithmetic,
         sanity=watch_sanity(setup),
-        iterations=settings.iterations,
+        iterations=settings.steps,
         num_classes=settings.num_classes,
         compiled=settings.compile,
     )
     return loop.Run(
         start=setup.start,
         cadence=loop.Cadence(
-            iterations=settings.iterations,
+            iterations=settings.steps,
             log=settings.log_interval,
             validate=settings.eval_interval if val_loader is not None else 0,
             save=settings.save_interval,
@@ -190,7 +193,7 @@ def open_log(setup: Setup) -> RunLogger:
     )
     began = dict(
         step=step,
-        iterations=settings.iterations,
+        iterations=settings.steps,
         world_size=setup.resolved.batch.world_size,
         host=platform.node(),
         device=deepspeed_engine.describe_device(setup.engine.device),
@@ -201,6 +204,8 @@ def open_log(setup: Setup) -> RunLogger:
         append_event(run_dir, "start", **began)
     else:
         append_event(run_dir, "resume", reached=reached, **began)
+        if setup.start.part_begin == step > 0:
+            append_event(run_dir, "extend", step=step, iterations=settings.steps)
     return logger
 
 

@@ -6,6 +6,8 @@ events.jsonl records what happened to the run; rank 0 alone appends to it, one l
     start, resume   a job began: step, iterations, world_size, host, device; guessing, the fields of
                     sanity.Guessing; val_samples; resume also: reached, the last step that the job
                     before it had logged
+    extend          the run, finished at this step, trains on: step, iterations: the new number of
+                    steps in all
     save failed     a checkpoint could not be written: step, message
     failed          all ranks gave up for the same reason: samples trained on, message
     stop            a job ended on request: step, reason

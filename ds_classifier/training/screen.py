@@ -218,7 +218,11 @@ def announce(setup: Setup, command: CommandLine) -> None:
         f"ZeRO {engine.zero_optimization_stage()}, on "
         f"{deepspeed_engine.describe_device(engine.device)}; lr {settings.lr:g}, {_schedule(setup)}"
     )
-    length = f"{count(settings.iterations, 'step')} in all"
+    length = f"{count(settings.steps, 'step')} in all"
+    if setup.start.part_begin:
+        length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
+        if not setup.resolved.constant_rate:
+            length += ", the learning rate begins anew"
     if command.overfit_steps:
         length = f"one batch again and again, {count(command.overfit_steps, 'step')} at most"
     say(f"start       from {setup.start.origin}; {length}")

@@ -57,7 +57,7 @@ class Setup:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """The facts that a checkpoint records about its run."""
-        return facts_of(self.resolved, self.shards)
+        return facts_of(self.resolved, self.shards) | self.start.parts
 
     @cached_property
     def arithmetic(self) -> Arithmetic:
@@ -112,13 +112,16 @@ def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
     }
 
 
-def lr_factor(settings: Settings) -> Callable[[int], float] | None:
+def lr_factor(settings: Settings, steps: int) -> Callable[[int], float] | None:
     """Return the learning rate of step k as a share of the peak; None if the JSON's scheduler
-    decides."""
+    decides.
+
+    steps: the number of steps of the part of the run, in which k counts from 0.
+    """
     if settings.anneal_lr is None:
         return None
     if settings.anneal_lr:
-        return deepspeed_engine.linear_anneal(settings.iterations)
+        return deepspeed_engine.linear_anneal(steps)
     return lambda step: 1.0
 
 
@@ -134,7 +137,7 @@ def create_training_loader(
     positions = TrainingPositions(
         order,
         first_step=first_step,
-        steps=settings.iterations,
+        steps=settings.steps,
         global_batch=batch.total,
         micro_batch=batch.micro,
         rank=distributed.rank(),

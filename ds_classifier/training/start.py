@@ -10,6 +10,7 @@ Rank 0 alone looks, writes and decides; all ranks get its answer at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.initial_weights import load_initial_weights
 from ds_classifier.checkpoint.writer import check_room
+from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings, changed_settings
 from ds_classifier.training.run_dir import (
+    DONE,
     EVENTS,
     last_logged_step,
     read_done,
@@ -41,16 +44,28 @@ SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a 
 class Start:
     """The point where a run begins.
 
-    origin: where the weights are from, in words. checkpoint: its path on rank 0, and state: its
-    state.json; None if it does not start from one. initialized: whether the weights are from
-    --init_from. notes: what of those weights could not be kept.
+    origin: where the weights are from, in words. parts: part_ends and skipped_before_part of the
+    checkpoints to come, see disk.py. checkpoint: its path on rank 0, and state: its state.json;
+    None if it does not start from one. initialized: whether the weights are from --init_from.
+    notes: what of those weights could not be kept.
     """
 
     origin: str
+    parts: dict[str, Any]
     checkpoint: str | None = None
     state: dict[str, Any] | None = None
     initialized: bool = False
     notes: Sequence[str] = ()
+
+    @property
+    def part_begin(self) -> int:
+        """The step after which the last part of the run begins; 0 if it was never extended."""
+        return [0, *self.parts["part_ends"]][-2]
+
+    @property
+    def part_steps(self) -> int:
+        """The number of steps of the last part."""
+        return self.parts["part_ends"][-1] - self.part_begin
 
 
 def open_run(
@@ -79,31 +94,34 @@ def open_run(
     def decide() -> dict[str, Any]:
         _take(run_dir, command, release_at_end)
         found = state = None
+        parts: dict[str, Any] = {"part_ends": [settings.steps], "skipped_before_part": 0}
         if not command.overfit_steps:
             found, state = find_checkpoint(settings, run_dir)
             if state is not None:
-                refuse_changes(state, settings, facts)
-            if (done := read_done(run_dir)) is not None:
+                refuse_changes(state, resolved, facts)
+            if (done := finished(settings, run_dir)) is not None:
                 return {"finished": done}
+            parts = parts_of(state, resolved)
         if state is not None:
             origin = f"checkpoint {found}, step {state['step']}"
-            start = Start(origin, str(found), state)
+            start = Start(origin, parts, str(found), state | parts)
         elif settings.init_from and not command.preflight:
             source = Path(settings.init_from)
             origin, *notes = load_initial_weights(classifier, source, settings, facts["classes"])
-            start = Start(origin, initialized=True, notes=notes)
+            start = Start(origin, parts, initialized=True, notes=notes)
         else:
-            start = Start(f"seed {settings.seed}")
+            start = Start(f"seed {settings.seed}", parts)
         if not command.skips_training:
             check_room(run_dir / "checkpoints", sum(p.numel() for p in classifier.parameters()))
-            write_run_files(run_dir, resolved, shell_lines)
+            write_run_files(run_dir, resolved.with_part(start.part_steps), shell_lines)
+            (run_dir / DONE).unlink(missing_ok=True)  # of the part before, if it is extended
         return asdict(start)
 
     answer = distributed.on_rank_0(decide, device)
     if "finished" in answer:
         distributed.say(
-            f"{run_dir} is finished ({answer['finished']}). To train again, choose another "
-            "--run_dir."
+            f"{run_dir} is finished ({answer['finished']}). To train it on, give --extend N, the "
+            "number of steps in all; to train again, choose another --run_dir."
         )
         return None
     return Start(**answer)
@@ -121,6 +139,13 @@ def _take(
         lock.refuse_if_held()
 
 
+def finished(settings: Settings, run_dir: Path) -> str | None:
+    """Return the text that a finished run left in DONE; None if more steps are to be done."""
+    done = read_done(run_dir)
+    step = re.search("[0-9]+", done or "")
+    return None if step and int(step[0]) < settings.steps else done
+
+
 def find_checkpoint(settings: Settings, run_dir: Path) -> tuple[Path | None, dict | None]:
     """Return the checkpoint to continue from and its state.json, or (None, None).
 
@@ -130,7 +155,7 @@ def find_checkpoint(settings: Settings, run_dir: Path) -> tuple[Path | None, dic
         found = disk.resolve_checkpoint(Path(settings.resume_checkpoint))
     else:
         found = disk.newest_valid(run_dir / "checkpoints", distributed.say)
-        if found is None and read_done(run_dir) is None:
+        if found is None and finished(settings, run_dir) is None:
             refuse_lost_checkpoints(run_dir, distributed.say)
     return (None, None) if found is None else (found, disk.read_state(found))
 
@@ -154,9 +179,12 @@ def refuse_lost_checkpoints(run_dir: Path, say: Callable[[str], None]) -> None:
         say(f"no checkpoint in {run_dir}, whose log reaches step {reached}: it starts anew")
 
 
-def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
+def refuse_changes(state: dict, resolved: Resolved, facts: dict) -> None:
     """Raise ValueError, with every change, if the checkpoint is of another training."""
-    changes = changed_settings(state["settings"], settings)
+    settings, saved = resolved.settings, state["settings"]
+    free = ("iterations",) if resolved.constant_rate else ()
+    changes = changed_settings(saved, settings, free=free)
+    longer = "iterations" not in free and settings.iterations > saved["iterations"]
     changes += [
         f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
         for key, value in facts["deepspeed"].items()
@@ -174,6 +202,77 @@ def refuse_changes(state: dict, settings: Settings, facts: dict) -> None:
         raise ValueError(
             f"{settings.resume_checkpoint or settings.run_dir} was trained with other settings:\n  "
             + "\n  ".join(changes)
-            + "\ndo: give the settings as they were, or choose another --run_dir (with --init_from "
-            "to start it from these weights)"
+            + f"\ndo: {_longer(state, settings) if longer else ''}give the settings as they were, "
+            "or choose another --run_dir (with --init_from to start it from these weights)"
+        )
+
+
+def _longer(state: dict, settings: Settings) -> str:
+    """Return the advice to someone who gives more --iterations than a run was planned for."""
+    ends = disk.part_ends(state)
+    flags = f"--iterations {ends[0]} --extend {max(settings.steps, ends[-1])}"
+    if state["step"] >= ends[-1]:
+        return (
+            f"to train longer, {flags}: the learning rate, which has decayed to 0 at step "
+            f"{ends[-1]}, begins anew; or "
+        )
+    return (
+        f"to train longer, first finish the {ends[-1]} steps, over which the learning rate decays "
+        f"to 0, then {flags}, with which it begins anew; or "
+    )
+
+
+def parts_of(state: dict | None, resolved: Resolved) -> dict[str, Any]:
+    """Return the parts of the run, as checkpoints record them; the last one is to be trained now.
+
+    state: of the checkpoint that the run continues from; None: it starts anew.
+    The learning rate begins anew in each part, unless it is constant; all else goes on.
+    Raises ValueError if the run cannot go on to the number of steps that is asked for.
+    """
+    steps = resolved.settings.steps
+    if state is None:
+        if resolved.settings.extend:
+            raise ValueError(
+                f"--extend: got {steps}; need a finished run in {resolved.settings.run_dir}, which "
+                "has no checkpoint; do: train it without the flag first"
+            )
+        return {"part_ends": [steps], "skipped_before_part": 0}
+    step, ends = state["step"], disk.part_ends(state)
+    if resolved.constant_rate:
+        if steps < step:
+            raise ValueError(
+                f"--iterations: got {steps}; need {step} or more, since that many steps are done"
+            )
+    else:
+        _refuse_unplanned(step, ends, resolved.settings)
+    begins = step in ends and step < steps
+    skipped = state["skipped_steps"] if begins else state.get("skipped_before_part", 0)
+    warm_up = max(2, resolved.settings.warm_up(steps - step))  # 2: DeepSpeed's least
+    if begins and "scheduler" in resolved.ds_config and steps - step <= warm_up:
+        raise ValueError(
+            f"--extend: got {steps}, which adds {count(steps - step, 'step')}; need more than the "
+            f"{warm_up} steps of the learning rate's warm-up; do: give {step + warm_up + 1} or more"
+        )
+    kept = [end for end in ends if end <= step and end < steps]
+    return {"part_ends": [*kept, steps], "skipped_before_part": skipped}
+
+
+def _refuse_unplanned(step: int, ends: Sequence[int], settings: Settings) -> None:
+    """Raise ValueError unless the learning rate is planned for this length, or has decayed.
+
+    step: the number of steps done. ends: those at which the parts of the run so far end.
+    """
+    steps, planned = settings.steps, ends[-1]
+    how = f"with --extend {planned}" if len(ends) > 1 else "without the flag"
+    if steps < planned:
+        raise ValueError(
+            f"--extend: got {settings.extend or 'none'}; need {planned}, since {settings.run_dir} "
+            f"was extended to {planned} steps, of which {step} are done; do: continue it {how}"
+        )
+    if steps > planned and step < planned:
+        done = Path(settings.run_dir) / DONE
+        stale = f"delete {done}, whose checkpoint is gone, and " if done.exists() else ""
+        raise ValueError(
+            f"--extend: got {steps}; need a finished run, and {step} of {planned} steps are done; "
+            f"do: {stale}continue it {how} first"
         )

@@ -293,7 +293,7 @@ def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_s
     with scratch_beside(run_dir, setup.engine.device) as (scratch, remove), watch.during("save"):
         watch.release_at_end(remove)
         save = rehearsal.measure_save(scratch, first_batch)
-    last = settings.iterations
+    last = settings.steps
     for line in time_lines(
         pace,
         batch=batch,
