@@ -44,7 +44,7 @@ def training_command(words: list[str]) -> CommandLine:
             command = parse_training_command(words)
     except SystemExit:
         problem = output.getvalue().strip().splitlines()[-1:] or ["--help"]
-        problem = problem[0].removeprefix("train.py: error: ")
+        problem = problem[0].removeprefix("error: ")
         raise ValueError(f"{problem} (flags of launch/train.py come after IMAGES)") from None
     flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     chosen = sorted(set(OURS) & flags)
