@@ -12,9 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run by its path: use the source tree it lies in
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     from ds_classifier.common import installation
 
     installation.check()
@@ -22,6 +21,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier.config.parser import Parser
 from ds_classifier.config.shipped import choose_config
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
 RANKS = 2
 GUIDANCE_SCALE = 10  # the smallest of 1, 3, 10, 30 at which most samples show the class asked for

@@ -129,7 +129,10 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
     try:
         if command.epochs:
             raise ValueError(steps_of_epochs(command))
-        resolved = resolve_command(command)
+        if command.deepspeed_config is None:
+            command = with_chosen_config(command)
+        raw = read_ds_config(command.deepspeed_config)
+        resolved = resolve(command, raw, world_size=world_size)
         shards, val_shards = open_splits(resolved.settings)
     except (ValueError, OSError) as error:
         if world_size > 1:  # the others may have none, and would wait
@@ -138,21 +141,15 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
     return resolved.with_classes(len(shards.manifest.classes)), shards, val_shards
 
 
-def resolve_command(command: CommandLine) -> Resolved:
-    """Complete a command and its JSON from each other.
-
-    If it names none, the JSON that suits the machine is taken. Raises ValueError for problems.
-    """
-    if command.deepspeed_config is None:
-        open_splits(command.settings)  # first: to choose imports torch, which takes seconds
-        chosen = choose_config()
-        command = dataclasses.replace(command, deepspeed_config=Path(chosen.name))
-        distributed.say(
-            f"config      {chosen.name}, since {chosen.why}; to train in another way: "
-            "--deepspeed_config"
-        )
-    raw = read_ds_config(command.deepspeed_config)
-    return resolve(command, raw, world_size=distributed.world_size())
+def with_chosen_config(command: CommandLine) -> CommandLine:
+    """Return the command with the shipped JSON that suits this machine, and print the choice."""
+    # First, since torch, which the choice imports, takes seconds that no error should take.
+    open_splits(command.settings)
+    chosen = choose_config()
+    distributed.say(
+        f"config      {chosen.name}, since {chosen.why}; another one: --deepspeed_config JSON"
+    )
+    return dataclasses.replace(command, deepspeed_config=Path(chosen.name))
 
 
 def steps_of_epochs(command: CommandLine) -> str:
@@ -161,7 +158,9 @@ def steps_of_epochs(command: CommandLine) -> str:
     try:
         if is_url(command.settings.data_dir):
             raise ValueError("this is not worth a look over a network")
-        batch = resolve_command(command).batch.total
+        # All shipped JSON files leave the batch to the settings.
+        raw = read_ds_config(command.deepspeed_config or Path("zero1_fp32"))
+        batch = resolve(command, raw, world_size=distributed.world_size()).batch.total
         images = open_splits(command.settings)[0].manifest.samples
     except (ValueError, OSError):
         return f"{message}epochs x images / global batch; do: --iterations STEPS"

@@ -18,9 +18,10 @@ _SAME = {
     "train_data_dir train_path train_file images",
     "val_data_dir val": "valid val val_dir val_data val_path valid_dir validation validation_dir "
     "validation_data validation_file eval_data eval_data_dir test_dir test_data data_dir",
-    "init_from": "pretrained initial_checkpoint finetune finetune_from model_name_or_path model_path "
-    "weights init_checkpoint load_from",
-    "log_interval": "logging_steps log_every log_freq print_freq log_every_n_steps logging_interval",
+    "init_from": "pretrained initial_checkpoint finetune finetune_from model_name_or_path "
+    "model_path weights init_checkpoint load_from",
+    "log_interval": "logging_steps log_every log_freq print_freq log_every_n_steps "
+    "logging_interval",
     "save_interval": "save_steps save_every save_freq checkpoint_interval checkpointing_steps "
     "checkpoint_every ckpt_interval snapshot_interval",
     "eval_interval": "eval_steps eval_every eval_freq val_interval val_every val_freq "
@@ -66,7 +67,7 @@ _PRECISION = (
 _JSON = (
     "the JSON owns it; do: copy a file of ds_configs/, edit {} and give it as --deepspeed_config"
 )
-_LAUNCHER = "a flag of the launcher; do: write it before the script, as in deepspeed --{} ... {}"
+_LAUNCHER = "the launcher has it; do: write it before the script, as in deepspeed --{} ... {}"
 _BATCH = "do: give --global_batch, images per step over all ranks, or --batch_size, per rank"
 _RESUME = (
     "the same command again continues a run; do: drop it, or --resume_checkpoint PATH for another "
@@ -111,13 +112,11 @@ _ADVICE = {
     ),
     "overwrite overwrite_output_dir force": "a run is never overwritten; do: choose a --run_dir",
 }  # fmt: skip
-_ADVICE |= {
-    name: _LAUNCHER.format(name, "{script}")
-    for name in (
-        "num_gpus num_nodes hostfile include exclude master_port master_addr launcher module "
-        "nproc_per_node nnodes node_rank"
-    ).split()
-}
+_OF_THE_LAUNCHER = (
+    "num_gpus num_nodes hostfile include exclude master_port master_addr launcher module "
+    "nproc_per_node nnodes node_rank"
+)
+_ADVICE |= {name: _LAUNCHER.format(name, "{script}") for name in _OF_THE_LAUNCHER.split()}
 TRAINING_ADVICE = {name: text for names, text in _ADVICE.items() for name in names.split()}
 
 EPOCHS = ("epochs", "num_train_epochs", "max_epochs", "num_epochs", "n_epochs", "nepochs", "epoch")

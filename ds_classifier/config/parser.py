@@ -52,9 +52,7 @@ class Parser(argparse.ArgumentParser):
             self.error("\n".join(f"{flag}: unknown flag; {self._meant(flag)}" for flag in unknown))
         found, rest = super().parse_known_args(words, namespace)
         if rest and not self.passes_on:
-            self.error(
-                f"got {' '.join(rest)!r}, which follows no flag that takes it; {self._help()}"
-            )
+            self.error(f"got {' '.join(rest)!r}, which belongs to no flag; {self._help()}")
         return found, rest
 
     def error(self, message: str) -> NoReturn:

@@ -1,8 +1,8 @@
 """The settings: what is trained. This file owns every number that a flag can set.
 
 Four layers, later ones win: the defaults (guided-diffusion's), a recipe, a file (--config), flags.
-The DeepSpeed JSON says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule type, clipping), and
-`deepspeed_json.py` checks it and completes it from these settings.
+The DeepSpeed JSON says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule
+type, clipping), and `deepspeed_json.py` checks it and completes it from these settings.
 
 This module imports nothing heavy, so that --help answers at once.
 """
