@@ -25,6 +25,7 @@ from ds_classifier.config.parser import Parser
 def main(argv: list[str] | None = None, prog: str = "make_shards.py") -> int:
     """Run one command and return its exit code."""
     arguments = _parser(prog).parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -316,5 +317,4 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

@@ -17,6 +17,7 @@ from ds_classifier.config.other_names import MEANT
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.console import complain
 
+Malformed = argparse.ArgumentTypeError  # a value that a flag cannot have
 _NUMBER = re.compile(r"-\.?\d")
 
 
@@ -57,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end the process with code 2."""
-        message = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        message = re.sub(r"^argument ([^\s/]+)\S*: ", r"\1: ", message)  # --a of --a/--alias
         if choice := re.fullmatch(r"(.*)invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[\w.]+", choice[3])
             near = difflib.get_close_matches(choice[2], names, n=1)
@@ -125,6 +126,7 @@ def did_you_mean(name: str, known: Sequence[str], dashes: str = "") -> str:
     near = (
         [word for word in known if plain(word) == plain(name)]
         or [word for word in MEANT.get(name, []) if word in known][:1]
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         or [word for word in known if plain(word).startswith(plain(name))][:3]
         or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         or [word for word in known if len(name) > 3 and name in word][:3]
@@ -138,7 +140,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; need a whole number") from None
+        raise Malformed(f"got {text!r}; need a whole number") from None
 
 
 def number(text: str) -> float:
@@ -146,7 +148,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; need a number") from None
+        raise Malformed(f"got {text!r}; need a number") from None
 
 
 def boolean(text: str) -> bool:
@@ -156,4 +158,4 @@ def boolean(text: str) -> bool:
         return True
     if word in ("no", "false", "f", "n", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"got {text!r}; need True or False")
+    raise Malformed(f"got {text!r}; need True or False")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
-from ds_classifier.config.other_names import TRAINING_ADVICE
-from ds_classifier.config.parser import boolean, did_you_mean, number, whole_number
+from ds_classifier.config.other_names import EPOCHS, TRAINING_ADVICE
+from ds_classifier.config.parser import Malformed, boolean, did_you_mean, number, whole_number
 from ds_classifier.config.recipes import RECIPES
 from ds_classifier.config.settings import Settings
 
@@ -57,14 +56,14 @@ def read_settings_file(path: Path) -> SettingsFile:
         kind = "str" if name in FLAGS_TOO else str(fields[name].type) if name in fields else None
         try:
             if kind is None:
-                raise ArgumentTypeError(_unknown(name, [*fields, *FLAGS_TOO]))
+                raise Malformed(_unknown(name, [*fields, *FLAGS_TOO]))
             values[name] = _converted(value, kind)
             if name == "recipe" and value not in RECIPES:
-                raise ArgumentTypeError(
+                raise Malformed(
                     f"got {value!r}; need one of {', '.join(RECIPES)}; "
                     f"{did_you_mean(value, list(RECIPES))}".removesuffix("; ")
                 )
-        except ArgumentTypeError as problem:
+        except Malformed as problem:
             problems.append(f"{name}: {problem}")
     if problems:
         raise ValueError("\n  ".join([f"got {path}, in which", *problems]))
@@ -74,11 +73,13 @@ def read_settings_file(path: Path) -> SettingsFile:
 
 def _unknown(name: str, known: list[str]) -> str:
     advice = TRAINING_ADVICE.get(name, "").replace("{script}", "SCRIPT")
+    if name in EPOCHS:
+        advice = "do: give iterations, which are epochs x images / global batch"
     return f"unknown setting; {advice or did_you_mean(name, known) or 'do: see train.py --help'}"
 
 
 def _converted(value: Any, kind: str) -> Any:
-    """Return a value of a file as a flag would give it. Raises ArgumentTypeError.
+    """Return a value of a file as a flag would give it. Raises Malformed.
 
     kind: a type as `Settings` names it.
     """
@@ -98,7 +99,7 @@ def _converted(value: Any, kind: str) -> Any:
     if kind.startswith("bool") and isinstance(value, (bool, str)):
         return boolean(text)
     need = {"str": "text", "int": "a whole number", "float": "a number"}.get(kind, "true or false")
-    raise ArgumentTypeError(f"got {value!r}; need {need}")
+    raise Malformed(f"got {value!r}; need {need}")
 
 
 def _read(path: Path) -> dict[str, Any]:
