@@ -119,7 +119,7 @@ def test_epochs_without_data_are_answered_with_the_formula(tmp_path):
             4,
             ["bin/ds-classifier", "train", "--data_dir", "http://me:secret@host/x y"],
             "ds_classifier.launch",
-            "deepspeed --module ds_classifier.launch.train --data_dir 'http://host/x y'",
+            "deepspeed --module ds_classifier.launch.train --data_dir 'http://***@host/x y'",
         ),
         (
             2,
