@@ -3,7 +3,7 @@
 Every figure is the median of several repeats. Runs that are compared are interleaved, so ratios
 hold even if the machine's speed drifts. Prints a table; --json FILE keeps the numbers. Flags of
 launch/train.py may follow those of `step` and `compare`, above all --deepspeed_config
-(zero1_fp32.json if none is given).
+(zero1_fp32 if none is given).
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
+
+    installation.check()
 
 from ds_classifier.common import files
+from ds_classifier.config.parser import Parser
 
 TRAIN = Path(__file__).with_name("train.py")
 WITH_FLAGS = {"step", "compare"}  # commands that take flags of launch/train.py too
 IMAGE_FOLDER = "what make_shards.py converts, such as a folder of images"
 SHARDS = "shards; or what make_shards.py takes, of which at most 2,000 images are converted"
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1_fp32.json"
+DEFAULT_CONFIG = "zero1_fp32"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
     """Run a command, print its table, and return the exit code."""
-    parser = _parser()
+    parser = _parser(prog)
     arguments, words = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     keywords = vars(arguments)
     command, json_path = keywords.pop("command"), keywords.pop("json")
     if command in WITH_FLAGS:
         if "--deepspeed_config" not in words:
-            words = ["--deepspeed_config", str(DEFAULT_CONFIG), *words]
+            words = ["--deepspeed_config", DEFAULT_CONFIG, *words]
         keywords["words"] = words
-    elif words:
-        parser.error(f"got {' '.join(words)}; need only flags that --help shows")
     if json_path and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
         parser.error(f"--json: got {json_path}; need a file, in a directory that is there")
     # Imported here, so that --help answers at once.
@@ -106,18 +108,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> Parser:
     """Return the parser.
 
     A command is a module of launch/benchmarks; its flags are the keywords of `measure` there.
     """
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.partition("\n\n")[2])
+    parser = Parser(prog=prog, passes_on=True, description=__doc__.partition("\n\n")[2])
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str) -> Parser:
         training = " [flags of launch/train.py]" if name in WITH_FLAGS else ""
         usage = f"%(prog)s IMAGES [options]{training}"
-        command = commands.add_parser(name, help=text, description=text, usage=usage)
+        command = commands.add_parser(
+            name, help=text, description=text, usage=usage, passes_on=name in WITH_FLAGS
+        )
         command.add_argument("--repeats", type=_count, default=5, help="repeats per figure [5]")
         command.add_argument("--json", type=Path, help="write the numbers to this file")
         command.add_argument("images", help=SHARDS if training else IMAGE_FOLDER)

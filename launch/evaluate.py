@@ -16,10 +16,14 @@ from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
+
+    installation.check()
 
 from ds_classifier import distributed
 from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
+from ds_classifier.config.parser import Parser
 from ds_classifier.distributed import failures
 from ds_classifier.evaluation.format import PRECISIONS, evaluation_name
 
@@ -27,9 +31,9 @@ OF_MODEL = ("classifier", "diffusion")  # groups of settings that a bare file do
 CLASS_HELP = "levels with numbers per class (default: 0, and where signal equals noise)"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "evaluate.py") -> int:
     """Evaluate as the command line says, and return the exit code."""
-    arguments, given = parse(sys.argv[1:] if argv is None else argv)
+    arguments, given = parse(sys.argv[1:] if argv is None else argv, prog)
     distributed.quiet_libraries()
     try:
         run(arguments, given)
@@ -38,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+def parse(argv: list[str], prog: str = "evaluate.py") -> tuple[argparse.Namespace, dict]:
     """Return the arguments, and the settings that the recipe and the flags give."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
+    parser = Parser(
+        prog=prog,
         description="Measure a classifier on a whole validation set at a grid of noise levels.",
         epilog="Writes RUN/eval/NAME.json, NAME.png and NAME.pictures.png; for several sets of "
         "weights also series.json and series.png; and RUN/report.html.",

@@ -12,9 +12,13 @@ from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree that it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
+
+    installation.check()
 
 from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
+from ds_classifier.config.parser import Parser
 from ds_classifier.distributed import failures
 
 CONTENTS = {
@@ -26,9 +30,9 @@ CONTENTS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "export.py") -> int:
     """Export a classifier, print what was written, and return the exit code."""
-    arguments, given = parse(sys.argv[1:] if argv is None else argv)
+    arguments, given = parse(sys.argv[1:] if argv is None else argv, prog)
     from ds_classifier.export.export import export
 
     try:
@@ -58,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+def parse(argv: list[str], prog: str = "export.py") -> tuple[argparse.Namespace, dict]:
     """Return the arguments, and the settings that the recipe and flags give."""
-    parser = argparse.ArgumentParser(
-        prog="export.py",
+    parser = Parser(
+        prog=prog,
         description="Write a classifier as guided-diffusion's file, as safetensors with its "
         "settings, and a model card; read them back and compare.",
         epilog="The flags of classifier and diffusion are for a file that does not record its "

@@ -11,16 +11,21 @@ from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
+
+    installation.check()
 
 from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
 from ds_classifier.common.text import count, percent
 from ds_classifier.common.urls import shown
+from ds_classifier.config.parser import Parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "make_shards.py") -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -40,8 +45,8 @@ def _stop(number: int, _) -> None:
 # ---------------------------------------------------------------------------- the command line
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="make_shards.py", description=__doc__.split(":")[0] + ".")
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description=__doc__.split(":")[0] + ".")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands)
     command = commands.add_parser(
@@ -156,7 +161,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_verify)
 
 
-def _add_workers(command: argparse.ArgumentParser) -> None:
+def _add_workers(command: Parser) -> None:
     cores = len(os.sched_getaffinity(0))
     command.add_argument(
         "--workers", type=int, default=cores, help=f"number of processes [{cores}]"
@@ -314,5 +319,4 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

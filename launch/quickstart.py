@@ -6,18 +6,22 @@ The steps are shards, training, evaluation with a report, export, and guided sam
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run by its path: use the source tree it lies in
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
 
+    installation.check()
+
+from ds_classifier.config.parser import Parser
+from ds_classifier.config.shipped import choose_config
+
+ROOT = Path(__file__).resolve().parents[1]
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
 RANKS = 2
 GUIDANCE_SCALE = 10  # the smallest of 1, 3, 10, 30 at which most samples show the class asked for
@@ -25,16 +29,18 @@ GUIDANCE_SCALE = 10  # the smallest of 1, 3, 10, 30 at which most samples show t
 
 def main() -> int:
     """Run all steps, and return the exit code of the first that fails, or 0."""
-    argparse.ArgumentParser(prog="quickstart.py", description=__doc__).parse_args()
+    Parser(prog="quickstart.py", description=__doc__).parse_args()
     RUN.mkdir(parents=True, exist_ok=True)
     print("1. shards of the 1,797 handwritten digits in scikit-learn", flush=True)
     if code := call([sys.executable, ROOT / "launch/make_shards.py", "convert", "digits", DATA]):
         return code
     trained_before = (RUN / "DONE").exists()
-    config, why, ranks = choose_config()
-    print(f"2. training on {ranks} ranks with ds_configs/{config} ({why})", flush=True)
+    chosen = choose_config()
+    # The recipe's batch of 64 is divided by the number of ranks.
+    ranks = max((n for n in range(1, chosen.gpus + 1) if 64 % n == 0), default=RANKS)
+    print(f"2. training on {ranks} ranks with {chosen.name}, since {chosen.why}", flush=True)
     began = time.monotonic()
-    if code := call(training_command(config, ranks)):
+    if code := call(training_command(chosen.name, ranks)):
         return code
     minutes = (time.monotonic() - began) / 60
     print("3. evaluation at each noise level", flush=True)
@@ -54,26 +60,10 @@ def main() -> int:
     return 0
 
 
-def choose_config() -> tuple[str, str, int]:
-    """Return the fastest shipped JSON that this machine can run, the reason, and how many ranks."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
-        ranks = max(n for n in range(1, gpus + 1) if 64 % n == 0)  # the recipe's batch is 64
-        return "zero2_fp16.json", f"{torch.cuda.get_device_name(0)}", ranks
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return "zero2_fp16.json", "this CPU has fp16", RANKS
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "zero2_bf16.json", "this CPU has bf16, but no fp16 for zero2_fp16.json", RANKS
-    return "zero1_fp32.json", "this CPU has neither fp16 nor bf16", RANKS
-
-
 def training_command(config: str, ranks: int) -> list[object]:
     """Return the command that trains on a number of ranks."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--quiet", "--num_gpus", ranks]
-    script = [ROOT / "launch/train.py", "--deepspeed_config", ROOT / "ds_configs" / config]
+    script = [ROOT / "launch/train.py", "--deepspeed_config", config]
     flags = ["--recipe", "digits32", "--run_dir", RUN]
     flags += ["--data_dir", DATA / "train", "--val_data_dir", DATA / "val"]
     return [*launcher, *script, *flags]

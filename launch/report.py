@@ -5,20 +5,23 @@ Training and evaluate.py write it too. This program updates it, also while the r
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
 
+    installation.check()
+
+from ds_classifier.config.parser import Parser
 from ds_classifier.distributed import failures
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "report.py") -> int:
     """Parse the command line, write the report and print its path; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="report.py",
+    parser = Parser(
+        prog=prog,
         description="Write a run's report, one HTML page that needs no network.",
     )
     parser.add_argument("run", type=Path, help="a run directory")

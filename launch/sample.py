@@ -19,12 +19,16 @@ from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree that it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
+
+    installation.check()
 
 from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
 from ds_classifier.config import RECIPES
-from ds_classifier.config.command_line import add_setting_flags, boolean
+from ds_classifier.config.command_line import add_setting_flags
+from ds_classifier.config.parser import Parser, boolean
 from ds_classifier.config.settings import GROUPS
 from ds_classifier.distributed import failures
 
@@ -44,9 +48,9 @@ OF_DRAWING = ("joint_temperature", "marginal_temperature", "batch_size", "use_dd
 RECORDED = ("classifier_scale", "classifier_use_fp16", "num_samples", *OF_DRAWING)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "sample.py") -> int:
     """Draw the samples that the command asks for, and return the exit code."""
-    arguments, given = parse(sys.argv[1:] if argv is None else argv)
+    arguments, given = parse(sys.argv[1:] if argv is None else argv, prog)
     distributed.quiet_libraries()
     try:
         run(arguments, given)
@@ -55,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace, dict]:
     """Return the arguments, and the settings of classifier and process that the user named."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py",
+    parser = Parser(
+        prog=prog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw samples of a diffusion model guided by a classifier.",
         epilog=textwrap.dedent("""\

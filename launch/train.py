@@ -1,4 +1,4 @@
-"""Train a noise-aware classifier: `deepspeed launch/train.py --deepspeed_config JSON [flags]`.
+"""Train a noise-aware classifier: `deepspeed launch/train.py [flags]`.
 
 The same command again continues the run. Where training starts, the first that applies:
 1. --resume_checkpoint PATH;
@@ -10,28 +10,37 @@ The same command again continues the run. Where training starts, the first that 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from ds_classifier.common import installation
+
+    installation.check()
 
 from ds_classifier import distributed
+from ds_classifier.common.urls import without_logins
 from ds_classifier.config import CommandLine, parse_training_command
 from ds_classifier.config.deepspeed_json import Resolved, read_ds_config, resolve
+from ds_classifier.config.settings_file import OF_ONE_RUN
+from ds_classifier.config.shipped import choose_config
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.splits import open_splits
+from ds_classifier.data.splits import open_splits, with_validation
+from ds_classifier.data.store import is_url
 from ds_classifier.distributed import failures, launcher
 from ds_classifier.distributed.stopping import StopRequests
 from ds_classifier.distributed.watchdog import Watchdog
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """Train as the arguments say, and return the exit code."""
     with StopRequests() as requests:
-        command = parse_training_command(sys.argv[1:] if argv is None else argv)
+        command = parse_training_command(sys.argv[1:] if argv is None else argv, prog)
         try:
             return run(command, requests)
         except (ValueError, OSError) as error:  # before the ranks met, or on all of them
@@ -45,6 +54,9 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     """
     distributed.quiet_libraries()
     check_launch(command.settings.expect_world)
+    if command.recorded:
+        left_out = ", ".join(OF_ONE_RUN)
+        distributed.say(f"settings    {command.config}, a run's own, but not its {left_out}")
     resolved, shards, val_shards = open_all(command)
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
@@ -55,6 +67,8 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         from ds_classifier.training import run as training  # with it comes torch
         from ds_classifier.training.run_dir import launch_lines
 
+        if advice := idle_gpus():
+            distributed.say(advice)
         setup = training.build(
             command,
             resolved,
@@ -88,22 +102,73 @@ def check_launch(expected: int) -> None:
         raise ValueError(problem)
 
 
+def idle_gpus() -> str:
+    """Return a line that says how to use all GPUs, if this process is alone on several; else ""."""
+    import torch
+
+    if "RANK" in os.environ or (gpus := torch.cuda.device_count()) < 2:
+        return ""
+    program, *flags = sys.argv
+    if program.endswith(".py") and not __package__:
+        script = [program]
+    else:  # installed; `ds-classifier train` has its own name before the flags
+        script = ["--module", "ds_classifier.launch.train"]
+        flags = flags[flags[:1] == ["train"] :]
+    command = shlex.join(["deepspeed", *script, *map(without_logins, flags)])
+    return f"gpus        1 of {gpus} is used; all of them: {command}"
+
+
 def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]:
-    """Read the JSON, open the shards, and settle all numbers; a problem ends all ranks."""
-    settings = command.settings
+    """Choose and read the JSON, open the shards, settle all numbers; a problem ends all ranks."""
+    settings = with_validation(command.settings)
     if command.overfit_steps:
         # The schedule is that of the whole run; a few hundred steps may not leave its warm-up.
         settings = settings.replace(anneal_lr=False)
     command = dataclasses.replace(command, settings=settings)
     world_size = distributed.world_size()
     try:
-        resolved = resolve(command, read_ds_config(command.deepspeed_config), world_size=world_size)
+        if command.epochs:
+            raise ValueError(steps_of_epochs(command))
+        if command.deepspeed_config is None:
+            command = with_chosen_config(command)
+        raw = read_ds_config(command.deepspeed_config)
+        resolved = resolve(command, raw, world_size=world_size)
         shards, val_shards = open_splits(resolved.settings)
     except (ValueError, OSError) as error:
         if world_size > 1:  # the others may have none, and would wait
             distributed.refuse(failures.summary(error))
         raise
     return resolved.with_classes(len(shards.manifest.classes)), shards, val_shards
+
+
+def with_chosen_config(command: CommandLine) -> CommandLine:
+    """Return the command with the shipped JSON that suits this machine, and print the choice."""
+    # First, since torch, which the choice imports, takes seconds that no error should take.
+    open_splits(command.settings)
+    chosen = choose_config()
+    distributed.say(
+        f"config      {chosen.name}, since {chosen.why}; another one: --deepspeed_config JSON"
+    )
+    return dataclasses.replace(command, deepspeed_config=Path(chosen.name))
+
+
+def steps_of_epochs(command: CommandLine) -> str:
+    """Return how many steps --epochs would be: the number, or without data the formula."""
+    message = f"--epochs: got {command.epochs:g}; need a number of steps, "
+    try:
+        if is_url(command.settings.data_dir):
+            raise ValueError("this is not worth a look over a network")
+        # All shipped JSON files leave the batch to the settings.
+        raw = read_ds_config(command.deepspeed_config or Path("zero1_fp32"))
+        batch = resolve(command, raw, world_size=distributed.world_size()).batch.total
+        images = open_splits(command.settings)[0].manifest.samples
+    except (ValueError, OSError):
+        return f"{message}epochs x images / global batch; do: --iterations STEPS"
+    steps = math.ceil(command.epochs * images / batch)
+    return (
+        f"{message}{command.epochs:g} x {images:,} images / global batch {batch:,}; "
+        f"do: --iterations {steps}"
+    )
 
 
 if __name__ == "__main__":

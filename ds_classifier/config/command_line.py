@@ -14,32 +14,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_classifier.config.other_names import EPOCHS, TRAINING_ADVICE
+from ds_classifier.config.parser import Parser, boolean
 from ds_classifier.config.recipes import RECIPES
-from ds_classifier.config.settings import GROUPS, SHIPPED_CONFIGS, Settings
+from ds_classifier.config.settings import GROUPS, Settings
+from ds_classifier.config.settings_file import SettingsFile, read_settings_file
+from ds_classifier.config.shipped import SHIPPED_CONFIGS
 
 OVERFIT_STEPS = 500  # default limit of --overfit_batch
 
 # Flags of guided-diffusion's script that have no effect on a classifier's training, there or here.
 WITHOUT_EFFECT = ("learn_sigma", "use_kl", "predict_xstart", "rescale_learned_sigmas")
+BATCHES = {"batch_size", "global_batch"}  # settings that say the same in two ways
 
 
 @dataclass(frozen=True)
 class CommandLine:
     """A parsed command.
 
-    given: names of the settings that the recipe or a flag set; the others have their defaults.
+    given: names of the settings that a recipe, a file or a flag set; the others have their
+    defaults.
+    deepspeed_config: a file, or the name of a shipped one; None: the one that suits the machine.
     classifier_use_fp16: the reference's flag, which must agree with the JSON; None: not given.
     preflight, dry_run, overfit_steps (0: no): ask for something else than training.
+    epochs: asked for in place of iterations, which is refused; 0: not asked for.
+    config: the file of --config; recorded: it is the config.json of a run.
     """
 
     settings: Settings
     given: frozenset[str]
-    deepspeed_config: Path
+    deepspeed_config: Path | None
     recipe: str
     classifier_use_fp16: bool | None
     preflight: bool = False
     dry_run: bool = False
     overfit_steps: int = 0
+    epochs: float = 0
+    config: Path | None = None
+    recorded: bool = False
 
     @property
     def skips_training(self) -> bool:
@@ -47,51 +59,71 @@ class CommandLine:
         return self.preflight or self.dry_run or bool(self.overfit_steps)
 
 
-def parse_training_command(argv: list[str]) -> CommandLine:
-    """Parse train.py's arguments. Malformed ones end the process with exit code 2."""
-    parser = _training_parser()
+def parse_training_command(argv: list[str], prog: str = "train.py") -> CommandLine:
+    """Parse train.py's arguments. Malformed ones end the process with exit code 2.
+
+    prog: the name of the program in its messages.
+    """
+    parser = _training_parser(prog)
     flags = vars(parser.parse_args(argv))
-    recipe = flags.pop("recipe")
-    config_path = flags.pop("deepspeed_config")
-    use_fp16 = flags.pop("classifier_use_fp16")
+    recipe, config_path = flags.pop("recipe"), flags.pop("deepspeed_config")
+    use_fp16, epochs, config = (flags.pop(k) for k in ("classifier_use_fp16", "epochs", "config"))
     instead = (flags.pop("preflight"), flags.pop("dry_run"), flags.pop("overfit_batch"))
-    for name in ("local_rank", *WITHOUT_EFFECT):
+    for name in ("local_rank", "deepspeed", *WITHOUT_EFFECT):
         flags.pop(name)
-    given = {**RECIPES.get(recipe, {}), **flags}
-    # --batch_size replaces the global batch of a recipe.
-    if "batch_size" in flags and "global_batch" not in flags:
-        given.pop("global_batch", None)
+    file = SettingsFile()
+    if config is not None:
+        try:
+            file = read_settings_file(config)
+        except ValueError as error:
+            parser.error(f"--config: {error}")
+    if file.recorded and "data_dir" in flags:
+        file.values.pop("val_data_dir", None)  # of other data
+    recipe, config_path = recipe or file.recipe, config_path or file.deepspeed_config
+    given: dict[str, Any] = {}
+    for layer in (RECIPES.get(recipe, {}), file.values, flags):
+        if BATCHES & layer.keys():
+            given = {name: value for name, value in given.items() if name not in BATCHES}
+        given |= layer
     settings = Settings(**given)
     if "run_dir" not in given:
         name = recipe or f"classifier{settings.image_size}"
         settings = settings.replace(run_dir=f"runs/{name}")
-    if "data_dir" not in given and "val_data_dir" not in given and Path("data/val").is_dir():
-        settings = settings.replace(val_data_dir="data/val")
     if not settings.eval_interval:
         settings = settings.replace(eval_interval=settings.save_interval)
-    return CommandLine(settings, frozenset(given), Path(config_path), recipe, use_fp16, *instead)
+    return CommandLine(
+        settings,
+        frozenset(given),
+        Path(config_path) if config_path else None,
+        recipe,
+        use_fp16,
+        *instead,
+        epochs=epochs,
+        config=config,
+        recorded=file.recorded,
+    )
 
 
-def _training_parser() -> argparse.ArgumentParser:
-    shipped = ", ".join(f"{name}.json" for name in SHIPPED_CONFIGS)
-    parser = argparse.ArgumentParser(
-        prog="train.py",
+def _training_parser(prog: str) -> Parser:
+    script = "launch/train.py" if prog == "train.py" else "--module ds_classifier.launch.train"
+    parser = Parser(
+        prog=prog,
+        advice={name: text.replace("{script}", script) for name, text in TRAINING_ADVICE.items()},
         description="Train a noise-aware image classifier with DeepSpeed.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="deepspeed [launcher flags] launch/train.py --deepspeed_config JSON [flags]",
+        usage=f"{prog} [flags]\n       deepspeed [launcher flags] {script} [flags]",
         epilog=textwrap.dedent(f"""\
             The JSON says how to train (micro-batch, precision, ZeRO, optimizer, schedule). "auto"
-            in it means that one of the flags sets the number. In ds_configs/:
-            {shipped}.
+            in it means that one of the flags sets the number. Those that come with the package:
+            {", ".join(SHIPPED_CONFIGS)}.
 
             Examples:
               python launch/make_shards.py convert digits data
-              deepspeed --num_gpus 2 launch/train.py \\
-                  --deepspeed_config ds_configs/zero2_fp16.json --recipe digits32
-              deepspeed --hostfile hosts launch/train.py \\
-                  --deepspeed_config ds_configs/zero2_fp16.json --recipe imagenet64
+              deepspeed --num_gpus 2 {script} --recipe digits32
+              deepspeed --hostfile hosts {script} --recipe imagenet64 \\
+                  --deepspeed_config zero2_fp16
 
-            The flags of guided-diffusion's classifier_train.py work after --deepspeed_config.
+            The flags of guided-diffusion's classifier_train.py work here.
             The same command again continues a stopped run.
             To stop a run: SIGTERM, Ctrl-C, SIGUSR1, SIGHUP, or a file RUN/STOP. It saves and ends.
             Exit codes of a rank: 0 finished; 75 stopped on request, run it again; 70 no progress
@@ -99,7 +131,17 @@ def _training_parser() -> argparse.ArgumentParser:
             """),
     )
     parser.add_argument(
-        "--deepspeed_config", required=True, metavar="JSON", help="how to train; see below"
+        "--deepspeed_config",
+        metavar="JSON",
+        help="how to train: a file, or the name of one that comes with the package, see below "
+        "(default: one that suits this machine)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings from a YAML or JSON file, such as the config.json of a run; it overrides "
+        "the recipe, and flags override it (default: none)",
     )
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     instead.add_argument(
@@ -128,6 +170,10 @@ def _training_parser() -> argparse.ArgumentParser:
     for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", type=boolean, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    # DeepSpeed's own helper for command lines has it, before --deepspeed_config.
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    epochs = [f"--{name}" for name in EPOCHS]
+    parser.add_argument(*epochs, dest="epochs", type=_epochs, default=0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -163,17 +209,13 @@ def _flag_type(field: dataclasses.Field) -> Any:
     return {"str": str, "int": int, "float": float}.get(str(field.type), boolean)
 
 
+def _epochs(text: str) -> float:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a number of epochs, more than 0")
+    return float(text)
+
+
 def _steps(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"got {text!r}; need a number of steps, 1 or more")
     return int(text)
-
-
-def boolean(text: str) -> bool:
-    """Read True or False as the reference spells them: yes, true, t, y, 1 and their opposites."""
-    word = text.lower()
-    if word in ("yes", "true", "t", "y", "1"):
-        return True
-    if word in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"got {text!r}; need True or False")

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ds_classifier.common import files
 from ds_classifier.config.batch_sizes import AUTO, BatchSizes, settle_batch
 from ds_classifier.config.command_line import CommandLine
-from ds_classifier.config.settings import SHIPPED_CONFIGS, Settings, check_settings
+from ds_classifier.config.settings import Settings, check_settings
+from ds_classifier.config.shipped import find_config
 
 _INT, _NUMBER, _BOOL, _STR = "a whole number", "a number", "true or false", "a string"
 _PAIR = "a list of two numbers"
@@ -185,16 +187,15 @@ class Resolved:
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read the JSON. Raises ValueError for a missing file, broken JSON or a duplicate key."""
+    """Read the JSON at a path, or the shipped one of that name.
+
+    Raises ValueError for a missing or unreadable file, broken JSON or a duplicate key.
+    """
     try:
-        text = path.read_text()
-    except OSError as error:
-        package = Path(__file__).resolve().parents[1]
-        folders = [package.parent / "ds_configs", package / "ds_configs"]  # a checkout; installed
-        where = next((f"{folder}/" for folder in folders if folder.is_dir()), "ds_configs/")
+        text = find_config(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"--deepspeed_config: got {path}: {error.strerror}; need a DeepSpeed JSON; do: use one "
-            f"of {', '.join(f'{name}.json' for name in SHIPPED_CONFIGS)} in {where}"
+            f"--deepspeed_config: got {path}: {files.problem(error)}; need a DeepSpeed JSON"
         ) from None
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -433,7 +434,9 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
     Returns the settings; changes ds; appends disagreements to problems.
     """
     settings = command.settings
-    owners = {name: f"--{name} (flag or recipe)" for name in command.given}  # who set a number
+    owners = {
+        name: f"--{name} (flag, file or recipe)" for name in command.given
+    }  # who set a number
 
     def settle(path: tuple[str, ...], name: str) -> None:
         nonlocal settings

@@ -1,8 +1,8 @@
 """The settings: what is trained. This file owns every number that a flag can set.
 
-Three layers, later ones win: the defaults (guided-diffusion's), a recipe, flags. The DeepSpeed JSON
-says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule type, clipping), and
-`deepspeed_json.py` checks it and completes it from these settings.
+Four layers, later ones win: the defaults (guided-diffusion's), a recipe, a file (--config), flags.
+The DeepSpeed JSON says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule
+type, clipping), and `deepspeed_json.py` checks it and completes it from these settings.
 
 This module imports nothing heavy, so that --help answers at once.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from ds_classifier.common.urls import without_logins
 from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 
-SHIPPED_CONFIGS = ("zero2_fp16", "zero2_bf16", "zero1_fp16", "zero1_bf16", "zero1_fp32")
+NO_VALIDATION = "none"  # in place of shards to validate on
 
 
 def _setting(default: Any, help: str, fixed: bool = True) -> Any:
@@ -37,7 +37,8 @@ class DataSettings:
     data_dir: str = _setting("data/train", "shards to train on, or their URL", fixed=False)
     val_data_dir: str = _setting(
         "",
-        "shards to validate on (default: data/val if data_dir is not given)",
+        "shards to validate on, or their URL; none: do not validate (default: D/val, if it is a "
+        "split and data_dir is D/train, a directory and no URL)",
         fixed=False,
     )
     cache_dir: str = _setting(
@@ -262,6 +263,11 @@ class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, 
     def warm_up(self, steps: int) -> int:
         """Return the steps of the JSON's warm-up, where it schedules a number of steps."""
         return self.warmup_steps if self.warmup_steps >= 0 else max(1, min(1000, steps // 50))
+
+    @property
+    def validation(self) -> str:
+        """The shards to validate on; "" for none."""
+        return "" if self.val_data_dir == NO_VALIDATION else self.val_data_dir
 
     def order_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `data.order.SampleOrder`, without the shards."""

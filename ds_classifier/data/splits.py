@@ -101,6 +101,18 @@ def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: in
     return split
 
 
+def with_validation(settings: Settings) -> Settings:
+    """Return settings that name D/val, if the training split is D/train and no other is named.
+
+    Only directories are looked at: a server may take long to say that it has no such file.
+    """
+    train = Path(settings.data_dir)
+    val = train.parent / "val"
+    if settings.val_data_dir or is_url(settings.data_dir) or train.name != "train":
+        return settings
+    return settings.replace(val_data_dir=str(val)) if (val / MANIFEST).is_file() else settings
+
+
 def open_splits(settings: Settings) -> tuple[ShardSet, ShardSet | None]:
     """Open the training shards, and the validation shards if the settings name some.
 
@@ -108,7 +120,7 @@ def open_splits(settings: Settings) -> tuple[ShardSet, ShardSet | None]:
     classes, or if their number differs from the settings.
     """
     shards = _open("data_dir", settings)
-    val_shards = _open("val_data_dir", settings) if settings.val_data_dir else None
+    val_shards = _open("val_data_dir", settings) if settings.validation else None
     classes = shards.manifest.classes
     if val_shards is not None and val_shards.manifest.classes != classes:
         raise ValueError(

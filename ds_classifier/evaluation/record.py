@@ -121,7 +121,7 @@ class Evaluator:
         settings = source.settings
         location = request.val_data_dir
         if not location and source.kind == "checkpoint":
-            location = settings.val_data_dir
+            location = settings.validation
         shards = open_validation_data(
             source,
             location,

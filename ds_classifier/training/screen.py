@@ -203,6 +203,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
     held_out = "none"
     if setup.val_shards is not None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
+        if not command.settings.val_data_dir:
+            held_out += ", found beside the training split"
     say(
         f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
         f"forward per image; {settings.image_size} px, {settings.num_classes} classes; "

@@ -44,7 +44,7 @@ def training_command(words: list[str]) -> CommandLine:
             command = parse_training_command(words)
     except SystemExit:
         problem = output.getvalue().strip().splitlines()[-1:] or ["--help"]
-        problem = problem[0].removeprefix("train.py: error: ")
+        problem = problem[0].removeprefix("error: ")
         raise ValueError(f"{problem} (flags of launch/train.py come after IMAGES)") from None
     flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     chosen = sorted(set(OURS) & flags)
@@ -128,7 +128,7 @@ def trainer_row(
     warm_up = -(-warm_up // steps) * steps
     shutil.rmtree(run_dir, ignore_errors=True)
     length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
-    length += ["--log_interval", steps, "--save_interval", 10**6, "--eval_interval", 10**6]
+    length += ["--log_interval", steps, "--save_interval", 10**6, "--val_data_dir", "none"]
     start_s = _run([*launched(program, ranks), *words, *map(str, length)])
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [row for row in rows if "images_per_sec" in row][-1] | {"start_s": start_s}

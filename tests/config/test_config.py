@@ -9,6 +9,7 @@ from running import ROOT, run_python
 from ds_classifier.config import RECIPES, deepspeed_json, parse_training_command
 from ds_classifier.config import settings as config
 from ds_classifier.config.deepspeed_json import read_ds_config, resolve
+from ds_classifier.config.shipped import SHIPPED_CONFIGS
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 ZERO2 = json.loads((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
@@ -122,9 +123,6 @@ def test_recipes_then_flags(monkeypatch, tmp_path):
     assert command("--recipe", "imagenet64").settings.run_dir == "runs/imagenet64"
     assert resolved("--recipe", "imagenet64", world_size=8).batch.total == 1024
     assert resolved("--recipe", "imagenet64", "--batch_size", "8", world_size=8).batch.total == 64
-    (tmp_path / "data" / "val").mkdir(parents=True)
-    assert command().settings.val_data_dir == "data/val"
-    assert command("--data_dir", "elsewhere").settings.val_data_dir == ""
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -165,7 +163,7 @@ def test_help_is_complete(tmp_path):
         "--resume_checkpoint",
         "Exit codes",
         "digits32",
-        "zero2_fp16.json",
+        "zero2_fp16",
     ):
         assert word in done.output
 
@@ -175,7 +173,7 @@ def test_help_is_complete(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_are_complete(path):
-    assert {p.stem for p in CONFIGS} == set(config.SHIPPED_CONFIGS)
+    assert {p.stem for p in CONFIGS} == set(SHIPPED_CONFIGS)
     result = resolve(command("--recipe", "digits32"), read_ds_config(path), world_size=2)
     assert result.ds_config["zero_optimization"]["stage"] == int(path.stem[4])
     precision = path.stem.split("_")[1]
@@ -365,7 +363,7 @@ def test_files_that_are_not_json(tmp_path):
         bad.write_text(text)
         with pytest.raises(ValueError, match=re.escape(words)):
             read_ds_config(bad)
-    with pytest.raises(ValueError, match=r"zero2_fp16\.json"):
+    with pytest.raises(ValueError, match=r"zero2_fp16, "):
         read_ds_config(tmp_path / "absent.json")
 
 

@@ -17,7 +17,7 @@ TRACED = ROOT / "tests" / "helpers" / "traced_train.py"
 TINY = shlex.split(
     "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1 "
     "--classifier_attention_resolutions 4 --noise_schedule cosine --random_flip False --lr 1e-3 "
-    "--log_interval 1 --workers 1"
+    "--log_interval 1 --workers 1 --val_data_dir none"
 )
 # Fields of a log row that depend on the machine's speed.
 CLOCKS = ("images_per_sec", "data_wait_frac", "gflops_per_sec", "memory_gib", "val_seconds")

@@ -136,7 +136,10 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
         (["data", "IMAGES", "--json", "IMAGES"], "need a file, in a directory that is there"),
         (["compare", "IMAGES", "--way", "--microbatch 3"], "--way '--microbatch 3', --ranks 1:"),
         (["compare", "IMAGES", "--way", "--dry_run"], "--way '--dry_run', --ranks 1: got a"),
-        (["compare", "IMAGES", "--way", "--bogus"], "--way '--bogus', --ranks 1: unrecognized"),
+        (
+            ["compare", "IMAGES", "--way", "--bogus"],
+            "--ranks 1: --bogus: unknown flag",
+        ),
         (["step", "IMAGES", "--data_dir", "x"], "got --data_dir; need flags of training"),
         (["step", "--lr", "1", "IMAGES"], "flags of launch/train.py come after IMAGES"),
         pytest.param(

@@ -322,7 +322,7 @@ BAD_INPUT = {
         ["--deepspeed_config", ZERO2, "--data_dir", "images"],
         ["folder of images", "make_shards.py convert images"],
     ),
-    "no such config": (["--deepspeed_config", "x.json"], ["x.json", "zero2_fp16.json"]),
+    "no such config": (["--deepspeed_config", "x.json"], ["x.json", "zero2_fp16"]),
     "an unknown key": (["--deepspeed_config", "unknown.json"], ["fp61", "'fp16'"]),
     "a wrong type": (["--deepspeed_config", "type.json"], ["4.5", "whole number"]),
     "misplaced auto": (["--deepspeed_config", "auto.json"], ["stage", '"auto"']),

@@ -1,0 +1,44 @@
+"""The validation split that is found beside the training split."""
+
+import pytest
+
+from ds_classifier.config import Settings
+from ds_classifier.data.splits import open_splits, with_validation
+
+
+def found(data_dir, val_data_dir="") -> str:
+    return with_validation(Settings(data_dir=str(data_dir), val_data_dir=val_data_dir)).val_data_dir
+
+
+def test_it_is_found_beside_the_training_split(digits, monkeypatch):
+    assert found(digits / "train") == str(digits / "val")
+    assert found(f"{digits}/train/") == str(digits / "val")
+    monkeypatch.chdir(digits.parent)
+    assert found(f"{digits.name}/train") == f"{digits.name}/val"
+    monkeypatch.chdir(digits)
+    assert found("train") == "val"
+
+
+def test_it_is_found_only_if_it_is_a_split(digits, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val" / "cat").mkdir(parents=True)  # a folder of images
+    assert found(tmp_path / "train") == ""
+    assert found(digits / "val") == ""  # to train on it is to have nothing left
+
+
+def test_a_url_is_not_asked(served_folder):
+    server, folder = served_folder
+    (folder / "val").mkdir()
+    (folder / "val" / "manifest.json").write_text("{}")
+    assert found(f"{server.url}/train") == ""
+
+
+@pytest.mark.parametrize("named", ["elsewhere", "none"])
+def test_what_is_named_stays(digits, named):
+    assert found(digits / "train", named) == named
+
+
+def test_none_opens_nothing(digits):
+    settings = Settings(data_dir=str(digits / "train"), val_data_dir="none")
+    assert open_splits(settings)[1] is None
+    assert open_splits(with_validation(settings.replace(val_data_dir="")))[1] is not None
