@@ -20,14 +20,14 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run by its path: use the source tree it lies in
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_classifier import distributed
 from ds_classifier.common import text
 from ds_classifier.config import RECIPES
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
 LOG = RUN / "quickstart.log"
 LAST_LINES = 12  # of a program that failed
