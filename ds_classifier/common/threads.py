@@ -1,4 +1,4 @@
-"""How the threads of OpenMP wait for each other, which torch computes with on a CPU."""
+"""The way in which the threads of OpenMP wait, with which torch computes on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How torch's threads wait: what its OpenMP itself says, and every program before torch."""
+"""The setting by which torch's threads wait: as its OpenMP reports it, and in every program."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the quickstart puts on the screen, and what a Ctrl-C leaves there. No test trains here."""
+"""The screen of the quickstart, and the line that a Ctrl-C leaves there. No test trains here."""
 
 import json
 import os
