@@ -20,7 +20,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	@touch $@
 
 quickstart: install
-	@$(VENV)/bin/python launch/quickstart.py
+	@trap : INT; $(VENV)/bin/python launch/quickstart.py || test $$? = 130  # it says what Ctrl-C left
 
 test: install
 	@$(PYTEST) -m "not faults"

@@ -14,12 +14,14 @@ export       a classifier as a folder of its own, and `Predictor`
 training     the loop, and all that a run needs around it
 report       a run as an HTML page
 
-The names in __all__ are imported when they are first used, so `import ds_classifier` is cheap.
+The names in __all__ are imported when they are first used, so `import ds_classifier` is cheap. It
+sets how torch's threads will wait (`common.threads`), for every program and test.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ds_classifier.common.threads import wait_asleep
 from ds_classifier.common.version import __version__
 
 _HOME = {
@@ -29,6 +31,8 @@ _HOME = {
     "create_gaussian_diffusion": "diffusion",
 }
 __all__ = ["Predictor", "__version__", "create_classifier", "create_gaussian_diffusion", "load"]
+
+wait_asleep()
 
 if TYPE_CHECKING:
     from ds_classifier.diffusion import create_gaussian_diffusion

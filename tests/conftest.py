@@ -12,6 +12,8 @@ from running import ROOT
 # from more threads, and threads that wait for each other on busy cores lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import ds_classifier  # noqa: F401  it sets how these threads wait
+
 SHARED = ROOT.parent / "shared"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import socket
 import sys
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -24,6 +28,7 @@ from ds_classifier.distributed.ranks import (
 )
 
 _timeout = timedelta(minutes=30)  # of a collective; init sets it
+_gloo_groups: list[Any] = []  # groups of this process whose threads must end before Python does
 _REPORT_SECONDS = 5.0  # for a host's first rank to report why its ranks cannot meet
 
 
@@ -84,7 +89,7 @@ def init(
         raise
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ["MASTER_PORT"] = "0"  # the store takes a free one
     deepspeed = _import_deepspeed_quietly()
     card = {"host": socket.gethostname(), "problem": check(device)}
     card["same"] = code_versions() | (same or {})
@@ -100,6 +105,9 @@ def init(
         timeout=timeout,
         device_id=device if on_gpu and world_size() > 1 else None,
     )
+    if not on_gpu:
+        _gloo_groups.append(torch.distributed.group.WORLD)
+    atexit.register(_end_gloo)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
         auto_mpi_discovery=False,
@@ -206,11 +214,17 @@ def _import_deepspeed_quietly():
     return deepspeed
 
 
-def free_port() -> int:
-    """Return a TCP port of this host that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def keep_port() -> Iterator[int]:
+    """Keep a free TCP port of this host for a launcher's --master_port, and yield its number.
+
+    No other program is given the port meanwhile. Rank 0 can serve its store there: a socket that
+    does not listen shares its port with one that does, if both set SO_REUSEADDR, as torch does.
+    """
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("", 0))
+        yield keeper.getsockname()[1]
 
 
 def finish() -> None:
@@ -219,6 +233,23 @@ def finish() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _gloo_groups.clear()
+
+
+def _end_gloo() -> None:
+    """Leave gloo's groups when the program ends, on whatever path, so that their threads end.
+
+    Such a thread frees the tensors of a collective, for which it needs the interpreter. If it asks
+    for it while Python shuts down, the process aborts ("terminate called without an active
+    exception"). NCCL has no such threads, and would wait for ranks that have not failed.
+    """
+    import torch.distributed
+
+    while _gloo_groups and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group(_gloo_groups.pop())
+    # A group's threads end with the last reference to it, which an error's frames may hold.
+    traceback.clear_frames(getattr(sys, "last_traceback", None))
+    gc.collect()
 
 
 def cpu_group():
@@ -228,4 +259,6 @@ def cpu_group():
     """
     import torch.distributed
 
-    return torch.distributed.new_group(backend="gloo", timeout=_timeout)
+    group = torch.distributed.new_group(backend="gloo", timeout=_timeout)
+    _gloo_groups.append(group)
+    return group

@@ -250,6 +250,7 @@ def connect(*, seconds: float, serves: bool = False):
     """Connect to the run's store, and serve it if `serves`.
 
     seconds: to wait for the connection, and then for each answer.
+    If MASTER_PORT is 0, the store takes a free port, and MASTER_PORT becomes its number.
     Keys get a prefix that differs between torchrun's restarts.
     """
     from torch.distributed import PrefixStore, TCPStore
@@ -261,6 +262,7 @@ def connect(*, seconds: float, serves: bool = False):
         wait_for_workers=False,
         timeout=timedelta(seconds=seconds),
     )
+    os.environ["MASTER_PORT"] = str(store.port)
     return PrefixStore(f"ds_classifier/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 

@@ -129,17 +129,21 @@ def trainer_row(
     shutil.rmtree(run_dir, ignore_errors=True)
     length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
     length += ["--log_interval", steps, "--save_interval", 10**6, "--val_data_dir", "none"]
-    start_s = _run([*launched(program, ranks), *words, *map(str, length)])
+    with distributed.keep_port() as port:
+        start_s = _run([*launched(program, ranks, port), *words, *map(str, length)])
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [row for row in rows if "images_per_sec" in row][-1] | {"start_s": start_s}
 
 
-def launched(program: Path, ranks: int) -> list[str]:
-    """Return the words that start launch/train.py on a number of ranks of this machine."""
+def launched(program: Path, ranks: int, port: int) -> list[str]:
+    """Return the words that start launch/train.py on a number of ranks of this machine.
+
+    port: where rank 0 of several serves their meeting.
+    """
     if ranks == 1:
         return [sys.executable, str(program)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    here = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(distributed.free_port())]
+    here = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
     return [sys.executable, deepspeed, *here, str(program)]
 
 

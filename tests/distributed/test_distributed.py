@@ -2,11 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
-from running import ROOT, launch
+from running import ROOT, environment, launch
 
 SCRIPT = """
 import json, os, sys
@@ -127,3 +129,82 @@ def test_a_full_disk_under_a_redirected_output_does_not_end_the_run():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert b"Traceback" not in done.stderr
     assert done.stderr.count(b"an error") == 3
+
+
+MEETING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from ds_classifier import distributed
+distributed.init()
+print(os.environ["MASTER_PORT"], flush=True)
+sys.stdin.read()  # until both have met
+"""
+
+
+def test_two_jobs_at_once_without_a_launcher_take_different_ports():
+    """The launcher's usual port is taken, by one of them or by another program."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):  # if somebody else has it, it is taken all the same
+            taken.bind(("", 29500))
+            taken.listen()
+        command = [sys.executable, "-c", MEETING, ROOT]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        jobs = [subprocess.Popen(command, env=environment(), text=True, **pipes) for _ in "ab"]
+        ports = [job.stdout.readline().strip() for job in jobs]
+        ends = [(job.communicate("", timeout=60)[1], job.returncode) for job in jobs]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert len({*ports, "29500", "0"}) == 4, ports
+
+
+def test_a_kept_port_is_for_rank_0_alone():
+    from torch.distributed import TCPStore
+
+    from ds_classifier.distributed import keep_port
+
+    with keep_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+
+
+LEAVING = """
+import atexit, os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import deepspeed, torch.distributed
+from ds_classifier import distributed
+from ds_classifier.distributed import failures
+
+def fail(how):
+    device = distributed.init()
+    group = distributed.cpu_group()
+    pending = torch.distributed.all_reduce(torch.ones(1), group=group, async_op=True)
+    if how == "traceback":
+        raise RuntimeError("a bug")
+    if how == "Ctrl-C":
+        raise KeyboardInterrupt
+    distributed.raise_together("a problem", device)
+
+def threads():
+    names = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
+    print(how, *sorted(name for name in names if "gloo" in name), flush=True)
+
+for how in ("traceback", "Ctrl-C", "error"):
+    if os.fork() == 0:
+        atexit.register(threads)  # before init registers its own: called after it
+        try:
+            fail(how)
+        except ValueError as error:
+            sys.exit(failures.report(error))
+    os.wait()
+"""
+
+
+def test_no_thread_of_gloo_is_alive_when_python_shuts_down():
+    """A thread that then frees a tensor would abort the process: exit code 134."""
+    command = [sys.executable, "-c", LEAVING, ROOT]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[:3] == ["traceback", "Ctrl-C", "error"], done.stderr

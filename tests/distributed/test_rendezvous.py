@@ -9,9 +9,9 @@ import threading
 import time
 
 import pytest
-from running import ROOT, run_python
+from running import ROOT, free_port, run_python
 
-from ds_classifier.distributed import free_port, rendezvous
+from ds_classifier.distributed import rendezvous
 from ds_classifier.distributed.rendezvous import Rendezvous, interface_towards
 
 SAME = {"the code": "1f", "--lr": 0.1}

@@ -11,7 +11,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from running import environment
+from running import environment, free_port
 from tiny_run import CONFIGS, TINY, TRACED
 
 from ds_classifier.distributed.processes import parent
@@ -27,8 +27,6 @@ class Job:
     """
 
     def __init__(self, ranks: int, config: str, run: Path, *flags: object, **extra: str):
-        from ds_classifier.distributed import free_port
-
         self.mark, self.run = uuid.uuid4().hex, run
         self._output = open(run.parent / f"{self.mark}.out", "w+")
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))

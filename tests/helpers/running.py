@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,13 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"DS_ACCELERATOR": "cpu", **extra}
 
 
+def free_port() -> int:
+    """Return a TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_python(*arguments: object, cwd: Path, timeout: float = 300, **variables: str) -> Finished:
     """Run a Python program to its end; variables: added to its environment."""
     done = subprocess.run(
@@ -61,8 +69,6 @@ def launch(
     launcher: True starts it through the deepspeed launcher. False starts the ranks directly, which
     saves 6 s, with the environment that the launcher would give them.
     """
-    from ds_classifier.distributed import free_port
-
     port = str(free_port())
     command = [sys.executable, str(script), *map(str, arguments)]
     if launcher:

@@ -19,6 +19,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as launch/train.py sets it
 
 import torch
 import torch.distributed
+from running import free_port
 
 from ds_classifier import distributed
 from ds_classifier.distributed.stopping import StopRequests
@@ -74,7 +75,7 @@ def be_rank(rank: int, kind: str, folder: Path, port: int) -> None:
 
 def run(name: str, faulty: list[int], kind: str, folder: Path) -> None:
     folder.mkdir(parents=True)
-    port = distributed.free_port()
+    port = free_port()
     ranks = {}
     for rank in range(WORLD):
         pid = os.fork()
