@@ -39,14 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         keywords["words"] = words
     elif words:
         parser.error(f"got {' '.join(words)}; need only flags that --help shows")
-    if json_path and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
-        parser.error(f"--json: got {json_path}; need a file, in a directory that is there")
     # Imported here, so that --help answers at once.
     benchmarks = f"{__package__ or 'launch'}.benchmarks"  # ds_classifier.launch where installed
     measurement = importlib.import_module(f"{benchmarks}.{command}")
     print_table = importlib.import_module(f"{benchmarks}.measuring").print_table
 
     try:
+        if json_path:
+            files.refuse_unwritable_file("--json", json_path)
+        if keywords.get("save"):
+            files.refuse_unwritable("--save", keywords["save"])
         rows = measurement.measure(**keywords)
     except (ValueError, OSError) as error:
         print(f"error: {files.problem(error)}", file=sys.stderr)
@@ -58,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if json_path:
         measured = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
         facts = {"command": command, "settings": measured, **machine()}
-        json_path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_text(json_path, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

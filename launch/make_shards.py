@@ -212,6 +212,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             f"--val_labels: got {arguments.val_labels} with --val {arguments.val}, a share of the "
             "labelled images; do: drop it"
         )
+    files.refuse_unwritable("OUT", arguments.out)
     source = open_source(arguments.source, None if share else arguments.val, arguments.val_labels)
     with Progress() as progress:
         if share:
@@ -287,6 +288,7 @@ def _index(arguments: argparse.Namespace) -> int:
     _require_positive(arguments, "workers")
     from ds_classifier.data.foreign.index import index
 
+    files.refuse_unwritable("OUT", arguments.out)
     with Progress() as progress:
         splits = index(
             arguments.train,

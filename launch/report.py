@@ -12,6 +12,7 @@ from pathlib import Path
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ds_classifier.common import files
 from ds_classifier.distributed import failures
 
 
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     from ds_classifier.report.page import write_report
 
     try:
+        if arguments.out or arguments.run.is_dir():  # else another message names what is wrong
+            files.refuse_unwritable_file("--out", arguments.out or arguments.run / "report.html")
         print(write_report(arguments.run, arguments.out))
     except (ValueError, OSError) as error:
         return failures.report(error)

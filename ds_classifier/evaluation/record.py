@@ -119,12 +119,9 @@ class Evaluator:
         for note in source.notes():
             distributed.say(note)
         settings = source.settings
-        location = request.val_data_dir
-        if not location and source.kind == "checkpoint":
-            location = settings.val_data_dir
-        shards = open_validation_data(
+        location, shards = open_validation_data(
             source,
-            location,
+            request.val_data_dir,
             cache_dir=request.cache_dir,
             cache_gb=request.cache_gb,
             device=device,
