@@ -1,7 +1,9 @@
-"""The shards that a run names are found from any directory."""
+"""The data of an evaluation: found from any directory; the score of guessing on it."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made import write_run
@@ -11,7 +13,22 @@ from ds_classifier.checkpoint.weights import find_recorded
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import image_folder
 from ds_classifier.evaluation.data import open_validation_data, recorded_place
+from ds_classifier.evaluation.record import guessing
 from ds_classifier.training.run_dir import launch_lines
+
+
+@pytest.mark.parametrize(
+    ("labels", "accuracy", "loss"),
+    [
+        ([0, 1, 2, 3], 1 / 4, math.log(4)),
+        ([7, 7, 2, 2], 1 / 2, math.log(2)),  # the other classes have no image here
+        ([5, 5, 5], 1, 0),
+        ([1, 1, 1, 0], 3 / 4, 0.5623351446),
+    ],
+)
+def test_guessing_is_by_the_classes_that_are_there(labels, accuracy, loss):
+    found = guessing(np.array(labels))
+    assert found == pytest.approx({"acc@1": accuracy, "loss": loss})
 
 
 @pytest.fixture
