@@ -41,14 +41,16 @@ def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
         if "--deepspeed_config" not in words:
             words = ["--deepspeed_config", DEFAULT_CONFIG, *words]
         keywords["words"] = words
-    if json_path and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
-        parser.error(f"--json: got {json_path}; need a file, in a directory that is there")
     # Imported here, so that --help answers at once.
     benchmarks = f"{__package__ or 'launch'}.benchmarks"  # ds_classifier.launch where installed
     measurement = importlib.import_module(f"{benchmarks}.{command}")
     print_table = importlib.import_module(f"{benchmarks}.measuring").print_table
 
     try:
+        if json_path:
+            files.refuse_unwritable_file("--json", json_path)
+        if keywords.get("save"):
+            files.refuse_unwritable("--save", keywords["save"])
         rows = measurement.measure(**keywords)
     except (ValueError, OSError) as error:
         print(f"error: {files.problem(error)}", file=sys.stderr)
@@ -60,7 +62,8 @@ def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
     if json_path:
         measured = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
         facts = {"command": command, "settings": measured, **machine()}
-        json_path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_text(json_path, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

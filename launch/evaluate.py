@@ -21,6 +21,7 @@ if not __package__:  # run by its path: use the source tree it lies in
     installation.check()
 
 from ds_classifier import distributed
+from ds_classifier.common import files
 from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.config.parser import Parser
@@ -94,6 +95,7 @@ def _timesteps(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace, given: dict) -> None:
     """Evaluate every source, and write files and tables on rank 0. Raises ValueError for misuse."""
+    from ds_classifier.checkpoint.weights import home_of
     from ds_classifier.evaluation import record, table
     from ds_classifier.evaluation.sources import find_sources
     from ds_classifier.report import plots
@@ -104,9 +106,15 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     words = {k: v for k, v in vars(arguments).items() if k in record.Request.__annotations__}
     evaluator = record.Evaluator(record.Request(given=given, **words), device)
     evaluated, runs = [], set()
-    paths = distributed.on_rank_0(
-        lambda: find_sources(arguments.source, arguments.checkpoints), device
-    )
+
+    def find() -> list[str]:
+        """Return the paths of the weights; what is made from each must find a place."""
+        paths = find_sources(arguments.source, arguments.checkpoints)
+        for folder in {arguments.out or home_of(Path(path)) / "eval" for path in paths}:
+            files.refuse_unwritable("--out", folder)
+        return paths
+
+    paths = distributed.on_rank_0(find, device)
     for path in paths:
         evaluation = evaluator.evaluate(Path(path))
         found, source = evaluation.record, evaluation.source

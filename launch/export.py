@@ -51,14 +51,14 @@ def main(argv: list[str] | None = None, prog: str = "export.py") -> int:
         f"read back: logits and input gradients at t = {t} differ by "
         f"{exported.largest_difference:.1g} at most"
     )
+    print("loads in: ds_classifier.load, sample.py, diffusers' schedulers (docs/guidance.md)")
     if exported.obstacles:
-        print(
-            "unmodified guided-diffusion cannot load it; the flags file says what to change there:"
-        )
+        flags = next(path for path in exported.paths if path.suffix == ".txt")
+        print(f"and in guided-diffusion after the edits to its code that {flags.name} lists, for:")
         for obstacle in exported.obstacles:
             print(f"  {obstacle.reason}")
     else:
-        print("unmodified guided-diffusion loads it")
+        print("and in guided-diffusion as it is")
     return 0
 
 

@@ -21,6 +21,8 @@ from ds_classifier.common.text import count, percent
 from ds_classifier.common.urls import shown
 from ds_classifier.config.parser import Parser
 
+MAX_NAMED = 5  # classes without images in a message
+
 
 def main(argv: list[str] | None = None, prog: str = "make_shards.py") -> int:
     """Run one command and return its exit code."""
@@ -77,7 +79,11 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "for the handwritten digits in scikit-learn",
     )
     command.add_argument("out", type=Path, help="the directory for train/ and val/")
-    command.add_argument("--val", help="a second source, for validation, with the same classes")
+    command.add_argument(
+        "--val",
+        help="a second source, for validation, with the same classes; or the share of SOURCE to "
+        "hold out, such as 10%%, chosen by a hash of each image",
+    )
     command.add_argument(
         "--val_labels",
         metavar="FILE",
@@ -202,10 +208,20 @@ def _convert(arguments: argparse.Namespace) -> int:
             "halved for, because images that are not halved are copied untouched"
         )
     from ds_classifier.data.convert.convert import Encoding, convert
+    from ds_classifier.data.convert.hold_out import hold_out, parse_share
     from ds_classifier.data.convert.sources import open_source
 
-    source = open_source(arguments.source, arguments.val, arguments.val_labels)
+    share = parse_share(arguments.val) if arguments.val else None
+    if share and arguments.val_labels:
+        raise ValueError(
+            f"--val_labels: got {arguments.val_labels} with --val {arguments.val}, a share of the "
+            "labelled images; do: drop it"
+        )
+    files.refuse_unwritable("OUT", arguments.out)
+    source = open_source(arguments.source, None if share else arguments.val, arguments.val_labels)
     with Progress() as progress:
+        if share:
+            source = hold_out(source, share, workers=arguments.workers, progress=progress)
         manifests = convert(
             source,
             arguments.out,
@@ -220,8 +236,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         i, n = arguments.part
         print(f"part {i} of {n} is written; after all parts: make_shards.py merge {arguments.out}")
         return 0
-    for split, manifest in manifests.items():
-        _describe(arguments.out / split, manifest)
+    _describe(arguments.out, manifests)
     return 0
 
 
@@ -235,21 +250,35 @@ def _merge(arguments: argparse.Namespace) -> int:
             f"OUT: got {arguments.out}, which holds no unfinished conversion; need the OUT of "
             "convert --part"
         )
-    for split in merged:
-        _describe(arguments.out / split, open_shards(arguments.out / split).manifest)
+    _describe(arguments.out, {s: open_shards(arguments.out / s).manifest for s in merged})
     return 0
 
 
-def _describe(folder: Path, manifest) -> None:
-    """Print the contents of a converted split."""
+def _describe(out: Path, manifests: dict) -> None:
+    """Print the contents of the splits that were converted, and what classes a split lacks."""
     from ds_classifier.data.convert.convert import Encoding
+    from ds_classifier.data.shards import absent_classes
 
-    print(f"{_contents(folder, manifest)}, {Encoding(manifest.image_size, manifest.form)}")
-    if manifest.undecodable:
-        print(
-            f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
-            f"{manifest.undecodable[0]}: stored untouched, training counts them as bad samples"
-        )
+    for split, manifest in manifests.items():
+        held = f", {manifest.held_out} held out" if split == "val" and manifest.held_out else ""
+        stored = Encoding(manifest.image_size, manifest.form)
+        print(f"{_contents(out / split, manifest)}, {stored}{held}")
+        if manifest.undecodable:
+            print(
+                f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
+                f"{manifest.undecodable[0]}: stored untouched, training counts them as bad samples"
+            )
+        if absent := absent_classes(out / split) if len(manifests) > 1 else []:
+            shown = ", ".join(absent[:MAX_NAMED]) + (", ..." if len(absent) > MAX_NAMED else "")
+            lack = (
+                "they cannot be learnt; do: hold out fewer images, or add some"
+                if split == "train"
+                else "no accuracy counts them; do: hold out more images, if they matter"
+            )
+            print(
+                f"  classes without images in {split}: {len(absent):,} of "
+                f"{len(manifest.classes):,} ({shown}); {lack}"
+            )
 
 
 def _contents(folder: Path, manifest) -> str:
@@ -264,6 +293,7 @@ def _index(arguments: argparse.Namespace) -> int:
     _require_positive(arguments, "workers")
     from ds_classifier.data.foreign.index import index
 
+    files.refuse_unwritable("OUT", arguments.out)
     with Progress() as progress:
         splits = index(
             arguments.train,
@@ -295,6 +325,8 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from ds_classifier.data.foreign.verify import verify
+    from ds_classifier.data.shards import MANIFEST, make_again
+    from ds_classifier.data.store import url_of
 
     damaged = unchecked = False
     for folder in arguments.folder:
@@ -313,7 +345,10 @@ def _verify(arguments: argparse.Namespace) -> int:
             continue
         for problem in problems:
             print(problem)
-        print(f"{shown(folder)}: {count(len(problems), 'problem') if problems else 'no problems'}")
+        summary = count(len(problems), "problem") if problems else "no problems"
+        if problems:
+            summary += f"; do: restore the shards, or {make_again(url_of(folder, MANIFEST))}"
+        print(f"{shown(folder)}: {summary}")
         damaged |= bool(problems)
     return 2 if unchecked else int(damaged)
 

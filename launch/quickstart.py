@@ -7,7 +7,6 @@ The steps are shards, training, evaluation with a report, export, and guided sam
 from __future__ import annotations
 
 import json
-import os
 import select
 import shutil
 import signal

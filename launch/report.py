@@ -14,6 +14,7 @@ if not __package__:  # run by its path: use the source tree it lies in
 
     installation.check()
 
+from ds_classifier.common import files
 from ds_classifier.config.parser import Parser
 from ds_classifier.distributed import failures
 
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None, prog: str = "report.py") -> int:
     from ds_classifier.report.page import write_report
 
     try:
+        if arguments.out or arguments.run.is_dir():  # else another message names what is wrong
+            files.refuse_unwritable_file("--out", arguments.out or arguments.run / "report.html")
         print(write_report(arguments.run, arguments.out))
     except (ValueError, OSError) as error:
         return failures.report(error)

@@ -78,7 +78,8 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
     )
     add = parser.add_argument
     add("--classifier_path", default="", help="a run, a checkpoint, a .pt or .safetensors file; or "
-        "bayes: the exact posterior of the images in data_dir")  # fmt: skip
+        "bayes: the exact posterior of the images in data_dir; without it, --classifier_scale 0 "
+        "samples unguided")  # fmt: skip
     add("--model_path", default="", help="guided-diffusion's UNet, a .pt")
     add("--data_dir", default="", help="in place of a UNet: shards of a small training set, whose "
         "exact denoiser is sampled from")  # fmt: skip
@@ -150,8 +151,13 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
 def _problem(arguments: argparse.Namespace) -> str:
     """Return what is wrong with the arguments together; "" if nothing is."""
     bayes = arguments.classifier_path == BAYES
-    if not arguments.classifier_path:
-        return "got no --classifier_path; need one; to sample unguided: --classifier_scale 0"
+    if not arguments.classifier_path and any(arguments.classifier_scale):
+        return (
+            "got no --classifier_path; need one to guide by; do: give it, or --classifier_scale 0 "
+            "alone to sample unguided"
+        )
+    if not arguments.classifier_path and arguments.measure:
+        return "--measure: got no --classifier_path; need one, or bayes, whose guidance is measured"
     if bool(arguments.model_path) == bool(arguments.data_dir):
         return "need one of --model_path and --data_dir, to sample from"
     if bayes and not arguments.data_dir:
@@ -200,15 +206,27 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
     device = distributed.init()
     import numpy as np
 
+    from ds_classifier.checkpoint.weights import home_of
     from ds_classifier.guidance import fidelity, sample_files
     from ds_classifier.guidance.guided_sampling import load_guided_sampling
     from ds_classifier.report.page import write_report
 
-    bayes = arguments.classifier_path == BAYES
+    named = arguments.classifier_path not in ("", BAYES)
+    classifier_path = Path(arguments.classifier_path) if named else None
+
+    def find_place() -> str:
+        """Return the directory for the samples, which can be written."""
+        home = Path() if classifier_path is None else home_of(classifier_path)
+        out = arguments.out_dir or home / "samples"
+        files.refuse_unwritable("--out_dir", out)
+        return str(out)
+
+    out = Path(distributed.on_rank_0(find_place, device))
     guided = distributed.together(
         lambda: load_guided_sampling(
-            None if bayes else Path(arguments.classifier_path),
+            classifier_path,
             given,
+            unguided=not arguments.classifier_path,
             data_dir=arguments.data_dir,
             model_path=arguments.model_path,
             unet={name: getattr(arguments, name) for name in UNET},
@@ -223,7 +241,6 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         distributed.say(note)
     classes = guided.classes(arguments.classes)
     labels = classes[np.arange(arguments.num_samples) % len(classes)]
-    out = arguments.out_dir or (source.home if source else Path()) / "samples"
     drawing = {name: getattr(arguments, name) for name in OF_DRAWING}
     samples = []
     for scale in arguments.classifier_scale:

@@ -164,6 +164,15 @@ def find_recorded(path: Path) -> WeightsFile | None:
     )
 
 
+def home_of(path: Path) -> Path:
+    """Return the directory for what is made from the weights at a path: see `WeightsFile.home`.
+
+    Raises ValueError as `find_recorded` does.
+    """
+    source = find_recorded(path)
+    return path.resolve().parent if source is None else source.home
+
+
 def read_recorded(source: WeightsFile) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint or an export.
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,45 @@ def size_of_file(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "a FIFO, socket or device, not a file", str(path))
     return found.st_size
+
+
+def refuse_unwritable(flag: str, folder: Path) -> None:
+    """Raise ValueError that names the flag, if no files can be written to a folder.
+
+    The folder need not exist: then it must be possible to make it. Nothing is left behind, and
+    nothing is made, so that several programs can ask at the same time.
+    """
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a directory")
+        with tempfile.TemporaryFile(dir=nearest) as file:  # it has no name, or loses it at once
+            file.write(b"\0")
+            file.flush()
+    except OSError as error:
+        raise _unwritable(flag, folder, error) from None
+
+
+def refuse_unwritable_file(flag: str, path: Path) -> None:
+    """Raise ValueError that names the flag, if a file cannot be written or replaced.
+
+    Nothing is left behind, and a file that exists is not changed.
+    """
+    if path.exists() and not path.is_file():  # os.replace would put a file in place of a device
+        raise ValueError(f"{flag}: got {path}, which is no regular file; do: name a file")
+    refuse_unwritable(flag, path.parent)
+    if path.exists():
+        try:
+            os.close(os.open(path, os.O_WRONLY))
+        except OSError as error:
+            raise _unwritable(flag, path, error) from None
+
+
+def _unwritable(flag: str, place: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{flag}: got {place}; need a place where files can be written ({error.strerror}); do: "
+        "name another one"
+    )
 
 
 def nearest_directory(path: Path) -> Path:

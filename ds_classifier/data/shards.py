@@ -27,7 +27,7 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.store import Shard, ShardStore
+from ds_classifier.data.store import Shard, ShardStore, is_url
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key_of, member_name
 
 MANIFEST = "manifest.json"
@@ -58,6 +58,8 @@ class Manifest:
     location: directory (absolute) or URL of the tars; None if they lie next to the manifest.
     labels: place of a sample's label: "cls", or "json:KEY".
     shard_keys: keys begin anew in each shard, so a sample's key has the name of its shard in front.
+    held_out: the share of the images that `convert --val 10%` held out for validation, such as
+        "10%"; "" if the splits were given.
     """
 
     split: str
@@ -74,6 +76,7 @@ class Manifest:
     location: str | None = None
     labels: str = "cls"
     shard_keys: bool = False
+    held_out: str = ""
 
     def key(self, shard: int, key: str) -> str:
         """Return the key of a sample in the split. key: as its shard has it."""
@@ -173,6 +176,13 @@ def neighbours(index: np.ndarray) -> Neighbours:
     return Neighbours(float(same_class), float((frequency**2).sum()))
 
 
+def absent_classes(folder: Path) -> list[str]:
+    """Return the names of the classes that have no image in a split on this machine, in order."""
+    split = open_shards(folder)
+    here = set(np.unique(split.index["label"]).tolist())
+    return [name for i, name in enumerate(split.manifest.classes) if i not in here]
+
+
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
     """Open a split on this machine by its manifest and index.
 
@@ -201,7 +211,7 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
             found = "no such file" if size is None else f"{size} bytes"
             raise ValueError(
                 f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as "
-                "the manifest says; do: restore the shard, or convert again"
+                f"the manifest says; do: restore the shard, or {make_again(folder / MANIFEST)}"
             )
     return ShardSet(tars, manifest, read_index(folder / INDEX, manifest, thorough=to_verify))
 
@@ -216,7 +226,7 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
         manifest = Manifest.from_json(text.decode())
         sizes = [manifest.samples, *(n for s in manifest.shards for n in (s.samples, s.bytes))]
         names = [manifest.index_sha256, *(n for s in manifest.shards for n in (s.name, s.sha256))]
-        names.append(manifest.labels)
+        names += [manifest.labels, manifest.held_out]
         if any(type(n) is not int or n < 0 for n in sizes) or any(
             type(n) is not str for n in names
         ):
@@ -236,13 +246,13 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
             raise ValueError("got no shards")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{where}: not a manifest of this program: {error}; do: convert again"
+            f"{where}: not a manifest of this program: {error}; do: {make_again(where)}"
         ) from None
     for shard in manifest.shards:
         if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
             raise ValueError(
                 f"{where}: got shard name {shard.name!r}, which leaves the directory; need a plain "
-                "file name; do: convert again"
+                f"file name; do: {make_again(where)}"
             )
     return manifest
 
@@ -259,13 +269,13 @@ def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path}: got no such file; do: convert again") from None
+        raise ValueError(f"{path}: got no such file; do: {make_again(path)}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not an index: {error}; do: convert again") from None
+        raise ValueError(f"{path}: not an index: {error}; do: {make_again(path)}") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
         raise ValueError(
             f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "
-            "do: convert again"
+            f"do: {make_again(path)}"
         )
     if thorough or len(index) <= CHECKED_ROWS:
         _check_index(path, index, manifest)
@@ -277,7 +287,7 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
     if (found := files.sha256(path)) != manifest.index_sha256:
         raise ValueError(
             f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest next to it "
-            "says; do: bring both from the same conversion, or convert again"
+            f"says; do: bring both from the same conversion, or {make_again(path)}"
         )
     sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
     counts = np.zeros(len(sizes), dtype=np.int64)
@@ -291,14 +301,24 @@ def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
             row = int(np.argmin(inside))
             raise ValueError(
                 f"{path}: got {rows[row]} for sample {first + row}, outside of the bytes of the "
-                f"shards or of the {len(manifest.classes)} classes; do: convert again"
+                f"shards or of the {len(manifest.classes)} classes; do: {make_again(path)}"
             )
         counts += np.bincount(rows["shard"].astype(np.int64), minlength=len(sizes))
     if counts.tolist() != [shard.samples for shard in manifest.shards]:
         raise ValueError(
-            f"{path}: got numbers of samples per shard that differ from the manifest; do: convert "
-            "again"
+            f"{path}: got numbers of samples per shard that differ from the manifest; do: "
+            f"{make_again(path)}"
         )
+
+
+def make_again(place: Path | str) -> str:
+    """Return the advice for a damaged split. place: the path or URL of a file in it.
+
+    A finished split is never written again where it is, so it must be removed first.
+    """
+    if is_url(str(place)):
+        return "upload the split again"
+    return f"remove {Path(place).parent} and give the command that made it again"
 
 
 def _no_shards(folder: Path) -> str:

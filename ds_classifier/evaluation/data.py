@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from pathlib import Path
+
 import torch
 
 from ds_classifier import distributed
@@ -17,10 +21,38 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.splits import open_named
+from ds_classifier.data.store import is_url
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
 # Numbers in a training set, up to which its exact posterior is evaluated without being asked for.
 BAYES_NUMBERS = 10_000_000
+
+
+def recorded_place(run_dir: Path, location: str) -> str:
+    """Return where the shards lie that a run named by a location, a directory or a URL.
+
+    A relative directory that is not here is looked for where the run was started; its command.sh
+    says where that was, for the last start last.
+    Raises ValueError, naming all places, if the directory is in none of them.
+    """
+    if is_url(location) or Path(location).exists():
+        return location
+    try:
+        lines = (run_dir / "command.sh").read_text().splitlines()
+    except OSError:
+        lines = []
+    starts = [shlex.split(line)[1] for line in reversed(lines) if line.startswith("cd ")]
+    places = [str(Path(folder, location)) for folder in starts if folder != os.getcwd()]
+    for place in places:
+        if Path(place).exists():
+            return place
+    if not places or Path(location).is_absolute():
+        return location  # opening it says that it does not exist
+    raise ValueError(
+        f"got {location}, as the run names it, which is neither in {os.getcwd()} nor in "
+        f"{', '.join(dict.fromkeys(starts))}, where the run was started; need its directory; do: "
+        "give the flag, with the place where the shards are now"
+    )
 
 
 def open_validation_data(
@@ -30,21 +62,24 @@ def open_validation_data(
     cache_dir: str | None,
     cache_gb: float | None,
     device: torch.device,
-) -> ShardSet:
-    """Open the shards to evaluate on.
+) -> tuple[str, ShardSet]:
+    """Open the shards to evaluate on; return their location too.
 
-    location: a directory or URL. cache_dir, cache_gb: of remote shards; None: as in training.
+    location: a directory or URL; "": as the run names it.
+    cache_dir, cache_gb: of remote shards; None: as in training.
     Raises ValueError if they do not exist, differ between ranks, or have other classes than the
     classifier.
     """
     settings = source.settings
-    if not location:
+    named = settings.validation if source.kind == "checkpoint" else ""
+    if not location and not named:
         raise ValueError(f"--val_data_dir: got none; need it, since {source.path} names no data")
 
-    def open_shards() -> ShardSet:
+    def open_it() -> tuple[str, ShardSet]:
         try:
-            return open_named(
-                location,
+            place = location or recorded_place(source.home, named)
+            return place, open_named(
+                place,
                 cache_dir=cache_dir or settings.cache_dir,
                 cache_gb=settings.cache_gb if cache_gb is None else cache_gb,
                 image_size=settings.image_size,
@@ -52,7 +87,7 @@ def open_validation_data(
         except (ValueError, OSError) as error:
             raise ValueError(f"--val_data_dir: {error}") from None
 
-    shards = distributed.together(open_shards, device)
+    location, shards = distributed.together(open_it, device)
     classes = shards.manifest.classes
     if source.classes not in (None, classes) or len(classes) != settings.num_classes:
         raise ValueError(
@@ -64,7 +99,7 @@ def open_validation_data(
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
         problem = f"the shards in {shown(location)} on this node differ from those of rank 0's node"
     distributed.raise_together(problem, device)
-    return shards
+    return location, shards
 
 
 def create_validation_loader(
@@ -99,6 +134,8 @@ def open_training_set(
     settings, problem, opened = source.settings, None, None
     location = asked or (settings.data_dir if source.kind == "checkpoint" else "")
     try:
+        if not asked and location:
+            location = recorded_place(source.home, location)
         opened = open_shards(location) if location else None
     except (ValueError, OSError) as error:
         problem = f"--bayes: {error}"

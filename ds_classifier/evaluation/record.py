@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -119,12 +120,9 @@ class Evaluator:
         for note in source.notes():
             distributed.say(note)
         settings = source.settings
-        location = request.val_data_dir
-        if not location and source.kind == "checkpoint":
-            location = settings.validation
-        shards = open_validation_data(
+        location, shards = open_validation_data(
             source,
-            location,
+            request.val_data_dir,
             cache_dir=request.cache_dir,
             cache_gb=request.cache_gb,
             device=device,
@@ -157,6 +155,7 @@ class Evaluator:
                 "fingerprint": shards.manifest.fingerprint,
                 "samples": samples,
                 "bad_samples": bad,
+                "guessing": guessing(shards.index["label"]),
             },
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
@@ -261,6 +260,16 @@ class Evaluator:
     def _batch_size(self, settings: Settings, samples: int) -> int:
         fitting = max(1, min(MOST_IMAGES, BATCH_PIXELS // settings.image_size**2))
         return min(self._request.batch_size or fitting, samples)
+
+
+def guessing(labels: np.ndarray) -> dict[str, float]:
+    """Return the scores of guessing by the class frequencies in a set, without looking at images.
+
+    labels: [N] int. Classes without images in the set are left out of it: the accuracy is the share
+    of the most frequent class, the loss the entropy of the labels in nats.
+    """
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return {"acc@1": float(share.max()), "loss": float(-(share * np.log(share)).sum())}
 
 
 def write_series(evaluations: Sequence[Evaluation], path: Path) -> None:

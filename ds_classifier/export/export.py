@@ -29,6 +29,7 @@ from ds_classifier.checkpoint.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
     WeightsFile,
+    home_of,
     open_weights,
     own_json,
     refuse_not_finite,
@@ -83,17 +84,19 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     out: a directory; None means export/ of the run, or of the directory that holds the file. The
         files of an earlier export of the same name are replaced there, each atomically.
     Raises ValueError if path holds no weights or some that are not finite, if `given` contradicts
-    the settings recorded with them, or if out holds a file that no export wrote; RuntimeError if
-    the written files read back as another classifier. In both cases no file has got its name.
+    the settings recorded with them, or if out cannot be written or holds a file that no export
+    wrote; RuntimeError if the written files read back as another classifier. In both cases no file
+    has got its name.
     """
     given = given or {}
+    out = out or home_of(path) / "export"
+    files.refuse_unwritable("--out", out)
     source, weights = open_weights(path, given)
     source.refuse_contradicting_flags(given)
     refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
     live.load_state_dict(weights)
     live.eval().requires_grad_(False)
-    out = out or source.home / "export"
     name = source.name if source.step is None else f"model{source.step:06d}"
     _refuse_others_files(out, name, source)
     out.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,8 @@ class GuidedSampling:
     """A denoiser to sample from, and a classifier that guides it.
 
     settings: those of the images and the process, respaced as for sampling.
-    classifier, source: the classifier and its file of weights; None if the exact posterior guides.
+    classifier, source: the classifier and its file of weights; None if the exact posterior guides,
+        or nothing does.
     exact: the exact denoiser of a training set; None if a UNet is sampled from.
     images, labels: that training set, [M, C, S, S] uint8 and [M] int64; None without one.
     unet: the UNet to sample from; None with a training set.
@@ -151,6 +152,7 @@ def load_guided_sampling(
     classifier_path: Path | None,
     given: dict[str, Any],
     *,
+    unguided: bool = False,
     data_dir: str,
     model_path: str,
     unet: dict[str, Any],
@@ -160,7 +162,8 @@ def load_guided_sampling(
 ) -> GuidedSampling:
     """Load a classifier, and a training set or a UNet.
 
-    classifier_path: see `weights.open_weights`; None stands for the exact posterior of data_dir.
+    classifier_path: see `weights.open_weights`; None stands for the exact posterior of data_dir,
+        or, if unguided, for no guide: samples can then be drawn at scale 0 only.
     given: the settings that the user named. timestep_respacing may differ from the classifier's.
     data_dir: shards of a small training set, whose exact denoiser is sampled from. If it is "",
         model_path is the file of a UNet, and unet its architecture (see `create_unet`).
@@ -169,10 +172,12 @@ def load_guided_sampling(
     settings, classifier, source = load_guide(
         classifier_path, given, fp16=classifier_fp16, device=device
     )
-    guide: dict[str, Any] = {"path": "bayes"}
+    guide: dict[str, Any] | None = None if unguided else {"path": "bayes"}
     if source is not None:
         guide = {"path": str(source.path), "step": source.step, "sha256": source.sha256}
     if not data_dir:
+        if not settings.num_classes:  # no classifier says it: guided-diffusion's number, or none
+            settings = settings.replace(num_classes=1000 if unet["class_cond"] else 1)
         model = load_unet(
             Path(model_path),
             **unet,

@@ -46,7 +46,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     Raises ValueError if run_dir is not a run directory, and OSError if the page cannot be written.
     """
     path = out or run_dir / "report.html"
-    files.replace_text(path, page(read_run(run_dir)))
+    text = page(read_run(run_dir))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.replace_text(path, text)
     return path
 
 

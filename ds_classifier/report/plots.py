@@ -328,13 +328,14 @@ def evaluation_svgs(record: dict[str, Any], older: Sequence[dict[str, Any]]) -> 
 
 def _evaluation_panels(record: dict[str, Any], older: Sequence[dict[str, Any]] = ()) -> list[Draw]:
     classes = len(record["classes"])
-    guessing = math.log(classes)
+    equal = {"acc@1": 1 / classes, "loss": math.log(classes)}  # earlier records do not have it
+    guessing = record["data"].get("guessing", equal)
     # The Bayes posterior of few images is overconfident: its loss may leave the axes.
-    loss = Axis(0, 1.15 * max([guessing, *_known(record["classifier"], "loss")]))
+    loss = Axis(0, 1.15 * max([guessing["loss"], *_known(record["classifier"], "loss")]))
     norm = Axis(log=all(value > 0 for value in _known(record["classifier"], "grad_norm")))
     noise = [
-        ("Top-1 accuracy", "acc@1", SHARE, (1 / classes, "chance")),
-        ("Cross-entropy, nats", "loss", loss, (guessing, "guessing")),
+        ("Top-1 accuracy", "acc@1", SHARE, (guessing["acc@1"], "chance")),
+        ("Cross-entropy, nats", "loss", loss, (guessing["loss"], "guessing")),
         ("Expected calibration error", "ece", Axis(0, text=percent), None),
         ("Mean norm of ∇ log p(y|x_t)", "grad_norm", norm, None),
         *((title, key, y, None) for title, key, y in other_metrics()),

@@ -78,8 +78,11 @@ def _loss(value: float | None) -> str:
 
 
 def _chance(run: RunData) -> str:
-    classes = run.num_classes
-    return f"guessing: ln {classes:,} = {math.log(classes):.3f}" if classes else ""
+    guessing, classes = run.guessing, run.num_classes
+    if guessing is None:
+        return ""
+    equal = classes and abs(guessing.loss - math.log(classes)) < 0.02
+    return f"guessing: {f'ln {classes:,} = ' if equal else ''}{guessing.loss:.3f}"
 
 
 def _samples(run: RunData) -> str:
@@ -105,9 +108,9 @@ def curves(run: RunData) -> dict[str, Any] | str:
     train, val = run.training, run.validation
     if not train.rows and not val.rows:
         return "No step is logged yet."
-    classes = run.num_classes
-    chance = (1 / classes, "chance") if classes else None
-    guess = (math.log(classes), "guessing") if classes else None
+    classes, guessing = run.num_classes, run.guessing
+    chance = None if guessing is None else (guessing.accuracy, "chance")
+    guess = None if guessing is None else (guessing.loss, "guessing")
     nats, share = Axis(0), plots.SHARE
     charts = [
         ("Cross-entropy, nats", _train_and_val(run, "loss"), nats, guess),

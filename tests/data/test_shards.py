@@ -379,7 +379,9 @@ def test_the_command_line(folder, tmp_path):
     assert (done.code, done.output) == (0, f"{tmp_path / 'out/train'}: no problems\n")
     os.truncate(tmp_path / "out/train/train-000000.tar", 5120)
     done = run_python(script, "verify", tmp_path / "out/train", cwd=tmp_path)
-    assert (done.code, done.lines[-1]) == (1, f"{tmp_path / 'out/train'}: 1 problem")
+    train = tmp_path / "out/train"
+    advice = f"do: restore the shards, or remove {train} and give the command that made it again"
+    assert (done.code, done.lines[-1]) == (1, f"{train}: 1 problem; {advice}")
     assert "train-000000.tar: cut short or damaged at byte" in done.output
     assert done.lines[0].endswith(": got 2 whole samples; need 15")
     (tmp_path / "out/train/train-000000.tar").unlink()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from made import write_run
 from PIL import Image
-from running import GOLDEN, ROOT, launch
-from small_models import DEFAULT, filled, relative_error, small_unet
+from running import GOLDEN, ROOT, launch, run_python
+from small_models import DEFAULT, SMALL_UNET, filled, relative_error, small_unet
 
+from ds_classifier import distributed
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance import fidelity, sample_files
 from ds_classifier.guidance.gradient import classifier_gradient
@@ -24,7 +25,7 @@ from ds_classifier.guidance.sampling import (
     to_pixels,
     unet_denoiser,
 )
-from ds_classifier.guidance.unet import load_unet
+from ds_classifier.guidance.unet import create_unet, load_unet
 from ds_classifier.model import create_classifier
 
 BAYES = ["--classifier_path", "bayes", "--data_dir", "x"]
@@ -250,6 +251,74 @@ def test_wrong_flags_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--classifier_path", "c", *flags])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "got no --classifier_path; need one to guide by"),
+        (["--classifier_scale", "0", "1"], "--classifier_scale 0 alone to sample unguided"),
+        (["--classifier_scale", "0", "--measure"], "--measure: got no --classifier_path"),
+    ],
+)
+def test_only_unguided_samples_need_no_classifier(flags, words, capsys):
+    from launch import sample as command
+
+    with pytest.raises(SystemExit):
+        command.parse(["--data_dir", "x", *flags])
+    assert words in capsys.readouterr().err
+    assert command.parse(["--data_dir", "x", "--classifier_scale", "0"])
+
+
+def test_unguided_samples_are_those_at_scale_0(digits, classifier_file, tmp_path):
+    """No classifier, and a classifier at scale 0, give the same samples; the record says which."""
+    process = ["--noise_schedule", "cosine"]
+    common = ["--data_dir", digits / "val", "--classifier_scale", "0", "--num_samples", "3"]
+    pixels = []
+    for name, own in (("with", classifier_file), ("without", ["--image_size", "16", *process])):
+        out = tmp_path / name
+        words = [*own, *common, "--timestep_respacing", "3", "--classes", "3,7", "--out_dir", out]
+        done = run_python(ROOT / "launch/sample.py", *words, cwd=tmp_path)
+        assert done.code == 0, done.output
+        (path,) = out.glob("scale_0/*.npz")
+        pixels.append(np.load(path))
+        origin = json.loads((out / "samples.json").read_text())["classifier"]
+        assert (origin is None) == (name == "without")
+    assert (pixels[0]["arr_0"] == pixels[1]["arr_0"]).all()
+    assert pixels[1]["arr_1"].tolist() == [3, 7, 3]
+
+
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_a_unet_is_sampled_without_a_classifier(class_cond, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "all_gather", lambda tensor: tensor[None])
+    flags = {**SMALL_UNET, "class_cond": class_cond}
+    size, channels = flags.pop("image_size"), flags.pop("in_channels", 3)
+    flags["num_classes"] = 1000
+    unet = create_unet(**flags, image_size=size, in_channels=channels)
+    torch.save(unet.state_dict(), tmp_path / "unet.pt")
+    del flags["num_classes"]
+    guided = load_guided_sampling(
+        None,
+        dict(image_size=size, in_channels=channels, timestep_respacing="2"),
+        unguided=True,
+        data_dir="",
+        model_path=str(tmp_path / "unet.pt"),
+        unet=flags,
+        classifier_fp16=False,
+        unet_fp16=False,
+        device=torch.device("cpu"),
+    )
+    assert len(guided.classes("")) == (1000 if class_cond else 1)
+    drawing = dict(joint_temperature=1, marginal_temperature=1, batch_size=2, seed=0)
+    drawn = guided.draw(
+        guided.classes("")[:1].repeat(2),
+        0.0,
+        **drawing,
+        use_ddim=False,
+        clip_denoised=True,
+        progress=lambda done, total: None,
+    )
+    assert drawn.shape == (2, size, size, channels)
 
 
 def test_the_largest_seed_is_accepted():

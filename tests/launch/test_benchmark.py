@@ -132,8 +132,8 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
     [
         (["step", "IMAGES", "--ranks", "0"], "--ranks: got 0; need a whole number, at least 1"),
         (["compare", "IMAGES", "--way", "--compile", "--steps", "0"], "--steps: got 0"),
-        (["data", "IMAGES", "--json", "nowhere/x.json"], "--json: got nowhere/x.json; need a file"),
-        (["data", "IMAGES", "--json", "IMAGES"], "need a file, in a directory that is there"),
+        (["data", "IMAGES", "--json", "/proc/x/y.json"], "--json: got /proc/x; need a place where"),
+        (["data", "IMAGES", "--json", "IMAGES"], "which is no regular file; do: name a file"),
         (["compare", "IMAGES", "--way", "--microbatch 3"], "--way '--microbatch 3', --ranks 1:"),
         (["compare", "IMAGES", "--way", "--dry_run"], "--way '--dry_run', --ranks 1: got a"),
         (

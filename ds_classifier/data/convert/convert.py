@@ -291,6 +291,7 @@ def _finish(partial: Path, plan: Plan) -> None:
         undecodable=undecodable,
         shards=shards,
         index_sha256=files.sha256(partial / INDEX),
+        held_out=plan.held_out,
     )
     files.replace_text(partial / MANIFEST, manifest.to_json())
 

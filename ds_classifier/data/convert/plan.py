@@ -48,6 +48,7 @@ class Plan:
 
     shard_samples: number of samples per shard.
     digest: sha256 of all other fields but `source`, and of the names, labels and sizes of images.
+    held_out: see `DataSource`.
     """
 
     split: str
@@ -58,6 +59,7 @@ class Plan:
     image_size: int | None
     form: str
     digest: str
+    held_out: str = ""
 
     def shard_name(self, number: int) -> str:
         return f"{self.split}-{number:06d}.tar"
@@ -143,6 +145,8 @@ def make_plan(
         image_size=encoding.image_size,
         form=encoding.form if encoding.image_size else "",
     )
+    if source.held_out:  # other digests stay as they were before there were shares
+        facts["held_out"] = source.held_out
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
         size = sample.size()
@@ -155,12 +159,21 @@ def is_written(folder: Path, plan: Plan) -> bool:
     """Return whether a folder is the finished split of a plan. Raises ValueError if it is not."""
     if not folder.exists():
         return False
-    if (folder / MANIFEST).is_file() and open_shards(folder).manifest.plan == plan.digest:
-        return True
+    held = ""
+    if (folder / MANIFEST).is_file():
+        manifest = open_shards(folder).manifest
+        if manifest.plan == plan.digest:
+            return True
+        if manifest.held_out != plan.held_out:
+            held = f", converted {_held(manifest.held_out)}, not {_held(plan.held_out)}"
     raise ValueError(
-        f"OUT: got {folder}, which already holds something else; need a new directory; do: remove "
-        "it, or choose another OUT"
+        f"OUT: got {folder}, which already holds something else{held}; need a new directory; do: "
+        "remove it, or choose another OUT"
     )
+
+
+def _held(share: str) -> str:
+    return f"with --val {share}" if share else "without a share for --val"
 
 
 def open_partial(out: Path, plan: Plan) -> Path:
@@ -181,7 +194,7 @@ def open_partial(out: Path, plan: Plan) -> Path:
         raise ValueError(f"OUT: got {partial} without {PLAN}; need a new directory; do: remove it")
     if json.loads((partial / PLAN).read_text())["digest"] != plan.digest:
         raise ValueError(
-            f"OUT: got {partial}, the unfinished conversion of another source or encoding; need "
-            "one in OUT; do: finish it, remove it, or choose another OUT"
+            f"OUT: got {partial}, the unfinished conversion of another source, encoding or share; "
+            "need one in OUT; do: finish it, remove it, or choose another OUT"
         )
     return partial

@@ -46,6 +46,12 @@ class Slice:
             )
         return data
 
+    def pieces(self, starts: Sequence[int], length: int) -> list[bytes]:
+        """Return `length` bytes from each start, counted from the first byte of the run."""
+        with open(self.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reads nothing ahead
+            return [os.pread(file.fileno(), length, self.offset + start) for start in starts]
+
     def size(self) -> int:
         return self.length
 
@@ -70,6 +76,16 @@ class Sample:
         if isinstance(self.content, bytes):
             return self.content
         return self.content.read_bytes() if isinstance(self.content, Path) else self.content.read()
+
+    def pieces(self, starts: Sequence[int], length: int) -> list[bytes]:
+        """Return `length` bytes from each start, without reading the rest if the source can."""
+        content = self.content
+        if isinstance(content, Path):
+            content = Slice(content, 0, self.size())
+        if isinstance(content, Slice):
+            return content.pieces(starts, length)
+        data = self.read()
+        return [data[start : start + length] for start in starts]
 
     def size(self) -> int:
         """Return the size of the encoded image in bytes, without reading it if the source knows it.
@@ -101,6 +117,8 @@ class DataSource:
 
     classes: names; label i means classes[i]. splits: "train" and perhaps "val" -> samples.
     halved: (image_size, form) of the `Encoding` if the images have been halved; None: originals.
+    held_out: the share that `hold_out` made the validation split of, such as "10%"; "" if the split
+        was given.
     Raises ValueError for a class name that is not UTF-8.
     """
 
@@ -108,6 +126,7 @@ class DataSource:
     classes: list[str]
     splits: dict[str, list[Sample]]
     halved: tuple[int, str] | None = None
+    held_out: str = ""
 
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)

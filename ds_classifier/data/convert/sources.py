@@ -62,7 +62,10 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     train = Path(source)
     for flag, place in (("--val", val), ("--val_labels", val_labels)):
         if place is not None and not Path(place).exists():
-            raise ValueError(f"{flag}: got {place}, which does not exist; need a file or a folder")
+            share = ", or a share such as 10%" if flag == "--val" else ""
+            raise ValueError(
+                f"{flag}: got {place}, which does not exist; need a file or a folder{share}"
+            )
     kind = _kind(train)
     val_kind = None if val is None else _kind(Path(val))
     tars = ("tar", "tars")
@@ -344,7 +347,8 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
             if not 0 <= label < len(classes):
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
-    return DataSource(str(train), classes, splits, halved=next(iter(stored), None))
+    held_out = opened["train"].manifest.held_out
+    return DataSource(str(train), classes, splits, next(iter(stored), None), held_out)
 
 
 def digits() -> DataSource:

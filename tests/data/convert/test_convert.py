@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,29 @@ def test_converting_again_writes_nothing_and_another_source_is_refused(folder, t
     make_images(folder, ["cat/new.png"])
     with pytest.raises(ValueError, match="already holds something else"):
         convert(image_folder(folder), tmp_path / "data")
+
+
+@pytest.mark.parametrize("lost", ["train-000001.tar", "index.npy", "manifest.json"])
+def test_the_advice_for_a_damaged_split_restores_it(many, tmp_path, lost):
+    """Opening and converting again give the same advice, and following it once is enough."""
+    source, out = image_folder(many), tmp_path / "data"
+    convert(source, out, samples_per_shard=50)
+    before = tree_digest(out / "train")
+    if lost == "manifest.json":
+        (out / "train" / lost).write_text("{}")
+    else:
+        (out / "train" / lost).unlink()
+    for attempt in (
+        lambda: open_shards(out / "train"),
+        lambda: convert(source, out, samples_per_shard=50),
+    ):
+        with pytest.raises(ValueError) as error:
+            attempt()
+        advice = f"remove {out / 'train'} and give the command that made it again"
+        assert str(error.value).endswith(advice)
+    shutil.rmtree(out / "train")
+    convert(source, out, samples_per_shard=50)
+    assert tree_digest(out / "train") == before
 
 
 def test_a_killed_conversion_leaves_nothing_under_a_final_name(folder, tmp_path):
