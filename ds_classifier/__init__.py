@@ -14,11 +14,13 @@ export       a classifier as a folder of its own, and `Predictor`
 training     the loop, and all that a run needs around it
 report       a run as an HTML page
 
-The names in __all__ are imported when they are first used, so `import ds_classifier` is cheap. It
-sets how torch's threads will wait (`common.threads`), for every program and test.
+The names in __all__ and the packages are imported when they are first used, as in
+`ds_classifier.guidance.classifier_gradient`, so `import ds_classifier` is cheap. It sets how
+torch's threads will wait (`common.threads`), for every program and test.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ds_classifier.common.threads import wait_asleep
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:

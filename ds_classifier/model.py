@@ -415,6 +415,14 @@ class EncoderUNetModel(nn.Module):
         side = image_size // 2 ** (len(channels) - 1)
         self.out = self._head(pool, c, features, side, num_classes)
 
+    def __repr__(self) -> str:
+        """Return one line; torch's own description has one for each of some hundred layers."""
+        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        return (
+            f"{type(self).__name__}({self.image_size} px, {self.in_channels} channels, "
+            f"{self.num_classes} classes, {millions:.2f} M parameters)"
+        )
+
     @staticmethod
     def _head(pool: str, c: int, features: int, side: int, num_classes: int) -> nn.Sequential:
         """Build the head that turns features into logits."""

@@ -5,12 +5,12 @@ tiny classifier with its checkpoint of step 2, its evaluation and its export. Th
 continues to step 4.
 """
 
-import re
 import shlex
 import tarfile
 
 import pytest
 import torch
+from pages import python_blocks
 from running import GOLDEN, ROOT, read_log, run_python
 
 FLAGS = shlex.split(
@@ -60,15 +60,18 @@ def test_a_run_is_evaluated_and_reported(old):
     assert "step-00000002" in page  # the old evaluation
 
 
-def test_an_export_loads_and_its_card_is_true(old):
+def test_an_export_loads_and_its_card_is_true(old, monkeypatch):
     import ds_classifier
 
     export = old / "runs/old/export"
     predictor = ds_classifier.load(export)
     probabilities = predictor.predict(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), 0)
     assert probabilities.sum(dim=1).tolist() == pytest.approx([1, 1])
-    card = (export / "README.md").read_text()
-    lines = re.findall(r"^(?:from ds_classifier\S* import .*|import ds_classifier.*)$", card, re.M)
-    assert lines
-    for line in lines:
-        exec(line, {})
+    monkeypatch.chdir(export)
+    [snippet] = python_blocks((export / "README.md").read_text())
+    names = {}
+    exec(snippet, names)
+    x_t, y = torch.zeros(1, 3, 4, 4), torch.tensor([3])
+    assert torch.equal(
+        names["cond_fn"](x_t, torch.tensor([500]), y=y), predictor.gradient(x_t, 500, y)
+    )

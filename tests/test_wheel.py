@@ -1,4 +1,6 @@
-"""The package as it is installed: a wheel in a virtual environment, used away from the checkout.
+"""The package as it is given away: a source distribution, and the wheel that is built from it.
+
+The wheel is installed in a virtual environment and used away from the checkout.
 
 A package or data file that setup.cfg does not name works in a checkout and is missing here.
 """
@@ -12,11 +14,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from running import ROOT, Finished, environment
+
+from ds_classifier.common.version import __version__
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
@@ -50,20 +56,35 @@ def run(*command: object, cwd: Path) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy, so that nothing is left in the checkout."""
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution, built from a copy, so that nothing is left in the checkout."""
     pytest.importorskip("setuptools", reason="builds without fetching anything")
+    place = tmp_path_factory.mktemp("sdist")
+    for name in files_of_the_checkout():
+        (place / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, place / "source" / name)
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, place, cwd=place / "source")
+    [built] = place.glob("*.tar.gz")
+    return built
+
+
+def files_of_the_checkout() -> set[str]:
+    """Return the paths of all files that git does not ignore."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout: git lists the files that a distribution must hold")
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
+    command += ["--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """The wheel, built from the source distribution."""
     place = tmp_path_factory.mktemp("wheel")
-    source = place / "source"
-    source.mkdir()
-    for name in IN_THE_CHECKOUT:
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
-        )
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, source, cwd=place)
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, sdist, cwd=place)
     [built] = place.glob("*.whl")
     return built
 
@@ -82,6 +103,27 @@ def installed(wheel, tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "--python", home / "bin" / "python", "install", "--no-deps", wheel, cwd=home)
     return home / "bin"
+
+
+def test_the_source_distribution_holds_every_file(sdist):
+    """Every file of the checkout, but for the settings of git and Docker."""
+    with tarfile.open(sdist) as file:
+        held = {
+            name.partition("/")[2] for name in file.getnames() if not file.getmember(name).isdir()
+        }
+    made = {"PKG-INFO"} | {name for name in held if ".egg-info/" in name}
+    assert held - made == files_of_the_checkout() - {".gitignore", ".dockerignore"}
+
+
+def test_the_citation_is_of_this_version():
+    """Check the fields that the format 1.2.0 requires, and what must agree with the package."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"authors", "cff-version", "message", "title"} <= set(citation)
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert citation["version"] == __version__
+    assert citation["license"] == SETUP["metadata"]["license"]
+    [author] = citation["authors"]
+    assert author["name"].removeprefix("The ") in (ROOT / "LICENSE").read_text()
 
 
 def test_the_wheel_holds_every_file(wheel):

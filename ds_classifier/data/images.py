@@ -69,13 +69,26 @@ def _decode_any(data: bytes, channels: int) -> Image.Image:
     """Decode an image with Pillow."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError("no image in a known format") from None
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return with_channels(image, channels)
+
+
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Return an image of any mode with `channels` channels, as it is stored (EXIF is not read).
+
+    Raises ValueError if its data are not complete, or it has more than MAX_PIXELS.
+    """
+    try:
         _check_pixels(*image.size)
         image.load()
         return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except MemoryError:
         raise
-    except UnidentifiedImageError:
-        raise ValueError("no image in a known format") from None
     except Exception as error:  # Pillow's plugins raise errors of struct, zlib and others too
         raise ValueError(f"{type(error).__name__}: {error}") from None
 

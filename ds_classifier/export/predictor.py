@@ -1,11 +1,13 @@
 """Use a trained classifier in Python: `ds_classifier.load(path)` returns a Predictor.
 
 `Predictor.predict` takes clean images and noises them itself, as evaluation does. Inside a sampler,
-where images are noisy already, call `classifier(x_t, diffusion.model_timesteps(t))`.
+where images are noisy already, `Predictor.gradient` is the gradient of log p(y | x_t), and
+`classifier(x_t, diffusion.model_timesteps(t))` has the logits.
 """
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,17 +16,21 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ds_classifier.checkpoint.weights import open_weights
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.common.text import first_line
 from ds_classifier.config import RECIPES, Settings
-from ds_classifier.data.images import center_crop, decode
+from ds_classifier.data.images import center_crop, decode, with_channels
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
+from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.loss import to_x_start
 from ds_classifier.model import create_classifier
+
+SHOWN = 60  # characters of class names in the description of a Predictor
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Predictor:
     diffusion: has q_sample, alphas_cumprod, model_timesteps and num_timesteps, called T below.
     classes: names in the order of the logits; None for a bare file of weights.
     step: the training step of the weights; None for a bare file.
+    path: the checkpoint or file that the weights were read from.
     """
 
     classifier: nn.Module
@@ -43,29 +50,58 @@ class Predictor:
     settings: Settings
     classes: list[str] | None
     step: int | None
+    path: Path
+
+    def __repr__(self) -> str:
+        """Return the facts that a user of the classifier needs, one per line."""
+        size, channels = self.settings.image_size, self.settings.in_channels
+        names = "no names are recorded"
+        if self.classes is not None:
+            names = textwrap.shorten(", ".join(self.classes), SHOWN, placeholder=" ...")
+        parameters = list(self.classifier.parameters())
+        millions = sum(parameter.numel() for parameter in parameters) / 1e6
+        dtype = str(parameters[0].dtype).removeprefix("torch.")
+        step = "" if self.step is None else f", step {self.step:,}"
+        return (
+            f"Predictor from {self.path}{step}\n"
+            f"  classes  {self.settings.num_classes:,}: {names}\n"
+            f"  images   {size} x {size} pixels, {channels} channels\n"
+            f"  noise    {self.settings.noise_schedule}, t from 0 to "
+            f"{self.diffusion.num_timesteps - 1}\n"
+            f"  network  {millions:.2f} M parameters, {dtype}, on {self.device}"
+        )
 
     @property
     def device(self) -> torch.device:
         """The device of the classifier."""
         return next(self.classifier.parameters()).device
 
-    def read(self, paths: str | Path | Iterable[str | Path]) -> Tensor:
-        """Read image files as validation does: resized and centre-cropped to S x S.
+    def read(self, images: str | Path | Image.Image | Iterable[str | Path | Image.Image]) -> Tensor:
+        """Read images as validation does: resized and centre-cropped to S x S.
 
-        paths: one path, or any number of them.
+        images: paths and Pillow's images of any mode and size; one, or any number of them. As in
+            training, they are not turned by their EXIF orientation.
         Returns [N, S, S, C] uint8.
-        Raises ValueError for a file that does not decode, OSError for one that cannot be opened.
+        Raises ValueError for an image that does not decode or is neither a path nor Pillow's, with
+        its place in `images`; OSError for a file that cannot be opened.
         """
         size, channels = self.settings.image_size, self.settings.in_channels
         pixels = []
-        for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        for i, source in enumerate([images] if isinstance(images, _ONE) else images):
+            if not isinstance(source, _ONE):
+                raise ValueError(
+                    f"images[{i}]: got {_tensor_of(source)[0]}; need a path or an image of Pillow"
+                )
             try:
                 with warnings.catch_warnings():  # Pillow warns of odd EXIF data
                     warnings.simplefilter("ignore")
-                    image = decode(Path(path).read_bytes(), channels)
+                    if isinstance(source, Image.Image):
+                        image = with_channels(source, channels)
+                    else:
+                        image = decode(Path(source).read_bytes(), channels)
+                pixels.append(center_crop(image, size))
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            pixels.append(center_crop(image, size))
+                raise ValueError(f"images[{i}], {source}: {error}") from None
         return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, size, size, channels))
 
     @torch.no_grad()
@@ -92,7 +128,7 @@ class Predictor:
                 "read them with read()"
             )
         count, device = len(images), self.device
-        levels = self._levels(t, count).to(device)
+        levels = self._levels(t, count)
         if noise is None:
             positions = torch.arange(count, device=device)
             noise = keyed_noise(VALIDATION_SEED, "validation", positions, shape)
@@ -107,27 +143,69 @@ class Predictor:
         timesteps = self.diffusion.model_timesteps(levels)
         return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)
 
-    def _levels(self, t: Any, count: int) -> Tensor:
-        """Return the noise levels of `count` images, [count] int64.
+    def gradient(
+        self,
+        x_t: Tensor | np.ndarray,
+        t: int | Tensor | np.ndarray,
+        y: int | Tensor | np.ndarray,
+    ) -> Tensor:
+        """Return the gradient of log p(y | x_t) with respect to x_t, which guidance adds.
 
-        Raises ValueError if t is not a level, or not one per image.
+        x_t: [N, C, S, S], noisy images of the process whose clean images are in [-1, 1].
+        t: the noise level of x_t, 0 to T - 1; one for all images, or [N].
+        y: the classes to steer to, 0 to K - 1; one for all images, or [N].
+        Returns [N, C, S, S] fp32, on the classifier's device. It is guidance's classifier_gradient
+        at scale 1, which also takes 16-bit classifiers and temperatures.
+        Raises ValueError for other shapes, types, levels or classes.
         """
-        steps, levels = self.diffusion.num_timesteps, _tensor_of(t)[1]
-        if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
-            levels = torch.tensor(t if t in range(steps) else -1)  # a t beyond int64 would overflow
-        if (
-            levels is None
-            or levels.dtype == torch.bool
-            or levels.is_floating_point()
-            or levels.shape not in ((), (count,))
-            or bool(((levels.long() < 0) | (levels.long() >= steps)).any())
-        ):
-            got = " ".join(repr(t).split())  # a tensor's repr may have several lines
+        got, x_t = _tensor_of(x_t)
+        shape = (self.settings.in_channels, *[self.settings.image_size] * 2)
+        if x_t is None or not x_t.is_floating_point() or x_t.shape[1:] != shape:
             raise ValueError(
-                f"t: got {got}; need 0 to {steps - 1}, the process's noise levels, a whole number "
-                f"or one for each of {count} images"
+                f"x_t: got {got}; need [N, {', '.join(map(str, shape))}], floating: images in "
+                "[-1, 1], noised to level t"
             )
-        return levels.long().expand(count)
+        count, x_t = len(x_t), x_t.to(self.device).float()
+        levels = self._levels(t, count)
+        of_y = "the classes' numbers"
+        classes = _whole_numbers("y", y, count, self.settings.num_classes, of_y).to(self.device)
+        if count == 0:  # see predict
+            return torch.zeros_like(x_t)
+        cond_fn = classifier_gradient(self.classifier)
+        return cond_fn(x_t, self.diffusion.model_timesteps(levels), y=classes)
+
+    def _levels(self, t: Any, count: int) -> Tensor:
+        """Return the noise levels of `count` images, [count] int64, on the classifier's device."""
+        levels = self.diffusion.num_timesteps
+        return _whole_numbers("t", t, count, levels, "the process's noise levels").to(self.device)
+
+
+_ONE = (str, Path, Image.Image)  # what Predictor.read takes as a single image
+
+
+def _whole_numbers(name: str, value: Any, count: int, limit: int, what: str) -> Tensor:
+    """Return an argument as numbers from 0 to limit - 1, one for each of `count` images, int64.
+
+    name, what: of the argument, and of its numbers, for the message.
+    Raises ValueError if it is neither such a number nor one per image.
+    """
+    listed = isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value)
+    numbers = _tensor_of(np.array(value) if listed and value else value)[1]
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        numbers = torch.tensor(value if value in range(limit) else -1)  # int64 would overflow
+    if (
+        numbers is None
+        or numbers.dtype == torch.bool
+        or numbers.is_floating_point()
+        or numbers.shape not in ((), (count,))
+        or bool(((numbers.long() < 0) | (numbers.long() >= limit)).any())
+    ):
+        got = " ".join(repr(value).split())  # a tensor's repr may have several lines
+        raise ValueError(
+            f"{name}: got {got}; need 0 to {limit - 1}, {what}, a whole number or one for each of "
+            f"{count} images"
+        )
+    return numbers.long().expand(count)
 
 
 def _tensor_of(value: Any) -> tuple[str, Tensor | None]:
@@ -185,6 +263,7 @@ def load(
         source.settings,
         source.classes,
         source.step,
+        source.path,
     )
 
 

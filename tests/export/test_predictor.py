@@ -24,6 +24,15 @@ from ds_classifier.loss import NoisedClassifier
 BLACK = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
 
 
+def exact_logits(classifier, x, timesteps):
+    """Return the logits in float64; the classifier's own end in fp32."""
+    logits = []
+    handle = classifier.out.register_forward_hook(lambda *arguments: logits.append(arguments[-1]))
+    classifier(x, timesteps)
+    handle.remove()
+    return logits[0]
+
+
 @pytest.fixture
 def run(tmp_path):
     return write_run(tmp_path / "runs" / "digits32")
@@ -122,6 +131,103 @@ def test_a_file_of_weights_has_no_names(run, tmp_path):
     assert torch.equal(model.predict(images, 5), ds_classifier.load(run).predict(images, 5))
 
 
+def test_the_description_is_short(run, tmp_path):
+    model = ds_classifier.load(run)
+    first, *facts = repr(model).splitlines()
+    assert first.endswith("runs/digits32/checkpoints/step-00000007, step 7")
+    assert [" ".join(line.split()) for line in facts] == [
+        "classes 10: the 0, the 1, the 2, the 3, the 4, the 5, the 6, the 7, ...",
+        "images 8 x 8 pixels, 3 channels",
+        "noise cosine, t from 0 to 249",
+        f"network {sum(p.numel() for p in model.classifier.parameters()) / 1e6:.2f} M parameters, "
+        "float32, on cpu",
+    ]
+    assert len(str(model.classifier).splitlines()) == 1
+    torch.save(model.classifier.state_dict(), tmp_path / "model.pt")
+    bare = repr(ds_classifier.load(tmp_path / "model.pt", noise_schedule="cosine"))
+    assert bare.splitlines()[0] == f"Predictor from {tmp_path / 'model.pt'}"
+    assert "10: no names are recorded" in bare
+
+
+def test_images_of_pillow_are_read_as_their_files(run, tmp_path):
+    """Check every mode that a PNG can have, wider than tall, with an EXIF orientation."""
+    model, random = ds_classifier.load(run), np.random.RandomState(0)
+    pixels = random.randint(0, 256, (20, 33, 4)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    modes = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]
+    images = []
+    for mode in modes:
+        image = Image.fromarray(pixels)
+        if mode == "I;16":
+            image = Image.fromarray(pixels[..., 0].astype(np.uint16))
+        image.convert(mode).save(tmp_path / f"{mode}.png", exif=exif)
+        images.append(Image.open(tmp_path / f"{mode}.png"))
+    assert [image.mode for image in images[:6]] == modes[:6]
+    paths = [tmp_path / f"{mode}.png" for mode in modes]
+    expected = model.read(paths)
+    assert torch.equal(model.read(images), expected)
+    assert torch.equal(model.read([paths[0], images[1], str(paths[2])]), expected[:3])
+    assert torch.equal(model.read(images[4]), expected[4:5])
+    assert expected[4].float().mean() == pytest.approx(127, abs=20)  # they are not all black
+
+
+def test_the_gradient_agrees_with_finite_differences(run):
+    """Check the slope of log p(y | x_t) in float64; levels and classes are given in each form."""
+    model = ds_classifier.load(run)
+    random = np.random.RandomState(5)
+    x_t = torch.from_numpy(random.standard_normal((3, 3, 8, 8)).astype(np.float32))
+    t, y = torch.tensor([0, 100, 249]), torch.tensor([3, 0, 9])
+    with torch.no_grad():  # as in a sampling loop
+        gradient = model.gradient(x_t, t, y)
+    assert (gradient.shape, gradient.dtype) == (x_t.shape, torch.float32)
+    exact = ds_classifier.load(run).classifier.double()
+    timesteps, step = torch.tensor([0, 401, 999]), 1e-5
+    assert model.diffusion.model_timesteps(t).tolist() == timesteps.tolist()
+
+    def log_p(x):  # [N]
+        return exact_logits(exact, x, timesteps).log_softmax(dim=1)[range(3), y]
+
+    for _ in range(3):
+        direction = torch.from_numpy(random.standard_normal(x_t.shape))
+        ahead, behind = (log_p(x_t.double() + s * direction) for s in (step, -step))
+        slope = (gradient.double() * direction).sum(dim=(1, 2, 3))
+        torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-3, atol=1e-5)
+    assert torch.equal(model.gradient(x_t.numpy(), t.numpy(), [3, 0, 9]), gradient)
+    assert torch.equal(
+        model.gradient(x_t[1:2].double(), 100, 0), model.gradient(x_t[1:2], t[1], y[1])
+    )
+    assert model.gradient(x_t[:0], 3, y[:0]).shape == (0, 3, 8, 8)
+    cond_fn = ds_classifier.guidance.classifier_gradient(model.classifier)
+    assert torch.equal(cond_fn(x_t, timesteps, y=y), gradient)
+
+
+X_T = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((BLACK, 0, 0), r"x_t: got .2, 8, 8, 3. torch.uint8; need .N, 3, 8, 8., floating"),
+        ((X_T.permute(0, 2, 3, 1), 0, 0), r"x_t: got .2, 8, 8, 3. torch.float32"),
+        ((X_T[0], 0, 0), r"x_t: got .3, 8, 8. torch.float32"),
+        ((X_T, 250, 0), "t: got 250; need 0 to 249"),
+        ((X_T, [1, 2, 3], 0), r"t: got .1, 2, 3.; .* one for each of 2 images"),
+        ((X_T, 0, 10), "y: got 10; need 0 to 9, the classes' numbers, a whole number or"),
+        ((X_T, 0, -1), "y: got -1"),
+        ((X_T, 0, "the 3"), "y: got 'the 3'"),
+        ((X_T, 0, True), "y: got True"),
+        ((X_T, 0, torch.tensor([1.0, 2.0])), "y: got tensor"),
+        ((X_T, 0, [1, 2, 3]), r"y: got .1, 2, 3.; .* one for each of 2 images"),
+        ((X_T, 0, [[1], [2, 3]]), "y: got "),
+        ((X_T, 0, [True, False]), "y: got .True"),
+    ],
+)
+def test_gradient_refuses_wrong_input(run, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ds_classifier.load(run).gradient(*arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -163,8 +269,23 @@ def test_load_and_read_refuse_wrong_input(run, tmp_path):
     with pytest.raises(ValueError, match="device: got sun; need one that torch can use"):
         ds_classifier.load(run, device="sun")
     (tmp_path / "no.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"no\.png: "):
-        ds_classifier.load(run).read([tmp_path / "no.png"])
+    whole, cut = tmp_path / "whole.png", tmp_path / "cut.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)).save(
+        whole
+    )
+    cut.write_bytes(whole.read_bytes()[:5000])
+    for wrong, words in [
+        (tmp_path / "no.png", r"images\[1\], .*no\.png: no image in a known format"),
+        (
+            Image.open(cut),
+            r"images\[1\], .*mode=RGB size=64x64.*: OSError: image file is truncated",
+        ),
+        (cut, r"images\[1\], .*cut\.png: OSError: "),
+        (BLACK, r"images\[1\]: got .2, 8, 8, 3. torch.uint8; need a path or an image of Pillow"),
+        (None, r"images\[1\]: got a NoneType; need"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            ds_classifier.load(run).read([whole, wrong])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -197,9 +318,20 @@ def test_import_is_cheap():
         "import sys, ds_classifier\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "assert {'load', 'Predictor'} <= set(dir(ds_classifier))\n"
+        "assert not hasattr(ds_classifier, 'wieghts')\n"
         "ds_classifier.load\n"
         "assert 'deepspeed' not in sys.modules\n"
     )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["weights.load_classifier", "guidance.classifier_gradient", "model.create_classifier"],
+)
+def test_packages_are_attributes(name):
+    """Check names that the pages and the model cards of any version give, after a bare import."""
+    code = f"import ds_classifier; assert callable(ds_classifier.{name})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -74,7 +74,7 @@ def sum_of_parameters(path: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file)
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
 
 
 if __name__ == "__main__":
