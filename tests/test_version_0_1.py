@@ -71,7 +71,7 @@ def test_an_export_loads_and_its_card_is_true(old, monkeypatch):
     [snippet] = python_blocks((export / "README.md").read_text())
     names = {}
     exec(snippet, names)
-    x_t, y = torch.zeros(1, 3, 4, 4), torch.tensor([3])
+    x_t, y = torch.zeros(1, 3, 4, 4), torch.tensor([2])
     assert torch.equal(
         names["cond_fn"](x_t, torch.tensor([500]), y=y), predictor.gradient(x_t, 500, y)
     )
