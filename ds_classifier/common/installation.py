@@ -1,4 +1,4 @@
-"""What a program needs before it can begin: a Python that is new enough, and the packages.
+"""Check what a program needs before it can begin: a new enough Python, and the packages.
 
 Programs that are run by their path call `check` before they import anything else of the library.
 This file must therefore be readable by any Python 3, and imports nothing but the standard library.

@@ -29,7 +29,7 @@ FLAGS_TOO = ("recipe", "deepspeed_config")  # flags that are no settings, and ma
 
 @dataclasses.dataclass(frozen=True)
 class SettingsFile:
-    """What a file says.
+    """The content of a settings file.
 
     recorded: the file is a run's config.json, whose keys OF_ONE_RUN are left out of the values.
     """

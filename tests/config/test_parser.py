@@ -103,7 +103,7 @@ def test_dashes_stand_for_underscores():
 
 
 def test_deepspeeds_own_switch_has_no_effect():
-    """Its helper for command lines writes --deepspeed --deepspeed_config X."""
+    """DeepSpeed's helper for command lines writes --deepspeed --deepspeed_config X."""
     with_switch = parse_training_command(["--deepspeed", "--deepspeed_config", "x.json"])
     assert with_switch == parse_training_command(["--deepspeed_config", "x.json"])
 

@@ -146,7 +146,7 @@ def test_no_file(tmp_path, capsys):
 
 
 def test_the_record_of_a_run(write):
-    """It is the run again, with another directory, batch per rank and number of classes."""
+    """The file starts the run again, with another directory, batch per rank and class count."""
     ran = Settings(
         data_dir="d/train", val_data_dir="d/val", num_classes=10, lr=2e-3, global_batch=48,
         batch_size=24, run_dir="runs/a", resume_checkpoint="x", expect_world=2, max_minutes=3,
