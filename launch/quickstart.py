@@ -194,7 +194,7 @@ def report() -> None:
         f"  held-out accuracy   {100 * row['val_acc@1_t0']:.1f} % on (almost) clean digits, t = 0"
     )
     print(f"                      {100 * row['val_acc@1']:.1f} % over all noise levels")
-    print(f"                      {quartiles} % by quartile of t, from little noise to much")
+    print(f"                      {quartiles} % in each quarter of them, from little noise to much")
     print(f"  report              {RUN}/report.html, for a browser")
     print(f"  guided digits       {RUN}/samples/overview.png")
     print(f"  exported            {RUN}/export/, with a model card")
