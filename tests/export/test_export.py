@@ -25,6 +25,7 @@ from ds_classifier.export import export
 from ds_classifier.export.reference_flags import classifier_flags, flags_text, reference_obstacles
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.model import create_classifier
+from launch import export as program
 
 
 def write_evaluation(run: Path, step: int = 7, **changes) -> None:
@@ -68,6 +69,20 @@ def test_stock_tools_read_it(tmp_path):
         assert tensors.keys() == model.keys()
         assert all(torch.equal(tensors[name], value) for name, value in model.items())
         assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("obstacles", [True, False])
+def test_the_command_says_what_loads_the_export(tmp_path, monkeypatch, capsys, obstacles):
+    """The digits' classifier needs edits there; that must not read as if the export had failed."""
+    if not obstacles:
+        monkeypatch.setattr(export, "reference_obstacles", lambda settings: [])
+    assert program.main([str(make_run(tmp_path / "run"))]) == 0
+    printed = capsys.readouterr().out
+    assert "loads in: ds_classifier.load, sample.py, diffusers' schedulers" in printed
+    assert ("and in guided-diffusion as it is" in printed) == (not obstacles)
+    edits = "and in guided-diffusion after the edits to its code that model000007.flags.txt lists"
+    assert (edits in printed) == obstacles
+    assert "cannot load" not in printed
 
 
 def test_the_best_checkpoint_goes_by_its_name(tmp_path):
