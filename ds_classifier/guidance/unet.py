@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.checkpoint.weights import read_weights
+from ds_classifier.checkpoint.weights import read_weights, refuse_not_finite
 from ds_classifier.model import (
     NORM_GROUPS,
     AttentionBlock,
@@ -125,11 +125,13 @@ def load_unet(
     """Load a UNet from guided-diffusion's file, in eval mode, parameters without gradients.
 
     fp16: compute its blocks in fp16. architecture: see `create_unet`.
-    Raises ValueError if the file was written by a UNet of another architecture.
+    Raises ValueError if the file was written by a UNet of another architecture, or if its weights
+    are not finite.
     """
     unet = create_unet(**architecture)
     try:
         unet.load_state_dict(read_weights(path))
+        refuse_not_finite(unet.state_dict(), path)
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
         raise ValueError(
