@@ -203,7 +203,7 @@ def test_a_scale_with_samples_that_are_not_finite_is_not_written(digits, classif
     for scale in ("scale_0", "scale_2"):
         assert len(np.load(tmp_path / scale / "samples_5x16x16x3.npz")["arr_0"]) == 5
     assert json.loads((tmp_path / "samples.json").read_text())["classifier_scale"] == [0, 2]
-    # The overview has a block for each of two scales: 30 px, 66 px of an image, 8 between them.
+    # The overview has a margin of 30 px, a block of 64 px for each of two scales, 8 between them.
     assert Image.open(tmp_path / "overview.png").size[0] == 30 + 2 * 64 + 8
 
 
