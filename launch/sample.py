@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run by its path: use the source tree that it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,6 +33,11 @@ from ds_classifier.config.parser import Parser, boolean
 from ds_classifier.config.settings import GROUPS
 from ds_classifier.distributed import failures
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ds_classifier.guidance.guided_sampling import GuidedSampling
+
 BAYES = "bayes"  # in place of a classifier's path: the exact posterior of the training set
 # guided-diffusion's defaults (`model_and_diffusion_defaults`).
 UNET = dict(
@@ -45,7 +51,7 @@ OF_MODEL = ("classifier", "diffusion")  # groups of settings that a bare file do
 # Arguments that decide how samples are drawn, and all that samples.json records by their names.
 OF_DRAWING = ("joint_temperature", "marginal_temperature", "batch_size", "use_ddim",
               "clip_denoised", "seed")  # fmt: skip
-RECORDED = ("classifier_scale", "classifier_use_fp16", "num_samples", *OF_DRAWING)
+RECORDED = ("classifier_use_fp16", "num_samples", *OF_DRAWING)
 
 
 def main(argv: list[str] | None = None, prog: str = "sample.py") -> int:
@@ -53,10 +59,9 @@ def main(argv: list[str] | None = None, prog: str = "sample.py") -> int:
     arguments, given = parse(sys.argv[1:] if argv is None else argv, prog)
     distributed.quiet_libraries()
     try:
-        run(arguments, given)
+        return run(arguments, given)
     except (ValueError, OSError) as error:
         return failures.report(error)
-    return 0
 
 
 def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace, dict]:
@@ -201,8 +206,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def run(arguments: argparse.Namespace, given: dict) -> None:
-    """Sample at every scale; rank 0 writes files and tables. Raises ValueError for wrong use."""
+def run(arguments: argparse.Namespace, given: dict) -> int:
+    """Sample at every scale; rank 0 writes files and tables. Return the exit code.
+
+    Raises ValueError for wrong use.
+    """
     device = distributed.init()
     import numpy as np
 
@@ -241,42 +249,32 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
         distributed.say(note)
     classes = guided.classes(arguments.classes)
     labels = classes[np.arange(arguments.num_samples) % len(classes)]
-    drawing = {name: getattr(arguments, name) for name in OF_DRAWING}
-    samples = []
-    for scale in arguments.classifier_scale:
-        began = time.monotonic()
-        with Progress("samples", shown=distributed.rank() == 0) as progress:
-            phase = functools.partial(progress, phase=f"scale {scale:g}")
-            pixels = guided.draw(labels, scale, **drawing, progress=phase)
-        folder = sample_files.scale_folder(out, scale)
-        path = distributed.on_rank_0(
-            lambda f=folder, p=pixels: str(sample_files.write_samples(f, p, labels)), device
-        )
-        distributed.say(f"scale {scale:g}: {path}, {time.monotonic() - began:.0f} s")
-        samples.append(pixels)
+    drawn = _draw_scales(guided, labels, out, arguments)
+    if not drawn:
+        distributed.finish()
+        return failures.FAILED
+    scales, samples = list(drawn), list(drawn.values())
 
     def finish() -> None:
         """Write the overview, the facts, and the measures if they are asked for."""
         overview = out / "overview.png"
-        rows = sample_files.write_overview(
-            overview, arguments.classifier_scale, samples, labels, guided.names
-        )
+        rows = sample_files.write_overview(overview, scales, samples, labels, guided.names)
         facts = {
             **guided.origin,
             "diffusion": settings.diffusion_kwargs(),
             "classes": classes.tolist(),
+            "classifier_scale": scales,
             **{name: getattr(arguments, name) for name in RECORDED},
         }
         files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
         (out / "fidelity.json").unlink(missing_ok=True)  # it is of an earlier run's samples
-        drawn = len(set(labels.tolist()))
-        which = "class" if rows == drawn else f"class for the first {rows} of {drawn:,}"
+        present = len(set(labels.tolist()))
+        which = "class" if rows == present else f"class for the first {rows} of {present:,}"
         print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
-            scales, seed = arguments.classifier_scale, arguments.seed
             with Progress("noise levels") as progress:
                 measures = fidelity.measure(
-                    guided, scales, samples, labels, seed=seed, progress=progress
+                    guided, scales, samples, labels, seed=arguments.seed, progress=progress
                 )
             print("\n".join(measures.lines()))
             files.replace_text(out / "fidelity.json", json.dumps(measures.as_json(), indent=1))
@@ -284,11 +282,55 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
     distributed.on_rank_0(finish, device)
     distributed.finish()
+    code = 0 if len(drawn) == len(arguments.classifier_scale) else failures.FAILED
     if source is None or source.kind != "checkpoint" or distributed.rank() != 0:
-        return
+        return code
     of_run = out.resolve() == (source.home / "samples").resolve()
     if of_run and failures.tolerate("report.html", lambda: write_report(source.home)):
         print(f"written: {source.home}/report.html")
+    return code
+
+
+def _draw_scales(
+    guided: GuidedSampling, labels: np.ndarray, out: Path, arguments: argparse.Namespace
+) -> dict[float, np.ndarray]:
+    """Draw the samples of every scale, write them on rank 0, and return them by scale.
+
+    A scale at which samples are not finite is left out, with an error on the screen; the files of
+    its folder stay as they are.
+    """
+    from ds_classifier.guidance import sample_files
+
+    drawing = {name: getattr(arguments, name) for name in OF_DRAWING}
+    drawn = {}
+    for scale in arguments.classifier_scale:
+        began = time.monotonic()
+        try:
+            with Progress("samples", shown=distributed.rank() == 0) as progress:
+                phase = functools.partial(progress, phase=f"scale {scale:g}")
+                pixels = guided.draw(labels, scale, **drawing, progress=phase)
+        except FloatingPointError as error:  # all ranks raise it
+            if distributed.rank() == 0:
+                message = f"error: scale {scale:g}: {error}; none of this scale is written; do: "
+                distributed.show(message + _remedy(arguments, scale), error=True)
+            continue
+        folder = sample_files.scale_folder(out, scale)
+        path = distributed.on_rank_0(
+            lambda f=folder, p=pixels: str(sample_files.write_samples(f, p, labels)), guided.device
+        )
+        distributed.say(f"scale {scale:g}: {path}, {time.monotonic() - began:.0f} s")
+        drawn[scale] = pixels
+    return drawn
+
+
+def _remedy(arguments: argparse.Namespace, scale: float) -> str:
+    """Return what to do about samples that are not finite."""
+    guided = scale != 0 and arguments.classifier_path != BAYES
+    networks = {"use_fp16": arguments.model_path, "classifier_use_fp16": guided}
+    fp16 = [f"--{name}" for name, used in networks.items() if used and getattr(arguments, name)]
+    if fp16:
+        return f"drop {' and '.join(fp16)}, whose numbers end at 65504"
+    return "choose a scale nearer to 0" if scale else "choose another UNet"
 
 
 if __name__ == "__main__":

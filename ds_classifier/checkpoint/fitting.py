@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_classifier.common import text
 from ds_classifier.config import Settings
 from ds_classifier.model import create_classifier, parse_channel_mult
+
+NAMED = 3  # tensors of a kind that an error names, at most
 
 
 def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path) -> Settings:
@@ -29,10 +32,8 @@ def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path
     named = Settings(**given)
     fitting = _fitting(weights, named)
     if not fitting:
-        raise ValueError(
-            f"got {path}, whose tensors ({', '.join(list(weights)[:2])}, ...) are not a "
-            "classifier's; need those of guided-diffusion's EncoderUNetModel"
-        )
+        nearest = nearest_tensors(weights, named)
+        raise ValueError(f"got {path}, {misfit(weights, nearest, 'EncoderUNetModel')}")
     wrong = [[n for n in differences(s, named) if n in given] for s in fitting]
     agreeing = [s for s, names in zip(fitting, wrong, strict=True) if not names]
     if not agreeing:
@@ -68,6 +69,60 @@ def fitting_settings(weights: dict[str, Tensor], near: Settings) -> Settings | N
     return min(_fitting(weights, near), key=lambda s: len(differences(s, near)), default=None)
 
 
+def nearest_tensors(weights: dict[str, Tensor], near: Settings) -> dict[str, Tensor]:
+    """Return the tensors, on the meta device, of the classifier most like these weights.
+
+    Compared are `near` and the settings that can be read off the weights.
+    """
+
+    def distance(needed: dict[str, Tensor]) -> int:
+        """Return the number of names and shapes that differ."""
+        return len(_names_and_shapes(weights) ^ _names_and_shapes(needed))
+
+    built = []
+    for settings in [*_candidates(weights, near), near]:
+        try:
+            built.append(tensors_of(settings))
+        except ValueError:  # these settings build no classifier
+            continue
+    return min(built, key=distance, default={})
+
+
+def misfit(weights: dict[str, Tensor], needed: dict[str, Tensor], network: str) -> str:
+    """Return how the tensors of a file differ from those that a network needs, for an error.
+
+    network: its name in guided-diffusion.
+    """
+    if 2 * len(weights.keys() & needed.keys()) <= len(needed):
+        fault = (
+            f"whose tensors ({', '.join(list(weights)[:2])}, ...) are not those of "
+            f"guided-diffusion's {network}"
+        )
+        alike = any(name.startswith("input_blocks.") for name in weights)
+        return fault + alike * "; do: give the flags that it was built with, to see what differs"
+    misshapen = [
+        f"{name}: got {list(weights[name].shape)}, need {list(value.shape)}"
+        for name, value in needed.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    kinds = {
+        "missing": [name for name in needed if name not in weights],
+        "additional": [name for name in weights if name not in needed],
+        "of another shape": misshapen,
+    }
+    parts = [
+        f"{text.count(len(found), 'tensor')} {kind} ({', '.join(found[:NAMED])}"
+        f"{', ...' if len(found) > NAMED else ''})"
+        for kind, found in kinds.items()
+        if found
+    ]
+    return f"with {'; '.join(parts)}; need the {len(needed)} of guided-diffusion's {network}"
+
+
+def _names_and_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, value.shape) for name, value in tensors.items()}
+
+
 def differences(settings: Settings, given: Settings) -> list[str]:
     """Return the names of the settings in which two differ; num_classes 0 in `given` fits any."""
     return [
@@ -83,9 +138,7 @@ def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
         own = tensors_of(settings)
     except ValueError:
         return False
-    return {name: value.shape for name, value in own.items()} == {
-        name: value.shape for name, value in weights.items()
-    }
+    return _names_and_shapes(own) == _names_and_shapes(weights)
 
 
 def tensors_of(settings: Settings) -> dict[str, Tensor]:

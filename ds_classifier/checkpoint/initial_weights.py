@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_classifier.checkpoint.fitting import differences, fitting_settings, tensors_of
+from ds_classifier.checkpoint.fitting import (
+    differences,
+    fitting_settings,
+    misfit,
+    nearest_tensors,
+    tensors_of,
+)
 from ds_classifier.checkpoint.weights import (
     find_recorded,
     read_recorded,
@@ -58,7 +64,11 @@ def load_initial_weights(
     head = _head_of_other_classes(weights, own)
     kept = {name: value for name, value in weights.items() if name not in head}
     if weights.keys() != own.keys() or any(own[n].shape != v.shape for n, v in kept.items()):
-        raise ValueError(_misfit(path, theirs, settings))
+        needed = own if theirs else nearest_tensors(weights, settings)
+        raise ValueError(
+            _other_settings(path, theirs, settings)
+            or f"--init_from: got {path}, {misfit(weights, needed, 'EncoderUNetModel')}"
+        )
     classifier.load_state_dict(kept, strict=False)
     if head:
         notes.append(
@@ -142,8 +152,8 @@ def _training_differences(
     return notes
 
 
-def _misfit(path: Path, theirs: Settings | None, settings: Settings) -> str:
-    """Return the error for weights of another architecture, with flags that would fit, if any."""
+def _other_settings(path: Path, theirs: Settings | None, settings: Settings) -> str:
+    """Return the error for weights of other settings, with flags that would fit; "" if none do."""
     needed = None
     if theirs is not None:
         try:
@@ -152,10 +162,7 @@ def _misfit(path: Path, theirs: Settings | None, settings: Settings) -> str:
             needed = None
     flags = differences(needed, settings) if needed else []
     if not flags:
-        return (
-            f"--init_from: got {path}, whose parameters are not a classifier's that can be trained "
-            "here; need those of guided-diffusion's EncoderUNetModel"
-        )
+        return ""
     lines = [f"--{n}: got {getattr(settings, n)!r}; need {getattr(needed, n)!r}" for n in flags]
     return (
         f"--init_from: the classifier in {path} was built with other settings:\n  "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.fitting import differences, fits, infer_settings
+from ds_classifier.checkpoint.wrapping import unwrap
 from ds_classifier.common import files
 from ds_classifier.common.text import first_line
 from ds_classifier.config import Settings
@@ -192,6 +193,7 @@ def read_recorded(source: WeightsFile) -> dict[str, Tensor]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict in a .pt or .safetensors file, without running any code in it.
 
+    What other trainers save around it is left out (see `wrapping.unwrap`).
     Raises ValueError for anything but names and dense, non-empty floating tensors.
     """
     try:
@@ -210,6 +212,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # a damaged file can raise any error while it is unpickled
         raise ValueError(f"{path} is not a plain state dict: {first_line(error)}") from None
+    try:
+        weights = unwrap(weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     fault = _fault_of_state_dict(weights)
     if fault is not None:
         raise ValueError(f"{path}: got {fault}; need a state dict of dense floating tensors")

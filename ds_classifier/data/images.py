@@ -86,11 +86,21 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
     try:
         _check_pixels(*image.size)
         image.load()
+        if image.mode.startswith("I"):
+            image = _high_bytes(image)
         return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise errors of struct, zlib and others too
         raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _high_bytes(image: Image.Image) -> Image.Image:
+    """Return the high bytes of 16-bit gray, which `convert` would clip to white.
+
+    Pillow itself opens 16-bit images of other kinds (RGB, gray with alpha) as their high bytes.
+    """
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -83,10 +83,10 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     given: the settings that the user named.
     out: a directory; None means export/ of the run, or of the directory that holds the file. The
         files of an earlier export of the same name are replaced there, each atomically.
-    Raises ValueError if path holds no weights or some that are not finite, if `given` contradicts
-    the settings recorded with them, or if out cannot be written or holds a file that no export
-    wrote; RuntimeError if the written files read back as another classifier. In both cases no file
-    has got its name.
+    Raises ValueError if path holds no weights, or some that are not finite or give such logits, if
+    `given` contradicts the settings recorded with them, or if out cannot be written or holds a file
+    that no export wrote; RuntimeError if the written files read back as another classifier. In both
+    cases no file has got its name.
     """
     given = given or {}
     out = out or home_of(path) / "export"
@@ -234,10 +234,16 @@ def _compare(
     """Rebuild the classifier from each file of weights and compare it with the live one.
 
     Returns the timesteps, and the largest relative difference of logits and input gradients.
-    Raises RuntimeError if a file gives other tensors or another classifier.
+    Raises RuntimeError if a file gives other tensors or another classifier, ValueError if the live
+    classifier's own numbers are not finite.
     """
     state, largest = live.state_dict(), 0.0
     timesteps, *expected = logits_and_gradients(live, settings)
+    if not all(numbers.isfinite().all() for numbers in expected):
+        raise ValueError(
+            f"got {name}, whose logits or input gradients are not finite for images in [-1, 1]; "
+            "need weights of another step"
+        )
     for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
         try:
             source, weights = open_weights(path)  # reads the settings and hashes in the JSON

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ds_classifier.checkpoint.weights import open_weights
+from ds_classifier.checkpoint.weights import open_weights, refuse_not_finite
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.common.text import first_line
 from ds_classifier.config import RECIPES, Settings
@@ -117,7 +117,7 @@ class Predictor:
         t: whole, 0 (almost clean) to T - 1 (almost noise); one for all images, or [N].
         noise: [N, S, S, C] standard normal. None draws the noise of evaluation's positions
             0 .. N - 1, which is the same at each call and level.
-        Returns [N, K] fp32, on the classifier's device.
+        Returns [N, K] fp32, on the classifier's device; nan where the logits are not finite.
         Raises ValueError for other shapes, types or levels.
         """
         shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
@@ -228,8 +228,8 @@ def load(
     recipe, settings: settings of a bare file, by the names of the flags (noise_schedule="cosine").
         Its architecture is inferred from its tensors, its noise process is not. A run, a checkpoint
         and an export record their settings, which these may not contradict.
-    Raises ValueError if there is no classifier at path, if settings contradict it, or if torch
-    cannot use the device.
+    Raises ValueError if there is no classifier at path, if its weights are not finite, if settings
+    contradict it, or if torch cannot use the device.
     """
     if recipe and recipe not in RECIPES:
         raise ValueError(f"recipe: got {recipe!r}; need one of {', '.join(RECIPES)}")
@@ -241,6 +241,7 @@ def load(
     given = {name: value for name, value in of_recipe.items() if name in used} | settings
     try:
         source, weights = open_weights(Path(path), given)
+        refuse_not_finite(weights, source.path)
         classifier = create_classifier(**source.settings.model_kwargs())
         diffusion = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
     except ValueError as error:

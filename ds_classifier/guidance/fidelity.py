@@ -37,7 +37,9 @@ class LevelFidelity:
     """A comparison of a classifier with the best possible one at a noise level, over images.
 
     t: the noise level, in the original process.
-    kl: mean of KL(p_Bayes(y | x_t) || p(y | x_t)), in nats.
+    not_finite: the number of images whose logits or gradient are not finite. They count as wrong,
+        and are in no mean.
+    kl: mean of KL(p_Bayes(y | x_t) || p(y | x_t)), in nats; None if no image is finite.
     accuracy, bayes_accuracy: shares of images whose class comes first.
     compared: the share of images about whose class the best classifier is in doubt. The gradients
         of log p(own class | x_t) are compared on these:
@@ -47,7 +49,8 @@ class LevelFidelity:
     """
 
     t: int
-    kl: float
+    not_finite: int
+    kl: float | None
     accuracy: float
     bayes_accuracy: float
     compared: float
@@ -75,7 +78,7 @@ def compare_with_bayes(
     model_gradient = classifier_gradient(classifier)
     alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
     for level in timesteps:
-        rows = []  # per batch, [n, 7]
+        rows = []  # per batch, [n, 8]
         for start in range(0, len(images), batch_size):
             x_start = to_x_start(images[start : start + batch_size])
             y = labels[start : start + batch_size]
@@ -90,24 +93,30 @@ def compare_with_bayes(
             gap = torch.where(p_best > 0, p_best * (best.log_class - log_p), 0.0)
             own = model_gradient(x, shown, y=y).flatten(1).double()
             ideal = best.gradient.flatten(1).double()
+            gap, length = gap.sum(dim=1), own.square().sum(dim=1)
+            finite = gap.isfinite() & length.isfinite()
             columns = [
-                gap.sum(dim=1),
-                log_p.argmax(dim=1) == y,
+                finite & (log_p.argmax(dim=1) == y),
                 best.log_class.argmax(dim=1) == y,
                 best.log_class.gather(1, y[:, None])[:, 0] < -DOUBT,
+                finite,
+                gap,
                 torch.cosine_similarity(own, ideal, dim=1),
-                own.square().sum(dim=1),
+                length,
                 ideal.square().sum(dim=1),
             ]
             rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
         numbers = torch.cat(rows)
-        kl, right, best_right, compared = numbers[:, :4].mean(dim=0).tolist()
-        kept = numbers[numbers[:, 3] > 0, 4:]
+        right, best_right, compared = numbers[:, :3].mean(dim=0).tolist()
+        finite = numbers[numbers[:, 3] > 0]
+        kept = finite[finite[:, 2] > 0, 5:]
+        kl = float(finite[:, 4].mean()) if len(finite) else None
         cosine = ratio = None
         if len(kept):
             cosine, own_square, ideal_square = kept.mean(dim=0).tolist()
             ratio = math.sqrt(own_square / ideal_square)
-        yield LevelFidelity(level, kl, right, best_right, compared, cosine, ratio)
+        broken = len(numbers) - len(finite)
+        yield LevelFidelity(level, broken, kl, right, best_right, compared, cosine, ratio)
 
 
 class Judge:
@@ -211,12 +220,16 @@ between the two, and the length of the classifier's over that of the best one.""
 
 
 def level_table(levels: Iterable[LevelFidelity]) -> list[str]:
-    """Return the comparison as a table, a line per noise level."""
+    """Return the comparison as a table, a line per noise level.
+
+    Lines at the end name the levels with images whose numbers were not finite.
+    """
+    levels = list(levels)
     heads = "t", "KL(Bayes||model)", "accuracy", "Bayes", "compared", "cosine", "length"
     rows = [
         (
             str(row.t),
-            f"{row.kl:.3f}",
+            "-" if row.kl is None else f"{row.kl:.3f}",
             text.percent(row.accuracy),
             text.percent(row.bayes_accuracy),
             text.percent(row.compared, 0),
@@ -225,4 +238,8 @@ def level_table(levels: Iterable[LevelFidelity]) -> list[str]:
         )
         for row in levels
     ]
-    return text.table(heads, rows, left=0)
+    return text.table(heads, rows, left=0) + [
+        f"t = {row.t}: {row.not_finite} not finite, counted as wrong, in no mean"
+        for row in levels
+        if row.not_finite
+    ]

@@ -36,6 +36,8 @@ def classifier_gradient(
         scale * grad_x (joint * f_y - logsumexp_k(marginal * f_k)) for the logits f (Ma et al. 2023,
         "Elucidating the Design Space of Classifier-Guided Diffusion Generation", section 4); with
         both 1 that is grad_x log p(y | x_t).
+    Where the classifier's numbers are not finite, as beyond 65504 in fp16, the gradient is nan.
+    Finding that here would wait for the device in each step; `sampling.sample` looks for it.
     """
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.checkpoint.weights import WeightsFile, load_classifier
+from ds_classifier.checkpoint.weights import WeightsFile, load_classifier, refuse_not_finite
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
@@ -127,6 +127,7 @@ class GuidedSampling:
 
         labels: [N] int64, the classes asked for. scale, temperatures: see `cond_fn`.
         batch_size: samples at a time, per rank. The others: see `sample_classes`.
+        Raises FloatingPointError if there are samples that are not finite.
         """
         settings = self.settings
         return sample_classes(
@@ -220,13 +221,15 @@ def load_guide(
     """Load a classifier for sampling, on the device, and the settings to sample with.
 
     path, given: see `load_guided_sampling`; for path None only settings are returned.
-    Raises ValueError as `load_classifier` does, or if `given` contradicts recorded settings.
+    Raises ValueError as `load_classifier` does, for weights that are not finite, or if `given`
+    contradicts recorded settings.
     """
     if path is None:
         return Settings(**given), None, None
     # The process is the one of the classifier's training; only its respacing may differ.
     respacing = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load_classifier(path, given)
+    refuse_not_finite(classifier.state_dict(), path)
     source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respacing})
     classifier.to(device, torch.float16 if fp16 else None)
     return source.settings.replace(**respacing), classifier, source

@@ -25,6 +25,8 @@ from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import CondFn
 from ds_classifier.loss import from_x_start
 
+NAMED = 3  # samples that are not finite are named in an error, at most
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -190,8 +192,11 @@ def sample(
     cond_fn: CondFn | None = None,
     ddim: bool = False,
     clip_denoised: bool = True,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Draw a batch of samples, [N, C, S, S] fp32, roughly in [-1, 1].
+
+    Also returns the t of each sample's first step that gave NaN or infinity, [N] int64; -1 if no
+    step did. Such a sample stays without finite numbers, and is no image.
 
     noise: a function; noise(i) returns [N, C, S, S] standard normal. noise(T) is the starting
         point; noise(t) is added in step t, and not used by DDIM.
@@ -200,6 +205,7 @@ def sample(
     """
     steps = process.diffusion.num_timesteps
     x = noise(steps)
+    broke = torch.full((len(x),), -1, device=x.device)  # read once per batch, not per step
     for i in reversed(range(steps)):
         t = torch.full((len(x),), i, device=x.device)
         prediction = denoiser(x, t, y)
@@ -210,7 +216,9 @@ def sample(
             x, _ = process.ddim_step(x, t, prediction, cond_fn=cond_fn, y=y)
         else:
             x = process.ddpm_step(x, t, prediction, noise(i), cond_fn=cond_fn, y=y)
-    return x
+        finite = x.isfinite().flatten(1).all(dim=1)
+        broke = torch.where(finite | (broke >= 0), broke, t)
+    return x, broke
 
 
 def keyed_steps(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
@@ -246,6 +254,8 @@ def sample_classes(
     progress: called with the number of samples drawn and N.
     The noise of sample n depends on (seed, n) alone, and a batch holds the same samples on any
     number of ranks, so the images are those of one rank if the devices round in the same way.
+    Raises FloatingPointError on every rank after the first batch with samples that are not finite,
+    naming them and the noise levels from which on they are not.
     """
     ranks, rank = distributed.world_size(), distributed.rank()
     pixels = []
@@ -256,7 +266,7 @@ def sample_classes(
         positions = positions.clamp_max(len(labels) - 1)
         y = torch.from_numpy(labels).to(device)[positions]
         noise = keyed_steps(seed, positions, shape)
-        x = sample(
+        x, broke = sample(
             process,
             denoiser,
             noise,
@@ -265,6 +275,24 @@ def sample_classes(
             ddim=ddim,
             clip_denoised=clip_denoised,
         )
+        broken = distributed.all_gather(broke).flatten().tolist()[: len(labels) - first]
+        if max(broken) >= 0:
+            levels = [process.diffusion.timestep_map[t] if t >= 0 else None for t in broken]
+            raise FloatingPointError(_not_finite(first, levels))
         pixels.append(distributed.all_gather(to_pixels(x)).flatten(0, 1).cpu().numpy())
         progress(min(first + ranks * batch_size, len(labels)), len(labels))
     return np.concatenate(pixels)[: len(labels)]
+
+
+def _not_finite(first: int, levels: list[int | None]) -> str:
+    """Return which samples of a batch are not finite, and from which noise level on.
+
+    first: the number of the batch's first sample. levels: per sample, in the original process; None
+    for a sample that is finite.
+    """
+    broken = [f"sample {first + i} from t = {t} on" for i, t in enumerate(levels) if t is not None]
+    more = f", and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    return (
+        f"{len(broken)} of the samples {first} to {first + len(levels) - 1} are not finite "
+        f"({', '.join(broken[:NAMED])}{more})"
+    )

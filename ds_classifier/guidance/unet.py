@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.checkpoint.weights import read_weights
+from ds_classifier.checkpoint.fitting import misfit
+from ds_classifier.checkpoint.weights import read_weights, refuse_not_finite
 from ds_classifier.model import (
     NORM_GROUPS,
     AttentionBlock,
@@ -125,17 +126,18 @@ def load_unet(
     """Load a UNet from guided-diffusion's file, in eval mode, parameters without gradients.
 
     fp16: compute its blocks in fp16. architecture: see `create_unet`.
-    Raises ValueError if the file was written by a UNet of another architecture.
+    Raises ValueError if the file was written by a UNet of another architecture, or if its weights
+    are not finite.
     """
-    unet = create_unet(**architecture)
+    unet, weights = create_unet(**architecture), read_weights(path)
     try:
-        unet.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        lines = str(error).strip().splitlines()
+        unet.load_state_dict(weights)
+    except RuntimeError:
         raise ValueError(
-            f"--model_path: {path} was built with other flags ({lines[1].strip()}"
-            f"{' ...' if len(lines) > 2 else ''}); do: give its MODEL_FLAGS"
+            f"--model_path: got {path}, {misfit(weights, unet.state_dict(), 'UNetModel')}; if it "
+            "was built with other flags, do: give its MODEL_FLAGS"
         ) from None
+    refuse_not_finite(weights, path)
     unet.to(device).eval().requires_grad_(False)
     if fp16:
         unet.set_precision(torch.float16)

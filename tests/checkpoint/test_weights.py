@@ -131,7 +131,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model\.pt is not a plain state dict"):
         open_weights(path)
     torch.save({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="are not a classifier's"):
+    with pytest.raises(ValueError, match=r"tensors \(a, ...\) are not those of guided-diffusion's"):
         open_weights(path)
 
 
@@ -187,20 +187,22 @@ def test_no_message_advises_to_run_the_code_in_a_file(tmp_path, content, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "words"),
     [
-        ("input_blocks.x.w", (1,)),
-        ("input_blocks.99999999999999.0.weight", (1,)),
-        ("input_blocks", (1,)),
-        ("input_blocks.3.0.out_layers.0.weight", ()),
-        ("out.2.c_proj.bias", ()),
-        ("out.2.c_proj.weight", ()),
-        ("out.2.positional_embedding", (64,)),
-        ("out.2.positional_embedding", (64, 1)),
+        ("input_blocks.x.w", (1,), "1 tensor additional"),
+        ("input_blocks.99999999999999.0.weight", (1,), "1 tensor additional"),
+        ("input_blocks", (1,), "1 tensor additional"),
+        ("input_blocks.3.0.out_layers.0.weight", (), "1 tensor of another shape"),
+        ("out.2.c_proj.bias", (), "1 tensor of another shape"),
+        ("out.2.c_proj.weight", (), "1 tensor of another shape"),
+        ("out.2.positional_embedding", (64,), "1 tensor of another shape"),
+        ("out.2.positional_embedding", (64, 1), "1 tensor of another shape"),
     ],
 )
-def test_names_and_shapes_may_be_anything(tmp_path, name, shape):
+def test_names_and_shapes_may_be_anything(tmp_path, name, shape, words):
     weights = create_classifier(**Settings(**SMALL).model_kwargs()).state_dict()
     torch.save(weights | {name: torch.zeros(shape)}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model\.pt, whose tensors .* are not a classifier's"):
+    with pytest.raises(ValueError, match=rf"got .*model\.pt, with .*{words}.*; need the \d+ of"):
+        open_weights(tmp_path / "model.pt", SMALL)
+    with pytest.raises(ValueError, match=r"guided-diffusion's EncoderUNetModel"):
         open_weights(tmp_path / "model.pt")

@@ -478,6 +478,17 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
+def test_logits_that_are_not_finite_are_refused_for_what_they_are(tmp_path):
+    """Check finite weights: the files would read back right, but nan equals nothing."""
+    weights = filled(tensors_of(Settings(**SMALL)))
+    weights["out.2.c_proj.weight"].fill_(3e38)
+    torch.save(weights, tmp_path / "big.pt")
+    assert all(value.isfinite().all() for value in weights.values())
+    with pytest.raises(ValueError, match="got big, whose logits or input gradients are not finite"):
+        export.export(tmp_path / "big.pt", SMALL)
+    assert list((tmp_path / "export").iterdir()) == []
+
+
 def test_guided_diffusion_can_read_the_flag_for_no_attention():
     """Check the flag for no attention: a side larger than the image, as an empty list fails."""
     flags = classifier_flags(Settings(classifier_attention_resolutions=""))

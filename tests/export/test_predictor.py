@@ -12,9 +12,11 @@ import torch
 from made import PREDICTOR_SETTINGS, write_run
 from PIL import Image
 from running import ROOT
+from small_models import SMALL, filled
 
 import ds_classifier
-from ds_classifier.config import RECIPES
+from ds_classifier.checkpoint.fitting import tensors_of
+from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
 from ds_classifier.data.splits import open_named
@@ -351,3 +353,12 @@ def test_the_name_of_version_0_1_takes_settings(run, tmp_path):
     torch.save(ds_classifier.load(run).classifier.state_dict(), tmp_path / "model.pt")
     source, _ = load_classifier(tmp_path / "model.pt", Settings(noise_schedule="cosine"))
     assert source.settings.noise_schedule == "cosine"
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    settings = Settings(**SMALL)
+    weights = filled(tensors_of(settings))
+    weights["out.0.bias"][3] = float("inf")
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt, whose weights are not all finite"):
+        ds_classifier.load(tmp_path / "model.pt", noise_schedule="cosine")

@@ -92,6 +92,38 @@ def test_an_ignorant_and_an_inverted_classifier(world):
     assert ignorant.length_ratio < 1e-6
 
 
+def test_answers_that_are_not_finite_are_wrong_and_in_no_mean(world):
+    """Check nan logits of 13 images, all of class 0, which argmax would take for class 0."""
+    images, labels, diffusion, exact = world
+    best = BayesModule(images, labels, diffusion)
+    chosen = torch.arange(39)[labels[:39] == 0]
+
+    def broken(x, t):
+        logits = best(x, t)
+        nan = torch.zeros(len(x), 1, dtype=logits.dtype)
+        nan[chosen] = torch.nan
+        return logits + nan
+
+    def none_finite(x, t):
+        return best(x, t) * torch.nan
+
+    how = dict(timesteps=[900], seed=0)
+    shown = images[:39], labels[:39]
+    (whole,) = compare_with_bayes(best, exact, diffusion, *shown, **how)
+    (row,) = compare_with_bayes(broken, exact, diffusion, *shown, **how)
+    assert (whole.not_finite, row.not_finite) == (0, 13)
+    assert row.accuracy <= 26 / 39
+    assert row.bayes_accuracy == whole.bayes_accuracy
+    assert row.kl == pytest.approx(0, abs=1e-4)
+    assert (row.cosine, row.length_ratio) == (pytest.approx(1, abs=1e-4),) * 2
+    (none,) = compare_with_bayes(none_finite, exact, diffusion, *shown, **how)
+    assert (none.not_finite, none.kl, none.accuracy, none.cosine) == (39, None, 0, None)
+    assert level_table([whole, row, none])[-2:] == [
+        "t = 900: 13 not finite, counted as wrong, in no mean",
+        "t = 900: 39 not finite, counted as wrong, in no mean",
+    ]
+
+
 def test_the_judge_classifies_digits(digits):
     pytest.importorskip("sklearn")
     from ds_classifier.guidance.exact_denoiser import read_images

@@ -10,7 +10,14 @@ import torch
 from made import write_run
 from PIL import Image
 from running import GOLDEN, ROOT, launch, run_python
-from small_models import DEFAULT, SMALL_UNET, filled, relative_error, small_unet
+from small_models import (
+    DEFAULT,
+    GOLDEN_UNETS,
+    SMALL_UNET,
+    filled,
+    relative_error,
+    small_unet,
+)
 
 from ds_classifier import distributed
 from ds_classifier.diffusion import create_gaussian_diffusion
@@ -84,7 +91,7 @@ def test_guided_loops_end_where_the_reference_does(name, ddim):
         create_gaussian_diffusion(timestep_respacing="ddim5" if ddim else "10")
     )
     draws = np.random.RandomState(19)
-    pixels = sample(
+    pixels, broke = sample(
         process,
         unet_denoiser(small_unet(name), process),
         lambda i: torch.from_numpy(draws.standard_normal((2, 3, 16, 16)).astype(np.float32)),
@@ -94,6 +101,7 @@ def test_guided_loops_end_where_the_reference_does(name, ddim):
     )
     loop = "ddim_sample_loop" if ddim else "p_sample_loop"
     assert relative_error(pixels.numpy(), recorded[f"{loop}_{name}"]) < 1e-4
+    assert broke.tolist() == [-1, -1]
 
 
 def test_pixels_are_truncated_not_rounded():
@@ -148,6 +156,84 @@ def test_two_ranks_draw_the_images_of_one(digits, classifier_file, tmp_path):
         facts[k] for k in ("classes", "classifier_scale", "num_samples", "seed", "use_ddim")
     ]
     assert recorded == [[3, 8], [0.0, 2.0], 7, 0, False]
+
+
+@pytest.mark.parametrize("ddim", [False, True])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_the_first_level_without_finite_numbers_is_found(ddim, number):
+    """Check a gradient that breaks sample 0 at t = 2 and sample 2 at t = 0, in one pixel."""
+    process = ReverseProcess(create_gaussian_diffusion(timestep_respacing="4"))
+    breaks_at = {0: process.diffusion.timestep_map[2], 2: process.diffusion.timestep_map[0]}
+
+    def cond_fn(x, t, y):
+        gradient = torch.zeros_like(x)
+        for i, level in breaks_at.items():
+            gradient[i, 1, 3, 2] = number if t[i] == level else 0.0
+        return gradient
+
+    x, broke = sample(
+        process,
+        lambda x, t, y: Prediction(torch.zeros_like(x), None),
+        lambda i: torch.ones(3, 3, 8, 8),
+        torch.zeros(3, dtype=torch.int64),
+        cond_fn=cond_fn,
+        ddim=ddim,
+    )
+    assert broke.tolist() == [2, -1, 0]
+    assert x.isfinite().flatten(1).all(dim=1).tolist() == [False, True, False]
+
+
+def test_a_scale_with_samples_that_are_not_finite_is_not_written(digits, classifier_file, tmp_path):
+    """Check scale 1e30 between two others, on two ranks, after an earlier run."""
+    folder = sample_files.scale_folder(tmp_path, 1e30)
+    black = np.zeros((1, 8, 8, 3), np.uint8)
+    earlier = sample_files.write_samples(folder, black + 9, np.zeros(1, np.int64))
+    arguments = [*classifier_file, "--data_dir", digits / "val", "--num_samples", "5"]
+    arguments += ["--batch_size", "2", "--timestep_respacing", "4", "--out_dir", tmp_path]
+    arguments += ["--classifier_scale", "0", "1e30", "2"]
+    done = launch(2, *arguments, cwd=tmp_path, script=ROOT / "launch/sample.py")
+    assert done.code == 1
+    assert "Traceback" not in done.output
+    (line,) = [line for line in done.output.splitlines() if "error" in line]
+    assert line.startswith(
+        "error: scale 1e+30: 4 of the samples 0 to 3 are not finite (sample 0 from"
+    )
+    assert line.endswith("none of this scale is written; do: choose a scale nearer to 0")
+    assert [path.name for path in folder.glob("*.npz")] == [earlier.name]
+    assert np.load(earlier)["arr_0"].max() == 9
+    for scale in ("scale_0", "scale_2"):
+        assert len(np.load(tmp_path / scale / "samples_5x16x16x3.npz")["arr_0"]) == 5
+    assert json.loads((tmp_path / "samples.json").read_text())["classifier_scale"] == [0, 2]
+    # The overview has a margin of 30 px, a block of 64 px for each of two scales, 8 between them.
+    assert Image.open(tmp_path / "overview.png").size[0] == 30 + 2 * 64 + 8
+
+
+def test_what_to_do_about_samples_that_are_not_finite():
+    from launch import sample as command
+
+    unet = ["--classifier_path", "c", "--model_path", "m", "--use_fp16", "--classifier_use_fp16"]
+    unet.insert(5, "True")
+    unet.append("True")
+    for flags, scale, words in (
+        (unet, 1, "drop --use_fp16 and --classifier_use_fp16"),
+        (unet, 0, "drop --use_fp16, whose"),
+        ([*BAYES, "--use_fp16", "True", "--classifier_use_fp16", "True"], 1, "choose a scale near"),
+        (unet[:4], 0, "choose another UNet"),
+    ):
+        assert command._remedy(command.parse(flags)[0], scale).startswith(words)
+
+
+def test_networks_that_are_not_finite_are_refused(tmp_path):
+    weights = small_unet("cond").state_dict()
+    weights["out.2.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "unet.pt")
+    with pytest.raises(ValueError, match=r"unet\.pt, whose weights are not all finite"):
+        load_unet(tmp_path / "unet.pt", **SMALL_UNET | GOLDEN_UNETS["cond"])
+    classifier = create_classifier(**DEFAULT).state_dict()
+    classifier["out.0.bias"][0] = torch.nan
+    torch.save(classifier, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt, whose weights are not all finite"):
+        load_guide(tmp_path / "model.pt", {})
 
 
 def test_samples_of_an_earlier_run_are_deleted(tmp_path):
