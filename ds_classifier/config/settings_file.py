@@ -18,6 +18,7 @@ from ds_classifier.config.settings import Settings
 OF_ONE_RUN = (
     "run_dir",
     "resume_checkpoint",
+    "extend",
     "expect_world",
     "max_minutes",
     "batch_size",
