@@ -219,6 +219,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     files.refuse_unwritable("OUT", arguments.out)
     source = open_source(arguments.source, None if share else arguments.val, arguments.val_labels)
+    for remark in source.remarks:
+        print(remark)
     with Progress() as progress:
         if share:
             source = hold_out(source, share, workers=arguments.workers, progress=progress)

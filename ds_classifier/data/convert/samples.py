@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ds_classifier.common.files import size_of_file
+from ds_classifier.common.text import count
 from ds_classifier.data.classes import class_list, refuse_not_utf8
 
 
 class Content(Protocol):
     """The location of an image that is neither a whole file nor in memory; small and picklable.
 
+    Its `origin` tells it from all other images: the path of its file, then its place there.
     Content with an attribute `group` (hashable) is read together with the rest of its group, so
     reading the samples of several groups in turn is slow: see `spool_groups`.
     """
@@ -24,6 +27,9 @@ class Content(Protocol):
     def size(self) -> int: ...
 
     def changed_ns(self) -> int: ...
+
+    @property
+    def origin(self) -> tuple: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,10 @@ class Slice:
 
     def changed_ns(self) -> int:
         return os.stat(self.path).st_ctime_ns
+
+    @property
+    def origin(self) -> tuple[Path, int]:
+        return self.path, self.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,8 @@ class DataSource:
     halved: (image_size, form) of the `Encoding` if the images have been halved; None: originals.
     held_out: the share that `hold_out` made the validation split of, such as "10%"; "" if the split
         was given.
-    Raises ValueError for a class name that is not UTF-8.
+    remarks: lines for the user, such as which files were taken for which split.
+    Raises ValueError for a class name that is not UTF-8, and for an image that is in both splits.
     """
 
     name: str
@@ -127,9 +138,46 @@ class DataSource:
     splits: dict[str, list[Sample]]
     halved: tuple[int, str] | None = None
     held_out: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)
+        _refuse_shared_images(self.name, self.splits)
+
+
+def _refuse_shared_images(name: str, splits: dict[str, list[Sample]]) -> None:
+    """Raise ValueError if an image of the validation split is in the training split too.
+
+    Images are compared by where they come from, not by their bytes.
+    """
+    if splits.keys() < {"train", "val"}:
+        return
+    train, val = map(_origins, (splits["train"], splits["val"]))
+    both = train.keys() & val.keys()
+    if both:
+        first = next(val[origin] for origin in val if origin in both)
+        raise ValueError(
+            f"--val: got {count(len(both), 'image')} in both splits of {name}, such as {first}; "
+            "need validation images that are not trained on; do: hold out a share with --val 10%, "
+            "or name the folders or files of each split"
+        )
+
+
+def _origins(samples: list[Sample]) -> dict[tuple, str]:
+    """Return origin -> name of the samples that are not in memory; paths are without links."""
+    real_folder = cache(os.path.realpath)
+    origins = {}
+    for sample in samples:
+        if isinstance(sample.content, bytes):
+            continue
+        path, *place = (
+            (sample.content,) if isinstance(sample.content, Path) else sample.content.origin
+        )
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        folder, name = os.path.split(path)
+        origins[(real_folder(folder), name, *place)] = sample.name
+    return origins
 
 
 class NamedSample(NamedTuple):
@@ -148,10 +196,11 @@ def share_classes(
     train: Sequence[NamedSample],
     val: Sequence[NamedSample] | None = None,
     classes: list[str] | None = None,
+    remarks: Iterable[str] = (),
 ) -> DataSource:
     """Return a source whose classes are numbered by the training split alone.
 
-    classes: the names in order; None: see `class_list`.
+    classes: the names in order; None: see `class_list`. remarks: see `DataSource`.
     Raises ValueError for a validation class without training images, and for a gap in integers.
     """
     if classes is None:
@@ -169,7 +218,7 @@ def share_classes(
         for split, named in (("train", train), ("val", val))
         if named is not None
     }
-    return DataSource(name, classes, splits)
+    return DataSource(name, classes, splits, remarks=tuple(remarks))
 
 
 def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_classifier.common.text import count
+from ds_classifier.data.convert.names import take
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -26,6 +27,7 @@ from ds_classifier.data.tars import IMAGE_SUFFIXES, is_tar_name
 
 # Other suffixes of images. If the content is not in a format of IMAGE_SUFFIXES, it is refused.
 OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
+BOTH = ("train", "val")
 DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # no classes if all are of these
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
@@ -298,19 +300,30 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
 
 
 def parquet(train: Path, val: Path | None = None) -> DataSource:
-    """Return a source of Hugging Face's parquet files. A folder may hold a validation split too."""
-    from ds_classifier.data.convert.parquet import read_parquet
+    """Return a source of Hugging Face's parquet files. A folder may hold a validation split too.
 
-    opened = read_parquet(train, "train")
-    if opened is None:
+    The files of a folder without words for splits in their names are those of one split.
+    """
+    from ds_classifier.data.convert.parquet import files_by_kind, read_parquet
+
+    files, remarks = {}, []
+    for place, splits in ((train, ["train"]), (val, ["val"])) if val else ((train, BOTH),):
+        by_kind = {"": [place]} if place.is_file() else files_by_kind(place)
+        if "" in by_kind:
+            files[splits[0]] = by_kind[""]
+        else:
+            taken, remark = take(place, by_kind, splits)
+            files |= taken
+            remarks.append(remark)
+    if "train" not in files:
         raise ValueError(f"source: got {train} without train-*.parquet; do: give the files' folder")
-    images, classes = opened
-    held_out = read_parquet(train if val is None else val, "val") if val or train.is_dir() else None
-    if val is not None and held_out is None:
+    if val is not None and "val" not in files:
         raise ValueError(
             f"--val: got {val} without validation-*.parquet; do: give the file of that split"
         )
-    return share_classes(str(train), images, held_out and held_out[0], classes)
+    images, classes = read_parquet(files["train"])
+    held_out = read_parquet(files["val"])[0] if "val" in files else None
+    return share_classes(str(train), images, held_out, classes, remarks)
 
 
 def shards(train: Path, val: Path | None = None) -> DataSource:
