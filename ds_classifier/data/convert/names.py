@@ -1,17 +1,56 @@
-"""Split words in the names of files and folders: train, Training, val2017, test_set."""
+"""What the names of files and folders say: what is passed over, and what is a split."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ds_classifier.common.text import count
+from ds_classifier.data.tars import printable
+
+# Folders of file servers, archive programs and Python. What begins with a dot is hidden anyway.
+NO_DATA = {
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "@__thumb",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+}
 WORDS = {
     "train": ("train", "training", "trainset", "trainval"),
     "val": ("val", "valid", "validation", "dev", "valset", "validset", "validationset", "devset"),
     "test": ("test", "testing", "testset", "eval", "evaluation"),
 }
+MAX_NAMED = 3  # kinds of folders in a message
 _KIND = {word: kind for kind, words in WORDS.items() for word in words}
+
+
+def is_passed_over(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or was not made by the user."""
+    return name.startswith(".") or name.lower() in NO_DATA
+
+
+def passed_over(passed: Counter[str]) -> str:
+    """Return "passed over: 3 hidden files, 1 folder __MACOSX", or "" for nothing.
+
+    passed: names of folders, and "" for files -> number.
+    """
+    names = sorted(name for name in passed if name)
+    found = [count(passed[""], "hidden file")] if passed[""] else []
+    found += [f"{count(passed[n], 'folder')} {printable(n)}" for n in names[:MAX_NAMED]]
+    if more := sum(passed[name] for name in names[MAX_NAMED:]):
+        found.append(f"{count(more, 'other folder')}")
+    return f"passed over: {', '.join(found)}" if found else ""
 
 
 def kinds_in(name: str) -> set[str]:
@@ -39,11 +78,11 @@ def take(
     taken = {split: by_kind[kinds[split]] for split in splits if by_kind.get(kinds[split])}
     parts = [f"{_shown(place, paths)} is {split}" for split, paths in taken.items()]
     unused = set(by_kind) - {kinds[split] for split in splits}
-    parts += [f"{_shown(place, by_kind[kind])} is not used" for kind in sorted(unused)]
+    parts += [f"not taken: {_shown(place, by_kind[kind])}" for kind in sorted(unused)]
     return taken, f"by the names in {place}: {', '.join(parts)}"
 
 
 def _shown(place: Path, paths: list[Path]) -> str:
-    """Return a path relative to a folder, and how many more there are."""
-    more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
-    return f"{paths[0].relative_to(place)}{more}"
+    """Return the first path, relative to a folder, and the number of the others."""
+    others = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+    return f"{printable(str(paths[0].relative_to(place)))}{others}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -78,15 +78,16 @@ def read_parquet(files: list[Path]) -> tuple[list[NamedSample], list[str] | None
     return images, classes
 
 
-def files_by_kind(folder: Path) -> dict[str, list[Path]]:
+def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
     """Return the files under a folder by their split: "train", "val" or "test".
 
     The split is a word in the name of a file, or of a folder around it. If no name has such a word,
-    all files are those of "". Raises ValueError if only some have one, or if a file is missing.
+    all files are those of "". passed: see `files_under`.
+    Raises ValueError if only some have such a word, or if a file is missing.
     """
     by_kind = defaultdict(list)
     parts = defaultdict(set)
-    for file in files_under(folder, (*IMAGE_SUFFIXES, PARQUET)):
+    for file in files_under(folder, (*IMAGE_SUFFIXES, PARQUET), passed):
         if file.suffix.lower() != PARQUET:
             raise ValueError(
                 f"source: got parquet files and an image ({file}) under {folder}; need one or the "

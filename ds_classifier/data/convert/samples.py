@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from typing import NamedTuple, Protocol
 from ds_classifier.common.files import size_of_file
 from ds_classifier.common.text import count
 from ds_classifier.data.classes import class_list, refuse_not_utf8
+from ds_classifier.data.convert.names import is_passed_over
 
 
 class Content(Protocol):
@@ -221,18 +223,23 @@ def share_classes(
     return DataSource(name, classes, splits, remarks=tuple(remarks))
 
 
-def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield every file with one of the suffixes, following links.
+def files_under(
+    root: Path, suffixes: Sequence[str], passed: Counter[str] | None = None
+) -> Iterator[Path]:
+    """Yield every file with one of the suffixes, following links; but not what is passed over.
 
     The files of a folder come first, then those of its folders, both sorted by name.
+    passed: counts what is passed over, as `names.passed_over` describes it.
     Raises ValueError for a folder that cannot be read, and for a link to a folder above it.
     """
+    passed = Counter() if passed is None else passed
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"source: cannot read {error.filename}: {error.strerror}") from None
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        folders.sort()
+        passed.update(filter(is_passed_over, folders))
+        folders[:] = sorted(name for name in folders if not is_passed_over(name))
         here = os.path.join(os.path.realpath(folder), "")
         for inner in folders:
             link = os.path.join(folder, inner)
@@ -242,5 +249,9 @@ def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
                     "once; do: remove the link"
                 )
         for name in sorted(names):
-            if name.lower().endswith(tuple(suffixes)):
+            if not name.lower().endswith(tuple(suffixes)):
+                continue
+            if is_passed_over(name):
+                passed[""] += 1
+            else:
                 yield Path(folder, name)
