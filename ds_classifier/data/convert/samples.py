@@ -165,20 +165,20 @@ def _refuse_shared_images(name: str, splits: dict[str, list[Sample]]) -> None:
         )
 
 
-def _origins(samples: list[Sample]) -> dict[tuple, str]:
+def _origins(samples: list[Sample]) -> dict[str | tuple, str]:
     """Return origin -> name of the samples that are not in memory; paths are without links."""
-    real_folder = cache(os.path.realpath)
+    real = cache(os.path.realpath)  # of folders, and of files that hold many images
     origins = {}
     for sample in samples:
-        if isinstance(sample.content, bytes):
-            continue
-        path, *place = (
-            (sample.content,) if isinstance(sample.content, Path) else sample.content.origin
-        )
-        if os.path.islink(path):
-            path = os.path.realpath(path)
-        folder, name = os.path.split(path)
-        origins[(real_folder(folder), name, *place)] = sample.name
+        content = sample.content
+        if isinstance(content, Path):
+            path = str(content)
+            folder, name = os.path.split(path)
+            is_link = os.path.islink(path)
+            origins[os.path.realpath(path) if is_link else f"{real(folder)}/{name}"] = sample.name
+        elif not isinstance(content, bytes):
+            path, *place = content.origin
+            origins[(real(path), *place)] = sample.name
     return origins
 
 
