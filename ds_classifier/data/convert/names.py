@@ -1,4 +1,4 @@
-"""What the names of files and folders say: what is passed over, and what is a split."""
+"""Names of files and folders: those that are passed over, and words that stand for splits."""
 
 from __future__ import annotations
 
