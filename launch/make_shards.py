@@ -73,10 +73,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "source",
-        help="a folder with one directory per class, or with CLASS_image.jpg files; "
-        "ILSVRC2012_img_train.tar, as downloaded; a .csv with columns path and label, or a .jsonl "
-        "with these keys; Hugging Face .parquet, a file or a folder; shards; or the word digits, "
-        "for the handwritten digits in scikit-learn",
+        help="a folder with one directory per class, or with CLASS_image.jpg files, or a folder "
+        "of such splits, train/ and val/; ILSVRC2012_img_train.tar, as downloaded; a .csv with "
+        "columns path and label, or a .jsonl with these keys; Hugging Face .parquet, a file or a "
+        "folder; shards; or the word digits, for the handwritten digits in scikit-learn",
     )
     command.add_argument("out", type=Path, help="the directory for train/ and val/")
     command.add_argument(
@@ -219,6 +219,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     files.refuse_unwritable("OUT", arguments.out)
     source = open_source(arguments.source, None if share else arguments.val, arguments.val_labels)
+    for remark in source.remarks:
+        print(remark)
     with Progress() as progress:
         if share:
             source = hold_out(source, share, workers=arguments.workers, progress=progress)

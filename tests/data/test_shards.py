@@ -108,9 +108,12 @@ def test_images_of_other_formats_do_not_vanish(folder, tmp_path):
 
 
 def test_splits_are_not_taken_for_classes(tmp_path):
-    both = make_images(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"])
-    with pytest.raises(ValueError, match=r"splits \(train, val\)"):
-        image_folder(both)
+    source = image_folder(make_images(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"]))
+    assert source.classes == ["cat"]
+    assert {split: len(samples) for split, samples in source.splits.items()} == {
+        "train": 1,
+        "val": 1,
+    }
 
 
 def test_digits_are_the_ones_of_scikit_learn(digits):

@@ -19,6 +19,7 @@ import os
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,13 +67,14 @@ def train_images(tar: Path) -> list[NamedSample]:
     return images
 
 
-def val_images(place: Path, labels: Path) -> list[NamedSample]:
+def val_images(place: Path, labels: Path, passed: Counter[str]) -> list[NamedSample]:
     """Return the images in a tar or a folder, with classes from a devkit or Kaggle's CSV.
 
+    passed: see `files_under`.
     Raises ValueError if an image has no label or a label no image: one of the files is incomplete.
     """
     if place.is_dir():
-        found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES)]
+        found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES, passed)]
     else:
         with open(place, "rb") as file:
             found = [

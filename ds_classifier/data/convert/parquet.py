@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from ds_classifier.common.files import size_of_file
+from ds_classifier.data.convert.names import split_in
 from ds_classifier.data.convert.samples import NamedSample, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES
 
 PARQUET = ".parquet"
-_SPLIT_WORD = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
 
 
@@ -46,23 +46,22 @@ class ParquetCell:
         return os.stat(self.file).st_ctime_ns
 
     @property
+    def origin(self) -> tuple[Path, int, int]:
+        return self.file, self.row_group, self.row
+
+    @property
     def group(self) -> tuple[str, int]:
         """The key of the row group, which is read as a whole: see `samples.Content`."""
         return str(self.file), self.row_group
 
 
-def read_parquet(place: Path, split: str) -> tuple[list[NamedSample], list[str] | None] | None:
-    """Return the rows of a file, or of one split in a folder, and the class names if it has them.
+def read_parquet(files: list[Path]) -> tuple[list[NamedSample], list[str] | None]:
+    """Return the rows of the files of a split, and the class names if they have them.
 
-    split: "train" or "val". If the files of a folder, or the folders around them, are named train,
-    validation or test, only the files of the split are read. If the split has no files, the result
-    is None. The class of a row is its class name, or an integer if the file has no class names.
-    Raises ValueError for files that are missing, damaged or differ in their class names, and for
-    labels that are null or out of range.
+    The class of a row is its class name, or an integer if the file has no class names.
+    Raises ValueError for files that are damaged or differ in their class names, and for labels that
+    are null or out of range.
     """
-    files = [place] if place.is_file() else _files_of_split(place, split)
-    if not files:
-        return None
     images: list[NamedSample] = []
     classes = None
     for i, file in enumerate(files):
@@ -75,24 +74,27 @@ def read_parquet(place: Path, split: str) -> tuple[list[NamedSample], list[str] 
         classes = own_classes
         images += rows
     if not images:
-        raise ValueError(f"{place}: got no rows; need images; do: download it again")
+        raise ValueError(f"{files[0]}: got no rows; need images; do: download it again")
     return images, classes
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    found = list(files_under(folder, (*IMAGE_SUFFIXES, PARQUET)))
-    by_word = defaultdict(list)
+def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
+    """Return the files under a folder by their split: "train", "val" or "test".
+
+    The split is a word in the name of a file, or of a folder around it. If no name has such a word,
+    all files are those of "". passed: see `files_under`.
+    Raises ValueError if only some have such a word, or if a file is missing.
+    """
+    by_kind = defaultdict(list)
     parts = defaultdict(set)
-    for file in found:
+    for file in files_under(folder, (*IMAGE_SUFFIXES, PARQUET), passed):
         if file.suffix.lower() != PARQUET:
             raise ValueError(
                 f"source: got parquet files and an image ({file}) under {folder}; need one or the "
                 "other; do: name the folder of one of them"
             )
         *parents, name = file.relative_to(folder).parts
-        words = (_SPLIT_WORD.match(part) for part in (name, *reversed(parents)))
-        word = next((match[1].lower() for match in words if match), "")
-        by_word["val" if word.startswith("val") else word].append(file)
+        by_kind[split_in((name, *reversed(parents)))].append(file)
         if part := _PART.fullmatch(name):
             parts[file.parent, part[1], part[3], part[4]].add(int(part[2]))
     for (parent, prefix, total, _), numbers in parts.items():
@@ -102,15 +104,12 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
                 f"source: got {len(numbers)} files {prefix}*-of-{total} in {parent}, without "
                 f"number {lacking}; need all {int(total)}; do: download the rest"
             )
-    if "" not in by_word:
-        # Without a validation split, the test split is used for validation.
-        return by_word[split] or (by_word["test"] if split == "val" else [])
-    if len(by_word) > 1:
+    if "" in by_kind and len(by_kind) > 1:
         raise ValueError(
-            f"source: got {by_word[''][0]} next to files of the splits {sorted(by_word)[1:]}; need "
-            "the split in every name, such as train-00000.parquet; do: name or move it"
+            f"source: got {by_kind[''][0]} next to files of the splits {sorted(by_kind)[1:]}; "
+            "need the split in every name, such as train-00000.parquet; do: name or move it"
         )
-    return by_word[""]
+    return by_kind
 
 
 def _pyarrow_parquet():

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ds_classifier.common.files import size_of_file
+from ds_classifier.common.text import count
 from ds_classifier.data.classes import class_list, refuse_not_utf8
+from ds_classifier.data.convert.names import is_passed_over
 
 
 class Content(Protocol):
     """The location of an image that is neither a whole file nor in memory; small and picklable.
 
+    Its `origin` tells it from all other images: the path of its file, then its place there.
     Content with an attribute `group` (hashable) is read together with the rest of its group, so
     reading the samples of several groups in turn is slow: see `spool_groups`.
     """
@@ -24,6 +29,9 @@ class Content(Protocol):
     def size(self) -> int: ...
 
     def changed_ns(self) -> int: ...
+
+    @property
+    def origin(self) -> tuple: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,10 @@ class Slice:
 
     def changed_ns(self) -> int:
         return os.stat(self.path).st_ctime_ns
+
+    @property
+    def origin(self) -> tuple[Path, int]:
+        return self.path, self.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +131,8 @@ class DataSource:
     halved: (image_size, form) of the `Encoding` if the images have been halved; None: originals.
     held_out: the share that `hold_out` made the validation split of, such as "10%"; "" if the split
         was given.
-    Raises ValueError for a class name that is not UTF-8.
+    remarks: lines for the user, such as which files were taken for which split.
+    Raises ValueError for a class name that is not UTF-8, and for an image that is in both splits.
     """
 
     name: str
@@ -127,9 +140,46 @@ class DataSource:
     splits: dict[str, list[Sample]]
     halved: tuple[int, str] | None = None
     held_out: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)
+        _refuse_shared_images(self.name, self.splits)
+
+
+def _refuse_shared_images(name: str, splits: dict[str, list[Sample]]) -> None:
+    """Raise ValueError if an image of the validation split is in the training split too.
+
+    Images are compared by where they come from, not by their bytes.
+    """
+    if splits.keys() < {"train", "val"}:
+        return
+    train, val = map(_origins, (splits["train"], splits["val"]))
+    both = train.keys() & val.keys()
+    if both:
+        first = next(val[origin] for origin in val if origin in both)
+        raise ValueError(
+            f"--val: got {count(len(both), 'image')} in both splits of {name}, such as {first}; "
+            "need validation images that are not trained on; do: hold out a share with --val 10%, "
+            "or name the folders or files of each split"
+        )
+
+
+def _origins(samples: list[Sample]) -> dict[str | tuple, str]:
+    """Return origin -> name of the samples that are not in memory; paths are without links."""
+    real = cache(os.path.realpath)  # of folders, and of files that hold many images
+    origins = {}
+    for sample in samples:
+        content = sample.content
+        if isinstance(content, Path):
+            path = str(content)
+            folder, name = os.path.split(path)
+            is_link = os.path.islink(path)
+            origins[os.path.realpath(path) if is_link else f"{real(folder)}/{name}"] = sample.name
+        elif not isinstance(content, bytes):
+            path, *place = content.origin
+            origins[(real(path), *place)] = sample.name
+    return origins
 
 
 class NamedSample(NamedTuple):
@@ -148,10 +198,11 @@ def share_classes(
     train: Sequence[NamedSample],
     val: Sequence[NamedSample] | None = None,
     classes: list[str] | None = None,
+    remarks: Iterable[str] = (),
 ) -> DataSource:
     """Return a source whose classes are numbered by the training split alone.
 
-    classes: the names in order; None: see `class_list`.
+    classes: the names in order; None: see `class_list`. remarks: see `DataSource`.
     Raises ValueError for a validation class without training images, and for a gap in integers.
     """
     if classes is None:
@@ -169,21 +220,26 @@ def share_classes(
         for split, named in (("train", train), ("val", val))
         if named is not None
     }
-    return DataSource(name, classes, splits)
+    return DataSource(name, classes, splits, remarks=tuple(remarks))
 
 
-def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield every file with one of the suffixes, following links.
+def files_under(
+    root: Path, suffixes: Sequence[str], passed: Counter[str] | None = None
+) -> Iterator[Path]:
+    """Yield every file with one of the suffixes, following links; but not what is passed over.
 
     The files of a folder come first, then those of its folders, both sorted by name.
+    passed: counts what is passed over, as `names.passed_over` describes it.
     Raises ValueError for a folder that cannot be read, and for a link to a folder above it.
     """
+    passed = Counter() if passed is None else passed
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"source: cannot read {error.filename}: {error.strerror}") from None
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        folders.sort()
+        passed.update(filter(is_passed_over, folders))
+        folders[:] = sorted(name for name in folders if not is_passed_over(name))
         here = os.path.join(os.path.realpath(folder), "")
         for inner in folders:
             link = os.path.join(folder, inner)
@@ -193,5 +249,9 @@ def files_under(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
                     "once; do: remove the link"
                 )
         for name in sorted(names):
-            if name.lower().endswith(tuple(suffixes)):
+            if not name.lower().endswith(tuple(suffixes)):
+                continue
+            if is_passed_over(name):
+                passed[""] += 1
+            else:
                 yield Path(folder, name)

@@ -10,10 +10,18 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from ds_classifier.common.text import count
+from ds_classifier.data.convert.names import (
+    WORDS,
+    is_passed_over,
+    kinds_in,
+    passed_over,
+    take,
+)
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -22,12 +30,13 @@ from ds_classifier.data.convert.samples import (
     files_under,
     share_classes,
 )
+from ds_classifier.data.convert.split_folders import take_folders
 from ds_classifier.data.tars import IMAGE_SUFFIXES, is_tar_name
 
 # Other suffixes of images. If the content is not in a format of IMAGE_SUFFIXES, it is refused.
 OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
+BOTH = ("train", "val")
 DIGITS = "digits"
-SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # no classes if all are of these
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 LISTS = (".csv", ".jsonl")
 MAX_NAMED = 10  # folders without images in a message
@@ -38,7 +47,7 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     """Open a data source, without reading images. Its kind follows from its suffix and content.
 
     source, val (for validation):
-    - an image folder, classes as directories or as file prefixes
+    - an image folder, classes as directories or as file prefixes, or a folder of such splits
     - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its images, with
       val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
     - a .csv with columns path and label, or a .jsonl of objects with these keys
@@ -86,9 +95,40 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
         return shards(train, None if val is None else Path(val))
     if kind == "parquet":
         return parquet(train, None if val is None else Path(val))
-    if val is None:
-        return share_classes(source, _images(train, kind))
-    return share_classes(source, _images(train, kind), _val_images(Path(val), val_kind, val_labels))
+    return _files(source, kind, val, val_kind, val_labels)
+
+
+def _files(
+    source: str, kind: str, val: str | None, val_kind: str | None, val_labels: str | None
+) -> DataSource:
+    """Open folders, tars of ImageNet and lists. The arguments are those of `open_source`."""
+    passed: Counter[str] = Counter()
+    places, remarks = {"train": Path(source)}, []
+    if val is not None:
+        places["val"] = Path(val)
+    for split, place_kind in (("train", kind), ("val", val_kind)):
+        if place_kind == "folder":
+            splits = BOTH if val is None else [split]
+            suffixes = IMAGE_SUFFIXES + OTHER_SUFFIXES
+            taken, more = take_folders(places[split], splits, suffixes, passed)
+            places |= taken
+            remarks += more
+    try:
+        train = _images(places["train"], kind, passed)
+        held_out = None
+        if "val" in places:
+            held_out = _val_images(places["val"], val_kind or kind, val_labels, passed)
+        if kind == "folder":
+            remarks += _remark_on_classes(places["train"], train)
+        if line := passed_over(passed):
+            remarks.append(line)
+        return share_classes(source, train, held_out, remarks=remarks)
+    except ValueError as error:
+        if not remarks:
+            raise
+        if val is None and "val" in places:
+            remarks.append(f"to choose: convert {places['train']} OUT, with --val or without")
+        raise ValueError(f"{error} ({'; '.join(remarks)})") from None
 
 
 def _kind(place: Path) -> str:
@@ -115,15 +155,17 @@ def _kind(place: Path) -> str:
     return kind
 
 
-def _images(place: Path, kind: str) -> list[NamedSample]:
+def _images(place: Path, kind: str, passed: Counter[str]) -> list[NamedSample]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
         return imagenet.train_images(place)
-    return _listed_files(place) if kind == "list" else _labelled_files(place)
+    return _listed_files(place) if kind == "list" else _labelled_files(place, passed)
 
 
-def _val_images(place: Path, kind: str, labels: str | None) -> list[NamedSample]:
+def _val_images(
+    place: Path, kind: str, labels: str | None, passed: Counter[str]
+) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
             raise ValueError(
@@ -131,13 +173,13 @@ def _val_images(place: Path, kind: str, labels: str | None) -> list[NamedSample]
             )
         from ds_classifier.data.convert import imagenet
 
-        return imagenet.val_images(place, Path(labels))
+        return imagenet.val_images(place, Path(labels), passed)
     if kind == "tar":
         raise ValueError(
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _images(place, kind)
+    return _images(place, kind, passed)
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -148,12 +190,11 @@ def image_folder(train: Path, val: Path | None = None) -> DataSource:
 
     Both splits share one class list, the sorted names of the training classes.
     """
-    return share_classes(
-        str(train), _labelled_files(train), None if val is None else _labelled_files(val)
-    )
+    val_kind = None if val is None else "folder"
+    return _files(str(train), "folder", None if val is None else str(val), val_kind, None)
 
 
-def _labelled_files(root: Path) -> list[NamedSample]:
+def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
     """Return every image under root with its class name, in the order of `files_under`."""
     if not root.is_dir():
         raise ValueError(
@@ -162,8 +203,10 @@ def _labelled_files(root: Path) -> list[NamedSample]:
         )
 
     loose, sorted_by_class = [], []
-    for file in files_under(root, IMAGE_SUFFIXES + OTHER_SUFFIXES):
+    inner = set()  # the folders directly in those of classes, "" for none
+    for file in files_under(root, IMAGE_SUFFIXES + OTHER_SUFFIXES, passed):
         parts = file.relative_to(root).parts
+        inner.add(parts[1] if len(parts) > 2 else "")
         if len(parts) == 1:
             loose.append((file, file.name.split("_")[0]))
         else:
@@ -177,8 +220,9 @@ def _labelled_files(root: Path) -> list[NamedSample]:
     found = loose or sorted_by_class
     if not found:
         raise ValueError(
-            f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}); need "
-            "CLASS/image.jpg, or CLASS_image.jpg in one folder"
+            f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}"
+            f"{'; ' * bool(passed)}{passed_over(passed)}); need CLASS/image.jpg, or "
+            "CLASS_image.jpg in one folder"
         )
     if loose and any("_" not in file.name for file, _ in loose):
         bare = next(file.name for file, _ in loose if "_" not in file.name)
@@ -187,10 +231,12 @@ def _labelled_files(root: Path) -> list[NamedSample]:
             "class before the first underscore, or one directory per class"
         )
     classes = {class_name for _, class_name in found}
-    if sorted_by_class and "train" in classes and classes <= SPLIT_FOLDERS:
+    if all(map(kinds_in, inner)) and len(set().union(*map(kinds_in, inner))) > 1:
+        one = next(iter(classes)) if len(classes) == 1 else None
         raise ValueError(
-            f"source: got {root}, whose folders are splits ({', '.join(sorted(classes))}), not "
-            f"classes; do: convert {root / 'train'}, and give the validation split as --val"
+            f"source: got {root} with folders of splits ({', '.join(sorted(inner))}) inside of "
+            f"{min(classes)}/; need them above the classes, as in train/CLASS/image.jpg; do: "
+            + (f"convert {root / one}" if one else "move them, or list the images in a .csv")
         )
     empty = [] if loose else sorted(_class_folders(root) - classes)
     if empty:
@@ -205,15 +251,36 @@ def _labelled_files(root: Path) -> list[NamedSample]:
     ]
 
 
+def _remark_on_classes(root: Path, images: list[NamedSample]) -> list[str]:
+    """Return a remark if some of the classes, but not all, have names of splits.
+
+    Raises ValueError if the images of those classes lie in further folders, as classes in a split.
+    """
+    classes = {str(image.class_name) for image in images}
+    splits = {name: kinds for name in classes if (kinds := kinds_in(name))}
+    other = min(classes - splits.keys(), default=None)
+    exact = any(name.lower() in WORDS["train"] for name in splits)
+    if other is None or not (exact or {"train"} < set().union(*splits.values())):
+        return []
+    names = ", ".join(sorted(splits))
+    if all(image.name.count(os.sep) > 1 for image in images if image.class_name in splits):
+        raise ValueError(
+            f"source: got {root} with folders named for splits ({names}), which hold further "
+            f"folders, beside {other}; need splits or classes; do: convert {root}/TRAIN OUT --val "
+            f"{root}/VAL, or, if they are classes, list the images in a .csv"
+        )
+    return [f"{names}: taken for classes, not for splits, because of {other}"]
+
+
 def _class_folders(root: Path) -> set[str]:
-    """Return the folders directly under root, without hidden ones.
+    """Return the folders directly under root, without those that are passed over.
 
     A broken link without suffix counts as a folder: its target may be on an unmounted disk.
     """
     return {
         entry.name
         for entry in root.iterdir()
-        if entry.name[0] not in "._"
+        if not is_passed_over(entry.name)
         and (entry.is_dir() or (entry.is_symlink() and not entry.suffix and not entry.exists()))
     }
 
@@ -298,19 +365,33 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
 
 
 def parquet(train: Path, val: Path | None = None) -> DataSource:
-    """Return a source of Hugging Face's parquet files. A folder may hold a validation split too."""
-    from ds_classifier.data.convert.parquet import read_parquet
+    """Return a source of Hugging Face's parquet files. A folder may hold a validation split too.
 
-    opened = read_parquet(train, "train")
-    if opened is None:
+    The files of a folder without words for splits in their names are those of one split.
+    """
+    from ds_classifier.data.convert.parquet import files_by_kind, read_parquet
+
+    passed: Counter[str] = Counter()
+    files, remarks = {}, []
+    for place, splits in ((train, ["train"]), (val, ["val"])) if val else ((train, BOTH),):
+        by_kind = {"": [place]} if place.is_file() else files_by_kind(place, passed)
+        if "" in by_kind:
+            files[splits[0]] = by_kind[""]
+        else:
+            taken, remark = take(place, by_kind, splits)
+            files |= taken
+            remarks.append(remark)
+    if "train" not in files:
         raise ValueError(f"source: got {train} without train-*.parquet; do: give the files' folder")
-    images, classes = opened
-    held_out = read_parquet(train if val is None else val, "val") if val or train.is_dir() else None
-    if val is not None and held_out is None:
+    if val is not None and "val" not in files:
         raise ValueError(
             f"--val: got {val} without validation-*.parquet; do: give the file of that split"
         )
-    return share_classes(str(train), images, held_out and held_out[0], classes)
+    if line := passed_over(passed):
+        remarks.append(line)
+    images, classes = read_parquet(files["train"])
+    held_out = read_parquet(files["val"])[0] if "val" in files else None
+    return share_classes(str(train), images, held_out, classes, remarks)
 
 
 def shards(train: Path, val: Path | None = None) -> DataSource:

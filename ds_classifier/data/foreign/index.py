@@ -51,7 +51,7 @@ from ds_classifier.data.shards import (
     neighbours,
     parse_manifest,
 )
-from ds_classifier.data.store import is_url
+from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
 
 
@@ -93,6 +93,7 @@ def index(
     held_out = find_shards(train, "val", optional=True) if val is None else find_shards(val, "val")
     if held_out is not None:
         listings["val"] = held_out
+        _refuse_shared_shards(*listings.values())
     labels = labels or listings["train"].labels or "cls"
     names = _class_names(listings, classes)
     for split in ("train", "val"):
@@ -105,12 +106,31 @@ def index(
         problems.update(_problems(shards, scans[split]))
         if split == "train" and names is None and not problems:
             names = _number_classes(shards, scans[split], problems)
+    _add_copies(listings, scans, problems)
     if problems:
         raise ValueError(problems.message(advice_for(problems, labels)))
     return {
         split: _write(out / split, split, listing, labels, names, scans[split])
         for split, listing in listings.items()
     }
+
+
+def _refuse_shared_shards(train: Listing, val: Listing) -> None:
+    """Raise ValueError if a shard is in both splits."""
+    both = sorted(_places(train) & _places(val))
+    if both:
+        raise ValueError(
+            f"--val: got {count(len(both), 'shard')} in both splits, such as {shown(both[0])}; "
+            "need validation shards that are not trained on; do: give each split its own, as "
+            "patterns such as 'DIR/name-{0000..0099}.tar'"
+        )
+
+
+def _places(listing: Listing) -> set[str]:
+    """Return the URLs of a listing's shards, or their paths without links."""
+    if is_url(listing.location):
+        return {url_of(listing.location, name) for name in listing.names}
+    return {os.path.realpath(f"{listing.location}/{name}") for name in listing.names}
 
 
 def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
@@ -259,13 +279,21 @@ def _problems(split: _Split, scans: list[_Scan]) -> Problems:
     if not problems and not any(len(scan.rows) for scan in scans):
         message = f"{location}: got no samples in {count(len(scans), 'shard')}"
         problems.add(NO_SAMPLE, (location, names[0] if names else ""), message)
-    shards: dict[str, str] = {}  # sha256 -> the first shard
-    for scan in scans:
-        name = scan.shard.name
-        if len(scan.rows) and (first := shards.setdefault(scan.shard.sha256, name)) != name:
-            message = f"{location}: {first} and {name} have the same bytes; need each shard once"
-            problems.add(COPY, (location, name), message, samples=len(scan.rows))
     return problems
+
+
+def _add_copies(
+    listings: dict[str, Listing], scans: dict[str, list[_Scan]], problems: Problems
+) -> None:
+    """Add a problem for every shard with the bytes of an earlier one, of the same split or not."""
+    first: dict[str, tuple[str, str]] = {}  # sha256 -> location and name
+    for split, listing in listings.items():
+        for scan in scans[split]:
+            place = listing.location, scan.shard.name
+            if len(scan.rows) and (other := first.setdefault(scan.shard.sha256, place)) != place:
+                names = f"{other[1] if other[0] == place[0] else '/'.join(other)} and {place[1]}"
+                message = f"{place[0]}: {names} have the same bytes; need each shard once"
+                problems.add(COPY, place, message, samples=len(scan.rows))
 
 
 def _keys_begin_anew(scans: list[_Scan]) -> bool:

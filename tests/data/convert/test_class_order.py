@@ -1,8 +1,10 @@
 """The order of the classes: by number if all names are numbers, as text in old conversions."""
 
 import csv
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -60,7 +62,13 @@ def test_numbers_are_sorted_as_numbers_and_names_as_text(names, expected):
     assert in_order(reversed(names)) == expected
 
 
-def test_folders_prefixes_and_lists_agree(numbered, tmp_path):
+@pytest.fixture
+def held_out(numbered, tmp_path) -> Path:
+    """Return a folder of validation images: copies of the training images."""
+    return Path(shutil.copytree(numbered, tmp_path / "held_out"))
+
+
+def test_folders_prefixes_and_lists_agree(numbered, held_out, tmp_path):
     loose = make_images(tmp_path / "loose", [f"{c}_{i}.png" for c in NUMBERS for i in range(2)])
     with open(tmp_path / "list.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -69,15 +77,15 @@ def test_folders_prefixes_and_lists_agree(numbered, tmp_path):
     for source in (numbered, loose):
         assert open_source(str(source)).classes == NUMBERS
     assert open_source(str(tmp_path / "list.csv")).classes == [f"{int(c):03d}" for c in NUMBERS]
-    manifest = convert(image_folder(numbered, numbered), tmp_path / "out")["val"]
+    manifest = convert(image_folder(numbered, held_out), tmp_path / "out")["val"]
     assert manifest.classes == NUMBERS
     right = Counter({(c, c): 4 for c in NUMBERS})
     for split in ("train", "val"):
         assert classes_by_stock(tmp_path / "out" / split, NUMBERS) == right
 
 
-def test_what_version_0_1_began_keeps_its_order(numbered, tmp_path):
-    source = image_folder(numbered, numbered)
+def test_what_version_0_1_began_keeps_its_order(numbered, held_out, tmp_path):
+    source = image_folder(numbered, held_out)
     options = dict(samples_per_shard=7)
     convert(as_version_0_1(source), tmp_path / "expected", **options)
     convert(as_version_0_1(source), tmp_path / "out", part=(0, 2), **options)
@@ -97,9 +105,9 @@ def test_what_version_0_1_began_keeps_its_order(numbered, tmp_path):
     assert open_shards(tmp_path / "again/train").manifest.classes == AS_TEXT
 
 
-def test_a_validation_split_is_added_in_the_order_of_the_training_split(numbered, tmp_path):
+def test_a_validation_split_is_added_in_the_order_of_training(numbered, held_out, tmp_path):
     convert(as_version_0_1(image_folder(numbered)), tmp_path / "out")
-    convert(image_folder(numbered, numbered), tmp_path / "out")
+    convert(image_folder(numbered, held_out), tmp_path / "out")
     assert open_shards(tmp_path / "out/val").manifest.classes == AS_TEXT
 
 

@@ -343,8 +343,9 @@ def test_lists_hold_what_the_folder_holds(plain, write, monkeypatch):
 def write_list(tmp_path: Path, suffix: str, labels: list, name: str = "list") -> Path:
     rows = []
     for i, label in enumerate(labels):
-        (tmp_path / f"{i}.jpg").write_bytes(fake_image(i))
-        rows.append((f"{i}.jpg", label))
+        image = f"{name}_{i}.jpg" if name != "list" else f"{i}.jpg"
+        (tmp_path / image).write_bytes(fake_image(i))
+        rows.append((image, label))
     path = tmp_path / f"{name}{suffix}"
     if suffix == ".csv":
         path.write_text("path,label\n" + "".join(f"{p},{label}\n" for p, label in rows))
