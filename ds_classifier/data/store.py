@@ -7,6 +7,7 @@ round trip.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -134,8 +135,15 @@ class ShardStore:
             )
         if shard not in self._handles:
             if len(self._handles) >= OPEN_SHARDS:
-                os.close(self._handles.pop(next(iter(self._handles))))
-            self._handles[shard] = self._open(shard, self._cache)
+                self._close_oldest()
+            try:
+                self._handles[shard] = self._open(shard, self._cache)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._handles:
+                    raise
+                while self._handles:  # `ulimit -n` is less than OPEN_SHARDS
+                    self._close_oldest()
+                self._handles[shard] = self._open(shard, self._cache)
         data = os.pread(self._handles[shard], length, offset)
         if len(data) != length:
             raise OSError(
@@ -143,6 +151,9 @@ class ShardStore:
                 "shard was cut while training; do: restore it and run the same command again"
             )
         return data
+
+    def _close_oldest(self) -> None:
+        os.close(self._handles.pop(next(iter(self._handles))))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Set the window: the shards needed from now on, in the order of their first use.
