@@ -62,6 +62,7 @@ def build(
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
+        watch.stop_asked = lambda: requests.reason
         watch.join()
     start = open_run(
         command,
