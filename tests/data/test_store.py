@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import resource
 import time
 
 import pytest
@@ -57,6 +58,18 @@ def test_few_handles_stay_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 256
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_fewer_handles_stay_open_where_the_limit_is_lower(tmp_path):
+    shards = make_shards(tmp_path / "many", 60, size=10)
+    store = ShardStore(tmp_path / "many", shards)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert all(correct(store, i) for i in [*range(60), *range(60)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    store.close()
 
 
 def test_an_index_that_points_outside_is_refused(served_store):

@@ -108,7 +108,7 @@ with StopRequests() as requests, watchdog.Watchdog(Path("run"), minutes=minutes)
 
 def test_a_request_to_stop_ends_a_run_whose_data_does_not_come(tmp_path):
     began = time.monotonic()
-    done = run_python("-c", NO_DATA, cwd=tmp_path)
+    done = run_python("-c", NO_DATA, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.code == 75
     assert time.monotonic() - began < 50  # it would sleep for 100 s, and be overdue after 60 s
     assert done.lines[-1].startswith("error: stopped by SIGTERM before the step ended: rank 0 ")
