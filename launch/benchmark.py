@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if json_path:
         measured = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
         facts = {"command": command, "settings": measured, **machine()}
-        json_path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        json_path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -80,7 +80,7 @@ def machine() -> dict[str, object]:
 def processor() -> str:
     """Return the name of the CPU's model, "CPU" if it is not known."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

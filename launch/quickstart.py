@@ -96,7 +96,7 @@ def call(command: list[object]) -> int:
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    with open(RUN / "quickstart.log", "a") as log:
+    with open(RUN / "quickstart.log", "a", encoding="utf-8") as log:
         for line in process.stdout:
             log.write(line)
             log.flush()
@@ -112,7 +112,9 @@ def call(command: list[object]) -> int:
 
 def report() -> None:
     """Print the accuracies of the last validation, and the paths of the results."""
-    rows = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (RUN / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     row = next(row for row in reversed(rows) if "val_acc@1" in row)
     quartiles = ", ".join(f"{100 * row[f'val_acc@1_q{q}']:.0f}" for q in range(4))
     print(

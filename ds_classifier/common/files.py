@@ -133,7 +133,7 @@ def replace_text(path: Path, text: str) -> None:
 def replace_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a file's content atomically with lines that need not fit in memory together."""
     staging = path.with_name(f".{path.name}.staging")
-    with open(staging, "w", newline="") as file:
+    with open(staging, "w", newline="", encoding="utf-8") as file:
         file.writelines(lines)
     fsync(staging)
     os.replace(staging, path)
@@ -157,7 +157,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Yields nothing if the file does not exist.
     """
     try:
-        file = open(path, errors="replace")
+        file = open(path, errors="replace", encoding="utf-8")
     except OSError:
         return
     with file:

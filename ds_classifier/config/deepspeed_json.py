@@ -170,7 +170,13 @@ class Resolved:
 def read_ds_config(path: Path) -> dict[str, Any]:
     """Read the JSON. Raises ValueError for a missing file, broken JSON or a duplicate key."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        raise ValueError(
+            f"--deepspeed_config: got {path}, whose byte {error.start} is not UTF-8; need a JSON "
+            f"in UTF-8; do: iconv -f {guess} -t UTF-8 {path} > NEW.json"
+        ) from None
     except OSError as error:
         package = Path(__file__).resolve().parents[1]
         folders = [package.parent / "ds_configs", package / "ds_configs"]  # a checkout; installed

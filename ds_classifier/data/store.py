@@ -45,7 +45,8 @@ class ShardStore:
 
     location: a directory; or a URL, to which /NAME is appended, or whose {name} is replaced.
     shards: as the manifest lists them.
-    cache_dir: directory on the node for remote shards; None if the shards are local.
+    cache_dir: directory on the node for remote shards, which may begin with ~; None if the shards
+        are local.
     budget_bytes: limit for all data sets in it; None for no limit. A shard that is needed at once
         is fetched even beyond the limit, one that is fetched ahead is not.
     stall_timeout_s, retries, pause_s: see `fetch.Patience`.
@@ -81,6 +82,13 @@ class ShardStore:
         where = shown(self.location)
         if self._cache_dir is None:
             raise ValueError(f"got {where} without a cache; need a directory for its shards")
+        try:
+            self._cache_dir = self._cache_dir.expanduser()
+        except RuntimeError:
+            raise ValueError(
+                f"--cache_dir: got {self._cache_dir}, but this user has no home directory; do: "
+                "name another directory, or set HOME"
+            ) from None
         names = [shard.name for shard in self.shards]
         for name in names:
             if not REMOTE_NAME.fullmatch(name):

@@ -16,11 +16,15 @@ def show(message: str, *, error: bool = False) -> None:
 
     A failing print must not end a training. If the terminal was closed, or the reader of a pipe has
     ended (tee, at Ctrl-C), later lines are discarded. If the disk under a redirected output is
-    full, this line is lost.
+    full, this line is lost. Characters that the terminal's encoding does not have are escaped.
     """
     stream = sys.stderr if error else sys.stdout
     try:
-        print(message, file=stream, flush=True)
+        try:
+            print(message, file=stream, flush=True)
+        except UnicodeEncodeError as error:
+            plain = message.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            print(plain, file=stream, flush=True)
     except OSError as problem:
         if problem.errno in (errno.EPIPE, errno.EIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -105,7 +105,7 @@ def record(folder: Path, text: str) -> bool:
     """Write this rank's file; return False if that failed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank{distributed.rank()}.txt").write_text(text)
+        (folder / f"rank{distributed.rank()}.txt").write_text(text, encoding="utf-8")
     except OSError:
         return False
     return True
@@ -126,7 +126,7 @@ def claim(folder: Path, verdict: dict[str, Any]) -> bool:
 def claimed(folder: Path) -> dict[str, Any] | None:
     """Return the verdict that another rank of this host has printed, or None."""
     try:
-        return json.loads(_claimed(folder).read_text())
+        return json.loads(_claimed(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -141,7 +141,7 @@ class RunLock:
     @staticmethod
     def _touched(path: Path) -> float | None:
         try:
-            with open(path) as file:  # opening makes NFS ask its server
+            with open(path, encoding="utf-8") as file:  # opening makes NFS ask its server
                 return os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None

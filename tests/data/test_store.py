@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import pwd
 import random
 import resource
 import time
+from pathlib import Path
 
 import pytest
 from stores import (
@@ -48,6 +50,15 @@ def test_local_shards_use_no_cache(served_store, tmp_path):
     assert correct(store, 0)
     assert not (tmp_path / "unused").exists()
     assert server.requests == []
+
+
+def test_a_user_without_a_home_needs_one_only_for_shards_at_a_url(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    shards = make_shards(tmp_path / "near", 1)
+    assert correct(ShardStore(tmp_path / "near", shards, cache_dir=Path("~/cache")), 0)
+    with pytest.raises(ValueError, match=r"--cache_dir: got ~/cache, but .* no home directory"):
+        ShardStore("http://127.0.0.1:9/x", shards, cache_dir=Path("~/cache"))
 
 
 def test_few_handles_stay_open(tmp_path):

@@ -1,5 +1,6 @@
 """Agreement between ranks, through the launcher: one rank's problem becomes every rank's error."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 from running import ROOT, launch
+
+from ds_classifier import distributed
 
 SCRIPT = """
 import json, os, sys
@@ -127,3 +130,10 @@ def test_a_full_disk_under_a_redirected_output_does_not_end_the_run():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert b"Traceback" not in done.stderr
     assert done.stderr.count(b"an error") == 3
+
+
+def test_a_terminal_without_a_character_gets_it_escaped(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", screen)
+    distributed.show("é 猫")
+    assert screen.buffer.getvalue().decode("latin-1") == "é \\u732b\n"

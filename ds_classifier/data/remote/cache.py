@@ -212,7 +212,7 @@ class FileCache:
                 path.unlink()
                 _unlock(lock)
                 continue
-            user = json.loads(path.read_text())
+            user = json.loads(path.read_text(encoding="utf-8"))
             needed.update(user["window"])
             coming.update(user["fetching"])
         return needed, coming
