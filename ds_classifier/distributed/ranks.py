@@ -49,13 +49,12 @@ def adopt_tasks() -> None:
     if tasks in ("", "1"):
         return
     if "" in (local, os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")):
-        script = shlex.join(sys.argv)
         raise ValueError(
-            f"got process {task} of {tasks} that {starter} started, without RANK, or MASTER_ADDR "
-            "and MASTER_PORT to meet at: each would train alone; do, on one host: deepspeed "
-            f"--num_gpus {tasks} {script}; or on several: export MASTER_ADDR=HOST "
-            f"MASTER_PORT=29500, where HOST runs process 0, before {starter} ... {script}; or, if "
-            f"they are to be alone: {starter} ... env -u {number} {script}"
+            f"got process {task} of {tasks} that {starter} started, which would each work alone; "
+            "need MASTER_ADDR and MASTER_PORT, where they meet; do: export MASTER_ADDR=HOST "
+            f"MASTER_PORT=29500 (HOST is that of process 0) before {starter}; or, on one host, "
+            f"deepspeed --num_gpus {tasks} {shlex.join(sys.argv)}; or, to let each work alone, "
+            f"unset {number}"
         )
     os.environ.update(RANK=task, WORLD_SIZE=tasks, LOCAL_RANK=local, LOCAL_SIZE=local_tasks)
 
