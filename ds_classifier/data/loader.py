@@ -330,7 +330,9 @@ class Loader:
 
 
 class _Slots(Dataset):
-    """Batches in memory that the workers inherit: slots[number, positions] fills one slot.
+    """A data set that puts its batches into memory that the workers inherit, in slots.
+
+    slots[number, positions] fills a slot, in a worker; `take` copies it, in the rank.
 
     torch hands over tensors by files in /dev/shm, sent as descriptors through sockets in TMPDIR.
     Each of these may be full, too few or too long a path, and the batch is then lost without an

@@ -53,8 +53,8 @@ def adopt_tasks() -> None:
             f"got process {task} of {tasks} that {starter} started, which would each work alone; "
             "need MASTER_ADDR and MASTER_PORT, where they meet; do: export MASTER_ADDR=HOST "
             f"MASTER_PORT=29500 (HOST is that of process 0) before {starter}; or, on one host, "
-            f"deepspeed --num_gpus {tasks} {shlex.join(sys.argv)}; or, to let each work alone, "
-            f"unset {number}"
+            f"deepspeed --num_gpus {tasks} {shlex.join(sys.orig_argv[1:])}; or, to let each work "
+            f"alone, unset {number}"
         )
     os.environ.update(RANK=task, WORLD_SIZE=tasks, LOCAL_RANK=local, LOCAL_SIZE=local_tasks)
 

@@ -290,7 +290,7 @@ def test_workers_that_keep_dying_are_an_error(digits, frequent_checks, monkeypat
 
 
 def test_batches_need_no_shared_memory_socket_or_descriptor(digits, tmp_path, monkeypatch):
-    """With little of what torch hands over tensors by, the batches are the same."""
+    """The batches are the same with little of what torch hands over tensors by."""
     expected = [batch.images for batch in training_loader(digits / "train")]
     far = tmp_path / ("far" * 40)  # a socket's path has at most 107 bytes
     far.mkdir()

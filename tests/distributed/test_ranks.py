@@ -91,7 +91,7 @@ def test_one_process_is_alone(variables, meet, no_launcher):
 )
 def test_tasks_that_would_train_alone_are_refused(variables, starter, no_launcher, monkeypatch):
     no_launcher.update(variables)
-    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--lr", "1e-4"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "launch/train.py", "--lr", "1e-4"])
     tasks = next(v for k, v in variables.items() if "SIZE" in k or "TASKS" in k)
     words = rf"{starter} started.*deepspeed --num_gpus {tasks} launch/train.py --lr 1e-4;.*unset"
     with pytest.raises(ValueError, match=words):
