@@ -154,7 +154,7 @@ def _append(url: str, part: Path, sizes: tuple[int, int], stall_timeout_s: float
         if stream.total is not None and not least <= stream.total <= most:
             need = most if least == most else f"{least} to {most}"
             raise Failed(f"got a file of {stream.total} bytes; need {need}", restart=True)
-        with open(part, "r+b" if stream.start else "wb", encoding="utf-8") as file:
+        with open(part, "r+b" if stream.start else "wb") as file:
             file.seek(stream.start)
             for chunk in _chunks(stream, stall_timeout_s):
                 if file.tell() + len(chunk) > most:
