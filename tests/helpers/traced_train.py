@@ -136,8 +136,9 @@ untouched_getitem = ShardDataset.__getitem__
 
 
 def slow_commit(*arguments, **keywords):
-    """Commit a checkpoint after a pause."""
-    time.sleep(fault("save"))
+    """Commit a checkpoint after a pause; not that of the check before the first step."""
+    if arguments[0].parent.name != ".probe":
+        time.sleep(fault("save"))
     return untouched_commit(*arguments, **keywords)
 
 
