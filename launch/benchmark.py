@@ -85,7 +85,7 @@ def machine() -> dict[str, object]:
 def processor() -> str:
     """Return the name of the CPU's model, "CPU" if it is not known."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

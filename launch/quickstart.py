@@ -91,7 +91,7 @@ def saved() -> str:
     if (RUN / "DONE").exists():
         return "the trained classifier is saved"
     try:
-        newest = (RUN / "checkpoints" / "latest").read_text().strip()
+        newest = (RUN / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     except OSError:
         return "no step is saved yet"
     return f"step {int(newest.removeprefix('step-'))} is saved"
@@ -181,7 +181,7 @@ def validations(path: Path) -> list[dict[str, float]]:
     """Return the rows of validations in a log; a line that is being written is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [row for row in map(json.loads, lines) if "val_acc@1" in row]
 
 

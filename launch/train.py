@@ -93,6 +93,7 @@ def check_launch(expected: int) -> None:
 
     expected: the number of ranks by --expect_world; 0 if it was not given.
     """
+    distributed.check_launch()
     if expected not in (0, distributed.world_size()):
         raise ValueError(
             f"--expect_world: got world size {distributed.world_size()}; need {expected}; do: look "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,21 @@ def served_folder(tmp_path, monkeypatch):
     server = FlakyServer(tmp_path / "far")
     yield server, tmp_path / "far"
     server.close()
+
+
+@pytest.fixture
+def poor_disk(monkeypatch):
+    """Make system calls fail as on mounted drives, gcsfuse and exFAT: links, modes, directories."""
+    fsync = os.fsync
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def fsync_of_files(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    for name in ("link", "symlink", "chmod"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(os, "fsync", fsync_of_files)

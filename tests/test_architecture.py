@@ -152,3 +152,37 @@ def test_help_imports_nothing_heavy(program):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def text_without_encoding(tree: ast.AST) -> list[int]:
+    """Return the lines that open a file as text in whatever encoding the locale has."""
+    lines = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+        named = {keyword.arg for keyword in call.keywords}
+        place = {"read_text": 0, "write_text": 1}.get(name)
+        if isinstance(call.func, ast.Name) and name == "open":
+            mode = ast.unparse(call.args[1]) if len(call.args) > 1 else "r"
+            wrong = "b" not in mode and "encoding" not in named
+        elif place is not None:
+            wrong = len(call.args) <= place and "encoding" not in named
+        else:
+            wrong = False
+        if wrong:
+            lines.append(call.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("folder", ["ds_classifier", "launch"])
+def test_text_is_utf_8_in_every_locale(folder):
+    wrong = {
+        path: lines
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := text_without_encoding(ast.parse(path.read_text("utf-8"))))
+    }
+    assert wrong == {}
+
+
+def test_text_in_the_locales_encoding_is_found():
+    calls = ["open(p)", "p.read_text()", "p.write_text('é')"]
+    assert text_without_encoding(ast.parse("\n".join(calls))) == [1, 2, 3]

@@ -210,7 +210,7 @@ def _val_loss(checkpoint: Path) -> float | None:
 def _json(path: Path) -> Any:
     """Read a JSON file. Raises ValueError if it is not JSON, or nested too deep."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is nested too deep") from None
 
@@ -277,7 +277,7 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
 def named_by(path: Path) -> Path:
     """Return the checkpoint that a file `best` or `latest` names; any other path unchanged."""
     if path.name in ("best", "latest") and path.is_file():
-        name = path.read_text(errors="replace").partition(" ")[0].strip()
+        name = path.read_text(errors="replace", encoding="utf-8").partition(" ")[0].strip()
         if NAME.fullmatch(name):
             return path.with_name(name)
     return path
@@ -313,7 +313,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read state.json. Raises ValueError for another format or version."""
-    state = json.loads((checkpoint / STATE).read_text())
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         raise ValueError(
             f"{checkpoint}: got {state.get('format')} version {state.get('version')}; need "

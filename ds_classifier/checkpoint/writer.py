@@ -37,18 +37,28 @@ BYTES_A_PARAMETER = 12  # fp32 weight and two moments
 
 
 def check_room(checkpoints: Path, parameters: int) -> None:
-    """Raise ValueError if the directory cannot be written or has no room for two checkpoints."""
+    """Try to save a checkpoint, of nothing; raise ValueError if that fails.
+
+    Raises ValueError also if there is no room for two checkpoints.
+    """
     probe = checkpoints / ".probe"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         disk.remove_leftovers(checkpoints)
-        probe.write_bytes(b"1")
-        probe.unlink()
+        for _ in range(2):  # the second one replaces the first
+            disk.commit(probe / disk.step_name(0), model={}, optimizer={}, state={})
+        unsynced = files.fsync(probe)
+        shutil.rmtree(probe)
     except OSError as error:
         raise ValueError(
-            f"--run_dir: got {checkpoints.parent}, where nothing can be written "
+            f"--run_dir: got {checkpoints.parent}, where no checkpoint can be saved "
             f"({first_line(error)}); do: choose another"
         ) from None
+    if unsynced:
+        distributed.say(
+            f"note: the file system of {checkpoints} does not sync directories ({unsynced}): if "
+            "its host fails, the newest checkpoint may be lost"
+        )
     check_free(checkpoints, parameters)
 
 

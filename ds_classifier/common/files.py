@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The errors of a file system that does not offer fsync.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
+
 
 def problem(error: Exception) -> str:
     """Return an error's text; for a system error, "FILE: REASON" without the error number."""
@@ -44,7 +47,7 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
                 digest.update(chunk)
                 size += len(chunk)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return size, digest.hexdigest()
@@ -118,13 +121,48 @@ def nearest_directory(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
-def fsync(path: Path) -> None:
-    """Sync a file, or a directory's entries, to the disk."""
+def create(path: Path, text: str) -> bool:
+    """Create a file with a text; return False if it exists.
+
+    Only one of several processes can create it, on network file systems and on those without hard
+    links too. Another may see it empty for a moment.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with naming(path), open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        path.unlink()
+        raise
+    return True
+
+
+def fsync(path: Path) -> str | None:
+    """Sync a file, or a directory's entries, to the disk.
+
+    Returns the reason if the file system does not offer that, such as some FUSE and network file
+    systems for directories; None if it is done. Raises OSError that names the path if it fails.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            return _sync(handle)
     finally:
         os.close(handle)
+
+
+def _sync(handle: int) -> str | None:
+    """Sync an open file or directory; return why its file system does not offer that, or None."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        return error.strerror
+    return None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -135,7 +173,7 @@ def replace_text(path: Path, text: str) -> None:
 def replace_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a file's content atomically with lines that need not fit in memory together."""
     staging = path.with_name(f".{path.name}.staging")
-    with open(staging, "w", newline="") as file:
+    with open(staging, "w", newline="", encoding="utf-8") as file:
         file.writelines(lines)
     fsync(staging)
     os.replace(staging, path)
@@ -159,7 +197,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Yields nothing if the file does not exist.
     """
     try:
-        file = open(path, errors="replace")
+        file = open(path, errors="replace", encoding="utf-8")
     except OSError:
         return
     with file:

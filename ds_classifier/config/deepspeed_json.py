@@ -192,8 +192,14 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     Raises ValueError for a missing or unreadable file, broken JSON or a duplicate key.
     """
     try:
-        text = find_config(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = find_config(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        raise ValueError(
+            f"--deepspeed_config: got {path}, whose byte {error.start} is not UTF-8; need a JSON "
+            f"in UTF-8; do: iconv -f {guess} -t UTF-8 {path} > NEW.json"
+        ) from None
+    except OSError as error:
         raise ValueError(
             f"--deepspeed_config: got {path}: {files.problem(error)}; need a DeepSpeed JSON"
         ) from None

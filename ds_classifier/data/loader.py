@@ -7,15 +7,18 @@ bad samples, which could not be decoded: they keep their place in the batch with
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import itertools
+import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ds_classifier import distributed
+from ds_classifier.common import files
 from ds_classifier.common.keyed_random import Draws, fold, stream_key
 from ds_classifier.data import images
 from ds_classifier.data.order import SampleOrder, share_of_rank
@@ -33,6 +37,15 @@ AHEAD = 2**17  # positions that a rank looks ahead at most, to name the shards i
 PREFETCH = 4  # batches that each worker prepares ahead
 MAX_RESTARTS = 3  # restarts in a row without a batch between them
 DEATH_S = 1.0  # seconds to wait for the death of a worker whose pipe broke
+
+# What stops workers from being started -> what to do.
+_ADVICE = {
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "close other programs, or raise fs.file-max",
+    errno.EAGAIN: "raise `ulimit -u`, or the container's limit of processes",
+    errno.ENOMEM: "free memory",
+}
+_NO_SHM = "let /dev/shm be writable and have room (docker run --shm-size 1g)"  # for semaphores
 
 
 class BadSample(NamedTuple):
@@ -246,12 +259,25 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches.
 
-        Raises the error of a worker; OSError if workers die after MAX_RESTARTS restarts in a row.
+        Raises the error of a worker; OSError if workers cannot be started, or die after
+        MAX_RESTARTS restarts in a row.
         """
+        if self.workers == 0:
+            yield from (self._pinned(self.dataset[positions]) for positions in self.positions)
+            return
         delivered = restarts = 0
         while True:
             children = set(multiprocessing.active_children())
-            batches = self._start(first=delivered)
+            try:
+                batches = self._start(first=delivered)
+            except OSError as error:
+                for worker in set(multiprocessing.active_children()) - children:
+                    worker.kill()
+                raise OSError(
+                    f"{self.workers} loader workers per rank cannot be started: "
+                    f"{files.problem(error)}; do: {_ADVICE.get(error.errno, _NO_SHM)}, or use "
+                    "fewer --workers (--workers 0 reads in the rank itself)"
+                ) from None
             workers = set(multiprocessing.active_children()) - children
             try:
                 for batch in batches:
@@ -276,33 +302,73 @@ class Loader:
 
     def _start(self, first: int) -> Iterator[Batch]:
         """Start the workers; return the batches from number `first` on."""
-        in_workers = {}
-        if self.workers > 0:
-            in_workers = dict(
-                prefetch_factor=self.prefetch,
-                multiprocessing_context="fork",
-                worker_init_fn=_start_worker,
-            )
+        slots = _Slots(self.dataset, self.positions, count=self.workers * self.prefetch + 1)
         loader = DataLoader(
-            self.dataset,
+            slots,
             batch_size=None,  # an item of the sampler is a whole batch
             sampler=_Rest(self.positions, first),
             num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
             collate_fn=_as_is,
-            **in_workers,
+            prefetch_factor=self.prefetch,
+            multiprocessing_context="fork",
+            worker_init_fn=_start_worker,
         )
         # torch's handler for SIGCHLD raises wherever this process is, for example in a collective.
         # Without it, torch checks the workers when a batch does not come in time.
         handler = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
+        handed_over = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler)
-        return batches
+        return (self._pinned(slots.take(*item)) for item in handed_over)
+
+    @staticmethod
+    def _pinned(batch: Batch) -> Batch:
+        """Return the batch in memory from which a GPU can copy, if there is one."""
+        if not torch.cuda.is_available():
+            return batch
+        return Batch(*(tensor.pin_memory() for tensor in batch[:4]), batch.bad)
+
+
+class _Slots(Dataset):
+    """A data set that puts its batches into memory that the workers inherit, in slots.
+
+    slots[number, positions] fills a slot, in a worker; `take` copies it, in the rank.
+
+    torch hands over tensors by files in /dev/shm, sent as descriptors through sockets in TMPDIR.
+    Each of these may be full, too few or too long a path, and the batch is then lost without an
+    error. Memory of this kind needs none of them; only numbers go through the worker's pipe.
+
+    count: the number of slots; more than the number of batches that the workers are ahead, since
+        batch `number` lies in the slot number % count until it is taken.
+    """
+
+    def __init__(self, dataset: ShardDataset, positions: Sampler, *, count: int):
+        self._dataset = dataset
+        largest = len(next(iter(positions), ()))
+        size = dataset.image_size
+        shape = (count, largest, size, size, dataset.channels)
+        memory = mmap.mmap(-1, max(1, math.prod(shape)))
+        self._pixels = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[int, list[np.ndarray], list]:
+        """Read a batch into its slot; return its number and the rest of it, without tensors."""
+        number, positions = item
+        images, *rest, bad = self._dataset[positions]
+        self._slot(number)[: len(images)] = images.numpy()
+        return number, [tensor.numpy() for tensor in rest], bad
+
+    def take(self, number: int, rest: list[np.ndarray], bad: list[BadSample]) -> Batch:
+        """Return a copy of a batch, whose slot may then be filled again."""
+        labels, positions, weights = map(torch.from_numpy, rest)
+        pixels = self._slot(number)[: len(labels)].copy()
+        return Batch(torch.from_numpy(pixels), labels, positions, weights, bad)
+
+    def _slot(self, number: int) -> np.ndarray:
+        return self._pixels[number % len(self._pixels)]  # [n, S, S, C]
 
 
 class _Rest(Sampler):
-    """The positions without the first batches."""
+    """The numbered positions without the first batches."""
 
     def __init__(self, positions: Sampler, first: int):
         self._positions, self._first = positions, first
@@ -310,8 +376,8 @@ class _Rest(Sampler):
     def __len__(self) -> int:
         return len(self._positions) - self._first
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return itertools.islice(self._positions, self._first, None)
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return itertools.islice(enumerate(self._positions), self._first, None)
 
 
 def _first_death(workers: set[multiprocessing.Process]) -> str | None:
@@ -352,8 +418,8 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _as_is(item: Any) -> Any:
+    return item
 
 
 def _start_worker(worker: int) -> None:

@@ -13,6 +13,7 @@ directory of their own, the manifest says where the tars are, and samples may ha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -258,7 +259,7 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
 
 
 def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.ndarray:
-    """Open the index of a split, [N] INDEX_DTYPE, memory-mapped.
+    """Open the index of a split, [N] INDEX_DTYPE, memory-mapped if its file system can.
 
     Its hash and all rows are compared with the manifest if it has at most CHECKED_ROWS rows, which
     takes a second or less.
@@ -267,7 +268,12 @@ def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.
     or classes.
     """
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            index = np.load(path, allow_pickle=False)  # a file system that maps no files
     except FileNotFoundError:
         raise ValueError(f"{path}: got no such file; do: {make_again(path)}") from None
     except (OSError, ValueError) as error:

@@ -85,7 +85,7 @@ def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: in
     try:
         split = open_split(
             location,
-            cache_dir=Path(cache_dir).expanduser(),
+            cache_dir=Path(cache_dir),
             budget_bytes=int(cache_gb * 1e9) or None,
             allow_pipe=True,  # the URL comes from the command line
         )

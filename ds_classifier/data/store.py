@@ -7,6 +7,7 @@ round trip.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -44,7 +45,8 @@ class ShardStore:
 
     location: a directory; or a URL, to which /NAME is appended, or whose {name} is replaced.
     shards: as the manifest lists them.
-    cache_dir: directory on the node for remote shards; None if the shards are local.
+    cache_dir: directory on the node for remote shards, which may begin with ~; None if the shards
+        are local.
     budget_bytes: limit for all data sets in it; None for no limit. A shard that is needed at once
         is fetched even beyond the limit, one that is fetched ahead is not.
     stall_timeout_s, retries, pause_s: see `fetch.Patience`.
@@ -80,6 +82,13 @@ class ShardStore:
         where = shown(self.location)
         if self._cache_dir is None:
             raise ValueError(f"got {where} without a cache; need a directory for its shards")
+        try:
+            self._cache_dir = self._cache_dir.expanduser()
+        except RuntimeError:
+            raise ValueError(
+                f"--cache_dir: got {self._cache_dir}, but this user has no home directory; do: "
+                "name another directory, or set HOME"
+            ) from None
         names = [shard.name for shard in self.shards]
         for name in names:
             if not REMOTE_NAME.fullmatch(name):
@@ -135,8 +144,15 @@ class ShardStore:
             )
         if shard not in self._handles:
             if len(self._handles) >= OPEN_SHARDS:
-                os.close(self._handles.pop(next(iter(self._handles))))
-            self._handles[shard] = self._open(shard, self._cache)
+                self._close_oldest()
+            try:
+                self._handles[shard] = self._open(shard, self._cache)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._handles:
+                    raise
+                while self._handles:  # `ulimit -n` is less than OPEN_SHARDS
+                    self._close_oldest()
+                self._handles[shard] = self._open(shard, self._cache)
         data = os.pread(self._handles[shard], length, offset)
         if len(data) != length:
             raise OSError(
@@ -144,6 +160,9 @@ class ShardStore:
                 "shard was cut while training; do: restore it and run the same command again"
             )
         return data
+
+    def _close_oldest(self) -> None:
+        os.close(self._handles.pop(next(iter(self._handles))))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Set the window: the shards needed from now on, in the order of their first use.

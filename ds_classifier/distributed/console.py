@@ -23,7 +23,7 @@ def show(message: str, *, error: bool = False) -> None:
 
     A failing print must not end a training. If the terminal was closed, or the reader of a pipe has
     ended (tee, at Ctrl-C), later lines are discarded. If the disk under a redirected output is
-    full, this line is lost.
+    full, this line is lost. Characters that the terminal's encoding does not have are escaped.
     """
     stream = sys.stderr if error else sys.stdout
     # Always: another rank may have drawn its live line on this terminal. Each call is one write,
@@ -70,7 +70,10 @@ def _in_foreground(stream: TextIO) -> bool:
 
 def _write(stream: TextIO, text: str) -> None:
     try:
-        stream.write(text)
+        try:
+            stream.write(text)
+        except UnicodeEncodeError as error:
+            stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         stream.flush()
     except OSError as problem:
         if problem.errno in (errno.EPIPE, errno.EIO):

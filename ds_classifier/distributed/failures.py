@@ -7,7 +7,6 @@ runs/NAME/errors/2026-01-31_12-00-00/rank3.txt      what rank 3 was doing, with 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 import threading
@@ -106,7 +105,7 @@ def record(folder: Path, text: str) -> bool:
     """Write this rank's file; return False if that failed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank{distributed.rank()}.txt").write_text(text)
+        (folder / f"rank{distributed.rank()}.txt").write_text(text, encoding="utf-8")
     except OSError:
         return False
     return True
@@ -117,25 +116,17 @@ def claim(folder: Path, verdict: dict[str, Any]) -> bool:
 
     If the folder cannot be written, every rank may print.
     """
-    path = _claimed(folder)
-    staging = path.with_suffix(f".rank{distributed.rank()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps(verdict))
-        os.link(staging, path)  # fails if another was first, on network file systems too
-    except FileExistsError:
-        return False
+        return files.create(_claimed(folder), json.dumps(verdict))
     except OSError:
         return True
-    finally:
-        staging.unlink(missing_ok=True)
-    return True
 
 
 def claimed(folder: Path) -> dict[str, Any] | None:
     """Return the verdict that another rank of this host has printed, or None."""
     try:
-        return json.loads(_claimed(folder).read_text())
+        return json.loads(_claimed(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

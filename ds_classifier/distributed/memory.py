@@ -43,7 +43,7 @@ def restart_peak(device: torch.device) -> None:
         return
     _release_freed()
     with suppress(OSError):
-        (_PROC / "self/clear_refs").write_text("5")  # 5: proc(5), the peak resident set size
+        (_PROC / "self/clear_refs").write_bytes(b"5")  # 5: proc(5), the peak resident set size
 
 
 def peak_memory(device: torch.device) -> int:
@@ -54,7 +54,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
-        for line in (_PROC / "self/status").read_text().splitlines():
+        for line in (_PROC / "self/status").read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])  # psutil does not report it
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,7 +81,7 @@ def _left_in_cgroups() -> int | None:
     """Return the bytes that this process's control groups may still take; None without a limit."""
     own = {}  # controller -> path; version 2 has one hierarchy, without a name
     try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
+        lines = (_PROC / "self/cgroup").read_text("utf-8").splitlines()
     except OSError:
         lines = []
     for line in lines:
@@ -102,9 +102,12 @@ def _left_in_cgroups() -> int | None:
         folder = root / path.strip("/")
         for group in [root, *(p for p in (folder, *folder.parents) if root in p.parents)]:
             try:
-                most, used = (group / limit).read_text(), int((group / usage).read_text())
+                most, used = (
+                    (group / limit).read_text("utf-8"),
+                    int((group / usage).read_text("utf-8")),
+                )
                 stat = dict(
-                    line.split() for line in (group / "memory.stat").read_text().splitlines()
+                    line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines()
                 )
                 if most.strip() != "max" and int(most) < 2**60:  # version 1 writes no limit so
                     # The kernel drops files from the page cache when memory is needed.

@@ -21,6 +21,7 @@ from ds_classifier.distributed import launcher, rendezvous
 from ds_classifier.distributed.console import say, show
 from ds_classifier.distributed.ranks import (
     AgreedError,
+    adopt_tasks,
     local_rank,
     local_world_size,
     rank,
@@ -118,7 +119,11 @@ def init(
 
 
 def check_launch() -> None:
-    """Raise ValueError if the launcher's variables are incomplete or contradict each other."""
+    """Take ranks from srun or mpiexec, if one of them started this process.
+
+    Raises ValueError if the launcher's variables are incomplete or contradict each other.
+    """
+    adopt_tasks()
     if "RANK" not in os.environ:
         return
     missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]

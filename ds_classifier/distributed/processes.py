@@ -30,9 +30,10 @@ def started(pid: int) -> int:
     The kernel reuses process numbers: number and start together identify a process.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from the state
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
     except OSError:
         return 0
+    fields = stat.rpartition(")")[2].split()  # from the state
     return int(fields[19]) if fields[0] not in "ZX" else 0
 
 
@@ -126,7 +127,7 @@ def pid_space() -> str:
     "unknown" if the kernel does not say.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return "unknown"

@@ -1,13 +1,17 @@
 """The ranks: which one this process is, collectives, and errors that all of them raise.
 
 Ranks are started by the deepspeed launcher or torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
-A process without a launcher is rank 0 of 1. MPI is not used.
+Tasks of srun and mpiexec become ranks where MASTER_* is set; MPI itself is not used.
+A process without a launcher is rank 0 of 1.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +20,62 @@ from ds_classifier.common import files
 
 class AgreedError(ValueError):
     """An error that every rank raises with the same message: each exits, and rank 0 prints it."""
+
+
+# Who numbers tasks -> its variables of rank, world size, local rank and local world size.
+_TASK_VARIABLES = {
+    "mpirun": tuple(
+        f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    ),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+
+
+def adopt_tasks() -> None:
+    """Make the tasks of srun, mpirun or mpiexec ranks, by setting the variables of ranks.
+
+    Does nothing if there is one task, or if RANK is set. Raises ValueError, with the line that
+    starts them rightly, if the tasks do not know where to meet.
+    """
+    if "RANK" in os.environ:
+        return
+    for starter, (number, *_) in _TASK_VARIABLES.items():
+        if number in os.environ and not _is_batch_script(starter):
+            break
+    else:
+        return
+    task, tasks, local, local_tasks = _tasks(starter)
+    if tasks in ("", "1"):
+        return
+    if "" in (local, os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")):
+        raise ValueError(
+            f"got process {task} of {tasks} that {starter} started, which would each work alone; "
+            "need MASTER_ADDR and MASTER_PORT, where they meet; do: export MASTER_ADDR=HOST "
+            f"MASTER_PORT=29500 (HOST is that of process 0) before {starter}; or, on one host, "
+            f"deepspeed --num_gpus {tasks} {shlex.join(sys.orig_argv[1:])}; or, to let each work "
+            f"alone, unset {number}"
+        )
+    os.environ.update(RANK=task, WORLD_SIZE=tasks, LOCAL_RANK=local, LOCAL_SIZE=local_tasks)
+
+
+def _is_batch_script(starter: str) -> bool:
+    """Return whether slurm numbers this process as its batch script, and not as a task of srun."""
+    variables = os.environ
+    in_step = "SLURM_STEP_NUM_TASKS" in variables
+    return starter == "srun" and "SLURM_JOB_ID" in variables and not in_step
+
+
+def _tasks(starter: str) -> list[str]:
+    """Return rank, world size, local rank and local world size; "" for what is not known."""
+    task, tasks, local, here = (os.environ.get(name, "") for name in _TASK_VARIABLES[starter])
+    if starter == "srun":
+        tasks = tasks or os.environ.get("SLURM_NTASKS", "")
+        # "2(x3),1": two tasks on each of three nodes, then one.
+        groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", here)
+        per_node = [size for size, nodes in groups for _ in range(int(nodes or 1))]
+        here = dict(enumerate(per_node)).get(int(os.environ.get("SLURM_NODEID", 0)), "")
+    return [task, tasks, local, here or tasks]
 
 
 def rank() -> int:

@@ -20,12 +20,14 @@ from typing import Any
 from ds_classifier import distributed
 from ds_classifier.distributed import failures, processes
 from ds_classifier.distributed.peers import Peers
+from ds_classifier.distributed.stopping import STOPPED
 
 DATA, COMPUTING, COLLECTIVE = "data", "forward/backward", "collective"
 _END = object()  # after the last batch
 _TICK_SECONDS = 1.0
 _CONFIRM_SECONDS = 2.0  # when a run ends normally, ranks end within less than this of each other
 _CAUSE_SECONDS = 5.0  # for the cause of a broken collective to become known
+_STOP_SECONDS = 15.0  # for data to come after a request to stop; schedulers kill after about 30 s
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ class Watchdog:
     minutes: the time-out of each activity. The first step has that of the start, because kernels
     are compiled in it.
     advice: set by others; returns a better message for an error, or None.
+    stop_asked: set by others; returns what asked the run to stop, or "". A rank that then still
+        waits for data after _STOP_SECONDS ends all ranks, since no step will end soon.
     """
 
     def __init__(self, run_dir: Path, *, minutes: dict[str, float]):
         self.advice: Callable[[BaseException], str | None] = lambda error: None
+        self.stop_asked: Callable[[], str] = lambda: ""
         self._minutes = minutes
         # Before the ranks meet, those of a host have only their launcher in common.
         launcher = os.getppid()
@@ -141,6 +146,7 @@ class Watchdog:
         """Look once per second for every reason to end this rank."""
         last = awake = time.monotonic()
         gone_since: float | None = None
+        asked_since: float | None = None
         while not self._closed.wait(_TICK_SECONDS):
             now = time.monotonic()
             if now - last > 10 * _TICK_SECONDS:  # this process itself was stopped (SIGSTOP)
@@ -160,6 +166,13 @@ class Watchdog:
                     self._end_for_gone(gone)
                 if self._peers.lost is not None and now - self._peers.lost > _CAUSE_SECONDS:
                     self._end(self._verdict(self._lost()), self._lost())
+            if reason := self.stop_asked():
+                asked_since = asked_since or now
+                if (
+                    activity.phase == DATA
+                    and now - max(asked_since, activity.since) > _STOP_SECONDS
+                ):
+                    self._end_stopped(reason)
             limit = 60 * self._limit(activity)
             if now - max(activity.began, awake) > limit:
                 self._end_overdue(activity, now - activity.began)
@@ -232,6 +245,14 @@ class Watchdog:
             "look at its stacks; if it was only slow, raise the time-out"
         )
         self._end(self._verdict(text, failures.HUNG), f"overdue for {seconds:.0f} s")
+
+    def _end_stopped(self, reason: str) -> None:
+        who = self._describe(distributed.rank(), self._status())
+        text = (
+            f"stopped by {reason} before the step ended: {who}; do: look why no data comes; the "
+            "same command continues from the last checkpoint"
+        )
+        self._end(self._verdict(text, STOPPED), f"stopped by {reason}")
 
     def _lost(self) -> str:
         return f"{self._name(0)} died or is cut off: its store does not answer"

@@ -38,7 +38,7 @@ def recorded_place(run_dir: Path, location: str) -> str:
     if is_url(location) or Path(location).exists():
         return location
     try:
-        lines = (run_dir / "command.sh").read_text().splitlines()
+        lines = (run_dir / "command.sh").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     starts = [shlex.split(line)[1] for line in reversed(lines) if line.startswith("cd ")]

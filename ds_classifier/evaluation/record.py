@@ -90,7 +90,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.record['name']}.json"
         try:
-            before = len(json.loads(path.read_text())["classifier"]["levels"])
+            before = len(json.loads(path.read_text(encoding="utf-8"))["classifier"]["levels"])
         except (OSError, ValueError, LookupError, TypeError):
             before = 0
         files.replace_text(path, json.dumps(self.record, indent=1))

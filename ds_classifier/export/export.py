@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def _write(
     # Only one key: safetensors writes several metadata keys in any order.
     save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
     # safetensors makes its file readable for the owner only, whatever the umask.
-    shutil.copymode(folder / f"{name}.pt", folder / f"{name}.safetensors")
+    with suppress(OSError):  # exFAT and the like have no modes of their own
+        shutil.copymode(folder / f"{name}.pt", folder / f"{name}.safetensors")
     of_weights = {
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in (folder / f"{name}.pt", folder / f"{name}.safetensors")

@@ -70,7 +70,7 @@ def page(run: RunData) -> str:
         made=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         state=run.state,
         state_text=STATES[run.state],
-        style=(folder / "report.css").read_text(),
+        style=(folder / "report.css").read_text(encoding="utf-8"),
         titles={key: title for key, (title, _) in SECTIONS.items()},
         headline=_computed(headline, run),
         parts={key: _computed(compute, run) for key, (_, compute) in SECTIONS.items()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -242,6 +243,18 @@ def power_of_two(exponent: float) -> str:
 # ------------------------------------------------------------------------------ SVG and PNG
 
 
+def _without_backend() -> None:
+    """Import matplotlib without the backend in MPLBACKEND, which no figure here needs.
+
+    A notebook sets it for the programs that are started in it, where its backend may be unknown.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib  # noqa: F401
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+
+
 @contextmanager
 def _style() -> Iterator[None]:
     """Draw in STYLE and not in the user's matplotlibrc, without warnings of missing glyphs."""
@@ -254,6 +267,7 @@ def _style() -> Iterator[None]:
 
 def to_svg(draw: Draw, *, width: float = WIDTH, height: float = HEIGHT) -> str:
     """Return a figure as an SVG element to be put into a page; its label is for screen readers."""
+    _without_backend()
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -293,6 +307,7 @@ def _by_name(color: re.Match) -> str:
 
 def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = "") -> None:
     """Write panels under a title, `columns` of them per row."""
+    _without_backend()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

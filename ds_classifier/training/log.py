@@ -84,7 +84,7 @@ class RunLogger:
         try:
             self._append()
             if row.keys() <= set(self._columns):
-                with open(self._csv_path, "a", newline="") as file:
+                with open(self._csv_path, "a", newline="", encoding="utf-8") as file:
                     csv.DictWriter(file, self._columns).writerow(row)
             else:
                 self._write_csv()
@@ -208,14 +208,14 @@ def _open_wandb(run_dir: Path, project: str):
     try:
         kept.parent.mkdir(exist_ok=True)
         if not kept.exists():
-            kept.write_text(secrets.token_hex(4))
+            kept.write_text(secrets.token_hex(4), encoding="utf-8")
         run = wandb.init(
             project=project,
             name=run_dir.resolve().name,
-            id=kept.read_text(),
+            id=kept.read_text(encoding="utf-8"),
             dir=str(run_dir),
             resume="allow",
-            config=json.loads((run_dir / "config.json").read_text()),
+            config=json.loads((run_dir / "config.json").read_text(encoding="utf-8")),
             settings=wandb.Settings(console="off", silent=True),  # the console is ours
         )
     except (wandb.Error, OSError, ValueError) as error:

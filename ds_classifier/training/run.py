@@ -62,6 +62,7 @@ def build(
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
+        watch.stop_asked = lambda: requests.reason
         watch.join()
     start = open_run(
         command,
@@ -125,7 +126,7 @@ def train(setup: Setup) -> int:
         distributed.say(f"stopped by {stop.reason} after step {step}; run {again} to continue")
         return STOPPED
     device = setup.engine.device
-    distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n"), device)
+    distributed.on_rank_0(lambda: (run_dir / DONE).write_text(f"step {step}\n", "utf-8"), device)
     append_event(run_dir, "finish", step=step)
     steps = "1 step" if step == 1 else f"{step:,} steps"
     distributed.say(f"finished: {steps}; everything is in {run_dir}/")

@@ -53,7 +53,7 @@ PACKAGES = (
 
 def read_done(run_dir: Path) -> str | None:
     """Return the text that a finished run left in DONE, or None if it is not finished."""
-    return (run_dir / DONE).read_text().strip() if (run_dir / DONE).exists() else None
+    return (run_dir / DONE).read_text("utf-8").strip() if (run_dir / DONE).exists() else None
 
 
 def write_run_files(run_dir: Path, resolved: Resolved, command: str) -> None:
@@ -65,8 +65,8 @@ def write_run_files(run_dir: Path, resolved: Resolved, command: str) -> None:
         "env.json": environment(),
     }
     for name, content in contents.items():
-        (run_dir / name).write_text(json.dumps(content, indent=1) + "\n")
-    with open(run_dir / "command.sh", "a") as file:
+        (run_dir / name).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    with open(run_dir / "command.sh", "a", encoding="utf-8") as file:
         file.write(command)
 
 
@@ -109,10 +109,10 @@ def _git(tree: Path, arguments: list[str]) -> str | None:
     """Return git's answer about the source tree, or None if it is not a checkout."""
     command = ["git", "-C", str(tree), *arguments]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(command, capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    return answer.stdout.decode(errors="replace").strip() if answer.returncode == 0 else None
 
 
 def append_event(run_dir: Path, event: str, **facts: Any) -> None:

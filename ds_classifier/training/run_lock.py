@@ -1,9 +1,9 @@
 """One job per run directory: a lock file that names its owner, and is taken over from a dead one.
 
-The file RUN/LOCK is made by a hard link, which is atomic on network file systems too (flock is not
-reliable there). Its owner touches it every few seconds. An owner on this host is dead when its
-process is; one on another host when it has not touched the file for some minutes, measured by the
-file system's clock alone.
+The file RUN/LOCK is created by O_EXCL, which only one job can do, on network file systems too
+(flock is not reliable there, and some have no hard links). Its owner touches it every few seconds.
+An owner on this host is dead when its process is; one on another host when it has not touched the
+file for some minutes, measured by the file system's clock alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_classifier.common import files
 from ds_classifier.common.text import duration
 from ds_classifier.distributed import processes
 
 LOCK = "LOCK"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # network file systems may show a file's time a minute late
+_TRIES, _PAUSE_SECONDS = 10, 0.1  # to read a lock that is being written
 
 
 class RunLock:
@@ -47,20 +49,15 @@ class RunLock:
         say: prints a line. Raises ValueError if another job holds the lock, or if nothing can be
         written.
         """
-        staging = self._path.with_name(f".{LOCK}.{socket.gethostname()}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_text(self._mine)
+            while not files.create(self._path, self._mine):
+                self._take_over(say)
         except OSError as error:
             raise ValueError(
                 f"--run_dir: got {self._path.parent}, where nothing can be written "
-                f"({error.strerror}); do: choose another"
+                f"({files.problem(error)}); do: choose another"
             ) from None
-        try:
-            while not self._linked(staging):
-                self._take_over(staging, say)
-        finally:
-            staging.unlink(missing_ok=True)
         self._thread.start()
 
     def refuse_if_held(self) -> None:
@@ -78,31 +75,28 @@ class RunLock:
         if alive:
             raise self._in_use(who, since)
 
-    def _linked(self, staging: Path) -> bool:
-        try:
-            os.link(staging, self._path)
-        except FileExistsError:
-            return False
-        return True
-
-    def _take_over(self, staging: Path, say: Callable[[str], None]) -> None:
+    def _take_over(self, say: Callable[[str], None]) -> None:
         """Remove the lock of a dead owner; raise ValueError if the owner lives."""
         text = self._read(self._path)
         if text is None:
             return
         who, here, alive, since = self._owner(text)
-        if alive or (not here and self._beats(staging, who, say)):
+        if alive or (not here and self._beats(who, say)):
             raise self._in_use(who, since)
-        aside = staging.with_suffix(".stale")
+        aside = self._beside("stale")
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return
-        if self._read(aside) == text:
+        moved = self._read(aside)
+        if moved == text:
             say(f"took over the run directory from {who}, which is gone")
-        else:  # another job was faster, and this is its lock
-            self._linked(aside)
+        elif moved:  # another job was faster, and this is its lock
+            files.create(self._path, moved)
         aside.unlink(missing_ok=True)
+
+    def _beside(self, suffix: str) -> Path:
+        return self._path.with_name(f".{LOCK}.{socket.gethostname()}.{os.getpid()}.{suffix}")
 
     @staticmethod
     def _owner(text: str) -> tuple[str, bool, bool, str]:
@@ -123,37 +117,46 @@ class RunLock:
             "job per run directory; do: wait for it, or choose another --run_dir"
         )
 
-    def _beats(self, staging: Path, who: str, say: Callable[[str], None]) -> bool:
+    def _beats(self, who: str, say: Callable[[str], None]) -> bool:
         """Return whether the owner touches the lock before it counts as stale."""
         first, began, waiting = self._touched(self._path), time.monotonic(), False
-        while first is not None:
-            staging.write_text(self._mine)  # its time is now, by the file system's clock
-            if self._touched(staging) - first > STALE_SECONDS:
-                return False
-            if time.monotonic() - began > STALE_SECONDS:  # touched by a clock that ran ahead
-                return False
-            if not waiting:
-                say(f"waiting for a sign of life of {who}, {STALE_SECONDS:.0f} s at most")
-            waiting = True
-            time.sleep(BEAT_SECONDS / 4)
-            if self._touched(self._path) != first:
-                return True
-        return False
+        clock = self._beside("clock")
+        try:
+            while first is not None:
+                clock.write_text("now", encoding="utf-8")  # its time, by the file system's clock
+                if self._touched(clock) - first > STALE_SECONDS:
+                    return False
+                if time.monotonic() - began > STALE_SECONDS:  # touched by a clock that ran ahead
+                    return False
+                if not waiting:
+                    say(f"waiting for a sign of life of {who}, {STALE_SECONDS:.0f} s at most")
+                waiting = True
+                time.sleep(BEAT_SECONDS / 4)
+                if self._touched(self._path) != first:
+                    return True
+            return False
+        finally:
+            clock.unlink(missing_ok=True)
 
     @staticmethod
     def _touched(path: Path) -> float | None:
         try:
-            with open(path) as file:  # opening makes NFS ask its server
+            with open(path, encoding="utf-8") as file:  # opening makes NFS ask its server
                 return os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
 
     @staticmethod
     def _read(path: Path) -> str | None:
+        """Return a lock's text; wait a moment for one that has been created but not yet written."""
         try:
-            return path.read_text(errors="replace")
+            for _ in range(_TRIES):
+                if text := path.read_text(encoding="utf-8", errors="replace"):
+                    return text
+                time.sleep(_PAUSE_SECONDS)
         except FileNotFoundError:
             return None
+        return ""
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):

@@ -80,7 +80,7 @@ def reference_images_per_sec(
         [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],
         environment={"OPENAI_LOGDIR": str(folder / "log")},
     )
-    seconds = json.loads(moments.read_text())
+    seconds = json.loads(moments.read_text(encoding="utf-8"))
     return steps * batch / (seconds[-1] - seconds[WARM_UP - 1])
 
 
@@ -131,7 +131,10 @@ def trainer_row(
     length += ["--log_interval", steps, "--save_interval", 10**6, "--val_data_dir", "none"]
     with distributed.keep_port() as port:
         start_s = _run([*launched(program, ranks, port), *words, *map(str, length)])
-    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [row for row in rows if "images_per_sec" in row][-1] | {"start_s": start_s}
 
 

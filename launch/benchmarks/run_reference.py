@@ -36,7 +36,7 @@ def main() -> None:
             torch.cuda.synchronize()
         ended.append(time.perf_counter())
         if len(ended) == steps:
-            moments.write_text(json.dumps(ended))
+            moments.write_text(json.dumps(ended), encoding="utf-8")
             os._exit(0)
 
     register_optimizer_step_post_hook(stepped)

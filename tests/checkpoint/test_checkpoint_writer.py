@@ -213,3 +213,23 @@ def test_room_for_two_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--run_dir.*file.*Not a directory"):
         checkpoint_writer.check_room(tmp_path / "file" / "checkpoints", 1000)
+
+
+def test_a_disk_that_syncs_no_directories_gets_checkpoints_and_a_note(
+    writer, tmp_path, poor_disk, capsys
+):
+    checkpoint_writer.check_room(tmp_path, 1000)
+    assert "does not sync directories (Invalid argument)" in capsys.readouterr().out
+    save(writer, 1)
+    writer.finish()
+    assert checkpoint.newest_valid(tmp_path, print).name == "step-00000001"
+
+
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+def test_the_check_makes_the_calls_of_a_save(call, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "made up")
+
+    monkeypatch.setattr(checkpoint.os, call, refuse)
+    with pytest.raises(ValueError, match=r"no checkpoint can be saved.*made up.*choose another"):
+        checkpoint_writer.check_room(tmp_path / "checkpoints", 1000)

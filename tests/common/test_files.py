@@ -1,5 +1,6 @@
-"""Places that cannot be written are refused, and asking leaves nothing behind."""
+"""Places that cannot be written are refused; files on disks that offer little, or fail."""
 
+import errno
 import os
 import re
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ds_classifier.common import files
+from ds_classifier.distributed import failures
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -68,3 +70,29 @@ def test_a_file_that_may_not_be_replaced_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(files, "refuse_unwritable", lambda flag, folder: None)
     with pytest.raises(ValueError, match=r"--out: got .*r.html; need .* \(Permission denied\)"):
         files.refuse_unwritable_file("--out", tmp_path / "r.html")
+
+
+def test_one_creates_and_the_text_is_whole(tmp_path, poor_disk):
+    assert files.create(tmp_path / "one", "first é")
+    assert not files.create(tmp_path / "one", "second")
+    assert (tmp_path / "one").read_bytes() == "first é".encode()
+
+
+def test_only_a_sync_that_is_not_offered_is_passed_over(tmp_path, poor_disk, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    assert files.fsync(tmp_path / "file") is None
+    assert files.fsync(tmp_path) == "Invalid argument"
+
+    def fail(handle):
+        raise OSError(errno.EIO, "made up")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="made up") as raised:
+        files.fsync(tmp_path)
+    assert raised.value.filename == str(tmp_path)
+
+
+def test_one_verdict_a_host_without_hard_links(tmp_path, poor_disk):
+    assert failures.claim(tmp_path, {"message": "first", "code": 1})
+    assert not failures.claim(tmp_path, {"message": "second", "code": 2})
+    assert failures.claimed(tmp_path) == {"message": "first", "code": 1}

@@ -367,6 +367,16 @@ def test_files_that_are_not_json(tmp_path):
         read_ds_config(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize(("encoding", "guess"), [("utf-16", "UTF-16"), ("latin-1", "LATIN1")])
+def test_a_json_that_is_not_utf_8_is_named_with_what_to_do(tmp_path, encoding, guess):
+    path = tmp_path / "é.json"
+    path.write_bytes('{"comment": "é"}'.encode(encoding))
+    with pytest.raises(ValueError, match=rf"got .*é\.json, .*UTF-8; do: iconv -f {guess}"):
+        read_ds_config(path)
+    path.write_bytes('{"comment": "é"}'.encode("utf-8-sig"))  # as Notepad saves it
+    assert read_ds_config(path) == {"comment": "é"}
+
+
 def test_what_a_resumed_run_may_change():
     before = config.dataclasses.asdict(resolved("--lr", "1e-3").settings)
     same = resolved("--lr", "1e-3", "--log_interval", "1", "--keep_last", "9").settings

@@ -1,10 +1,13 @@
 """Batches are the same for any number of ranks and workers; bad samples; validation."""
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +287,49 @@ def test_workers_that_keep_dying_are_an_error(digits, frequent_checks, monkeypat
     monkeypatch.setattr(ShardDataset, "__getitem__", lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(OSError, match=r"SIGKILL\), 4 times in a row.*--workers \(now 2 per rank\)"):
         list(training_loader(digits / "train", workers=2))
+
+
+def test_batches_need_no_shared_memory_socket_or_descriptor(digits, tmp_path, monkeypatch):
+    """The batches are the same with little of what torch hands over tensors by."""
+    expected = [batch.images for batch in training_loader(digits / "train")]
+    far = tmp_path / ("far" * 40)  # a socket's path has at most 107 bytes
+    far.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", None)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        got = [batch.images for batch in training_loader(digits / "train", workers=2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(got) == 6
+    assert all(map(torch.equal, got, expected))
+
+
+def test_batches_that_are_kept_stay_as_they_were(digits):
+    """The memory that workers fill is used again and again; a batch is a copy."""
+    loader = training_loader(digits / "train", micro=2, last=20, workers=2)
+    kept = list(loader)
+    assert len(kept) > 5 * (2 * loader.prefetch + 1)
+    for batch in kept:
+        again = loader.dataset[batch.positions.numpy()]
+        assert torch.equal(batch.images, again.images)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EAGAIN, "ulimit -u"), (errno.EMFILE, "ulimit -n"), (errno.ENOSPC, "/dev/shm")],
+)
+def test_workers_that_cannot_be_started_are_an_error(digits, monkeypatch, number, advice):
+    def refuse():
+        raise OSError(number, os.strerror(number))
+
+    before = multiprocessing.active_children()
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(OSError, match=rf"{os.strerror(number)}; do: .*{advice}.*--workers 0"):
+        next(iter(training_loader(digits / "train", workers=2)))
+    assert multiprocessing.active_children() == before
 
 
 def test_an_error_in_a_worker_is_raised_without_a_restart(digits, tmp_path):

@@ -2,8 +2,11 @@
 
 import os
 import pickle
+import pwd
 import random
+import resource
 import time
+from pathlib import Path
 
 import pytest
 from stores import (
@@ -49,6 +52,15 @@ def test_local_shards_use_no_cache(served_store, tmp_path):
     assert server.requests == []
 
 
+def test_a_user_without_a_home_needs_one_only_for_shards_at_a_url(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    shards = make_shards(tmp_path / "near", 1)
+    assert correct(ShardStore(tmp_path / "near", shards, cache_dir=Path("~/cache")), 0)
+    with pytest.raises(ValueError, match=r"--cache_dir: got ~/cache, but .* no home directory"):
+        ShardStore("http://127.0.0.1:9/x", shards, cache_dir=Path("~/cache"))
+
+
 def test_few_handles_stay_open(tmp_path):
     shards = make_shards(tmp_path / "many", 300, size=10)
     store = ShardStore(tmp_path / "many", shards)
@@ -57,6 +69,18 @@ def test_few_handles_stay_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 256
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_fewer_handles_stay_open_where_the_limit_is_lower(tmp_path):
+    shards = make_shards(tmp_path / "many", 60, size=10)
+    store = ShardStore(tmp_path / "many", shards)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert all(correct(store, i) for i in [*range(60), *range(60)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    store.close()
 
 
 def test_an_index_that_points_outside_is_refused(served_store):

@@ -1,5 +1,6 @@
 """Agreement between ranks, through the launcher: one rank's problem becomes every rank's error."""
 
+import io
 import json
 import os
 import socket
@@ -9,6 +10,8 @@ from contextlib import suppress
 
 import pytest
 from running import ROOT, environment, launch
+
+from ds_classifier import distributed
 
 SCRIPT = """
 import json, os, sys
@@ -208,3 +211,10 @@ def test_no_thread_of_gloo_is_alive_when_python_shuts_down():
     command = [sys.executable, "-c", LEAVING, ROOT]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[:3] == ["traceback", "Ctrl-C", "error"], done.stderr
+
+
+def test_a_terminal_without_a_character_gets_it_escaped(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", screen)
+    distributed.show("é 猫")
+    assert screen.buffer.getvalue().decode("latin-1") == "é \\u732b\n"

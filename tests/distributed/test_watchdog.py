@@ -5,6 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,40 @@ def test_an_error_of_the_loader_happens_in_the_phase_data(tmp_path):
     assert done.code == 1
     assert any("at step 5, data" in line for line in done.lines), done.output
     assert done.lines[-1] == "error: train-000003.tar: No such file or directory"
+
+
+NO_DATA = """
+import os, signal, time
+from pathlib import Path
+from ds_classifier import distributed
+from ds_classifier.distributed import watchdog
+from ds_classifier.distributed.stopping import StopRequests
+
+def batches():
+    yield "the first"
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(100)
+
+watchdog._STOP_SECONDS = 1.5
+minutes = dict(start=1, step=1, save=1, validation=1)
+with StopRequests() as requests, watchdog.Watchdog(Path("run"), minutes=minutes) as watch:
+    distributed.init()
+    requests.defer()
+    watch.stop_asked = lambda: requests.reason
+    watch.join()
+    watch.stepping(5)
+    for batch in watch.batches(batches()):
+        pass
+"""
+
+
+def test_a_request_to_stop_ends_a_run_whose_data_does_not_come(tmp_path):
+    began = time.monotonic()
+    done = run_python("-c", NO_DATA, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.code == 75
+    assert time.monotonic() - began < 50  # it would sleep for 100 s, and be overdue after 60 s
+    assert done.lines[-1].startswith("error: stopped by SIGTERM before the step ended: rank 0 ")
+    assert "has been in data at step 5" in done.lines[-1]
 
 
 def test_the_vote_is_known_by_its_name():

@@ -93,15 +93,16 @@ def test_numbers_in_a_legend_keep_their_digits():
     assert "b 0.0517" in Page(svg).text
 
 
-@pytest.mark.parametrize("backend", ["TkAgg", "module://gone"])
+@pytest.mark.parametrize("backend", ["TkAgg", "module://gone", "inline", "not_installed_here"])
 def test_figures_need_no_screen_and_no_backend(backend):
     code = (
         "from ds_classifier.report.plots import *\n"
         "print(curves_svg('a', [Line('b', [(0, 1.0)], INK)], Axis(), last_step=1)[:4])\n"
-        "import sys; assert 'matplotlib.pyplot' not in sys.modules"
+        "import os, sys; assert 'matplotlib.pyplot' not in sys.modules\n"
+        "print(os.environ['MPLBACKEND'])"
     )
     done = run_python("-c", code, cwd=ROOT, MPLBACKEND=backend, DISPLAY="")
-    assert (done.code, done.lines) == (0, ["<svg"]), done.output
+    assert (done.code, done.lines) == (0, ["<svg", backend]), done.output
 
 
 def test_png_files_of_any_class_names(run):

@@ -1,11 +1,13 @@
 """One job a run directory: refusing while the owner lives, taking over when it is gone."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 from running import ROOT
@@ -132,3 +134,34 @@ def test_looking_refuses_as_taking_would_and_writes_nothing(owner, tmp_path):
         look()
     (tmp_path / "LOCK").unlink()
     assert look() == set()
+
+
+def test_without_hard_links_one_job_locks(owner, tmp_path, poor_disk):
+    lock = RunLock(tmp_path / "other")
+    lock.acquire(print)
+    with pytest.raises(ValueError, match=rf"in use: got process {os.getpid()} on "):
+        RunLock(tmp_path / "other").acquire(print)
+    lock.release()
+    owner.kill()
+    owner.wait()
+    said = []
+    RunLock(tmp_path).acquire(said.append)
+    assert said[0].startswith("took over the run directory")
+
+
+def test_a_lock_that_is_being_written_is_waited_for(tmp_path):
+    (tmp_path / "LOCK").write_text("")
+    living = RunLock(tmp_path)._mine
+    writing = threading.Timer(0.3, (tmp_path / "LOCK").write_text, [living])
+    writing.start()
+    with pytest.raises(ValueError, match=rf"in use: got process {os.getpid()} on "):
+        RunLock(tmp_path).acquire(print)
+    writing.join()
+
+
+def test_a_disk_that_refuses_the_lock_is_named_and_left_as_it_was(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(run_lock.files, "naming", mock.Mock(side_effect=full))
+    with pytest.raises(ValueError, match=rf"--run_dir: got {tmp_path}, where.*No space left"):
+        RunLock(tmp_path).acquire(print)
+    assert list(tmp_path.iterdir()) == []

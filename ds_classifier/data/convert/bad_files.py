@@ -101,7 +101,7 @@ def raise_if_bad(bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int]
     lines = []
     for split, files in bad.items():
         names = "".join(f"{name}\n" for name, _ in files)
-        listings[split].write_text(names, errors="surrogateescape")
+        listings[split].write_text(names, errors="surrogateescape", encoding="utf-8")
         head = f"{split}: " if len(bad) > 1 else ""
         lines += [f"{head}{name}: {problem}" for name, problem in files[:MAX_LISTED]]
         if len(files) > MAX_LISTED:

@@ -128,7 +128,7 @@ def merge(out: Path) -> list[str]:
     """
     plans = {}
     for partial in sorted(out.glob("*.partial")):
-        plan = Plan(**json.loads((partial / PLAN).read_text()))
+        plan = Plan(**json.loads((partial / PLAN).read_text(encoding="utf-8")))
         missing = [
             plan.shard_name(n)
             for n in range(len(plan.shard_samples))
@@ -216,7 +216,7 @@ def _is_up_to_date(path: Path, samples: list[Sample]) -> bool:
     """Return whether a shard exists, and no file of its images has changed since it was begun."""
     if not path.exists():
         return False
-    began_ns = json.loads(path.with_suffix(".json").read_text())["began_ns"]
+    began_ns = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["began_ns"]
     return all(sample.changed_ns() <= began_ns for sample in samples)
 
 
@@ -273,7 +273,7 @@ def _finish(partial: Path, plan: Plan) -> None:
     shards, index, undecodable = [], [], []
     for number in range(len(plan.shard_samples)):
         path = partial / plan.shard_name(number)
-        facts = json.loads(path.with_suffix(".json").read_text())
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         undecodable += facts.pop("undecodable")
         del facts["began_ns"]
         shards.append(Shard(**facts))

@@ -71,7 +71,7 @@ def class_lists(out: Path) -> dict[Path, list[str]]:
     for split in ("train", "val"):
         for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
             if (folder / facts).is_file():
-                lists[folder] = json.loads((folder / facts).read_text())["classes"]
+                lists[folder] = json.loads((folder / facts).read_text(encoding="utf-8"))["classes"]
     return lists
 
 
@@ -185,14 +185,14 @@ def open_partial(out: Path, plan: Plan) -> Path:
     partial = out / f"{plan.split}.partial"
     staging = out / f".{plan.split}.{uuid.uuid4().hex}"
     staging.mkdir(parents=True)
-    (staging / PLAN).write_text(json.dumps(asdict(plan), indent=1))
+    (staging / PLAN).write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
     try:
         os.rename(staging, partial)  # replaces nothing but an empty directory
     except OSError:
         shutil.rmtree(staging)
     if not (partial / PLAN).is_file():
         raise ValueError(f"OUT: got {partial} without {PLAN}; need a new directory; do: remove it")
-    if json.loads((partial / PLAN).read_text())["digest"] != plan.digest:
+    if json.loads((partial / PLAN).read_text(encoding="utf-8"))["digest"] != plan.digest:
         raise ValueError(
             f"OUT: got {partial}, the unfinished conversion of another source, encoding or share; "
             "need one in OUT; do: finish it, remove it, or choose another OUT"

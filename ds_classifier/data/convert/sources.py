@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,6 +219,12 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
             "former"
         )
     found = loose or sorted_by_class
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not all(str(file).isascii() for file, _ in found):
+        raise ValueError(
+            f"source: got names in {root} that are not ASCII, and a locale that takes them for "
+            f"{encoding}; need UTF-8; do: put PYTHONUTF8=1 before the command"
+        )
     if not found:
         raise ValueError(
             f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}"

@@ -367,7 +367,7 @@ def _write(
     samples = sum(len(scan.rows) for scan in scans)
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".{INDEX}.staging"
-    rows = np.lib.format.open_memmap(staging, "w+", dtype=INDEX_DTYPE, shape=(samples,))
+    rows = np.empty(samples, INDEX_DTYPE)
     at = 0
     for number, scan in enumerate(scans):
         part = rows[at : at + len(scan.rows)]
@@ -375,8 +375,8 @@ def _write(
         part["shard"] = number
         at += len(scan.rows)
     pairs = neighbours(rows)
-    rows.flush()
-    del rows
+    with open(staging, "wb") as file:
+        np.save(file, rows)
     files.fsync(staging)
     (folder / MANIFEST).unlink(missing_ok=True)  # it describes the index that is replaced
     os.replace(staging, folder / INDEX)

@@ -37,7 +37,10 @@ os.register_at_fork(after_in_child=_close_locks)
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """Lock a file and return its descriptor; None if it is locked already and wait is False."""
+    """Lock a file and return its descriptor; None if it is locked already and wait is False.
+
+    Raises ValueError if the file system has no such locks.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _locks.add(handle)
     try:
@@ -45,6 +48,12 @@ def _lock(path: Path, *, wait: bool) -> int | None:
     except BlockingIOError:
         _unlock(handle)
         return None
+    except OSError as error:
+        _unlock(handle)
+        raise ValueError(
+            f"--cache_dir: got {path.parent}, whose file system refuses to lock {path.name} "
+            f"({error.strerror}); need one with flock, such as a local disk; do: choose another"
+        ) from None
     return handle
 
 
@@ -203,7 +212,7 @@ class FileCache:
                 path.unlink()
                 _unlock(lock)
                 continue
-            user = json.loads(path.read_text())
+            user = json.loads(path.read_text(encoding="utf-8"))
             needed.update(user["window"])
             coming.update(user["fetching"])
         return needed, coming

@@ -24,7 +24,7 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.replicas import bit_sum
-from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter
+from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter, check_room
 from ds_classifier.common import files
 from ds_classifier.data.loader import Batch, Loader
 from ds_classifier.distributed import deepspeed_engine, memory
@@ -45,6 +45,7 @@ from ds_classifier.training.rehearsal.costs import (
     time_lines,
     times_done,
 )
+from ds_classifier.training.run_lock import RunLock
 from ds_classifier.training.setup import Setup
 from ds_classifier.training.step import Objective, train_step
 
@@ -236,17 +237,26 @@ def scratch_beside(
 
     It lies in the run directory if that exists, else in the nearest parent that does; rank 0 makes
     it, and all ranks get its path. The second value removes it, for a process that ends without
-    leaving the context. Raises AgreedError if nothing can be written.
+    leaving the context. Raises AgreedError if the run could not be locked or saved there.
     """
 
     def make() -> str:
         try:
-            return tempfile.mkdtemp(prefix=LEFTOVER, dir=files.nearest_directory(run_dir))
+            scratch = tempfile.mkdtemp(prefix=LEFTOVER, dir=files.nearest_directory(run_dir))
         except OSError as error:
             raise ValueError(
                 f"--run_dir: got {run_dir}, where nothing can be written ({error.strerror}); do: "
                 "choose another"
             ) from None
+        try:
+            lock = RunLock(Path(scratch))
+            lock.acquire(distributed.say)
+            lock.release()
+            check_room(Path(scratch), parameters=0)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        return scratch
 
     scratch = Path(distributed.on_rank_0(make, device))
 

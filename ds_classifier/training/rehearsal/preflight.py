@@ -67,7 +67,7 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     distributed.on_rank_0(lambda: look_at_run_dir(run_dir, parameters), device)
     folders = [run_dir] if distributed.rank() == 0 else []
     if shards.store.remote:
-        folders.append(Path(settings.cache_dir))
+        folders.append(shards.store.folder.parent)
     found = look_at_rank(deepspeed_engine.describe_device(device), folders)
     ranks = distributed.gather_json(found, device)
     rate = reduction_rate(device)
@@ -190,8 +190,12 @@ def _keepalive(host: str) -> int | None:
     0: never. None: ssh is not installed here.
     """
     try:
-        done = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["ssh", "-G", host], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    words = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    words = dict(
+        line.split(" ", 1)
+        for line in done.stdout.decode(errors="replace").splitlines()
+        if " " in line
+    )
     return int(words.get("serveraliveinterval", 0)) if done.returncode == 0 else None

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made import make_images
 from running import ROOT, run_python
 
 from ds_classifier.data.classes import class_lines
@@ -651,3 +653,12 @@ def test_a_class_that_is_not_utf_8_is_refused(tmp_path):
     for text in (b"cat\ncaf\xe9\n", b"\xef\xbb\xbfcat\rcaf\xe9 "):
         with pytest.raises(ValueError, match=r"^f: got the class 'caf\\udce9', which is not UTF-8"):
             class_lines(text, "f")
+
+
+def test_names_that_the_locale_garbles_are_refused(tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "images", ["café/a.png", "tea/b.png"])
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "iso8859-1")
+    with pytest.raises(ValueError, match="iso8859-1; need UTF-8; do: put PYTHONUTF8=1"):
+        open_source(str(folder))
+    shutil.rmtree(folder / "café")
+    assert open_source(str(folder)).classes == ["tea"]

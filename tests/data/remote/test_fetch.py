@@ -1,5 +1,6 @@
 """Downloads over bad connections and by other schemes give complete files, or one error."""
 
+import errno
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from stores import (
 )
 
 from ds_classifier.data.remote import fetch
+from ds_classifier.data.remote.cache import FileCache
 from ds_classifier.data.store import ShardStore
 from ds_classifier.distributed import processes
 
@@ -230,3 +232,13 @@ def test_small_files_have_a_limit(tmp_path, monkeypatch):
             fetch.fetch_small(f"{server.url}/x", limit_bytes=99)
     with pytest.raises(ValueError, match="runs a program"):
         fetch.fetch_small("pipe:echo x", limit_bytes=99)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
+def test_a_cache_on_a_disk_without_locks_is_named(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ValueError, match=rf"--cache_dir: got {tmp_path}, .*{os.strerror(number)}"):
+        FileCache(tmp_path, budget_bytes=None)
