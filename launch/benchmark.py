@@ -26,8 +26,10 @@ from ds_classifier.config.parser import Parser
 
 TRAIN = Path(__file__).with_name("train.py")
 WITH_FLAGS = {"step", "compare"}  # commands that take flags of launch/train.py too
-IMAGE_FOLDER = "what make_shards.py converts, such as a folder of images"
-SHARDS = "shards; or what make_shards.py takes, of which at most 2,000 images are converted"
+IMAGE_FOLDER = "what `ds-classifier convert` takes, such as a folder of images"
+SHARDS = (
+    "shards; or what `ds-classifier convert` takes, of which at most 2,000 images are converted"
+)
 DEFAULT_CONFIG = "zero1_fp32"
 
 

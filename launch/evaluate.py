@@ -1,4 +1,4 @@
-"""Measure a classifier at a grid of noise levels: `python launch/evaluate.py RUN`.
+"""Measure a classifier at a grid of noise levels: `ds-classifier evaluate RUN`.
 
 It also runs through the deepspeed launcher or torchrun. Any number of ranks gives the same numbers,
 to the last digit where each rank computes as the others do: on a CPU, with the same number of
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None, prog: str = "evaluate.py") -> int:
         run(arguments, given)
     except (ValueError, OSError) as error:
         return failures.report(error)
+    except KeyboardInterrupt:
+        return failures.interrupted()
     return 0
 
 
@@ -129,6 +131,10 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
         replaced = distributed.on_rank_0(write, device)
         distributed.say("\n".join(table.level_table(found)))
+        if found.get("bayes"):
+            distributed.say(
+                "Bayes: the exact posterior of the training images; on others, too sure"
+            )
         if len(paths) == 1:
             distributed.say("\n" + "\n".join(table.class_table(found)))
         fewer = replaced > len(found["classifier"]["levels"])

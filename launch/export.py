@@ -1,4 +1,4 @@
-"""Export a classifier: `python launch/export.py RUN`.
+"""Export a classifier: `ds-classifier export RUN`.
 
 Writes guided-diffusion's modelNNNNNN.pt and its flags, safetensors with all settings as JSON, and a
 model card; reads them back and compares them with the classifier.
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None, prog: str = "export.py") -> int:
         exported = export(arguments.source, given, arguments.out)
     except (ValueError, OSError, RuntimeError) as error:
         return failures.report(error)
+    except KeyboardInterrupt:
+        return failures.interrupted()
     width = max(len(str(path)) for path in exported.paths)
     for path in exported.paths:
         print(f"{path!s:<{width}}  {CONTENTS[path.suffix]}, {path.stat().st_size:,} bytes")

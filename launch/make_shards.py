@@ -1,4 +1,4 @@
-"""Make shards of images, and check them: `python launch/make_shards.py convert SOURCE OUT`."""
+"""Make shards of images, and check them: `ds-classifier convert SOURCE OUT`."""
 
 from __future__ import annotations
 
@@ -217,6 +217,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             f"--val_labels: got {arguments.val_labels} with --val {arguments.val}, a share of the "
             "labelled images; do: drop it"
         )
+    _refuse_inside(arguments.source, arguments.out)
     files.refuse_unwritable("OUT", arguments.out)
     source = open_source(arguments.source, None if share else arguments.val, arguments.val_labels)
     for remark in source.remarks:
@@ -236,10 +237,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     if arguments.part[1] > 1 and None in manifests.values():
         i, n = arguments.part
-        print(f"part {i} of {n} is written; after all parts: make_shards.py merge {arguments.out}")
+        print(f"part {i} of {n} is written; after all parts: ds-classifier merge {arguments.out}")
         return 0
     _describe(arguments.out, manifests)
     return 0
+
+
+def _refuse_inside(source: str, out: Path) -> None:
+    """Raise ValueError for an output inside of the source, which would be read the next time."""
+    folder, place = Path(source).resolve(), out.resolve()
+    if folder.is_dir() and folder in (place, *place.parents):
+        raise ValueError(
+            f"OUT: got {out}, which is in the source {source}; need another place; do: name a "
+            "directory beside it"
+        )
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -259,10 +270,14 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _describe(out: Path, manifests: dict) -> None:
     """Print the contents of the splits that were converted, and what classes a split lacks."""
     from ds_classifier.data.convert.convert import Encoding
-    from ds_classifier.data.shards import absent_classes
+    from ds_classifier.data.shards import images_per_class
 
     for split, manifest in manifests.items():
-        held = f", {manifest.held_out} held out" if split == "val" and manifest.held_out else ""
+        images = images_per_class(out / split)
+        held = ""
+        if split == "val" and manifest.held_out:
+            fewest, most = min(images.values()), max(images.values())
+            held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per class"
         stored = Encoding(manifest.image_size, manifest.form)
         print(f"{_contents(out / split, manifest)}, {stored}{held}")
         if manifest.undecodable:
@@ -270,7 +285,8 @@ def _describe(out: Path, manifests: dict) -> None:
                 f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
                 f"{manifest.undecodable[0]}: stored untouched, training counts them as bad samples"
             )
-        if absent := absent_classes(out / split) if len(manifests) > 1 else []:
+        absent = [name for name, number in images.items() if not number]
+        if absent and len(manifests) > 1:
             shown = ", ".join(absent[:MAX_NAMED]) + (", ..." if len(absent) > MAX_NAMED else "")
             lack = (
                 "they cannot be learnt; do: hold out fewer images, or add some"

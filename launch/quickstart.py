@@ -25,10 +25,11 @@ if not __package__:  # run by its path: use the source tree it lies in
     installation.check()
 
 from ds_classifier import distributed
-from ds_classifier.common import text
+from ds_classifier.common import files, text
 from ds_classifier.config import RECIPES
 from ds_classifier.config.parser import Parser
 from ds_classifier.config.shipped import choose_config
+from ds_classifier.distributed import failures
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
@@ -53,6 +54,12 @@ def main() -> int:
 
 def do_all() -> int:
     """Do the steps one after the other; return the exit code of the first that fails, or 0."""
+    for place in (DATA, RUN):
+        try:
+            files.refuse_unwritable(str(place), place)
+        except ValueError as error:
+            print(f"error: {str(error).partition('; do: ')[0]}; do: start in another folder")
+            return failures.WRONG_USE
     RUN.mkdir(parents=True, exist_ok=True)
     print(f"From images to guided samples, in some minutes. What the programs print: {LOG}")
     print("1. The 1,797 handwritten digits of scikit-learn become shards.", flush=True)

@@ -1,4 +1,4 @@
-"""Write a run's report, one HTML page with its log and evaluations: `python launch/report.py RUN`.
+"""Write a run's report, one HTML page with its log and evaluations: `ds-classifier report RUN`.
 
 Training and evaluate.py write it too. This program updates it, also while the run is going on.
 """
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None, prog: str = "report.py") -> int:
         print(write_report(arguments.run, arguments.out))
     except (ValueError, OSError) as error:
         return failures.report(error)
+    except KeyboardInterrupt:
+        return failures.interrupted()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Draw guided samples, and measure guidance: `python launch/sample.py --classifier_path RUN ...`.
+"""Draw guided samples, and measure guidance: `ds-classifier sample --classifier_path RUN ...`.
 
 Flags have the names and defaults of guided-diffusion's classifier_sample.py. The deepspeed launcher
 and torchrun start it on any number of ranks, which draw the same images.
@@ -27,6 +27,7 @@ if not __package__:  # run by its path: use the source tree that it lies in
 from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
+from ds_classifier.common.text import count
 from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.config.parser import Parser, boolean
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None, prog: str = "sample.py") -> int:
         return run(arguments, given)
     except (ValueError, OSError) as error:
         return failures.report(error)
+    except KeyboardInterrupt:
+        return failures.interrupted()
 
 
 def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace, dict]:
@@ -72,9 +75,9 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
         description="Draw samples of a diffusion model guided by a classifier.",
         epilog=textwrap.dedent("""\
             examples:
-              python launch/sample.py --classifier_path runs/digits32 --data_dir data/train \\
+              ds-classifier sample --classifier_path runs/digits32 --data_dir data/train \\
                   --classifier_scale 0 1 10 --num_samples 100 --timestep_respacing 100 --measure
-              python launch/sample.py --noise_schedule cosine --classifier_path CLASSIFIER.pt \\
+              ds-classifier sample --noise_schedule cosine --classifier_path CLASSIFIER.pt \\
                   --model_path DIFFUSION.pt MODEL_FLAGS --timestep_respacing 250
 
             A run, a checkpoint and an export record their settings. A bare .pt needs the flags of
@@ -249,6 +252,13 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         distributed.say(note)
     classes = guided.classes(arguments.classes)
     labels = classes[np.arange(arguments.num_samples) % len(classes)]
+    steps, scales = guided.process.diffusion.num_timesteps, arguments.classifier_scale
+    distributed.say(
+        f"drawing {count(len(labels), 'sample')} at {count(len(scales), 'scale')}, "
+        f"{count(steps, 'step')} each"
+    )
+    if guided.exact is not None:
+        distributed.say("by the exact denoiser of the training images, which they will resemble")
     drawn = _draw_scales(guided, labels, out, arguments)
     if not drawn:
         distributed.finish()
@@ -272,6 +282,7 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         which = "class" if rows == present else f"class for the first {rows} of {present:,}"
         print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
+            print("measuring the guidance at noise levels against the exact posterior", flush=True)
             with Progress("noise levels") as progress:
                 measures = fidelity.measure(
                     guided, scales, samples, labels, seed=arguments.seed, progress=progress

@@ -57,6 +57,8 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     if command.recorded:
         left_out = ", ".join(OF_ONE_RUN)
         distributed.say(f"settings    {command.config}, a run's own, but not its {left_out}")
+        if command.unknown:
+            distributed.say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
     resolved, shards, val_shards = open_all(command)
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
@@ -122,6 +124,7 @@ def idle_gpus() -> str:
 def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]:
     """Choose and read the JSON, open the shards, settle all numbers; a problem ends all ranks."""
     settings = with_validation(command.settings)
+    found_beside = settings != command.settings
     if command.overfit_steps:
         # The schedule is that of the whole run; a few hundred steps may not leave its warm-up.
         settings = settings.replace(anneal_lr=False)
@@ -131,10 +134,11 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
         if command.epochs:
             raise ValueError(steps_of_epochs(command))
         if command.deepspeed_config is None:
+            open_splits(settings, found_beside=found_beside)  # no error should wait for torch
             command = with_chosen_config(command)
         raw = read_ds_config(command.deepspeed_config)
         resolved = resolve(command, raw, world_size=world_size)
-        shards, val_shards = open_splits(resolved.settings)
+        shards, val_shards = open_splits(resolved.settings, found_beside=found_beside)
     except (ValueError, OSError) as error:
         if world_size > 1:  # the others may have none, and would wait
             distributed.refuse(failures.summary(error))
@@ -144,8 +148,6 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
 
 def with_chosen_config(command: CommandLine) -> CommandLine:
     """Return the command with the shipped JSON that suits this machine, and print the choice."""
-    # First, since torch, which the choice imports, takes seconds that no error should take.
-    open_splits(command.settings)
     chosen = choose_config()
     distributed.say(
         f"config      {chosen.name}, since {chosen.why}; another one: --deepspeed_config JSON"

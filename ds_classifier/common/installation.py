@@ -9,13 +9,14 @@ from pathlib import Path
 
 OLDEST_PYTHON = (3, 10)  # as in setup.cfg
 TREE = Path(__file__).resolve().parents[2]
-WRONG_USE = 2  # the exit code
+WRONG_USE, INTERRUPTED = 2, 130  # exit codes
 
 
 def check():
     """End the process in one line, with code 2, if Python is too old.
 
-    From now on, a package that is not installed ends it in the same way, wherever it is imported.
+    From now on, a package that is not installed ends it in the same way, wherever it is imported,
+    and so does Ctrl-C while a program begins, with code 130.
     """
     if sys.version_info < OLDEST_PYTHON:
         got, need = (".".join(map(str, v)) for v in (sys.version_info[:3], OLDEST_PYTHON))
@@ -28,7 +29,10 @@ def check():
 
 
 def _explain(kind, error, trace):
-    """Report an uncaught exception: a missing package in a line, others as Python does."""
+    """Report an uncaught exception; a missing package and Ctrl-C take one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not issubclass(kind, ModuleNotFoundError) or package in ("", "ds_classifier", "launch"):
         sys.__excepthook__(kind, error, trace)

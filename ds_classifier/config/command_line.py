@@ -38,7 +38,8 @@ class CommandLine:
     classifier_use_fp16: the reference's flag, which must agree with the JSON; None: not given.
     preflight, dry_run, overfit_steps (0: no): ask for something else than training.
     epochs: asked for in place of iterations, which is refused; 0: not asked for.
-    config: the file of --config; recorded: it is the config.json of a run.
+    config: the file of --config; recorded: it is the config.json of a run; unknown: its keys that
+        are no settings.
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class CommandLine:
     epochs: float = 0
     config: Path | None = None
     recorded: bool = False
+    unknown: tuple[str, ...] = ()
 
     @property
     def skips_training(self) -> bool:
@@ -101,6 +103,7 @@ def parse_training_command(argv: list[str], prog: str = "train.py") -> CommandLi
         epochs=epochs,
         config=config,
         recorded=file.recorded,
+        unknown=file.unknown,
     )
 
 
@@ -118,7 +121,7 @@ def _training_parser(prog: str) -> Parser:
             {", ".join(SHIPPED_CONFIGS)}.
 
             Examples:
-              python launch/make_shards.py convert digits data
+              ds-classifier convert digits data
               deepspeed --num_gpus 2 {script} --recipe digits32
               deepspeed --hostfile hosts {script} --recipe imagenet64 \\
                   --deepspeed_config zero2_fp16

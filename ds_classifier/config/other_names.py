@@ -108,7 +108,7 @@ _ADVICE = {
     "class_cond aa reprob color_jitter": _NONE,
     "train do_train train_only": "training is what this program does; do: drop it",
     "evaluate do_eval eval eval_only validate test": (
-        "do: run evaluate.py RUN; while training, --val_data_dir and --eval_interval"
+        "do: ds-classifier evaluate RUN; while training, --val_data_dir and --eval_interval"
     ),
     "overwrite overwrite_output_dir force": "a run is never overwritten; do: choose a --run_dir",
 }  # fmt: skip

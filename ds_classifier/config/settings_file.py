@@ -33,12 +33,14 @@ class SettingsFile:
     """The content of a settings file.
 
     recorded: the file is a run's config.json, whose keys OF_ONE_RUN are left out of the values.
+    unknown: its keys that are no settings; another version may have recorded them.
     """
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     recipe: str = ""
     deepspeed_config: str | None = None
     recorded: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 def read_settings_file(path: Path) -> SettingsFile:
@@ -53,7 +55,7 @@ def read_settings_file(path: Path) -> SettingsFile:
     values, problems = {}, []
     for name, value in raw.items():
         if recorded and (name in OF_ONE_RUN or name not in fields):
-            continue  # another version may have recorded more
+            continue
         kind = "str" if name in FLAGS_TOO else str(fields[name].type) if name in fields else None
         try:
             if kind is None:
@@ -69,7 +71,8 @@ def read_settings_file(path: Path) -> SettingsFile:
     if problems:
         raise ValueError("\n  ".join([f"got {path}, in which", *problems]))
     recipe, config = values.pop("recipe", ""), values.pop("deepspeed_config", None)
-    return SettingsFile(values, recipe, config, recorded)
+    unknown = tuple(name for name in raw if recorded and name not in fields)
+    return SettingsFile(values, recipe, config, recorded, unknown)
 
 
 def _unknown(name: str, known: list[str]) -> str:

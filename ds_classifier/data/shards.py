@@ -34,7 +34,7 @@ from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 VERSION = 1
-CONVERT = "python launch/make_shards.py convert"
+CONVERT = "ds-classifier convert"
 
 # URLs that a manifest may name as the location of its tars: some of gopen's schemes run a shell.
 PLAIN_URL = re.compile(
@@ -177,11 +177,11 @@ def neighbours(index: np.ndarray) -> Neighbours:
     return Neighbours(float(same_class), float((frequency**2).sum()))
 
 
-def absent_classes(folder: Path) -> list[str]:
-    """Return the names of the classes that have no image in a split on this machine, in order."""
+def images_per_class(folder: Path) -> dict[str, int]:
+    """Return the number of images of each class in a split on this machine, by class name."""
     split = open_shards(folder)
-    here = set(np.unique(split.index["label"]).tolist())
-    return [name for i, name in enumerate(split.manifest.classes) if i not in here]
+    counts = np.bincount(split.index["label"], minlength=len(split.manifest.classes))
+    return dict(zip(split.manifest.classes, counts.tolist(), strict=True))
 
 
 def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
@@ -334,28 +334,30 @@ def _no_shards(folder: Path) -> str:
     if folder.with_name(f"{folder.name}.partial").is_dir():
         return (
             f"got {folder}, whose conversion is not finished; do: run its missing parts, then "
-            f"python launch/make_shards.py merge {folder.parent}; or the same convert again"
+            f"ds-classifier merge {folder.parent}; or the same convert again"
         )
     if folder.is_file():
         command = "index" if is_tar_name(folder.name) else "convert"
         return (
-            f"got {folder}, which is a file; need a directory of shards; do: python "
-            f"launch/make_shards.py {command} {folder} data"
+            f"got {folder}, which is a file; need a directory of shards; do: "
+            f"ds-classifier {command} {folder} data"
         )
     if not folder.is_dir():
         return (
             f"got {folder}, which does not exist; need a directory of shards; do: "
-            f"{CONVERT} IMAGES {folder.parent}"
+            f"{CONVERT} IMAGES {folder.parent} --val 10%"
         )
     tars = any(is_tar_name(entry.name) for entry in folder.iterdir())
     if (folder / "train" / MANIFEST).is_file():
         return f"got {folder}; its shards are one level down; do: pass {folder / 'train'}"
     if tars:
         return (
-            f"got {folder}: tars without {MANIFEST}; do: python launch/make_shards.py index "
+            f"got {folder}: tars without {MANIFEST}; do: ds-classifier index "
             f"{folder} data, if they hold labels"
         )
     names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
-        return f"got {folder}, a folder of images; need shards; do: {CONVERT} {folder} data"
-    return f"got {folder}, which holds no shards; do: {CONVERT} IMAGES {folder.parent}"
+        return (
+            f"got {folder}, a folder of images; need shards; do: {CONVERT} {folder} data --val 10%"
+        )
+    return f"got {folder}, which holds no shards; do: {CONVERT} IMAGES {folder.parent} --val 10%"

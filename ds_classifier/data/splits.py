@@ -113,27 +113,43 @@ def with_validation(settings: Settings) -> Settings:
     return settings.replace(val_data_dir=str(val)) if (val / MANIFEST).is_file() else settings
 
 
-def open_splits(settings: Settings) -> tuple[ShardSet, ShardSet | None]:
+def open_splits(
+    settings: Settings, *, found_beside: bool = False
+) -> tuple[ShardSet, ShardSet | None]:
     """Open the training shards, and the validation shards if the settings name some.
 
+    found_beside: nobody named the validation shards: see `with_validation`.
     Raises ValueError that names the flag, if a split cannot be read, if the two have different
     classes, or if their number differs from the settings.
     """
     shards = _open("data_dir", settings)
-    val_shards = _open("val_data_dir", settings) if settings.validation else None
     classes = shards.manifest.classes
-    if val_shards is not None and val_shards.manifest.classes != classes:
+    try:
+        val_shards = _open_validation(settings, classes) if settings.validation else None
+    except ValueError as error:
+        if not found_beside:
+            raise
         raise ValueError(
-            f"--val_data_dir: got {len(val_shards.manifest.classes)} classes in "
-            f"{shown(settings.val_data_dir)}; need the same list as the {len(classes)} in "
-            f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
-        )
+            f"{error}; it was found beside the training split: --val_data_dir none trains without"
+        ) from None
     if settings.num_classes not in (0, len(classes)):
         raise ValueError(
             f"--num_classes: got {settings.num_classes}; need {len(classes)}, the number of "
             f"classes in {shown(settings.data_dir)}; do: drop the flag"
         )
     return shards, val_shards
+
+
+def _open_validation(settings: Settings, classes: list[str]) -> ShardSet:
+    """Open the validation shards. classes: those of the training shards."""
+    val_shards = _open("val_data_dir", settings)
+    if val_shards.manifest.classes != classes:
+        raise ValueError(
+            f"--val_data_dir: got {len(val_shards.manifest.classes)} classes in "
+            f"{shown(settings.val_data_dir)}; need the same list as the {len(classes)} in "
+            f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
+        )
+    return val_shards
 
 
 def _open(name: str, settings: Settings) -> ShardSet:

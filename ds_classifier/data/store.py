@@ -140,7 +140,7 @@ class ShardStore:
             raise ValueError(
                 f"{self.folder / name}: got an index that points to bytes {offset} to "
                 f"{offset + length}; need at most {size}; do: look at all of them with "
-                "make_shards.py verify"
+                "ds-classifier verify"
             )
         if shard not in self._handles:
             if len(self._handles) >= OPEN_SHARDS:

@@ -21,6 +21,7 @@ from ds_classifier.common import files
 
 FAILED = 1  # exit code: an error that is not the user's
 WRONG_USE = 2  # exit code: the request cannot be carried out
+INTERRUPTED = 130  # exit code: Ctrl-C
 HUNG = 70  # exit code: no progress within a time-out (EX_SOFTWARE of sysexits.h)
 
 # Code in which a rank waits for other ranks: collectives of torch and deepspeed, and our vote.
@@ -55,6 +56,12 @@ def report(error: BaseException) -> int:
     elif distributed.local_rank() == 0:
         distributed.show("ended; rank 0 prints the reason", error=True)
     return exit_code(error)
+
+
+def interrupted() -> int:
+    """Print that Ctrl-C ended the program, once per node; return the exit code."""
+    distributed.complain("interrupted; what was written before stands")
+    return INTERRUPTED
 
 
 def tolerate(what: str, task: Callable[[], Any]) -> Any:

@@ -137,10 +137,13 @@ class StopRequests:
                 f"ended at once by a second {reason}; the last checkpoint is intact"
             )
             os._exit(130 if reason == "Ctrl-C" else 143)
+        first = not self.reason
         self.reason = self.reason or reason
         distributed.live("")  # the launcher, which Ctrl-C reaches too, prints a traceback
         if not self._deferred:
             self.leave()
+        elif first and reason in ("Ctrl-C", "SIGTERM"):
+            distributed.say(f"{reason}: this step is finished and saved; a second one ends at once")
 
     def leave(self) -> None:
         """End the process before its first step, with nothing to save."""

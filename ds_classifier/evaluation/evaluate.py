@@ -89,7 +89,7 @@ def _check_counted(counted: int, bad: int, samples: int) -> None:
         raise RuntimeError(f"validation counted {counted} of {samples} samples, and {bad} bad ones")
     if counted == 0:
         raise ValueError(
-            f"validation: none of its {samples} images decodes; do: make_shards.py verify "
+            f"validation: none of its {samples} images decodes; do: ds-classifier verify "
             "--decode names them"
         )
 

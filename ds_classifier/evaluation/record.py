@@ -234,7 +234,7 @@ class Evaluator:
         if bad:
             distributed.say(
                 f"{bad} images could not be decoded and are not counted; "
-                "make_shards.py verify --decode names them"
+                "ds-classifier verify --decode names them"
             )
         measured = {
             "classifier": evaluate.describe_levels(numbers, diffusion, levels, chosen=chosen),

@@ -30,7 +30,9 @@ def find_sources(source: Path | None, checkpoints: list[str]) -> list[str]:
             find_recorded(path)
         return list(map(str, paths))
     if source is None:
-        raise ValueError("--checkpoints: got all; need the run too; do: evaluate.py RUN ...")
+        raise ValueError(
+            "--checkpoints: got all; need the run too; do: ds-classifier evaluate RUN ..."
+        )
     whole = []
     for path in reversed(disk.list_checkpoints(source / "checkpoints")):
         if problem := disk.damage(path):

@@ -27,7 +27,7 @@ JPEG_SIDE = 32  # pixels; larger tiles are embedded as JPEG, since noise makes l
 def _no_evaluation(run: RunData) -> str:
     return (
         f"No evaluation yet. To measure the newest checkpoint at every noise level and update this "
-        f"page, run: python launch/evaluate.py {run.path}"
+        f"page, run: ds-classifier evaluate {run.path}"
     )
 
 
@@ -100,7 +100,7 @@ def image_grid(run: RunData) -> dict[str, Any] | str:
     if run.grid is None:
         return (
             "No images yet. A validation during training makes them, and so does: "
-            f"python launch/evaluate.py {run.path}"
+            f"ds-classifier evaluate {run.path}"
         )
     shown, names = run.grid.predictions, run.classes or []
     rows = []

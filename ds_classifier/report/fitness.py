@@ -6,6 +6,7 @@ docs/evaluation.md, "Is it fit to guide?".
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -40,12 +41,12 @@ def fitness(run: RunData) -> list[Line]:
     measured = list(_shares(run))
     if not run.evaluations:
         text = (
-            "It is not measured yet whether the classifier is fit to guide; do: python "
-            f"launch/evaluate.py {run.path}"
+            "It is not measured yet whether the classifier is fit to guide; do: "
+            f"ds-classifier evaluate {run.path}"
         )
         return [*measured, (DOUBTFUL, text)]
     record = run.evaluations[-1]
-    guessing = class_prior(record)
+    guessing = class_prior(record, run.guessing)
     rows = [row for row in record["classifier"]["levels"] if row["loss"] is not None]
     noisy = run.settings.get("schedule_sampler") != "noisy"
     train = "train longer" + ", or with --schedule_sampler noisy" * noisy
@@ -60,10 +61,18 @@ def fitness(run: RunData) -> list[Line]:
     return measured + judged
 
 
-def class_prior(record: dict[str, Any]) -> Guessing:
-    """Return the score of guessing by the class frequencies of the evaluated images."""
+def class_prior(record: dict[str, Any], in_training: Guessing | None = None) -> Guessing:
+    """Return the score of guessing the class of the evaluated images by class frequencies.
+
+    A classifier knows the frequencies of the training images alone. Few held-out images may be less
+    evenly spread over the classes than these; then the loss is that in training. It is exact if the
+    classes of the training images are equally frequent, or as frequent as in the held-out ones.
+    """
     images = record["classifier"]["per_class"][0]["samples"]
-    return Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
+    prior = Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
+    if in_training is None or in_training.loss <= prior.loss:
+        return prior
+    return dataclasses.replace(prior, loss=in_training.loss)
 
 
 def is_better(row: Row, guessing: Guessing) -> bool:
@@ -87,7 +96,7 @@ def _gain(row: Row, guessing: Guessing) -> float:
 def _recorded(run: RunData, record: dict[str, Any]) -> Iterator[Line]:
     """Yield lines if the evaluation is not of the newest checkpoint, or in 16 bits."""
     newest = run.latest.removeprefix("step-").lstrip("0")
-    again = f"do: python launch/evaluate.py {run.path}"
+    again = f"do: ds-classifier evaluate {run.path}"
     if newest.isdigit() and record["step"] is not None and record["step"] < int(newest):
         yield (
             DOUBTFUL,

@@ -26,7 +26,7 @@ def guides(run: RunData) -> dict[str, Any] | str:
         data = run.settings.get("data_dir") or "SHARDS"
         return (
             "No samples yet. To draw and measure some on a small training set and update this "
-            f"page, run: python launch/sample.py --classifier_path {run.path} --data_dir {data} "
+            f"page, run: ds-classifier sample --classifier_path {run.path} --data_dir {data} "
             "--classifier_scale 0 1 10 --num_samples 100 --timestep_respacing 50 --measure. With "
             "the diffusion model to be guided: --model_path FILE.pt and its flags in place of "
             "--data_dir and --measure."
@@ -115,7 +115,9 @@ def _text(run: RunData, samples: GuidedSamples, scales: Sequence[float]) -> str:
             f"class asked for: {shares}."
         )
     else:
-        parts.append("How many show the class asked for was not measured: sample.py --measure.")
+        parts.append(
+            "How many show the class asked for was not measured: ds-classifier sample --measure."
+        )
     if samples.step is not None and samples.step < run.step:
         parts.append(f"The run has reached step {run.step:,} since.")
     return " ".join(parts)

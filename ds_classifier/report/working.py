@@ -94,7 +94,7 @@ def _losses(run: RunData) -> list[Line]:
     if wait is not None and wait > WAITING:
         found.append(
             (BAD, f"{percent(wait, 0)} of the time is spent waiting for data: use more --workers, "
-             "smaller stored images (make_shards.py --image_size), or --resize fast.")
+             "smaller stored images (ds-classifier convert --image_size), or --resize fast.")
         )  # fmt: skip
     skipped = int(run.training.last("skipped_steps") or len(run.skipped))
     if skipped:

@@ -223,7 +223,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
-        if not setup.resolved.constant_rate:
+        if not setup.resolved.constant_rate and engine.global_steps == setup.start.part_begin:
             length += ", the learning rate begins anew"
     if command.overfit_steps:
         length = f"one batch again and again, {count(command.overfit_steps, 'step')} at most"

@@ -140,9 +140,17 @@ def _take(
 
 
 def finished(settings: Settings, run_dir: Path) -> str | None:
-    """Return the text that a finished run left in DONE; None if more steps are to be done."""
+    """Return the text that a finished run left in DONE; None if more steps are to be done.
+
+    Raises ValueError if fewer steps than those done are asked for by --extend.
+    """
     done = read_done(run_dir)
     step = re.search("[0-9]+", done or "")
+    if step and 0 < settings.extend < int(step[0]):
+        raise ValueError(
+            f"--extend: got {settings.extend}; need more than the {step[0]} steps that {run_dir} "
+            "has done"
+        )
     return None if step and int(step[0]) < settings.steps else done
 
 

@@ -30,7 +30,7 @@ def measure(
     """Return a row per way and number of ranks; ratios are medians over repeats, to the first row.
 
     words: flags of the training command that all ways share. program: launch/train.py.
-    images: shards, or what make_shards.py takes. ways: the flags of each way, in one string.
+    images: shards, or a source that convert takes. ways: the flags of each way, in one string.
     ranks: the numbers of ranks to run each way on. steps: steps timed per run.
     """
     runs = [(way, count) for count in ranks for way in ways]

@@ -257,7 +257,7 @@ def measure(
 ) -> list[dict]:
     """Measure every layer, interleaved, and return a row per layer.
 
-    words: flags of launch/train.py, `program`. images: shards, or what make_shards.py takes.
+    words: flags of launch/train.py, `program`. images: shards, or a source that convert takes.
     ranks: the numbers of ranks to run the trainer on, with the same flags: --batch_size is per
     rank, --global_batch over all ranks. steps: steps timed per layer and repeat.
     save: a directory on the disk to save checkpoints to; None: measure no saves.

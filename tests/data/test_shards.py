@@ -329,8 +329,8 @@ def test_opening_says_what_is_wrong_and_what_to_do(split, folder, tmp_path):
     unfinished.mkdir(parents=True)
     (unfinished / "train-000000.tar").touch()
     for place, words in (
-        (folder, ["folder of images", "make_shards.py convert"]),
-        (tmp_path / "nowhere", ["does not exist", "make_shards.py convert"]),
+        (folder, ["folder of images", "ds-classifier convert"]),
+        (tmp_path / "nowhere", ["does not exist", "ds-classifier convert"]),
         (split.parent, ["one level down", str(split)]),
         (unfinished, ["not finished", f"merge {unfinished.parent}"]),
     ):

@@ -179,7 +179,7 @@ def test_evaluations_to_make_again(run):
 def test_without_an_evaluation_the_command_is_named(run):
     ((sign, text),) = fitness(read_run(run))
     assert sign == DOUBTFUL
-    assert f"do: python launch/evaluate.py {run}" in text
+    assert f"do: ds-classifier evaluate {run}" in text
 
 
 def test_a_damaged_evaluation_leaves_the_training_judged(run):

@@ -74,14 +74,14 @@ def test_samples_by_scale_and_class(run):
 
 def test_without_samples_the_command_is_named(run):
     text = opened(run).sections["guides"]
-    assert f"python launch/sample.py --classifier_path {run} --data_dir data/train" in text
+    assert f"ds-classifier sample --classifier_path {run} --data_dir data/train" in text
 
 
 def test_large_and_grey_samples_are_shown_small(run):
     write_drawn(run, scales=(1.0, 2.0, 3.0, 4.0), side=256, channels=1, measured=False)
     text = opened(run).sections["guides"]
     assert "3 of 4 scales are shown" in text
-    assert "was not measured: sample.py --measure" in text
+    assert "was not measured: ds-classifier sample --measure" in text
     _, images = images_of(run)
     assert {image.shape for row in images for image in row} == {(64, 64, 3)}
 

@@ -317,10 +317,10 @@ def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
 
 ZERO2 = CONFIGS / "zero2_bf16.json"
 BAD_INPUT = {
-    "no data": (["--deepspeed_config", ZERO2], ["data/train", "make_shards.py convert"]),
+    "no data": (["--deepspeed_config", ZERO2], ["data/train", "ds-classifier convert"]),
     "a folder of images": (
         ["--deepspeed_config", ZERO2, "--data_dir", "images"],
-        ["folder of images", "make_shards.py convert images"],
+        ["folder of images", "ds-classifier convert images"],
     ),
     "no such config": (["--deepspeed_config", "x.json"], ["x.json", "zero2_fp16"]),
     "an unknown key": (["--deepspeed_config", "unknown.json"], ["fp61", "'fp16'"]),

@@ -29,7 +29,7 @@ from ds_classifier.data.tars import (
 
 FIRST_MEMBERS = 1000
 MAX_NAMED = 5  # suffixes and fields in a message
-INDEX = "python launch/make_shards.py index"
+INDEX = "ds-classifier index"
 
 
 @dataclass(frozen=True)

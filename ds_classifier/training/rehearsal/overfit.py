@@ -88,7 +88,7 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
         means, weight, _ = meter.read()
         if not weight:
             raise distributed.AgreedError(
-                "--overfit_batch: none of the batch's images decodes; do: make_shards.py verify "
+                "--overfit_batch: none of the batch's images decodes; do: ds-classifier verify "
                 "--decode names them"
             )
         result = Overfit(means["loss"], means["acc@1"], step, need)

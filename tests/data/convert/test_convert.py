@@ -384,7 +384,7 @@ def test_the_command_line_of_parts(many, tmp_path):
         done = run_python(MAKE_SHARDS, "convert", many, "out", *flags, cwd=tmp_path)
         assert (done.code, done.lines) == (
             0,
-            [f"part {i} of 2 is written; after all parts: make_shards.py merge out"],
+            [f"part {i} of 2 is written; after all parts: ds-classifier merge out"],
         )
     done = run_python(MAKE_SHARDS, "merge", "out", cwd=tmp_path)
     assert done.code == 0

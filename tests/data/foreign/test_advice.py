@@ -119,7 +119,7 @@ def refused(source, val=None) -> str:
     return str(error.value)
 
 
-LINE = "python launch/make_shards.py index"
+LINE = "ds-classifier index"
 
 
 @pytest.mark.parametrize("layout", [timm, clip_benchmark, open_clip, img2dataset])
