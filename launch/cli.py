@@ -34,9 +34,6 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the program that the first word names, and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    if not words:
-        _parser().print_help()
-        return 0
     command = _parser().parse_args(words[:1]).command
     program = COMMANDS[command][0]
     module = importlib.import_module(f"{__package__ or 'launch'}.{program}")

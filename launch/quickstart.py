@@ -56,9 +56,10 @@ def do_all() -> int:
     """Do the steps one after the other; return the exit code of the first that fails, or 0."""
     for place in (DATA, RUN):
         try:
-            files.refuse_unwritable(str(place), place)
+            files.refuse_unwritable("results", place)
         except ValueError as error:
-            print(f"error: {str(error).partition('; do: ')[0]}; do: start in another folder")
+            problem = str(error).partition("; do: ")[0]
+            print(f"error: {problem}; do: start in another folder", file=sys.stderr)
             return failures.WRONG_USE
     RUN.mkdir(parents=True, exist_ok=True)
     print(f"From images to guided samples, in some minutes. What the programs print: {LOG}")

@@ -40,6 +40,16 @@ def test_a_package_that_is_missing_later_is_one_line_too(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_while_a_program_begins_is_one_line():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from ds_classifier.common import installation; installation.check()\n"
+        "raise KeyboardInterrupt"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize("error", ["import ds_classifier.no_such", "1 / 0"])
 def test_other_errors_keep_their_traceback(error):
     code = (

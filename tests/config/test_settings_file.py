@@ -155,6 +155,7 @@ def test_the_record_of_a_run(write):
     path = write(ran.recorded() | {"of_a_later_version": 1}, "config.json")
     command = parsed(path)
     assert command.recorded
+    assert command.unknown == ("of_a_later_version",)
     defaults = {name: getattr(Settings(), name) for name in OF_ONE_RUN}
     expected = ran.replace(**defaults).replace(run_dir="runs/classifier64")
     assert command.settings == expected.replace(eval_interval=expected.save_interval)

@@ -38,6 +38,18 @@ def test_what_is_named_stays(digits, named):
     assert found(digits / "train", named) == named
 
 
+def test_one_that_does_not_fit_says_how_it_was_found(digits, tmp_path):
+    (tmp_path / "train").symlink_to(digits / "train")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "manifest.json").write_text("{}")
+    settings = with_validation(Settings(data_dir=str(tmp_path / "train")))
+    with pytest.raises(ValueError, match="found beside the training split: --val_data_dir none"):
+        open_splits(settings, found_beside=True)
+    with pytest.raises(ValueError) as named:
+        open_splits(settings)
+    assert "beside" not in str(named.value)
+
+
 def test_none_opens_nothing(digits):
     settings = Settings(data_dir=str(digits / "train"), val_data_dir="none")
     assert open_splits(settings)[1] is None

@@ -30,6 +30,16 @@ def test_a_programs_output_is_in_the_log_and_its_error_on_the_screen(run, capsys
     assert quickstart.LOG.read_text() == "[time] [INFO] noise\na table\nerror: a, b\n"
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.setattr(quickstart, "DATA", tmp_path / "data")
+    monkeypatch.setattr(quickstart, "RUN", tmp_path / "runs/quickstart")
+    assert quickstart.do_all() == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: results: got {tmp_path}/runs/quickstart; need a place")
+    assert line.endswith("do: start in another folder")
+
+
 def test_each_validation_is_shown_once(run):
     def row(step):
         return json.dumps({"step": step, "val_acc@1": 0.836, "val_acc@1_t0": 0.925}) + "\n"

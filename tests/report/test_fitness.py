@@ -18,6 +18,7 @@ from ds_classifier.report.fitness import (
     luck_of_calibration,
 )
 from ds_classifier.report.working import checks
+from ds_classifier.training.sanity import Guessing
 
 # t, log-SNR, top-1, cross-entropy, calibration error, gradient norm, and cross-entropy and gradient
 # norm of the exact posterior: digits32 after 500 steps in fp16, on 360 held-out digits.
@@ -240,6 +241,14 @@ def test_luck_is_not_taken_for_knowledge():
     answers[np.arange(100), labels] = 0.8
     assert is_better(numbers(answers, labels), guessing)
     assert not is_better(numbers(answers[:5], labels[:5]), guessing)  # five are too few to tell
+
+
+def test_few_held_out_images_are_compared_with_the_frequencies_in_training():
+    """Nobody who knows equal frequencies in training can get the entropy of uneven labels."""
+    record = {"classifier": {"per_class": [{"samples": [8, 1, 1]}]}}
+    own = class_prior(record)
+    assert class_prior(record, Guessing(3, math.log(3), 1 / 3)).loss == math.log(3)
+    assert class_prior(record, Guessing(3, 0.5 * own.loss, 0.9)) == own
 
 
 def test_too_few_images_to_prove_that_it_is_worse(run):

@@ -261,6 +261,10 @@ def test_done_counts_for_the_steps_that_were_done(tmp_path):
     (tmp_path / "DONE").write_text("step 600\n")
     assert finished(settings, tmp_path) == "step 600"
     assert finished(settings.replace(extend=900), tmp_path) is None
+    (tmp_path / "DONE").write_text("step 900\n")
+    assert finished(settings.replace(extend=900), tmp_path) == "step 900"
+    with pytest.raises(ValueError, match="got 700; need more than the 900 steps"):
+        finished(settings.replace(extend=700), tmp_path)
 
 
 def test_a_run_that_is_extended_is_no_longer_done(tmp_path, monkeypatch):

@@ -158,8 +158,10 @@ def test_the_command_records_the_share_and_refuses_another(plain, tmp_path, caps
         assert main(["convert", train, str(out), "--val", "30%", "--part", "1/2", *parts]) == 2
         assert "conversion of another source, encoding or share" in capsys.readouterr().err
     assert main(["merge", str(out)]) == 0
-    assert ", 20% held out" in capsys.readouterr().out
     split = open_shards(out / "val")
+    counts = np.unique(split.index["label"], return_counts=True)[1]
+    spread = f", 20% held out, {counts.min()} to {counts.max()} per class"
+    assert spread in capsys.readouterr().out
     stored = {split.store.read(r["shard"], int(r["offset"]), int(r["length"])) for r in split.index}
     assert stored == expected
     for name in ("train", "val"):
@@ -170,6 +172,13 @@ def test_the_command_records_the_share_and_refuses_another(plain, tmp_path, caps
     assert "converted with --val 20%, not with --val 20.01%" in capsys.readouterr().err
     assert main(again) == 2
     assert "converted with --val 20%, not without a share" in capsys.readouterr().err
+
+
+def test_an_output_in_the_source_is_refused(plain, capsys):
+    for out in (plain / "train", plain / "train" / "new"):
+        assert main(["convert", str(plain / "train"), str(out), "--val", "20%"]) == 2
+        assert f"OUT: got {out}, which is in the source" in capsys.readouterr().err
+        assert not (out / "val").exists()
 
 
 def test_classes_without_images_in_a_split_are_announced(plain, tmp_path, capsys):
