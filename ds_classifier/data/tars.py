@@ -21,6 +21,9 @@ _UNKNOWN_END = 1 << 62
 _TAR_NAME = re.compile(
     r"[^.].*\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lz|z|br))", re.IGNORECASE
 )
+LFS_POINTER = (
+    b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_classifier.common.text import count
+from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -22,14 +23,13 @@ from ds_classifier.data.convert.samples import (
     files_under,
     share_classes,
 )
-from ds_classifier.data.tars import IMAGE_SUFFIXES, is_tar_name
+from ds_classifier.data.tars import is_tar_name
 
-# Other suffixes of images. If the content is not in a format of IMAGE_SUFFIXES, it is refused.
-OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # no classes if all are of these
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 LISTS = (".csv", ".jsonl")
+PARQUET = ".parquet"
 MAX_NAMED = 10  # folders without images in a message
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
 
@@ -99,11 +99,12 @@ def _kind(place: Path) -> str:
     if place.is_dir():
         if any((place / split / "manifest.json").is_file() for split in (".", "train", "val")):
             return "shards"
-        first = next(files_under(place, (*IMAGE_SUFFIXES, ".parquet")), None)
+        files = files_under(place, ("",))
+        first = next((f for f in files if f.suffix.lower() == PARQUET or is_image_file(f)), None)
         if first is None:
             tars = any(is_tar_name(file.name) for file in files_under(place, ("",)))
             return "tars" if tars else "folder"
-        return "parquet" if first.suffix.lower() == ".parquet" else "folder"
+        return "parquet" if first.suffix.lower() == PARQUET else "folder"
     kinds = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LISTS, "list")
     kind = kinds.get(place.suffix.lower())
     if kind is None or not place.is_file():
@@ -162,7 +163,7 @@ def _labelled_files(root: Path) -> list[NamedSample]:
         )
 
     loose, sorted_by_class = [], []
-    for file in files_under(root, IMAGE_SUFFIXES + OTHER_SUFFIXES):
+    for file in image_files(root):
         parts = file.relative_to(root).parts
         if len(parts) == 1:
             loose.append((file, file.name.split("_")[0]))
@@ -177,7 +178,7 @@ def _labelled_files(root: Path) -> list[NamedSample]:
     found = loose or sorted_by_class
     if not found:
         raise ValueError(
-            f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}); need "
+            f"source: got {root} without any image ({READ_FORMATS}); need "
             "CLASS/image.jpg, or CLASS_image.jpg in one folder"
         )
     if loose and any("_" not in file.name for file, _ in loose):
@@ -197,7 +198,7 @@ def _labelled_files(root: Path) -> list[NamedSample]:
         names = ", ".join(empty[:MAX_NAMED]) + (" ..." if len(empty) > MAX_NAMED else "")
         raise ValueError(
             f"source: got {count(len(empty), 'folder')} in {root} ({names}) without any image "
-            f"({' '.join(IMAGE_SUFFIXES)}), or broken links; need at least one image per class; "
+            f"({READ_FORMATS}), or broken links; need at least one image per class; "
             "do: remove the folder, repair the link, or convert its images to these formats"
         )
     return [
