@@ -5,16 +5,13 @@ What only some sources need (numpy, scipy, pyarrow ...) is imported when such a 
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
+from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -28,36 +25,43 @@ from ds_classifier.data.tars import is_tar_name
 DIGITS = "digits"
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}  # no classes if all are of these
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
-LISTS = (".csv", ".jsonl")
 PARQUET = ".parquet"
 MAX_NAMED = 10  # folders without images in a message
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
 
 
-def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> DataSource:
+def open_source(
+    source: str,
+    val: str | None = None,
+    val_labels: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> DataSource:
     """Open a data source, without reading images. Its kind follows from its suffix and content.
 
     source, val (for validation):
     - an image folder, classes as directories or as file prefixes
     - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its images, with
       val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
-    - a .csv with columns path and label, or a .jsonl of objects with these keys
+    - a list of paths and labels: .csv, .tsv, .jsonl or .txt
     - parquet files as Hugging Face writes them, one file or a folder
     - shards: a split, or the directory above train/ and val/
     - the word digits
 
     The first three can be combined; the others need val of the same kind, or bring their own.
+    columns: the columns of a list ("path", "label") or of parquet ("image", "label"), by name.
     Raises ValueError if there is nothing to convert, or if the classes of the splits do not match.
     """
     if val_labels is not None and val is None:
         raise ValueError(
             f"--val_labels: got {val_labels!r} without --val; need the images that it labels"
         )
+    columns = columns or {}
     if source == DIGITS and not Path(source).exists():
         if val is not None:
             raise ValueError(
                 f"--val: got {val!r} with digits, which has its own validation split; do: drop it"
             )
+        _refuse_columns(source, columns)
         return digits()
     train = Path(source)
     for flag, place in (("--val", val), ("--val_labels", val_labels)):
@@ -67,6 +71,8 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
                 f"{flag}: got {place}, which does not exist; need a file or a folder{share}"
             )
     kind = _kind(train)
+    if kind not in ("list", "parquet"):
+        _refuse_columns(source, columns)
     val_kind = None if val is None else _kind(Path(val))
     tars = ("tar", "tars")
     if kind in tars or val_kind in tars:
@@ -85,10 +91,19 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     if kind == "shards":
         return shards(train, None if val is None else Path(val))
     if kind == "parquet":
-        return parquet(train, None if val is None else Path(val))
+        return parquet(train, None if val is None else Path(val), columns)
+    images = _images(train, kind, columns)
     if val is None:
-        return share_classes(source, _images(train, kind))
-    return share_classes(source, _images(train, kind), _val_images(Path(val), val_kind, val_labels))
+        return share_classes(source, images)
+    return share_classes(source, images, _val_images(Path(val), val_kind, val_labels, columns))
+
+
+def _refuse_columns(source: str, columns: Mapping[str, str]) -> None:
+    if columns:
+        raise ValueError(
+            f"--columns: got {dict(columns)} with {source}; need a list or parquet files, which "
+            "have columns; do: drop it"
+        )
 
 
 def _kind(place: Path) -> str:
@@ -110,21 +125,27 @@ def _kind(place: Path) -> str:
     if kind is None or not place.is_file():
         raise ValueError(
             f"source: got {place}, which is not a directory{'' if kind is None else ' or a file'}; "
-            f"need a folder of images, a .tar of ImageNet, a .csv or .jsonl of path and label, "
-            f".parquet, shards, or the word {DIGITS!r} for the built-in handwritten digits"
+            f"need a folder of images, a .tar of ImageNet, a list of paths and labels "
+            f"({' '.join(LISTS)}), .parquet, shards, or the word {DIGITS!r} for the built-in "
+            "handwritten digits"
         )
     return kind
 
 
-def _images(place: Path, kind: str) -> list[NamedSample]:
+def _images(place: Path, kind: str, columns: Mapping[str, str]) -> list[NamedSample]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
         return imagenet.train_images(place)
-    return _listed_files(place) if kind == "list" else _labelled_files(place)
+    if kind == "list":
+        return listed_files(place, columns)
+    refuse_list_beside(place)
+    return _labelled_files(place)
 
 
-def _val_images(place: Path, kind: str, labels: str | None) -> list[NamedSample]:
+def _val_images(
+    place: Path, kind: str, labels: str | None, columns: Mapping[str, str]
+) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
             raise ValueError(
@@ -138,7 +159,7 @@ def _val_images(place: Path, kind: str, labels: str | None) -> list[NamedSample]
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _images(place, kind)
+    return _images(place, kind, columns)
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -219,94 +240,20 @@ def _class_folders(root: Path) -> set[str]:
     }
 
 
-# ----------------------------------------------------------------------------------------- lists
-
-
-def _listed_files(path: Path) -> list[NamedSample]:
-    """Return the images in a .csv or .jsonl. Their classes are integers if all labels are."""
-    rows = list(_rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_jsonl(path))
-    first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
-    for line, image, label in rows:
-        if not isinstance(image, str) or not image:
-            raise ValueError(f"{path}:{line}: got no path; need the path of an image")
-        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
-            raise ValueError(
-                f"{path}:{line}: got label {label!r} for {image}; need a class name or an "
-                "integer; do: label the image, or remove its line"
-            )
-        if not os.path.isfile(path.parent / image):
-            raise ValueError(
-                f"{path}:{line}: got {image}, but there is no file {path.parent / image}; need "
-                "an absolute path, or one relative to the list's folder; do: correct or remove it"
-            )
-        earlier, other = first.setdefault(image, (line, label))
-        if other != label:
-            raise ValueError(
-                f"{path}:{line}: got label {label!r} for {image}, and {other!r} in line "
-                f"{earlier}; need one class per image; do: remove one of the lines"
-            )
-    if not rows:
-        raise ValueError(f"{path}: got no images; need a path and a label in every line")
-    labels = [str(label).strip() for _, _, label in rows]
-    if all(_INTEGER.fullmatch(label) for label in labels):
-        labels = [int(label) for label in labels]
-    return [
-        NamedSample(str(image), label, path.parent / image)
-        for (_, image, _), label in zip(rows, labels, strict=True)
-    ]
-
-
-def _rows_of_csv(path: Path) -> Iterator[tuple[int, object, object]]:
-    """Yield (line number, path, label) from a CSV with a header (RFC 4180, UTF-8)."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
-            if not {"path", "label"} <= set(rows.fieldnames or ()):
-                raise ValueError(
-                    f"{path}: got columns {rows.fieldnames}; need a first line with the "
-                    "names of the columns, including path and label; do: add or rename them"
-                )
-            for row in rows:
-                if None in row:
-                    raise ValueError(
-                        f"{path}:{rows.line_num}: got {len(row[None])} more values than columns; "
-                        'need "quotes" around a value with a comma'
-                    )
-                yield rows.line_num, row["path"], row["label"]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no valid UTF-8 CSV ({error}); do: save it again") from None
-
-
-def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
-    """Yield (line number, path, label) from a file with one JSON object per line.
-
-    Empty lines are skipped.
-    """
-    with open(path, "rb") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: got no JSON ({error}); need an object") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: got {row!r}; need an object with path and label")
-            yield line, row.get("path"), row.get("label")
-
-
 # --------------------------------------------------------------- sources with their own class lists
 
 
-def parquet(train: Path, val: Path | None = None) -> DataSource:
+def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSource:
     """Return a source of Hugging Face's parquet files. A folder may hold a validation split too."""
     from ds_classifier.data.convert.parquet import read_parquet
 
-    opened = read_parquet(train, "train")
+    opened = read_parquet(train, "train", columns)
     if opened is None:
         raise ValueError(f"source: got {train} without train-*.parquet; do: give the files' folder")
     images, classes = opened
-    held_out = read_parquet(train if val is None else val, "val") if val or train.is_dir() else None
+    held_out = None
+    if val or train.is_dir():
+        held_out = read_parquet(train if val is None else val, "val", columns)
     if val is not None and held_out is None:
         raise ValueError(
             f"--val: got {val} without validation-*.parquet; do: give the file of that split"
