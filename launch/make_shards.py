@@ -75,8 +75,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "source",
         help="a folder with one directory per class, or with CLASS_image.jpg files; "
         "ILSVRC2012_img_train.tar, as downloaded; a list of paths and labels (.csv, .tsv, "
-        ".jsonl, .txt); Hugging Face .parquet, a file or a folder; shards; or the word digits, "
-        "for the handwritten digits in scikit-learn",
+        ".jsonl, .txt); Hugging Face .parquet, a file or a folder; shards; the word digits, "
+        "for the handwritten digits in scikit-learn; or torchvision:NAME, such as "
+        "torchvision:CIFAR10, with --root",
     )
     command.add_argument("out", type=Path, help="the directory for train/ and val/")
     command.add_argument(
@@ -89,6 +90,17 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="labels for --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
         "or Kaggle's LOC_val_solution.csv",
+    )
+    command.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="the root of a source torchvision:NAME, where its data are on disk",
+    )
+    command.add_argument(
+        "--download",
+        action="store_true",
+        help="let torchvision download its data to --root [use those on disk]",
     )
     command.add_argument(
         "--columns",
@@ -239,6 +251,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         None if share else arguments.val,
         arguments.val_labels,
         columns=arguments.columns,
+        root=arguments.root,
+        download=arguments.download,
     )
     with Progress() as progress:
         if share:

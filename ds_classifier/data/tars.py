@@ -117,7 +117,7 @@ def tar_members(
     names = set()
     position = start
     file.seek(start)
-    _refuse_compressed(file.read(6), name)
+    _refuse_compressed(file.read(len(LFS_POINTER)), name)
     file.seek(start)
     headers, tar, member = _Headers(file, end), None, None
     while True:
@@ -170,7 +170,12 @@ def tar_members(
 
 
 def _refuse_compressed(head: bytes, name: Path | str) -> None:
-    """Raise ValueError if a file's first bytes are those of a compressed file."""
+    """Raise ValueError if a file's first bytes are those of a compressed file, or of a pointer."""
+    if head.startswith(LFS_POINTER):
+        raise ValueError(
+            f"{name}: got a pointer of Git LFS, not the tar itself; need its content; do: git lfs "
+            "install && git lfs pull in its repository"
+        )
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(

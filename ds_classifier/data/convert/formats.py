@@ -143,19 +143,23 @@ def as_png(data: bytes, name: str) -> bytes:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         image.load()
-        png = io.BytesIO()
-        image = _in_mode_of_png(image)
-        image.info.clear()  # profiles and comments: the loader reads none
-        image.save(png, format="PNG")
-        return png.getvalue()
+        return png_of(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise errors of struct, zlib and others too
         raise ValueError(f"cannot be read as {plugin} ({error})") from None
 
 
+def png_of(image) -> bytes:
+    """Encode a loaded image of any mode as PNG. Raises ValueError for floats, and over 16 bits."""
+    image = _in_mode_of_png(image)
+    image.info.clear()  # profiles and comments: the loader reads none
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    return png.getvalue()
+
+
 def _in_mode_of_png(image):
-    """Return an image in a mode of PNG. Raises ValueError for floats, and for over 16 bits."""
     import numpy as np
     from PIL import Image
 

@@ -128,7 +128,7 @@ def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns
         found = [name for name in _image_columns(places, first) if name != columns.get("label")]
         if any(place.find(name) for place in places for name in found[:1]):
             raise ValueError(
-                f"{path}: got the image {found[0]} in the first line; need the names of the columns "
+                f"{path}: got the image {found[0]} in the first line; need the names of columns "
                 "there; do: put the line path,label before it"
             )
         if not found:

@@ -18,6 +18,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from ds_classifier.common.files import size_of_file
+from ds_classifier.data.convert.other_kinds import refuse_pointer
 from ds_classifier.data.convert.samples import NamedSample, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES
 
@@ -135,6 +136,7 @@ def _read_file(
 ) -> tuple[list[NamedSample], list[str] | None]:
     """Return the names and classes of the rows, and the class names; read no image."""
     size_of_file(path)  # opening a FIFO would never return
+    refuse_pointer(path)
     parquet = _pyarrow_parquet()
     import pyarrow
 

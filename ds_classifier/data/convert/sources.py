@@ -12,6 +12,7 @@ from pathlib import Path
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
 from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
+from ds_classifier.data.convert.other_kinds import refuse_other_kind, refuse_pointer
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -20,6 +21,7 @@ from ds_classifier.data.convert.samples import (
     files_under,
     share_classes,
 )
+from ds_classifier.data.convert.torchvision_set import PREFIX, torchvision_set
 from ds_classifier.data.tars import is_tar_name
 
 DIGITS = "digits"
@@ -35,6 +37,8 @@ def open_source(
     val_labels: str | None = None,
     *,
     columns: Mapping[str, str] | None = None,
+    root: Path | None = None,
+    download: bool = False,
 ) -> DataSource:
     """Open a data source, without reading images. Its kind follows from its suffix and content.
 
@@ -46,9 +50,11 @@ def open_source(
     - parquet files as Hugging Face writes them, one file or a folder
     - shards: a split, or the directory above train/ and val/
     - the word digits
+    - torchvision:NAME, a class of torchvision.datasets; see `torchvision_set`
 
     The first three can be combined; the others need val of the same kind, or bring their own.
     columns: the columns of a list ("path", "label") or of parquet ("image", "label"), by name.
+    root, download: for torchvision: the directory of its data, and whether it may download them.
     Raises ValueError if there is nothing to convert, or if the classes of the splits do not match.
     """
     if val_labels is not None and val is None:
@@ -56,6 +62,17 @@ def open_source(
             f"--val_labels: got {val_labels!r} without --val; need the images that it labels"
         )
     columns = columns or {}
+    if source.startswith(PREFIX):
+        if val is not None:
+            raise ValueError(
+                f"--val: got {val} with {source}; need a share such as 10%, or the validation "
+                "split that the data set has; do: drop it"
+            )
+        _refuse_columns(source, columns)
+        return torchvision_set(source, root, download)
+    if root is not None or download:
+        flag = "--download" if root is None else "--root"
+        raise ValueError(f"{flag}: got it with {source}; need a source {PREFIX}NAME; do: drop it")
     if source == DIGITS and not Path(source).exists():
         if val is not None:
             raise ValueError(
@@ -117,11 +134,18 @@ def _kind(place: Path) -> str:
         files = files_under(place, ("",))
         first = next((f for f in files if f.suffix.lower() == PARQUET or is_image_file(f)), None)
         if first is None:
-            tars = any(is_tar_name(file.name) for file in files_under(place, ("",)))
-            return "tars" if tars else "folder"
+            if any(is_tar_name(file.name) for file in files_under(place, (".tar",))):
+                return "tars"
+            refuse_other_kind(files_under(place, ("",)))
+            return "folder"
+        refuse_pointer(first)
         return "parquet" if first.suffix.lower() == PARQUET else "folder"
     kinds = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LISTS, "list")
     kind = kinds.get(place.suffix.lower())
+    if place.is_file():
+        refuse_pointer(place)
+    if kind is None and place.is_file():
+        refuse_other_kind([place])
     if kind is None or not place.is_file():
         raise ValueError(
             f"source: got {place}, which is not a directory{'' if kind is None else ' or a file'}; "
