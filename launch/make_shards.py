@@ -74,9 +74,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "source",
         help="a folder with one directory per class, or with CLASS_image.jpg files, or a folder "
-        "of such splits, train/ and val/; ILSVRC2012_img_train.tar, as downloaded; a .csv with "
-        "columns path and label, or a .jsonl with these keys; Hugging Face .parquet, a file or a "
-        "folder; shards; or the word digits, for the handwritten digits in scikit-learn",
+        "of such splits, train/ and val/; ILSVRC2012_img_train.tar, as downloaded; a list of paths "
+        "and labels (.csv, .tsv, .jsonl, .txt); Hugging Face .parquet, a file or a folder; shards; "
+        "the word digits, for the handwritten digits in scikit-learn; or torchvision:NAME, such as "
+        "torchvision:CIFAR10, with --root",
     )
     command.add_argument("out", type=Path, help="the directory for train/ and val/")
     command.add_argument(
@@ -89,6 +90,24 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="labels for --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
         "or Kaggle's LOC_val_solution.csv",
+    )
+    command.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="the root of a source torchvision:NAME, where its data are on disk",
+    )
+    command.add_argument(
+        "--download",
+        action="store_true",
+        help="let torchvision download its data to --root [use those on disk]",
+    )
+    command.add_argument(
+        "--columns",
+        type=_columns,
+        metavar="COLUMNS",
+        help="names of the columns: path=file,label=class in a list, image=img,label=fine_label in "
+        "parquet [found if that is clear]",
     )
     command.add_argument(
         "--image_size",
@@ -184,6 +203,15 @@ def _part(text: str) -> tuple[int, int]:
     return i, n
 
 
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if any(len(pair) != 2 or pair[0] not in ("image", "path", "label") for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; need path=NAME,label=NAME for a list, image=NAME,label=NAME for parquet"
+        )
+    return dict(pairs)
+
+
 def _label(text: str) -> str:
     if text != "cls" and not (text.startswith("json:") and text != "json:"):
         raise argparse.ArgumentTypeError(f"got {text!r}; need cls or json:KEY")
@@ -218,7 +246,14 @@ def _convert(arguments: argparse.Namespace) -> int:
             "labelled images; do: drop it"
         )
     files.refuse_unwritable("OUT", arguments.out)
-    source = open_source(arguments.source, None if share else arguments.val, arguments.val_labels)
+    source = open_source(
+        arguments.source,
+        None if share else arguments.val,
+        arguments.val_labels,
+        columns=arguments.columns,
+        root=arguments.root,
+        download=arguments.download,
+    )
     for remark in source.remarks:
         print(remark)
     with Progress() as progress:

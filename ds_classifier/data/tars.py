@@ -21,6 +21,9 @@ _UNKNOWN_END = 1 << 62
 _TAR_NAME = re.compile(
     r"[^.].*\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lz|z|br))", re.IGNORECASE
 )
+LFS_POINTER = (
+    b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -114,7 +117,7 @@ def tar_members(
     names = set()
     position = start
     file.seek(start)
-    _refuse_compressed(file.read(6), name)
+    _refuse_compressed(file.read(len(LFS_POINTER)), name)
     file.seek(start)
     headers, tar, member = _Headers(file, end), None, None
     while True:
@@ -167,7 +170,12 @@ def tar_members(
 
 
 def _refuse_compressed(head: bytes, name: Path | str) -> None:
-    """Raise ValueError if a file's first bytes are those of a compressed file."""
+    """Raise ValueError if a file's first bytes are those of a compressed file, or of a pointer."""
+    if head.startswith(LFS_POINTER):
+        raise ValueError(
+            f"{name}: got a pointer of Git LFS, not the tar itself; need its content; do: git lfs "
+            "install && git lfs pull in its repository"
+        )
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(

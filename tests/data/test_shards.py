@@ -95,15 +95,16 @@ def test_folders_without_images_do_not_vanish(folder):
 
 
 def test_images_of_other_formats_do_not_vanish(folder, tmp_path):
-    """A TIFF among PNGs is reported; a JPEG named .jfif is an image of the class."""
+    """A TIFF and a JPEG named .jfif are images of their class; HEIC among them is reported."""
     image = Image.new("RGB", (9, 9))
     image.save(folder / "cat" / "saved.jfif", format="JPEG")
+    image.save(folder / "cat" / "scan.TIF", format="TIFF")
     names = [sample.name for sample in image_folder(folder).splits["train"]]
     convert(image_folder(folder), tmp_path / "data")
     assert open_shards(tmp_path / "data/train").manifest.samples == len(names)
-    assert "cat/saved.jfif" in names
-    image.save(folder / "cat" / "scan.TIF", format="TIFF")
-    with pytest.raises(ValueError, match=r"1 file that cannot be stored(.|\n)*cat/scan\.TIF"):
+    assert {"cat/saved.jfif", "cat/scan.TIF"} < set(names)
+    (folder / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    with pytest.raises(ValueError, match=r"1 file that cannot be stored(.|\n)*cat/phone\.HEIC"):
         convert(image_folder(folder), tmp_path / "other")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ds_classifier.common.text import count
+from ds_classifier.data.convert.formats import READ_FORMATS, as_png, stored_suffix
 from ds_classifier.data.convert.samples import Sample
 from ds_classifier.data.pool import in_processes, shared
 
@@ -14,25 +15,21 @@ BadFile = tuple[str, str]  # the name of a sample, and what is wrong with it
 MAX_IMAGE_BYTES = 1 << 29  # an uncompressed image of images.MAX_PIXELS with four channels
 MAX_LISTED = 20  # files per split in the error message; the .bad.txt lists all of them
 SAMPLES_PER_TASK = 256  # read by a process between two calls of `progress`
-_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
 def read_image(sample: Sample) -> tuple[bytes, str]:
-    """Return the bytes of a sample, and the suffix for its format ("jpg", "png" ...).
+    """Return the bytes to store of a sample, and the suffix for their format ("jpg", "png" ...).
 
     The format is read from the first bytes, not from the name: a PNG named .JPEG becomes .png.
-    Raises ValueError if the bytes cannot be read, or if they do not start like an image.
+    Images in formats that shards do not hold are converted to PNG, see `formats.as_png`.
+    Raises ValueError if the bytes cannot be read, or are not an image in a format that is read.
     """
     try:
         data = sample.read()
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
-    for signature, suffix in _SIGNATURES.items():
-        if data.startswith(signature):
-            return data, suffix
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return data, "webp"
-    raise ValueError(f"got {data[:8]!r}..., which is not the start of an image file")
+    suffix = stored_suffix(data)
+    return (data, suffix) if suffix else (as_png(data, sample.name), "png")
 
 
 def find_bad(samples: Sequence[Sample]) -> list[BadFile]:
@@ -111,7 +108,7 @@ def raise_if_bad(bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int]
         count(sum(map(len, bad.values())), "file")
         + " that cannot be stored"
         + (f" ({per_split})" if len(bad) > 1 else "")
-        + "; need whole JPEG, PNG, WebP, GIF or BMP images; do: remove or replace the files in "
+        + f"; need whole images ({READ_FORMATS}); do: remove or replace the files in "
         + " and ".join(str(listings[split]) for split in bad)
         + ", and remove "
         + " and ".join(f"{out / split}.partial" for split in bad)

@@ -23,8 +23,9 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
-from ds_classifier.data.convert.samples import NamedSample, Slice, files_under
-from ds_classifier.data.tars import IMAGE_SUFFIXES, tar_members
+from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files
+from ds_classifier.data.convert.samples import NamedSample, Slice
+from ds_classifier.data.tars import tar_members
 
 LARGEST_FILE = 1 << 26  # bytes of a file in the devkit, unpacked; the real ones have < 2 MB
 META = "data/meta.mat"
@@ -57,7 +58,7 @@ def train_images(tar: Path) -> list[NamedSample]:
                 for name, offset, size in tar_members(
                     file, where, inner.offset, inner.offset + inner.size
                 )
-                if name.lower().endswith(IMAGE_SUFFIXES)
+                if name.lower().endswith(ALL_SUFFIXES)
             ]
             if not found:
                 raise ValueError(f"{where}: got no image; need at least one; do: download again")
@@ -74,7 +75,7 @@ def val_images(place: Path, labels: Path, passed: Counter[str]) -> list[NamedSam
     Raises ValueError if an image has no label or a label no image: one of the files is incomplete.
     """
     if place.is_dir():
-        found = [(str(file), file) for file in files_under(place, IMAGE_SUFFIXES, passed)]
+        found = [(str(file), file) for file in image_files(place, passed)]
     else:
         with open(place, "rb") as file:
             found = [
@@ -82,7 +83,7 @@ def val_images(place: Path, labels: Path, passed: Counter[str]) -> list[NamedSam
                 for name, offset, size in tar_members(
                     file, place, 0, os.fstat(file.fileno()).st_size
                 )
-                if name.lower().endswith(IMAGE_SUFFIXES)
+                if name.lower().endswith(ALL_SUFFIXES)
             ]
     wnids = kaggle_labels(labels) if labels.suffix.lower() == ".csv" else devkit_labels(labels)
     seen = set()

@@ -1,7 +1,8 @@
-"""Parquet files as Hugging Face's datasets writes them: `image` and `label` in every row.
+"""Parquet files as Hugging Face's datasets writes them: an image and a label in every row.
 
-image: struct{bytes, path}, or binary. label: integer. The class names come from the ClassLabel in
-the schema's metadata, key "huggingface", if it exists.
+image: struct{bytes, path}, or binary. label: integer or text. The class names of integers come from
+the ClassLabel in the schema's metadata, key "huggingface", if it exists. The columns may have other
+names, such as img and fine_label.
 Formats: Apache Parquet, read by pyarrow; https://huggingface.co/docs/datasets/about_arrow.
 """
 
@@ -11,16 +12,19 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from ds_classifier.common.files import size_of_file
-from ds_classifier.data.convert.names import split_in
+from ds_classifier.data.convert.formats import is_image_file
+from ds_classifier.data.convert.other_kinds import refuse_pointer
 from ds_classifier.data.convert.samples import NamedSample, files_under
-from ds_classifier.data.tars import IMAGE_SUFFIXES
+from ds_classifier.data.convert.split_names import split_in
 
 PARQUET = ".parquet"
+_TYPES = {"image": "struct with bytes, or binary", "label": "integer or text"}
 _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
 
 
@@ -32,15 +36,16 @@ class ParquetCell:
     """
 
     file: Path
+    column: str
     row_group: int
     row: int  # within the row group
 
     def read(self) -> bytes:
-        return _row_group(self.file, self.row_group)[self.row].as_py()
+        return _row_group(self.file, self.column, self.row_group)[self.row].as_py()
 
     def size(self) -> int:
         """Return the size of the image in bytes. The first call for a file reads the whole file."""
-        return int(_lengths(self.file)[self.row_group][self.row])
+        return int(_lengths(self.file, self.column)[self.row_group][self.row])
 
     def changed_ns(self) -> int:
         return os.stat(self.file).st_ctime_ns
@@ -55,17 +60,20 @@ class ParquetCell:
         return str(self.file), self.row_group
 
 
-def read_parquet(files: list[Path]) -> tuple[list[NamedSample], list[str] | None]:
+def read_parquet(
+    files: list[Path], columns: Mapping[str, str]
+) -> tuple[list[NamedSample], list[str] | None]:
     """Return the rows of the files of a split, and the class names if they have them.
 
     The class of a row is its class name, or an integer if the file has no class names.
+    columns: names of columns for "image" and "label"; those not given are found if that is clear.
     Raises ValueError for files that are damaged or differ in their class names, and for labels that
     are null or out of range.
     """
     images: list[NamedSample] = []
     classes = None
     for i, file in enumerate(files):
-        rows, own_classes = _read_file(file)
+        rows, own_classes = _read_file(file, columns)
         if i and own_classes != classes:
             raise ValueError(
                 f"{file}: got other class names than {files[0]}; need the same in all files; do: "
@@ -78,6 +86,11 @@ def read_parquet(files: list[Path]) -> tuple[list[NamedSample], list[str] | None
     return images, classes
 
 
+def is_parquet(file: Path) -> bool:
+    """Return whether a file has the suffix of parquet."""
+    return file.suffix.lower() == PARQUET
+
+
 def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
     """Return the files under a folder by their split: "train", "val" or "test".
 
@@ -87,8 +100,8 @@ def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
     """
     by_kind = defaultdict(list)
     parts = defaultdict(set)
-    for file in files_under(folder, (*IMAGE_SUFFIXES, PARQUET), passed):
-        if file.suffix.lower() != PARQUET:
+    for file in files_under(folder, lambda f: is_parquet(f) or is_image_file(f), passed):
+        if not is_parquet(file):
             raise ValueError(
                 f"source: got parquet files and an image ({file}) under {folder}; need one or the "
                 "other; do: name the folder of one of them"
@@ -122,42 +135,91 @@ def _pyarrow_parquet():
     return pyarrow.parquet
 
 
-def _read_file(path: Path) -> tuple[list[NamedSample], list[str] | None]:
+def _read_file(
+    path: Path, columns: Mapping[str, str]
+) -> tuple[list[NamedSample], list[str] | None]:
     """Return the names and classes of the rows, and the class names; read no image."""
     size_of_file(path)  # opening a FIFO would never return
+    refuse_pointer(path)
     parquet = _pyarrow_parquet()
     import pyarrow
 
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            image = schema.field("image").type if "image" in schema.names else None
-            if image is None or "label" not in schema.names:
-                raise _wrong_schema(path, f"columns {schema.names}")
-            if not _is_bytes(image) and not (_fields(image) and _is_bytes(_fields(image)["bytes"])):
-                raise _wrong_schema(path, f"image of type {image}")
-            if not pyarrow.types.is_integer(schema.field("label").type):
-                raise _wrong_schema(path, f"label of type {schema.field('label').type}")
-            columns = ["label", "image.path"] if "path" in _fields(image) else ["label"]
-            classes = _class_names(path, schema.metadata or {})
+            features = _features(path, schema.metadata or {})
+            image, label = _choose(path, schema, features, columns)
+            has_paths = "path" in _fields(schema.field(image).type)
+            read = [label, f"{image}.path"] if has_paths else [label]
+            classes = _class_names(path, features.get(label))
             rows = []
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=columns, use_threads=False)
-                labels = table["label"].to_pylist()
-                names = [cell["path"] for cell in table["image"].to_pylist()] if columns[1:] else []
-                for i, label in enumerate(labels):
+                table = file.read_row_group(group, columns=read, use_threads=False)
+                names = [cell["path"] for cell in table[image].to_pylist()] if has_paths else []
+                for i, value in enumerate(table[label].to_pylist()):
                     name = f"{path}/{len(rows)}" + (f"_{names[i]}" if names and names[i] else "")
-                    if label is None or not 0 <= label < len(classes or range(label + 1)):
-                        raise ValueError(
-                            f"{name}: got label {label}; need a class from 0"
-                            + (f" to {len(classes) - 1}" if classes else "")
-                            + "; do: remove the row"
-                        )
-                    class_name = classes[label] if classes else label
-                    rows.append(NamedSample(name, class_name, ParquetCell(path, group, i)))
+                    class_name = _class_of(value, classes, name)
+                    rows.append(NamedSample(name, class_name, ParquetCell(path, image, group, i)))
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
     return rows, classes
+
+
+def _class_of(label: str | int | None, classes: list[str] | None, name: str) -> str | int:
+    """Return the class of a row. Raises ValueError for a label that is null, empty or no class."""
+    if isinstance(label, str):
+        if not label.strip():
+            raise ValueError(f"{name}: got label {label!r}; need a class name; do: remove the row")
+        return label
+    if label is None or not 0 <= label < len(classes or range(label + 1)):
+        raise ValueError(
+            f"{name}: got label {label}; need a class from 0"
+            + (f" to {len(classes) - 1}" if classes else "")
+            + "; do: remove the row"
+        )
+    return classes[label] if classes else label
+
+
+def _choose(path: Path, schema, features: dict, columns: Mapping[str, str]) -> tuple[str, str]:
+    """Return the columns of images and labels: by the given names, by image and label, or by type.
+
+    Raises ValueError if no column or several could be meant, and for columns of another type.
+    """
+    import pyarrow
+
+    def holds_label(kind) -> bool:
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_integer)
+        return any(is_kind(kind) for is_kind in texts)
+
+    def holds_image(kind) -> bool:
+        return _is_bytes(kind) or (bool(_fields(kind)) and _is_bytes(_fields(kind)["bytes"]))
+
+    for role, name in columns.items():
+        if role not in ("image", "label"):
+            raise ValueError(f"--columns: got {role} with parquet ({path}); need image and label")
+        if name not in schema.names:
+            raise ValueError(f"--columns: got {role}={name}; {path} has the columns {schema.names}")
+    chosen = []
+    for role, holds in (("image", holds_image), ("label", holds_label)):
+        name = columns.get(role) or (role if role in schema.names else None)
+        if name is None:
+            fitting = [n for n in schema.names if holds(schema.field(n).type)]
+            names = [n for n in fitting if _is_class_label(features.get(n))]
+            names = names if role == "label" and names else fitting
+            if not names:
+                raise _wrong_schema(path, f"columns {schema.names}, of which none holds the {role}")
+            if len(names) > 1:
+                line = ",".join([*(f"image={image}" for image in chosen), f"{role}={names[0]}"])
+                raise ValueError(
+                    f"{path}: got columns {schema.names}, of which {', '.join(names)} could hold "
+                    f"the {role}; need one ({_TYPES[role]}); do: name it, as in --columns {line}"
+                )
+            name = names[0]
+        if not holds(schema.field(name).type):
+            raise _wrong_schema(path, f"{name} of type {schema.field(name).type}")
+        chosen.append(name)
+    return chosen[0], chosen[1]
 
 
 def _is_bytes(kind) -> bool:
@@ -174,15 +236,24 @@ def _fields(kind) -> dict:
     return fields if "bytes" in fields else {}
 
 
-def _class_names(path: Path, metadata: dict[bytes, bytes]) -> list[str] | None:
-    """Return the names of the label column's ClassLabel, or None if there are none."""
+def _features(path: Path, metadata: dict[bytes, bytes]) -> dict:
+    """Return the features that datasets has written to the schema, by column."""
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))
-        names = features.get("info", {}).get("features", {}).get("label", {}).get("names")
-    except (ValueError, AttributeError) as error:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features")
+        return dict(features or {})
+    except (ValueError, TypeError, AttributeError) as error:
         raise _wrong_schema(path, f"unreadable metadata 'huggingface' ({error})") from None
-    if names is None:
+
+
+def _is_class_label(feature: object) -> bool:
+    return isinstance(feature, dict) and feature.get("names") is not None
+
+
+def _class_names(path: Path, feature: object) -> list[str] | None:
+    """Return the names of a ClassLabel, or None if the column is none."""
+    if not _is_class_label(feature):
         return None
+    names = feature["names"]
     if not isinstance(names, list) or len({str(name) for name in names}) != len(names):
         raise _wrong_schema(path, "class names that are not a list, or one of them twice")
     return [str(name) for name in names]
@@ -190,8 +261,8 @@ def _class_names(path: Path, metadata: dict[bytes, bytes]) -> list[str] | None:
 
 def _wrong_schema(path: Path, got: str) -> ValueError:
     return ValueError(
-        f"{path}: got {got}; need image (struct with bytes, or binary) and label (integer), as "
-        "Hugging Face's datasets writes them; do: rename or cast the columns"
+        f"{path}: got {got}; need an image ({_TYPES['image']}) and a label ({_TYPES['label']}), as "
+        "Hugging Face's datasets writes them; do: cast the columns, or name others with --columns"
     )
 
 
@@ -199,18 +270,18 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: got no complete parquet file ({error}); do: download it again")
 
 
-def _images(file, group: int):
+def _images(file, name: str, group: int):
     """Return the encoded images of a row group, a pyarrow.ChunkedArray of bytes."""
     import pyarrow.compute
 
-    flat = _is_bytes(file.schema_arrow.field("image").type)
+    flat = _is_bytes(file.schema_arrow.field(name).type)
     column = file.read_row_group(
-        group, columns=["image" if flat else "image.bytes"], use_threads=False
-    )["image"]
+        group, columns=[name if flat else f"{name}.bytes"], use_threads=False
+    )[name]
     return column if flat else pyarrow.compute.struct_field(column, "bytes")
 
 
-def _cells(path: Path, first: int = 0, last: int | None = None):
+def _cells(path: Path, column: str, first: int = 0, last: int | None = None):
     """Yield the encoded images of the row groups [first, last). last: None means all others.
 
     Raises ValueError for an image that is null, and for a damaged file.
@@ -221,26 +292,26 @@ def _cells(path: Path, first: int = 0, last: int | None = None):
     try:
         with parquet.ParquetFile(path) as file:
             for group in range(first, file.num_row_groups if last is None else last):
-                column = _images(file, group)
-                if column.null_count:
-                    row = column.is_null().index(True).as_py()
+                images = _images(file, column, group)
+                if images.null_count:
+                    row = images.is_null().index(True).as_py()
                     raise ValueError(
                         f"{path}: got no bytes in row {row} of row group {group}; need the "
                         "image itself; do: embed the images in the file, or remove the row"
                     )
-                yield column
+                yield images
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
 
 
 @lru_cache(maxsize=1)
-def _row_group(path: Path, group: int):
-    return next(_cells(path, group, group + 1))
+def _row_group(path: Path, column: str, group: int):
+    return next(_cells(path, column, group, group + 1))
 
 
 @cache
-def _lengths(path: Path) -> list:
+def _lengths(path: Path, column: str) -> list:
     """Return the size of every image in bytes, [row group][row]. Reads the whole file once."""
     import pyarrow.compute
 
-    return [pyarrow.compute.binary_length(c).to_numpy() for c in _cells(path)]
+    return [pyarrow.compute.binary_length(c).to_numpy() for c in _cells(path, column)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,25 @@ from typing import NamedTuple, Protocol
 from ds_classifier.common.files import size_of_file
 from ds_classifier.common.text import count
 from ds_classifier.data.classes import class_list, refuse_not_utf8
-from ds_classifier.data.convert.names import is_passed_over
+from ds_classifier.data.tars import printable
+
+# Folders of file servers, archive programs and Python. What begins with a dot is hidden anyway.
+NO_DATA = {
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "@__thumb",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+}
+MAX_NAMED = 3  # kinds of folders in a message
 
 
 class Content(Protocol):
@@ -223,13 +241,31 @@ def share_classes(
     return DataSource(name, classes, splits, remarks=tuple(remarks))
 
 
+def is_passed_over(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or was not made by the user."""
+    return name.startswith(".") or name.lower() in NO_DATA
+
+
+def passed_over(passed: Counter[str]) -> str:
+    """Return "passed over: 3 hidden files, 1 folder __MACOSX", or "" for nothing.
+
+    passed: names of folders, and "" for files -> number.
+    """
+    names = sorted(name for name in passed if name)
+    found = [count(passed[""], "hidden file")] if passed[""] else []
+    found += [f"{count(passed[n], 'folder')} {printable(n)}" for n in names[:MAX_NAMED]]
+    if more := sum(passed[name] for name in names[MAX_NAMED:]):
+        found.append(f"{count(more, 'other folder')}")
+    return f"passed over: {', '.join(found)}" if found else ""
+
+
 def files_under(
-    root: Path, suffixes: Sequence[str], passed: Counter[str] | None = None
+    root: Path, wanted: Callable[[Path], bool], passed: Counter[str] | None = None
 ) -> Iterator[Path]:
-    """Yield every file with one of the suffixes, following links; but not what is passed over.
+    """Yield every file that is wanted, following links; but not what is passed over.
 
     The files of a folder come first, then those of its folders, both sorted by name.
-    passed: counts what is passed over, as `names.passed_over` describes it.
+    passed: counts what is passed over, as `passed_over` describes it.
     Raises ValueError for a folder that cannot be read, and for a link to a folder above it.
     """
     passed = Counter() if passed is None else passed
@@ -249,9 +285,10 @@ def files_under(
                     "once; do: remove the link"
                 )
         for name in sorted(names):
-            if not name.lower().endswith(tuple(suffixes)):
+            file = Path(folder, name)
+            if not wanted(file):
                 continue
             if is_passed_over(name):
                 passed[""] += 1
             else:
-                yield Path(folder, name)
+                yield file

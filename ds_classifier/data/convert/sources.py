@@ -5,69 +5,85 @@ What only some sources need (numpy, scipy, pyarrow ...) is imported when such a 
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from ds_classifier.common.text import count
-from ds_classifier.data.convert.names import (
-    WORDS,
-    is_passed_over,
-    kinds_in,
-    passed_over,
-    take,
-)
+from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
+from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
+from ds_classifier.data.convert.other_kinds import refuse_other_kind, refuse_pointer
+from ds_classifier.data.convert.parquet import files_by_kind, is_parquet, read_parquet
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
     Sample,
     Slice,
     files_under,
+    is_passed_over,
+    passed_over,
     share_classes,
 )
-from ds_classifier.data.convert.split_folders import take_folders
-from ds_classifier.data.tars import IMAGE_SUFFIXES, is_tar_name
+from ds_classifier.data.convert.split_names import WORDS, kinds_in, take, take_folders
+from ds_classifier.data.convert.torchvision_set import PREFIX, torchvision_set
 
-# Other suffixes of images. If the content is not in a format of IMAGE_SUFFIXES, it is refused.
-OTHER_SUFFIXES = (".jpe", ".jfif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 BOTH = ("train", "val")
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
-LISTS = (".csv", ".jsonl")
 MAX_NAMED = 10  # folders without images in a message
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
 
 
-def open_source(source: str, val: str | None = None, val_labels: str | None = None) -> DataSource:
+def open_source(
+    source: str,
+    val: str | None = None,
+    val_labels: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    root: Path | None = None,
+    download: bool = False,
+) -> DataSource:
     """Open a data source, without reading images. Its kind follows from its suffix and content.
 
     source, val (for validation):
     - an image folder, classes as directories or as file prefixes, or a folder of such splits
     - ILSVRC2012_img_train.tar; val ILSVRC2012_img_val.tar, or a folder of its images, with
       val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
-    - a .csv with columns path and label, or a .jsonl of objects with these keys
+    - a list of paths and labels: .csv, .tsv, .jsonl or .txt
     - parquet files as Hugging Face writes them, one file or a folder
     - shards: a split, or the directory above train/ and val/
     - the word digits
+    - torchvision:NAME, a class of torchvision.datasets; see `torchvision_set`
 
     The first three can be combined; the others need val of the same kind, or bring their own.
+    columns: the columns of a list ("path", "label") or of parquet ("image", "label"), by name.
+    root, download: for torchvision: the directory of its data, and whether it may download them.
     Raises ValueError if there is nothing to convert, or if the classes of the splits do not match.
     """
     if val_labels is not None and val is None:
         raise ValueError(
             f"--val_labels: got {val_labels!r} without --val; need the images that it labels"
         )
+    columns = columns or {}
+    if source.startswith(PREFIX):
+        if val is not None:
+            raise ValueError(
+                f"--val: got {val} with {source}; need a share such as 10%, or the validation "
+                "split that the data set has; do: drop it"
+            )
+        _refuse_columns(source, columns)
+        return torchvision_set(source, root, download)
+    if root is not None or download:
+        flag = "--download" if root is None else "--root"
+        raise ValueError(f"{flag}: got it with {source}; need a source {PREFIX}NAME; do: drop it")
     if source == DIGITS and not Path(source).exists():
         if val is not None:
             raise ValueError(
                 f"--val: got {val!r} with digits, which has its own validation split; do: drop it"
             )
+        _refuse_columns(source, columns)
         return digits()
     train = Path(source)
     for flag, place in (("--val", val), ("--val_labels", val_labels)):
@@ -77,6 +93,8 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
                 f"{flag}: got {place}, which does not exist; need a file or a folder{share}"
             )
     kind = _kind(train)
+    if kind not in ("list", "parquet"):
+        _refuse_columns(source, columns)
     val_kind = None if val is None else _kind(Path(val))
     tars = ("tar", "tars")
     if kind in tars or val_kind in tars:
@@ -95,12 +113,25 @@ def open_source(source: str, val: str | None = None, val_labels: str | None = No
     if kind == "shards":
         return shards(train, None if val is None else Path(val))
     if kind == "parquet":
-        return parquet(train, None if val is None else Path(val))
-    return _files(source, kind, val, val_kind, val_labels)
+        return parquet(train, None if val is None else Path(val), columns)
+    return _files(source, kind, val, val_kind, val_labels, columns)
+
+
+def _refuse_columns(source: str, columns: Mapping[str, str]) -> None:
+    if columns:
+        raise ValueError(
+            f"--columns: got {dict(columns)} with {source}; need a list or parquet files, which "
+            "have columns; do: drop it"
+        )
 
 
 def _files(
-    source: str, kind: str, val: str | None, val_kind: str | None, val_labels: str | None
+    source: str,
+    kind: str,
+    val: str | None,
+    val_kind: str | None,
+    val_labels: str | None,
+    columns: Mapping[str, str],
 ) -> DataSource:
     """Open folders, tars of ImageNet and lists. The arguments are those of `open_source`."""
     passed: Counter[str] = Counter()
@@ -109,16 +140,19 @@ def _files(
         places["val"] = Path(val)
     for split, place_kind in (("train", kind), ("val", val_kind)):
         if place_kind == "folder":
+            given = places[split]
             splits = BOTH if val is None else [split]
-            suffixes = IMAGE_SUFFIXES + OTHER_SUFFIXES
-            taken, more = take_folders(places[split], splits, suffixes, passed)
+            taken, more = take_folders(given, splits, passed)
             places |= taken
             remarks += more
+            if split == "train" or val_labels is None:
+                for folder in taken.values() or [given]:
+                    refuse_list_beside(folder, given)
     try:
-        train = _images(places["train"], kind, passed)
+        train = _images(places["train"], kind, columns, passed)
         held_out = None
         if "val" in places:
-            held_out = _val_images(places["val"], val_kind or kind, val_labels, passed)
+            held_out = _val_images(places["val"], val_kind or kind, val_labels, columns, passed)
         if kind == "folder":
             remarks += _remark_on_classes(places["train"], train)
         if line := passed_over(passed):
@@ -140,32 +174,43 @@ def _kind(place: Path) -> str:
     if place.is_dir():
         if any((place / split / "manifest.json").is_file() for split in (".", "train", "val")):
             return "shards"
-        first = next(files_under(place, (*IMAGE_SUFFIXES, ".parquet")), None)
+        files = files_under(place, lambda file: is_parquet(file) or is_image_file(file))
+        first = next(files, None)
         if first is None:
-            tars = any(is_tar_name(file.name) for file in files_under(place, ("",)))
-            return "tars" if tars else "folder"
-        return "parquet" if first.suffix.lower() == ".parquet" else "folder"
+            if any(files_under(place, lambda file: file.suffix.lower() == ".tar")):
+                return "tars"
+            refuse_other_kind(files_under(place, lambda _: True))
+            return "folder"
+        refuse_pointer(first)
+        return "parquet" if is_parquet(first) else "folder"
     kinds = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LISTS, "list")
     kind = kinds.get(place.suffix.lower())
+    if place.is_file():
+        refuse_pointer(place)
+    if kind is None and place.is_file():
+        refuse_other_kind([place])
     if kind is None or not place.is_file():
         raise ValueError(
             f"source: got {place}, which is not a directory{'' if kind is None else ' or a file'}; "
-            f"need a folder of images, a .tar of ImageNet, a .csv or .jsonl of path and label, "
-            f".parquet, shards, or the word {DIGITS!r} for the built-in handwritten digits"
+            f"need a folder of images, a .tar of ImageNet, a list of paths and labels "
+            f"({' '.join(LISTS)}), .parquet, shards, or the word {DIGITS!r} for the built-in "
+            "handwritten digits"
         )
     return kind
 
 
-def _images(place: Path, kind: str, passed: Counter[str]) -> list[NamedSample]:
+def _images(
+    place: Path, kind: str, columns: Mapping[str, str], passed: Counter[str]
+) -> list[NamedSample]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
         return imagenet.train_images(place)
-    return _listed_files(place) if kind == "list" else _labelled_files(place, passed)
+    return listed_files(place, columns) if kind == "list" else _labelled_files(place, passed)
 
 
 def _val_images(
-    place: Path, kind: str, labels: str | None, passed: Counter[str]
+    place: Path, kind: str, labels: str | None, columns: Mapping[str, str], passed: Counter[str]
 ) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
@@ -180,7 +225,7 @@ def _val_images(
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _images(place, kind, passed)
+    return _images(place, kind, columns, passed)
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -192,7 +237,7 @@ def image_folder(train: Path, val: Path | None = None) -> DataSource:
     Both splits share one class list, the sorted names of the training classes.
     """
     val_kind = None if val is None else "folder"
-    return _files(str(train), "folder", None if val is None else str(val), val_kind, None)
+    return _files(str(train), "folder", None if val is None else str(val), val_kind, None, {})
 
 
 def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
@@ -205,7 +250,7 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
 
     loose, sorted_by_class = [], []
     inner = set()  # the folders directly in those of classes, "" for none
-    for file in files_under(root, IMAGE_SUFFIXES + OTHER_SUFFIXES, passed):
+    for file in image_files(root, passed):
         parts = file.relative_to(root).parts
         inner.add(parts[1] if len(parts) > 2 else "")
         if len(parts) == 1:
@@ -227,7 +272,7 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
         )
     if not found:
         raise ValueError(
-            f"source: got {root} without any image ({' '.join(IMAGE_SUFFIXES)}"
+            f"source: got {root} without any image ({READ_FORMATS}"
             f"{'; ' * bool(passed)}{passed_over(passed)}); need CLASS/image.jpg, or "
             "CLASS_image.jpg in one folder"
         )
@@ -250,7 +295,7 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
         names = ", ".join(empty[:MAX_NAMED]) + (" ..." if len(empty) > MAX_NAMED else "")
         raise ValueError(
             f"source: got {count(len(empty), 'folder')} in {root} ({names}) without any image "
-            f"({' '.join(IMAGE_SUFFIXES)}), or broken links; need at least one image per class; "
+            f"({READ_FORMATS}), or broken links; need at least one image per class; "
             "do: remove the folder, repair the link, or convert its images to these formats"
         )
     return [
@@ -292,92 +337,14 @@ def _class_folders(root: Path) -> set[str]:
     }
 
 
-# ----------------------------------------------------------------------------------------- lists
-
-
-def _listed_files(path: Path) -> list[NamedSample]:
-    """Return the images in a .csv or .jsonl. Their classes are integers if all labels are."""
-    rows = list(_rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_jsonl(path))
-    first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
-    for line, image, label in rows:
-        if not isinstance(image, str) or not image:
-            raise ValueError(f"{path}:{line}: got no path; need the path of an image")
-        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
-            raise ValueError(
-                f"{path}:{line}: got label {label!r} for {image}; need a class name or an "
-                "integer; do: label the image, or remove its line"
-            )
-        if not os.path.isfile(path.parent / image):
-            raise ValueError(
-                f"{path}:{line}: got {image}, but there is no file {path.parent / image}; need "
-                "an absolute path, or one relative to the list's folder; do: correct or remove it"
-            )
-        earlier, other = first.setdefault(image, (line, label))
-        if other != label:
-            raise ValueError(
-                f"{path}:{line}: got label {label!r} for {image}, and {other!r} in line "
-                f"{earlier}; need one class per image; do: remove one of the lines"
-            )
-    if not rows:
-        raise ValueError(f"{path}: got no images; need a path and a label in every line")
-    labels = [str(label).strip() for _, _, label in rows]
-    if all(_INTEGER.fullmatch(label) for label in labels):
-        labels = [int(label) for label in labels]
-    return [
-        NamedSample(str(image), label, path.parent / image)
-        for (_, image, _), label in zip(rows, labels, strict=True)
-    ]
-
-
-def _rows_of_csv(path: Path) -> Iterator[tuple[int, object, object]]:
-    """Yield (line number, path, label) from a CSV with a header (RFC 4180, UTF-8)."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
-            if not {"path", "label"} <= set(rows.fieldnames or ()):
-                raise ValueError(
-                    f"{path}: got columns {rows.fieldnames}; need a first line with the "
-                    "names of the columns, including path and label; do: add or rename them"
-                )
-            for row in rows:
-                if None in row:
-                    raise ValueError(
-                        f"{path}:{rows.line_num}: got {len(row[None])} more values than columns; "
-                        'need "quotes" around a value with a comma'
-                    )
-                yield rows.line_num, row["path"], row["label"]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no valid UTF-8 CSV ({error}); do: save it again") from None
-
-
-def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, object, object]]:
-    """Yield (line number, path, label) from a file with one JSON object per line.
-
-    Empty lines are skipped.
-    """
-    with open(path, "rb") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: got no JSON ({error}); need an object") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: got {row!r}; need an object with path and label")
-            yield line, row.get("path"), row.get("label")
-
-
 # --------------------------------------------------------------- sources with their own class lists
 
 
-def parquet(train: Path, val: Path | None = None) -> DataSource:
+def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSource:
     """Return a source of Hugging Face's parquet files. A folder may hold a validation split too.
 
     The files of a folder without words for splits in their names are those of one split.
     """
-    from ds_classifier.data.convert.parquet import files_by_kind, read_parquet
-
     passed: Counter[str] = Counter()
     files, remarks = {}, []
     for place, splits in ((train, ["train"]), (val, ["val"])) if val else ((train, BOTH),):
@@ -396,8 +363,8 @@ def parquet(train: Path, val: Path | None = None) -> DataSource:
         )
     if line := passed_over(passed):
         remarks.append(line)
-    images, classes = read_parquet(files["train"])
-    held_out = read_parquet(files["val"])[0] if "val" in files else None
+    images, classes = read_parquet(files["train"], columns)
+    held_out = read_parquet(files["val"], columns)[0] if "val" in files else None
     return share_classes(str(train), images, held_out, classes, remarks)
 
 

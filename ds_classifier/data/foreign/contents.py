@@ -139,7 +139,7 @@ def refuse_shards(source: Path | None, val: Path | None) -> None:
             continue
         tar = place
         if place.is_dir():
-            tar = next(file for file in files_under(place, ("",)) if is_tar_name(file.name))
+            tar = next(files_under(place, lambda file: is_tar_name(file.name)))
         with open(tar, "rb") as file:
             contents = contents_of(file, tar, os.fstat(file.fileno()).st_size)
         if contents.labelled:

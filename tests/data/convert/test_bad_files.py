@@ -28,7 +28,7 @@ def test_files_that_are_not_images_are_listed_together(many, tmp_path, workers):
     done = run_python(*command, "--workers", workers, cwd=tmp_path)
     listing = tmp_path / "data" / "train.bad.txt"
     assert (done.code, len(done.lines)) == (2, 22), done.output
-    assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole JPEG")
+    assert done.lines[0].startswith("error: got 30 files that cannot be stored; need whole images")
     assert f"the files in {listing}" in done.lines[0]
     assert done.lines[1] == f"  {min(bad)}: got b''..., which is not the start of an image file"
     assert done.lines[-1] == "  ... and 10 more"

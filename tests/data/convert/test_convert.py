@@ -189,11 +189,11 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
     reads = tmp_path / "reads"
     untouched = parquet._cells
 
-    def counted(path, first=0, last=None):
+    def counted(path, column, first=0, last=None):
         if last is not None:
             with open(reads, "a") as file:
                 file.write(f"{first}\n")
-        return untouched(path, first, last)
+        return untouched(path, column, first, last)
 
     monkeypatch.setattr(parquet, "_cells", counted)
     cells = [b"GIF8" + np.random.RandomState(i).bytes(50 + i) for i in range(60)]

@@ -378,7 +378,8 @@ def test_labels_that_are_names_although_some_look_like_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("file,class\n0.jpg,a\n", "columns ['file', 'class']"),
+        ("file,class\nabsent.jpg,a\n", "columns ['file', 'class'], of which none names a file"),
+        ("0.jpg,a\n1.jpg,a\n", "put the line path,label before it"),
         ("", "need a first line"),
         ("path,label\n", "no image"),
         ("path,label\n0.jpg,a\nabsent.jpg,a\n", ".csv:3: got absent.jpg"),

@@ -287,3 +287,22 @@ def test_hidden_files_are_passed_over_and_unreadable_folders_not_opened(
     shutil.copytree(plain / "train" / "n02084071", alone / "n02084071")
     assert "; passed over: 1 folder .hidden); need" in refused(tmp_path / "alone")
     assert open_source(str(alone)).classes == ["n02084071"]  # the user named it
+
+
+def test_images_of_any_kind_count_for_splits_and_among_hidden_files(plain, tmp_path):  # noqa: F811
+    """Take a file without suffix, or with that of another format, for an image everywhere."""
+    root = layout(plain, tmp_path / "root", train="Training", val="Testing")
+    first = next((root / "Training").glob("*/*"))
+    for name in ("._x.ppm", ".nameless"):
+        shutil.copy(first, first.parent / name)
+    (first.parent / ".notes").write_text("no image")
+    source = open_source(str(root))
+    assert source.remarks[-1] == "passed over: 2 hidden files"
+    assert_equal_to(plain, source, ["train", "val"])
+    for name in ("nameless", "other.ppm"):  # an image in a folder that is no split
+        (root / "extra").mkdir()
+        shutil.copy(first, root / "extra" / name)
+        message = refused(root)
+        assert "folders named for splits (Testing, Training)" in message
+        assert "beside extra" in message
+        shutil.rmtree(root / "extra")

@@ -1,0 +1,179 @@
+"""Recognise image files by suffix and first bytes; store other formats than the loader's as PNG.
+
+Shards hold JPEG, PNG, WebP, GIF and BMP, whose bytes are copied untouched. Other formats that
+Pillow decodes by itself are converted to PNG without loss. All others are named, never passed over.
+Signatures: the formats' specifications, and https://www.garykessler.net/library/file_sigs.html.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_classifier.data.convert.samples import files_under
+from ds_classifier.data.tars import IMAGE_SUFFIXES, LFS_POINTER
+
+_UNTOUCHED = (*IMAGE_SUFFIXES, ".jpe", ".jfif", ".pjpeg", ".mpo", ".apng")
+_AS_PNG = (
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".j2c"),
+    *(".jpx", ".jpf", ".pcx", ".sgi", ".ras", ".qoi", ".ico"),
+)
+_REFUSED = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".xcf", ".eps", ".exr", ".pfm", ".dds", ".dcm"),
+    *(".nii", ".nii.gz", ".fits", ".xpm", ".xbm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
+    *(".rw2", ".raf"),
+)
+ALL_SUFFIXES = (*_UNTOUCHED, *_AS_PNG, *_REFUSED)
+# Not opened to look for an image: there may be one such file per image, and none holds an image.
+_OTHER_SUFFIXES = {
+    *(".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".htm", ".py", ".yaml"),
+    *(".yml", ".log", ".npy", ".npz", ".mat", ".pkl", ".h5", ".parquet", ".arrow", ".tar", ".gz"),
+    *(".zip", ".mp4", ".avi", ".wav", ".db", ".ini"),
+}
+_SIGNATURES = {  # first bytes -> suffix of a format that is copied untouched
+    rb"\xff\xd8\xff": "jpg",
+    rb"\x89PNG\r\n": "png",
+    rb"GIF8": "gif",
+    rb"BM": "bmp",
+    rb"RIFF....WEBP": "webp",
+}
+_AS_PNG_SIGNATURES = {  # first bytes -> Pillow's plugin
+    rb"P[1-6]\s+(#[^\n]*\s+)*[0-9]+\s": "PPM",
+    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "TIFF",
+    rb"....ftyp(avi[fs]|(mif1|msf1).{0,64}avi[fs])": "AVIF",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG2000",
+    rb"\x0a[\0-\x05][\0\x01][\x01\x02\x04\x08]": "PCX",
+    rb"\x01\xda[\0\x01][\x01\x02]": "SGI",
+    rb"\x59\xa6\x6a\x95": "SUN",
+    rb"qoif": "QOI",
+    rb"\0\0\x01\0[\x01-\x40]\0": "ICO",
+}
+_REFUSED_SIGNATURES = {  # first bytes -> the format's name
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIF",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"8BPS": "Photoshop",
+    rb"\x76\x2f\x31\x01": "OpenEXR",
+    rb"P[fF]\s": "PFM",
+    rb"DDS ": "DDS",
+    rb"#\?RADIANCE": "Radiance HDR",
+    rb"%!PS": "PostScript",
+    rb"SIMPLE  =": "FITS",
+    rb".{128}DICM": "DICOM",
+    rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<svg\b": "SVG",
+}
+HEAD = 512  # bytes in which the signatures are searched
+READ_FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, TGA, AVIF, JPEG 2000, PCX, SGI, Sun, QOI, ICO"
+
+
+def image_files(root: Path, passed: Counter[str] | None = None) -> Iterator[Path]:
+    """Yield every file under root that is an image by `is_image_file`.
+
+    See `files_under` for the order, for `passed`, and for errors.
+    """
+    return files_under(root, is_image_file, passed)
+
+
+def is_image_file(file: Path) -> bool:
+    """Return whether a file has an image's suffix, or begins like an image.
+
+    Files with a suffix of data or text are not opened.
+    """
+    name = file.name.lower()
+    if name.endswith(ALL_SUFFIXES):
+        return True
+    if os.path.splitext(name)[1] in _OTHER_SUFFIXES:
+        return False
+    head = head_of(file)
+    if head.startswith(b"BM") and head[6:10] != bytes(4):  # two letters are a weak signature
+        return False
+    known = (_SIGNATURES, _AS_PNG_SIGNATURES, _REFUSED_SIGNATURES)
+    return any(_match(signatures, head) for signatures in known)
+
+
+def head_of(file: Path) -> bytes:
+    """Return the first HEAD bytes of a file; none if it cannot be read or is no regular file."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a FIFO would never return
+            return b""
+        with open(file, "rb") as opened:
+            return opened.read(HEAD)
+    except OSError:
+        return b""
+
+
+def stored_suffix(data: bytes) -> str | None:
+    """Return the suffix under which shards hold these bytes untouched; None for other formats."""
+    return _match(_SIGNATURES, data)
+
+
+def _plugin_of(data: bytes, name: str) -> str | None:
+    """Return Pillow's plugin for an image to convert; None for other formats, and for no image.
+
+    TGA has no signature, so it is recognised by the suffix of its name.
+    """
+    return _match(_AS_PNG_SIGNATURES, data) or ("TGA" if name.lower().endswith(".tga") else None)
+
+
+def _match(signatures: dict[bytes, str], data: bytes) -> str | None:
+    head = data[:HEAD]
+    found = (kind for pattern, kind in signatures.items() if re.match(pattern, head, re.DOTALL))
+    return next(found, None)
+
+
+def as_png(data: bytes, name: str) -> bytes:
+    """Return an image that is not stored untouched as PNG, without loss; of several, the first.
+
+    Grey of 16 bits stays so. Colours that PNG lacks, such as CMYK, become RGB as Pillow does it.
+    name: for formats without a signature. Raises ValueError for anything that is not such an image.
+    """
+    if data.startswith(LFS_POINTER):
+        raise ValueError("is a pointer of Git LFS, not the image; do: git lfs pull")
+    plugin = _plugin_of(data, name)
+    if plugin is None:
+        if form := _match(_REFUSED_SIGNATURES, data):
+            raise ValueError(f"is an image in the format {form}, which is not read")
+        raise ValueError(f"got {data[:8]!r}..., which is not the start of an image file")
+    from PIL import Image
+
+    from ds_classifier.data.images import MAX_PIXELS
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=(plugin,))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        image.load()
+        return png_of(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise errors of struct, zlib and others too
+        raise ValueError(f"cannot be read as {plugin} ({error})") from None
+
+
+def png_of(image) -> bytes:
+    """Encode a loaded image of any mode as PNG. Raises ValueError for floats, and over 16 bits."""
+    image = _in_mode_of_png(image)
+    image.info.clear()  # profiles and comments: the loader reads none
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    return png.getvalue()
+
+
+def _in_mode_of_png(image):
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        return image
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("values outside 0 to 65535; do: scale them to 8 or 16 bits")
+        return Image.fromarray(pixels.astype(np.uint16))
+    if image.mode == "F":
+        raise ValueError("floating-point values; do: scale them to 8 or 16 bits")
+    return image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")

@@ -1,0 +1,288 @@
+"""Lists of images and labels: .csv, .tsv, .jsonl, and .txt with a path and a label in each line.
+
+Kaggle's lists name an image by its id, without suffix or folder; an imagefolder's metadata.csv or
+metadata.jsonl of Hugging Face has file_name; Tiny ImageNet's val_annotations.txt and Caffe's lists
+have no line of names.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ds_classifier.data.convert.formats import ALL_SUFFIXES
+from ds_classifier.data.convert.samples import NamedSample
+
+LISTS = (".csv", ".tsv", ".jsonl", ".txt")
+LONGEST_LINE = 1 << 20  # bytes of a first line that is looked at, in a file that may be no list
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
+_HELD_OUT = re.compile(r"val|test|dev", re.IGNORECASE)
+
+Row = tuple[int, Mapping[str, object]]  # line number, and the values by column
+
+
+class _Columns(NamedTuple):
+    """The columns that are read, and the folder that the paths are relative to."""
+
+    path: str
+    label: str
+    folder: Path
+
+
+def listed_files(path: Path, columns: Mapping[str, str]) -> list[NamedSample]:
+    """Return the images in a list. Their classes are integers if all labels are.
+
+    columns: names of columns for "path" and "label"; those not given are found if that is clear.
+    Raises ValueError for columns that are not clear, and for a line without image, file or label.
+    """
+    rows = list(_rows(path))
+    if not rows:
+        raise ValueError(f"{path}: got no images; need a path and a label in every line")
+    chosen = _choose(path, rows, columns)
+    files = _Files(chosen.folder)
+    images = []
+    first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
+    for line, row in rows:
+        image, label = row.get(chosen.path), row.get(chosen.label)
+        if isinstance(image, bool) or not isinstance(image, str | int) or image == "":
+            raise ValueError(f"{path}:{line}: got no path; need the path of an image")
+        image = str(image)
+        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+            raise ValueError(
+                f"{path}:{line}: got label {label!r} for {image}; need a class name or an "
+                "integer; do: label the image, or remove its line"
+            )
+        file = files.find(image)
+        if file is None:
+            raise ValueError(
+                f"{path}:{line}: got {image}, but there is no file {chosen.folder / image}; need "
+                "an absolute path, or one relative to the list's folder; do: correct or remove it"
+            )
+        earlier, other = first.setdefault(image, (line, label))
+        if other != label:
+            raise ValueError(
+                f"{path}:{line}: got label {label!r} for {image}, and {other!r} in line "
+                f"{earlier}; need one class per image; do: remove one of the lines"
+            )
+        images.append(NamedSample(image, label, file))
+    labels = [str(image.class_name).strip() for image in images]
+    if all(_INTEGER.fullmatch(label) for label in labels):
+        labels = [int(label) for label in labels]
+    return [image._replace(class_name=label) for image, label in zip(images, labels, strict=True)]
+
+
+def refuse_list_beside(folder: Path, above: Path) -> None:
+    """Raise ValueError if a list gives the images in a folder other classes than their names do.
+
+    The list is in the folder or in one around it, up to `above`: ROOT/train.csv for ROOT/train.
+    The message has what to convert instead. Lists that name no image of the folder are passed over.
+    """
+    around = [folder, *folder.parents][: len(folder.relative_to(above).parts) + 1]
+    for place in (place for each in around for place in sorted(each.iterdir())):
+        if place.suffix.lower() not in LISTS or place.name.startswith(".") or not place.is_file():
+            continue
+        try:
+            row = next(_rows(place, LONGEST_LINE), None)
+            found = _image_columns(_places(place), row[1]) if row else {}
+        except (ValueError, OSError):
+            continue
+        inside = {name: f.relative_to(folder) for name, f in found.items() if folder in f.parents}
+        if not inside or len(row[1]) < 2:
+            continue
+        first, *deeper = next(iter(inside.values())).parts
+        class_name = first if deeper else first.split("_")[0]
+        if class_name in {str(value) for name, value in row[1].items() if name not in inside}:
+            continue  # the list and the folders say the same
+        try:
+            chosen = _choose(place, [row], {})
+            columns, flag = f"{chosen.path} and {chosen.label}", ""
+        except ValueError:
+            image = next(iter(inside))
+            columns = ", ".join(row[1])
+            label = next(name for name in row[1] if name != image)
+            flag = f" --columns path={image},label={label}, or with another label"
+        raise ValueError(
+            f"source: got the folder {place.parent}, which holds a list of its images, "
+            f"{place.name} (columns {columns}); need one source of classes; do: convert "
+            f"{place}{flag}; or move the list away, to take the classes from the names of folders"
+        )
+
+
+# --------------------------------------------------------------------------------------- columns
+
+
+def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns:
+    """Return the columns to read, by their names or by what the first row holds."""
+    names = list(dict.fromkeys(name for _, row in rows[:100] for name in row))
+    for role, name in columns.items():
+        if role not in ("path", "label"):
+            raise ValueError(f"--columns: got {role} with the list {path}; need path and label")
+        if name not in names:
+            raise ValueError(f"--columns: got {role}={name}; {path} has the columns {names}")
+    first, places = rows[0][1], _places(path)
+    image = columns.get("path") or ("path" if "path" in names else None)
+    if image is None:
+        found = [name for name in _image_columns(places, first) if name != columns.get("label")]
+        if any(place.find(name) for place in places for name in found[:1]):
+            raise ValueError(
+                f"{path}: got the image {found[0]} in the first line; need the names of columns "
+                "there; do: put the line path,label before it"
+            )
+        if not found:
+            raise ValueError(
+                f"{path}: got columns {names}, of which none names a file in the first row; need "
+                "the columns of paths and of labels; do: put the images next to the list, or add "
+                "--columns path=NAME,label=NAME"
+            )
+        if len(found) > 1 and found[0] != "file_name":
+            raise _unclear(path, names, "paths", found, f"path={found[0]},label=NAME")
+        image = found[0]
+    label = columns.get("label") or ("label" if "label" in names else None)
+    if label is None:
+        others = [name for name in names if name != image]
+        if len(others) != 1:
+            example = others[0] if others else "NAME"
+            raise _unclear(path, names, "labels", others, f"path={image},label={example}")
+        label = others[0]
+    folder = next((p.folder for p in places if p.find(str(first.get(image)))), path.parent)
+    return _Columns(image, label, folder)
+
+
+def _unclear(path: Path, names: list[str], what: str, found: list[str], line: str) -> ValueError:
+    could = ", ".join(found) or "none"
+    return ValueError(
+        f"{path}: got columns {names}, of which {could} could hold the {what}; need one column of "
+        f"{what}; do: " + (f"name it, as in --columns {line}" if found else "add it to the list")
+    )
+
+
+def _image_columns(places: list[_Files], row: Mapping[str, object]) -> dict[str, Path]:
+    """Return the columns of a row that name a file, with the file; those of known names first."""
+    found = {}
+    for name in sorted(row, key=lambda name: name not in ("path", "file_name")):
+        value = row[name]
+        if name == "label" or isinstance(value, bool) or not isinstance(value, str | int):
+            continue
+        if file := next(filter(None, (place.find(str(value)) for place in places)), None):
+            found[name] = file
+    return found
+
+
+def _places(path: Path) -> list[_Files]:
+    """Return where the images of a list may be: next to it, or in a folder with a likely name."""
+    names = ["", path.stem, f"{path.stem}_images", "images"]
+    if not _HELD_OUT.search(path.stem):  # those of train/ are no images for validation
+        names += ["train", "train_images"]
+    return [_Files(path.parent / name) for name in names]
+
+
+class _Files:
+    """The files that the rows of a list name, with or without their suffix."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._by_stem: dict[str, dict[str, list[str]]] = {}  # folder -> stem -> names of images
+
+    def find(self, image: str) -> Path | None:
+        """Return a file; None if there is none. Raises ValueError if two have the stem `image`."""
+        file = self.folder / image
+        if os.path.isfile(file):
+            return file
+        if not image or "\0" in image:
+            return None
+        parent = str(file.parent)
+        if parent not in self._by_stem:
+            stems = self._by_stem[parent] = {}
+            for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else ():
+                if name.lower().endswith(ALL_SUFFIXES):
+                    stems.setdefault(os.path.splitext(name)[0], []).append(name)
+        names = self._by_stem[parent].get(file.name, [])
+        if len(names) > 1:
+            raise ValueError(
+                f"{parent}: got {names[0]} and {names[1]} for the image {image} of a list; need "
+                "one file; do: write the suffix in the list"
+            )
+        return file.parent / names[0] if names else None
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def _rows(path: Path, longest: int = -1) -> Iterator[Row]:
+    """Yield the rows of a list with their columns.
+
+    longest: do not read longer first lines; -1 for any length.
+    """
+    kind = path.suffix.lower()
+    if longest > 0:
+        with open(path, "rb") as file:
+            if len(file.readline(longest)) == longest:
+                return
+    if kind == ".jsonl":
+        yield from _rows_of_jsonl(path)
+    elif kind == ".txt":
+        yield from _rows_of_txt(path)
+    else:
+        yield from _rows_of_csv(path, "\t" if kind == ".tsv" else ",")
+
+
+def _rows_of_csv(path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield the rows of a CSV with a header (RFC 4180, UTF-8)."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            if not rows.fieldnames:
+                raise ValueError(
+                    f"{path}: got an empty file; need a first line with the names of the columns, "
+                    "such as path,label; do: add it"
+                )
+            for row in rows:
+                if None in row:
+                    raise ValueError(
+                        f"{path}:{rows.line_num}: got {len(row[None])} more values than columns; "
+                        'need "quotes" around a value with a comma'
+                    )
+                yield rows.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got no valid UTF-8 CSV ({error}); do: save it again") from None
+
+
+def _rows_of_jsonl(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file with one JSON object per line. Empty lines are skipped."""
+    with open(path, "rb") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: got no JSON ({error}); need an object") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{line}: got {row!r}; need an object with path and label")
+            yield line, row
+
+
+def _rows_of_txt(path: Path) -> Iterator[Row]:
+    """Yield path and label of each line: the first two fields between tabs, or around the last gap.
+
+    Empty lines are skipped.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for line, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                fields = text.strip().split("\t") if "\t" in text else text.rsplit(None, 1)
+                if len(fields) < 2:
+                    raise ValueError(
+                        f"{path}:{line}: got {text.strip()[:80]!r}; need a path and a label in "
+                        "every line; do: add the label, or give a .csv"
+                    )
+                yield line, {"path": fields[0].strip(), "label": fields[1].strip()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: got no valid UTF-8 ({error}); do: save it again") from None

@@ -1,0 +1,212 @@
+"""Lists and parquet files whose columns have other names; lists found beside images."""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ds_classifier.data.convert.sources import open_source
+from launch.make_shards import main
+
+LABELS = ["cat", "dog", "cat", "eel", "dog"]
+
+
+def image(number: int) -> bytes:
+    """Return bytes that start like a JPEG. Sources do not decode images."""
+    return b"\xff\xd8\xff" + np.random.RandomState(number).bytes(100 + number)
+
+
+EXPECTED = Counter((image(i), label) for i, label in enumerate(LABELS))
+
+
+def content(source, split: str = "train") -> Counter:
+    return Counter((s.read(), source.classes[s.label]) for s in source.splits[split])
+
+
+def put(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(image(i))
+
+
+def write(path: Path, columns: dict[str, list]) -> Path:
+    """Write a list with the given columns, in the format of its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return path
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def refused(*arguments, **keywords) -> str:
+    with pytest.raises(ValueError) as error:
+        open_source(*map(str, arguments), **keywords)
+    return str(error.value)
+
+
+# ----------------------------------------------------------------------------------------- lists
+
+NAMES = [f"{i}.jpg" for i in range(5)]
+IDS = [0, 1, 2, 3, 4]
+LAYOUTS = {  # folder of the images, name of the list, columns
+    "imagefolder": (".", "metadata.csv", {"file_name": NAMES, "species": LABELS}),
+    "imagefolder, jsonl": (".", "metadata.jsonl", {"file_name": NAMES, "label": LABELS}),
+    "Kaggle's CIFAR-10": ("train", "trainLabels.csv", {"id": IDS, "label": LABELS}),
+    "dog breeds": ("train", "labels.csv", {"id": IDS, "breed": LABELS}),
+    "cassava": ("train_images", "train.csv", {"image_id": NAMES, "label": LABELS}),
+    "plants": ("images", "train.csv", {"image_id": IDS, "labels": LABELS}),
+    "validation": ("val", "val.tsv", {"class": LABELS, "img": NAMES}),
+    "pandas": ("imgs", "a.csv", {"": IDS, "path": [f"imgs/{n}" for n in NAMES], "label": LABELS}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lists_as_people_have_them(tmp_path, layout):
+    folder, name, columns = LAYOUTS[layout]
+    put(tmp_path / folder, NAMES)
+    path = write(tmp_path / name, columns)
+    assert content(open_source(str(path))) == EXPECTED
+    message = refused(tmp_path)  # the folder is offered its list
+    assert f"do: convert {path}; or move" in message
+
+
+def test_lists_without_a_line_of_names(tmp_path):
+    """Read Caffe's list, and Tiny ImageNet's validation split for a folder of training images."""
+    put(tmp_path / "my images", NAMES)
+    caffe = tmp_path / "caffe.txt"
+    caffe.write_text("".join(f"my images/{i}.jpg {i % 3}\n" for i in range(5)))
+    source = open_source(str(caffe))
+    assert content(source) == Counter((image(i), str(i % 3)) for i in range(5))
+    for label in LABELS:
+        put(tmp_path / "train" / label / "images", NAMES)
+        (tmp_path / "train" / label / f"{label}_boxes.txt").write_text("0.jpg\t0\t0\t62\t62\n")
+    put(tmp_path / "val/images", NAMES)
+    annotations = tmp_path / "val/val_annotations.txt"
+    annotations.write_text("".join(f"{i}.jpg\t{c}\t0\t32\t44\t62\n" for i, c in enumerate(LABELS)))
+    source = open_source(str(tmp_path / "train"), str(annotations))
+    assert content(source, "val") == EXPECTED
+    assert f"do: convert {annotations}" in refused(tmp_path / "train", tmp_path / "val")
+
+
+def test_columns_that_are_not_clear_are_asked_for(tmp_path):
+    put(tmp_path, NAMES)
+    path = write(tmp_path / "a.csv", {"file": NAMES, "class": LABELS, "by": ["me"] * 5})
+    line = "--columns path=file,label=class"
+    assert line in refused(path)
+    assert f"do: convert {path} {line}, or with another label" in refused(tmp_path)
+    source = open_source(str(path), columns={"path": "file", "label": "class"})
+    assert content(source) == EXPECTED
+    assert "has the columns ['file', 'class', 'by']" in refused(path, columns={"label": "x"})
+    assert "need path and label" in refused(path, columns={"image": "file"})
+    numbers = write(tmp_path / "b.csv", {"class": [4, 3, 2, 1, 0], "id": IDS})  # both name files
+    assert "class, id could hold the paths" in refused(numbers)
+    source = open_source(str(numbers), columns={"label": "class"})
+    assert content(source) == Counter((image(i), str(4 - i)) for i in range(5))
+    (tmp_path / "0.png").write_bytes(image(0))
+    assert "got 0.jpg and 0.png for the image 0" in refused(numbers, columns={"label": "class"})
+    assert "--columns: got" in refused("digits", columns={"label": "class"})
+
+
+def test_lists_that_a_folder_is_not_offered(tmp_path):
+    """Keep the class folders if the list says the same, or names none of their images."""
+    for i, label in enumerate(LABELS):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / f"{i}.jpg").write_bytes(image(i))
+    paths = [f"{label}/{i}.jpg" for i, label in enumerate(LABELS)]
+    write(tmp_path / "same.csv", {"path": paths, "label": LABELS})
+    write(tmp_path / "names.csv", {"class": ["cat"], "meaning": ["a small animal"]})
+    (tmp_path / "README.txt").write_text("These are images.\n")
+    (tmp_path / "empty.csv").touch()
+    assert content(open_source(str(tmp_path))) == EXPECTED
+
+
+def test_a_list_beside_folders_of_splits(tmp_path):
+    """Offer Kaggle's train.csv beside train/ and test/, but not a list that says the same."""
+    put(tmp_path / "train", NAMES)
+    put(tmp_path / "test", ["x.jpg"])
+    path = write(tmp_path / "train.csv", {"id": IDS, "label": LABELS})
+    message = refused(tmp_path)
+    assert f"got the folder {tmp_path}, which holds a list of its images, train.csv" in message
+    assert f"do: convert {path}; or move" in message
+    same = tmp_path / "same"
+    for i, label in enumerate(LABELS):
+        (same / "train" / label).mkdir(parents=True, exist_ok=True)
+        (same / "train" / label / f"{i}.jpg").write_bytes(image(i))
+    put(same / "val/cat", ["x.jpg"])
+    paths = [f"train/{label}/{i}.jpg" for i, label in enumerate(LABELS)]
+    write(same / "all.csv", {"path": paths, "label": LABELS})
+    source = open_source(str(same))
+    assert content(source) == EXPECTED
+    assert content(source, "val") == Counter([(image(0), "cat")])
+
+
+# --------------------------------------------------------------------------------------- parquet
+
+FINE, COARSE = ["cat", "dog", "eel"], ["mammal", "fish"]
+
+
+def parquet(path: Path, columns: dict[str, list], names: dict[str, list]) -> Path:
+    """Write a file as datasets does. names: the class names of the columns that are ClassLabels."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    images = ("img", "image")
+    cells = [{"bytes": image(i), "path": f"{i}.jpg"} for i in range(5)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table(
+        {
+            name: pa.array(cells, kind) if name in ("img", "image") else v
+            for name, v in columns.items()
+        }
+    )
+    features = {name: {"names": n, "_type": "ClassLabel"} for name, n in names.items()}
+    features |= {name: {"_type": "Image"} for name in columns if name in images}
+    info = json.dumps({"info": {"features": features}})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": info}), path)
+    return path
+
+
+NUMBERS = [FINE.index(label) for label in LABELS]
+
+
+def test_parquet_as_the_hub_has_it(tmp_path):
+    path = parquet(
+        tmp_path / "a.parquet", {"img": [], "label": NUMBERS}, {"label": FINE}
+    )  # cifar10
+    assert content(open_source(str(path))) == EXPECTED
+    columns = {"id": [9] * 5, "img": [], "breed": NUMBERS, "note": ["x"] * 5}
+    path = parquet(tmp_path / "b.parquet", columns, {"breed": FINE})  # the only ClassLabel
+    assert content(open_source(str(path))) == EXPECTED
+    path = parquet(tmp_path / "c.parquet", {"image": [], "species": LABELS}, {})  # the only text
+    source = open_source(str(path), shutil.copy(path, tmp_path / "val.parquet"))
+    assert content(source) == content(source, "val") == EXPECTED
+    assert source.classes == FINE
+
+
+def test_two_labels_in_parquet_are_asked_for(tmp_path, capsys):
+    columns = {"img": [], "fine_label": NUMBERS, "coarse_label": [0, 0, 0, 1, 0]}
+    names = {"fine_label": FINE, "coarse_label": COARSE}
+    path = parquet(tmp_path / "cifar100.parquet", columns, names)
+    assert "--columns image=img,label=fine_label" in refused(path)
+    out = tmp_path / "out"
+    chosen = ["--columns", "image=img,label=coarse_label"]
+    assert main(["convert", str(path), str(out), *chosen]) == 0
+    source = open_source(str(out))
+    assert source.classes == COARSE
+    expected = Counter((b, COARSE[label == "eel"]) for (b, label) in EXPECTED)
+    assert content(source) == expected
+    assert "has the columns" in refused(path, columns={"label": "x"})
+    assert "need image and label" in refused(path, columns={"path": "img"})
+    assert "img of type struct" in refused(path, columns={"label": "img"})
+    with pytest.raises(SystemExit):
+        main(["convert", str(path), str(out), "--columns", "img"])
+    assert "need path=NAME,label=NAME" in capsys.readouterr().err
