@@ -33,7 +33,7 @@ _KINDS = [  # pattern of the name, pattern of the first bytes, kind, what to do
     (r".*", rb"PK\x03\x04", "a zip archive", "unpack it, and convert the folder"),
     (r".*\.(rar|7z)", None, "an archive", "unpack it, and convert the folder"),
     (
-        r".*\.(tar\.\w+|tgz|tbz2?|txz|tzst)",
+        r".*\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lz|z|br)|tgz|tbz2?|txz|tzst)",
         None,
         "a compressed tar",
         "unpack it (tar xf FILE), and convert the folder; shards: decompress them, then use index",
