@@ -14,7 +14,7 @@ import numpy as np
 
 from ds_classifier.data.classes import in_order
 from ds_classifier.data.convert.samples import DataSource, Sample
-from ds_classifier.data.shards import MANIFEST, open_shards
+from ds_classifier.data.shards import MANIFEST, open_shards, parse_manifest
 
 PLAN = "plan.json"
 
@@ -66,12 +66,18 @@ class Plan:
 
 
 def class_lists(out: Path) -> dict[Path, list[str]]:
-    """Return the class list of every split in OUT, finished or not, by its directory."""
+    """Return the class list of every split in OUT, finished or not, by its directory.
+
+    Raises ValueError for a damaged manifest.
+    """
     lists = {}
     for split in ("train", "val"):
-        for folder, facts in ((out / split, MANIFEST), (out / f"{split}.partial", PLAN)):
-            if (folder / facts).is_file():
-                lists[folder] = json.loads((folder / facts).read_text(encoding="utf-8"))["classes"]
+        finished, begun = out / split, out / f"{split}.partial"
+        if (finished / MANIFEST).is_file():
+            manifest = (finished / MANIFEST).read_bytes()
+            lists[finished] = parse_manifest(manifest, finished / MANIFEST).classes
+        if (begun / PLAN).is_file():
+            lists[begun] = json.loads((begun / PLAN).read_text(encoding="utf-8"))["classes"]
     return lists
 
 
