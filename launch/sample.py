@@ -109,7 +109,12 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
         metavar="N",
         help="samples to draw at each scale [10000]",
     )
-    add("--classes", default="", metavar="K,K", help="classes to sample in turn (default: all)")
+    add(
+        "--classes",
+        default="",
+        metavar="K,K",
+        help="classes to sample in turn, as numbers or names (default: all)",
+    )
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time per rank [16]")
     add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="sample by DDIM in place of DDPM [False]")  # fmt: skip

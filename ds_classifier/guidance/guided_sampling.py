@@ -7,7 +7,6 @@ are guided by a trained classifier, or by the exact posterior of that training s
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +97,22 @@ class GuidedSampling:
         )
 
     def classes(self, text: str) -> np.ndarray:
-        """Return the classes in "3,7", or all for "": [K] int64. Raises ValueError for others."""
+        """Return the classes in "3,7" or "cat,dog", or all for "": [K] int64.
+
+        Raises ValueError for others.
+        """
         num_classes = self.settings.num_classes
         if not text:
             return np.arange(num_classes)
         parts = [part.strip() for part in text.split(",")]
-        numbers = [int(part) if re.fullmatch("[0-9]{1,9}", part) else -1 for part in parts]
-        if min(numbers) < 0 or max(numbers) >= num_classes:
+        number = {name: i for i, name in enumerate(self.names)}
+        number |= {str(i): i for i in range(num_classes)}
+        if unknown := [part for part in parts if part not in number]:
             raise ValueError(
-                f"--classes: got {text!r}; need numbers from 0 to {num_classes - 1}, like 3,7"
+                f"--classes: got {unknown[0]!r}; need numbers from 0 to {num_classes - 1}, or "
+                f"names such as {self.names[0]!r}, with commas between them"
             )
+        numbers = [number[part] for part in parts]
         return np.array(numbers)
 
     def draw(

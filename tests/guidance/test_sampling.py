@@ -1,5 +1,6 @@
 """Test DDPM and DDIM steps and guided loops against guided-diffusion's, and launch/sample.py."""
 
+import dataclasses
 import json
 from hashlib import sha256
 from pathlib import Path
@@ -419,6 +420,8 @@ def test_the_largest_seed_is_accepted():
 def test_classes_are_numbers_of_classes(digits, classifier_file, text):
     guided = guided_digits(digits, classifier_file)
     assert guided.classes("3, 7").tolist() == [3, 7]
+    named = dataclasses.replace(guided, names=[*"abcdefgh", "cat", "9"])
+    assert named.classes("cat,1,9").tolist() == [8, 1, 9]
     assert guided.classes("").tolist() == list(range(10))
     with pytest.raises(ValueError, match=r"--classes: got .*; need numbers from 0 to 9"):
         guided.classes(text)

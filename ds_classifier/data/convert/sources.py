@@ -190,8 +190,9 @@ def _kind(place: Path) -> str:
     if kind is None and place.is_file():
         refuse_other_kind([place])
     if kind is None or not place.is_file():
+        problem = "is no directory" if place.exists() else "does not exist"
         raise ValueError(
-            f"source: got {place}, which is not a directory{'' if kind is None else ' or a file'}; "
+            f"source: got {place}, which {problem}; "
             f"need a folder of images, a .tar of ImageNet, a list of paths and labels "
             f"({' '.join(LISTS)}), .parquet, shards, or the word {DIGITS!r} for the built-in "
             "handwritten digits"

@@ -172,10 +172,13 @@ def find_shards(address: str, split: str, *, optional: bool = False) -> Listing 
             "listed; do: name the shards, like "
             f"{address}/name-{{0000..1023}}.tar"
         )
-    missing = "which does not exist" if not os.path.exists(address) else "without any .tar"
+    there = os.path.exists(address)
+    missing = "without any .tar" if there else "which does not exist"
     raise ValueError(
         f"{flag}: got {address}, {missing}; need a directory with shards, a pattern like "
         "'/data/name-{0000..1023}.tar', or a URL"
+        + f"; if it holds images: ds-classifier convert {address} OUT"
+        * there
     )
 
 

@@ -609,7 +609,7 @@ def test_a_missing_image_leaves_no_split(plain, tmp_path):
 
 
 def test_paths_that_are_not_a_source(tmp_path):
-    assert "not a directory" in refused(tmp_path / "absent")
+    assert "which does not exist; need" in refused(tmp_path / "absent")
     assert "absent.csv" in refused(tmp_path / "absent.csv")
     (tmp_path / "notes.txt").write_text("")
     assert "notes.txt" in refused(tmp_path / "notes.txt")
