@@ -196,7 +196,7 @@ def load_guided_sampling(
         denoiser = {"model_path": model_path, **unet, "use_fp16": unet_fp16}
         origin = {"classifier": guide, "denoiser": denoiser}
         numbers = [str(number) for number in range(settings.num_classes)]
-        names = source.classes or numbers
+        names = (source.classes if source else None) or numbers
         return GuidedSampling(
             settings, classifier, source, None, None, None, model, device, names, origin
         )

@@ -25,7 +25,7 @@ from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
 MOST_CONVERTED = 2000  # images; a benchmark reads them again and again
 WARM_UP = 2  # least number of steps that are not timed: the first ones allocate buffers
-FIRST_LINE = "  step"  # begins the line that a run prints when it is ready to train
+FIRST_LINE = "run  "  # begins the last line of the header, printed when a run is ready to train
 REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
 # Settings of a training command that the benchmark chooses itself.
 OURS = ("data_dir", "val_data_dir", "run_dir", "iterations", "log_interval", "save_interval")

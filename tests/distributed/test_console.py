@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,10 @@ class Screen:
         self.stdout = open(writer, "w")
 
     def written(self) -> str:
-        os.set_blocking(self._reader, False)
-        try:
-            return os.read(self._reader, 1 << 16).decode().replace("\r\n", "\n")
-        except BlockingIOError:
-            return ""
+        text = b""
+        while select.select([self._reader], [], [], 0.3)[0]:  # it arrives a little later
+            text += os.read(self._reader, 1 << 16)
+        return text.decode().replace("\r\n", "\n")
 
 
 @pytest.fixture

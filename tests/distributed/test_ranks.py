@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOT, environment
+from running import ROOT, environment, free_port
 
 from ds_classifier import distributed
 
@@ -108,7 +108,7 @@ def test_two_tasks_of_srun_meet(tmp_path):
         "import torch; from ds_classifier import distributed as d; device = d.init()\n"
         "print(d.all_gather(torch.tensor([d.rank()], device=device)).tolist()); d.finish()"
     )
-    port = str(distributed.free_port())
+    port = str(free_port())
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", code],

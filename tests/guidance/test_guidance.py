@@ -94,7 +94,7 @@ def test_the_best_guide_reaches_every_class():
     generator = torch.Generator().manual_seed(3)
     found = []
     for cond_fn in (None, bayes_gradient(exact, original.alphas_cumprod)):
-        x = sample(
+        x, _ = sample(
             process,
             exact_denoiser(exact, process),
             lambda i: torch.randn(60, 2, 4, 4, generator=generator),
