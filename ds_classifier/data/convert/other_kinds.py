@@ -10,7 +10,7 @@ from pathlib import Path
 from ds_classifier.data.convert.formats import head_of
 from ds_classifier.data.tars import LFS_POINTER
 
-CONVERT = "python launch/make_shards.py convert"
+CONVERT = "ds-classifier convert"
 MAX_OPENED = 1000  # files of a folder that are looked at
 _EACH = "save each image as a file in a directory named after its class, and convert their folder"
 _TORCHVISION = [  # name of a file -> class of torchvision, and the folder below its root

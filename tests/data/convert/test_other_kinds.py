@@ -12,7 +12,7 @@ from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.foreign.index import index
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-CONVERT = "do: python launch/make_shards.py convert torchvision:"
+CONVERT = "do: ds-classifier convert torchvision:"
 
 
 def refused(*arguments) -> str:
@@ -50,16 +50,16 @@ KINDS = [  # name, how to write it, words of the message; ROOT is the folder of 
     ("images", archive, "do: unpack it, and convert the folder"),
     ("cifar-10-batches-py/data_batch_1", pickled, CONVERT + "CIFAR10 OUT --root ROOT"),
     ("cifar-100-python/train", pickled, CONVERT + "CIFAR100 OUT --root ROOT"),
-    ("some/data_batch_1", pickled, "do: move the files to DIR/cifar-10-batches-py, then python"),
+    ("some/data_batch_1", pickled, "do: move the files to DIR/cifar-10-batches-py, then ds-classifier"),
     ("cifar-10-python.tar.gz", plain, CONVERT + "CIFAR10 OUT --root ROOT"),
     ("things.pkl", pickled, "a pickle, which can run code when it is read"),
     ("MNIST/raw/train-images-idx3-ubyte", idx, CONVERT + "MNIST OUT --root ROOT"),
     ("FashionMNIST/raw/t10k-images-idx3-ubyte.gz", idx, CONVERT + "FashionMNIST OUT --root ROOT"),
-    ("mine/train-images-idx3-ubyte", idx, "do: move the files to DIR/MNIST/raw, then python"),
+    ("mine/train-images-idx3-ubyte", idx, "do: move the files to DIR/MNIST/raw, then ds-classifier"),
     ("train/data-00000-of-00001.arrow", plain, "do: write it as parquet, python -c"),
     ("cifar-train.tfrecord-00000-of-00002", plain, "records of TensorFlow"),
     ("data.h5", plain, "an HDF5 file"),
-    ("camelyonpatch_level_2_split_train_x.h5", plain, "move the files to DIR/pcam, then python"),
+    ("camelyonpatch_level_2_split_train_x.h5", plain, "move the files to DIR/pcam, then ds-classifier"),
     ("train_32x32.mat", plain, CONVERT + "SVHN OUT --root ROOT"),
     ("lsun/data.mdb", plain, "a database of LMDB"),
     ("train.beton", plain, "records of another data loader"),
