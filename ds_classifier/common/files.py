@@ -121,6 +121,26 @@ def nearest_directory(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a small file that a user wrote, in UTF-8 with or without a mark.
+
+    Raises OSError, and ValueError that names the file and the way out for another encoding.
+    """
+    data = path.read_bytes()
+    try:
+        if b"\0" not in data[:4]:  # in UTF-16 each ASCII character has one
+            return data.decode("utf-8-sig")
+        problem = "which looks like UTF-16"
+    except UnicodeDecodeError as error:
+        problem = f"whose byte {error.start} is not UTF-8"
+    guess = "LATIN1"
+    if b"\0" in data[:4]:
+        guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-16LE"
+    raise ValueError(
+        f"got {path}, {problem}; need text in UTF-8; do: iconv -f {guess} -t UTF-8 {path} > NEW"
+    )
+
+
 def create(path: Path, text: str) -> bool:
     """Create a file with a text; return False if it exists.
 

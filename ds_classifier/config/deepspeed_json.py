@@ -186,19 +186,20 @@ class Resolved:
         return replace(self, batch=batch, ds_config=self.ds_config | batch.ds_numbers())
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return files.read_text(path)
+    except ValueError as error:
+        raise ValueError(f"--deepspeed_config: {error}") from None
+
+
 def read_ds_config(path: Path) -> dict[str, Any]:
     """Read the JSON at a path, or the shipped one of that name.
 
     Raises ValueError for a missing or unreadable file, broken JSON or a duplicate key.
     """
     try:
-        text = find_config(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
-        raise ValueError(
-            f"--deepspeed_config: got {path}, whose byte {error.start} is not UTF-8; need a JSON "
-            f"in UTF-8; do: iconv -f {guess} -t UTF-8 {path} > NEW.json"
-        ) from None
+        text = _text_of(find_config(path))
     except OSError as error:
         raise ValueError(
             f"--deepspeed_config: got {path}: {files.problem(error)}; need a DeepSpeed JSON"

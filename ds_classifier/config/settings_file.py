@@ -109,8 +109,8 @@ def _converted(value: Any, kind: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     """Return the mapping that a file holds; what does not end in .json is read as YAML."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.read_text(path)
+    except OSError as error:
         raise ValueError(f"got {files.problem(error)}; need a YAML or JSON file") from None
     try:
         raw = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else _yaml(text)

@@ -336,35 +336,45 @@ class _Slots(Dataset):
 
     torch hands over tensors by files in /dev/shm, sent as descriptors through sockets in TMPDIR.
     Each of these may be full, too few or too long a path, and the batch is then lost without an
-    error. Memory of this kind needs none of them; only numbers go through the worker's pipe.
+    error. Memory of this kind needs none of them. Only a number and the bad samples go through the
+    workers' pipe: a short message is written whole or not at all (PIPE_BUF), so a worker that is
+    killed leaves no part of one for which the rank would wait.
 
     count: the number of slots; more than the number of batches that the workers are ahead, since
         batch `number` lies in the slot number % count until it is taken.
     """
 
     def __init__(self, dataset: ShardDataset, positions: Sampler, *, count: int):
-        self._dataset = dataset
-        largest = len(next(iter(positions), ()))
-        size = dataset.image_size
-        shape = (count, largest, size, size, dataset.channels)
-        memory = mmap.mmap(-1, max(1, math.prod(shape)))
-        self._pixels = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
+        self._dataset, self._count = dataset, count
+        batch = len(next(iter(positions), ()))  # all batches have the size of the first one
+        side = dataset.image_size
+        self._images = _inherited((count, batch, side, side, dataset.channels), np.uint8)
+        self._labels = _inherited((count, batch), np.int64)
+        self._positions = _inherited((count, batch), np.int64)
+        self._weights = _inherited((count, batch), np.float32)
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[int, list[np.ndarray], list]:
-        """Read a batch into its slot; return its number and the rest of it, without tensors."""
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[int, list[BadSample]]:
+        """Read a batch into its slot; return its number and its bad samples."""
         number, positions = item
-        images, *rest, bad = self._dataset[positions]
-        self._slot(number)[: len(images)] = images.numpy()
-        return number, [tensor.numpy() for tensor in rest], bad
+        *tensors, bad = self._dataset[positions]
+        for slot, tensor in zip(self._slot(number), tensors, strict=True):
+            slot[:] = tensor.numpy()
+        return number, bad
 
-    def take(self, number: int, rest: list[np.ndarray], bad: list[BadSample]) -> Batch:
+    def take(self, number: int, bad: list[BadSample]) -> Batch:
         """Return a copy of a batch, whose slot may then be filled again."""
-        labels, positions, weights = map(torch.from_numpy, rest)
-        pixels = self._slot(number)[: len(labels)].copy()
-        return Batch(torch.from_numpy(pixels), labels, positions, weights, bad)
+        return Batch(*(torch.from_numpy(slot.copy()) for slot in self._slot(number)), bad)
 
-    def _slot(self, number: int) -> np.ndarray:
-        return self._pixels[number % len(self._pixels)]  # [n, S, S, C]
+    def _slot(self, number: int) -> list[np.ndarray]:
+        fields = (self._images, self._labels, self._positions, self._weights)
+        return [field[number % self._count] for field in fields]
+
+
+def _inherited(shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Return an array of zeros whose memory is shared with the processes forked later."""
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size * np.dtype(kind).itemsize))
+    return np.frombuffer(memory, kind, size).reshape(shape)
 
 
 class _Rest(Sampler):

@@ -68,9 +68,15 @@ class RunLogger:
         self._write_csv()
         from tensorboardX import SummaryWriter
 
-        self._tb = SummaryWriter(
-            str(run_dir / "tb"), purge_step=first_step + 1 if first_step else 0
-        )
+        try:
+            self._tb = SummaryWriter(
+                str(run_dir / "tb"), purge_step=first_step + 1 if first_step else 0
+            )
+        except OSError as error:
+            raise OSError(
+                f"{run_dir}/tb: {files.problem(error)}; do: make room there and in /dev/shm, where "
+                "its semaphores are (docker run --shm-size 1g)"
+            ) from None
         _forgive_the_disk(self._tb)
         if wandb:
             self._wandb = _open_wandb(run_dir, wandb)

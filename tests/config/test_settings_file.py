@@ -138,6 +138,13 @@ def test_files_that_cannot_be_read(write, text, name, words):
     assert words in problems(write(text, name))
 
 
+def test_another_encoding_is_named_with_what_to_do(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_bytes("run_dir: é".encode("utf-16"))
+    with pytest.raises(SystemExit):
+        parsed(tmp_path / "s.yaml")
+    assert "s.yaml, which looks like UTF-16; need text in UTF-8" in capsys.readouterr().err
+
+
 def test_no_file(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         parsed(tmp_path / "no.yaml")

@@ -4,7 +4,9 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import resource
+import select
 import shutil
 import signal
 import tempfile
@@ -24,6 +26,7 @@ from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
     ValidationPositions,
+    _Slots,
     create_loader,
 )
 from ds_classifier.data.order import SampleOrder
@@ -281,6 +284,17 @@ def test_a_killed_worker_loses_no_batch(digits, frequent_checks, capfd):
     assert got == expected
     said = capfd.readouterr().err
     assert 2 <= said.count("rank 0: a loader worker died (SIGKILL); new workers continue") <= 3
+
+
+def test_a_worker_hands_over_a_short_message_whatever_the_batch(digits):
+    """Longer than PIPE_BUF, a killed worker could leave a part of it, and the rank would wait."""
+    dataset = training_loader(digits / "train", last=50).dataset
+    positions = np.arange(500)
+    slots = _Slots(dataset, [positions], count=2)
+    handed_over = pickle.dumps(slots[1, positions])
+    assert len(handed_over) < select.PIPE_BUF
+    batch, direct = slots.take(*pickle.loads(handed_over)), dataset[positions]
+    assert all(torch.equal(a, b) for a, b in zip(batch[:4], direct[:4], strict=True))
 
 
 def test_workers_that_keep_dying_are_an_error(digits, frequent_checks, monkeypatch):
