@@ -153,8 +153,8 @@ def _files(
             places |= taken
             remarks += more
             if split == "train" or val_labels is None:
-                for folder in taken.values() or [given]:
-                    refuse_list_beside(folder, given)
+                for name, folder in taken.items() or [(split, given)]:
+                    refuse_list_beside(folder, given, places["train"] if name == "val" else None)
                 if split == "train" and taken:
                     refuse_loose_images(given, taken[split])
     try:

@@ -72,6 +72,14 @@ def test_images_that_two_kinds_of_sources_share_are_found(sources, plain, tmp_pa
     assert f"9 images {BOTH} of {inner}" in refused(inner, inner / "held_out")
 
 
+def test_hard_links_are_shared_images(plain, tmp_path):  # noqa: F811
+    shutil.copytree(plain / "train", tmp_path / "links", copy_function=os.link)
+    assert f"9 images {BOTH}" in refused(plain / "train", tmp_path / "links")
+    file = as_parquet(plain, "train", tmp_path / "a.parquet")
+    os.link(file, tmp_path / "b.parquet")
+    assert f"9 images {BOTH}" in refused(file, tmp_path / "b.parquet")
+
+
 def test_copies_are_no_shared_images(plain, tmp_path):  # noqa: F811
     """Data sets hold copies; only `--val 10%` keeps them on one side."""
     shutil.copytree(plain / "train", tmp_path / "copy")
