@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -95,15 +96,13 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
     for place in (place for each in around for place in sorted(each.iterdir())):
         if place.suffix.lower() not in LISTS or place.name.startswith(".") or not place.is_file():
             continue
-        try:
-            places, rows = _places(place), []  # rows: those of the folder's images
+        places, rows = _places(place), []  # rows: those of the folder's images
+        with suppress(ValueError, OSError):  # converting the list reports it
             for row in islice(_rows(place, LONGEST_LINE), ROWS_LOOKED_AT):
                 found = _image_columns(places, row[1])
                 inside = {n: f.relative_to(folder) for n, f in found.items() if folder in f.parents}
                 if inside and len(row[1]) > 1:
                     rows.append((row, inside))
-        except (ValueError, OSError):
-            continue
         if not rows or (clear and not _other_labels(place, rows)):
             continue
         row, inside = rows[0]
@@ -122,7 +121,8 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
         raise ValueError(
             f"source: got the folder {place.parent}, which holds a list of its images, "
             f"{place.name} (columns {columns}); need one source of classes; do: convert "
-            f"{f'{train} OUT --val ' * bool(train)}{place}{flag}; or move the list away, to take the classes from the names of folders"
+            f"{f'{train} OUT --val ' * bool(train)}{place}{flag}; or move the list away, to take "
+            "the classes from the names of folders"
         )
 
 

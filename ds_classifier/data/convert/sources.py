@@ -36,6 +36,7 @@ from ds_classifier.data.convert.split_names import (
     take_folders,
 )
 from ds_classifier.data.convert.torchvision_set import PREFIX, torchvision_set
+from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
 DIGITS = "digits"
@@ -377,7 +378,10 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
         )
     if line := passed_over(passed):
         remarks.append(line)
-    images, classes = read_parquet(files["train"], columns)
+    images, classes, label = read_parquet(files["train"], columns)
+    if label:
+        remarks.append(f"labels: the column {printable(label)}")
+        columns = {**columns, "label": label}  # of both splits
     held_out = read_parquet(files["val"], columns)[0] if "val" in files else None
     return share_classes(str(train), images, held_out, classes, remarks)
 

@@ -216,6 +216,21 @@ def test_parquet_as_the_hub_has_it(tmp_path):
     assert source.classes == FINE
 
 
+def test_a_column_of_parquet_that_is_taken_for_labels_is_named(tmp_path):
+    path = parquet(tmp_path / "a.parquet", {"image": [], "species": LABELS}, {})
+    assert open_source(str(path)).remarks == ("labels: the column species",)
+    assert open_source(str(path), columns={"label": "species"}).remarks == ()
+    path = parquet(tmp_path / "b.parquet", {"image": [], "label": LABELS}, {})
+    assert open_source(str(path)).remarks == ()
+    for column, values in (("image_id", [0] * 5), ("id", IDS), ("index", IDS), ("note", NAMES)):
+        path = parquet(tmp_path / "c.parquet", {"image": [], column: values}, {})
+        message = refused(path)
+        assert f"got the column {column}, wh" in message
+        assert message.endswith(f"add --columns label={column}")
+        chosen = open_source(str(path), columns={"label": column})
+        assert len(chosen.splits["train"]) == 5
+
+
 def test_two_labels_in_parquet_are_asked_for(tmp_path, capsys):
     columns = {"img": [], "fine_label": NUMBERS, "coarse_label": [0, 0, 0, 1, 0]}
     names = {"fine_label": FINE, "coarse_label": COARSE}

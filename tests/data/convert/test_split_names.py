@@ -124,6 +124,16 @@ def test_words_for_splits_in_the_names_of_parquet(plain, tmp_path, train, val, o
     assert source.remarks == (expected,)
 
 
+def test_several_configurations_of_a_hub_set_are_not_merged(plain, tmp_path):  # noqa: F811
+    for layout_of in ("{}/{}/0.parquet", "{}/{}-00.parquet"):
+        hub = tmp_path / str(len(layout_of))
+        for config in ("full_size", "160px"):
+            for split, word in (("train", "train"), ("val", "validation")):
+                as_parquet(plain, split, hub / layout_of.format(config, word))
+        assert "need one folder per split" in refused(hub)
+        assert_equal_to(plain, open_source(str(hub / "160px")))
+
+
 def test_the_test_split_of_parquet_is_used_if_there_is_no_other(plain, tmp_path):  # noqa: F811
     root = tmp_path / "hub"
     as_parquet(plain, "train", root / "training.parquet")
