@@ -12,14 +12,21 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ds_classifier.data.convert.formats import ALL_SUFFIXES
-from ds_classifier.data.convert.samples import NamedSample
+from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files, is_image_file
+from ds_classifier.data.convert.samples import NamedSample, is_passed_over
 
 LISTS = (".csv", ".tsv", ".jsonl", ".txt")
 LONGEST_LINE = 1 << 20  # bytes of a first line that is looked at, in a file that may be no list
+ROWS_LOOKED_AT = 1000  # of a list beside images
+LABEL_NAMES = {
+    *("label", "labels", "label_name", "class", "classes", "class_name", "classname", "class_id"),
+    *("category", "categories", "category_name", "category_id", "target", "species", "breed"),
+}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
 _HELD_OUT = re.compile(r"val|test|dev", re.IGNORECASE)
 
@@ -76,27 +83,32 @@ def listed_files(path: Path, columns: Mapping[str, str]) -> list[NamedSample]:
     return [image._replace(class_name=label) for image, label in zip(images, labels, strict=True)]
 
 
-def refuse_list_beside(folder: Path, above: Path) -> None:
+def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> None:
     """Raise ValueError if a list gives the images in a folder other classes than their names do.
 
     The list is in the folder or in one around it, up to `above`: ROOT/train.csv for ROOT/train.
     The message has what to convert instead. Lists that name no image of the folder are passed over.
+    Beside several folders of classes, a list counts only if it plainly has other labels: see
+    `_other_labels`. train: the training images, if the folder holds those for validation.
     """
+    clear = _has_classes(folder)
     around = [folder, *folder.parents][: len(folder.relative_to(above).parts) + 1]
     for place in (place for each in around for place in sorted(each.iterdir())):
         if place.suffix.lower() not in LISTS or place.name.startswith(".") or not place.is_file():
             continue
-        try:
-            row = next(_rows(place, LONGEST_LINE), None)
-            found = _image_columns(_places(place), row[1]) if row else {}
-        except (ValueError, OSError):
+        places, rows = _places(place), []  # rows: those of the folder's images
+        with suppress(ValueError, OSError):  # converting the list reports it
+            for row in islice(_rows(place, LONGEST_LINE), ROWS_LOOKED_AT):
+                found = _image_columns(places, row[1])
+                inside = {n: f.relative_to(folder) for n, f in found.items() if folder in f.parents}
+                if inside and len(row[1]) > 1:
+                    rows.append((row, inside))
+        if not rows or (clear and not _other_labels(place, rows)):
             continue
-        inside = {name: f.relative_to(folder) for name, f in found.items() if folder in f.parents}
-        if not inside or len(row[1]) < 2:
-            continue
-        first, *deeper = next(iter(inside.values())).parts
-        class_name = first if deeper else first.split("_")[0]
-        if class_name in {str(value) for name, value in row[1].items() if name not in inside}:
+        row, inside = rows[0]
+        if not clear and _class_of(inside) in {
+            str(value) for name, value in row[1].items() if name not in inside
+        }:
             continue  # the list and the folders say the same
         try:
             chosen = _choose(place, [row], {})
@@ -109,8 +121,47 @@ def refuse_list_beside(folder: Path, above: Path) -> None:
         raise ValueError(
             f"source: got the folder {place.parent}, which holds a list of its images, "
             f"{place.name} (columns {columns}); need one source of classes; do: convert "
-            f"{place}{flag}; or move the list away, to take the classes from the names of folders"
+            f"{f'{train} OUT --val ' * bool(train)}{place}{flag}; or move the list away, to take "
+            "the classes from the names of folders"
         )
+
+
+def _has_classes(folder: Path) -> bool:
+    """Return whether a folder holds no image directly, but several folders with images."""
+    filled = 0
+    for place in folder.iterdir():
+        if is_passed_over(place.name):
+            continue
+        if not place.is_dir():
+            if is_image_file(place):
+                return False
+        elif filled < 2:
+            filled += next(image_files(place), None) is not None
+    return filled > 1
+
+
+def _class_of(inside: Mapping[str, Path]) -> str:
+    """Return the class that the path of an image stands for: its folder, or a prefix."""
+    first, *deeper = next(iter(inside.values())).parts
+    return first if deeper else first.split("_")[0]
+
+
+def _other_labels(path: Path, rows: list[tuple[Row, dict[str, Path]]]) -> bool:
+    """Return whether a list plainly has labels, and they are not one to one with the folders.
+
+    rows: rows, each with its columns that name images. Labels are in a column of a known name, or
+    in the only column beside that of the images if at least a third of them are repeated.
+    """
+    image = next(iter(rows[0][1]))
+    others = [name for name in rows[0][0][1] if name != image]
+    named = [name for name in others if str(name).lower() in LABEL_NAMES]
+    label = (named or others)[0]
+    pairs = {(str(row[1].get(label)).strip(), _class_of(inside)) for row, inside in rows}
+    labels, folders = ({pair[i] for pair in pairs} for i in (0, 1))
+    known = label in named and path.suffix.lower() != ".txt"  # .txt: named by `_rows_of_txt`
+    if not known and (len(others) > 1 or len(labels) > len(rows) * 2 / 3):
+        return False
+    return len(pairs) > len(labels) or len(pairs) > len(folders)
 
 
 # --------------------------------------------------------------------------------------- columns

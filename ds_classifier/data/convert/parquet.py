@@ -25,6 +25,11 @@ from ds_classifier.data.convert.split_names import split_in
 
 PARQUET = ".parquet"
 _TYPES = {"image": "struct with bytes, or binary", "label": "integer or text"}
+_ID = re.compile(  # a column that numbers or names the rows
+    r"(.*(image|img|file|photo|row|sample|example)s?_?)?(id|idx|index|name|path|uuid|key)"
+    r"|__index_level_0__|filename|url|md5|sha1|sha256|hash",
+    re.IGNORECASE,
+)
 _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
 
 
@@ -62,18 +67,20 @@ class ParquetCell:
 
 def read_parquet(
     files: list[Path], columns: Mapping[str, str]
-) -> tuple[list[NamedSample], list[str] | None]:
-    """Return the rows of the files of a split, and the class names if they have them.
+) -> tuple[list[NamedSample], list[str] | None, str]:
+    """Return the rows of the files of a split, the class names if they have them, and the column.
+
+    The column of the labels is "" if it was given, or is called label.
 
     The class of a row is its class name, or an integer if the file has no class names.
     columns: names of columns for "image" and "label"; those not given are found if that is clear.
     Raises ValueError for files that are damaged or differ in their class names, and for labels that
-    are null or out of range.
+    are null or out of range, or that are all different in a column that is only taken for labels.
     """
     images: list[NamedSample] = []
     classes = None
     for i, file in enumerate(files):
-        rows, own_classes = _read_file(file, columns)
+        rows, own_classes, label = _read_file(file, columns)
         if i and own_classes != classes:
             raise ValueError(
                 f"{file}: got other class names than {files[0]}; need the same in all files; do: "
@@ -83,7 +90,17 @@ def read_parquet(
         images += rows
     if not images:
         raise ValueError(f"{files[0]}: got no rows; need images; do: download it again")
-    return images, classes
+    taken = "" if "label" in columns or label == "label" else label
+    if taken and not classes and len({image.class_name for image in images}) == len(images) > 1:
+        raise _no_label(files[0], taken, "whose values are all different")
+    return images, classes, taken
+
+
+def _no_label(path: Path, column: str, why: str) -> ValueError:
+    return ValueError(
+        f"{path}: got the column {column}, {why}, and no other that could hold the label; need "
+        f"labels; do: if these are the labels, add --columns label={column}"
+    )
 
 
 def is_parquet(file: Path) -> bool:
@@ -96,7 +113,8 @@ def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
 
     The split is a word in the name of a file, or of a folder around it. If no name has such a word,
     all files are those of "". passed: see `files_under`.
-    Raises ValueError if only some have such a word, or if a file is missing.
+    Raises ValueError if only some have such a word, if a file is missing, or if the files of a
+    split lie in several folders.
     """
     by_kind = defaultdict(list)
     parts = defaultdict(set)
@@ -116,6 +134,13 @@ def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
             raise ValueError(
                 f"source: got {len(numbers)} files {prefix}*-of-{total} in {parent}, without "
                 f"number {lacking}; need all {int(total)}; do: download the rest"
+            )
+    for files in by_kind.values():
+        if len(folders := sorted({file.parent for file in files})) > 1:
+            raise ValueError(
+                f"source: got parquet files of one split in {folders[0]} and {folders[1]}; need "
+                "one folder per split, as several may hold the same images; do: convert "
+                "PLACE/TRAIN OUT --val PLACE/VAL, with the folders or files of one of them"
             )
     if "" in by_kind and len(by_kind) > 1:
         raise ValueError(
@@ -137,8 +162,11 @@ def _pyarrow_parquet():
 
 def _read_file(
     path: Path, columns: Mapping[str, str]
-) -> tuple[list[NamedSample], list[str] | None]:
-    """Return the names and classes of the rows, and the class names; read no image."""
+) -> tuple[list[NamedSample], list[str] | None, str]:
+    """Return the names and classes of the rows, the class names, and the column of the labels.
+
+    Reads no image.
+    """
     size_of_file(path)  # opening a FIFO would never return
     refuse_pointer(path)
     parquet = _pyarrow_parquet()
@@ -162,7 +190,7 @@ def _read_file(
                     rows.append(NamedSample(name, class_name, ParquetCell(path, image, group, i)))
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
-    return rows, classes
+    return rows, classes, label
 
 
 def _class_of(label: str | int | None, classes: list[str] | None, name: str) -> str | int:
@@ -216,6 +244,8 @@ def _choose(path: Path, schema, features: dict, columns: Mapping[str, str]) -> t
                     f"the {role}; need one ({_TYPES[role]}); do: name it, as in --columns {line}"
                 )
             name = names[0]
+            if role == "label" and _ID.fullmatch(name) and not _is_class_label(features.get(name)):
+                raise _no_label(path, name, "which seems to name the images")
         if not holds(schema.field(name).type):
             raise _wrong_schema(path, f"{name} of type {schema.field(name).type}")
         chosen.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -184,20 +185,39 @@ def _refuse_shared_images(name: str, splits: dict[str, list[Sample]]) -> None:
 
 
 def _origins(samples: list[Sample]) -> dict[str | tuple, str]:
-    """Return origin -> name of the samples that are not in memory; paths are without links."""
-    real = cache(os.path.realpath)  # of folders, and of files that hold many images
+    """Return origin -> name of the samples that are not in memory.
+
+    Paths are without links; a file with several names (hard links) is known by device and inode.
+    """
+    real = cache(os.path.realpath)  # of folders
+    whole = cache(_identity)  # of files that hold many images
     origins = {}
     for sample in samples:
         content = sample.content
         if isinstance(content, Path):
-            path = str(content)
-            folder, name = os.path.split(path)
-            is_link = os.path.islink(path)
-            origins[os.path.realpath(path) if is_link else f"{real(folder)}/{name}"] = sample.name
+            origins[_identity(str(content), real)] = sample.name
         elif not isinstance(content, bytes):
             path, *place = content.origin
-            origins[(real(path), *place)] = sample.name
+            origins[(whole(str(path)), *place)] = sample.name
     return origins
+
+
+def _identity(path: str, real: Callable[[str], str] = os.path.realpath) -> str | tuple[int, int]:
+    """Return what all names of a file share: its real path, or (device, inode) with hard links.
+
+    Inodes of files with one name are not compared: some network file systems invent them.
+    real: returns the real path of a folder.
+    """
+    try:
+        status = os.lstat(path)
+        if is_link := stat.S_ISLNK(status.st_mode):
+            status = os.stat(path)
+    except OSError:  # reading the file reports it
+        return os.path.realpath(path)
+    if status.st_nlink > 1:
+        return status.st_dev, status.st_ino
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if is_link else f"{real(folder)}/{name}"
 
 
 class NamedSample(NamedTuple):

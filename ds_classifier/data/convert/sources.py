@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +27,16 @@ from ds_classifier.data.convert.samples import (
     passed_over,
     share_classes,
 )
-from ds_classifier.data.convert.split_names import WORDS, kinds_in, take, take_folders
+from ds_classifier.data.convert.split_names import (
+    are_splits,
+    kinds_in,
+    own_words,
+    refuse_loose_images,
+    take,
+    take_folders,
+)
 from ds_classifier.data.convert.torchvision_set import PREFIX, torchvision_set
+from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
 DIGITS = "digits"
@@ -146,8 +154,10 @@ def _files(
             places |= taken
             remarks += more
             if split == "train" or val_labels is None:
-                for folder in taken.values() or [given]:
-                    refuse_list_beside(folder, given)
+                for name, folder in taken.items() or [(split, given)]:
+                    refuse_list_beside(folder, given, places["train"] if name == "val" else None)
+                if split == "train" and taken:
+                    refuse_loose_images(given, taken[split])
     try:
         train = _images(places["train"], kind, columns, passed)
         held_out = None
@@ -250,10 +260,10 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
         )
 
     loose, sorted_by_class = [], []
-    inner = set()  # the folders directly in those of classes, "" for none
+    inner = defaultdict(set)  # folder -> the folders directly in it, "" for none
     for file in image_files(root, passed):
         parts = file.relative_to(root).parts
-        inner.add(parts[1] if len(parts) > 2 else "")
+        inner[parts[0]].add(parts[1] if len(parts) > 2 else "")
         if len(parts) == 1:
             loose.append((file, file.name.split("_")[0]))
         else:
@@ -284,12 +294,15 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
             "class before the first underscore, or one directory per class"
         )
     classes = {class_name for _, class_name in found}
-    if all(map(kinds_in, inner)) and len(set().union(*map(kinds_in, inner))) > 1:
-        one = next(iter(classes)) if len(classes) == 1 else None
+    if wrapped := next((name for name in sorted(inner) if are_splits(inner[name])), None):
         raise ValueError(
-            f"source: got {root} with folders of splits ({', '.join(sorted(inner))}) inside of "
-            f"{min(classes)}/; need them above the classes, as in train/CLASS/image.jpg; do: "
-            + (f"convert {root / one}" if one else "move them, or list the images in a .csv")
+            f"source: got {root} with folders of splits ({', '.join(sorted(inner[wrapped]))}) "
+            f"inside of {wrapped}/; need them above the classes, as in train/CLASS/image.jpg; do: "
+            + (
+                f"convert {root / wrapped}"
+                if len(classes) == 1
+                else f"convert {root / wrapped} alone, or list the images in a .csv"
+            )
         )
     empty = [] if loose else sorted(_class_folders(root) - classes)
     if empty:
@@ -305,15 +318,16 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
 
 
 def _remark_on_classes(root: Path, images: list[NamedSample]) -> list[str]:
-    """Return a remark if some of the classes, but not all, have names of splits.
+    """Return a remark if classes have names of splits.
 
     Raises ValueError if the images of those classes lie in further folders, as classes in a split.
     """
     classes = {str(image.class_name) for image in images}
     splits = {name: kinds for name in classes if (kinds := kinds_in(name))}
-    other = min(classes - splits.keys(), default=None)
-    exact = any(name.lower() in WORDS["train"] for name in splits)
-    if other is None or not (exact or {"train"} < set().union(*splits.values())):
+    alike = "their other words" if any(map(own_words, splits)) else "several for one split"
+    other = min(classes - splits.keys(), default=alike)
+    exact = any("train" in kinds and not own_words(name) for name, kinds in splits.items())
+    if not (exact or {"train"} < set().union(*splits.values())):
         return []
     names = ", ".join(sorted(splits))
     if all(image.name.count(os.sep) > 1 for image in images if image.class_name in splits):
@@ -364,7 +378,10 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
         )
     if line := passed_over(passed):
         remarks.append(line)
-    images, classes = read_parquet(files["train"], columns)
+    images, classes, label = read_parquet(files["train"], columns)
+    if label:
+        remarks.append(f"labels: the column {printable(label)}")
+        columns = {**columns, "label": label}  # of both splits
     held_out = read_parquet(files["val"], columns)[0] if "val" in files else None
     return share_classes(str(train), images, held_out, classes, remarks)
 

@@ -18,14 +18,62 @@ WORDS = {
     "test": ("test", "testing", "testset", "eval", "evaluation"),
 }
 _KIND = {word: kind for kind, words in WORDS.items() for word in words}
+_JOINED = "dataset|data|set|folder|dir|images|image|imgs|img|pictures|photos|partial|split|seg"
+_SPLIT_WORD = re.compile(  # also trainA, traindata
+    f"(?:{_JOINED})*({'|'.join(_KIND)})(?:{_JOINED})*[ab]?"
+)
+_USUAL = re.compile(f"{_SPLIT_WORD.pattern}|(?:{_JOINED})+|.")
+_HUMPS = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in lower case: runs of letters, cut before capitals if need be."""
+    words = []
+    for run in re.findall("[A-Za-z]+", name):
+        whole = _SPLIT_WORD.fullmatch(run.lower())
+        words += [run] if whole else _HUMPS.findall(run)
+    return [word.lower() for word in words]
 
 
 def kinds_in(name: str) -> set[str]:
     """Return the splits that the words of a name stand for: "train", "val", "test".
 
-    Words are runs of letters, in any case: Training, val2017, test_set, partial-train.
+    Words are runs of letters, in any case: Training, val2017, test_set, partial-train; or the parts
+    of a run that begin with a capital, as in MyTrainData.
     """
-    return {_KIND[word] for word in re.findall("[a-z]+", name.lower()) if word in _KIND}
+    found = filter(None, map(_SPLIT_WORD.fullmatch, _words(name)))
+    return {_KIND[match[1]] for match in found}
+
+
+def own_words(name: str) -> tuple[str, ...]:
+    """Return the words of a name that neither stand for a split nor are usual beside such a word.
+
+    bullet_train has "bullet"; train, trainA, val_images and seg_test have none.
+    """
+    return tuple(word for word in _words(name) if not _USUAL.fullmatch(word))
+
+
+def are_splits(names: Iterable[str]) -> bool:
+    """Return whether all names are those of splits, of more than one, with the same own words."""
+    kinds = [(kinds_in(name), own_words(name)) for name in names]
+    several = len(set().union(*(kind for kind, _ in kinds))) > 1
+    return several and all(kind for kind, _ in kinds) and len({own for _, own in kinds}) == 1
+
+
+def refuse_loose_images(root: Path, folder: Path) -> None:
+    """Raise ValueError if images lie directly in a folder that `take_folders` took from root.
+
+    They may be those of a class as well as a split of files named CLASS_image.jpg.
+    """
+    for name in sorted(os.listdir(folder)):
+        file = folder / name
+        if not is_passed_over(name) and not file.is_dir() and is_image_file(file):
+            raise ValueError(
+                f"source: got {file} directly in a folder named for a split; need to know whether "
+                f"the folders in {root} are splits or classes; do: if they are splits of "
+                f"CLASS_image.jpg files, convert {folder} OUT --val {root}/VAL; if they are "
+                "classes, list the images in a .csv, or give the folders other names"
+            )
 
 
 def split_in(names: Iterable[str]) -> str:
@@ -88,8 +136,9 @@ def take_folders(
 def _folders_by_kind(root: Path, hidden: Counter[str]) -> dict[str, list[Path]]:
     """Return the folders in root by the split that their names stand for; {} if they are classes.
 
-    They are splits if the name of each folder with images has a word for a split, and if there is
-    just one, or several splits. Folders without images are those of "".
+    They are splits if the name of each folder with images has a word for a split, if these names
+    have the same other words, and if there is just one, or several splits. Folders without images
+    are those of "".
     """
     by_kind = defaultdict(list)
     for name in sorted(os.listdir(root)):
@@ -104,6 +153,9 @@ def _folders_by_kind(root: Path, hidden: Counter[str]) -> dict[str, list[Path]]:
             if not kind and next(image_files(path), None) is not None:
                 return {}
             by_kind[kind].append(path)
+    named = [path.name for kind, paths in by_kind.items() if kind for path in paths]
+    if len(set(map(own_words, named))) > 1:
+        return {}
     kinds = by_kind.keys() - {""}
     if len(kinds) < 2 and sum(map(len, by_kind.values())) > 1:
         return {}

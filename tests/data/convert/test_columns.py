@@ -94,7 +94,11 @@ def test_lists_without_a_line_of_names(tmp_path):
     annotations.write_text("".join(f"{i}.jpg\t{c}\t0\t32\t44\t62\n" for i, c in enumerate(LABELS)))
     source = open_source(str(tmp_path / "train"), str(annotations))
     assert content(source, "val") == EXPECTED
-    assert f"do: convert {annotations}" in refused(tmp_path / "train", tmp_path / "val")
+    line = f"do: convert {tmp_path}/train OUT --val {annotations}; or"
+    assert line in refused(tmp_path / "train", tmp_path / "val")
+    shutil.rmtree(tmp_path / "my images")
+    caffe.unlink()
+    assert line in refused(tmp_path)
 
 
 def test_columns_that_are_not_clear_are_asked_for(tmp_path):
@@ -127,6 +131,26 @@ def test_lists_that_a_folder_is_not_offered(tmp_path):
     (tmp_path / "README.txt").write_text("These are images.\n")
     (tmp_path / "empty.csv").touch()
     assert content(open_source(str(tmp_path))) == EXPECTED
+
+
+def test_lists_beside_class_folders_that_are_not_of_classes(tmp_path):
+    """Keep clear class folders, unless a list plainly has other labels in some of its rows."""
+    for i, label in enumerate(LABELS):
+        put(tmp_path / label, [])
+        (tmp_path / label / f"{i}.jpg").write_bytes(image(i))
+    paths = [f"{label}/{i}.jpg" for i, label in enumerate(LABELS)]
+    write(tmp_path / "sizes.csv", {"path": paths, "width": [64] * 5, "height": [64] * 5})
+    write(tmp_path / "meta.csv", {"file_name": paths, "caption": [f"a {i}" for i in range(5)]})
+    write(tmp_path / "ids.csv", {"path": paths, "label": [LABELS.index(x) for x in LABELS]})
+    (tmp_path / "hash.txt").write_text("".join(f"{p} {i:032x}\n" for i, p in enumerate(paths)))
+    assert content(open_source(str(tmp_path))) == EXPECTED
+    other = ["cat", "dog", "fox", "eel", "fox"]  # the first rows agree
+    for columns in (
+        {"path": paths, "width": [1] * 5, "Category": other},
+        {"f": paths, "x": [*LABELS[1:], "cat"]},
+    ):
+        path = write(tmp_path / "other.csv", columns)
+        assert f"do: convert {path}" in refused(tmp_path)
 
 
 def test_a_list_beside_folders_of_splits(tmp_path):
@@ -190,6 +214,21 @@ def test_parquet_as_the_hub_has_it(tmp_path):
     source = open_source(str(path), shutil.copy(path, tmp_path / "val.parquet"))
     assert content(source) == content(source, "val") == EXPECTED
     assert source.classes == FINE
+
+
+def test_a_column_of_parquet_that_is_taken_for_labels_is_named(tmp_path):
+    path = parquet(tmp_path / "a.parquet", {"image": [], "species": LABELS}, {})
+    assert open_source(str(path)).remarks == ("labels: the column species",)
+    assert open_source(str(path), columns={"label": "species"}).remarks == ()
+    path = parquet(tmp_path / "b.parquet", {"image": [], "label": LABELS}, {})
+    assert open_source(str(path)).remarks == ()
+    for column, values in (("image_id", [0] * 5), ("id", IDS), ("index", IDS), ("note", NAMES)):
+        path = parquet(tmp_path / "c.parquet", {"image": [], column: values}, {})
+        message = refused(path)
+        assert f"got the column {column}, wh" in message
+        assert message.endswith(f"add --columns label={column}")
+        chosen = open_source(str(path), columns={"label": column})
+        assert len(chosen.splits["train"]) == 5
 
 
 def test_two_labels_in_parquet_are_asked_for(tmp_path, capsys):

@@ -72,6 +72,14 @@ def test_images_that_two_kinds_of_sources_share_are_found(sources, plain, tmp_pa
     assert f"9 images {BOTH} of {inner}" in refused(inner, inner / "held_out")
 
 
+def test_hard_links_are_shared_images(plain, tmp_path):  # noqa: F811
+    shutil.copytree(plain / "train", tmp_path / "links", copy_function=os.link)
+    assert f"9 images {BOTH}" in refused(plain / "train", tmp_path / "links")
+    file = as_parquet(plain, "train", tmp_path / "a.parquet")
+    os.link(file, tmp_path / "b.parquet")
+    assert f"9 images {BOTH}" in refused(file, tmp_path / "b.parquet")
+
+
 def test_copies_are_no_shared_images(plain, tmp_path):  # noqa: F811
     """Data sets hold copies; only `--val 10%` keeps them on one side."""
     shutil.copytree(plain / "train", tmp_path / "copy")
@@ -98,6 +106,7 @@ def test_parquet_without_words_for_splits_is_one_split(plain, tmp_path, name):  
     [
         ("partial-train/0.parquet", "partial-validation/0.parquet", ["partial-test/0.parquet"]),
         ("training.parquet", "dev.parquet", ["testing.parquet"]),
+        ("TrainData.parquet", "ValData.parquet", ["TestData.parquet"]),
         ("TRAIN-0.parquet", "Val-0.parquet", []),
         ("c/train_set/0.parquet", "c/valid_set/0.parquet", []),
         ("mnist-train.parquet", "mnist-validation.parquet", ["mnist-eval.parquet"]),
@@ -113,6 +122,16 @@ def test_words_for_splits_in_the_names_of_parquet(plain, tmp_path, train, val, o
     unused = "".join(f", not taken: {name}" for name in others)
     expected = f"by the names in {hub}: {train} is train, {val} is val{unused}"
     assert source.remarks == (expected,)
+
+
+def test_several_configurations_of_a_hub_set_are_not_merged(plain, tmp_path):  # noqa: F811
+    for layout_of in ("{}/{}/0.parquet", "{}/{}-00.parquet"):
+        hub = tmp_path / str(len(layout_of))
+        for config in ("full_size", "160px"):
+            for split, word in (("train", "train"), ("val", "validation")):
+                as_parquet(plain, split, hub / layout_of.format(config, word))
+        assert "need one folder per split" in refused(hub)
+        assert_equal_to(plain, open_source(str(hub / "160px")))
 
 
 def test_the_test_split_of_parquet_is_used_if_there_is_no_other(plain, tmp_path):  # noqa: F811
@@ -161,6 +180,12 @@ def layout(plain, root, **places: str):  # noqa: F811
         (dict(train="train", val="val", x="test"), "train is train, val is val, not taken: test"),
         (dict(train="seg_train/seg_train", val="seg_test/seg_test"), "seg_train is train, seg_t"),
         (dict(train="train"), "train is train"),
+        (dict(train="TrainData", val="TestData"), "TrainData is train, TestData is val"),
+        (dict(train="TrainingData", val="ValidationData"), "TrainingData is train, ValidationDat"),
+        (dict(train="trainA", val="testA"), "trainA is train, testA is val"),
+        (dict(train="traindata", val="testimages"), "traindata is train, testimages is val"),
+        (dict(train="TrainVal", val="Test"), "TrainVal is train, Test is val"),
+        (dict(train="imagenetTrain", val="imagenet-val"), "imagenetTrain is train, imagenet-val"),
     ],
 )
 def test_folders_with_words_for_splits_in_their_names(plain, tmp_path, places, remark):  # noqa: F811
@@ -226,6 +251,12 @@ def test_folders_whose_split_is_in_doubt_are_refused(plain, tmp_path):  # noqa: 
         (["bus", "car", "train"], ["train: taken for classes, not for splits, because of bus"]),
         (["c", "test", "train"], ["test, train: taken for classes, not for splits, because of c"]),
         (["freight_train", "passenger_train"], []),
+        (
+            ["bullet_train", "test_tube"],
+            ["bullet_train, test_tube: taken for classes, not for splits, because of their"],
+        ),
+        (["trainA", "trainB"], ["trainA, trainB: taken for classes, not for splits, because of s"]),
+        (["trains", "vale", "testers"], []),
         (["blood_test", "urine_test"], []),
         (["training camp", "holiday"], []),
         (["@at", "__init__", "_under", "Recycle"], []),
@@ -236,7 +267,29 @@ def test_classes_that_are_named_like_splits_or_oddly(tmp_path, classes, named):
     source = open_source(str(root))
     assert source.classes == sorted(classes)
     assert len(source.splits["train"]) == 2 * len(classes)
-    assert list(source.remarks) == named
+    assert len(source.remarks) == len(named)
+    assert all(map(str.startswith, source.remarks, named))
+
+
+def test_loose_images_in_folders_named_for_splits(tmp_path):
+    """Refuse them with both readings: three splits of one class, or three classes."""
+    for name, splits in (("a", ["train", "test", "val"]), ("b", ["TrainData", "TestData"])):
+        root = make_images(tmp_path / name, [f"{s}/img_{i}.png" for s in splits for i in range(2)])
+        message = refused(root)
+        assert f"convert {root}/{splits[0]} OUT --val {root}/VAL; if they are classes" in message
+        assert "list the images in a .csv, or give the folders other names" in message
+        val = root / splits[1]
+        assert open_source(str(root / splits[0]), str(val)).classes == ["img"]
+    pairs = make_images(tmp_path / "c", [f"{s}{c}/1.png" for s in ("train", "test") for c in "AB"])
+    assert "trainA and trainB, which are both named for train; need one" in refused(pairs)
+
+
+def test_splits_inside_of_one_of_several_folders(plain, tmp_path):  # noqa: F811
+    root = layout(plain, tmp_path / "set", train="imagenet/train", val="imagenet/val", x="extra")
+    message = refused(root)
+    assert "with folders of splits (train, val) inside of imagenet/; need them above" in message
+    assert f"do: convert {root}/imagenet alone, or list" in message
+    assert_equal_to(plain, open_source(str(root / "imagenet")))
 
 
 # ------------------------------------------------------------------------------ what is passed over
