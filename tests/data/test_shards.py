@@ -393,7 +393,7 @@ def test_the_command_line(folder, tmp_path):
     assert done.lines[0].endswith("train-000000.tar: got no such file; need 15 samples")
     done = run_python(script, "convert", tmp_path / "absent", "data", cwd=tmp_path)
     assert (done.code, len(done.lines)) == (2, 1), done.output
-    assert "not a directory" in done.output
+    assert "which does not exist" in done.output
 
 
 def test_a_sample_reads_bytes_or_a_file(tmp_path):

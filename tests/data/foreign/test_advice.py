@@ -31,7 +31,7 @@ def pairs(*members: tuple[str, bytes]) -> list[tuple[str, bytes]]:
 TARS = {
     "class folders": (
         [(f"256_ObjectCategories/{c:03d}.c/{c:03d}_{k}.jpg", JPG) for c in (1, 2) for k in KEYS],
-        ["have no labels, but directories", "x.tar, then python launch/make_shards.py conv"],
+        ["have no labels, but directories", "x.tar, then ds-classifier convert"],
     ),
     "loose images": (pairs(("jpg", JPG)), ["hold no labels; unpack them", "convert FOLDER data"]),
     "captions": (
@@ -131,8 +131,8 @@ def test_convert_names_index_for_shards(tmp_path, layout):
     label = ", where KEY is the field of the class: caption, key, status, class"
     assert (label in message) == (layout is img2dataset)
     line = message.split("do: ")[1].split(",")[0].replace("json:KEY", "json:class").split()
-    assert line[:3] == LINE.split()
-    done = run_python(ROOT / line[1], *line[2:], cwd=tmp_path)
+    assert line[:2] == LINE.split()
+    done = run_python(ROOT / "launch/cli.py", *line[1:], cwd=tmp_path)
     assert done.code == 0, done.output
     assert open_shards(tmp_path / "data/train").manifest.samples > 0
     assert (tmp_path / "data/val").exists() == (layout in (timm, clip_benchmark))
