@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile  # most tests wait more than they compute
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # most tests wait more than they compute
 
 .PHONY: install quickstart test test-faults lint
 

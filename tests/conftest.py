@@ -17,6 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import ds_classifier  # noqa: F401  it sets how these threads wait
 
 SHARED = ROOT.parent / "shared"
+# Files whose tests take minutes. They begin first, so that no process waits for them at the end.
+LONG = ("test_training.py", "test_evaluation.py", "test_benchmark.py", "test_first_hour.py",
+        "test_report.py", "test_extend.py", "test_wheel.py", "test_cli.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by file, those of LONG first; the order within a file stays."""
+    items.sort(key=lambda i: LONG.index(i.path.name) if i.path.name in LONG else len(LONG))
 
 
 def shared(*parts: str) -> Path:
