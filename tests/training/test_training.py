@@ -470,7 +470,7 @@ def test_bad_samples_are_counted_listed_and_limited(tmp_path):
     )
     assert all(0 <= row["position"] < 80 and row["error"] for row in listed)
 
-    # Batches that were handed over before the kill are still read, so it is noticed some steps later.
+    # Batches handed over before the kill are still read, so it is noticed some steps later.
     faults = nan | {"KILL_WORKERS_AT": "4:1", "KILL_AT": "10:0"}
     done = train(2, "zero1_fp32", data, killed, *flags, environment=faults.items(), expect=247)
     assert "killed a worker" in done.output
