@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -148,24 +147,17 @@ def call(command: list[object], news: Callable[[], list[str]] = list) -> int:
                 words = [line.decode(errors="replace").rstrip() for line in lines]
                 # A line like [time] [level] is a library's.
                 last.extend(line for line in words if line and not line.startswith("["))
-                live("")
+                distributed.live("")
                 for line in news():
                     print(f"   {line}", flush=True)
-            live(f"   {text.duration(time.monotonic() - began)}  {last[-1].strip()}")
-    live("")
+            distributed.live(f"   {text.duration(time.monotonic() - began)}  {last[-1].strip()}")
+    distributed.live("")
     code = process.wait()
     if code and not stopped.is_set():
         first = next((i for i, line in enumerate(last) if line.startswith("error")), 0)
         print("\n".join([*last][first:]), file=sys.stderr)
         print(f"failed with exit code {code}; all output: {LOG}", file=sys.stderr)
     return 128 + signal.SIGINT if stopped.is_set() else code
-
-
-def live(line: str) -> None:
-    """Show a line on a terminal in place of the one before; "" removes it."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{line[:width]}", end="", flush=True)
 
 
 def new_rows() -> Callable[[], list[str]]:

@@ -130,15 +130,17 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
         settings = settings.replace(anneal_lr=False)
     command = dataclasses.replace(command, settings=settings)
     world_size = distributed.world_size()
+    splits = None
     try:
         if command.epochs:
             raise ValueError(steps_of_epochs(command))
         if command.deepspeed_config is None:
-            open_splits(settings, found_beside=found_beside)  # no error should wait for torch
+            # First the data: no error of theirs should wait for torch, which the choice imports.
+            splits = open_splits(settings, found_beside=found_beside)
             command = with_chosen_config(command)
         raw = read_ds_config(command.deepspeed_config)
         resolved = resolve(command, raw, world_size=world_size)
-        shards, val_shards = open_splits(resolved.settings, found_beside=found_beside)
+        shards, val_shards = splits or open_splits(settings, found_beside=found_beside)
     except (ValueError, OSError) as error:
         if world_size > 1:  # the others may have none, and would wait
             distributed.refuse(failures.summary(error))

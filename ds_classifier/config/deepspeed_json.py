@@ -441,9 +441,8 @@ def _settle_numbers(ds: dict[str, Any], command: CommandLine, problems: list[str
     Returns the settings; changes ds; appends disagreements to problems.
     """
     settings = command.settings
-    owners = {
-        name: f"--{name} (flag, file or recipe)" for name in command.given
-    }  # who set a number
+    # Name of a number -> who set it.
+    owners = {name: f"--{name} (flag, file or recipe)" for name in command.given}
 
     def settle(path: tuple[str, ...], name: str) -> None:
         nonlocal settings

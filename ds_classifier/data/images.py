@@ -55,7 +55,7 @@ def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height)
+        check_pixels(width, height)
         if colours not in ("YCbCr", "Gray"):
             return None
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
@@ -84,7 +84,7 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
     Raises ValueError if its data are not complete, or it has more than MAX_PIXELS.
     """
     try:
-        _check_pixels(*image.size)
+        check_pixels(*image.size)
         image.load()
         if image.mode.startswith("I"):
             image = _high_bytes(image)
@@ -103,7 +103,8 @@ def _high_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
-def _check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
+    """Raise ValueError for an image of more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
 

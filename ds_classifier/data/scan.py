@@ -57,6 +57,11 @@ class Fault(NamedTuple):
         return f"{self.where}: {printable(self.key)} {self.words}"
 
 
+def refuse(fault: Fault) -> None:
+    """Raise ValueError for a fault, where one is too many."""
+    raise ValueError(str(fault))
+
+
 @dataclass(slots=True)
 class _Group:
     """The members of one key that were found so far.
@@ -96,10 +101,6 @@ def scan_shard(
 
     Raises ValueError for the first fault, with the shard and the place.
     """
-
-    def refuse(fault: Fault) -> None:
-        raise ValueError(str(fault))
-
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         yield from scan_samples(file, path, size, labels=labels, numbers=numbers, report=refuse)

@@ -34,7 +34,6 @@ from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 VERSION = 1
-CONVERT = "ds-classifier convert"
 
 # URLs that a manifest may name as the location of its tars: some of gopen's schemes run a shell.
 PLAIN_URL = re.compile(
@@ -345,7 +344,7 @@ def _no_shards(folder: Path) -> str:
     if not folder.is_dir():
         return (
             f"got {folder}, which does not exist; need a directory of shards; do: "
-            f"{CONVERT} IMAGES {folder.parent} --val 10%"
+            f"ds-classifier convert IMAGES {folder.parent} --val 10%"
         )
     tars = any(is_tar_name(entry.name) for entry in folder.iterdir())
     if (folder / "train" / MANIFEST).is_file():
@@ -358,6 +357,10 @@ def _no_shards(folder: Path) -> str:
     names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
         return (
-            f"got {folder}, a folder of images; need shards; do: {CONVERT} {folder} data --val 10%"
+            f"got {folder}, a folder of images; need shards; do: ds-classifier convert {folder} "
+            "data --val 10%"
         )
-    return f"got {folder}, which holds no shards; do: {CONVERT} IMAGES {folder.parent} --val 10%"
+    return (
+        f"got {folder}, which holds no shards; do: ds-classifier convert IMAGES {folder.parent} "
+        "--val 10%"
+    )

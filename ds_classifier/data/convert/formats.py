@@ -140,12 +140,11 @@ def as_png(data: bytes, name: str) -> bytes:
         raise ValueError(f"got {data[:8]!r}..., which is not the start of an image file")
     from PIL import Image
 
-    from ds_classifier.data.images import MAX_PIXELS
+    from ds_classifier.data.images import check_pixels
 
     try:
         image = Image.open(io.BytesIO(data), formats=(plugin,))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        check_pixels(*image.size)
         image.load()
         return png_of(image)
     except MemoryError:

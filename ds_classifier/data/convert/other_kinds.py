@@ -10,7 +10,6 @@ from pathlib import Path
 from ds_classifier.data.convert.formats import head_of
 from ds_classifier.data.tars import LFS_POINTER
 
-CONVERT = "ds-classifier convert"
 MAX_OPENED = 1000  # files of a folder that are looked at
 _EACH = "save each image as a file in a directory named after its class, and convert their folder"
 _TORCHVISION = [  # name of a file -> class of torchvision, and the folder below its root
@@ -93,7 +92,7 @@ def _by_torchvision(file: Path) -> str | None:
     for name, set_name, folder in _TORCHVISION:
         if not re.fullmatch(name, file.name):
             continue
-        line = f"{CONVERT} torchvision:{set_name} OUT --root"
+        line = f"ds-classifier convert torchvision:{set_name} OUT --root"
         root = file.absolute().parents[len(Path(folder).parts)]
         if file.absolute().parent == root / folder:
             return f"{line} {shlex.quote(str(root))}"

@@ -16,7 +16,6 @@ from ds_classifier.data.foreign.problems import (
     Problems,
 )
 from ds_classifier.data.scan import BAD_LABEL, NO_IMAGE, NO_LABEL, TWICE, TWO_IMAGES
-from ds_classifier.data.shards import CONVERT
 from ds_classifier.data.store import is_url
 from ds_classifier.data.tars import IMAGE_SUFFIXES, Sequential
 
@@ -60,14 +59,14 @@ def _by_contents(kind: str, labels: str, contents: Contents, tar: str) -> str | 
     """Return what to do about missing images or labels, or None if the tar does not show it."""
     if contents.tars:
         return (
-            f"if this is ImageNet's tar of tars, {CONVERT} {shlex.quote(tar)} data; else unpack it "
-            "and convert the folder"
+            f"if this is ImageNet's tar of tars, ds-classifier convert {shlex.quote(tar)} data; "
+            "else unpack it and convert the folder"
         )
     if contents.class_folders:
         return (
             "these images have no labels, but directories, as archives of class folders do; unpack "
-            f"it and convert the folder that holds them: tar xf {shlex.quote(tar)}, then {CONVERT} "
-            "FOLDER data"
+            f"it and convert the folder that holds them: tar xf {shlex.quote(tar)}, then "
+            "ds-classifier convert FOLDER data"
         )
     if kind == NO_LABEL:
         if labels != "cls" and contents.cls:
@@ -80,7 +79,7 @@ def _by_contents(kind: str, labels: str, contents: Contents, tar: str) -> str | 
         if not contents.labelled:
             return (
                 "these shards hold no labels; unpack them, sort the images into one directory per "
-                f"class, and {CONVERT} FOLDER data"
+                "class, and ds-classifier convert FOLDER data"
             )
     if not contents.labelled and not contents.images:
         return (

@@ -29,7 +29,6 @@ from ds_classifier.data.tars import (
 
 FIRST_MEMBERS = 1000
 MAX_NAMED = 5  # suffixes and fields in a message
-INDEX = "ds-classifier index"
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def refuse_shards(source: Path | None, val: Path | None) -> None:
         val_too = f" --val {at['--val']}" if len(at) > 1 else ""
         raise ValueError(
             f"{flag}: got shards of WebDataset at {place}; these are used in place, without a "
-            f"conversion; do: {INDEX} {place} data{val_too}{labels}"
+            f"conversion; do: ds-classifier index {place} data{val_too}{labels}"
         )
 
 

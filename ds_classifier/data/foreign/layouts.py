@@ -172,13 +172,13 @@ def find_shards(address: str, split: str, *, optional: bool = False) -> Listing 
             "listed; do: name the shards, like "
             f"{address}/name-{{0000..1023}}.tar"
         )
-    there = os.path.exists(address)
-    missing = "without any .tar" if there else "which does not exist"
+    missing, advice = "which does not exist", ""
+    if os.path.exists(address):
+        missing = "without any .tar"
+        advice = f"; if it holds images: ds-classifier convert {address} OUT"
     raise ValueError(
         f"{flag}: got {address}, {missing}; need a directory with shards, a pattern like "
-        "'/data/name-{0000..1023}.tar', or a URL"
-        + f"; if it holds images: ds-classifier convert {address} OUT"
-        * there
+        f"'/data/name-{{0000..1023}}.tar', or a URL{advice}"
     )
 
 

@@ -16,7 +16,7 @@ from ds_classifier.common.urls import shown
 from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.remote.connections import CHUNK
 from ds_classifier.data.remote.fetch import stream
-from ds_classifier.data.scan import Fault, ScannedSample, class_numbers, scan_samples
+from ds_classifier.data.scan import ScannedSample, class_numbers, refuse, scan_samples
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.splits import open_split
 from ds_classifier.data.store import url_of
@@ -137,9 +137,6 @@ def _scan(
 
     size: bytes of the shard; None: read to the end of the file.
     """
-
-    def refuse(fault: Fault) -> None:
-        raise ValueError(str(fault))
 
     manifest = shared().shards.manifest
     numbers = class_numbers(manifest.classes)
