@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier.evaluation.metrics import METRICS, Answers, likeliest
+from ds_classifier.evaluation.metrics import ECE_BINS, METRICS, Answers, likeliest
 
-ECE_BINS = 15  # as in Guo et al. 2017
 FRACTION = 1 << 31  # the fraction of a summed number is rounded to a multiple of 1 / FRACTION
 LARGEST = 1e9  # the largest number that is summed: 2^31 samples of it fit into 64 bits
 

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 QUARTILES = 4
 TOP = 5
+ECE_BINS = 15  # of the calibration error, as in Guo et al. 2017
 DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the screen of a training shows
 
 
@@ -130,3 +133,13 @@ LEVEL_COLUMNS: tuple[Shown, ...] = (
     Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
     Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
 )
+
+
+def scores_of_guessing(labels: np.ndarray) -> dict[str, float]:
+    """Return the scores of guessing by the class frequencies in a set, without looking at images.
+
+    labels: [N] int. Classes without images in the set are left out of it: the accuracy is the share
+    of the most frequent class, the loss the entropy of the labels in nats.
+    """
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return {"acc@1": float(share.max()), "loss": float(-(share * np.log(share)).sum())}

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -36,6 +35,7 @@ from ds_classifier.evaluation.format import (
 )
 from ds_classifier.evaluation.image_grid import ImageGrid, save_grid
 from ds_classifier.evaluation.levels import Confusion
+from ds_classifier.evaluation.metrics import scores_of_guessing
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.evaluation.sources import build_classifier, read_source
 
@@ -155,7 +155,7 @@ class Evaluator:
                 "fingerprint": shards.manifest.fingerprint,
                 "samples": samples,
                 "bad_samples": bad,
-                "guessing": guessing(shards.index["label"]),
+                "guessing": scores_of_guessing(shards.index["label"]),
             },
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
@@ -260,16 +260,6 @@ class Evaluator:
     def _batch_size(self, settings: Settings, samples: int) -> int:
         fitting = max(1, min(MOST_IMAGES, BATCH_PIXELS // settings.image_size**2))
         return min(self._request.batch_size or fitting, samples)
-
-
-def guessing(labels: np.ndarray) -> dict[str, float]:
-    """Return the scores of guessing by the class frequencies in a set, without looking at images.
-
-    labels: [N] int. Classes without images in the set are left out of it: the accuracy is the share
-    of the most frequent class, the loss the entropy of the labels in nats.
-    """
-    share = np.unique(labels, return_counts=True)[1] / len(labels)
-    return {"acc@1": float(share.max()), "loss": float(-(share * np.log(share)).sum())}
 
 
 def write_series(evaluations: Sequence[Evaluation], path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ds_classifier.common.text import count, percent, short
 from ds_classifier.evaluation.format import PRECISIONS
+from ds_classifier.evaluation.metrics import ECE_BINS
 from ds_classifier.report.data import RunData
 from ds_classifier.training.sanity import EVIDENCE, Guessing, above_chance
 
@@ -29,7 +30,6 @@ KNOWS, KNOWS_LITTLE = 0.5, 0.2
 DEEP_IN_NOISE = -2.0
 WORSE = 0.01  # of the loss of guessing: by this excess a gradient misleads, and is not just weak
 CALIBRATED, MISCALIBRATED = 0.05, 0.1  # expected calibration error
-ECE_BINS = 15  # those of evaluation/levels.py
 # A gradient is too long if it is TOO_LONG times that of the exact posterior (classifiers that guide
 # well reach 1.9), and LOUD times the longest one that the exact posterior has: others do nothing.
 TOO_LONG, LOUD = 2.0, 0.1

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ds_classifier.evaluation.metrics import scores_of_guessing
+
 Row = dict[str, Any]
 
 IMAGES = 4000  # a judgement rests on this number of images, if there are as many
@@ -43,9 +45,8 @@ class Guessing:
     @classmethod
     def of(cls, labels: np.ndarray, num_classes: int) -> Guessing:
         """Return the score for labels [N] int of the training set, or of enough of it."""
-        share = np.bincount(labels, minlength=num_classes) / len(labels)
-        present = share[share > 0]
-        return cls(num_classes, float(-(present * np.log(present)).sum()), float(share.max()))
+        scores = scores_of_guessing(labels)
+        return cls(num_classes, scores["loss"], scores["acc@1"])
 
     def name(self) -> str:
         """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""

@@ -13,7 +13,7 @@ from ds_classifier.checkpoint.weights import find_recorded
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import image_folder
 from ds_classifier.evaluation.data import open_validation_data, recorded_place
-from ds_classifier.evaluation.record import guessing
+from ds_classifier.evaluation.metrics import scores_of_guessing
 from ds_classifier.training.run_dir import launch_lines
 
 
@@ -27,7 +27,7 @@ from ds_classifier.training.run_dir import launch_lines
     ],
 )
 def test_guessing_is_by_the_classes_that_are_there(labels, accuracy, loss):
-    found = guessing(np.array(labels))
+    found = scores_of_guessing(np.array(labels))
     assert found == pytest.approx({"acc@1": accuracy, "loss": loss})
 
 
