@@ -1,14 +1,14 @@
 # make install      everything into .venv, once
 # make quickstart   digits -> shards -> two ranks -> evaluation, report -> export -> guided samples
-# make test         the suite without the long fault injections; needs no GPU
-# make test-faults  the fault injections: runs that are killed, starved and damaged, and must recover
+# make test         the quick tests; needs no GPU
+# make test-slow    whole runs, most of which are killed, starved or damaged and must recover
 # make lint         ruff, as CI runs it
 
 PYTHON ?= python3
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # most tests wait more than they compute
 
-.PHONY: install quickstart test test-faults lint
+.PHONY: install quickstart test test-slow lint
 
 install: $(VENV)/installed
 
@@ -23,10 +23,10 @@ quickstart: install
 	@trap : INT; $(VENV)/bin/python launch/quickstart.py || test $$? = 130  # it says what Ctrl-C left
 
 test: install
-	@$(PYTEST) -m "not faults"
+	@$(PYTEST) -m "not slow"
 
-test-faults: install
-	@$(PYTEST) -m faults
+test-slow: install
+	@$(PYTEST) -m slow
 
 lint: install
 	@$(VENV)/bin/ruff check .

@@ -150,7 +150,7 @@ def test_activation_checkpointing_changes_no_bit(pool):
     assert few < sum(kept) / 2
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_compiled_in_place():
     """The names stay the same, and the numbers differ by rounding only."""
     model = create_classifier(**DEFAULT)

@@ -158,6 +158,7 @@ def test_every_module_imports(installed, tmp_path):
     assert done.lines[-1].startswith(str(installed.parent))
 
 
+@pytest.mark.slow
 def test_a_run_away_from_the_checkout(installed, tmp_path):
     """Convert, train with a config of the wheel, evaluate, report and export."""
     run(installed / "ds-classifier", "convert", "digits", "data", cwd=tmp_path)

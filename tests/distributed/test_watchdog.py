@@ -122,7 +122,7 @@ def test_the_vote_is_known_by_its_name():
     assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_without_a_fault_nothing_is_printed(ended):
     assert set(ended["peace"]["codes"].values()) == {0}
     assert ended["peace"]["screen"] == []
@@ -130,7 +130,7 @@ def test_without_a_fault_nothing_is_printed(ended):
     assert ended["slow_start"]["seconds"]["1"] > 7
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dead"), [("killed0", [0]), ("killed12", [1, 2])])
 def test_killed_ranks_end_the_others_in_seconds_and_are_named(ended, name, dead):
     row = ended[name]
@@ -142,7 +142,7 @@ def test_killed_ranks_end_the_others_in_seconds_and_are_named(ended, name, dead)
     assert "all_reduce_sum" in "".join(row["files"].values())
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_the_first_error_is_printed_last(ended):
     row = ended["raised"]
     assert set(row["codes"].values()) == {1}
@@ -153,7 +153,7 @@ def test_the_first_error_is_printed_last(ended):
     assert len(row["files"]) == 4
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank", "phase"), [("data", 1, "data"), ("compute", 3, "forward/backward")]
 )
@@ -170,7 +170,7 @@ def test_a_rank_that_hangs_is_named_with_step_and_phase(ended, name, rank, phase
     assert f"in {stalled}\n" in row["files"][f"rank{rank}.txt"]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_stopped_rank_is_named(ended):
     row = ended["stopped"]
     assert row["codes"] == {"0": 70, "1": 70, "2": -9, "3": 70}
@@ -178,7 +178,7 @@ def test_a_stopped_rank_is_named(ended):
     assert set(row["files"]) == {"rank0.txt", "rank1.txt", "rank3.txt"}
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_seconds_from_the_first_death_to_the_last_end(tmp_path, capsys):
     """Kill one rank or two, ten times. The README quotes the printed figures."""
     victims = ["0", "1", "2", "3", "0,1", "1,2", "2,3", "0,3", "1,3", "0,2"]

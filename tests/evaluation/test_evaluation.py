@@ -283,6 +283,7 @@ def test_levels_are_even_in_log_snr(schedule, count):
 # ------------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
     """Evaluate a .pt in the published format on 1, 2 and 3 ranks, on 1, 7 and 1,000 images."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun and the launcher set it
@@ -338,6 +339,7 @@ def test_any_number_of_ranks_gives_the_same_record(tmp_path, monkeypatch):
     assert 0.2 < records[1, "set1000"]["classifier"]["uniform_t"]["acc@1"] < 0.5
 
 
+@pytest.mark.slow
 def test_a_run_and_its_checkpoints(digits, tmp_path):
     """Compare with the numbers that training logged, for one checkpoint and for a series."""
     run = tmp_path / "run"

@@ -53,6 +53,7 @@ def benchmark(*words: object) -> list[dict]:
     return record["rows"]
 
 
+@pytest.mark.slow
 def test_step_and_its_layers(images, tmp_path):
     rows = benchmark(
         *("step", images, "--repeats", 1, "--steps", 2, "--ranks", 1, "--save", tmp_path, *TINY),
@@ -95,6 +96,7 @@ def test_step_beside_the_reference(images, tmp_path):
     assert rows[-1]["images/s"] > 0
 
 
+@pytest.mark.slow
 def test_ways_to_train_are_compared(images, tmp_path):
     ways = ["--microbatch 4", "--microbatch 1 --activation_checkpointing"]
     rows = benchmark(

@@ -19,7 +19,7 @@ from running import launch, read_log
 from tiny_run import CONFIGS, TINY, TRAIN, assert_same_state
 
 pytestmark = [
-    pytest.mark.faults,
+    pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=f"no hosts can be made here: {missing()}"),
 ]
 

@@ -246,6 +246,7 @@ def test_a_long_run_stays_small(run):
 # ------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_write_the_report(digits, tmp_path, monkeypatch):
     """A run of two ranks is stopped, resumed and evaluated; the page agrees with the files."""
     run = tmp_path / "run"

@@ -9,7 +9,7 @@ from running import launch, read_log
 from safetensors.torch import load_file
 from tiny_run import CONFIGS, TINY, TRACED, traced
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 FLAGS = ["--global_batch", "16", "--microbatch", "4", "--iterations", "20"]
 FLAGS += ["--save_interval", "10"]

@@ -102,7 +102,7 @@ def test_an_interrupted_extension_continues_bit_equal(runs, digits):
     assert without_clocks(read_log(root / "killed")) == without_clocks(read_log(root / "run"))
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_an_interrupted_extension_continues_on_other_ranks(runs, digits):
     root, flags, _ = runs
     train(2, "zero1_fp32", digits, root / "moved", *flags)
@@ -137,7 +137,7 @@ def test_an_extended_run_is_read_by_the_other_programs(runs):
     assert probabilities.sum(dim=1).tolist() == pytest.approx([1, 1])
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_constant_rate_takes_more_iterations(digits, tmp_path):
     flags = ["--global_batch", "8", "--anneal_lr", "False", "--iterations"]
     train(1, "zero1_fp32", digits, tmp_path / "golden", *flags, "8")

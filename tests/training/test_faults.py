@@ -14,7 +14,7 @@ from tiny_run import CONFIGS, assert_same_state, losses, train, without_clocks
 
 from ds_classifier.checkpoint import disk
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 KILLED = 247  # -9 as the code of a process
 

@@ -70,6 +70,7 @@ def test_a_dry_run_through_the_launcher(digits, tmp_path):
     assert "at most 4 at a time" in done.output  # those of 25, 50, 75, and 100 in hand
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_half_done(digits, tmp_path):
     """The dry run starts from the checkpoint, counts what is left, refuses what a run would."""
     run = tmp_path / "run"

@@ -212,6 +212,7 @@ def test_training_far_above_validation():
     assert not any("overfit" in line for line in few)
 
 
+@pytest.mark.slow
 def test_validations_a_thousand_rows_apart_are_remembered():
     """The defaults: a line every 10 steps, a validation every 10,000."""
     rows = sequence(range(10, 30_001, 10), accuracies=flat([0.75] * 4), loss=flat(0.7))

@@ -133,7 +133,7 @@ def test_a_closed_terminal_asks_to_stop_unless_it_is_to_be_ignored(how, reason):
     assert (done.returncode, done.stdout.strip()) == (0, reason), done.stderr
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_every_way_to_stop_saves_the_step_and_leaves_nothing(digits, tmp_path, capsys):
     golden, run = tmp_path / "golden", tmp_path / "run"
     for stop, code, words in STOPS:
@@ -160,7 +160,7 @@ def test_every_way_to_stop_saves_the_step_and_leaves_nothing(digits, tmp_path, c
     assert steps == list(range(1, STEPS + 1))
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_stops_at_awkward_moments(digits, tmp_path):
     """Ctrl-C in start-up, --max_minutes before step 1, SIGTERM in a validation and in a save."""
     golden, run = tmp_path / "golden", tmp_path / "run"
@@ -201,7 +201,7 @@ def test_stops_at_awkward_moments(digits, tmp_path):
     assert_same_state(*(folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (run, golden)))
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_one_ranks_error_and_too_little_memory(digits, tmp_path):
     """The first error stands last on the screen, and no rank outlives it."""
     run = tmp_path / "run"
@@ -223,7 +223,7 @@ def test_one_ranks_error_and_too_little_memory(digits, tmp_path):
     assert [p.name for p in (run / "checkpoints").glob(".*")] == []
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_killed_ranks_leave_nothing_and_the_run_goes_on(digits, tmp_path, capsys):
     """Kill {0}, {1, 2} and all of 4 ranks, with their loader workers, by SIGKILL."""
     golden, run = tmp_path / "golden", tmp_path / "run"

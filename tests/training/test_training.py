@@ -48,7 +48,7 @@ def test_ranks_and_accumulation_do_not_change_the_run(digits, tmp_path):
     ("config", "extra"),
     [
         ("zero1_bf16", {}),
-        pytest.param("zero2_fp16", {"EMULATE_FP16": "1"}, marks=pytest.mark.faults),
+        pytest.param("zero2_fp16", {"EMULATE_FP16": "1"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
@@ -86,7 +86,7 @@ def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
         assert state["loss_scaler"]["cur_scale"] <= 2**16
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
     flags = ["--global_batch", "16", "--iterations", "20", "--schedule_sampler", "uniform"]
     golden, stopped = tmp_path / "golden", tmp_path / "stopped"
@@ -113,6 +113,7 @@ def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
     assert "lr: 0.001 in the checkpoint, 0.002 now" in changed.output
 
 
+@pytest.mark.slow
 def test_world_size_precision_and_stage_may_change(digits, tmp_path):
     """The same samples and noise; losses near those of the uninterrupted run."""
     flags = ["--global_batch", "16", "--iterations", "16", "--save_interval", "8"]
@@ -251,6 +252,7 @@ def test_the_screen_of_a_run(digits, tmp_path):
     assert sum(last[f"window_samples_q{q}"] for q in range(4)) == last["window_samples"]
 
 
+@pytest.mark.slow
 def test_validation_does_not_depend_on_ranks(digits, tmp_path):
     """One checkpoint's numbers on 1 and 3 ranks, 360 samples: the counts are equal."""
     rows = []
@@ -267,6 +269,7 @@ def test_validation_does_not_depend_on_ranks(digits, tmp_path):
             assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_of_another_run_or_a_reference_file(digits, tmp_path):
     """--init_from: the exported .pt starts a run at the same weights; another head starts anew."""
     first = tmp_path / "first"
@@ -447,7 +450,7 @@ def shards_with_bad_images(folder: Path, bad: set[int]) -> Path:
     return folder
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_bad_samples_are_counted_listed_and_limited(tmp_path):
     """Two epochs over 40 images, 3 of them bad: 6 in all, on whichever rank they fell.
 
