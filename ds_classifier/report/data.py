@@ -15,9 +15,9 @@ from typing import Any
 from ds_classifier.common import files
 from ds_classifier.evaluation.format import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
+from ds_classifier.training.logs.sanity import Guessing, RecentRows
 from ds_classifier.training.run_dir import EVENTS, read_done, read_events
 from ds_classifier.training.run_lock import LOCK, STALE_SECONDS
-from ds_classifier.training.sanity import Guessing, RecentRows
 
 RUN_FILES = ("config.json", "log.jsonl", EVENTS, "checkpoints")
 RECENT = 5  # rows of the log whose mean stands for the present

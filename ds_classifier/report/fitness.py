@@ -17,7 +17,7 @@ from ds_classifier.common.text import count, percent, short
 from ds_classifier.evaluation.format import PRECISIONS
 from ds_classifier.evaluation.metrics import ECE_BINS
 from ds_classifier.report.data import RunData
-from ds_classifier.training.sanity import EVIDENCE, Guessing, above_chance
+from ds_classifier.training.logs.sanity import EVIDENCE, Guessing, above_chance
 
 GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
 Line = tuple[str, str]  # GOOD, DOUBTFUL or BAD; a sentence

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ds_classifier.common.text import count, percent
 from ds_classifier.report.data import RunData, attempts_of
 from ds_classifier.report.fitness import BAD, DOUBTFUL, GOOD, KNOWS_LITTLE, Line, fitness
-from ds_classifier.training import sanity
+from ds_classifier.training.logs import sanity
 
 SIGNS = {GOOD: "✓", DOUBTFUL: "?", BAD: "!"}
 WAITING = 0.2  # the share of time waiting for data from which on it is reported

@@ -17,8 +17,8 @@ from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
 from ds_classifier.evaluation.metrics import METRICS
 from ds_classifier.evaluation.predictions import predict_grid
-from ds_classifier.training.log import TrainingLog
-from ds_classifier.training.lost import BadSamples
+from ds_classifier.training.logs.log import TrainingLog
+from ds_classifier.training.logs.lost import BadSamples
 from ds_classifier.training.run_dir import append_event
 from ds_classifier.training.setup import Setup
 

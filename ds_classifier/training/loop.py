@@ -14,8 +14,8 @@ from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training.between_steps import Checkpoints, Validation
-from ds_classifier.training.log import TrainingLog
-from ds_classifier.training.lost import Lost
+from ds_classifier.training.logs.log import TrainingLog
+from ds_classifier.training.logs.lost import Lost
 from ds_classifier.training.start import Start
 from ds_classifier.training.step import Objective, train_step
 

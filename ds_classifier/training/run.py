@@ -23,15 +23,15 @@ from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
 from ds_classifier.training import loop
 from ds_classifier.training.between_steps import Checkpoints, Validation
-from ds_classifier.training.log import RunLogger, TrainingLog, read_rows
-from ds_classifier.training.lost import BadSamples, Lost, SkippedSteps, TooManyBadSamples
+from ds_classifier.training.logs.log import RunLogger, TrainingLog, read_rows
+from ds_classifier.training.logs.lost import BadSamples, Lost, SkippedSteps, TooManyBadSamples
+from ds_classifier.training.logs.sanity import SanityWatch
+from ds_classifier.training.logs.screen import announce
 from ds_classifier.training.rehearsal import preflight
 from ds_classifier.training.rehearsal.costs import rehearsed
 from ds_classifier.training.rehearsal.dry_run import dry_run
 from ds_classifier.training.rehearsal.overfit import overfit
 from ds_classifier.training.run_dir import DONE, append_event, last_logged_step
-from ds_classifier.training.sanity import SanityWatch
-from ds_classifier.training.screen import announce
 from ds_classifier.training.setup import Setup, facts_of, lr_factor
 from ds_classifier.training.start import open_run
 from ds_classifier.training.step import Objective

@@ -34,7 +34,7 @@ from ds_classifier.evaluation.meter import Meter
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
-from ds_classifier.training.flops import forward_flops, training_flops
+from ds_classifier.training.logs.flops import forward_flops, training_flops
 from ds_classifier.training.step import Objective, train_step
 
 from .measuring import in_turn, spread

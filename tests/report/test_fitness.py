@@ -18,7 +18,7 @@ from ds_classifier.report.fitness import (
     luck_of_calibration,
 )
 from ds_classifier.report.working import checks
-from ds_classifier.training.sanity import Guessing
+from ds_classifier.training.logs.sanity import Guessing
 
 # t, log-SNR, top-1, cross-entropy, calibration error, gradient norm, and cross-entropy and gradient
 # norm of the exact posterior: digits32 after 500 steps in fp16, on 360 held-out digits.

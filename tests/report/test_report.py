@@ -31,8 +31,8 @@ from ds_classifier.evaluation.image_grid import (
 from ds_classifier.evaluation.metrics import METRICS, Metric
 from ds_classifier.report.data import read_run
 from ds_classifier.report.page import page, write_report
+from ds_classifier.training.logs.sanity import Guessing, SanityWatch
 from ds_classifier.training.run_dir import append_event, read_events
-from ds_classifier.training.sanity import Guessing, SanityWatch
 
 REPORT = ROOT / "launch" / "report.py"
 

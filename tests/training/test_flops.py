@@ -3,7 +3,7 @@
 import pytest
 
 from ds_classifier.config import RECIPES, Settings
-from ds_classifier.training.flops import Arithmetic, forward_flops, peak_flops
+from ds_classifier.training.logs.flops import Arithmetic, forward_flops, peak_flops
 
 # Forward GFLOP an image of guided-diffusion's classifiers, 1,000 classes, counted on its code.
 KNOWN = {

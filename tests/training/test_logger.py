@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from ds_classifier.training.log import RunLogger
+from ds_classifier.training.logs.log import RunLogger
 
 
 def train_row(step: int) -> dict:

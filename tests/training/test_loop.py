@@ -2,8 +2,8 @@
 
 import pytest
 
-from ds_classifier.training import log
-from ds_classifier.training.log import Clock
+from ds_classifier.training.logs import log
+from ds_classifier.training.logs.log import Clock
 from ds_classifier.training.loop import Cadence, Due
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_classifier.data.loader import BadSample
-from ds_classifier.training.lost import BadSamples, SkippedSteps
+from ds_classifier.training.logs.lost import BadSamples, SkippedSteps
 
 
 @pytest.fixture

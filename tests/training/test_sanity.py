@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from running import GOLDEN
 
-from ds_classifier.training.sanity import Guessing, SanityWatch, above_chance
+from ds_classifier.training.logs.sanity import Guessing, SanityWatch, above_chance
 
 TEN = Guessing(10, math.log(10), 0.1)
 THOUSAND = Guessing(1000, math.log(1000), 0.001)

@@ -7,7 +7,7 @@ import pytest
 
 from ds_classifier import distributed
 from ds_classifier.evaluation import metrics
-from ds_classifier.training.screen import EXPLAINED, Table, lost_line, progress_line, wrapped
+from ds_classifier.training.logs.screen import EXPLAINED, Table, lost_line, progress_line, wrapped
 
 ROW = {
     **{"step": 50, "train_loss": 2.0877, "train_acc@1": 0.248, "train_acc@5": 0.695, "lr": 9.2e-4},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from report_page import training_row, validation_row
 
-from ds_classifier.training.log import RunLogger
+from ds_classifier.training.logs.log import RunLogger
 
 
 def tensorboard_values(run):

@@ -31,7 +31,7 @@ from ds_classifier.distributed import deepspeed_engine, memory
 from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter
-from ds_classifier.training.flops import training_flops
+from ds_classifier.training.logs.flops import training_flops
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,

@@ -25,10 +25,10 @@ from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.memory import peak_memory
 from ds_classifier.evaluation.meter import LOSS_EDGES, Meter, Reading
 from ds_classifier.evaluation.metrics import QUARTILES
-from ds_classifier.training import screen
-from ds_classifier.training.flops import Arithmetic
-from ds_classifier.training.lost import Lost
-from ds_classifier.training.sanity import SanityWatch
+from ds_classifier.training.logs import screen
+from ds_classifier.training.logs.flops import Arithmetic
+from ds_classifier.training.logs.lost import Lost
+from ds_classifier.training.logs.sanity import SanityWatch
 from ds_classifier.training.step import Trained
 
 # The groups of TensorBoard's sidebar; tensorboard_tag has those of all other numbers.
