@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function as span
 
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
@@ -49,11 +50,12 @@ class NoisedClassifier(nn.Module):
         noise: [N, S, S, C] fp32; None for clean images, which the network sees with timestep t.
         Returns cross-entropies [N] fp32 and logits [N, K] fp32.
         """
-        x_start = to_x_start(images)
-        x_t = x_start if noise is None else self.diffusion.q_sample(x_start, t, noise)
-        x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S]; in memory this is channels_last already
-        logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
-        return self.loss(logits, labels), logits
+        with span("model: forward"):
+            x_start = to_x_start(images)
+            x_t = x_start if noise is None else self.diffusion.q_sample(x_start, t, noise)
+            x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S]; in memory this is channels_last already
+            logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
+            return self.loss(logits, labels), logits
 
     @staticmethod
     def loss(logits: Tensor, labels: Tensor) -> Tensor:

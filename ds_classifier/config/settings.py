@@ -198,6 +198,12 @@ class RunSettings:
         "also log to this Weights & Biases project; needs the extra wandb (default: none)",
         fixed=False,
     )
+    profile: int = _setting(
+        0,
+        "record this step and the 3 after it: a trace and a table of the dearest operations in the "
+        "run directory (default: none)",
+        fixed=False,
+    )
     save_interval: int = _setting(10000, "steps between checkpoints", fixed=False)
     eval_interval: int = _setting(
         0, "steps between validations (default: save_interval)", fixed=False
@@ -292,6 +298,9 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 # Settings that may differ between nodes: where the data is, and how it is read.
 PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
+PROFILED = (
+    4  # steps that --profile records: one may be an odd one; a trace of many cannot be opened
+)
 
 
 def check_settings(settings: Settings) -> list[str]:
@@ -314,6 +323,7 @@ def check_settings(settings: Settings) -> list[str]:
         cache_gb=0,
         max_skipped_steps=1,
         max_minutes=0,
+        profile=0,
         global_batch=0,
         batch_size=0,
         num_classes=0,
@@ -327,6 +337,11 @@ def check_settings(settings: Settings) -> list[str]:
     ):
         problems.append(
             f"--shuffle_shards: got {settings.shuffle_shards!r}; need a number from 1, or lane"
+        )
+    if settings.profile + PROFILED - 1 > settings.steps and settings.profile:
+        problems.append(
+            f"--profile: got {settings.profile}; need {PROFILED} steps from there on, and the run "
+            f"has {settings.steps}"
         )
     for activity, minutes in settings.time_outs().items():
         if not minutes > 0:

@@ -21,6 +21,7 @@ OF_ONE_RUN = (
     "extend",
     "expect_world",
     "max_minutes",
+    "profile",
     "batch_size",
     "num_classes",
 )

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch.profiler import record_function as span
+
 from ds_classifier.data.loader import Batch
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
@@ -16,6 +18,7 @@ from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training.between_steps import Checkpoints, Validation
 from ds_classifier.training.logs.log import TrainingLog
 from ds_classifier.training.logs.lost import Lost
+from ds_classifier.training.logs.profile import Profile
 from ds_classifier.training.start import Start
 from ds_classifier.training.step import Objective, train_step
 
@@ -68,6 +71,7 @@ class Run:
     validation: Validation  # measures on held-out images
     stop: StopVote  # whether any rank was asked to stop
     watch: Watchdog  # ends all ranks if one hangs
+    profile: Profile  # records a few steps, if asked to
 
     @property
     def step(self) -> int:
@@ -90,10 +94,12 @@ def train(run: Run) -> bool:
             return False
     while run.step < run.cadence.iterations:
         run.watch.stepping(run.step + 1)
-        trained = train_step(run.engine, run.batches, run.objective, run.meter)
-        run.log.count(trained)
-        run.lost.check(trained)  # raises when too many steps were skipped
-        run.checkpoints.check()  # raises when too many could not be written
+        with run.profile.step(run.step + 1):
+            trained = train_step(run.engine, run.batches, run.objective, run.meter)
+            with span("step: bookkeeping"):
+                run.log.count(trained)
+                run.lost.check(trained)  # raises when too many steps were skipped
+                run.checkpoints.check()  # raises when too many could not be written
         due = run.cadence.at(run.step)
         if due.log:
             run.log.write_window(trained)  # means over all ranks since the last row

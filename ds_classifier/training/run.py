@@ -25,6 +25,7 @@ from ds_classifier.training import loop
 from ds_classifier.training.between_steps import Checkpoints, Validation
 from ds_classifier.training.logs.log import RunLogger, TrainingLog, read_rows
 from ds_classifier.training.logs.lost import BadSamples, Lost, SkippedSteps, TooManyBadSamples
+from ds_classifier.training.logs.profile import Profile
 from ds_classifier.training.logs.sanity import SanityWatch
 from ds_classifier.training.logs.screen import announce
 from ds_classifier.training.rehearsal import preflight
@@ -182,6 +183,7 @@ def assemble(setup: Setup) -> loop.Run:
         validation=Validation(setup, val_loader, log),
         stop=setup.stop,
         watch=setup.watch,
+        profile=Profile(run_dir, settings.profile, done=engine.global_steps, device=engine.device),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import record_function as span
 
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
@@ -55,26 +56,32 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
     samples, bad, waited = [], [], 0.0
     for _ in range(engine.gradient_accumulation_steps()):
         began = time.perf_counter()
-        batch = next(batches)
+        with span("step: data"):
+            batch = next(batches)
         waited += time.perf_counter() - began
         bad += batch.bad
-        batch = batch.to(engine.device)
-        t, noise = torch.zeros_like(batch.positions), None
-        importance = torch.ones_like(batch.weights)
-        if objective.noised:
-            t, importance = sampler.sample(keyed_uniform(seed, "t", batch.positions))
-            noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
-        losses, logits = engine(batch.images, batch.labels, t, noise)
+        with span("step: noise"):
+            batch = batch.to(engine.device)
+            t, noise = torch.zeros_like(batch.positions), None
+            importance = torch.ones_like(batch.weights)
+            if objective.noised:
+                t, importance = sampler.sample(keyed_uniform(seed, "t", batch.positions))
+                noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
+        with span("step: forward"):
+            losses, logits = engine(batch.images, batch.labels, t, noise)
         # A bad sample adds nothing; dividing by all keeps the step the same on any number of ranks.
         loss = torch.where(batch.weights > 0, importance * losses, 0.0).mean()
         # A non-finite loss can have finite gradients. Multiplying by nan makes them nan too, so
         # that DeepSpeed's overflow check skips the step.
-        engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
-        engine.step()
-        losses = losses.detach()
-        meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
-        positions = batch.positions.masked_fill(batch.weights == 0, -1)
-        samples.append(torch.stack([v.double() for v in (positions, t, losses)]))
+        with span("step: backward"):
+            engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
+        with span("step: update"):
+            engine.step()
+        with span("step: bookkeeping"):
+            losses = losses.detach()
+            meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
+            positions = batch.positions.masked_fill(batch.weights == 0, -1)
+            samples.append(torch.stack([v.double() for v in (positions, t, losses)]))
     samples = torch.stack(samples)
     if sampler.needs_losses:
         _, t, losses = by_position(samples)
