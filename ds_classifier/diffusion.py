@@ -127,14 +127,19 @@ class GaussianDiffusion:
             self._tables[device] = (signal.to(device), noise.to(device), mapped.to(device))
         return self._tables[device]
 
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma of x_t = alpha x_0 + sigma noise, [N] fp32 each, for t [N]."""
+        signal_scale, noise_scale, _ = self._tables_on(t.device)
+        return signal_scale[t], noise_scale[t]
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, [N, ...] fp32.
 
         x_start, noise: [N, ...]; t: [N] int64 in 0 .. T-1. DDPM Eq. 4.
         """
-        signal_scale, noise_scale, _ = self._tables_on(x_start.device)
+        signal, sigma = self.scales(t)
         shape = (-1,) + (1,) * (x_start.dim() - 1)
-        return signal_scale[t].view(shape) * x_start + noise_scale[t].view(shape) * noise
+        return signal.view(shape) * x_start + sigma.view(shape) * noise
 
     def scale_timesteps(self, t: Tensor) -> Tensor:
         """Return t unchanged, as the reference's `SpacedDiffusion` does.

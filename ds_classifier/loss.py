@@ -6,6 +6,8 @@ pixel values become x_0.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from torch.profiler import record_function as span
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.model import EncoderUNetModel
+
+if TYPE_CHECKING:
+    from ds_classifier.posterior import RecentImages
 
 
 def to_x_start(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,25 +47,38 @@ class NoisedClassifier(nn.Module):
         self.diffusion = diffusion
 
     def forward(
-        self, images: Tensor, labels: Tensor, t: Tensor, noise: Tensor | None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
+        recent: RecentImages | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Classify x_t of a batch.
 
         images: [N, S, S, C] uint8. labels: [N] int64. t: [N] int64 in 0 .. T - 1.
         noise: [N, S, S, C] fp32; None for clean images, which the network sees with timestep t.
+        recent: the images whose posterior is the target in place of the labels, see `posterior`.
         Returns cross-entropies [N] fp32 and logits [N, K] fp32.
         """
         with span("model: forward"):
             x_start = to_x_start(images)
             x_t = x_start if noise is None else self.diffusion.q_sample(x_start, t, noise)
+            targets = labels
+            if recent is not None:
+                scales = self.diffusion.scales(t)
+                targets = recent.class_posterior(x_t, x_start, labels, *scales)
             x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S]; in memory this is channels_last already
             logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
-            return self.loss(logits, labels), logits
+            return self.loss(logits, targets), logits
 
     @staticmethod
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy per sample, [N] fp32, of logits [N, K] and labels [N]."""
-        return F.cross_entropy(logits, labels, reduction="none")
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy per sample, [N] fp32, of logits [N, K].
+
+        targets: labels [N] int64, or probabilities [N, K] fp32.
+        """
+        return F.cross_entropy(logits, targets, reduction="none")
 
 
 def noised_classifier(classifier: EncoderUNetModel, settings: Settings) -> NoisedClassifier:

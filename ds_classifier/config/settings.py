@@ -119,6 +119,12 @@ class DiffusionSettings:
         "to t, and guides better",
     )
 
+    posterior_images: int = _setting(
+        0,
+        "train on the class posterior over this many of the last training images, in place of the "
+        "label (0: on the label)",
+    )
+
     def diffusion_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `diffusion.create_gaussian_diffusion`."""
         return dict(
@@ -324,6 +330,7 @@ def check_settings(settings: Settings) -> list[str]:
         max_skipped_steps=1,
         max_minutes=0,
         profile=0,
+        posterior_images=0,
         global_batch=0,
         batch_size=0,
         num_classes=0,

@@ -35,7 +35,7 @@ from ds_classifier.training.rehearsal.overfit import overfit
 from ds_classifier.training.run_dir import DONE, append_event, last_logged_step
 from ds_classifier.training.setup import Setup, facts_of, lr_factor
 from ds_classifier.training.start import open_run
-from ds_classifier.training.step import Objective
+from ds_classifier.training.step import Objective, remember
 
 
 def build(
@@ -137,7 +137,9 @@ def train(setup: Setup) -> int:
 def assemble(setup: Setup) -> loop.Run:
     """Return the parts of a training run, each of which knows the others that it needs."""
     settings, engine, run_dir = setup.resolved.settings, setup.engine, setup.run_dir
-    loader, val_loader = setup.loaders(engine.global_steps)
+    recent = setup.recent_images()
+    known = setup.steps_to_know(recent)
+    loader, val_loader = setup.loaders(engine.global_steps - known)
     meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
     state = setup.start.state
     bad_samples = BadSamples(
@@ -165,6 +167,12 @@ def assemble(setup: Setup) -> loop.Run:
         num_classes=settings.num_classes,
         compiled=settings.compile,
     )
+    batches = setup.watch.batches(iter(loader))
+    for _ in range(known):
+        remember(
+            recent,
+            [next(batches).to(engine.device) for _ in range(setup.resolved.batch.accumulation)],
+        )
     return loop.Run(
         start=setup.start,
         cadence=loop.Cadence(
@@ -174,8 +182,8 @@ def assemble(setup: Setup) -> loop.Run:
             save=settings.save_interval,
         ),
         engine=engine,
-        batches=setup.watch.batches(iter(loader)),
-        objective=Objective(setup.sampler, settings.seed, settings.noised),
+        batches=batches,
+        objective=Objective(setup.sampler, settings.seed, settings.noised, recent),
         meter=meter,
         log=log,
         lost=lost,

@@ -26,6 +26,7 @@ from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader
+from ds_classifier.posterior import RecentImages
 from ds_classifier.training.logs.flops import Arithmetic, forward_flops
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start
@@ -78,6 +79,25 @@ class Setup:
         every = max(1, len(self.shards.index) // 1_000_000)
         labels = self.shards.index["label"][::every]
         return Guessing.of(labels, len(self.shards.manifest.classes))
+
+    def recent_images(self) -> RecentImages | None:
+        """Return the place for the last images, still empty; None without posterior targets."""
+        settings = self.resolved.settings
+        if not settings.posterior_images:
+            return None
+        return RecentImages(
+            settings.posterior_images,
+            image_shape=(settings.image_size, settings.image_size, settings.in_channels),
+            num_classes=settings.num_classes,
+            device=self.engine.device,
+        )
+
+    def steps_to_know(self, recent: RecentImages | None) -> int:
+        """Return the number of steps, before the next one, whose images must be read again."""
+        if recent is None:
+            return 0
+        steps = -(-recent.size // self.resolved.batch.total)
+        return min(steps, self.engine.global_steps)
 
     def loaders(
         self, first_step: int, *, resolved: Resolved | None = None

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function as span
 
+from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.distributed import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter, by_position
+from ds_classifier.posterior import EMPTY, RecentImages
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Objective:
     sampler: draws the timesteps, one of diffusion.SCHEDULE_SAMPLERS.
     seed: keys the timesteps and the noise, together with the position of a sample.
     noised: False trains on clean images, which the network sees at t = 0.
+    recent: the images over which targets are posteriors; None: the labels are the targets.
     """
 
     sampler: Any
     seed: int
     noised: bool
+    recent: RecentImages | None = None
 
 
 class Trained(NamedTuple):
@@ -54,6 +58,7 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
     lr = deepspeed_engine.learning_rate(engine)
     sampler, seed = objective.sampler, objective.seed
     samples, bad, waited = [], [], 0.0
+    seen = []
     for _ in range(engine.gradient_accumulation_steps()):
         began = time.perf_counter()
         with span("step: data"):
@@ -68,7 +73,7 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
                 t, importance = sampler.sample(keyed_uniform(seed, "t", batch.positions))
                 noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
         with span("step: forward"):
-            losses, logits = engine(batch.images, batch.labels, t, noise)
+            losses, logits = engine(batch.images, batch.labels, t, noise, objective.recent)
         # A bad sample adds nothing; dividing by all keeps the step the same on any number of ranks.
         loss = torch.where(batch.weights > 0, importance * losses, 0.0).mean()
         # A non-finite loss can have finite gradients. Multiplying by nan makes them nan too, so
@@ -82,8 +87,25 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
             meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
             positions = batch.positions.masked_fill(batch.weights == 0, -1)
             samples.append(torch.stack([v.double() for v in (positions, t, losses)]))
+        seen.append(batch)
+    if objective.recent is not None:
+        remember(objective.recent, seen)
     samples = torch.stack(samples)
     if sampler.needs_losses:
         _, t, losses = by_position(samples)
         sampler.update(t.long(), losses.float())
     return Trained(samples, bad, waited, lr)
+
+
+def remember(recent: RecentImages, batches: Sequence[Batch]) -> None:
+    """Add the images of a step, of all ranks and in order of position; every rank must call it.
+
+    batches: this rank's micro-batches of the step, on the device.
+    """
+    labels = [b.labels.masked_fill(b.weights == 0, EMPTY) for b in batches]
+    ordered = [
+        # Rank r has every W-th position: [W, n, ...] becomes [n * W, ...].
+        distributed.all_gather(torch.cat(parts)).transpose(0, 1).flatten(0, 1)
+        for parts in ([b.images for b in batches], labels)
+    ]
+    recent.add(*ordered)
