@@ -1,0 +1,30 @@
+"""Training on posterior targets: the same on any number of ranks, and after a kill."""
+
+from __future__ import annotations
+
+import pytest
+from running import read_log
+from tiny_run import assert_same_state, losses, train, without_clocks
+
+pytestmark = pytest.mark.slow
+
+
+def test_ranks_accumulation_and_a_kill_do_not_change_the_run(digits, tmp_path):
+    """40 images are 3 steps of 16 and a part: the first resumed step reads them all again."""
+    flags = ["--global_batch", "16", "--iterations", "24", "--save_interval", "12"]
+    flags += ["--posterior_images", "40"]
+    train(1, "zero1_fp32", digits, tmp_path / "one", *flags)
+    train(2, "zero1_fp32", digits, tmp_path / "two", *flags, "--microbatch", "4")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    labels = ["--posterior_images", "0"]
+    train(1, "zero1_fp32", digits, tmp_path / "labels", *flags[:-2], *labels)
+    assert losses(tmp_path / "labels")[3:] != pytest.approx(losses(tmp_path / "one")[3:], rel=1e-5)
+
+    killed = tmp_path / "killed"
+    how = ("zero1_fp32", digits, killed, *flags, "--microbatch", "4")
+    train(2, *how, environment={"KILL_AT": "15:0"}.items(), expect=247, launcher=True)
+    assert (killed / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    train(2, *how)
+    last = "checkpoints/step-00000024"
+    assert_same_state(tmp_path / "two" / last, killed / last)
+    assert without_clocks(read_log(killed)) == without_clocks(read_log(tmp_path / "two"))
