@@ -113,11 +113,11 @@ def traced_step(engine, batches, objective, meter):
             positions[:] = batch.positions.tolist()
             yield batch
 
-    def watched_forward(images, labels, t, noise):
+    def watched_forward(images, labels, t, noise, *more):
         time.sleep(fault("forward", step))
         if "TRACE" in os.environ:
             trace(step, list(positions), labels, t, images, noise)
-        losses, logits = forward(images, labels, t, noise)
+        losses, logits = forward(images, labels, t, noise, *more)
         losses = losses * float("nan") if due("NAN_AT", step) else losses
         losses = losses + float("inf") if due("INF_AT", step) else losses
         return losses, logits
