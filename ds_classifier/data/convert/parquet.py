@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -20,7 +20,7 @@ from pathlib import Path
 from ds_classifier.common.files import size_of_file
 from ds_classifier.data.convert.formats import is_image_file
 from ds_classifier.data.convert.other_kinds import refuse_pointer
-from ds_classifier.data.convert.samples import NamedSample, files_under
+from ds_classifier.data.convert.samples import NamedSample, PassedOver, files_under
 from ds_classifier.data.convert.split_names import split_in
 
 PARQUET = ".parquet"
@@ -108,7 +108,7 @@ def is_parquet(file: Path) -> bool:
     return file.suffix.lower() == PARQUET
 
 
-def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
+def files_by_kind(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
     """Return the files under a folder by their split: "train", "val" or "test".
 
     The split is a word in the name of a file, or of a folder around it. If no name has such a word,

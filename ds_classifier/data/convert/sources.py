@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from ds_classifier.data.convert.parquet import files_by_kind, is_parquet, read_p
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
+    PassedOver,
     Sample,
     Slice,
     files_under,
     is_passed_over,
-    passed_over,
     share_classes,
 )
 from ds_classifier.data.convert.split_names import (
@@ -142,7 +142,7 @@ def _files(
     columns: Mapping[str, str],
 ) -> DataSource:
     """Open folders, tars of ImageNet and lists. The arguments are those of `open_source`."""
-    passed: Counter[str] = Counter()
+    passed = PassedOver()
     places, remarks = {"train": Path(source)}, []
     if val is not None:
         places["val"] = Path(val)
@@ -165,8 +165,7 @@ def _files(
             held_out = _val_images(places["val"], val_kind or kind, val_labels, columns, passed)
         if kind == "folder":
             remarks += _remark_on_classes(places["train"], train)
-        if line := passed_over(passed):
-            remarks.append(line)
+        remarks += passed.remarks
         return share_classes(source, train, held_out, remarks=remarks)
     except ValueError as error:
         if not remarks:
@@ -211,7 +210,7 @@ def _kind(place: Path) -> str:
 
 
 def _images(
-    place: Path, kind: str, columns: Mapping[str, str], passed: Counter[str]
+    place: Path, kind: str, columns: Mapping[str, str], passed: PassedOver
 ) -> list[NamedSample]:
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
@@ -221,7 +220,7 @@ def _images(
 
 
 def _val_images(
-    place: Path, kind: str, labels: str | None, columns: Mapping[str, str], passed: Counter[str]
+    place: Path, kind: str, labels: str | None, columns: Mapping[str, str], passed: PassedOver
 ) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
@@ -251,7 +250,7 @@ def image_folder(train: Path, val: Path | None = None) -> DataSource:
     return _files(str(train), "folder", None if val is None else str(val), val_kind, None, {})
 
 
-def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
+def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
     """Return every image under root with its class name, in the order of `files_under`."""
     if not root.is_dir():
         raise ValueError(
@@ -284,7 +283,7 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
     if not found:
         raise ValueError(
             f"source: got {root} without any image ({READ_FORMATS}"
-            f"{'; ' * bool(passed)}{passed_over(passed)}); need CLASS/image.jpg, or "
+            f"{''.join(f'; {line}' for line in passed.remarks)}); need CLASS/image.jpg, or "
             "CLASS_image.jpg in one folder"
         )
     if loose and any("_" not in file.name for file, _ in loose):
@@ -360,7 +359,7 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
 
     The files of a folder without words for splits in their names are those of one split.
     """
-    passed: Counter[str] = Counter()
+    passed = PassedOver()
     files, remarks = {}, []
     for place, splits in ((train, ["train"]), (val, ["val"])) if val else ((train, BOTH),):
         by_kind = {"": [place]} if place.is_file() else files_by_kind(place, passed)
@@ -376,8 +375,7 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
         raise ValueError(
             f"--val: got {val} without validation-*.parquet; do: give the file of that split"
         )
-    if line := passed_over(passed):
-        remarks.append(line)
+    remarks += passed.remarks
     images, classes, label = read_parquet(files["train"], columns)
     if label:
         remarks.append(f"labels: the column {printable(label)}")
