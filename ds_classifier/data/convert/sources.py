@@ -16,7 +16,13 @@ from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
 from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
 from ds_classifier.data.convert.other_kinds import refuse_other_kind, refuse_pointer
-from ds_classifier.data.convert.parquet import files_by_kind, is_parquet, read_parquet
+from ds_classifier.data.convert.parquet import (
+    HiddenLabels,
+    files_by_kind,
+    is_parquet,
+    read_parquet,
+    refuse_copies,
+)
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -380,13 +386,21 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
     if label:
         remarks.append(f"labels: the column {printable(label)}")
         columns = {**columns, "label": label}  # of both splits
-    held_out = read_parquet(files["val"], columns)[0] if "val" in files else None
+    held_out = None
+    if "val" in files:
+        refuse_copies(files["train"], files["val"])
+        try:
+            held_out = read_parquet(files["val"], columns)[0]
+        except HiddenLabels as error:
+            alone = files["train"][0] if len(files["train"]) == 1 else train
+            move = f"move it out of {train}, then " * (alone == train and val is None)
+            raise ValueError(f"{error}: {move}convert {alone} OUT --val 10%") from None
     return share_classes(str(train), images, held_out, classes, remarks)
 
 
 def shards(train: Path, val: Path | None = None) -> DataSource:
     """Return a source of converted shards, with their class list, labels and `halved`."""
-    from ds_classifier.data.shards import open_shards
+    from ds_classifier.data.shards import open_shards, refuse_shared_shards
 
     def split_of(place: Path, split: str) -> Path:
         return place if (place / "manifest.json").is_file() else place / split
@@ -405,6 +419,9 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
             "convert both from their source in one call"
         )
     splits = {}
+    if "val" in opened:
+        train_part, val_part = (part.manifest for part in opened.values())
+        refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")
     for split, part in opened.items():
         if part.manifest.classes != classes:
             raise ValueError(

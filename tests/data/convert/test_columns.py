@@ -211,7 +211,9 @@ def test_parquet_as_the_hub_has_it(tmp_path):
     path = parquet(tmp_path / "b.parquet", columns, {"breed": FINE})  # the only ClassLabel
     assert content(open_source(str(path))) == EXPECTED
     path = parquet(tmp_path / "c.parquet", {"image": [], "species": LABELS}, {})  # the only text
-    source = open_source(str(path), shutil.copy(path, tmp_path / "val.parquet"))
+    columns = {"image": [], "species": LABELS, "more": [0] * 5}
+    val = parquet(tmp_path / "val.parquet", columns, {"species": None})
+    source = open_source(str(path), str(val), columns={"label": "species"})
     assert content(source) == content(source, "val") == EXPECTED
     assert source.classes == FINE
 
@@ -249,3 +251,34 @@ def test_two_labels_in_parquet_are_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", str(path), str(out), "--columns", "img"])
     assert "need path=NAME,label=NAME" in capsys.readouterr().err
+
+
+def test_copies_of_a_file_are_not_in_both_splits(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    columns = {"image": [], "label": NUMBERS}
+    train = parquet(folder / "train.parquet", columns, {"label": FINE})
+    val = shutil.copy(train, folder / "validation.parquet")
+    for places in ([folder], [train, val]):
+        assert f"got {val} with the same bytes as {train}; need" in refused(*places)
+    parquet(val, columns | {"label": NUMBERS[::-1]}, {"label": FINE})
+    assert len(open_source(str(folder)).splits["val"]) == 5
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_hidden_labels_of_a_test_split(tmp_path, hidden):
+    """Convert the training split alone with the line that the message gives."""
+    pa = pytest.importorskip("pyarrow")
+    train = parquet(tmp_path / "train.parquet", {"image": [], "label": NUMBERS}, {"label": FINE})
+    labels = pa.array([hidden] * 5, pa.int64())
+    test = parquet(tmp_path / "test.parquet", {"image": [], "label": labels}, {"label": FINE})
+    message = refused(tmp_path)
+    assert f"{test}: got label {hidden} in all rows" in message
+    assert message.endswith(f"do: leave this file out: convert {train} OUT --val 10%")
+    assert refused(train, test).endswith(f": convert {train} OUT --val 10%")
+    assert main(["convert", str(train), str(tmp_path / "out"), "--val", "40%"]) == 0
+    parquet(tmp_path / "train-1.parquet", {"image": [], "label": NUMBERS}, {"label": FINE})
+    end = f"out: move it out of {tmp_path}, then convert {tmp_path} OUT --val 10%"
+    shutil.rmtree(tmp_path / "out")
+    assert refused(tmp_path).endswith(end)
+    assert "do: leave this file out" in refused(test)
