@@ -160,10 +160,11 @@ def refuse_shared_shards(train: Manifest, val: Manifest, flag: str, advice: str)
     hashes = {shard.sha256: shard.name for shard in train.shards}
     both = [shard for shard in val.shards if shard.sha256 in hashes]
     if both:
+        copy = hashes[both[0].sha256]
         raise ValueError(
-            f"{flag}: got {count(len(both), 'shard')} in both splits, such as {both[0].name}, "
-            f"which has the bytes of {hashes[both[0].sha256]} in the training split; need validation "
-            f"images that are not trained on; do: {advice}"
+            f"{flag}: got {count(len(both), 'shard')} in both splits, such as {both[0].name}, with "
+            f"the bytes of {copy} in the training split; need validation images that are not "
+            f"trained on; do: {advice}"
         )
 
 

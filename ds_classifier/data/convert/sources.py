@@ -114,7 +114,8 @@ def open_source(
     if kind in tars or val_kind in tars:
         from ds_classifier.data.foreign.contents import refuse_shards
 
-        refuse_shards(train if kind in tars else None, Path(val) if val_kind in tars else None)
+        alone = val_kind in tars and val_labels is None  # ILSVRC2012_img_val.tar comes with labels
+        refuse_shards(train if kind in tars else None, Path(val) if alone else None)
     if val is not None and (kind != val_kind) and {"parquet", "shards"} & {kind, val_kind}:
         raise ValueError(
             f"--val: got {val} ({val_kind}) with {source} ({kind}); need the same kind; do: give "
