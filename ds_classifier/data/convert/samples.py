@@ -47,6 +47,8 @@ class Content(Protocol):
     """The location of an image that is neither a whole file nor in memory; small and picklable.
 
     Its `origin` tells it from all other images: the path of its file, then its place there.
+    Its `size` is that of the encoded image, or of its pixels if it is encoded when it is read.
+    Content with an attribute `mark` (text that follows from its bytes) is known by it in a plan.
     Content with an attribute `group` (hashable) is read together with the rest of its group, so
     reading the samples of several groups in turn is slow: see `spool_groups`.
     """
@@ -271,7 +273,7 @@ def share_classes(
 
 @dataclass
 class PassedOver:
-    """What a conversion does not take, to be told to the user. False if there is nothing.
+    """The files and folders that a conversion does not take. False if there are none.
 
     hidden: the number of hidden files that would be taken. folders: name -> number.
     left_out: suffix of files that are not images -> number; without what is in SIDECARS.

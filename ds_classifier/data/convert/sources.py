@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ds_classifier.common.text import count
@@ -166,14 +166,16 @@ def _files(
                 if split == "train" and taken:
                     refuse_loose_images(given, taken[split])
     try:
-        train = _images(places["train"], kind, columns, passed)
-        held_out = None
+        splits = BOTH if val is None else ("train",)
+        images = _images(places["train"], kind, columns, splits, passed, remarks)
         if "val" in places:
-            held_out = _val_images(places["val"], val_kind or kind, val_labels, columns, passed)
+            images["val"] = _val_images(
+                places["val"], val_kind or kind, val_labels, columns, passed, remarks
+            )
         if kind == "folder":
-            remarks += _remark_on_classes(places["train"], train)
+            remarks += _remark_on_classes(places["train"], images["train"])
         remarks += passed.remarks
-        return share_classes(source, train, held_out, remarks=remarks)
+        return share_classes(source, images["train"], images.get("val"), remarks=remarks)
     except ValueError as error:
         if not remarks:
             raise
@@ -217,17 +219,32 @@ def _kind(place: Path) -> str:
 
 
 def _images(
-    place: Path, kind: str, columns: Mapping[str, str], passed: PassedOver
-) -> list[NamedSample]:
+    place: Path,
+    kind: str,
+    columns: Mapping[str, str],
+    splits: Sequence[str],
+    passed: PassedOver,
+    remarks: list[str],
+) -> dict[str, list[NamedSample]]:
+    """Return the images of a place by split: of the first one, unless a list has several."""
+    if kind == "list":
+        images, more = listed_files(place, columns, splits)
+        remarks += more
+        return images
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
-        return imagenet.train_images(place)
-    return listed_files(place, columns) if kind == "list" else _labelled_files(place, passed)
+        return {splits[0]: imagenet.train_images(place)}
+    return {splits[0]: _labelled_files(place, passed)}
 
 
 def _val_images(
-    place: Path, kind: str, labels: str | None, columns: Mapping[str, str], passed: PassedOver
+    place: Path,
+    kind: str,
+    labels: str | None,
+    columns: Mapping[str, str],
+    passed: PassedOver,
+    remarks: list[str],
 ) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
@@ -242,7 +259,7 @@ def _val_images(
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _images(place, kind, columns, passed)
+    return _images(place, kind, columns, ("val",), passed, remarks)["val"]
 
 
 # --------------------------------------------------------------------------------------- folders

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_classifier.data.convert.sources import open_source
+from ds_classifier.data.convert.sources import BOTH, open_source
 from launch.make_shards import main
 
 LABELS = ["cat", "dog", "cat", "eel", "dog"]
@@ -171,6 +171,75 @@ def test_a_list_beside_folders_of_splits(tmp_path):
     source = open_source(str(same))
     assert content(source) == EXPECTED
     assert content(source, "val") == Counter([(image(0), "cat")])
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_delimiters_of_spreadsheets(tmp_path, delimiter, suffix):
+    put(tmp_path, ["a,b;c d.jpg", "1.jpg"])
+    path = tmp_path / f"list{suffix}"
+    path.write_text(f'path{delimiter}label\n"a,b;c d.jpg"{delimiter}cat\n1.jpg{delimiter}dog\n')
+    assert content(open_source(str(path))) == Counter([(image(0), "cat"), (image(1), "dog")])
+
+
+def test_gaps_in_the_paths_and_labels_of_a_txt(tmp_path):
+    lines = {
+        "my cat.jpg golden retriever": ("my cat.jpg", "golden retriever"),
+        "a copy.png of it.jpg 3": ("a copy.png of it.jpg", "3"),
+        "b.JPEG,great white shark": ("b.JPEG", "great white shark"),
+        "c.png; eel": ("c.png", "eel"),
+        "an id dog": ("an id.jpg", "dog"),
+    }
+    put(tmp_path, [name for name, _ in lines.values()])
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(lines))
+    expected = Counter((image(i), label) for i, (_, label) in enumerate(lines.values()))
+    assert content(open_source(str(path))) == expected
+    path.write_text("c.png 0 12 33 40\n")
+    assert "list.txt:1: got '0 12 33 40' for c.png; need one label" in refused(path)
+
+
+WORDS = ["train", "Training", "val", "dev", "TEST"]
+
+
+def test_a_column_of_splits(tmp_path):
+    """Compare the rows of each split with the labels written; labels of other rows may lack."""
+    put(tmp_path, NAMES[:4])
+    lines = {"file": NAMES, "species": ["cat", "dog", "cat", "dog", ""], "Split": WORDS}
+    path = write(tmp_path / "list.csv", lines)
+    source = open_source(str(path))
+    assert content(source) == Counter([(image(0), "cat"), (image(1), "dog")])
+    assert content(source, "val") == Counter([(image(2), "cat"), (image(3), "dog")])
+    assert source.remarks == (
+        "by the column Split of list.csv: 2 rows of train for train, 2 rows of val for val, "
+        "1 row of test not taken",
+    )
+    both = open_source(str(path), str(path))  # the list names its own splits
+    assert [content(both, split) for split in BOTH] == [content(source, split) for split in BOTH]
+    lines = {"path": NAMES[:4], "label": [1, 0, 1, 0], "data set": ["train"] * 2 + ["test"] * 2}
+    source = open_source(str(write(tmp_path / "list.jsonl", lines)))
+    assert content(source, "val") == Counter([(image(2), "1"), (image(3), "0")])
+
+
+def test_a_column_of_splits_that_is_none(tmp_path):
+    put(tmp_path, NAMES)
+    one = write(tmp_path / "one.csv", {"file": NAMES, "kind": LABELS, "split": ["train"] * 5})
+    source = open_source(str(one))
+    assert (content(source), source.remarks) == (EXPECTED, ())
+    folds = write(
+        tmp_path / "folds.csv", {"path": NAMES, "label": LABELS, "split": [0, 1, 2, 3, 4]}
+    )
+    source = open_source(str(folds))
+    assert content(source) == EXPECTED
+    remark = (
+        "folds.csv: the column split is not used (0, 1, 2, ...); splits are train, val and test"
+    )
+    assert source.remarks == (remark,)
+    label = write(tmp_path / "label.csv", {"path": NAMES, "set": LABELS})
+    assert content(open_source(str(label))) == EXPECTED
+    words = write(tmp_path / "words.csv", {"path": NAMES, "split": WORDS, "label": LABELS})
+    source = open_source(str(words), columns={"label": "split"})
+    assert source.classes == sorted(WORDS)
 
 
 # --------------------------------------------------------------------------------------- parquet
