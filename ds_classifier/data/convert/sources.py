@@ -406,14 +406,15 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
         columns = {**columns, "label": label}  # of both splits
     held_out = None
     if "val" in files:
-        refuse_copies(files["train"], files["val"])
         try:
             held_out = read_parquet(files["val"], columns)[0]
         except HiddenLabels as error:
             alone = files["train"][0] if len(files["train"]) == 1 else train
             move = f"move it out of {train}, then " * (alone == train and val is None)
             raise ValueError(f"{error}: {move}convert {alone} OUT --val 10%") from None
-    return share_classes(str(train), images, held_out, classes, remarks)
+    source = share_classes(str(train), images, held_out, classes, remarks)
+    refuse_copies(files["train"], files.get("val", []))
+    return source
 
 
 def shards(train: Path, val: Path | None = None) -> DataSource:
@@ -437,9 +438,6 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
             "convert both from their source in one call"
         )
     splits = {}
-    if "val" in opened:
-        train_part, val_part = (part.manifest for part in opened.values())
-        refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")
     for split, part in opened.items():
         if part.manifest.classes != classes:
             raise ValueError(
@@ -454,7 +452,11 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
     held_out = opened["train"].manifest.held_out
-    return DataSource(str(train), classes, splits, next(iter(stored), None), held_out)
+    source = DataSource(str(train), classes, splits, next(iter(stored), None), held_out)
+    if "val" in opened:
+        train_part, val_part = (part.manifest for part in opened.values())
+        refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")
+    return source
 
 
 def digits() -> DataSource:
