@@ -76,7 +76,10 @@ def save(path: Path, mode: str) -> None:
     elif path.suffix == ".xpm":
         path.write_bytes(XPM)
     elif path.suffix == ".icns":
-        picture(mode).resize((16, 16)).save(path, sizes=[(16, 16)])
+        png = io.BytesIO()
+        picture(mode).resize((16, 16)).save(png, "PNG")
+        block = b"icp4" + (8 + len(png.getvalue())).to_bytes(4, "big") + png.getvalue()
+        path.write_bytes(b"icns" + (8 + len(block)).to_bytes(4, "big") + block)
     else:
         picture(mode).save(path)
 
