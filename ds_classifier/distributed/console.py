@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import textwrap
 import time
 import warnings
 from typing import TextIO
@@ -14,6 +15,7 @@ from typing import TextIO
 from ds_classifier.distributed.ranks import local_rank, local_world_size, rank, world_size
 
 ERASE = "\r\x1b[K"  # moves the cursor to the left of the terminal's line, and empties that
+LABEL = 12  # columns of the label before a line of a run's header
 LIVE_SECONDS = 0.2  # between two drawings of the live line
 _drawn = float("-inf")  # when the live line was drawn last, by time.monotonic
 
@@ -86,6 +88,20 @@ def say(message: str = "") -> None:
     """Print a line on rank 0 only."""
     if rank() == 0:
         show(message)
+
+
+def say_labelled(line: str) -> None:
+    """Print a line that begins with a label of LABEL columns on rank 0, wrapped on a terminal."""
+    say(wrapped(line, indent=LABEL))
+
+
+def wrapped(line: str, *, indent: int) -> str:
+    """Return a line broken between words where a terminal is too narrow; in a log it stays one."""
+    width = columns()
+    if width is None or len(line) <= width:
+        return line
+    whole_words = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, **whole_words)
 
 
 def complain(message: str) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +79,13 @@ def test_where_there_is_no_live_line(screen, monkeypatch, why):
     written = log.getvalue() if why == "a log" else screen.written()
     assert written.replace(ERASE, "") == "a row\n"
     assert (console.columns() is None) == (why != "a job in the background")
+
+
+def test_a_long_line_breaks_between_words_on_a_terminal_only(screen, capsys, monkeypatch):
+    console.say_labelled("config      of /a/very/long/path/for/a/terminal here")
+    assert screen.written().replace(ERASE, "") == (
+        "config      of\n            /a/very/long/path/for/a/terminal\n            here\n"
+    )
+    monkeypatch.setattr(console, "sys", sys)
+    console.say_labelled("config      of /a/very/long/path/for/a/terminal here")
+    assert capsys.readouterr().out.count("\n") == 1

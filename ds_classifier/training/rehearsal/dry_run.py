@@ -291,7 +291,7 @@ def dry_run(setup: Setup) -> int:
 
 def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_step: int) -> None:
     """Measure memory, time and a checkpoint, and print what the run will need of each."""
-    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say
+    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say_labelled
     settings, batch, run_dir = setup.resolved.settings, setup.resolved.batch, setup.run_dir
     batches = watch.batches(iter(loader))
     first_batch = next(batches)

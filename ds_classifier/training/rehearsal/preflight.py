@@ -77,12 +77,13 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     if rate:
         say(f"all ranks sum {PROBE_BYTES >> 20} MiB at {rate / 1e9:.2f} GB/s")
     for note in notes(ranks) if distributed.rank() == 0 else []:
-        say(f"note: {note}")
-    say(
+        say(distributed.wrapped(f"note: {note}", indent=6))
+    equal = (
         f"{'all ' if len(ranks) > 1 else ''}{count(len(ranks), 'rank')} can start: code, "
         "libraries, settings, JSON and images are equal; "
         f"checked in {time.monotonic() - began:.1f} s"
     )
+    say(distributed.wrapped(equal, indent=2))
 
 
 def look_at_run_dir(run_dir: Path, parameters: int) -> None:
