@@ -162,7 +162,7 @@ def test_variables_that_are_no_numbers_are_named(variables, message, no_launcher
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", *MEET])
 def test_variables_of_a_rank_that_are_missing_are_named(missing, no_launcher):
-    """Without LOCAL_RANK all ranks of a host would take its first GPU."""
+    """All ranks of a host would take its first GPU if LOCAL_RANK were not needed."""
     no_launcher.update({name: text for name, text in RANK_1.items() if name != missing})
     with pytest.raises(ValueError, match=f"but no {missing}; need all variables of a rank"):
         distributed.check_launch()
