@@ -17,6 +17,7 @@ from ds_classifier.distributed.ranks import local_rank, local_world_size, rank, 
 ERASE = "\r\x1b[K"  # moves the cursor to the left of the terminal's line, and empties that
 LABEL = 12  # columns of the label before a line of a run's header
 LIVE_SECONDS = 0.2  # between two drawings of the live line
+_LIBRARIES = ("torch", "multiprocessing", "deepspeed", "tensorboardX")
 _drawn = float("-inf")  # when the live line was drawn last, by time.monotonic
 
 
@@ -117,7 +118,19 @@ def warn(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Set filters for library warnings that no user can act on. Call it before importing torch."""
+    """Filter what libraries print and no user can act on. Call it before importing torch.
+
+    That is warnings, and the errors of destructors: of torch's loader, for example, if it could not
+    be built, which is reported already.
+    """
+    before = sys.unraisablehook
+
+    def shown(unraisable: sys.UnraisableHookArgs) -> None:
+        place = getattr(unraisable.object, "__module__", None) or ""
+        if place.partition(".")[0] not in _LIBRARIES:
+            before(unraisable)
+
+    sys.unraisablehook = shown
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
