@@ -38,17 +38,14 @@ def open_files_problem(more: int) -> str | None:
 
 
 def advice(error: BaseException, text: str) -> str:
-    """Return "; do: ..." for an error that such a limit causes, if its text has no advice on it.
+    """Return words in brackets on the limit that caused an error; "" for any other error.
 
-    Returns "" for any other error.
+    text: of the error; one that has such words already gets no more.
     """
     if _TOO_MANY_FILES.lower() in text.lower() and "ulimit -n" not in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f"; got a limit of {limit} per process; do: ulimit -n {max(ENOUGH_FILES, 2 * limit)}"
+        return f" (the limit is {limit}; to raise it: ulimit -n {max(ENOUGH_FILES, 2 * limit)})"
     places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, OSError) and any(place.endswith(_SEMAPHORES) for place in places):
-        return (
-            ", for a semaphore in /dev/shm; do: let it be writable and have room (docker run "
-            "--shm-size 1g)"
-        )
+        return " (a semaphore in /dev/shm; to give it room: docker run --shm-size 1g)"
     return ""

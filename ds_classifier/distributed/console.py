@@ -118,7 +118,7 @@ def warn(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Filter what libraries print and no user can act on. Call it before importing torch.
+    """Set filters for what libraries print and no user can act on. Call it before importing torch.
 
     That is warnings, and the errors of destructors: of torch's loader, for example, if it could not
     be built, which is reported already.

@@ -113,7 +113,7 @@ def test_a_rehearsal_opens_the_log_as_a_run_does(tmp_path, monkeypatch):
         pass
     monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", refuse)
     with (
-        pytest.raises(OSError, match=r"No space left on device; do: make room .* in /dev/shm"),
+        pytest.raises(OSError, match=r"No space left on device.*; do: make room .* in /dev/shm"),
         dry_run.scratch_beside(tmp_path / "run", None),
     ):
         pass
