@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """Store the value of a flag that may be given once: a second value would be lost in silence."""
+    """A flag that may be given once. Of two values, argparse would lose the first in silence."""
 
     def __call__(
         self,
