@@ -56,9 +56,10 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     check_launch(command.settings.expect_world)
     if command.recorded:
         left_out = ", ".join(OF_ONE_RUN)
-        distributed.say(f"settings    {command.config}, a run's own, but not its {left_out}")
+        say = distributed.say_labelled
+        say(f"settings    {command.config}, a run's own, but not its {left_out}")
         if command.unknown:
-            distributed.say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
+            say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
     resolved, shards, val_shards = open_all(command)
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
@@ -70,7 +71,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         from ds_classifier.training.run_dir import launch_lines
 
         if advice := idle_gpus():
-            distributed.say(advice)
+            distributed.say_labelled(advice)
         setup = training.build(
             command,
             resolved,
@@ -151,7 +152,7 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
 def with_chosen_config(command: CommandLine) -> CommandLine:
     """Return the command with the shipped JSON that suits this machine, and print the choice."""
     chosen = choose_config()
-    distributed.say(
+    distributed.say_labelled(
         f"config      {chosen.name}, since {chosen.why}; another one: --deepspeed_config JSON"
     )
     return dataclasses.replace(command, deepspeed_config=Path(chosen.name))

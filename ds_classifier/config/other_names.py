@@ -40,6 +40,7 @@ _SAME = {
     "activation_checkpointing": "gradient_checkpointing grad_checkpointing use_checkpoint",
     "seed": "random_seed manual_seed data_seed",
     "max_minutes": "max_time time_limit",
+    "deepspeed_config": "deepscale_config ds_config",
     "classifier_width": "num_channels model_channels width",
     "classifier_depth": "num_res_blocks depth",
     "diffusion_steps": "timesteps num_timesteps num_diffusion_steps num_train_timesteps",
@@ -110,6 +111,10 @@ _ADVICE = {
     "evaluate do_eval eval eval_only validate test": (
         "do: ds-classifier evaluate RUN; while training, --val_data_dir and --eval_interval"
     ),
+    "deepspeed_mpi": (
+        "ranks need no MPI; do: drop it, and export MASTER_ADDR and MASTER_PORT before mpirun"
+    ),
+    "deepscale": "DeepSpeed always trains; do: drop it",
     "overwrite overwrite_output_dir force": "a run is never overwritten; do: choose a --run_dir",
 }  # fmt: skip
 _OF_THE_LAUNCHER = (

@@ -22,6 +22,7 @@ from ds_classifier.distributed.console import say, show
 from ds_classifier.distributed.ranks import (
     AgreedError,
     adopt_tasks,
+    check_variables,
     local_rank,
     local_world_size,
     rank,
@@ -121,20 +122,11 @@ def init(
 def check_launch() -> None:
     """Take ranks from srun or mpiexec, if one of them started this process.
 
-    Raises ValueError if the launcher's variables are incomplete or contradict each other.
+    Raises ValueError if the launcher's variables are incomplete, no numbers, or contradict each
+    other.
     """
     adopt_tasks()
-    if "RANK" not in os.environ:
-        return
-    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
-        raise ValueError(
-            f"RANK is set, but not {', '.join(missing)}; do: use the deepspeed launcher or torchrun"
-        )
-    if not 0 <= rank() < world_size():
-        raise ValueError(
-            f"RANK: got {rank()}; need 0 to {world_size() - 1}, as WORLD_SIZE is {world_size()}"
-        )
+    check_variables()
 
 
 def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> NoReturn:

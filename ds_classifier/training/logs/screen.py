@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +55,7 @@ class Table:
         """Return the first head, and what it means."""
         head = self._head()
         explained = _QUARTILES in self._columns
-        return f"{head}\n{wrapped(EXPLAINED, indent=8)}" if explained else head
+        return f"{head}\n{distributed.wrapped(EXPLAINED, indent=8)}" if explained else head
 
     def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
         """Return the line of a training row. Accuracies are in per cent."""
@@ -179,16 +178,7 @@ def progress_line(*, step: int, iterations: int, images_per_sec: float, eta_seco
 
 def note(step: int | str, text: str) -> str:
     """Return a line about a step, or about the run for "", as wide as the table's."""
-    return wrapped(f"{step:>{STEP}} {text}", indent=STEP + 1)
-
-
-def wrapped(line: str, *, indent: int) -> str:
-    """Return a line broken between words where a terminal is too narrow; in a log it stays one."""
-    width = distributed.columns()
-    if width is None or len(line) <= width:
-        return line
-    whole_words = dict(break_long_words=False, break_on_hyphens=False)
-    return textwrap.fill(line, width, subsequent_indent=" " * indent, **whole_words)
+    return distributed.wrapped(f"{step:>{STEP}} {text}", indent=STEP + 1)
 
 
 def announce(setup: Setup, command: CommandLine) -> None:
@@ -197,9 +187,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     engine, shards = setup.engine, setup.shards
     parameters = sum(p.numel() for p in engine.module.parameters())
 
-    def say(line: str) -> None:
-        distributed.say(wrapped(line, indent=12))
-
+    say = distributed.say_labelled
     held_out = "none"
     if setup.val_shards is not None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"

@@ -32,6 +32,7 @@ from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training.logs.flops import training_flops
+from ds_classifier.training.logs.log import RunLogger
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,
@@ -195,8 +196,8 @@ class Rehearsal:
     def measure_save(self, folder: Path, batch: Batch) -> SaveCost:
         """Save, take a step on `batch`, which changes everything, load, and compare.
 
-        folder: an empty directory of rank 0. Raises RuntimeError if what was loaded differs from
-        what was saved.
+        folder: a directory of rank 0 without checkpoints. Raises RuntimeError if what was loaded
+        differs from what was saved.
         """
         engine, sampler = self._engine, self._setup.sampler
         free = shutil.disk_usage(folder).free if distributed.rank() == 0 else 0
@@ -233,11 +234,11 @@ class Rehearsal:
 def scratch_beside(
     run_dir: Path, device: torch.device
 ) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Make an empty directory on the file system of a run directory, and remove it at the end.
+    """Make a directory on the file system of a run directory, and remove it at the end.
 
     It lies in the run directory if that exists, else in the nearest parent that does; rank 0 makes
     it, and all ranks get its path. The second value removes it, for a process that ends without
-    leaving the context. Raises AgreedError if the run could not be locked or saved there.
+    leaving the context. Raises AgreedError if the run could not be locked, saved or logged there.
     """
 
     def make() -> str:
@@ -253,6 +254,7 @@ def scratch_beside(
             lock.acquire(distributed.say)
             lock.release()
             check_room(Path(scratch), parameters=0)
+            RunLogger(Path(scratch), first_step=0).close()
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -291,7 +293,7 @@ def dry_run(setup: Setup) -> int:
 
 def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_step: int) -> None:
     """Measure memory, time and a checkpoint, and print what the run will need of each."""
-    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say
+    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say_labelled
     settings, batch, run_dir = setup.resolved.settings, setup.resolved.batch, setup.run_dir
     batches = watch.batches(iter(loader))
     first_batch = next(batches)
