@@ -26,6 +26,7 @@ class FlakyServer:
     "wrong": one byte differs. "slow": small pieces with pauses.
     no_ranges: ignore Range. no_length: send no length; the file ends with the connection.
     login: the "USER:PASSWORD" that is required. redirects: name -> the URL or path that has it.
+    tags: name -> ETag, if it is not "1".
     logins: the Authorization headers received. requests: (name, Range header or None), in order.
     """
 
@@ -35,6 +36,7 @@ class FlakyServer:
         self.login: str | None = None
         self.logins: list[str | None] = []
         self.redirects: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.released = threading.Event()
         outer = self
@@ -101,6 +103,8 @@ class FlakyServer:
         declared = len(content) + {"long": 1000, "short": -1000}.get(fault, 0)
         if not self.no_length:
             request.send_header("Content-Length", str(declared))
+        request.send_header("ETag", f'"{self.tags.get(name, "1")}"')
+        request.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
         request.end_headers()
         try:
             self._send(request, content, fault)

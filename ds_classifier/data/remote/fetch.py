@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import refuse_pipe, shown, without_logins
-from ds_classifier.data.remote.connections import Failed, Stream, network_errors, opened_url
+from ds_classifier.data.remote.connections import Stream, network_errors, opened_url
+from ds_classifier.data.remote.failed import Failed
 
 SLOWEST = 1024  # bytes per second; a slower stream counts as stalled
 PROGRESS = 1 << 20  # a try that brings at least this many new bytes resets the count of failures
@@ -81,17 +82,20 @@ def stream(
     Raises ValueError for a pipe that is not allowed; OSError after the last try.
     """
     refuse_pipe(url, allow_pipe)
-    at, total, needed = 0, None, None
+    at, total, needed, tag = 0, None, None, None
     chunks: Iterator[bytes] | None = None
     with ExitStack() as connection:
 
         def more() -> bytes:
-            nonlocal at, total, needed, chunks
+            nonlocal at, total, needed, tag, chunks
             try:
                 if chunks is None:
                     opened = connection.enter_context(opened_url(url, at, patience.stall_timeout_s))
                     if None not in (total, opened.total) and total != opened.total:
                         raise Failed(f"was {total} bytes, is {opened.total} now", final=True)
+                    if at and tag != opened.tag:
+                        raise Failed("was replaced while it was read", final=True)
+                    tag = opened.tag
                     total = total if opened.total is None else opened.total
                     needed = size if total is None and not opened.ends else total
                     chunks = _from(at - opened.start, _chunks(opened, patience.stall_timeout_s))
@@ -188,9 +192,10 @@ def _insist(
             if failure.final or failures > patience.retries:
                 times = "1 try" if tries == 1 else f"{tries} tries"
                 reason = without_logins(str(failure))  # a program's error shows its command
+                advice = failure.advice or "check the address and the server"
                 raise (NotServed if failure.final else OSError)(
-                    f"{shown(url)}: got no whole file in {times}; last error: {reason}; do: check "
-                    "the address and the server, then run the same command again"
+                    f"{shown(url)}: got no whole file in {times}; last error: {reason}; do: "
+                    f"{advice}, then run the same command again"
                 ) from None
         pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
         # The global generator's state belongs to the training, and forked processes share it.
