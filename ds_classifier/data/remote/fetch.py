@@ -69,7 +69,7 @@ def fetch_small(
             raise Failed(f"got {len(content)} of {stream.total} bytes")
         return bytes(content)
 
-    return _insist(url, attempt, patience)
+    return insist(url, attempt, patience)
 
 
 def stream(
@@ -112,7 +112,7 @@ def stream(
                     connection.close()
                 raise
 
-        while chunk := _insist(url, more, patience, reached=lambda: at):
+        while chunk := insist(url, more, patience, reached=lambda: at):
             yield chunk
 
 
@@ -146,7 +146,7 @@ def fetch_file(
                 part.unlink(missing_ok=True)
             raise
 
-    _insist(url, attempt, patience, reached=lambda: _size(part))
+    insist(url, attempt, patience, reached=lambda: _size(part))
 
 
 def _append(url: str, part: Path, sizes: tuple[int, int], stall_timeout_s: float) -> int | None:
@@ -171,13 +171,18 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _insist(
-    url: str, attempt: Callable[[], T], patience: Patience, reached: Callable[[], int] = lambda: 0
+def insist(
+    url: str,
+    attempt: Callable[[], T],
+    patience: Patience,
+    reached: Callable[[], int] = lambda: 0,
+    failed: str = "got no whole file",
 ) -> T:
     """Call `attempt` until it succeeds, or has failed too often in a row without progress.
 
     reached: returns the number of bytes that are safe; a try that adds PROGRESS bytes starts the
         count of failures again.
+    failed: what has not been done after the last try, for the message.
     Raises OSError after the last try; NotServed if another try would not help.
     """
     tries = failures = furthest = 0
@@ -194,7 +199,7 @@ def _insist(
                 reason = without_logins(str(failure))  # a program's error shows its command
                 advice = failure.advice or "check the address and the server"
                 raise (NotServed if failure.final else OSError)(
-                    f"{shown(url)}: got no whole file in {times}; last error: {reason}; do: "
+                    f"{shown(url)}: {failed} in {times}; last error: {reason}; do: "
                     f"{advice}, then run the same command again"
                 ) from None
         pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)

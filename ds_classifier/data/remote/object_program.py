@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 
 SETTLED = timedelta(minutes=8)  # botocore renews credentials at least 10 minutes before their end
@@ -213,11 +214,31 @@ def names(store, key: str, request: dict) -> None:
     send(b"H", found)
 
 
+def download(store, key: str, request: dict) -> None:
+    """Write small objects, `names` under KEY/, as files of the directory `path`."""
+    import obstore
+
+    def fetch(name: str) -> None:
+        content = obstore.get(store, _joined(key, name)).bytes()
+        with open(os.path.join(request["path"], name), "wb") as file:
+            file.write(content)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(fetch, request["names"]))
+
+
 def delete(store, key: str, request: dict) -> None:
     """Delete objects of the bucket: `names`, under KEY/."""
     import obstore
 
-    obstore.delete(store, ["/".join(filter(None, (key, name))) for name in request["names"]])
+    obstore.delete(store, [_joined(key, name) for name in request["names"]])
+
+
+def _joined(key: str, name: str) -> str:
+    return f"{key}/{name}".lstrip("/")
+
+
+ACTIONS = {action.__name__: action for action in (get, put, names, download, delete)}
 
 
 # -------------------------------------------------------------------------------------- failures
@@ -285,9 +306,7 @@ def main() -> None:
         try:
             store = bucket_store(scheme, bucket)
             send(b"S")
-            {"get": get, "put": put, "names": names, "delete": delete}[request["do"]](
-                store, key, request
-            )
+            ACTIONS[request["do"]](store, key, request)
         except BrokenPipeError:
             return
         except Exception as error:  # obstore has many; the parent raises its own

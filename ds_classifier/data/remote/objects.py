@@ -29,6 +29,7 @@ OTHER_SPELLINGS = {
 EXTRA = "pip install 'ds-classifier[cloud]'"
 PROGRAM = Path(__file__).with_name("object_program.py")
 START_S = 60.0  # seconds that the program may need to start and to find credentials
+LAST_S = 0.2  # seconds for the end of an answer whose bytes are all there
 HEADER = 5  # bytes before the content of a frame
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _HF = re.compile(r"(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([\w./%-]+?))?/(.+)")
@@ -65,6 +66,12 @@ def refuse_unusable(url: str) -> None:
         raise ValueError(
             f"got {where}, which needs the package {' and '.join(missing)}; do: {EXTRA}"
         )
+
+
+def in_one_bucket(url: str, other: str) -> bool:
+    """Return whether two URLs name the same bucket of object storage."""
+    buckets = [place.split("/")[:3] for place in (url, other)]
+    return scheme(url) in SCHEMES and buckets[0] == buckets[1]
 
 
 def hf_address(url: str) -> tuple[str, str | None]:
@@ -212,6 +219,9 @@ class Request:
 
     def _leave(self) -> None:
         """Keep the program for the next request, or end it if it is still busy with this one."""
+        if not self._helper.answered:
+            with suppress(Failed):
+                self._helper.frame(LAST_S)  # E, which a reader that counts bytes leaves
         with _guard:
             keep = self._helper.answered and not _idle
             if keep:
