@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -223,7 +224,7 @@ def _output(text: str) -> Path | str:
             f"got {shown(text)}, where this program cannot write; need a directory, or "
             "s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH"
         )
-    return text.rstrip("/") if kind else Path(text)
+    return re.sub("(?<=[^/:])/+$", "", text) if kind else Path(text)
 
 
 @contextmanager
