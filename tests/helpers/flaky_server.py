@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 STEP = 16384  # bytes written at a time
 
@@ -63,7 +64,7 @@ class FlakyServer:
         self._server.server_close()
 
     def _answer(self, request: BaseHTTPRequestHandler, folder: Path) -> None:
-        name = request.path.lstrip("/")
+        name = unquote(request.path.lstrip("/"))
         asked = request.headers.get("Range")
         self.requests.append((name, asked))
         fault = self.faults[name].pop(0) if self.faults[name] else None

@@ -52,13 +52,15 @@ class S3Server:
 
     def put(self, key: str, content: bytes) -> None:
         """Write an object."""
-        requests.put(f"{self.url}/bkt/{key}", data=content, timeout=30).raise_for_status()
+        from moto.s3.models import s3_backends
+
+        s3_backends["123456789012"]["aws"].put_object("bkt", key, content)
 
     def get(self, key: str) -> bytes:
         """Return the content of an object."""
         return self._objects()[key].value
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Return the keys of all objects."""
         return sorted(self._objects())
 

