@@ -295,9 +295,10 @@ def _without_answer(scheme: str, text: str) -> dict:
 def send(kind: bytes, content: bytes | dict = b"") -> None:
     """Write a frame to stdout."""
     data = json.dumps(content).encode() if isinstance(content, dict) else content
-    view = memoryview(kind + len(data).to_bytes(4, "little") + data)
-    while view:
-        view = view[os.write(1, view) :]
+    header = kind + len(data).to_bytes(4, "little")
+    written = os.writev(1, [header, data]) - len(header)  # a pipe takes 5 bytes whole
+    while written < len(data):
+        written += os.write(1, memoryview(data)[written:])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ first use and keeps. It ends with this process.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ EXTRA = "pip install 'ds-classifier[cloud]'"
 PROGRAM = Path(__file__).with_name("object_program.py")
 START_S = 60.0  # seconds that the program may need to start and to find credentials
 LAST_S = 0.2  # seconds for the end of an answer whose bytes are all there
+PIPE = 1 << 20  # bytes that the program may be ahead
 HEADER = 5  # bytes before the content of a frame
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _HF = re.compile(r"(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([\w./%-]+?))?/(.+)")
@@ -108,6 +110,8 @@ class _Helper:
             bufsize=0,
             start_new_session=True,  # Ctrl-C is for this process
         )
+        with suppress(OSError):  # the user has many pipes: then it stays at 64 KiB
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE)
         self._poll = select.poll()
         self._poll.register(self._process.stdout, select.POLLIN)
         self._left = 0  # bytes of the frame of data that is being read

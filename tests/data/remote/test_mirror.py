@@ -73,9 +73,7 @@ def test_a_stopped_conversion_has_no_manifest_and_is_continued_from_another_mach
     s3, many, expected
 ):
     s3.faults["PUT", "a/data/train/train-000002.tar"] = [(403, "AccessDenied")]
-    with pytest.raises(
-        ValueError, match=r"train-000002\.tar: was not written in 1 try; .*HTTP 403"
-    ):
+    with pytest.raises(ValueError, match=r"train-000002\.tar: was not written in 1 try; .*403"):
         write(many)
     assert "train/manifest.json" not in in_bucket(s3)
     s3.requests.clear()
@@ -205,9 +203,7 @@ def test_an_index_in_a_bucket_may_not_name_shards_outside_of_it(s3, many, tmp_pa
     for name in ("manifest.json", "index.npy"):
         text = (tmp_path / "i" / "train" / name).read_bytes()
         s3.put(f"b/train/{name}", text.replace(b"s3://bkt/", b"s3://bk2/"))
-    with pytest.raises(
-        ValueError, match="shards are at s3://bk2/a/data/train; need .* same bucket"
-    ):
+    with pytest.raises(ValueError, match=r"are at s3://bk2/a/data/train; need .* same bucket"):
         open_split("s3://bkt/b/train", cache_dir=tmp_path / "cache")
 
 
