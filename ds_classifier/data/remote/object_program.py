@@ -52,6 +52,7 @@ WHERE = {
     "az": "AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN, or az login; "
     "for a public container: export AZURE_SKIP_SIGNATURE=true",
 }
+UNSIGNED: set[str] = set()  # schemes for which no credentials were found
 AGAIN = (408, 416, 425, 429)  # statuses 4xx after which another try may succeed
 
 
@@ -109,6 +110,7 @@ def _s3(bucket: str):
         region = "us-east-1" if endpoint else _region_of(bucket)
     config = {"region": region} | ({"endpoint": endpoint} if endpoint else {})
     if found is None:
+        UNSIGNED.add("s3")
         return config | {"skip_signature": True}, None
 
     def credentials() -> dict:
@@ -263,6 +265,8 @@ def failure(scheme: str, error: Exception) -> dict:
     if code:
         said = message[1].splitlines()[0].rstrip(".") if message and message[1] else ""
         reason += f" {code[1]}" + (f" ({said})" if said else "")
+    if status in (401, 403) and scheme in UNSIGNED:
+        reason += ", and no credentials were found to sign the request with"
     known = code and code[1] in ADVICE
     advice = ADVICE[code[1]] if known else ADVICE["AccessDenied"] if status in (401, 403) else ""
     # A token in a file may be renewed while a run goes on; one in the environment may not.

@@ -92,8 +92,8 @@ def hf_address(url: str) -> tuple[str, str | None]:
     if not token:
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         file = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token"))
-        with suppress(OSError, RuntimeError):
-            token = file.expanduser().read_text().strip()
+        with suppress(OSError, RuntimeError, ValueError):
+            token = file.expanduser().read_text(encoding="ascii").strip()
     revision = quote(revision or "main", safe="%")
     return f"{prefix}/{name}/resolve/{revision}/{quote(path, safe='/%')}", token or None
 

@@ -141,7 +141,7 @@ def test_an_object_that_is_replaced_between_runs_is_an_error(bucket, tmp_path):
 
 
 def test_an_object_that_is_replaced_while_it_is_streamed_is_an_error(bucket):
-    """Without this, index would record the hash of a mixture."""
+    """Check that index cannot record the hash of a mixture."""
     server, _, _ = bucket
     server.faults["box/s-0.tar"] = ["reset"]
     chunks = stream("s3://box/s-0.tar", patience=Patience(2.0, 2, 0.02))
@@ -276,6 +276,8 @@ def test_requests_are_not_signed_where_no_credentials_are_found(s3, monkeypatch)
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.delenv(f"AWS_{name}")
     assert signed_with(s3) == ["refused", None]
+    with pytest.raises(NotServed, match=r"HTTP 403.* no credentials were found .*AWS_PROFILE"):
+        fetch_small("s3://bkt/x", limit_bytes=9)
 
 
 def test_azure_takes_the_names_of_its_own_tools(bucket, monkeypatch):
