@@ -40,8 +40,14 @@ class S3Server:
         self._server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=Quiet)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        requests.post(f"{self.url}/moto-api/reset", timeout=30)
+
+    def empty(self) -> None:
+        """Begin anew with an empty bucket and without faults."""
+        self._released.set()  # answers that wait for nobody
+        self._released = threading.Event()
+        self._backend().reset()
         requests.put(f"{self.url}/bkt", timeout=30)
+        self.faults.clear()
         self.requests.clear()
 
     def close(self) -> None:
@@ -52,9 +58,7 @@ class S3Server:
 
     def put(self, key: str, content: bytes) -> None:
         """Write an object."""
-        from moto.s3.models import s3_backends
-
-        s3_backends["123456789012"]["aws"].put_object("bkt", key, content)
+        self._backend().put_object("bkt", key, content)
 
     def get(self, key: str) -> bytes:
         """Return the content of an object."""
@@ -65,9 +69,12 @@ class S3Server:
         return sorted(self._objects())
 
     def _objects(self) -> dict:
+        return dict(self._backend().buckets["bkt"].keys.items())
+
+    def _backend(self):
         from moto.s3.models import s3_backends
 
-        return dict(s3_backends["123456789012"]["aws"].buckets["bkt"].keys.items())
+        return s3_backends["123456789012"]["aws"]
 
     def count(self, method: str, key: str) -> int:
         """Return the number of requests of an object."""
@@ -102,11 +109,9 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(monkeypatch):
-    """Start a server that obstore and botocore find by the environment; yields it."""
-    from ds_classifier.data.remote import objects
-
-    server = S3Server()
+def found_by_environment(server: S3Server, monkeypatch):
+    """Let obstore and botocore find a server, which is emptied, by the environment."""
+    server.empty()
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
@@ -121,12 +126,8 @@ def s3_server(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     end_helpers()
-    try:
-        yield server
-    finally:
-        end_helpers()
-        server.close()
-    assert objects._idle == []
+    yield
+    end_helpers()
 
 
 def end_helpers() -> None:
