@@ -7,6 +7,7 @@ from pathlib import Path
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
 from ds_classifier.config import Settings
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
+from ds_classifier.data.remote.objects import in_one_bucket
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -65,15 +66,17 @@ def open_split(
     url = url_of(location, MANIFEST)
     text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
     manifest = parse_manifest(text, shown(url))
-    if manifest.location is not None:
+    if manifest.location is not None and not in_one_bucket(location, manifest.location):
         raise ValueError(
             f"{shown(url)}: got a manifest whose shards are at {shown(manifest.location)}; need a "
-            "manifest next to its shards, or on this machine; do: copy it and its index into a "
-            "directory here"
+            "manifest next to its shards, in the same bucket, or on this machine; do: copy it and "
+            "its index into a directory here"
         )
-    store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
+    place = manifest.location or location
+    store = ShardStore(place, manifest.shards, allow_pipe=allow_pipe, **options)
     rows = manifest.samples * INDEX_DTYPE.itemsize
-    path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
+    sizes = (rows, rows + 4096)
+    path = store.fetch_beside(INDEX, sizes=sizes, sha256=manifest.index_sha256, location=location)
     index = read_index(path, manifest, thorough=to_verify)
     return ShardSet(store.folder, manifest, index, store)
 
