@@ -157,7 +157,7 @@ def test_a_killed_program_leaves_what_the_next_one_continues(s3, many, expected,
         program.kill()
         program.wait()
     done = run_python(*map(str, arguments), cwd=tmp_path)
-    assert f"{OUT}/train: 120 images of 6 classes in 4 shards" in done.stdout
+    assert f"{OUT}/train: 120 images of 6 classes in 4 shards" in done.output
     assert in_bucket(s3) == expected
 
 
