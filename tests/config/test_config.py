@@ -6,9 +6,10 @@ import re
 import pytest
 from running import ROOT, run_python
 
-from ds_classifier.config import RECIPES, deepspeed_json, parse_training_command
+from ds_classifier.config import RECIPES, parse_training_command
 from ds_classifier.config import settings as config
 from ds_classifier.config.deepspeed_json import read_ds_config, resolve
+from ds_classifier.config.deepspeed_json.resolve import SCHEMA
 from ds_classifier.config.shipped import SHIPPED_CONFIGS
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -208,7 +209,7 @@ def test_schema_names_are_deepspeeds():
         ("fp16", DeepSpeedFP16Config),
         ("bf16", DeepSpeedBF16Config),
     ):
-        assert set(deepspeed_json.SCHEMA[section]) <= set(model.model_fields)
+        assert set(SCHEMA[section]) <= set(model.model_fields)
 
 
 def test_auto_is_filled_from_the_settings():

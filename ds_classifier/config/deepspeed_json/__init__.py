@@ -1,0 +1,5 @@
+"""The DeepSpeed JSON: read, checked against what works here, completed from the settings."""
+
+from ds_classifier.config.deepspeed_json.resolve import Resolved, read_ds_config, resolve
+
+__all__ = ["Resolved", "read_ds_config", "resolve"]
