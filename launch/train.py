@@ -127,7 +127,7 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
     found_beside = settings != command.settings
     if command.overfit_steps:
         # The schedule is that of the whole run; a few hundred steps may not leave its warm-up.
-        settings = settings.replace(anneal_lr=False)
+        settings = settings.replace(anneal_lr=False, lr_schedule="", warmup_steps=-1)
     command = dataclasses.replace(command, settings=settings)
     world_size = distributed.world_size()
     splits = None

@@ -1,5 +1,6 @@
 """The DeepSpeed JSON: read, checked against what works here, completed from the settings."""
 
-from ds_classifier.config.deepspeed_json.resolve import Resolved, read_ds_config, resolve
+from ds_classifier.config.deepspeed_json.reading import read_ds_config
+from ds_classifier.config.deepspeed_json.resolve import Resolved, resolve
 
 __all__ = ["Resolved", "read_ds_config", "resolve"]
