@@ -2,5 +2,6 @@
 
 from ds_classifier.config.deepspeed_json.reading import read_ds_config
 from ds_classifier.config.deepspeed_json.resolve import Resolved, resolve
+from ds_classifier.config.deepspeed_json.schedules import meant
 
-__all__ = ["Resolved", "read_ds_config", "resolve"]
+__all__ = ["Resolved", "meant", "read_ds_config", "resolve"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO
-from ds_classifier.config.deepspeed_json.draft import INT, Draft, has_type, shown
+from ds_classifier.config.deepspeed_json.draft import INT, Draft, shown
 
 # What is refused where it is on -> reason. A key with dots is in a section.
 NOT_HERE = {
@@ -46,6 +46,8 @@ MONITORS = {
     "csv_monitor": "the run directory's progress.csv has it all",
     "comet": "the run directory's log.jsonl has it all",
 }
+
+NEVER = 2**31  # steps_per_print of a run in which DeepSpeed prints nothing
 
 # Values that would break a promise of this program: key -> (the value needed, reason).
 NEEDED: dict[str, tuple[Any, str]] = {
@@ -145,4 +147,4 @@ def reports(ds_config: dict[str, Any]) -> list[str]:
         key
         for key in ("flops_profiler", "comms_logger", "wall_clock_breakdown", "memory_breakdown")
         if _is_on(ds_config.get(key))
-    ] + ["steps_per_print"] * (has_type(ds_config.get("steps_per_print"), INT))
+    ] + ["steps_per_print"] * (ds_config["steps_per_print"] < NEVER)

@@ -2,8 +2,8 @@
 
 DeepSpeed reads its JSON in two ways. Some sections are pydantic models, which refuse keys that
 they do not know (older versions ignored them); the rest are dicts, of which it takes what it asks
-for and ignores all else. So each section is handed to DeepSpeed's own reader in a dict that notes what is asked of it. With it
-come the types, which are those of the defaults that DeepSpeed gives.
+for and ignores all else. So each section is handed to DeepSpeed's own reader in a dict that notes
+what is asked of it. With it come the types, which are those of the defaults that DeepSpeed gives.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _read(values: dict[str, Any]) -> tuple[Asked, Exception | None]:
     try:
         with silent():
             DeepSpeedConfig(asked)
-    except Exception as error:  # noqa: BLE001: of any kind, since DeepSpeed has no type of its own
+    except Exception as error:  # DeepSpeed asserts, and raises errors of many types
         return asked, error
     return asked, None
 
@@ -234,7 +234,7 @@ def _one_apart(one: str, other: str) -> bool:
     if one == other:
         return True
     shorter, longer = sorted((one, other), key=len)
-    at = next((i for i, (a, b) in enumerate(zip(shorter, longer)) if a != b), len(shorter))  # noqa: B905
+    at = next((i for i, letter in enumerate(shorter) if letter != longer[i]), len(shorter))
     if any(c.isdigit() for c in (shorter[at : at + 1] + longer[at : at + 1])):
         return False
     if len(shorter) < len(longer):

@@ -17,7 +17,7 @@ from ds_classifier.config.command_line import CommandLine
 from ds_classifier.config.deepspeed_json import schedules
 from ds_classifier.config.deepspeed_json.clashes import check_clashes
 from ds_classifier.config.deepspeed_json.draft import INT, Draft, name_of
-from ds_classifier.config.deepspeed_json.features import check_features
+from ds_classifier.config.deepspeed_json.features import NEVER, check_features, reports
 from ds_classifier.config.deepspeed_json.known import check_keys, default_of, keys_of_top_level
 from ds_classifier.config.deepspeed_json.optimizers import SECTION, settle_optimizer
 from ds_classifier.config.deepspeed_json.precision import (
@@ -65,6 +65,11 @@ class Resolved:
     @property
     def _warm_up(self) -> int:
         return max(0, self.settings.warmup_steps)
+
+    @property
+    def reports(self) -> list[str]:
+        """The keys of the JSON at whose wish DeepSpeed reports on the run."""
+        return reports(self.ds_config)
 
     def with_part(self, steps: int) -> Resolved:
         """Return a copy in which the JSON's schedule is that of a part of the run.
@@ -131,7 +136,7 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     if batch.accumulation > 1:
         ds["data_types"] = {"grad_accum_dtype": "fp32"} | ds.get("data_types", {})
     # DeepSpeed's own progress lines say less than ours and cost device syncs.
-    ds.setdefault("steps_per_print", 2**31)
+    ds.setdefault("steps_per_print", NEVER)
     settings = draft.settings.replace(global_batch=batch.total)
     shaping = {
         "gradient_clipping": ds["gradient_clipping"],

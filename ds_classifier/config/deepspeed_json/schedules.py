@@ -38,6 +38,7 @@ def settle_schedule(draft: Draft) -> None:
     if scheduler is None:
         draft.drop("scheduler")
         draft.settle((*OPTIMIZER, "lr"), "lr")
+        _warm_up_without_one(draft)
         return
     params = draft.ds["scheduler"].setdefault("params", {})
     takes = {name: p.default for name, p in list(_signature(scheduler).items())[1:]}
@@ -62,6 +63,18 @@ def settle_schedule(draft: Draft) -> None:
         draft.problems.append(
             "scheduler.params.last_batch_iteration: not supported here: a resumed run sets it; do: "
             "remove it"
+        )
+
+
+def _warm_up_without_one(draft: Draft) -> None:
+    """Let --warmup_steps count without a scheduler, and refuse one as long as the run."""
+    settings = draft.settings
+    if settings.warmup_steps > 0 and not settings.schedule:
+        draft.settings = settings.replace(lr_schedule="constant")
+    if settings.warmup_steps >= settings.iterations:
+        draft.problems.append(
+            f"--warmup_steps: got {settings.warmup_steps}; need fewer than the "
+            f"{settings.iterations} of --iterations"
         )
 
 
@@ -168,10 +181,14 @@ def written_out(scheduler: Any, completed: Any) -> Any:
     return scheduler | {"params": missing | own}
 
 
-def meant(scheduler: Any) -> Any:
-    """Return a checkpoint's section with what missing keys meant in the version that wrote it."""
-    if not isinstance(scheduler, dict):
-        return scheduler
-    if scheduler.get("type") != "WarmupDecayLR":
-        return scheduler
-    return scheduler | {"params": BEFORE | (scheduler.get("params") or {})}
+def meant(key: str, section: Any) -> Any:
+    """Return a section that a checkpoint records, with what its missing keys meant when it was
+    written.
+
+    key: of the section in the JSON.
+    """
+    if key != "scheduler" or not isinstance(section, dict):
+        return section
+    if section.get("type") != "WarmupDecayLR":
+        return section
+    return section | {"params": BEFORE | (section.get("params") or {})}

@@ -34,13 +34,16 @@ _OF_THE_LAUNCHER = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATO
 def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> torch.device:
     """Join the other ranks; raise AgreedError on all of them if one cannot start, or differs."""
     minutes = resolved.settings.time_outs()
-    return distributed.init(
+    device = distributed.init(
         # Longer than the watchdog's own time-outs, whose messages say more.
         timedelta(minutes=5 + max(minutes.values())),
         start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
         same=same_on_all_ranks(resolved, shards, val_shards),
         check=lambda device: deepspeed_engine.precision_problem(resolved.ds_config, device),
     )
+    if emulated := deepspeed_engine.emulate_fp16(resolved.ds_config, device):
+        distributed.say(f"  NOTE      {emulated}")
+    return device
 
 
 def same_on_all_ranks(
