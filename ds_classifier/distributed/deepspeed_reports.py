@@ -1,4 +1,4 @@
-"""What DeepSpeed reports on a run, at the wish of its JSON: to a file, and not over the screen."""
+"""Send the reports that DeepSpeed makes at the wish of its JSON to a file, off the screen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def send_to_file(path: Path) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(file)
     logger.setLevel(logging.INFO)
-    for module in (utils, comms_logging, deepspeed_logging):  # memory_breakdown and comms_logger print
+    for module in (utils, comms_logging, deepspeed_logging):  # which print some reports
         module.print = logger.info
 
 

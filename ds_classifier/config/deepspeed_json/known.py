@@ -1,4 +1,4 @@
-"""What the installed DeepSpeed knows: it is asked, section by section.
+"""Ask the installed DeepSpeed what it knows of a JSON, section by section.
 
 DeepSpeed reads its JSON in two ways. Some sections are pydantic models, which refuse keys that
 they do not know (older versions ignored them); the rest are dicts, of which it takes what it asks
@@ -79,7 +79,7 @@ def silent() -> Iterator[None]:
 
 
 def _read(values: dict[str, Any]) -> tuple[Asked, Exception | None]:
-    """Have DeepSpeed read a JSON; return what it asked for, and the error that it ended with."""
+    """Let DeepSpeed read a JSON; return what it asked for, and the error that it ended with."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     asked = Asked(_ONE_BATCH | values)

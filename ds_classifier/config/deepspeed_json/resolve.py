@@ -172,11 +172,8 @@ def _settle_batch(draft: Draft, world_size: int) -> BatchSizes:
 def _name_autos(draft: Draft) -> None:
     """Leave what is still "auto" to DeepSpeed's defaults, and say which values those are."""
     for path in draft.autos_left():
-        if path[0] in BATCH_KEYS:
-            continue  # the batch has a line of its own
-        if path[-1] in BUCKETS:
-            draft.autos[name_of(path)] = "a quarter of the parameters"
-        else:
+        # The batch has a line of its own; the buckets get their sizes later, and change no number.
+        if path[-1] not in (*BATCH_KEYS, *BUCKETS):
             draft.drop(*path)
             draft.autos[name_of(path)] = default_of(path, draft.known)
     if draft.autos:

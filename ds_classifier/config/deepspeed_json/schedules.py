@@ -178,6 +178,7 @@ def written_out(scheduler: Any, completed: Any) -> Any:
         return scheduler
     own, filled = scheduler.get("params") or {}, completed["params"]
     missing = {key: filled[key] for key in BEFORE if key in filled and key not in own}
+    missing.pop(LENGTH, None)  # it is the run's, then and now
     return scheduler | {"params": missing | own}
 
 
