@@ -117,7 +117,8 @@ def test_deepspeed_says_what_it_knows():
         "scheduler communication_data_type prescale_gradients gradient_predivide_factor fp16 bf16 "
         "zero_optimization steps_per_print wall_clock_breakdown dump_state "
         "activation_checkpointing gradient_clipping zero_allow_untested_optimizer flops_profiler "
-        "tensorboard wandb csv_monitor comms_logger checkpoint data_types aio compile torch_autocast autotuning"
+        "tensorboard wandb csv_monitor comms_logger checkpoint data_types aio compile "
+        "torch_autocast autotuning"
     )
     assert not set(documented.split()) - keys.keys()
     assert keys["prescale_gradients"] is False
