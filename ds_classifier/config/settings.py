@@ -2,7 +2,7 @@
 
 Four layers, later ones win: the defaults (guided-diffusion's), a recipe, a file (--config), flags.
 The DeepSpeed JSON says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule
-type, clipping), and `deepspeed_json.py` checks it and completes it from these settings.
+type, clipping), and `deepspeed_json` checks it and completes it from these settings.
 
 This module imports nothing heavy, so that --help answers at once.
 """
