@@ -216,6 +216,12 @@ def test_stage_0_is_run_as_1():
         assert "ZeRO stage 0: run as stage 1" in "\n".join(result.notes)
 
 
+def test_numbers_that_are_strings_are_numbers_as_in_deepspeed():
+    raw = changed(zero_optimization__stage="3", zero_optimization__reduce_bucket_size="5000")
+    zero = resolved(raw=raw).ds_config["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 5000)
+
+
 def test_keys_of_another_stage_pass_in_silence():
     raw = changed(
         zero_optimization__offload_param={"device": "cpu"},
@@ -287,6 +293,7 @@ def test_clipping_that_is_missing_is_deepspeeds_default():
         (dict(zero_optimization__allgather_bucket_size=1001), "need an even number"),
         (dict(zero_optimization__stage=4), "zero_optimization.stage: got 4"),
         (dict(zero_optimization__stage="auto"), "zero_optimization.stage"),
+        (dict(scheduler={"type": "OneCycle", "params": {}}), "cycle_min_lr: missing; need"),
     ],
 )
 def test_no_crash_that_the_check_could_see(keys, words):

@@ -59,6 +59,9 @@ def settle_zero(draft: Draft) -> None:
             if not value:
                 section.pop(new, None)
     stage = int(zero.stage)
+    # As numbers: DeepSpeed also takes them as strings.
+    section |= {key: getattr(zero, key) for key in BUCKETS if section.get(key, AUTO) != AUTO}
+    section["stage"] = stage
     if stage < 3:
         section.pop("offload_param", None)
     if stage == 0:

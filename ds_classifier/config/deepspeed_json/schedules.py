@@ -55,6 +55,9 @@ def settle_schedule(draft: Draft) -> None:
             if name == "warmup_type":
                 defaults[name] = default
     _settle_rate(draft, kind, takes, defaults)
+    for name, default in takes.items():
+        if default is inspect.Parameter.empty and name not in params:
+            draft.refuse((*SECTION, name), f"missing; need a number, for {kind}", 0.0)
     if defaults:
         text = ", ".join(f"{name} {value}" for name, value in defaults.items())
         draft.notes.append(f"{kind}: {text} (DeepSpeed's defaults)")
