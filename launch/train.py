@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
@@ -61,6 +62,9 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         if command.unknown:
             say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
     resolved, shards, val_shards = open_all(command)
+    for note in resolved.notes:
+        lines = textwrap.wrap(note, 88, break_on_hyphens=False)
+        distributed.say("JSON        " + f"\n{'':12}".join(lines))
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
     if command.skips_training:
@@ -128,7 +132,7 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
     found_beside = settings != command.settings
     if command.overfit_steps:
         # The schedule is that of the whole run; a few hundred steps may not leave its warm-up.
-        settings = settings.replace(anneal_lr=False)
+        settings = settings.replace(anneal_lr=False, lr_schedule="", warmup_steps=-1)
     command = dataclasses.replace(command, settings=settings)
     world_size = distributed.world_size()
     splits = None

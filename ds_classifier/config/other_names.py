@@ -83,8 +83,8 @@ _ADVICE = {
     "max_grad_norm clip_grad grad_clip gradient_clip_val clip": _JSON.format("gradient_clipping"),
     "opt optim optimizer beta1 beta2 betas adam_beta1 adam_beta2 adam_epsilon eps opt_eps momentum":
         _JSON.format("optimizer"),
-    "scheduler sched lr_scheduler lr_scheduler_type lr_schedule min_lr":
-        _JSON.format("scheduler") + "; or --anneal_lr",
+    "scheduler sched lr_scheduler lr_scheduler_type min_lr":
+        _JSON.format("scheduler") + "; or --lr_schedule",
     "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accum_iter grad_accum": (
         "it follows from the other sizes; do: give --global_batch and --microbatch, or "
         "gradient_accumulation_steps in the JSON"

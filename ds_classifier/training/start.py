@@ -25,7 +25,7 @@ from ds_classifier.checkpoint.writer import check_room
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
-from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.config.deepspeed_json import Resolved, meant
 from ds_classifier.config.settings import Settings, changed_settings
 from ds_classifier.training.run_dir import (
     DONE,
@@ -190,13 +190,13 @@ def refuse_lost_checkpoints(run_dir: Path, say: Callable[[str], None]) -> None:
 def refuse_changes(state: dict, resolved: Resolved, facts: dict) -> None:
     """Raise ValueError, with every change, if the checkpoint is of another training."""
     settings, saved = resolved.settings, state["settings"]
-    free = ("iterations",) if resolved.constant_rate else ()
+    free = ("iterations",) if resolved.open_ended else ()
     changes = changed_settings(saved, settings, free=free)
     longer = "iterations" not in free and settings.iterations > saved["iterations"]
     changes += [
         f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
         for key, value in facts["deepspeed"].items()
-        if state["deepspeed"][key] != value
+        if meant(key, state["deepspeed"][key]) != meant(key, value)
     ]
     if state["classes"] != facts["classes"]:
         changes.append(
@@ -246,13 +246,15 @@ def parts_of(state: dict | None, resolved: Resolved) -> dict[str, Any]:
             )
         return {"part_ends": [steps], "skipped_before_part": 0}
     step, ends = state["step"], disk.part_ends(state)
-    if resolved.constant_rate:
+    if resolved.open_ended:
         if steps < step:
             raise ValueError(
                 f"--iterations: got {steps}; need {step} or more, since that many steps are done"
             )
     else:
         _refuse_unplanned(step, ends, resolved.settings)
+    if resolved.open_ended and not resolved.constant_rate:
+        ends = []  # its schedule goes on, whatever the number of steps was
     begins = step in ends and step < steps
     skipped = state["skipped_steps"] if begins else state.get("skipped_before_part", 0)
     warm_up = max(2, resolved.settings.warm_up(steps - step))  # 2: DeepSpeed's least

@@ -71,6 +71,7 @@ class Bench:
         device = distributed.init()
         if problem := deepspeed_engine.precision_problem(resolved.ds_config, device):
             raise ValueError(problem)
+        deepspeed_engine.emulate_fp16(resolved.ds_config, device)
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
         parameters = sum(p.numel() for p in module.parameters())
         ds_config = resolved.with_parameters(parameters).ds_config

@@ -211,7 +211,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
-        if not setup.resolved.constant_rate and engine.global_steps == setup.start.part_begin:
+        if not setup.resolved.open_ended and engine.global_steps == setup.start.part_begin:
             length += ", the learning rate begins anew"
     if command.overfit_steps:
         length = f"one batch again and again, {count(command.overfit_steps, 'step')} at most"
@@ -230,10 +230,13 @@ def _split(shards: ShardSet) -> str:
 
 def _schedule(setup: Setup) -> str:
     """Return the shape of the learning rate over the run, in words."""
-    anneal = setup.resolved.settings.anneal_lr
-    if anneal is None and "scheduler" in setup.resolved.ds_config:
-        return "the JSON's WarmupDecayLR"
-    return "linear to 0" if anneal else "constant"
+    resolved = setup.resolved
+    if "scheduler" in resolved.ds_config:
+        return f"the JSON's {resolved.ds_config['scheduler']['type']}"
+    shape = resolved.settings.schedule or "constant"
+    shape += " to 0" * (shape != "constant")
+    warm_up = resolved.settings.warmup_steps if resolved.settings.schedule else 0
+    return f"{shape} after {count(warm_up, 'step')} of warm-up" if warm_up > 0 else shape
 
 
 def lost_line(row: dict[str, Any], why_skipped: str) -> str:

@@ -37,7 +37,7 @@ _OF_THE_LAUNCHER = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATO
 def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> torch.device:
     """Join the other ranks; raise AgreedError on all of them if one cannot start, or differs."""
     minutes = resolved.settings.time_outs()
-    return distributed.init(
+    device = distributed.init(
         # Longer than the watchdog's own time-outs, whose messages say more.
         timedelta(minutes=5 + max(minutes.values())),
         start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
@@ -47,6 +47,9 @@ def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> t
             or limits.open_files_problem(_files_to_open(resolved.settings))
         ),
     )
+    if emulated := deepspeed_engine.emulate_fp16(resolved.ds_config, device):
+        distributed.say(f"  NOTE      {emulated}")
+    return device
 
 
 def _files_to_open(settings: Settings) -> int:
