@@ -309,9 +309,7 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 # Settings that may differ between nodes: where the data is, and how it is read.
 PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
-PROFILED = (
-    4  # steps that --profile records: one may be an odd one; a trace of many cannot be opened
-)
+PROFILED = 4  # steps that --profile records; a trace of many is too large to open
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
