@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_classifier import distributed
 from ds_classifier.common.text import count
-from ds_classifier.distributed.deepspeed_state import weight_share, whole_shape
+from ds_classifier.distributed.deepspeed_state import weight_share
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORM_ROW = 1 << 14  # numbers that are summed in fp32; rows are summed in fp64
@@ -74,6 +74,8 @@ def create_engine(
     torch.backends.cudnn.benchmark = (
         True  # all batches have one shape, so it finds the fastest kernels
     )
+    if ds_config["optimizer"]["type"].lower() == "muon":
+        _let_muon_take_convolutions()
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=_parameters(module), config=ds_config
@@ -90,14 +92,29 @@ def create_engine(
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters, tagged for the Muon optimizer.
 
-    DeepSpeed reads them after it has tagged them itself, by the names of language models. Weights
-    of 3 dimensions are those of attention: its Muon would take them for lists of matrices.
+    DeepSpeed reads them after it has tagged them itself, by the names of language models.
     """
     for name, parameter in module.named_parameters():
         if getattr(parameter, "use_muon", False):
-            hidden = not name.startswith(NOT_HIDDEN)
-            parameter.use_muon = hidden and len(whole_shape(parameter)) != 3
+            parameter.use_muon = not name.startswith(NOT_HIDDEN)
         yield parameter
+
+
+def _let_muon_take_convolutions() -> None:
+    """Make DeepSpeed's Muon see a convolution's weight as the matrix [out, in * kernel].
+
+    DeepSpeed 0.19.8 fails on 4 dimensions, and takes 3, those of attention, for many matrices.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+
+    def update(grad, momentum, *args, **kwargs):
+        matrix, kept = (value.view(len(grad), -1) for value in (grad, momentum))
+        return of_matrix(matrix, kept, *args, **kwargs).view_as(grad)
+
+    of_matrix = original_muon.muon_update
+    if not hasattr(of_matrix, "takes_convolutions"):
+        update.takes_convolutions = True
+        original_muon.muon_update = update
 
 
 def precision(engine) -> str:

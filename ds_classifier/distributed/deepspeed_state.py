@@ -82,6 +82,20 @@ def update_copies(engine) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
+def whole_copies(engine) -> dict[str, Tensor]:
+    """Return the weights that the model computes with, by name; every rank must call it.
+
+    Under ZeRO 3 they are gathered and copied, so that a rank can use them alone.
+    """
+    parameters = dict(engine.module.named_parameters())
+    if not is_sharded(engine):
+        return {name: p.detach() for name, p in parameters.items()}
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(list(parameters.values())):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
 def copies(engine) -> dict[str, Tensor]:
     """Return the parameters of which every rank holds a copy, by name.
 

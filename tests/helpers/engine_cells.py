@@ -1,7 +1,7 @@
-"""Train, save and load in DeepSpeed engines of several kinds: engine_cells.py FOLDER TASK CELL...
+"""Train, save and load in DeepSpeed engines of several kinds: engine_cells.py FOLDER TASKS CELL...
 
 A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the optimizer to the CPU,
-"p" the parameters too. Every rank runs it. Tasks:
+"p" the parameters too. Every rank runs it. Tasks, joined by commas, each for all cells:
 
 - resume: train 6 steps, saving at steps 2 and 6; load step 2 into a fresh engine and train it to
   step 6. Prints whether all weights, state, losses and rates are the same.
@@ -10,11 +10,14 @@ A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the opti
   from the uninterrupted run, over the largest weight.
 - cross: load step 2 of the first cell into each of the others, and print whether what is saved then
   is the same, and the relative difference of the next loss.
+- skip: train 4 steps, the second of them with an infinite gradient on one rank. Prints whether the
+  weights stayed, the number of skipped steps, the optimizer's count and the rate of each step.
 
-Prints one JSON line per cell on rank 0.
+Prints one JSON line per task and cell on rank 0.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -32,7 +35,7 @@ from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
 from ds_classifier.diffusion import UniformSampler
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
@@ -121,17 +124,15 @@ class Cell:
         self.losses, self.rates = [], []
 
     def train(self, steps: int, spoil: int = -1) -> None:
-        """Train until a number of steps is done. spoil: the step whose first loss is nan."""
+        """Train until a number of steps is done. spoil: the step whose gradient is infinite."""
         while self.engine.global_steps < steps:
             step, ranks = self.engine.global_steps, distributed.world_size()
             first = step * GLOBAL
             own = [q for q in range(first, first + GLOBAL) if q % ranks == distributed.rank()]
             micro = [own[i : i + MICRO] for i in range(0, len(own), MICRO)]
             batches = [batch_at(positions) for positions in micro]
-            if step == spoil and distributed.rank() == ranks - 1:
-                with spoiled(self.engine):
-                    trained = train_step(self.engine, iter(batches), self.objective, self.meter)
-            else:
+            spoil_it = step == spoil and distributed.rank() == ranks - 1
+            with spoiled(self.engine) if spoil_it else contextlib.nullcontext():
                 trained = train_step(self.engine, iter(batches), self.objective, self.meter)
             means = self.meter.read().means
             self.losses.append(means["loss"])
@@ -252,11 +253,24 @@ def cross(cell: str, folder: Path, device, first: Path) -> dict:
     return {"loaded": differing(first / "whole" / disk.step_name(2), same)[:3], "loss": here.losses}
 
 
+def skip(cell: str, folder: Path, device) -> dict:
+    here = Cell(cell, device)
+    here.train(1)
+    before = [v.clone() for v in deepspeed_state.whole_copies(here.engine).values()]
+    here.train(2, spoil=1)
+    after = deepspeed_state.whole_copies(here.engine).values()
+    stayed = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    here.train(4)
+    scalars = deepspeed_state.OptimizerState(here.engine).scalars()
+    skipped = here.engine.skipped_steps
+    return {"stayed": stayed, "skipped": skipped, "scalars": scalars, "rates": here.rates}
+
+
 def main() -> None:
-    folder, task, *cells = sys.argv[1:]
+    folder, tasks, *cells = sys.argv[1:]
     device = distributed.init()
     torch.set_num_threads(1)
-    for cell in cells:
+    for task, cell in itertools.product(tasks.split(","), cells):
         try:
             extra = {"first": Path(folder) / cells[0]} if task == "cross" else {}
             row = globals()[task](cell, Path(folder) / cell, device, **extra)
