@@ -90,9 +90,9 @@ def whole_copies(engine) -> dict[str, Tensor]:
     parameters = dict(engine.module.named_parameters())
     if not is_sharded(engine):
         return {name: p.detach() for name, p in parameters.items()}
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(list(parameters.values())):
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
@@ -174,7 +174,7 @@ def _shares(engine) -> list[Share]:
 
 
 class OptimizerState:
-    """What the optimizer of an engine keeps per weight, such as Adam's exp_avg; made for one use.
+    """The state that an engine's optimizer keeps per weight, such as Adam's exp_avg; for one use.
 
     Parameters are those of the engine's module. kind: the optimizer's name in checkpoints, such as
     "Adam": the same for every implementation of it.
@@ -204,7 +204,8 @@ class OptimizerState:
         return {
             self._names.get(name, name): value
             for name, value in self._optimizer.state.get(share.weights, {}).items()
-            if torch.is_tensor(value) and value.dim() == 1
+            if torch.is_tensor(value)
+            and (share.wholes is not None or value.shape == share.weights.shape)
         }
 
     def names(self) -> dict[nn.Parameter, list[str]]:

@@ -35,13 +35,17 @@ def writer(tmp_path, monkeypatch):
         skipped_steps=0,
         device=torch.device("cpu"),
         optimizer=SimpleNamespace(
-            optimizer=adam, _lazy_init_hp_params_optimizer_state=lambda: None
+            optimizer=adam,
+            single_partition_of_fp32_groups=list(module.parameters()),
+            bit16_groups=[[p] for p in module.parameters()],
+            _lazy_init_hp_params_optimizer_state=lambda: None,
         ),
         fp16_enabled=lambda: False,
+        zero_optimization_stage=lambda: 2,
     )
 
-    def snapshot(self, parameters, sampled):
-        for name, value in parameters.items():
+    def snapshot(self, optimizer, sampled):
+        for name, value in module.named_parameters():
             self._keep_copy(self._model, name, value.detach())
             self._keep_copy(self._optimizer, f"exp_avg.{name}", torch.zeros_like(value))
 

@@ -74,7 +74,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_resumed_run_has_the_rates_of_the_uninterrupted_one(name):
-    """At each of 300 steps, DeepSpeed's own scheduler without an interruption is the judge."""
+    """Compare each of 300 steps with DeepSpeed's own scheduler, stepped without interruption."""
     import torch
     from deepspeed.runtime import lr_schedules
 
