@@ -82,6 +82,8 @@ def create_engine(
         )
     if lr_factor is not None:  # not given to initialize: ZeRO replaces some optimizers
         engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
+    if getattr(engine.optimizer, "cpu_offload", False):
+        _forget_gradients_of_skipped_steps(engine.optimizer)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         # DeepSpeed would raise at the first overflow at the smallest scale. skipped_steps.py counts
         # them instead.
@@ -98,6 +100,21 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
         if getattr(parameter, "use_muon", False):
             parameter.use_muon = not name.startswith(NOT_HIDDEN)
         yield parameter
+
+
+def _forget_gradients_of_skipped_steps(zero) -> None:
+    """Drop the gradients of a step that was skipped, under ZeRO 1 and 2 with offload.
+
+    DeepSpeed 0.19.8 goes on adding to them in bf16, so that it would skip all steps that follow.
+    """
+    step = zero.step
+
+    def step_and_forget(*args, **kwargs) -> None:
+        step(*args, **kwargs)
+        if zero.overflow:
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+
+    zero.step = step_and_forget
 
 
 def _let_muon_take_convolutions() -> None:

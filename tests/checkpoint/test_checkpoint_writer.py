@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_never_saved(writer, tmp_path):
     with torch.no_grad():
         writer._engine.module.weight[0, 1] = 0
         next(iter(writer._engine.optimizer.optimizer.state.values()))["exp_avg"][0, 0] = torch.inf
-    with pytest.raises(FloatingPointError, match=r"not finite .Adam's state"):
+    with pytest.raises(FloatingPointError, match=r"not finite .a master weight"):
         save(writer, 2)
     assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["1"]
 
