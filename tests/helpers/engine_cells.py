@@ -218,11 +218,12 @@ def resume(cell: str, folder: Path, device) -> dict:
         "loaded": differing(saved, same)[:3],
         "resumed": differing(end, again_end)[:3],
         "moved": largest_difference(saved, end),
+        "first": whole.losses[0],
         "losses": again.losses == whole.losses[2:],
         "rates": again.rates == whole.rates[2:],
         "state": json.loads((end / disk.STATE).read_text())["optimizer"],
         "kept": len(load_file(end / disk.OPTIMIZER)),
-        "skipped": whole.engine.skipped_steps,
+        "parameters": len(load_file(end / disk.MODEL)),
     }
 
 
