@@ -233,7 +233,8 @@ def _differs(key: str, was: Any, now: Any) -> bool:
 def _optimizer(section: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return what decides the steps of a JSON's optimizer: its type and its parameters."""
     params = {k: v for k, v in (section.get("params") or {}).items() if k not in IMPLEMENTATION}
-    name, w_mode = section["type"].lower(), params.pop("adam_w_mode", True)
+    name = str(section.get("type", "AdamW")).lower().replace("auto", "adamw")
+    w_mode = params.pop("adam_w_mode", True)
     return ("adamw" if name == "adam" and w_mode else name), params
 
 

@@ -11,7 +11,6 @@ from running import ROOT, launch
 SCRIPT = ROOT / "tests" / "helpers" / "engine_cells.py"
 CELLS = ("2-bf16-adamw", "3-bf16-adamw", "2o-bf16-adamw")
 OTHERS = ("3-fp32-adagrad",)
-# Their modules take long to import, compile or run.
 SLOW = (
     *("1-fp32-adamw", "1-bf16-adamw", "2-fp32-adam", "3-fp16-adamw", "3p-fp32-adamw"),
     *("2-bf16-muon", "3-bf16-muon", "2o-bf16-muon", "3p-bf16-cpuadam", "2o-fp32-lion"),
@@ -36,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(folder):
     """The rows of all tasks: on two ranks, then on one, then on two again."""
-    rows = ask(2, "resume", [*CELLS, *OTHERS], folder) | ask(2, "skip", CELLS, folder)
+    rows = ask(2, "resume,skip", [*CELLS, *OTHERS], folder)
     ask(1, "part", CELLS, folder)
     return rows | ask(2, "close,cross", CELLS, folder)
 
