@@ -6,8 +6,8 @@ A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the opti
 - resume: train 6 steps, saving at steps 2 and 6; load step 2 into a fresh engine and train it to
   step 6. Prints whether all weights, state, losses and rates are the same.
 - part: load step 2, train to step 4 and save it in FOLDER/part. For another number of ranks.
-- close: load step 4 of FOLDER/part, train to step 6, and print the largest difference of weights
-  from the uninterrupted run, over the largest weight.
+- close: load step 4 of FOLDER/part, train to step 6, and print the distance of the weights
+  from those of the uninterrupted run.
 - cross: load step 2 of the first cell into each of the others, and print whether what is saved then
   is the same, and the relative difference of the next loss.
 - skip: train 4 steps, the second of them with an infinite gradient on one rank. Prints whether the
@@ -194,11 +194,10 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted(names | {n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])})
 
 
-def largest_difference(one: Path, other: Path) -> float:
+def distance(one: Path, other: Path) -> float:
+    """Return the norm of the difference of the weights of two checkpoints."""
     a, b = (load_file(p / disk.MODEL) for p in (one, other))
-    return max(float((a[n] - b[n]).abs().max()) for n in a) / max(
-        float(v.abs().max()) for v in a.values()
-    )
+    return sum(float((a[n] - b[n]).double().square().sum()) for n in a) ** 0.5
 
 
 def resume(cell: str, folder: Path, device) -> dict:
@@ -217,7 +216,7 @@ def resume(cell: str, folder: Path, device) -> dict:
     return {
         "loaded": differing(saved, same)[:3],
         "resumed": differing(end, again_end)[:3],
-        "moved": largest_difference(saved, end),
+        "moved": distance(saved, end),
         "first": whole.losses[0],
         "losses": again.losses == whole.losses[2:],
         "rates": again.rates == whole.rates[2:],
@@ -242,7 +241,7 @@ def close(cell: str, folder: Path, device) -> dict:
     end = here.save(folder / "close")
     if distributed.rank():
         return {}
-    return {"difference": largest_difference(folder / "whole" / disk.step_name(6), end)}
+    return {"distance": distance(folder / "whole" / disk.step_name(6), end)}
 
 
 def cross(cell: str, folder: Path, device, first: Path) -> dict:
@@ -252,7 +251,7 @@ def cross(cell: str, folder: Path, device, first: Path) -> dict:
     here.train(3)
     if distributed.rank():
         return {}
-    return {"loaded": differing(first / "whole" / disk.step_name(2), same)[:3], "loss": here.losses}
+    return {"loaded": differing(first / "whole" / disk.step_name(2), same), "loss": here.losses}
 
 
 def skip(cell: str, folder: Path, device) -> dict:
