@@ -186,6 +186,8 @@ class OptimizerState:
         self.kind = _KINDS.get(name, name)
         self.shares = _shares(engine)
         self._share_of = {p: share for share in self.shares for p in share.parameters}
+        # Muon leaves some parameters to an Adam.
+        self._stepping = getattr(self._optimizer, "aux_optimizer", None) or self._optimizer
         self._names = _OTHER_NAMES.get(name, {})  # own name -> name in checkpoints
         self._own_names = {ours: own for own, ours in self._names.items()}
         self._link()
@@ -249,12 +251,28 @@ class OptimizerState:
                     state[own] = share.weights.detach().new_zeros(size)
             if not getattr(share.parameters[0], "use_muon", False):  # its momentum has no count
                 for name, value in scalars.items():
-                    state[name] = self._number(share, name, value)
+                    state[name] = self._number(share, value)
+        self._count_steps(int(scalars.get("step", 0)))
         self._link()
 
-    def _number(self, share: Share, name: str, value: float) -> Any:
+    def _count_steps(self, steps: int) -> None:
+        """Let DeepSpeedCPUAdam count the steps of a run under way, if it is the optimizer.
+
+        It multiplies its bias corrections by the betas at each step. The power that it takes when
+        it begins at a later step differs in the last bit.
+        """
+        adam = self._stepping
+        if not hasattr(adam, "ds_opt_adam"):
+            return
+        group, nothing = adam.param_groups[0], [torch.zeros(1) for _ in range(4)]
+        for step in range(1, steps + 1):
+            adam.ds_opt_adam.adam_update(
+                adam.opt_id, step, 0.0, *group["betas"], 1e-8, 0.0, True, *nothing
+            )
+
+    def _number(self, share: Share, value: float) -> Any:
         """Return a number of the state as this optimizer keeps it: a tensor, or an int or float."""
-        optimizer = getattr(self._optimizer, "aux_optimizer", None) or self._optimizer
+        optimizer = self._stepping
         if not type(optimizer).__module__.startswith("torch."):
             return int(value) if value == int(value) else value
         group = optimizer.param_groups[0]
