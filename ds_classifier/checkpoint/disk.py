@@ -368,7 +368,8 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     checkpoint: read on rank 0 only; may be None on other ranks.
     state: its `read_state`, on all ranks.
     On the same number of ranks, the following steps are bit-equal to those of the run that wrote
-    it. Raises ValueError on all ranks if tensors are missing or have other shapes.
+    it; if not, a note says so.
+    Raises ValueError on all ranks if tensors are missing or have other shapes.
     """
     optimizer = deepspeed_state.OptimizerState(engine)
     saved = optimizer_of(state)
@@ -394,6 +395,11 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
         distributed.say(
             f"note: the optimizer is {optimizer.kind} now, and was {saved['kind']} in the "
             "checkpoint: what it keeps of the gradients starts anew"
+        )
+    if not deepspeed_state.resumes_exactly(engine):
+        distributed.say(
+            "note: with ZeRO 3 and torch_autocast the steps that follow equal those of a run "
+            "without an interruption within rounding only; do: write bf16 for equal bits"
         )
     for name, parameter in parameters.items():
         shape = deepspeed_state.whole_shape(parameter)

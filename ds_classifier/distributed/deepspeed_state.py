@@ -41,6 +41,15 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def resumes_exactly(engine) -> bool:
+    """Return whether the same number of ranks continue a run bit by bit on a CPU.
+
+    ZeRO 3 of DeepSpeed 0.19.8 does not with torch_autocast, although its state is equal.
+    """
+    autocast = getattr(engine, "torch_autocast_enabled", lambda: False)
+    return not (is_sharded(engine) and autocast())
+
+
 def parameter_count(engine) -> int:
     """Return the number of the model's parameters."""
     return sum(whole_shape(p).numel() for p in engine.module.parameters())
