@@ -11,7 +11,7 @@ from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.training.setup import Setup
 
@@ -185,7 +185,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     settings, batch = setup.resolved.settings, setup.resolved.batch
     engine, shards = setup.engine, setup.shards
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = deepspeed_state.parameter_count(engine)
 
     say = distributed.say_labelled
     held_out = "none"

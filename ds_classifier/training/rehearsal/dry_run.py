@@ -27,7 +27,7 @@ from ds_classifier.checkpoint.replicas import bit_sum
 from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter, check_room
 from ds_classifier.common import files
 from ds_classifier.data.loader import Batch, Loader
-from ds_classifier.distributed import deepspeed_engine, memory
+from ds_classifier.distributed import deepspeed_state, memory
 from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter
@@ -117,7 +117,7 @@ class Rehearsal:
             peaks[size] = memory.peak_memory(device)
         capacity = memory.memory_for_rank(device, ranks_here=ranks_here)
         if device.type == "cpu":  # from the first save on it holds rank 0's snapshot too
-            parameters = sum(p.numel() for p in self._engine.module.parameters())
+            parameters = deepspeed_state.parameter_count(self._engine)
             capacity -= BYTES_A_PARAMETER * parameters // ranks_here
         mine = torch.tensor([capacity, *peaks.values()], dtype=torch.float64, device=device)
         lines = [
@@ -226,8 +226,8 @@ class Rehearsal:
         return SaveCost(held, written, loaded, size, free)
 
     def _fingerprint(self) -> list[int]:
-        """Return sums over the bits of this rank's share of master weights and Adam moments."""
-        return [int(bit_sum(value)) for value in deepspeed_engine.optimizer_share(self._engine)]
+        """Return sums over the bits of this rank's share of master weights and optimizer state."""
+        return [int(bit_sum(value)) for value in deepspeed_state.optimizer_share(self._engine)]
 
 
 @contextmanager
