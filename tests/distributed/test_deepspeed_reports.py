@@ -1,4 +1,4 @@
-"""What DeepSpeed reports on a run goes to a file."""
+"""DeepSpeed's reports on a run go to a file."""
 
 import logging
 
