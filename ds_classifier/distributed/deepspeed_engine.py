@@ -15,6 +15,7 @@ from torch import nn
 
 from ds_classifier import distributed
 from ds_classifier.common.text import count
+from ds_classifier.distributed.deepspeed_versions import skip_steps_that_are_not_finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,6 +79,7 @@ def create_engine(
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, config=ds_config, **schedule
         )
+    skip_steps_that_are_not_finite(engine)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         # DeepSpeed would raise at the first overflow at the smallest scale. skipped_steps.py counts
         # them instead.
