@@ -39,16 +39,21 @@ def skip_steps_that_are_not_finite(engine) -> None:
         return
     if hasattr(optimizer, "fp32_groups_gradients_flat"):
         _check_bf16_optimizer(optimizer)
-    elif not engine.fp16_enabled() or hasattr(optimizer, "check_grad_overflow"):
-        _check_zero_optimizer(optimizer)
+    else:
+        checks_fp16 = engine.fp16_enabled() and not hasattr(optimizer, "check_grad_overflow")
+        _check_zero_optimizer(optimizer, checked=checks_fp16)
 
 
-def _check_zero_optimizer(optimizer) -> None:
-    """Check the gradients where a step updates the loss scale, which it does in every precision."""
+def _check_zero_optimizer(optimizer, *, checked: bool) -> None:
+    """Check the gradients where a step updates the loss scale, which it does in every precision.
+
+    checked: DeepSpeed itself has checked them there, on all ranks.
+    """
     update_scale = optimizer._update_scale
 
     def check_and_update(_) -> None:
-        optimizer.check_overflow()
+        if not checked:
+            optimizer.check_overflow()
         if optimizer.overflow:
             optimizer._global_grad_norm = float("inf")
         update_scale(optimizer.overflow)

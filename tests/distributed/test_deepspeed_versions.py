@@ -98,6 +98,9 @@ def test_fp16_is_checked_once():
     newer.check_grad_overflow = True
     assert stepped(newer, fp16=True).checks == 1
     assert newer.scale_saw
+    assert newer._global_grad_norm == float("inf")
+    old = stepped(OldZero([float("nan")], fp16=True), fp16=True)
+    assert (old.checks, old._global_grad_norm) == (1, float("inf"))
 
 
 def test_a_deepspeed_that_checks_is_left_alone(monkeypatch):
