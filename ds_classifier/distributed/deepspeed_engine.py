@@ -15,7 +15,10 @@ from torch import nn
 
 from ds_classifier import distributed
 from ds_classifier.common.text import count
-from ds_classifier.distributed.deepspeed_versions import skip_steps_that_are_not_finite
+from ds_classifier.distributed.deepspeed_versions import (
+    accumulation_problem,
+    skip_steps_that_are_not_finite,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,7 +27,7 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 
 def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | None:
-    """Return why the device cannot compute in the JSON's precision, or None."""
+    """Return why this device or DeepSpeed cannot compute in the JSON's precisions, or None."""
     from deepspeed.accelerator import get_accelerator
 
     if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
@@ -33,7 +36,7 @@ def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | 
             f"fp16.enabled: got true on {describe_device(device)}, which has no fp16 arithmetic "
             f"(a CPU needs AVX512-FP16); do: use ds_configs/{name}"
         )
-    return None
+    return accumulation_problem(ds_config)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version
+from typing import Any
 
 NEWEST_TESTED = (0, 19)
 QUIET_SINCE = (0, 17, 6)
@@ -23,6 +24,30 @@ def newer_than_tested() -> str:
     return (
         f"warning: got deepspeed {got}; the newest tested is {tested}; if this run fails, do: "
         f'python -m pip install "deepspeed=={tested}.*"'
+    )
+
+
+def accumulation_problem(ds_config: dict[str, Any]) -> str | None:
+    """Return why this DeepSpeed would train with wrong gradients, or None.
+
+    Older versions err where ZeRO 1 sums gradients in another precision than it computes in. For
+    bf16 summed in fp32 they have an optimizer of its own, which is right.
+    """
+    from deepspeed.runtime import utils
+
+    enabled = (name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled"))
+    precision = next(enabled, "fp32")
+    summed = ds_config.get("data_types", {}).get("grad_accum_dtype") or precision
+    if (
+        hasattr(utils, "is_invalid_grad_norm")
+        or ds_config["zero_optimization"]["stage"] != 1
+        or (precision, summed) in ((precision, precision), ("bf16", "fp32"))
+    ):
+        return None
+    return (
+        f"zero_optimization.stage: got 1 with {precision} and gradients summed in {summed}, which "
+        f"deepspeed {version('deepspeed')} computes wrongly; do: use stage 2, no gradient "
+        "accumulation, or deepspeed 0.19.8 or newer"
     )
 
 

@@ -113,6 +113,26 @@ def test_a_deepspeed_that_checks_is_left_alone(monkeypatch):
     assert vars(engine.optimizer) == before
 
 
+def summing(precision, summed, stage=1):
+    """Return a config that computes in one precision and sums gradients in another."""
+    ds = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": summed}}
+    return ds | ({precision: {"enabled": True}} if precision != "fp32" else {})
+
+
+def test_sums_that_an_older_deepspeed_gets_wrong_are_refused(monkeypatch):
+    """Compared by hand with torch's AdamW: norm 0.43 in place of 0.25 with 0.16.9 to 0.19.4."""
+    from deepspeed.runtime import utils
+
+    assert "stage: got 1 with fp16" in deepspeed_versions.accumulation_problem(
+        summing("fp16", "fp32")
+    )
+    for right in (("fp16", None), ("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        assert deepspeed_versions.accumulation_problem(summing(*right)) is None
+    assert deepspeed_versions.accumulation_problem(summing("fp16", "fp32", stage=2)) is None
+    monkeypatch.setattr(utils, "is_invalid_grad_norm", None, raising=False)
+    assert deepspeed_versions.accumulation_problem(summing("fp16", "fp32")) is None
+
+
 @pytest.mark.parametrize(
     ("installed", "quiet", "warned"),
     [
