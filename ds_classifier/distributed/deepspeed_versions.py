@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 NEWEST_TESTED = (0, 19)
+COMPLETE_SINCE = (0, 19, 8)  # it lacks nothing of this; 0.19.4 still did
 QUIET_SINCE = (0, 17, 6)
 TINY = 1e-18  # its square is not 0 in fp32
 
@@ -33,13 +34,11 @@ def accumulation_problem(ds_config: dict[str, Any]) -> str | None:
     Older versions err where ZeRO 1 sums gradients in another precision than it computes in. For
     bf16 summed in fp32 they have an optimizer of its own, which is right.
     """
-    from deepspeed.runtime import utils
-
     enabled = (name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled"))
     precision = next(enabled, "fp32")
     summed = ds_config.get("data_types", {}).get("grad_accum_dtype") or precision
     if (
-        hasattr(utils, "is_invalid_grad_norm")
+        _installed() >= COMPLETE_SINCE
         or ds_config["zero_optimization"]["stage"] != 1
         or (precision, summed) in ((precision, precision), ("bf16", "fp32"))
     ):
@@ -57,10 +56,8 @@ def skip_steps_that_are_not_finite(engine) -> None:
     Recent versions do so themselves. Older ones apply such a step in bf16 and fp32, and with fp16
     and ZeRO 1 some of them let each rank decide on its own.
     """
-    from deepspeed.runtime import utils
-
     optimizer = engine.optimizer
-    if hasattr(utils, "is_invalid_grad_norm"):
+    if _installed() >= COMPLETE_SINCE:
         return
     if hasattr(optimizer, "fp32_groups_gradients_flat"):
         _check_bf16_optimizer(optimizer)
