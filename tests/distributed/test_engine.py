@@ -71,5 +71,5 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     theirs = (
         "deepspeed/",
         "ds_classifier/distributed/deepspeed_versions.py",
-    )  # done for older ones
+    )
     assert [w for w in seen["waits"] if not w[0].startswith(theirs)] == []
