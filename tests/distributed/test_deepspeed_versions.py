@@ -53,7 +53,7 @@ class OldBf16:
 
 @pytest.fixture(autouse=True)
 def install(monkeypatch):
-    """A function that makes a version the installed one; at first 0.16.9."""
+    """Return a function that makes a version the installed one; at first 0.16.9."""
 
     def install(number):
         monkeypatch.setattr(deepspeed_versions, "version", lambda _: number)
