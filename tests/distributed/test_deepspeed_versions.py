@@ -1,4 +1,4 @@
-"""What older versions of DeepSpeed lack is supplied; untested newer ones are named."""
+"""Older versions of DeepSpeed get what they lack; untested newer ones are named."""
 
 from types import SimpleNamespace
 
