@@ -17,6 +17,10 @@ from torch import nn
 from ds_classifier import distributed
 from ds_classifier.common.text import count
 from ds_classifier.distributed.deepspeed_state import weight_share
+from ds_classifier.distributed.deepspeed_versions import (
+    skip_steps_that_are_not_finite,
+    version_problem,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORM_ROW = 1 << 14  # numbers that are summed in fp32; rows are summed in fp64
@@ -28,7 +32,7 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 
 def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | None:
-    """Return why the device cannot compute in the JSON's precision, or None.
+    """Return why the device or DeepSpeed cannot compute in the JSON's way, or None.
 
     A CPU without fp16 arithmetic emulates it, see `emulate_fp16`.
     """
@@ -43,7 +47,7 @@ def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | 
                 f"{name}.enabled: got true on {describe_device(device)}, which has no {name} "
                 f"arithmetic; do: use ds_configs/{other}.json"
             )
-    return None
+    return version_problem(ds_config)
 
 
 def emulate_fp16(ds_config: dict[str, Any], device: torch.device) -> str:
@@ -109,6 +113,7 @@ def create_engine(
         engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
     if getattr(engine.optimizer, "cpu_offload", False):
         _forget_gradients_of_skipped_steps(engine.optimizer)
+    skip_steps_that_are_not_finite(engine)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         # DeepSpeed would raise at the first overflow at the smallest scale. skipped_steps.py counts
         # them instead.

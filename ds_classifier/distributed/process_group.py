@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from ds_classifier.common.text import count
 from ds_classifier.distributed import launcher, rendezvous
 from ds_classifier.distributed.console import say, show
+from ds_classifier.distributed.deepspeed_versions import newer_than_tested
 from ds_classifier.distributed.ranks import (
     AgreedError,
     adopt_tasks,
@@ -93,6 +94,8 @@ def init(
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"  # the store takes a free one
     deepspeed = _import_deepspeed_quietly()
+    if warning := newer_than_tested():
+        say(warning)
     card = {"host": socket.gethostname(), "problem": check(device)}
     card["same"] = code_versions() | (same or {})
     store, other_host = _meet(card, start_timeout)
@@ -202,8 +205,10 @@ def _set_gloo_interface(other_host: str) -> None:
 def _import_deepspeed_quietly():
     """Import DeepSpeed without log lines that no user can act on, and without compiling."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
+    logging.disable(logging.INFO)  # before 0.17.6 it logs the device that it takes
     import deepspeed
 
+    logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # None of DeepSpeed's own ops is used. Without this line it looks for compilers, and on a CPU
     # compiles for 40 s a collective that only inference calls.
