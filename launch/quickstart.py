@@ -29,7 +29,7 @@ from ds_classifier.config import RECIPES
 from ds_classifier.config.parser import Parser
 from ds_classifier.config.shipped import choose_config
 from ds_classifier.distributed import failures
-from ds_classifier.distributed.deepspeed_versions import quiet_flag
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ds_classifier import distributed
 from ds_classifier.common import files
-from ds_classifier.distributed import deepspeed_engine, deepspeed_state
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 
 FORMAT = "ds_classifier checkpoint"
 VERSION = 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier.distributed.deepspeed_state import optimizer_share
+from ds_classifier.distributed.engine.deepspeed_state import optimizer_share
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

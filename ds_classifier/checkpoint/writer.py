@@ -28,7 +28,7 @@ from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.replicas import check_replicas
 from ds_classifier.common import files
 from ds_classifier.common.text import count, first_line
-from ds_classifier.distributed import deepspeed_engine, deepspeed_state
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 
 # Errors of a network file system or a failing-over disk that may not occur again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOLCK)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from ds_classifier.common.text import count
 from ds_classifier.distributed import launcher, rendezvous
 from ds_classifier.distributed.console import say, show
-from ds_classifier.distributed.deepspeed_versions import newer_than_tested
+from ds_classifier.distributed.engine.deepspeed_versions import newer_than_tested
 from ds_classifier.distributed.ranks import (
     AgreedError,
     adopt_tasks,

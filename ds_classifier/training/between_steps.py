@@ -14,7 +14,8 @@ from ds_classifier.checkpoint.disk import PREFIX
 from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.common.text import count
 from ds_classifier.data.loader import Loader
-from ds_classifier.distributed import deepspeed_state, failures
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import Stopped
 from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid

@@ -14,7 +14,8 @@ from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import create_schedule_sampler
-from ds_classifier.distributed import deepspeed_engine, deepspeed_reports, failures
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
 from ds_classifier.distributed.memory import MemoryAdvice
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog

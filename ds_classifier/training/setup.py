@@ -23,7 +23,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader

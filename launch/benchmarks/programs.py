@@ -21,7 +21,7 @@ from ds_classifier.data.convert.convert import Encoding, convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
-from ds_classifier.distributed.deepspeed_versions import quiet_flag
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
 MOST_CONVERTED = 2000  # images; a benchmark reads them again and again

@@ -29,7 +29,7 @@ from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.loss import noised_classifier

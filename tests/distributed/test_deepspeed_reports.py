@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from ds_classifier.distributed import deepspeed_reports
+from ds_classifier.distributed.engine import deepspeed_reports
 
 
 @pytest.fixture

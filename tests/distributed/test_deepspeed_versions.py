@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_classifier.distributed import deepspeed_versions
-from ds_classifier.distributed.deepspeed_versions import skip_steps_that_are_not_finite
+from ds_classifier.distributed.engine import deepspeed_versions
+from ds_classifier.distributed.engine.deepspeed_versions import skip_steps_that_are_not_finite
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 

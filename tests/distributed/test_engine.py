@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from running import ROOT, run_python
 
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 
 LEARNT = {"cur_scale": 64.0, "cur_iter": 30, "last_overflow_iter": 12, "cur_hysteresis": 1}
 
@@ -120,6 +120,6 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     assert seen["waits"], "DeepSpeed's own are seen, so others would be"
     theirs = (
         "deepspeed/",
-        "ds_classifier/distributed/deepspeed_versions.py",
+        "ds_classifier/distributed/engine/deepspeed_versions.py",
     )
     assert [w for w in seen["waits"] if not w[0].startswith(theirs)] == []

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ds_classifier.distributed import deepspeed_engine
-from ds_classifier.distributed.deepspeed_engine import emulate_fp16, precision_problem
+from ds_classifier.distributed.engine import deepspeed_engine
+from ds_classifier.distributed.engine.deepspeed_engine import emulate_fp16, precision_problem
 
 CPU = torch.device("cpu")
 FP16, BF16 = ({name: {"enabled": True}} for name in ("fp16", "bf16"))

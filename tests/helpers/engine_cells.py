@@ -36,7 +36,7 @@ from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
 from ds_classifier.diffusion import UniformSampler
-from ds_classifier.distributed import deepspeed_engine, deepspeed_state
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier

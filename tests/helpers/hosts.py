@@ -12,7 +12,7 @@ from cluster import Cluster, Node
 from running import ROOT, read_log
 from tiny_run import CONFIGS, TINY, TRACED
 
-from ds_classifier.distributed.deepspeed_versions import quiet_flag
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 
 STEPS = 24
 FLAGS = ["--global_batch", "12", "--iterations", str(STEPS), "--save_interval", "6"]

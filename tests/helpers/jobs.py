@@ -14,7 +14,7 @@ from pathlib import Path
 from running import environment, free_port
 from tiny_run import CONFIGS, TINY, TRACED
 
-from ds_classifier.distributed.deepspeed_versions import quiet_flag
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 from ds_classifier.distributed.processes import parent
 
 ALIVE_SECONDS = 40  # a job must be gone within this time; the launcher alone waits up to 30 s

@@ -22,7 +22,7 @@ from tiny_run import CONFIGS, TINY, TRAIN
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
-from ds_classifier.distributed.deepspeed_versions import quiet_flag
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 
 STEPS = (6, 26)  # the traffic is steady between these
 MICRO = 4

@@ -12,7 +12,7 @@ from running import ROOT, read_log, run_python
 from safetensors.torch import load_file
 from tiny_run import CONFIGS, TINY, TRAIN, assert_same_state, losses, traced, train, without_clocks
 
-from ds_classifier.distributed.deepspeed_versions import quiet_flag
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 
 # ------------------------------------------------------------------------- same run, other ranks
 

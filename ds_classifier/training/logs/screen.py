@@ -11,7 +11,7 @@ from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
-from ds_classifier.distributed import deepspeed_engine, deepspeed_state
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.training.setup import Setup
 

@@ -27,7 +27,8 @@ from ds_classifier.checkpoint.replicas import bit_sum
 from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter, check_room
 from ds_classifier.common import files
 from ds_classifier.data.loader import Batch, Loader
-from ds_classifier.distributed import deepspeed_state, memory
+from ds_classifier.distributed import memory
+from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter

@@ -23,7 +23,8 @@ from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import PER_NODE_SETTINGS, Settings
 from ds_classifier.data.loader import default_workers
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
+from ds_classifier.distributed import launcher, rendezvous
+from ds_classifier.distributed.engine import deepspeed_engine
 
 # Counted in /proc/PID/fd on a CPU. Rank 0 serves the store, to which all other ranks connect.
 FILES_OF_A_RUN, FILES_PER_WORKER, FILES_PER_RANK = 40, 4, 6

@@ -16,8 +16,8 @@ from torch import nn
 
 from ds_classifier import distributed
 from ds_classifier.common.text import count
-from ds_classifier.distributed.deepspeed_state import weight_share
-from ds_classifier.distributed.deepspeed_versions import (
+from ds_classifier.distributed.engine.deepspeed_state import weight_share
+from ds_classifier.distributed.engine.deepspeed_versions import (
     skip_steps_that_are_not_finite,
     version_problem,
 )
