@@ -131,10 +131,11 @@ def run(arguments: argparse.Namespace, given: dict) -> None:
 
         replaced = distributed.on_rank_0(write, device)
         distributed.say("\n".join(table.level_table(found)))
-        if found.get("bayes"):
-            distributed.say(
-                "Bayes: the exact posterior of the training images; on others, too sure"
-            )
+        if bayes := found.get("bayes"):
+            truth = "the distribution that the images were drawn from"
+            if bayes["pictures"]:
+                truth = "the training images; on others, too sure"
+            distributed.say(f"Bayes: the exact posterior of {truth}")
         if len(paths) == 1:
             distributed.say("\n" + "\n".join(table.class_table(found)))
         fewer = replaced > len(found["classifier"]["levels"])

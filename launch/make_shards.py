@@ -84,7 +84,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="a folder with one directory per class, or with CLASS_image.jpg files, or a folder "
         "of such splits, train/ and val/; ILSVRC2012_img_train.tar, as downloaded; a list of paths "
         "and labels (.csv, .tsv, .jsonl, .txt); Hugging Face .parquet, a file or a folder; shards; "
-        "the word digits, for the handwritten digits in scikit-learn; or torchvision:NAME, such as "
+        "the word digits, for the handwritten digits in scikit-learn; gaussians, for made-up "
+        "images whose best classifier is known; or torchvision:NAME, such as "
         "torchvision:CIFAR10, with --root",
     )
     command.add_argument("out", type=_output, help=OUT_HELP)

@@ -224,6 +224,7 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
 
     from ds_classifier.checkpoint.weights import home_of
     from ds_classifier.guidance import fidelity, sample_files
+    from ds_classifier.guidance.exact_denoiser import ExactDenoiser
     from ds_classifier.guidance.guided_sampling import load_guided_sampling
     from ds_classifier.report.page import write_report
 
@@ -263,7 +264,8 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         f"{count(steps, 'step')} each"
     )
     if guided.exact is not None:
-        distributed.say("by the exact denoiser of the training images, which they will resemble")
+        like = ", which they will resemble" if isinstance(guided.exact, ExactDenoiser) else ""
+        distributed.say(f"by the exact denoiser of {guided.exact}{like}")
     drawn = _draw_scales(guided, labels, out, arguments)
     if not drawn:
         distributed.finish()
@@ -287,7 +289,7 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         which = "class" if rows == present else f"class for the first {rows} of {present:,}"
         print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
-            print("measuring the guidance at noise levels against the exact posterior", flush=True)
+            print(f"measuring against the exact posterior of {guided.exact}", flush=True)
             with Progress("noise levels") as progress:
                 measures = fidelity.measure(
                     guided, scales, samples, labels, seed=arguments.seed, progress=progress

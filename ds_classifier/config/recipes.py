@@ -62,4 +62,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         log_interval=50,
         save_interval=250,
     ),
+    # Made-up images of a known distribution (`convert gaussians`), to measure choices on. They are
+    # not cropped or mirrored, which would change the distribution.
+    "gaussians32": dict(
+        image_size=32,
+        classifier_width=32,
+        classifier_depth=1,
+        classifier_attention_resolutions="8",
+        noise_schedule="cosine",
+        schedule_sampler="noisy",
+        random_crop=False,
+        random_flip=False,
+        global_batch=64,
+        iterations=1000,
+        lr=1e-3,
+        weight_decay=0.05,
+        log_interval=50,
+        save_interval=500,
+    ),
 }

@@ -23,6 +23,7 @@ from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.splits import open_named
 from ds_classifier.data.store import is_url
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
+from ds_classifier.guidance.known_distribution import KnownDistribution, open_exact
 
 # Numbers in a training set, up to which its exact posterior is evaluated without being asked for.
 BAYES_NUMBERS = 10_000_000
@@ -125,8 +126,8 @@ def create_validation_loader(
 
 def open_training_set(
     source: WeightsFile, asked: str, val_shards: ShardSet, device: torch.device
-) -> tuple[str, ExactDenoiser | None]:
-    """Return the location of the training set, and its exact denoiser or None.
+) -> tuple[str, ExactDenoiser | KnownDistribution | None]:
+    """Return the location of the training set, and what is known exactly of it, or None.
 
     asked: shards. Raises ValueError if they do not fit the validation set. "": the run's training
     set, if it is small; None unless every rank finds the same data there that the run trained on.
@@ -157,4 +158,4 @@ def open_training_set(
     images, labels, classes = read_images(
         location, image_size=settings.image_size, channels=settings.in_channels
     )
-    return location, ExactDenoiser(images, labels, len(classes), device=device)
+    return location, open_exact(opened.manifest.source, images, labels, len(classes), device)

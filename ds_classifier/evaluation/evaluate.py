@@ -24,6 +24,7 @@ from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import NoisedClassifier, to_x_start
 
 VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs can be compared
@@ -150,11 +151,13 @@ def classifier_posterior(classifier: nn.Module, diffusion: GaussianDiffusion) ->
     return evaluate_at
 
 
-def bayes_posterior(denoiser: ExactDenoiser, diffusion: GaussianDiffusion) -> Posterior:
-    """Return the exact posterior given the training images, in closed form.
+def bayes_posterior(
+    denoiser: ExactDenoiser | KnownDistribution, diffusion: GaussianDiffusion
+) -> Posterior:
+    """Return the exact posterior given the training images, or their distribution, in closed form.
 
-    No classifier does better on noised training images. On held-out images with little noise it is
-    overconfident, so it is no bound there.
+    No classifier does better on noised training images. On held-out images with little noise that
+    of the training images is overconfident, so it is no bound there; that of the distribution is.
     """
     alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)  # [T] float64
 

@@ -39,6 +39,7 @@ from ds_classifier.evaluation.levels import Confusion
 from ds_classifier.evaluation.metrics import scores_of_guessing
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.evaluation.sources import build_classifier, read_source
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 
 BATCH_PIXELS = 1 << 20  # pixels of a batch if no batch size is given
 MOST_IMAGES = 64  # of such a batch
@@ -203,10 +204,7 @@ class Evaluator:
         if denoiser is not None:
             if key not in self._bayes:
                 posteriors.append(evaluate.bayes_posterior(denoiser, diffusion))
-            distributed.say(
-                f"compared with the exact posterior of the {len(denoiser):,} images in "
-                f"{training_set}, centre-cropped"
-            )
+            distributed.say(f"compared with the exact posterior of {denoiser}, {training_set}")
         confusion = Confusion(samples, device)
         loader = create_validation_loader(
             shards,
@@ -251,7 +249,7 @@ class Evaluator:
         if optimum:
             self._bayes[key] = {
                 "location": training_set,
-                "pictures": len(denoiser),
+                "pictures": len(denoiser) if isinstance(denoiser, ExactDenoiser) else None,
                 **evaluate.describe_levels(optimum[0], diffusion, levels, chosen=chosen),
             }
         if denoiser is not None:

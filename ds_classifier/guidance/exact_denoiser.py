@@ -88,6 +88,9 @@ class ExactDenoiser:
         """Return the number of training images."""
         return len(self._images)
 
+    def __str__(self) -> str:
+        return f"the {len(self):,} training images, centre-cropped"
+
     def _chunks(self):
         """Yield x_0 of the images, [m, D] float64, with their slice, in order."""
         for start in range(0, len(self), self._chunk):

@@ -1,17 +1,20 @@
-"""Measure how well a classifier guides, on a small training set, where the right answer is known.
+"""Measure how well a classifier guides, where the right answer is known.
 
-The exact denoiser of the training set (`exact_denoiser.py`) stands in for a diffusion model, and
-its class posterior is the best possible classifier. There are two measures:
+Two truths are known. Of a small training set: its exact denoiser (`exact_denoiser.py`) stands in
+for a diffusion model, and its class posterior is the best possible classifier of these images; it
+knows them by heart. Of the made-up images of `common.gaussians`: the distribution that they were
+drawn from (`known_distribution.py`), to which a classifier that generalises comes close. Measures:
 
 - at each noise level, how far the classifier's p(y | x_t) and its gradient are from the best ones;
-- the share of guided samples that an independent classifier assigns to the class asked for.
+- the share of guided samples that show the class asked for, as another classifier sees it;
+- for a known distribution, the Frechet distance of the samples to the classes asked for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,12 @@ from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.guidance.guided_sampling import GuidedSampling
+from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import to_x_start
 
 LEVELS = 20  # intervals between the noise levels that `compare_evenly` takes
-LEVEL_IMAGES = 256  # training images that it shows at each level, at most
+LEVEL_IMAGES = 256  # images that it shows at each level, at most
+FRESH = 1 << 20  # streams of `GaussianClasses.draw` from here on are of images in no data set
 # Below this doubt, 1 - p(y | x_t), log p(y | x_t) is flat and there is no gradient to compare.
 DOUBT = 1e-6
 
@@ -61,7 +66,7 @@ class LevelFidelity:
 @torch.no_grad()
 def compare_with_bayes(
     classifier: nn.Module,
-    exact: ExactDenoiser,
+    exact: ExactDenoiser | KnownDistribution,
     diffusion: GaussianDiffusion,
     images: Tensor,
     labels: Tensor,
@@ -70,10 +75,10 @@ def compare_with_bayes(
     seed: int,
     batch_size: int = 128,
 ) -> Iterator[LevelFidelity]:
-    """Yield a comparison with the Bayes-optimal classifier of a training set per noise level.
+    """Yield a comparison with the Bayes-optimal classifier per noise level.
 
     diffusion: the original process, not respaced.
-    images: [M, C, S, S] uint8 of the training set, or some of them, on the device; labels: [M].
+    images: [M, C, S, S] uint8, on the device; labels: [M].
     """
     model_gradient = classifier_gradient(classifier)
     alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
@@ -122,15 +127,19 @@ def compare_with_bayes(
 class Judge:
     """An independent classifier of clean images: a support vector machine on their pixels."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        """Train it. images: uint8 [M, ...]; labels: [M]. Raises ValueError without scikit-learn."""
+    def __init__(self, images: Tensor, labels: Tensor):
+        """Train it. images: uint8 [M, C, S, S]; labels: [M].
+
+        Raises ValueError without scikit-learn.
+        """
         try:
             from sklearn.svm import SVC
         except ImportError:
             raise ValueError(
                 "measuring guidance needs scikit-learn; do: pip install scikit-learn"
             ) from None
-        self._svc = SVC().fit(self._features(images), labels)
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        self._svc = SVC().fit(self._features(pixels), labels.numpy())
 
     @staticmethod
     def _features(images: np.ndarray) -> np.ndarray:
@@ -146,28 +155,45 @@ class Judge:
 class Guidance:
     """The measures of a guided sampling.
 
+    truth: "distribution" if that of the images is known, else "training set".
     samples: the number of samples at each scale.
     shares: by scale ("0", "2.5", ...), the share of samples assigned to the class asked for.
-    levels: per noise level, a comparison with the best classifier; empty if that one guided.
+    levels: per noise level, a comparison with the best classifier by that truth; empty if that one
+        guided.
+    training_levels: the same by the training set, where the truth is the distribution.
+    frechet: by scale, and "exact" for as many exact samples, the distance to the distribution;
+        empty where that is not known.
     """
 
+    truth: str
     samples: int
     shares: dict[str, float]
     levels: list[LevelFidelity]
+    training_levels: list[LevelFidelity] = field(default_factory=list)
+    frechet: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of fidelity.json."""
-        return {"shares": self.shares, "levels": [asdict(level) for level in self.levels]}
+        return {name: value for name, value in asdict(self).items() if name != "samples"}
 
     def lines(self) -> list[str]:
         """Return the measures as tables for the screen."""
-        shares = [(scale, text.percent(share)) for scale, share in self.shares.items()]
+        judge = "an SVM, trained on the clean images,"
+        heads, rows = ["scale", "share"], [[s, text.percent(v)] for s, v in self.shares.items()]
+        if self.frechet:
+            judge = "the best classifier of their distribution"
+            heads.append("Frechet distance")
+            rows = [[*row, f"{self.frechet[row[0]]:.3f}"] for row in rows]
+            rows.append(["exact samples", "", f"{self.frechet['exact']:.3f}"])
         lines = [
-            f"share of {text.count(self.samples, 'sample')} that an SVM, trained on the clean "
-            "images, assigns to the class asked for:",
-            *text.table(["scale", "share"], shares),
+            f"share of {text.count(self.samples, 'sample')} that {judge} assigns to the class "
+            "asked for:",
+            *text.table(heads, rows),
         ]
-        return [*lines, LEVEL_TABLE, *level_table(self.levels)] if self.levels else lines
+        for truth, levels in (self.truth, self.levels), ("training set", self.training_levels):
+            if levels:
+                lines += [LEVEL_TABLES[truth], *level_table(levels)]
+        return lines
 
 
 def measure(
@@ -183,28 +209,54 @@ def measure(
 
     guided: with a training set. samples: per scale, uint8 [N, S, S, C]. asked: [N], the classes
     asked for. seed: of the noise. progress: called with the levels done and their number.
-    Raises ValueError without scikit-learn.
+    Raises ValueError without scikit-learn, which judges samples of an unknown distribution.
     """
-    judge = Judge(guided.images.permute(0, 2, 3, 1).numpy(), guided.labels.numpy())
-    pairs = zip(scales, samples, strict=True)
-    shares = {f"{scale:g}": judge.share(pixels, asked) for scale, pixels in pairs}
-    levels = []
+    exact, images, labels = guided.exact, guided.images, guided.labels
+    names = [f"{scale:g}" for scale in scales]
+    comparisons = {"training set": (exact, images, labels)}
+    if isinstance(exact, KnownDistribution):
+        truth, judge = "distribution", exact
+        of_training = ExactDenoiser(images, labels, exact.num_classes, device=guided.device)
+        fresh = np.arange(LEVEL_IMAGES) % exact.num_classes
+        pixels = torch.from_numpy(exact.gaussians.draw(fresh, FRESH)).permute(0, 3, 1, 2)
+        comparisons = {
+            truth: (exact, pixels, torch.from_numpy(fresh)),
+            "training set": (of_training, images, labels),
+        }
+        frechet = {n: exact.frechet(s, asked) for n, s in zip(names, samples, strict=True)}
+        frechet["exact"] = exact.frechet(exact.gaussians.draw(asked, FRESH + 1), asked)
+    else:
+        truth, judge, frechet = "training set", Judge(guided.images, guided.labels), {}
+    shares = {n: judge.share(s, asked) for n, s in zip(names, samples, strict=True)}
+    levels: dict[str, list[LevelFidelity]] = {name: [] for name in comparisons}
     if guided.classifier is not None:
-        for level in compare_evenly(guided, seed):
-            levels.append(level)
-            progress(len(levels), LEVELS + 1)
-    return Guidance(len(asked), shares, levels)
+        total = len(comparisons) * (LEVELS + 1)
+        for name, comparison in comparisons.items():
+            for level in compare_evenly(guided, *comparison, seed):
+                levels[name].append(level)
+                progress(sum(map(len, levels.values())), total)
+    first, *others = levels.values()
+    return Guidance(truth, len(asked), shares, first, *others, frechet=frechet)
 
 
-def compare_evenly(guided: GuidedSampling, seed: int) -> Iterator[LevelFidelity]:
-    """Yield `compare_with_bayes` at LEVELS + 1 evenly spaced levels, on evenly spaced images."""
-    images, labels, device = guided.images, guided.labels, guided.device
+def compare_evenly(
+    guided: GuidedSampling,
+    exact: ExactDenoiser | KnownDistribution,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+) -> Iterator[LevelFidelity]:
+    """Yield `compare_with_bayes` at LEVELS + 1 evenly spaced levels, on evenly spaced images.
+
+    images: [M, C, S, S] uint8. labels: [M].
+    """
+    device = guided.device
     stride = max(1, len(images) // LEVEL_IMAGES)
     shown = slice(None, LEVEL_IMAGES * stride, stride)
     last = guided.original.num_timesteps - 1
     return compare_with_bayes(
         guided.classifier,
-        guided.exact,
+        exact,
         guided.original,
         images[shown].to(device),
         labels[shown].to(device),
@@ -213,10 +265,16 @@ def compare_evenly(guided: GuidedSampling, seed: int) -> Iterator[LevelFidelity]
     )
 
 
-LEVEL_TABLE = """\
-Classifier and best possible classifier on training images noised to t. Gradients are of log p(own
-class): the share of images on which they are compared (the best classifier is in doubt), the cosine
-between the two, and the length of the classifier's over that of the best one."""
+_COMPARED = """\
+Gradients are of log p(own class): the share of images on which they are compared (the best
+classifier is in doubt), the cosine between the two, and the length of the classifier's over that of
+the best one."""
+LEVEL_TABLES = {
+    "training set": "Classifier and best possible classifier of the training images, on these "
+    f"images noised to t.\n{_COMPARED}",
+    "distribution": "Classifier and best possible classifier of the distribution, on new images of "
+    f"it noised to t.\n{_COMPARED}",
+}
 
 
 def level_table(levels: Iterable[LevelFidelity]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.known_distribution import KnownDistribution
 
 CondFn = Callable[..., Tensor]  # cond_fn(x_t, timesteps, y=classes) -> gradient
 
@@ -55,7 +56,7 @@ def classifier_gradient(
 
 
 def bayes_gradient(
-    exact: ExactDenoiser, alphas_cumprod: np.ndarray, *, scale: float = 1.0
+    exact: ExactDenoiser | KnownDistribution, alphas_cumprod: np.ndarray, *, scale: float = 1.0
 ) -> CondFn:
     """Return a cond_fn: scale * grad_x log p(y | x_t) of the best classifier on a training set.
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ds_classifier.checkpoint.weights import WeightsFile, load_classifier, refuse_not_finite
 from ds_classifier.config import Settings
+from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 from ds_classifier.guidance.gradient import CondFn, bayes_gradient, classifier_gradient
+from ds_classifier.guidance.known_distribution import KnownDistribution, open_exact
 from ds_classifier.guidance.sampling import (
     Denoiser,
     ReverseProcess,
@@ -38,8 +40,9 @@ class GuidedSampling:
     settings: those of the images and the process, respaced as for sampling.
     classifier, source: the classifier and its file of weights; None if the exact posterior guides,
         or nothing does.
-    exact: the exact denoiser of a training set; None if a UNet is sampled from.
-    images, labels: that training set, [M, C, S, S] uint8 and [M] int64; None without one.
+    exact: the exact denoiser of the distribution that the training set was drawn from, where it is
+        known, else of the training set; None if a UNet is sampled from.
+    images, labels: the training set, [M, C, S, S] uint8 and [M] int64; None without one.
     unet: the UNet to sample from; None with a training set.
     device: the device that samples are drawn on.
     names: of all classes; their numbers where neither the classifier nor a training set has names.
@@ -49,7 +52,7 @@ class GuidedSampling:
     settings: Settings
     classifier: nn.Module | None
     source: WeightsFile | None
-    exact: ExactDenoiser | None
+    exact: ExactDenoiser | KnownDistribution | None
     images: Tensor | None
     labels: Tensor | None
     unet: UNetModel | None
@@ -209,7 +212,8 @@ def load_guided_sampling(
             f"{settings.num_classes} of {classifier_path or '--num_classes'}"
         )
     settings = settings.replace(num_classes=len(names))
-    exact = ExactDenoiser(images, labels, len(names), device=device)
+    name = open_shards(data_dir).manifest.source
+    exact = open_exact(name, images, labels, len(names), device)
     origin = {"classifier": guide, "denoiser": {"data_dir": data_dir}}
     return GuidedSampling(
         settings, classifier, source, exact, images, labels, None, device, names, origin

@@ -23,6 +23,7 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import CondFn
+from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import from_x_start
 
 NAMED = 3  # samples that are not finite are named in an error, at most
@@ -170,7 +171,7 @@ def prediction_of_output(
     return Prediction(process.x_start_from_noise(x_t, t, noise), (variance + 1.0) / 2.0)
 
 
-def exact_denoiser(exact: ExactDenoiser, process: ReverseProcess) -> Denoiser:
+def exact_denoiser(exact: ExactDenoiser | KnownDistribution, process: ReverseProcess) -> Denoiser:
     """Return the exact denoiser of a training set, which does not take the class."""
     alphas_cumprod = torch.from_numpy(process.diffusion.alphas_cumprod)
 

@@ -74,6 +74,7 @@ class GuidedSamples:
     """The facts of samples/, which sample.py draws, see guidance/sample_files.py.
 
     shares: by scale, the share of samples of the class asked for; empty if it was not measured.
+    judge: what decided which class a sample shows.
     levels: the comparison with the best possible classifier, see guidance/fidelity.py.
     """
 
@@ -84,6 +85,7 @@ class GuidedSamples:
     source: str  # the training set or the diffusion model that they were drawn from
     shares: dict[float, float]
     levels: list[dict[str, Any]]
+    judge: str = "a support vector machine, trained on the clean images,"
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def _samples(folder: Path) -> GuidedSamples | None:
     try:
         denoiser = facts["denoiser"]
         step, shares = facts["classifier"].get("step"), measured.get("shares", {})
+        known = measured.get("truth") == "distribution"
+        judge = {"judge": "the best classifier of their distribution"} if known else {}
         return GuidedSamples(
             scales=[float(scale) for scale in facts["classifier_scale"]],
             number=int(facts["num_samples"]),
@@ -243,6 +247,7 @@ def _samples(folder: Path) -> GuidedSamples | None:
             source=str(denoiser.get("data_dir") or denoiser.get("model_path") or ""),
             shares={float(scale): float(share) for scale, share in shares.items()},
             levels=[level for level in measured.get("levels", []) if isinstance(level, dict)],
+            **judge,
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         return None

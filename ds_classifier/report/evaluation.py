@@ -50,10 +50,14 @@ def noise_levels(run: RunData) -> dict[str, Any] | str:
         chosen = f", {len(older)} of them" if len(older) < len(run.evaluations) - 1 else ""
         text += f" Earlier evaluations are drawn faintly{chosen}."
     if bayes:
-        text += (
-            f" Bayes: the exact posterior given only the {bayes['pictures']:,} training images. On "
-            "held-out images at low noise it is overconfident."
-        )
+        text += " Bayes: the exact posterior "
+        if bayes["pictures"] is None:
+            text += "of the distribution that the images were drawn from."
+        else:
+            text += (
+                f"given only the {bayes['pictures']:,} training images. On held-out images at low "
+                "noise it is overconfident."
+            )
     return {
         "text": text,
         "charts": plots.evaluation_svgs(newest, older),

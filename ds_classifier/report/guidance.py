@@ -110,10 +110,7 @@ def _text(run: RunData, samples: GuidedSamples, scales: Sequence[float]) -> str:
         shares = ", ".join(
             f"{percent(share, 0)} at scale {scale:g}" for scale, share in samples.shares.items()
         )
-        parts.append(
-            "Share that a support vector machine, trained on the clean images, assigns to the "
-            f"class asked for: {shares}."
-        )
+        parts.append(f"Share that {samples.judge} assigns to the class asked for: {shares}.")
     else:
         parts.append(
             "How many show the class asked for was not measured: ds-classifier sample --measure."

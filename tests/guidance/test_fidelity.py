@@ -1,14 +1,20 @@
 """Test the measures of guidance on cases with known values."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from small_models import CLASSES, training_set
 from torch import nn
 
+from ds_classifier import distributed
+from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.sources import open_source
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance.fidelity import Judge, compare_with_bayes, level_table
+from ds_classifier.guidance.fidelity import Judge, compare_with_bayes, level_table, measure
+from ds_classifier.guidance.guided_sampling import load_guided_sampling
 
 
 class BayesModule(nn.Module):
@@ -129,8 +135,68 @@ def test_the_judge_classifies_digits(digits):
     from ds_classifier.guidance.exact_denoiser import read_images
 
     images, labels, _ = read_images(digits / "val", image_size=16)
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    judge = Judge(pixels[:260], labels[:260].numpy())
-    held_out, own = pixels[260:], labels[260:].numpy()
+    judge = Judge(images[:260], labels[:260])
+    held_out, own = images[260:].permute(0, 2, 3, 1).numpy(), labels[260:].numpy()
     assert judge.share(held_out, own) > 0.9
     assert judge.share(held_out, (own + 1) % 10) < 0.1
+
+
+def test_the_distribution_of_made_up_images_is_the_truth(tmp_path, monkeypatch):
+    """Guided by it, samples show their class and are as near as exact ones; unguided, neither."""
+    monkeypatch.setattr(distributed, "all_gather", lambda tensor: tensor[None])  # of one rank
+    source = open_source("gaussians:size=8,channels=1,classes=4,images=64")
+    convert(source, tmp_path)
+    assert [len(source.splits[name]) for name in ("train", "val")] == [64, 16]
+    guided = load_guided_sampling(
+        None,
+        dict(image_size=8, in_channels=1, noise_schedule="cosine", timestep_respacing="100"),
+        data_dir=str(tmp_path / "train"),
+        model_path="",
+        unet={},
+        classifier_fp16=False,
+        unet_fp16=False,
+        device=torch.device("cpu"),
+    )
+    labels = np.arange(600) % 4
+    how = dict(joint_temperature=1.0, marginal_temperature=1.0, batch_size=600, use_ddim=False)
+    how |= dict(clip_denoised=False, seed=0, progress=lambda done, total: None)
+    samples = [guided.draw(labels, scale, **how) for scale in (0, 1)]
+    measures = measure(guided, [0, 1], samples, labels, seed=0)
+    assert measures.truth == "distribution"
+    assert measures.shares["0"] == pytest.approx(0.25, abs=0.08)
+    assert measures.shares["1"] > 0.97
+    assert measures.frechet["1"] < 1.5 * measures.frechet["exact"] < 0.2 * measures.frechet["0"]
+    lines = "\n".join(measures.lines())
+    assert "best classifier of their distribution" in lines
+    assert "exact samples" in lines
+
+
+def test_a_classifier_is_compared_with_the_distribution_and_with_its_training_set(tmp_path):
+    """The best classifier of the distribution is perfect by that truth, and not by the other."""
+    convert(open_source("gaussians:size=8,channels=1,classes=4,images=64"), tmp_path)
+    how = dict(model_path="", unet={}, classifier_fp16=False, unet_fp16=False)
+    settings = dict(image_size=8, in_channels=1, noise_schedule="cosine")
+    guided = load_guided_sampling(
+        None, settings, data_dir=str(tmp_path / "train"), device=torch.device("cpu"), **how
+    )
+    alphas_cumprod = torch.from_numpy(guided.original.alphas_cumprod)
+
+    class Best(nn.Module):
+        def forward(self, x, t):
+            # By the logits of the normal densities, since `posterior` has no gradient.
+            exact = guided.exact
+            a = alphas_cumprod[t][:, None]
+            total = a * exact._variances + 1 - a
+            away = exact._coefficients(x)[:, None] - a.sqrt()[..., None] * exact._means
+            return -(away.square() / total[:, None]).sum(-1) / 2
+
+    guided = dataclasses.replace(guided, classifier=Best())
+    labels = np.arange(8) % 4
+    samples = guided.exact.gaussians.draw(labels, 9)
+    measures = measure(guided, [1], [samples], labels, seed=0)
+    middle = [row for row in measures.levels if row.compared == 1 and row.t < 999]  # fp32
+    assert middle
+    assert all(row.kl < 1e-4 and row.cosine > 0.999 for row in middle)
+    by_set = {row.t: row for row in measures.training_levels}
+    assert max(by_set[row.t].kl for row in middle) > 0.01
+    assert measures.as_json()["training_levels"][0]["t"] == 0

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ds_classifier.common.gaussians import GaussianClasses
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
 from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
@@ -46,6 +47,7 @@ from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
 DIGITS = "digits"
+DRAWN = 1000  # images of a known distribution that are drawn at a time
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 MAX_NAMED = 10  # folders without images in a message
 
@@ -68,7 +70,7 @@ def open_source(
     - a list of paths and labels: .csv, .tsv, .jsonl or .txt
     - parquet files as Hugging Face writes them, one file or a folder
     - shards: a split, or the directory above train/ and val/
-    - the word digits
+    - the word digits, or gaussians; see `common.gaussians`
     - torchvision:NAME, a class of torchvision.datasets; see `torchvision_set`
 
     The first three can be combined; the others need val of the same kind, or bring their own.
@@ -99,6 +101,12 @@ def open_source(
             )
         _refuse_columns(source, columns)
         return digits()
+    known = GaussianClasses.parse(source)
+    if known is not None and not Path(source).exists():
+        if val is not None:
+            raise ValueError(f"--val: got {val!r} with {source}, which has a split; do: drop it")
+        _refuse_columns(source, columns)
+        return gaussians(known)
     train = Path(source)
     for flag, place in (("--val", val), ("--val_labels", val_labels)):
         if place is not None and not Path(place).exists():
@@ -484,3 +492,24 @@ def digits() -> DataSource:
     held_out = len(samples) - DIGITS_HELD_OUT
     splits = {"train": samples[:held_out], "val": samples[held_out:]}
     return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)
+
+
+def gaussians(distribution: GaussianClasses) -> DataSource:
+    """Return images drawn from a known distribution, as PNG, with equally many of each class."""
+    import numpy as np
+    from PIL import Image
+
+    sizes = {"train": distribution.images, "val": max(1, distribution.images // 4)}
+    splits = {}
+    for stream, (split, size) in enumerate(sizes.items()):
+        samples = splits[split] = []
+        for part in range(0, size, DRAWN):
+            labels = np.arange(part, min(part + DRAWN, size)) % distribution.classes
+            for pixels in distribution.draw(labels, (part // DRAWN) * len(sizes) + stream):
+                png = io.BytesIO()
+                mode = pixels[..., 0] if distribution.channels == 1 else pixels
+                Image.fromarray(mode).save(png, format="PNG")
+                number = len(samples)
+                label = number % distribution.classes
+                samples.append(Sample(f"{split}_{number:06d}", label, png.getvalue()))
+    return DataSource(str(distribution), [str(k) for k in range(distribution.classes)], splits)
