@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ds_classifier.common.gaussians import GaussianClasses
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
 from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
@@ -47,6 +46,7 @@ from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
 DIGITS = "digits"
+GAUSSIANS = "gaussians"
 DRAWN = 1000  # images of a known distribution that are drawn at a time
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 MAX_NAMED = 10  # folders without images in a message
@@ -101,12 +101,11 @@ def open_source(
             )
         _refuse_columns(source, columns)
         return digits()
-    known = GaussianClasses.parse(source)
-    if known is not None and not Path(source).exists():
+    if source.partition(":")[0] == GAUSSIANS and not Path(source).exists():
         if val is not None:
             raise ValueError(f"--val: got {val!r} with {source}, which has a split; do: drop it")
         _refuse_columns(source, columns)
-        return gaussians(known)
+        return gaussians(source)
     train = Path(source)
     for flag, place in (("--val", val), ("--val_labels", val_labels)):
         if place is not None and not Path(place).exists():
@@ -494,11 +493,17 @@ def digits() -> DataSource:
     return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)
 
 
-def gaussians(distribution: GaussianClasses) -> DataSource:
-    """Return images drawn from a known distribution, as PNG, with equally many of each class."""
+def gaussians(source: str) -> DataSource:
+    """Return images drawn from a known distribution, as PNG, with equally many of each class.
+
+    source: see `GaussianClasses.parse`.
+    """
     import numpy as np
     from PIL import Image
 
+    from ds_classifier.common.gaussians import GaussianClasses
+
+    distribution = GaussianClasses.parse(source)
     sizes = {"train": distribution.images, "val": max(1, distribution.images // 4)}
     splits = {}
     for stream, (split, size) in enumerate(sizes.items()):
