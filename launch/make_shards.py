@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run by its path: use the source tree it lies in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -18,9 +22,13 @@ if not __package__:  # run by its path: use the source tree it lies in
 from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
 from ds_classifier.common.text import count, percent
-from ds_classifier.common.urls import shown
+from ds_classifier.common.urls import scheme, shown
 from ds_classifier.config.parser import Parser
 
+if TYPE_CHECKING:
+    from ds_classifier.data.remote.mirror import Mirror
+
+OUT_HELP = "the directory for train/ and val/, or its URL: s3://BUCKET/PATH, gs:// or az://"
 MAX_NAMED = 5  # classes without images in a message
 
 
@@ -56,7 +64,7 @@ def _parser(prog: str) -> Parser:
         help="finish a conversion that was written with convert --part",
         description="Write index and manifest once the shards of all parts are in one directory.",
     )
-    command.add_argument("out", type=Path, help="the OUT of the parts")
+    command.add_argument("out", type=_output, help="the OUT of the parts")
     command.set_defaults(run=_merge)
     _add_index(commands)
     _add_verify(commands)
@@ -80,7 +88,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "images whose best classifier is known; or torchvision:NAME, such as "
         "torchvision:CIFAR10, with --root",
     )
-    command.add_argument("out", type=Path, help="the directory for train/ and val/")
+    command.add_argument("out", type=_output, help=OUT_HELP)
     command.add_argument(
         "--val",
         help="a second source, for validation, with the same classes; or the share of SOURCE to "
@@ -152,7 +160,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
         help="a directory; a pattern of paths or URLs like 'DIR/name-{0000..1023}.tar'; the URL of "
         "a directory with one of the files above; or such a file",
     )
-    command.add_argument("out", type=Path, help="the directory for train/ and val/")
+    command.add_argument("out", type=_output, help=OUT_HELP)
     command.add_argument(
         "--val", help="the same, for validation [the validation split that TRAIN holds]"
     )
@@ -204,6 +212,35 @@ def _part(text: str) -> tuple[int, int]:
     return i, n
 
 
+def _output(text: str) -> Path | str:
+    """Return OUT: a directory, or its URL in object storage."""
+    kind = scheme(text)
+    if kind == "hf":
+        raise argparse.ArgumentTypeError(
+            f"got {shown(text)}, where this program cannot write; do: name a directory here, then "
+            "hf upload ORG/NAME DIRECTORY --repo-type dataset"
+        )
+    if kind and kind not in ("s3", "gs", "az"):
+        raise argparse.ArgumentTypeError(
+            f"got {shown(text)}, where this program cannot write; need a directory, or "
+            "s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH"
+        )
+    return re.sub("(?<=[^/:])/+$", "", text) if kind else Path(text)
+
+
+@contextmanager
+def _opened_output(out: Path | str) -> Iterator[tuple[Path, Mirror | None]]:
+    """Yield the directory to write to, and the mirror that uploads from it if OUT is a URL."""
+    if isinstance(out, Path):
+        files.refuse_unwritable("OUT", out)
+        yield out, None
+        return
+    from ds_classifier.data.remote.mirror import mirrored
+
+    with mirrored(out) as mirror:
+        yield mirror.folder, mirror
+
+
 def _columns(text: str) -> dict[str, str]:
     pairs = [pair.split("=", 1) for pair in text.split(",")]
     if any(len(pair) != 2 or pair[0] not in ("image", "path", "label") for pair in pairs):
@@ -247,40 +284,45 @@ def _convert(arguments: argparse.Namespace) -> int:
             "labelled images; do: drop it"
         )
     _refuse_inside(arguments.source, arguments.out)
-    files.refuse_unwritable("OUT", arguments.out)
-    source = open_source(
-        arguments.source,
-        None if share else arguments.val,
-        arguments.val_labels,
-        columns=arguments.columns,
-        root=arguments.root,
-        download=arguments.download,
-    )
-    for remark in source.remarks:
-        print(remark)
-    with Progress() as progress:
-        if share:
-            source = hold_out(source, share, workers=arguments.workers, progress=progress)
-        manifests = convert(
-            source,
-            arguments.out,
-            encoding=Encoding(arguments.image_size, arguments.form or "jpg"),
-            workers=arguments.workers,
-            part=arguments.part,
-            samples_per_shard=arguments.samples_per_shard,
-            shuffle_seed=arguments.shuffle_seed,
-            progress=progress,
+    with _opened_output(arguments.out) as (out, mirror):
+        source = open_source(
+            arguments.source,
+            None if share else arguments.val,
+            arguments.val_labels,
+            columns=arguments.columns,
+            root=arguments.root,
+            download=arguments.download,
         )
-    if arguments.part[1] > 1 and None in manifests.values():
-        i, n = arguments.part
-        print(f"part {i} of {n} is written; after all parts: ds-classifier merge {arguments.out}")
-        return 0
-    _describe(arguments.out, manifests)
+        for remark in source.remarks:
+            print(remark)
+        with Progress() as progress:
+            if share:
+                source = hold_out(source, share, workers=arguments.workers, progress=progress)
+            manifests = convert(
+                source,
+                out,
+                encoding=Encoding(arguments.image_size, arguments.form or "jpg"),
+                workers=arguments.workers,
+                part=arguments.part,
+                samples_per_shard=arguments.samples_per_shard,
+                shuffle_seed=arguments.shuffle_seed,
+                progress=progress,
+                mirror=mirror,
+            )
+        if arguments.part[1] > 1 and None in manifests.values():
+            i, n = arguments.part
+            print(
+                f"part {i} of {n} is written; after all parts: ds-classifier merge {arguments.out}"
+            )
+            return 0
+        _describe(out, manifests, place=arguments.out)
     return 0
 
 
-def _refuse_inside(source: str, out: Path) -> None:
+def _refuse_inside(source: str, out: Path | str) -> None:
     """Raise ValueError for an output inside of the source, which would be read the next time."""
+    if isinstance(out, str):
+        return
     folder, place = Path(source).resolve(), out.resolve()
     if folder.is_dir() and folder in (place, *place.parents):
         raise ValueError(
@@ -293,18 +335,23 @@ def _merge(arguments: argparse.Namespace) -> int:
     from ds_classifier.data.convert.convert import merge
     from ds_classifier.data.shards import open_shards
 
-    merged = merge(arguments.out)
-    if not merged:
-        raise ValueError(
-            f"OUT: got {arguments.out}, which holds no unfinished conversion; need the OUT of "
-            "convert --part"
-        )
-    _describe(arguments.out, {s: open_shards(arguments.out / s).manifest for s in merged})
+    with _opened_output(arguments.out) as (out, mirror):
+        merged = merge(out, mirror)
+        if not merged:
+            raise ValueError(
+                f"OUT: got {arguments.out}, which holds no unfinished conversion; need the OUT of "
+                "convert --part"
+            )
+        manifests = {split: open_shards(out / split).manifest for split in merged}
+        _describe(out, manifests, place=arguments.out)
     return 0
 
 
-def _describe(out: Path, manifests: dict) -> None:
-    """Print the contents of the splits that were converted, and what classes a split lacks."""
+def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
+    """Print the contents of the splits that were converted, and what classes a split lacks.
+
+    place: OUT, which `out` stands for if it is a URL.
+    """
     from ds_classifier.data.convert.convert import Encoding
     from ds_classifier.data.shards import images_per_class
 
@@ -315,7 +362,7 @@ def _describe(out: Path, manifests: dict) -> None:
             fewest, most = min(images.values()), max(images.values())
             held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per class"
         stored = Encoding(manifest.image_size, manifest.form)
-        print(f"{_contents(out / split, manifest)}, {stored}{held}")
+        print(f"{_contents(f'{place}/{split}', manifest)}, {stored}{held}")
         if manifest.undecodable:
             print(
                 f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
@@ -335,7 +382,7 @@ def _describe(out: Path, manifests: dict) -> None:
             )
 
 
-def _contents(folder: Path, manifest) -> str:
+def _contents(folder: str, manifest) -> str:
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     return (
         f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
@@ -347,23 +394,23 @@ def _index(arguments: argparse.Namespace) -> int:
     _require_positive(arguments, "workers")
     from ds_classifier.data.foreign.index import index
 
-    files.refuse_unwritable("OUT", arguments.out)
-    with Progress() as progress:
+    with _opened_output(arguments.out) as (out, mirror), Progress() as progress:
         splits = index(
             arguments.train,
-            arguments.out,
+            out,
             val=arguments.val,
             labels=arguments.label,
             classes=arguments.classes,
             workers=arguments.workers,
             progress=progress,
+            mirror=mirror,
         )
     for split, indexed in splits.items():
-        folder, manifest = arguments.out / split, indexed.manifest
+        folder, manifest = f"{arguments.out}/{split}", indexed.manifest
         checked = "no metadata to compare the counts with"
         if indexed.checked_by:
             checked = f"counts agree with {indexed.checked_by}"
-        location = shown(manifest.location or str(folder))
+        location = shown(manifest.location or folder)
         print(f"{_contents(folder, manifest)}, at {location}; {checked}")
         if manifest.shard_keys:
             print("  keys begin anew in each shard: messages call a sample SHARD/KEY")

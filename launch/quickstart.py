@@ -29,6 +29,7 @@ from ds_classifier.config import RECIPES
 from ds_classifier.config.parser import Parser
 from ds_classifier.config.shipped import choose_config
 from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, RUN = Path("data/digits"), Path("runs/quickstart")
@@ -106,7 +107,7 @@ def saved() -> str:
 
 def training_command(config: str, ranks: int, port: int) -> list[object]:
     """Return the command that trains on a number of ranks, which meet at a port."""
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--quiet", "--num_gpus", ranks]
+    launcher = [Path(sys.executable).with_name("deepspeed"), *quiet_flag(), "--num_gpus", ranks]
     launcher += ["--master_port", port]
     script = [ROOT / "launch/train.py", "--deepspeed_config", config]
     flags = ["--recipe", "digits32", "--run_dir", RUN]

@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
@@ -56,10 +57,14 @@ def run(command: CommandLine, requests: StopRequests) -> int:
     check_launch(command.settings.expect_world)
     if command.recorded:
         left_out = ", ".join(OF_ONE_RUN)
-        distributed.say(f"settings    {command.config}, a run's own, but not its {left_out}")
+        say = distributed.say_labelled
+        say(f"settings    {command.config}, a run's own, but not its {left_out}")
         if command.unknown:
-            distributed.say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
+            say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
     resolved, shards, val_shards = open_all(command)
+    for note in resolved.notes:
+        lines = textwrap.wrap(note, 88, break_on_hyphens=False)
+        distributed.say("JSON        " + f"\n{'':12}".join(lines))
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
     if command.skips_training:
@@ -70,7 +75,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
         from ds_classifier.training.run_dir import launch_lines
 
         if advice := idle_gpus():
-            distributed.say(advice)
+            distributed.say_labelled(advice)
         setup = training.build(
             command,
             resolved,
@@ -127,7 +132,7 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
     found_beside = settings != command.settings
     if command.overfit_steps:
         # The schedule is that of the whole run; a few hundred steps may not leave its warm-up.
-        settings = settings.replace(anneal_lr=False)
+        settings = settings.replace(anneal_lr=False, lr_schedule="", warmup_steps=-1)
     command = dataclasses.replace(command, settings=settings)
     world_size = distributed.world_size()
     splits = None
@@ -151,7 +156,7 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
 def with_chosen_config(command: CommandLine) -> CommandLine:
     """Return the command with the shipped JSON that suits this machine, and print the choice."""
     chosen = choose_config()
-    distributed.say(
+    distributed.say_labelled(
         f"config      {chosen.name}, since {chosen.why}; another one: --deepspeed_config JSON"
     )
     return dataclasses.replace(command, deepspeed_config=Path(chosen.name))

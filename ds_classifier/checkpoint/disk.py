@@ -2,18 +2,22 @@
 
     checkpoints/step-00010000/
       model.safetensors      fp32 master weights under the reference's parameter names
-      optimizer.safetensors  Adam's exp_avg.NAME and exp_avg_sq.NAME, fp32; schedule_sampler.NAME
-      state.json             step, skipped steps, loss scaler, settings, classes, data; part_ends:
-                             the steps at which the parts of the run end, of which --extend adds
-                             one; skipped_before_part: the steps skipped before the last part
+      optimizer.safetensors  what the optimizer keeps of each weight, STATE.NAME, fp32, such as
+                             Adam's exp_avg.NAME; schedule_sampler.NAME
+      state.json             step, skipped steps, loss scaler, settings, classes, data; optimizer:
+                             its kind, such as Adam, and its numbers, such as its count of steps;
+                             part_ends: the steps at which the parts of the run end, of which
+                             --extend adds one; skipped_before_part: the steps skipped before the
+                             last part
       manifest.json          size and sha256 of each file; written last
     checkpoints/latest       the name of the newest checkpoint, for people and scripts
     checkpoints/best         the name of the one with the lowest val_loss, and that loss
 
-A checkpoint does not depend on the number of ranks, the ZeRO stage or the precision, and holds no
-pickle. Only rank 0 touches the disk; the other ranks send and receive, so no shared file system is
-needed. A checkpoint gets its name by one rename when it is complete. A directory without a valid
-manifest is not a checkpoint. `writer.py` takes the state from the engine and calls `commit`.
+A checkpoint does not depend on the number of ranks, the ZeRO stage, the precision or the
+implementation of the optimizer, and holds no pickle. Only rank 0 touches the disk; the other ranks
+send and receive, so no shared file system is needed. A checkpoint gets its name by one rename when
+it is complete. A directory without a valid manifest is not a checkpoint. `writer.py` takes the
+state from the engine and calls `commit`.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from torch import Tensor
 
 from ds_classifier import distributed
 from ds_classifier.common import files
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 
 FORMAT = "ds_classifier checkpoint"
 VERSION = 1
@@ -322,6 +326,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def optimizer_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the kind of the optimizer that made a checkpoint, and its numbers by name."""
+    # Up to version 0.1 there was only Adam.
+    return state.get("optimizer") or {"kind": "Adam", "scalars": {"step": state["adam_step"]}}
+
+
 def part_ends(state: dict[str, Any]) -> list[int]:
     """Return the steps at which the parts of a run end; a run that was never extended has one."""
     return state.get("part_ends") or [state["settings"]["iterations"]]
@@ -358,34 +368,48 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     checkpoint: read on rank 0 only; may be None on other ranks.
     state: its `read_state`, on all ranks.
     On the same number of ranks, the following steps are bit-equal to those of the run that wrote
-    it. Raises ValueError on all ranks if tensors are missing or have other shapes.
+    it; if not, a note says so.
+    Raises ValueError on all ranks if tensors are missing or have other shapes.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    distributed.on_rank_0(lambda: _check_tensors(checkpoint, engine, sampler), engine.device)
+    optimizer = deepspeed_state.OptimizerState(engine)
+    saved = optimizer_of(state)
+    kept = distributed.on_rank_0(lambda: _check_tensors(checkpoint, engine, sampler), engine.device)
     opened = []
     if distributed.rank() == 0:
         opened = [safe_open(checkpoint / name, framework="pt") for name in (MODEL, OPTIMIZER)]
 
-    def tensor(file: int, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def tensor(
+        file: int, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Return a tensor of MODEL (file 0) or OPTIMIZER (file 1) on all ranks."""
-        full = torch.empty(like.shape, dtype=dtype, device=engine.device)
+        full = torch.empty(shape, dtype=dtype, device=engine.device)
         if distributed.rank() == 0:
             full.copy_(opened[file].get_tensor(name))
         return distributed.broadcast(full)
 
-    for adam_state in deepspeed_engine.ensure_adam_state(engine):
-        adam_state["step"].fill_(float(state["adam_step"]))
-    for name, parameter in engine.module.named_parameters():
-        name = name.removeprefix(PREFIX)
-        safe_set_full_fp32_param(parameter, tensor(0, name, parameter))
-        for moment in deepspeed_engine.ADAM_MOMENTS:
-            value = tensor(1, f"{moment}.{name}", parameter)
-            safe_set_full_optimizer_state(parameter, value, moment)
-    engine.optimizer.update_lp_params()
+    parameters = {n.removeprefix(PREFIX): p for n, p in engine.module.named_parameters()}
+    if saved["kind"] == optimizer.kind:
+        optimizer.begin({parameters[name]: kept[name] for name in kept}, saved["scalars"])
+    else:
+        kept = {}
+        distributed.say(
+            f"note: the optimizer is {optimizer.kind} now, and was {saved['kind']} in the "
+            "checkpoint: what it keeps of the gradients starts anew"
+        )
+    if not deepspeed_state.resumes_exactly(engine):
+        distributed.say(
+            "note: with ZeRO 3 and torch_autocast the steps that follow equal those of a run "
+            "without an interruption within rounding only; do: write bf16 for equal bits"
+        )
+    for name, parameter in parameters.items():
+        shape = deepspeed_state.whole_shape(parameter)
+        deepspeed_state.set_whole_weight(parameter, tensor(0, name, shape))
+        for part in kept.get(name, []):
+            optimizer.set_whole(parameter, part, tensor(1, f"{part}.{name}", shape))
+    deepspeed_state.update_copies(engine)
     sampler.load_state(
         {
-            name: tensor(1, SAMPLER + name, value, value.dtype)
+            name: tensor(1, SAMPLER + name, value.shape, value.dtype)
             for name, value in sampler.state().items()
         }
     )
@@ -396,20 +420,33 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     deepspeed_engine.set_loss_scaler_state(engine, state["loss_scaler"])
 
 
-def _check_tensors(checkpoint: Path, engine, sampler) -> None:
-    """Raise ValueError unless the files hold each tensor that `load` reads, in its shape."""
-    wanted: tuple[dict, dict] = ({}, {})
-    for name, parameter in engine.module.named_parameters():
-        name = name.removeprefix(PREFIX)
-        wanted[0][name] = list(parameter.shape)
-        wanted[1].update(
-            {f"{m}.{name}": list(parameter.shape) for m in deepspeed_engine.ADAM_MOMENTS}
-        )
-    wanted[1].update({SAMPLER + name: list(v.shape) for name, v in sampler.state().items()})
-    for file, need, got in zip((MODEL, OPTIMIZER), wanted, _names(checkpoint), strict=True):
+def _check_tensors(checkpoint: Path, engine, sampler) -> dict[str, list[str]]:
+    """Return, for each parameter, the names of what the optimizer had kept of it.
+
+    Raises ValueError unless the files hold each tensor that `load` reads, in its shape.
+    """
+    model, optimizer = _names(checkpoint)
+    shapes = {
+        name.removeprefix(PREFIX): list(deepspeed_state.whole_shape(parameter))
+        for name, parameter in engine.module.named_parameters()
+    }
+    kept: dict[str, list[str]] = {name: [] for name in shapes}
+    for full in optimizer:
+        part, _, name = full.partition(".")
+        if name in shapes and not full.startswith(SAMPLER):
+            kept[name].append(part)
+    usual = max(kept.values(), key=len)  # all the same, but for Muon's matrices
+    wanted = {
+        f"{part}.{name}": shapes[name]
+        for name, parts in kept.items()
+        for part in (parts if parts == ["momentum_buffer"] else usual)
+    }
+    wanted |= {SAMPLER + name: list(v.shape) for name, v in sampler.state().items()}
+    for file, need, got in ((MODEL, shapes, model), (OPTIMIZER, wanted, optimizer)):
         for name, shape in need.items():
             if got.get(name) != shape:
                 raise ValueError(
                     f"{checkpoint / file}: got {got.get(name, 'nothing')} for {name}; need the "
                     f"shape {shape}; do: continue from a checkpoint of this classifier"
                 )
+    return kept

@@ -1,7 +1,8 @@
 """Check that all ranks hold the same, finite weights before they are saved.
 
-ZeRO-1 and 2 shard the optimizer, but every rank holds all parameters. Broken memory, a broken link
-or a bug can let them drift apart silently, and a checkpoint of rank 0's weights would hide it.
+ZeRO 1 and 2 shard the optimizer, but every rank holds all parameters; ZeRO 3 leaves it the small
+ones. Broken memory, a broken link or a bug can let them drift apart silently, and a checkpoint
+of rank 0's weights would hide it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine.deepspeed_state import optimizer_share
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,13 +40,13 @@ def not_finite(value: Tensor) -> Tensor:
 def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
     """Compare tensors that must be equal on all ranks, by their bit sums; every rank must call it.
 
-    tensors: by name, the same names on all ranks. This rank's share of the master weights and Adam
-        moments must be finite too.
+    tensors: by name, the same names on all ranks. This rank's share of the master weights and
+        of the optimizer's state must be finite too.
     Reads each number once, sends two per tensor, and waits for the device.
     Raises FloatingPointError on all ranks if tensors differ or are not finite.
     """
     infinite = [not_finite(value) for value in tensors.values()]
-    share = sum(not_finite(value) for value in deepspeed_engine.optimizer_share(engine))
+    share = sum(not_finite(value).to(engine.device) for value in optimizer_share(engine))
     sums = [bit_sum(value) for value in tensors.values()]
     everyone = distributed.all_gather(torch.stack([*sums, *infinite, share])).cpu()  # [W, 2n + 1]
     rows, infinite_rows = everyone[:, : len(sums)], everyone[:, len(sums) :]
@@ -57,7 +58,11 @@ def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
     bad = infinite_rows.sum(dim=0).tolist()
     if any(bad):
         named = [name for name, count in zip(names, bad, strict=False) if count]
-        first = f"{named[0]} and {len(named) - 1} more" if named else "Adam's state"
+        first = (
+            f"{named[0]} and {len(named) - 1} more"
+            if named
+            else "a master weight or the optimizer's state"
+        )
         raise FloatingPointError(f"step {step}: weights are not finite ({first}); {again}")
     problem = describe_difference(rows, names)
     if problem is not None:

@@ -28,7 +28,7 @@ from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.replicas import check_replicas
 from ds_classifier.common import files
 from ds_classifier.common.text import count, first_line
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 
 # Errors of a network file system or a failing-over disk that may not occur again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOLCK)
@@ -128,16 +128,17 @@ class CheckpointWriter:
                 )
             self._settle()
         sampled = {disk.SAMPLER + name: v for name, v in sampler.state().items()}
-        names = {n.removeprefix(disk.PREFIX): p for n, p in engine.module.named_parameters()}
-        check_replicas(engine, names | sampled)
-        self._snapshot(names, sampled)
+        copies = deepspeed_state.copies(engine).items()
+        check_replicas(engine, {n.removeprefix(disk.PREFIX): p for n, p in copies} | sampled)
+        optimizer = deepspeed_state.OptimizerState(engine)
+        self._snapshot(optimizer, sampled)
         finite = val_loss is not None and math.isfinite(val_loss)
         self._state = {
             "format": disk.FORMAT,
             "version": disk.VERSION,
             "step": engine.global_steps,
             "skipped_steps": engine.skipped_steps,
-            "adam_step": float(deepspeed_engine.ensure_adam_state(engine)[0]["step"]),
+            "optimizer": {"kind": optimizer.kind, "scalars": optimizer.scalars()},
             "loss_scaler": deepspeed_engine.loss_scaler_state(engine),
             "val_loss": val_loss if finite else None,
             **state,
@@ -182,16 +183,17 @@ class CheckpointWriter:
 
     # ------------------------------------------------------------------------- all ranks
 
-    def _snapshot(self, parameters: dict[str, Tensor], sampled: dict[str, Tensor]) -> None:
-        """Copy full fp32 weights and Adam moments into rank 0's buffers, which are reused."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        deepspeed_engine.ensure_adam_state(self._engine)
-        for name, parameter in parameters.items():
-            self._keep_copy(self._model, name, safe_get_full_fp32_param(parameter))
-            for moment in deepspeed_engine.ADAM_MOMENTS:
-                full = safe_get_full_optimizer_state(parameter, moment)
-                self._keep_copy(self._optimizer, f"{moment}.{name}", full)
+    def _snapshot(
+        self, optimizer: deepspeed_state.OptimizerState, sampled: dict[str, Tensor]
+    ) -> None:
+        """Copy whole fp32 weights and optimizer state into rank 0's buffers, which are reused."""
+        kept = optimizer.names()
+        for name, parameter in self._engine.module.named_parameters():
+            name = name.removeprefix(disk.PREFIX)
+            self._keep_copy(self._model, name, deepspeed_state.whole_weight(parameter))
+            for state in kept[parameter]:
+                whole = optimizer.whole(parameter, state)
+                self._keep_copy(self._optimizer, f"{state}.{name}", whole)
         for name, value in sampled.items():
             self._keep_copy(self._optimizer, name, value)
         if self._engine.device.type == "cuda":

@@ -13,15 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_classifier.common import limits
+
 # The errors of a file system that does not offer fsync.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 
 
-def problem(error: Exception) -> str:
-    """Return an error's text; for a system error, "FILE: REASON" without the error number."""
+def problem(error: BaseException) -> str:
+    """Return an error's text; for a system error, "FILE: REASON" without the error number.
+
+    If a limit of the machine is the cause, what to do about it follows.
+    """
     if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        text = str(error)
+    else:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return text + limits.advice(error, text)
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.config.other_names import EPOCHS, TRAINING_ADVICE
-from ds_classifier.config.parser import Parser, boolean
+from ds_classifier.config.parser import Malformed, Once, Parser, boolean
 from ds_classifier.config.recipes import RECIPES
 from ds_classifier.config.settings import GROUPS, Settings
 from ds_classifier.config.settings_file import SettingsFile, read_settings_file
@@ -142,6 +142,7 @@ def _training_parser(prog: str) -> Parser:
     parser.add_argument(
         "--config",
         type=Path,
+        action=Once,
         metavar="FILE",
         help="settings from a YAML or JSON file, such as the config.json of a run; it overrides "
         "the recipe, and flags override it (default: none)",
@@ -174,7 +175,7 @@ def _training_parser(prog: str) -> Parser:
         parser.add_argument(f"--{name}", type=boolean, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     # DeepSpeed's own helper for command lines has it, before --deepspeed_config.
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", nargs="?", type=_switch, help=argparse.SUPPRESS)
     epochs = [f"--{name}" for name in EPOCHS]
     parser.add_argument(*epochs, dest="epochs", type=_epochs, default=0, help=argparse.SUPPRESS)
     return parser
@@ -188,6 +189,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, groups: Iterable[str]) ->
     """
     parser.add_argument(
         "--recipe",
+        action=Once,
         default="",
         choices=["", *RECIPES],
         metavar="NAME",
@@ -212,13 +214,22 @@ def _flag_type(field: dataclasses.Field) -> Any:
     return {"str": str, "int": int, "float": float}.get(str(field.type), boolean)
 
 
+def _switch(text: str) -> bool:
+    if text.lower() == "true":
+        return True
+    raise Malformed(
+        f"got {text!r}; need no value, since DeepSpeed always trains; do: --deepspeed_config JSON "
+        "to say how"
+    )
+
+
 def _epochs(text: str) -> float:
     if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}; need a number of epochs, more than 0")
+        raise Malformed(f"got {text!r}; need a number of epochs, more than 0")
     return float(text)
 
 
 def _steps(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}; need a number of steps, 1 or more")
+        raise Malformed(f"got {text!r}; need a number of steps, 1 or more")
     return int(text)

@@ -40,6 +40,7 @@ _SAME = {
     "activation_checkpointing": "gradient_checkpointing grad_checkpointing use_checkpoint",
     "seed": "random_seed manual_seed data_seed",
     "max_minutes": "max_time time_limit",
+    "deepspeed_config": "deepscale_config ds_config",
     "classifier_width": "num_channels model_channels width",
     "classifier_depth": "num_res_blocks depth",
     "diffusion_steps": "timesteps num_timesteps num_diffusion_steps num_train_timesteps",
@@ -82,8 +83,8 @@ _ADVICE = {
     "max_grad_norm clip_grad grad_clip gradient_clip_val clip": _JSON.format("gradient_clipping"),
     "opt optim optimizer beta1 beta2 betas adam_beta1 adam_beta2 adam_epsilon eps opt_eps momentum":
         _JSON.format("optimizer"),
-    "scheduler sched lr_scheduler lr_scheduler_type lr_schedule min_lr":
-        _JSON.format("scheduler") + "; or --anneal_lr",
+    "scheduler sched lr_scheduler lr_scheduler_type min_lr":
+        _JSON.format("scheduler") + "; or --lr_schedule",
     "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accum_iter grad_accum": (
         "it follows from the other sizes; do: give --global_batch and --microbatch, or "
         "gradient_accumulation_steps in the JSON"
@@ -110,6 +111,10 @@ _ADVICE = {
     "evaluate do_eval eval eval_only validate test": (
         "do: ds-classifier evaluate RUN; while training, --val_data_dir and --eval_interval"
     ),
+    "deepspeed_mpi": (
+        "ranks need no MPI; do: drop it, and export MASTER_ADDR and MASTER_PORT before mpirun"
+    ),
+    "deepscale": "DeepSpeed always trains; do: drop it",
     "overwrite overwrite_output_dir force": "a run is never overwritten; do: choose a --run_dir",
 }  # fmt: skip
 _OF_THE_LAUNCHER = (

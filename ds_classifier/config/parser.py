@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
         **kwargs: Any,
     ):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self._negative_number_matcher = _NUMBER  # argparse's own takes -1e-3 for a flag
         self.advice, self.passes_on = advice or {}, passes_on
         self.register("type", int, whole_number)
         self.register("type", float, number)
@@ -112,6 +113,23 @@ class Parser(argparse.ArgumentParser):
         ]
         near = did_you_mean(name, shown, "--")
         return near or self._help()
+
+
+class Once(argparse.Action):
+    """A flag that may be given once. Of two values, argparse would lose the first in silence."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the value; end the process if there is one already."""
+        before = getattr(namespace, self.dest)
+        if before != self.default:
+            raise argparse.ArgumentError(self, f"got {before} and {values}; need one; do: drop one")
+        setattr(namespace, self.dest, values)
 
 
 def did_you_mean(name: str, known: Sequence[str], dashes: str = "") -> str:

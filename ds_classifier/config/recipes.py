@@ -24,7 +24,7 @@ def _imagenet(**settings: Any) -> dict[str, Any]:
 
 RECIPES: dict[str, dict[str, Any]] = {
     # guided-diffusion's exact training maths, with --anneal_lr True as in its README. The JSON must
-    # not clip, and must lower the loss scale at every overflow; deepspeed_json.py checks both.
+    # not clip, and must lower the loss scale at every overflow; deepspeed_json checks both.
     "reference": dict(anneal_lr=True),
     "imagenet64": _imagenet(image_size=64, iterations=300_000)
     | dict(

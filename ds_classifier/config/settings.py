@@ -2,7 +2,7 @@
 
 Four layers, later ones win: the defaults (guided-diffusion's), a recipe, a file (--config), flags.
 The DeepSpeed JSON says how it is trained (micro-batch, precision, ZeRO, optimizer and schedule
-type, clipping), and `deepspeed_json.py` checks it and completes it from these settings.
+type, clipping), and `deepspeed_json` checks it and completes it from these settings.
 
 This module imports nothing heavy, so that --help answers at once.
 """
@@ -149,13 +149,17 @@ class TrainingSettings:
     lr: float = _setting(3e-4, "peak learning rate")
     weight_decay: float = _setting(0.0, "decoupled weight decay, on every parameter")
     anneal_lr: bool | None = _setting(
-        None,
-        "True: lr * (1 - step / iterations); False: constant lr (default: the JSON's scheduler)",
+        None, "True: --lr_schedule linear, from lr to 0; False: constant (default: neither)"
+    )
+    lr_schedule: str = _setting(
+        "",
+        "linear or cosine, from lr to 0 at the last step, or constant, in place of the JSON's "
+        "scheduler (default: the JSON's)",
     )
     warmup_steps: int = _setting(
         -1,
-        "steps of the JSON's warm-up, of which the first two run at its warmup_min_lr (default: "
-        "2 %% of iterations, 1000 at most)",
+        "steps of the warm-up, in which the rate rises to lr (default: where the JSON says auto, "
+        "2 %% of iterations, 1000 at most; with --lr_schedule none)",
     )
     global_batch: int = _setting(0, "images per step over all ranks (default: batch_size x ranks)")
     batch_size: int = _setting(
@@ -272,6 +276,13 @@ class Settings(RunSettings, TrainingSettings, DiffusionSettings, ModelSettings, 
         """The number of steps of the run in all, with --extend."""
         return max(self.iterations, self.extend)
 
+    @property
+    def schedule(self) -> str:
+        """The learning rate's schedule that a flag asks for; "" for the JSON's."""
+        if self.anneal_lr is None:
+            return self.lr_schedule
+        return "linear" if self.anneal_lr else "constant"
+
     def warm_up(self, steps: int) -> int:
         """Return the steps of the JSON's warm-up, where it schedules a number of steps."""
         return self.warmup_steps if self.warmup_steps >= 0 else max(1, min(1000, steps // 50))
@@ -304,9 +315,8 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 # Settings that may differ between nodes: where the data is, and how it is read.
 PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
-PROFILED = (
-    4  # steps that --profile records: one may be an odd one; a trace of many cannot be opened
-)
+PROFILED = 4  # steps that --profile records; a trace of many is too large to open
+LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
 def check_settings(settings: Settings) -> list[str]:
@@ -364,6 +374,16 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
     if settings.resize not in RESIZES:
         problems.append(f"--resize: got {settings.resize!r}; need {' or '.join(RESIZES)}")
+    if settings.lr_schedule not in ("", *LR_SCHEDULES):
+        problems.append(
+            f"--lr_schedule: got {settings.lr_schedule!r}; need {', '.join(LR_SCHEDULES[:-1])} or "
+            f"{LR_SCHEDULES[-1]}"
+        )
+    elif settings.lr_schedule and settings.schedule != settings.lr_schedule:
+        problems.append(
+            f"--lr_schedule {settings.lr_schedule}, --anneal_lr {settings.anneal_lr}: they "
+            "disagree; do: give one of them"
+        )
     if settings.microbatch == 0 or settings.microbatch < -1:
         problems.append(f"--microbatch: got {settings.microbatch}; need a positive number, or -1")
     return problems
@@ -376,6 +396,7 @@ def changed_settings(
 
     free: names of settings that may differ in this run.
     """
+    saved = {"lr_schedule": ""} | saved  # which version 0.1 did not have
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS

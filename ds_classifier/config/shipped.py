@@ -56,12 +56,26 @@ def choose_config() -> ChosenConfig:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
         name = torch.cuda.get_device_name(0)
-        if min(map(torch.cuda.get_device_capability, range(gpus))) >= BF16_CAPABILITY:
+        if "bf16" in fast_precisions():
             return ChosenConfig("zero1_bf16", f"{name} computes in bf16", gpus)
         return ChosenConfig("zero1_fp16", f"{name} has fp16, but not bf16", gpus)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    fast = fast_precisions()
+    if "fp16" in fast:
         return ChosenConfig("zero2_fp16", "this CPU has fp16", 0)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if "bf16" in fast:
         return ChosenConfig("zero2_bf16", "this CPU has bf16, but not fp16", 0)
     return ChosenConfig("zero1_fp32", "this CPU has neither fp16 nor bf16", 0)
+
+
+def fast_precisions() -> list[str]:
+    """Return bf16 and fp16, as far as this machine computes in them; it imports torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = range(torch.cuda.device_count())
+        ampere = min(map(torch.cuda.get_device_capability, gpus)) >= BF16_CAPABILITY
+        return ["bf16", "fp16"] if ampere else ["fp16"]
+    cpu = torch.ops.mkldnn
+    has = {"bf16": cpu._is_mkldnn_bf16_supported(), "fp16": cpu._is_mkldnn_fp16_supported()}
+    return [name for name in has if has[name]]

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_classifier.common import files
+from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.data.store import Shard, ShardStore, is_url
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key_of, member_name
@@ -149,6 +150,22 @@ class ShardSet:
         except (tarfile.TarError, OSError):  # the shard was damaged or cut after it was indexed
             return f"at byte {offset}"
         return self.manifest.key(int(row["shard"]), key_of(name)[0])
+
+
+def refuse_shared_shards(train: Manifest, val: Manifest, flag: str, advice: str) -> None:
+    """Raise ValueError if shards of the two splits have the same bytes.
+
+    flag: the one that names `val`. advice: what to do.
+    """
+    hashes = {shard.sha256: shard.name for shard in train.shards}
+    both = [shard for shard in val.shards if shard.sha256 in hashes]
+    if both:
+        copy = hashes[both[0].sha256]
+        raise ValueError(
+            f"{flag}: got {count(len(both), 'shard')} in both splits, such as {both[0].name}, with "
+            f"the bytes of {copy} in the training split; need validation images that are not "
+            f"trained on; do: {advice}"
+        )
 
 
 class Neighbours(NamedTuple):

@@ -7,14 +7,17 @@ from pathlib import Path
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
 from ds_classifier.config import Settings
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
+from ds_classifier.data.remote.objects import in_one_bucket
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
     MANIFEST,
+    Manifest,
     ShardSet,
     open_shards,
     parse_manifest,
     read_index,
+    refuse_shared_shards,
 )
 from ds_classifier.data.store import ShardStore, is_url, url_of
 
@@ -63,15 +66,17 @@ def open_split(
     url = url_of(location, MANIFEST)
     text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
     manifest = parse_manifest(text, shown(url))
-    if manifest.location is not None:
+    if manifest.location is not None and not in_one_bucket(location, manifest.location):
         raise ValueError(
             f"{shown(url)}: got a manifest whose shards are at {shown(manifest.location)}; need a "
-            "manifest next to its shards, or on this machine; do: copy it and its index into a "
-            "directory here"
+            "manifest next to its shards, in the same bucket, or on this machine; do: copy it and "
+            "its index into a directory here"
         )
-    store = ShardStore(location, manifest.shards, allow_pipe=allow_pipe, **options)
+    place = manifest.location or location
+    store = ShardStore(place, manifest.shards, allow_pipe=allow_pipe, **options)
     rows = manifest.samples * INDEX_DTYPE.itemsize
-    path = store.fetch_beside(INDEX, sizes=(rows, rows + 4096), sha256=manifest.index_sha256)
+    sizes = (rows, rows + 4096)
+    path = store.fetch_beside(INDEX, sizes=sizes, sha256=manifest.index_sha256, location=location)
     index = read_index(path, manifest, thorough=to_verify)
     return ShardSet(store.folder, manifest, index, store)
 
@@ -120,12 +125,12 @@ def open_splits(
 
     found_beside: nobody named the validation shards: see `with_validation`.
     Raises ValueError that names the flag, if a split cannot be read, if the two have different
-    classes, or if their number differs from the settings.
+    classes or a shard in common, or if the number of classes differs from the settings.
     """
     shards = _open("data_dir", settings)
     classes = shards.manifest.classes
     try:
-        val_shards = _open_validation(settings, classes) if settings.validation else None
+        val_shards = _open_validation(settings, shards.manifest) if settings.validation else None
     except ValueError as error:
         if not found_beside:
             raise
@@ -140,15 +145,22 @@ def open_splits(
     return shards, val_shards
 
 
-def _open_validation(settings: Settings, classes: list[str]) -> ShardSet:
-    """Open the validation shards. classes: those of the training shards."""
+def _open_validation(settings: Settings, train: Manifest) -> ShardSet:
+    """Open the validation shards. train: the manifest of the training shards."""
     val_shards = _open("val_data_dir", settings)
-    if val_shards.manifest.classes != classes:
+    if val_shards.manifest.classes != train.classes:
         raise ValueError(
             f"--val_data_dir: got {len(val_shards.manifest.classes)} classes in "
-            f"{shown(settings.val_data_dir)}; need the same list as the {len(classes)} in "
+            f"{shown(settings.val_data_dir)}; need the same list as the {len(train.classes)} in "
             f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
         )
+    refuse_shared_shards(
+        train,
+        val_shards.manifest,
+        "--val_data_dir",
+        "name other shards, or train with --val_data_dir none; to measure a run on its training "
+        f"images: ds-classifier evaluate RUN --val_data_dir {shown(settings.data_dir)}",
+    )
     return val_shards
 
 

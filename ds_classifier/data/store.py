@@ -194,15 +194,19 @@ class ShardStore:
                 self._cache.close()
         self._forget()
 
-    def fetch_beside(self, name: str, *, sizes: tuple[int, int], sha256: str) -> Path:
-        """Fetch a file next to the remote shards, such as the index; return its path in the cache.
+    def fetch_beside(
+        self, name: str, *, location: str, sizes: tuple[int, int], sha256: str
+    ) -> Path:
+        """Fetch a file that belongs to the shards, such as the index; return its path in the cache.
 
         It is never removed from the cache.
-        sizes: the smallest and largest number of bytes allowed. sha256: in hex.
+        location: the URL of its directory. sizes: the smallest and largest number of bytes allowed.
+        sha256: in hex.
         """
         self._enter()
         stored = f"{sha256[:16]}-{name}"  # another version at the same URL gets another name
-        os.close(self._fetched(self._cache, name, stored, sizes, sha256))
+        url = url_of(location, name)
+        os.close(self._fetched(self._cache, url, stored, sizes, sha256))
         return self.folder / stored
 
     def _enter(self) -> None:
@@ -221,11 +225,11 @@ class ShardStore:
         if not self.remote:
             return os.open(self.folder / facts.name, os.O_RDONLY)
         sizes = (facts.bytes, facts.bytes)
-        return self._fetched(cache, facts.name, facts.name, sizes, facts.sha256, wait=wait)
+        url = url_of(self.location, facts.name)
+        return self._fetched(cache, url, facts.name, sizes, facts.sha256, wait=wait)
 
-    def _fetched(self, cache, name, stored, sizes, sha256, *, wait=True) -> int | None:
+    def _fetched(self, cache, url, stored, sizes, sha256, *, wait=True) -> int | None:
         def fetch(part: Path) -> None:
-            url = url_of(self.location, name)
             fetch_file(url, part, sizes=sizes, sha256=sha256, patience=self._patience)
 
         size = sizes[0] if sizes[0] == sizes[1] else None

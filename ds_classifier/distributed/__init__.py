@@ -6,8 +6,10 @@ from ds_classifier.distributed.console import (
     live,
     quiet_libraries,
     say,
+    say_labelled,
     show,
     warn,
+    wrapped,
 )
 from ds_classifier.distributed.process_group import (
     check_launch,
@@ -60,8 +62,10 @@ __all__ = [
     "rank",
     "refuse",
     "say",
+    "say_labelled",
     "show",
     "together",
     "warn",
     "world_size",
+    "wrapped",
 ]

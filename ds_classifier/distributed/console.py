@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import textwrap
 import time
 import warnings
 from typing import TextIO
@@ -14,7 +15,9 @@ from typing import TextIO
 from ds_classifier.distributed.ranks import local_rank, local_world_size, rank, world_size
 
 ERASE = "\r\x1b[K"  # moves the cursor to the left of the terminal's line, and empties that
+LABEL = 12  # columns of the label before a line of a run's header
 LIVE_SECONDS = 0.2  # between two drawings of the live line
+_LIBRARIES = ("torch", "multiprocessing", "deepspeed", "tensorboardX")
 _drawn = float("-inf")  # when the live line was drawn last, by time.monotonic
 
 
@@ -88,6 +91,20 @@ def say(message: str = "") -> None:
         show(message)
 
 
+def say_labelled(line: str) -> None:
+    """Print a line that begins with a label of LABEL columns on rank 0, wrapped on a terminal."""
+    say(wrapped(line, indent=LABEL))
+
+
+def wrapped(line: str, *, indent: int) -> str:
+    """Return a line broken between words where a terminal is too narrow; in a log it stays one."""
+    width = columns()
+    if width is None or len(line) <= width:
+        return line
+    whole_words = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, **whole_words)
+
+
 def complain(message: str) -> None:
     """Print an error on the first rank of each node, with the host's name if there are several."""
     if local_rank() == 0:
@@ -101,7 +118,19 @@ def warn(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Set filters for library warnings that no user can act on. Call it before importing torch."""
+    """Set filters for what libraries print and no user can act on. Call it before importing torch.
+
+    That is warnings, and the errors of destructors: of torch's loader, for example, if it could not
+    be built, which is reported already.
+    """
+    before = sys.unraisablehook
+
+    def shown(unraisable: sys.UnraisableHookArgs) -> None:
+        place = getattr(unraisable.object, "__module__", None) or ""
+        if place.partition(".")[0] not in _LIBRARIES:
+            before(unraisable)
+
+    sys.unraisablehook = shown
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

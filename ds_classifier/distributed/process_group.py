@@ -19,9 +19,11 @@ from typing import Any, NoReturn
 from ds_classifier.common.text import count
 from ds_classifier.distributed import launcher, rendezvous
 from ds_classifier.distributed.console import say, show
+from ds_classifier.distributed.engine.deepspeed_versions import newer_than_tested
 from ds_classifier.distributed.ranks import (
     AgreedError,
     adopt_tasks,
+    check_variables,
     local_rank,
     local_world_size,
     rank,
@@ -92,6 +94,8 @@ def init(
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"  # the store takes a free one
     deepspeed = _import_deepspeed_quietly()
+    if warning := newer_than_tested():
+        say(warning)
     card = {"host": socket.gethostname(), "problem": check(device)}
     card["same"] = code_versions() | (same or {})
     store, other_host = _meet(card, start_timeout)
@@ -121,20 +125,11 @@ def init(
 def check_launch() -> None:
     """Take ranks from srun or mpiexec, if one of them started this process.
 
-    Raises ValueError if the launcher's variables are incomplete or contradict each other.
+    Raises ValueError if the launcher's variables are incomplete, no numbers, or contradict each
+    other.
     """
     adopt_tasks()
-    if "RANK" not in os.environ:
-        return
-    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
-        raise ValueError(
-            f"RANK is set, but not {', '.join(missing)}; do: use the deepspeed launcher or torchrun"
-        )
-    if not 0 <= rank() < world_size():
-        raise ValueError(
-            f"RANK: got {rank()}; need 0 to {world_size() - 1}, as WORLD_SIZE is {world_size()}"
-        )
+    check_variables()
 
 
 def refuse(problem: str, start_timeout: timedelta = timedelta(minutes=10)) -> NoReturn:
@@ -210,8 +205,10 @@ def _set_gloo_interface(other_host: str) -> None:
 def _import_deepspeed_quietly():
     """Import DeepSpeed without log lines that no user can act on, and without compiling."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
+    logging.disable(logging.INFO)  # before 0.17.6 it logs the device that it takes
     import deepspeed
 
+    logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # None of DeepSpeed's own ops is used. Without this line it looks for compilers, and on a CPU
     # compiles for 40 s a collective that only inference calls.

@@ -22,14 +22,21 @@ class AgreedError(ValueError):
     """An error that every rank raises with the same message: each exits, and rank 0 prints it."""
 
 
-# Who numbers tasks -> its variables of rank, world size, local rank and local world size.
+# Who numbers tasks -> its variables of rank, world size, local rank and local world size. PRRTE, on
+# which Open MPI 5 is built, tells a process its own number alone.
 _TASK_VARIABLES = {
     "mpirun": tuple(
         f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     ),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    "prterun": ("PMIX_RANK", "", "", ""),
 }
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of every rank
+# Variable -> its least value.
+_NUMBERS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+_NUMBERS |= {"MASTER_PORT": 0}
+_LAST_PORT = 65535
 
 
 def adopt_tasks() -> None:
@@ -46,15 +53,22 @@ def adopt_tasks() -> None:
     else:
         return
     task, tasks, local, local_tasks = _tasks(starter)
-    if tasks in ("", "1"):
+    if tasks == "1":
         return
+    command = shlex.join(sys.orig_argv[1:])
+    alone = f"or, to let each work alone, unset {number}"
+    if not tasks:
+        raise ValueError(
+            f"got process {task} of several that {starter} started, which would each work alone; "
+            f"need their number, which {starter} does not tell; do: deepspeed --num_gpus N "
+            f"{command} (on several hosts: --hostfile HOSTS); {alone}"
+        )
     if "" in (local, os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")):
         raise ValueError(
             f"got process {task} of {tasks} that {starter} started, which would each work alone; "
             "need MASTER_ADDR and MASTER_PORT, where they meet; do: export MASTER_ADDR=HOST "
             f"MASTER_PORT=29500 (HOST is that of process 0) before {starter}; or, on one host, "
-            f"deepspeed --num_gpus {tasks} {shlex.join(sys.orig_argv[1:])}; or, to let each work "
-            f"alone, unset {number}"
+            f"deepspeed --num_gpus {tasks} {command}; {alone}"
         )
     os.environ.update(RANK=task, WORLD_SIZE=tasks, LOCAL_RANK=local, LOCAL_SIZE=local_tasks)
 
@@ -67,8 +81,17 @@ def _is_batch_script(starter: str) -> bool:
 
 
 def _tasks(starter: str) -> list[str]:
-    """Return rank, world size, local rank and local world size; "" for what is not known."""
-    task, tasks, local, here = (os.environ.get(name, "") for name in _TASK_VARIABLES[starter])
+    """Return rank, world size, local rank and local world size; "" for what is not known.
+
+    Raises ValueError that names the variables that are no numbers.
+    """
+    names = _TASK_VARIABLES[starter]
+    least = dict(zip(names, (0, 1, 0, 1), strict=True))
+    if starter == "srun":
+        del least[names[3]]
+        least |= {"SLURM_NTASKS": 1, "SLURM_NODEID": 0}
+    _refuse_other_than_numbers(least)
+    task, tasks, local, here = (os.environ.get(name, "") for name in names)
     if starter == "srun":
         tasks = tasks or os.environ.get("SLURM_NTASKS", "")
         # "2(x3),1": two tasks on each of three nodes, then one.
@@ -78,19 +101,61 @@ def _tasks(starter: str) -> list[str]:
     return [task, tasks, local, here or tasks]
 
 
+def check_variables() -> None:
+    """Raise ValueError, naming the variables, if those of a rank are incomplete or impossible."""
+    given = [name for name in _NEEDED[:3] if name in os.environ]
+    if not given:
+        return
+    if missing := [name for name in _NEEDED if name not in os.environ]:
+        raise ValueError(
+            f"got {', '.join(given)}, but no {', '.join(missing)}; need all variables of a rank; "
+            f"do: use the deepspeed launcher or torchrun; or, to work alone, unset "
+            f"{' '.join(given)}"
+        )
+    _refuse_other_than_numbers(_NUMBERS)
+    for name, value, size, of in (
+        ("RANK", rank(), world_size(), "WORLD_SIZE"),
+        ("LOCAL_RANK", local_rank(), local_world_size(), "LOCAL_SIZE (torchrun: LOCAL_WORLD_SIZE)"),
+        ("MASTER_PORT", _number("MASTER_PORT", 0), _LAST_PORT + 1, "the number of ports"),
+    ):
+        if value >= size:
+            raise ValueError(f"{name}: got {value}; need 0 to {size - 1}, as {of} is {size}")
+
+
+def _refuse_other_than_numbers(least: dict[str, int]) -> None:
+    """Raise ValueError that names every variable that is set to no whole number, or too small.
+
+    least: {variable: its least value}.
+    """
+    found = {name: os.environ[name] for name in least if name in os.environ}
+    problems = [
+        f"{name}: got {text!r}; need a whole number, {least[name]} or more"
+        for name, text in found.items()
+        if not text.isdecimal() or int(text) < least[name]
+    ]
+    if problems:
+        raise ValueError("; ".join(problems) + "; do: look at what the launcher sets")
+
+
+def _number(name: str, default: int) -> int:
+    """Return the number in a variable. Messages need it too, also the one that refuses the text."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
 def rank() -> int:
     """Return the number of this process, 0 to world_size() - 1."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of ranks on all nodes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Return the number of this process on its node, 0 to local_world_size() - 1."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
@@ -98,7 +163,7 @@ def local_world_size() -> int:
 
     deepspeed sets it as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE.
     """
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return _number("LOCAL_SIZE", 0) or _number("LOCAL_WORLD_SIZE", 1)
 
 
 def all_reduce_sum(tensor):

@@ -21,7 +21,8 @@ from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import Settings
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
-from ds_classifier.distributed import deepspeed_engine, failures
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation import evaluate
 from ds_classifier.evaluation.data import (
     create_validation_loader,

@@ -12,7 +12,7 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.weights import WeightsFile, find_recorded, open_weights
 from ds_classifier.config import Settings
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.model import create_classifier
 
 

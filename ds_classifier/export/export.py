@@ -199,6 +199,8 @@ def describe(
         for key in FIXED_SETTINGS
         if key not in classifier and key not in process
     }
+    if settings.extend:  # it may change in a run, and shapes the learning rate all the same
+        training["extend"] = settings.extend
     shown = "t * 1000 / diffusion_steps" if settings.rescale_timesteps else "t"
     return {
         "format": EXPORT_FORMAT,

@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from torch import nn
+
 from ds_classifier import distributed
+from ds_classifier.checkpoint.disk import PREFIX
 from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.common.text import count
 from ds_classifier.data.loader import Loader
 from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import Stopped
 from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
 from ds_classifier.evaluation.metrics import METRICS
 from ds_classifier.evaluation.predictions import predict_grid
+from ds_classifier.model import create_classifier
 from ds_classifier.training.logs.log import TrainingLog
 from ds_classifier.training.logs.lost import BadSamples
 from ds_classifier.training.run_dir import append_event
@@ -58,8 +63,9 @@ class Validation:
         means, bad = evaluation.evaluate(engine.module, self._batches("all t"), **keywords)
         at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
         means |= {f"{name}_t0": at_0[name] for name in METRICS}
+        classifier = self._own_classifier()
         if distributed.rank() == 0:
-            failures.tolerate("the grid of images", self._draw_grid)
+            failures.tolerate("the grid of images", lambda: self._draw_grid(classifier))
         return means | ({"bad_samples": bad} if bad else {})
 
     def _batches(self, levels: str) -> Iterator[Any]:
@@ -70,12 +76,26 @@ class Validation:
             done = min(done + len(batch.positions) * distributed.world_size(), samples)
             self._log.show(f"validation at {levels}: {done:,} of {count(samples, 'image')}")
 
-    def _draw_grid(self) -> None:
+    def _own_classifier(self) -> nn.Module:
+        """Return a classifier that this rank can call alone; every rank must call it.
+
+        Under ZeRO 3 the engine's own waits for the other ranks in each layer.
+        """
+        engine, settings = self._setup.engine, self._setup.resolved.settings
+        if not deepspeed_state.is_sharded(engine):
+            return engine.module.classifier
+        weights = deepspeed_state.whole_copies(engine)
+        classifier = create_classifier(**settings.model_kwargs())
+        classifier.to(device=engine.device, dtype=engine.get_data_types()[0])
+        classifier.load_state_dict({n.removeprefix(PREFIX): v for n, v in weights.items()})
+        return classifier
+
+    def _draw_grid(self, classifier: nn.Module) -> None:
         """Keep a grid of images and predictions of this step, for the report and TensorBoard."""
         setup, engine = self._setup, self._setup.engine
         settings = setup.resolved.settings
         grid = predict_grid(
-            engine.module.classifier,
+            classifier,
             engine.module.diffusion,
             setup.val_shards,
             image_size=settings.image_size,

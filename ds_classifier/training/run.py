@@ -14,7 +14,8 @@ from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import create_schedule_sampler
-from ds_classifier.distributed import deepspeed_engine, failures
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
 from ds_classifier.distributed.memory import MemoryAdvice
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
@@ -80,6 +81,8 @@ def build(
         return None
     resolved = resolved.with_part(start.part_steps)
     trained = resolved.with_batch(rehearsed(resolved.batch)) if command.dry_run else resolved
+    if trained.reports:
+        deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
     engine = deepspeed_engine.create_engine(
         module, trained.ds_config, lr_factor(settings, start.part_steps)
     )
@@ -118,6 +121,8 @@ def train(setup: Setup) -> int:
         raise
     run.checkpoints.finish()
     run.log.close()
+    if "comms_logger" in setup.resolved.reports:
+        deepspeed_reports.summarize_communication()
     run_dir, step, stop = setup.run_dir, run.step, setup.stop
     if not finished:
         append_event(run_dir, "stop", step=step, reason=stop.reason)

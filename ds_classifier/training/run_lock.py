@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ds_classifier.common import files
@@ -40,6 +41,7 @@ class RunLock:
                 "since": time.time(),
             }
         )
+        self._made: list[Path] = []  # directories that did not exist before, the deepest first
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
@@ -49,13 +51,16 @@ class RunLock:
         say: prints a line. Raises ValueError if another job holds the lock, or if nothing can be
         written.
         """
+        folder = self._path.parent
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             while not files.create(self._path, self._mine):
                 self._take_over(say)
         except OSError as error:
+            self._remove_empty()
             raise ValueError(
-                f"--run_dir: got {self._path.parent}, where nothing can be written "
+                f"--run_dir: got {folder}, where nothing can be written "
                 f"({files.problem(error)}); do: choose another"
             ) from None
         self._thread.start()
@@ -166,9 +171,19 @@ class RunLock:
                 continue
 
     def release(self) -> None:
-        """Release the lock, if it is still ours."""
+        """Release the lock, if it is still ours, and leave no empty directory of a refused run."""
         self._released.set()
         if self._thread.is_alive():
             self._thread.join(BEAT_SECONDS)
         if self._read(self._path) == self._mine:
             self._path.unlink(missing_ok=True)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        """Remove the directories that `acquire` made, if no file was written to them."""
+        if not self._made:
+            return
+        inside = [folder for folder, *_ in os.walk(self._path.parent, topdown=False)]
+        for folder in (*inside, *self._made):
+            with suppress(OSError):  # not empty, or gone
+                os.rmdir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader
@@ -136,13 +137,21 @@ def lr_factor(settings: Settings, steps: int) -> Callable[[int], float] | None:
     """Return the learning rate of step k as a share of the peak; None if the JSON's scheduler
     decides.
 
+    The rate rises over the first --warmup_steps steps. After them step k, counted from their end,
+    runs at 1 - k / n (linear), (1 + cos(pi k / n)) / 2 (cosine) or 1, with n steps left.
+
     steps: the number of steps of the part of the run, in which k counts from 0.
     """
-    if settings.anneal_lr is None:
+    if not settings.schedule:
         return None
-    if settings.anneal_lr:
-        return deepspeed_engine.linear_anneal(steps)
-    return lambda step: 1.0
+    warm_up = max(0, settings.warmup_steps)
+    left = max(1, steps - warm_up)
+    decay = {
+        "linear": deepspeed_engine.linear_anneal(left),
+        "cosine": lambda k: (1 + math.cos(math.pi * min(1, k / left))) / 2,
+        "constant": lambda k: 1.0,
+    }[settings.schedule]
+    return lambda k: (k + 1) / (warm_up + 1) if k < warm_up else decay(k - warm_up)
 
 
 def create_training_loader(

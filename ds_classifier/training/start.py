@@ -25,7 +25,7 @@ from ds_classifier.checkpoint.writer import check_room
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
-from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.config.deepspeed_json import Resolved, meant
 from ds_classifier.config.settings import Settings, changed_settings
 from ds_classifier.training.run_dir import (
     DONE,
@@ -37,6 +37,8 @@ from ds_classifier.training.run_dir import (
 )
 from ds_classifier.training.run_lock import RunLock
 
+# Parameters of the JSON's optimizer that choose how it is computed.
+IMPLEMENTATION = ("torch_adam", "fused", "foreach", "fp32_optimizer_states")
 SAVED_BY = ("resume", "stop", "finish")  # events at a step that has, or had, a checkpoint
 
 
@@ -190,13 +192,13 @@ def refuse_lost_checkpoints(run_dir: Path, say: Callable[[str], None]) -> None:
 def refuse_changes(state: dict, resolved: Resolved, facts: dict) -> None:
     """Raise ValueError, with every change, if the checkpoint is of another training."""
     settings, saved = resolved.settings, state["settings"]
-    free = ("iterations",) if resolved.constant_rate else ()
+    free = ("iterations",) if resolved.open_ended else ()
     changes = changed_settings(saved, settings, free=free)
     longer = "iterations" not in free and settings.iterations > saved["iterations"]
     changes += [
-        f"{key} of the JSON: {state['deepspeed'][key]} in the checkpoint, {value} now"
-        for key, value in facts["deepspeed"].items()
-        if state["deepspeed"][key] != value
+        f"{key} of the JSON: {was} in the checkpoint, {now} now"
+        for key, now in facts["deepspeed"].items()
+        if _differs(key, meant(key, was := state["deepspeed"].get(key, now)), meant(key, now))
     ]
     if state["classes"] != facts["classes"]:
         changes.append(
@@ -213,6 +215,27 @@ def refuse_changes(state: dict, resolved: Resolved, facts: dict) -> None:
             + f"\ndo: {_longer(state, settings) if longer else ''}give the settings as they were, "
             "or choose another --run_dir (with --init_from to start it from these weights)"
         )
+
+
+def _differs(key: str, was: Any, now: Any) -> bool:
+    """Return whether a section of the JSON makes another training than it did in a checkpoint.
+
+    Another implementation of the optimizer does not. Another optimizer may be wanted: its state
+    starts anew, which `disk.load` reports.
+    """
+    if key != "optimizer" or not was or not now:
+        return was != now
+    (was_type, was_params), (now_type, now_params) = map(_optimizer, (was, now))
+    another = was_type != now_type and {was_type, now_type} != {"adam", "adamw"}
+    return not another and (was_type, was_params) != (now_type, now_params)
+
+
+def _optimizer(section: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return what decides the steps of a JSON's optimizer: its type and its parameters."""
+    params = {k: v for k, v in (section.get("params") or {}).items() if k not in IMPLEMENTATION}
+    name = str(section.get("type", "AdamW")).lower().replace("auto", "adamw")
+    w_mode = params.pop("adam_w_mode", True)
+    return ("adamw" if name == "adam" and w_mode else name), params
 
 
 def _longer(state: dict, settings: Settings) -> str:
@@ -246,13 +269,15 @@ def parts_of(state: dict | None, resolved: Resolved) -> dict[str, Any]:
             )
         return {"part_ends": [steps], "skipped_before_part": 0}
     step, ends = state["step"], disk.part_ends(state)
-    if resolved.constant_rate:
+    if resolved.open_ended:
         if steps < step:
             raise ValueError(
                 f"--iterations: got {steps}; need {step} or more, since that many steps are done"
             )
     else:
         _refuse_unplanned(step, ends, resolved.settings)
+    if resolved.open_ended and not resolved.constant_rate:
+        ends = []  # its schedule goes on, whatever the number of steps was
     begins = step in ends and step < steps
     skipped = state["skipped_steps"] if begins else state.get("skipped_before_part", 0)
     warm_up = max(2, resolved.settings.warm_up(steps - step))  # 2: DeepSpeed's least

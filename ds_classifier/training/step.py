@@ -18,7 +18,7 @@ from torch.profiler import record_function as span
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter, by_position
 from ds_classifier.posterior import EMPTY, RecentImages
 

@@ -21,6 +21,7 @@ from ds_classifier.data.convert.convert import Encoding, convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 from ds_classifier.export.reference_flags import classifier_flags, process_flags
 
 MOST_CONVERTED = 2000  # images; a benchmark reads them again and again
@@ -146,7 +147,7 @@ def launched(program: Path, ranks: int, port: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, str(program)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    here = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
+    here = [*quiet_flag(), "--num_gpus", str(ranks), "--master_port", str(port)]
     return [sys.executable, deepspeed, *here, str(program)]
 
 

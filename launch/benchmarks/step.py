@@ -29,7 +29,7 @@ from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.loss import noised_classifier
@@ -71,6 +71,7 @@ class Bench:
         device = distributed.init()
         if problem := deepspeed_engine.precision_problem(resolved.ds_config, device):
             raise ValueError(problem)
+        deepspeed_engine.emulate_fp16(resolved.ds_config, device)
         module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
         parameters = sum(p.numel() for p in module.parameters())
         ds_config = resolved.with_parameters(parameters).ds_config

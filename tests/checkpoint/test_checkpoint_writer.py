@@ -35,13 +35,17 @@ def writer(tmp_path, monkeypatch):
         skipped_steps=0,
         device=torch.device("cpu"),
         optimizer=SimpleNamespace(
-            optimizer=adam, _lazy_init_hp_params_optimizer_state=lambda: None
+            optimizer=adam,
+            single_partition_of_fp32_groups=list(module.parameters()),
+            bit16_groups=[[p] for p in module.parameters()],
+            _lazy_init_hp_params_optimizer_state=lambda: None,
         ),
         fp16_enabled=lambda: False,
+        zero_optimization_stage=lambda: 2,
     )
 
-    def snapshot(self, parameters, sampled):
-        for name, value in parameters.items():
+    def snapshot(self, optimizer, sampled):
+        for name, value in module.named_parameters():
             self._keep_copy(self._model, name, value.detach())
             self._keep_copy(self._optimizer, f"exp_avg.{name}", torch.zeros_like(value))
 
@@ -172,7 +176,7 @@ def test_weights_that_are_not_finite_are_never_saved(writer, tmp_path):
     with torch.no_grad():
         writer._engine.module.weight[0, 1] = 0
         next(iter(writer._engine.optimizer.optimizer.state.values()))["exp_avg"][0, 0] = torch.inf
-    with pytest.raises(FloatingPointError, match=r"not finite .Adam's state"):
+    with pytest.raises(FloatingPointError, match=r"not finite .a master weight"):
         save(writer, 2)
     assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["1"]
 

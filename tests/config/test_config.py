@@ -6,7 +6,7 @@ import re
 import pytest
 from running import ROOT, run_python
 
-from ds_classifier.config import RECIPES, deepspeed_json, parse_training_command
+from ds_classifier.config import RECIPES, parse_training_command
 from ds_classifier.config import settings as config
 from ds_classifier.config.deepspeed_json import read_ds_config, resolve
 from ds_classifier.config.shipped import SHIPPED_CONFIGS
@@ -198,19 +198,6 @@ def test_bucket_sizes_are_even(parameters):
     assert zero["allgather_bucket_size"] % 2 == 0
 
 
-def test_schema_names_are_deepspeeds():
-    """The sections that DeepSpeed defines as models have only keys of those models."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    for section, model in (
-        ("zero_optimization", DeepSpeedZeroConfig),
-        ("fp16", DeepSpeedFP16Config),
-        ("bf16", DeepSpeedBF16Config),
-    ):
-        assert set(deepspeed_json.SCHEMA[section]) <= set(model.model_fields)
-
-
 def test_auto_is_filled_from_the_settings():
     ds = resolved("--lr", "2e-4", "--iterations", "5000", "--batch_size", "16").ds_config
     assert ds["optimizer"]["params"]["lr"] == 2e-4
@@ -277,32 +264,22 @@ def test_accumulation_sums_in_fp32():
         (dict(train_micro_batch_size_per_gpu=4.5), ["4.5", "a whole number"]),
         (dict(train_micro_batch_size_per_gpu=True), ["true", "a whole number"]),
         (dict(train_batch_size=0), ["train_batch_size: got 0"]),
-        (dict(gradient_clipping="auto"), ["gradient_clipping", '"auto"']),
         (dict(zero_optimization__stage="auto"), ["stage", '"auto"']),
-        (dict(zero_optimization__stage=3), ["stage: got 3", "1 or 2"]),
-        (dict(zero_optimization__stage=0), ["stage: got 0", "1 or 2"]),
-        (dict(zero_optimization__offload_optimizer={}), ["offload_optimizer", "not supported"]),
-        (dict(optimizer__type="Adam"), ["optimizer.type", "AdamW"]),
-        (dict(optimizer__params__torch_adam=False), ["torch_adam"]),
         (dict(optimizer__params__betas=[0.9]), ["betas"]),
-        (dict(scheduler__type="OneCycle"), ["scheduler.type", "WarmupDecayLR"]),
+        (dict(scheduler__type="CyclicLR"), ["scheduler.type", "WarmupDecayLR"]),
         (dict(scheduler__params__warmup_type="cubic"), ["warmup_type", "linear or log"]),
-        (dict(fp16__enabled=True), ["fp16.enabled, bf16.enabled: got both"]),
+        (dict(fp16__enabled=True), ["fp16.enabled: got true, and bf16.enabled"]),
         (dict(bf16__check_grad_overflow=False), ["bf16.check_grad_overflow: got false; need true"]),
         (dict(bf16__enabled="yes"), ["bf16.enabled", '"yes"', "true or false"]),
         (dict(optimizer="AdamW"), ["optimizer", "section"]),
-        (dict(amp={}), ["amp", "not supported"]),
-        (dict(flops_profiler=5), ["flops_profiler", "not supported"]),
+        (dict(amp={"enabled": True}), ["amp", "not supported"]),
+        (dict(flops_profiler=5), ["flops_profiler: got 5", "a section"]),
         (dict(communication_data_type="foo"), ["communication_data_type", "foo"]),
         (dict(gradient_clipping=-1.0), ["gradient_clipping: got -1"]),
         (dict(gradient_clipping=float("nan")), ["gradient_clipping: got NaN"]),
         (dict(zero_optimization__reduce_bucket_size=0), ["reduce_bucket_size: got 0"]),
         (dict(optimizer__params__lr=-1), ["--lr: got -1"]),
         (dict(scheduler__params__total_num_steps=0), ["--iterations: got 0"]),
-        (
-            dict(optimizer__params__lr=5e-4, scheduler__params__warmup_max_lr=1e-3),
-            ["warmup_max_lr: got 0.001", "optimizer.params.lr is 0.0005"],
-        ),
         (dict(data_types__grad_accum_dtype="fp8"), ["grad_accum_dtype", "fp8"]),
     ],
 )
@@ -345,12 +322,6 @@ def test_all_problems_come_in_one_message():
     assert message.startswith("3 problems")
     for word in ("train_batchsize", "optimizer.params.lr", "zero_optimization.stage"):
         assert word in message
-
-
-def test_clipping_must_be_given():
-    raw = changed()
-    del raw["gradient_clipping"]
-    assert "clips at 1.0 by default" in problems(raw=raw)
 
 
 def test_files_that_are_not_json(tmp_path):

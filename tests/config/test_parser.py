@@ -102,10 +102,40 @@ def test_dashes_stand_for_underscores():
     assert (settings.classifier_pool, settings.lr) == ("spatial", -1)
 
 
-def test_deepspeeds_own_switch_has_no_effect():
+@pytest.mark.parametrize("text", ["-1e38", "-1e-3", "-.5", "-2.5E+3", "-1"])
+def test_a_negative_number_is_no_flag(text):
+    assert parse_training_command(["--lr", text]).settings.lr == float(text)
+
+
+@pytest.mark.parametrize("switch", ["--deepspeed", "--deepspeed=true"])
+def test_deepspeeds_own_switch_has_no_effect(switch):
     """DeepSpeed's helper for command lines writes --deepspeed --deepspeed_config X."""
-    with_switch = parse_training_command(["--deepspeed", "--deepspeed_config", "x.json"])
+    with_switch = parse_training_command([switch, "--deepspeed_config", "x.json"])
     assert with_switch == parse_training_command(["--deepspeed_config", "x.json"])
+
+
+@pytest.mark.parametrize("flag", ["--deepspeed_mpi", "--deepscale", "--deepscale_config"])
+def test_the_other_flags_of_deepspeeds_helper_are_answered(capsys, flag):
+    [line] = refused(capsys, parse_training_command, flag)
+    assert line.startswith(f"{flag}: unknown flag; ")
+    assert "--help" not in line
+
+
+@pytest.mark.parametrize("value", ["ds.json", "false"])
+def test_deepspeeds_switch_takes_no_value(capsys, value):
+    """Hugging Face's Trainer has the JSON there."""
+    [line] = refused(capsys, parse_training_command, "--deepspeed", value)
+    assert line.startswith(f"--deepspeed: got '{value}'; need no value")
+    assert line.endswith("do: --deepspeed_config JSON to say how")
+
+
+@pytest.mark.parametrize(("flag", "a", "b"), [
+    ("--config", "a.yaml", "b.yaml"), ("--recipe", "digits32", "imagenet64"),
+])  # fmt: skip
+def test_what_holds_many_settings_is_given_once(capsys, flag, a, b):
+    """The settings of the first would be lost in silence."""
+    [line] = refused(capsys, parse_training_command, flag, a, flag, b)
+    assert line == f"{flag}: got {a} and {b}; need one; do: drop one"
 
 
 @pytest.mark.parametrize("flag", [f"--{name}" for name in EPOCHS])

@@ -1,8 +1,13 @@
 """The validation split that is found beside the training split."""
 
+import json
+import shutil
+
 import pytest
 
 from ds_classifier.config import Settings
+from ds_classifier.data.convert.sources import open_source
+from ds_classifier.data.foreign.index import index
 from ds_classifier.data.splits import open_splits, with_validation
 
 
@@ -54,3 +59,24 @@ def test_none_opens_nothing(digits):
     settings = Settings(data_dir=str(digits / "train"), val_data_dir="none")
     assert open_splits(settings)[1] is None
     assert open_splits(with_validation(settings.replace(val_data_dir="")))[1] is not None
+
+
+def test_shards_of_training_are_not_validated_on(digits, tmp_path):
+    """Refuse the same split, a copy of it, and one whose shards include one of its own."""
+    train = digits / "train"
+    copy = shutil.copytree(train, tmp_path / "copy")
+    first = json.loads((train / "manifest.json").read_text())["shards"][0]["name"]
+    (tmp_path / "part").mkdir()
+    shutil.copy(train / first, tmp_path / "part" / "other-0.tar")
+    shutil.copy(next((digits / "val").glob("*.tar")), tmp_path / "part" / "other-1.tar")
+    names = tmp_path / "names"
+    names.write_text("".join(f"{i}\n" for i in range(10)))
+    index(str(tmp_path / "part"), tmp_path / "indexed", classes=names)
+    for place in (train, copy, tmp_path / "indexed/train"):
+        settings = Settings(data_dir=str(train), val_data_dir=str(place))
+        with pytest.raises(ValueError, match=r"--val_data_dir: got .* in both splits") as error:
+            open_splits(settings)
+        assert f"the bytes of {first} in the training split; need" in str(error.value)
+        assert f"ds-classifier evaluate RUN --val_data_dir {train}" in str(error.value)
+    with pytest.raises(ValueError, match=r"--val: got .* in both splits"):
+        open_source(str(train), str(copy))

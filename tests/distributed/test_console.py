@@ -4,9 +4,11 @@ import io
 import os
 import pty
 import select
+import sys
 from types import SimpleNamespace
 
 import pytest
+from running import ROOT, run_python
 
 from ds_classifier.distributed import console
 
@@ -78,3 +80,36 @@ def test_where_there_is_no_live_line(screen, monkeypatch, why):
     written = log.getvalue() if why == "a log" else screen.written()
     assert written.replace(ERASE, "") == "a row\n"
     assert (console.columns() is None) == (why != "a job in the background")
+
+
+def test_a_long_line_breaks_between_words_on_a_terminal_only(screen, capsys, monkeypatch):
+    console.say_labelled("config      of /a/very/long/path/for/a/terminal here")
+    assert screen.written().replace(ERASE, "") == (
+        "config      of\n            /a/very/long/path/for/a/terminal\n            here\n"
+    )
+    monkeypatch.setattr(console, "sys", sys)
+    console.say_labelled("config      of /a/very/long/path/for/a/terminal here")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+UNBUILT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ds_classifier import distributed
+distributed.quiet_libraries()
+import torch.utils.data.dataloader as loaders
+
+class Ours:
+    def __del__(self):
+        raise RuntimeError("ours")
+
+iterator = loaders._MultiProcessingDataLoaderIter
+iterator.__new__(iterator)  # its destructor finds nothing, as after a failure in __init__
+Ours()
+"""
+
+
+def test_destructors_of_libraries_say_nothing(tmp_path):
+    done = run_python("-c", UNBUILT, ROOT, cwd=tmp_path)
+    assert "DataLoaderIter" not in done.output
+    assert "RuntimeError: ours" in done.output

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from running import ROOT, run_python
 
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 
 LEARNT = {"cur_scale": 64.0, "cur_iter": 30, "last_overflow_iter": 12, "cur_hysteresis": 1}
 
@@ -52,6 +52,56 @@ def test_only_fields_of_the_loss_scaler_are_set():
     assert callable(engine.optimizer.loss_scaler.update_scale)
 
 
+SCHEDULES = {
+    "WarmupLR": {"warmup_max_lr": 3e-4, "warmup_num_steps": 100},
+    "WarmupDecayLR": {"warmup_max_lr": 3e-4, "warmup_num_steps": 100, "total_num_steps": 250},
+    "WarmupCosineLR": {"warmup_num_steps": 100, "total_num_steps": 280, "cos_min_ratio": 0.1},
+    "OneCycle": {
+        "cycle_min_lr": 1e-5,
+        "cycle_max_lr": 1e-3,
+        "cycle_first_step_size": 80,
+        "cycle_second_step_size": 60,
+        "decay_step_size": 20,
+        "decay_lr_rate": 0.1,
+        "decay_mom_rate": 0.01,
+        "cycle_min_mom": 0.85,
+        "cycle_max_mom": 0.99,
+    },
+    "LRRangeTest": {"lr_range_test_step_size": 50, "lr_range_test_staircase": True},
+    "LambdaLR": {"lr_lambda": deepspeed_engine.linear_anneal(290)},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_resumed_run_has_the_rates_of_the_uninterrupted_one(name):
+    """Compare each of 300 steps with DeepSpeed's own scheduler, stepped without interruption."""
+    import torch
+    from deepspeed.runtime import lr_schedules
+
+    def fresh():
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=5e-4)
+        kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+        scheduler = kind(optimizer, **SCHEDULES[name])
+        engine = SimpleNamespace(
+            optimizer=SimpleNamespace(optimizer=optimizer), lr_scheduler=scheduler
+        )
+        return engine, optimizer.param_groups[0]
+
+    engine, group = fresh()
+    rates = []
+    for applied in range(300):
+        resumed, resumed_group = fresh()
+        deepspeed_engine.set_schedule(resumed, applied)
+        rates.append(deepspeed_engine.learning_rate(engine))
+        assert resumed_group["lr"] == group["lr"], applied
+        assert resumed_group["betas"] == group["betas"], applied
+        for one in (engine, resumed):
+            one.optimizer.optimizer.step()
+            one.lr_scheduler.step()
+        assert resumed_group["lr"] == group["lr"], applied
+    assert len(set(rates)) > (5 if name == "LRRangeTest" else 90)
+
+
 @pytest.mark.parametrize("config", ["zero1_fp32", "zero1_bf16", "zero2_bf16"])
 def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     """DeepSpeed waits for the gradient's norm, and whether it is finite.
@@ -68,4 +118,8 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     assert done.code == 0, done.output
     seen = json.loads(done.output.splitlines()[-1])
     assert seen["waits"], "DeepSpeed's own are seen, so others would be"
-    assert [w for w in seen["waits"] if not w[0].startswith("deepspeed/")] == []
+    theirs = (
+        "deepspeed/",
+        "ds_classifier/distributed/engine/deepspeed_versions.py",
+    )
+    assert [w for w in seen["waits"] if not w[0].startswith(theirs)] == []

@@ -253,6 +253,15 @@ def test_the_json_has_what_guidance_needs(tmp_path):
     assert described["training"]["lr"] == 1e-3
 
 
+@pytest.mark.parametrize(("extend", "lines"), [(0, []), (900, ["    extend: 900"])])
+def test_the_card_says_how_far_a_run_was_extended(tmp_path, extend, lines):
+    export.export(make_run(tmp_path / "run", extend=extend), out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert [line for line in card if line.startswith("    extend")] == lines
+    source, _ = open_weights(tmp_path / "out")
+    assert source.settings.extend == extend
+
+
 def test_the_card_can_be_read_and_its_python_runs(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     write_evaluation(run)

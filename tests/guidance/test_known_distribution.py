@@ -51,7 +51,7 @@ def test_posterior_gradient_and_denoiser(known, alpha_bar):
 
 
 def test_a_large_training_set_comes_close_to_its_distribution(known):
-    """At much noise, the posterior of 20,000 images is that of the distribution, nearly."""
+    """The posterior of 20,000 images at much noise is nearly that of the distribution."""
     labels = np.arange(20_000) % 4
     images = torch.from_numpy(GAUSSIANS.draw(labels, 1)).permute(0, 3, 1, 2)
     exact = ExactDenoiser(images, torch.from_numpy(labels), 4)

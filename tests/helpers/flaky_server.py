@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 STEP = 16384  # bytes written at a time
 
@@ -26,6 +27,7 @@ class FlakyServer:
     "wrong": one byte differs. "slow": small pieces with pauses.
     no_ranges: ignore Range. no_length: send no length; the file ends with the connection.
     login: the "USER:PASSWORD" that is required. redirects: name -> the URL or path that has it.
+    tags: name -> ETag, if it is not "1".
     logins: the Authorization headers received. requests: (name, Range header or None), in order.
     """
 
@@ -35,6 +37,7 @@ class FlakyServer:
         self.login: str | None = None
         self.logins: list[str | None] = []
         self.redirects: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.released = threading.Event()
         outer = self
@@ -61,7 +64,7 @@ class FlakyServer:
         self._server.server_close()
 
     def _answer(self, request: BaseHTTPRequestHandler, folder: Path) -> None:
-        name = request.path.lstrip("/")
+        name = unquote(request.path.lstrip("/"))
         asked = request.headers.get("Range")
         self.requests.append((name, asked))
         fault = self.faults[name].pop(0) if self.faults[name] else None
@@ -101,6 +104,8 @@ class FlakyServer:
         declared = len(content) + {"long": 1000, "short": -1000}.get(fault, 0)
         if not self.no_length:
             request.send_header("Content-Length", str(declared))
+        request.send_header("ETag", f'"{self.tags.get(name, "1")}"')
+        request.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
         request.end_headers()
         try:
             self._send(request, content, fault)

@@ -12,6 +12,8 @@ from cluster import Cluster, Node
 from running import ROOT, read_log
 from tiny_run import CONFIGS, TINY, TRACED
 
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
+
 STEPS = 24
 FLAGS = ["--global_batch", "12", "--iterations", str(STEPS), "--save_interval", "6"]
 
@@ -43,7 +45,7 @@ class Hosts(Cluster):
         variables = {"OMP_NUM_THREADS": "1"} | quiet | environment
         (here / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        command = [deepspeed, "--quiet", "--hostfile", "hosts", script, *self.flags(), *flags]
+        command = [deepspeed, *quiet_flag(), "--hostfile", "hosts", script, *self.flags(), *flags]
         return Start(self, here / "run", {nodes[0]: command})
 
     def flags(self) -> list[object]:

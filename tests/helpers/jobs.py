@@ -14,6 +14,7 @@ from pathlib import Path
 from running import environment, free_port
 from tiny_run import CONFIGS, TINY, TRACED
 
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 from ds_classifier.distributed.processes import parent
 
 ALIVE_SECONDS = 40  # a job must be gone within this time; the launcher alone waits up to 30 s
@@ -30,7 +31,7 @@ class Job:
         self.mark, self.run = uuid.uuid4().hex, run
         self._output = open(run.parent / f"{self.mark}.out", "w+")
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [sys.executable, deepspeed, "--quiet", "--master_port", free_port()]
+        command = [sys.executable, deepspeed, *quiet_flag(), "--master_port", free_port()]
         command += ["--num_gpus", ranks, TRACED, "--deepspeed_config", CONFIGS / f"{config}.json"]
         command += ["--run_dir", run, *TINY, *flags]
         self.process = subprocess.Popen(

@@ -72,11 +72,13 @@ def launch(
     port = str(free_port())
     command = [sys.executable, str(script), *map(str, arguments)]
     if launcher:
+        from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
+
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
         head = [
             sys.executable,
             deepspeed,
-            "--quiet",
+            *quiet_flag(),
             "--master_port",
             port,
             "--num_gpus",

@@ -78,5 +78,5 @@ def assert_same_state(one: Path, other: Path) -> None:
         for key in a:
             assert torch.equal(a[key], b[key]), key
     a, b = (json.loads((c / "state.json").read_text()) for c in (one, other))
-    for key in ("step", "skipped_steps", "adam_step", "loss_scaler", "samples", "classes", "data"):
+    for key in ("step", "skipped_steps", "optimizer", "loss_scaler", "samples", "classes", "data"):
         assert a[key] == b[key], key

@@ -22,6 +22,7 @@ from tiny_run import CONFIGS, TINY, TRAIN
 
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
 
 STEPS = (6, 26)  # the traffic is steady between these
 MICRO = 4
@@ -57,7 +58,7 @@ def bytes_a_parameter(folder: Path, digits: Path, config: str, accumulation: int
         flags += ["--run_dir", "run", *TINY, "--microbatch", MICRO, "--iterations", STEPS[1] + 2]
         flags += ["--global_batch", 2 * MICRO * accumulation]
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        command = [deepspeed, "--quiet", "--hostfile", "hosts", TRAIN, *flags]
+        command = [deepspeed, *quiet_flag(), "--hostfile", "hosts", TRAIN, *flags]
         start, sent = Start(hosts, here / "run", {one: command}), []
         for step in STEPS:
             start.wait_for_step(step)

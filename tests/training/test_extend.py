@@ -13,7 +13,7 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import parse_training_command
 from ds_classifier.config.deepspeed_json import read_ds_config, resolve
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.training.run_dir import read_events
 from ds_classifier.training.setup import lr_factor
 from ds_classifier.training.start import finished, open_run, parts_of, refuse_changes

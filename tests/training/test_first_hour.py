@@ -1,6 +1,9 @@
 """--dry_run and --overfit_batch: on ranks, and their arithmetic."""
 
+import errno
 import math
+import multiprocessing.synchronize
+import os
 import re
 import shlex
 import shutil
@@ -11,8 +14,10 @@ import pytest
 import torch
 from running import ROOT, launch
 
+from ds_classifier import distributed
 from ds_classifier.config.batch_sizes import BatchSizes
 from ds_classifier.distributed import memory
+from ds_classifier.training.rehearsal import dry_run
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,
@@ -96,6 +101,24 @@ def test_a_dry_run_finds_what_a_run_would(digits, tmp_path):
     assert wrong.code == 2
     assert "--num_classes: got 7; need 10" in wrong.output
     assert not run.exists()
+
+
+def test_a_rehearsal_opens_the_log_as_a_run_does(tmp_path, monkeypatch):
+    """TensorBoard's writer has a queue, whose semaphores /dev/shm may refuse."""
+    monkeypatch.setattr(distributed, "on_rank_0", lambda task, device: task())
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with dry_run.scratch_beside(tmp_path / "run", None):
+        pass
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", refuse)
+    with (
+        pytest.raises(OSError, match=r"No space left on device.*; do: make room .* in /dev/shm"),
+        dry_run.scratch_beside(tmp_path / "run", None),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("steps", "code"), [(200, 0), (2, 1)])

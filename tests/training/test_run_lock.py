@@ -51,6 +51,25 @@ def test_a_living_owner_is_named_and_a_dead_one_replaced(owner, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("there", ["", "runs", "runs/a"])
+def test_a_refused_run_leaves_no_empty_directory(tmp_path, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    lock = RunLock(tmp_path / "runs" / "a")
+    lock.acquire(print)
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(exist_ok=True)
+    lock.release()
+    assert [p for p in sorted(tmp_path.rglob("*")) if p.name != "checkpoints"] == before
+
+
+def test_a_run_that_began_keeps_all_its_directories(tmp_path):
+    lock = RunLock(tmp_path / "runs" / "a")
+    lock.acquire(print)
+    (tmp_path / "runs" / "a" / "config.json").write_text("{}")
+    lock.release()
+    assert (tmp_path / "runs" / "a" / "config.json").exists()
+
+
 def elsewhere(folder, seconds_ago: float) -> None:
     """A lock of a process on another host, last touched so long ago."""
     owner = dict(host="node7", pid=1, start=5, space="another", since=time.time() - 7300)

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from ds_classifier import distributed
+from ds_classifier.distributed import console
 from ds_classifier.evaluation import metrics
-from ds_classifier.training.logs.screen import EXPLAINED, Table, lost_line, progress_line, wrapped
+from ds_classifier.training.logs.screen import EXPLAINED, Table, lost_line, progress_line
 
 ROW = {
     **{"step": 50, "train_loss": 2.0877, "train_acc@1": 0.248, "train_acc@5": 0.695, "lr": 9.2e-4},
@@ -43,7 +44,12 @@ LOG = f"""\
 @pytest.fixture
 def terminal(monkeypatch):
     """Return a function that sets the columns of a line; None stands for a log."""
-    return lambda width: monkeypatch.setattr(distributed, "columns", lambda: width)
+
+    def has(width: int | None) -> None:
+        for module in (distributed, console):
+            monkeypatch.setattr(module, "columns", lambda: width)
+
+    return has
 
 
 def lines(num_classes=10, *, loss_scale=True, rows=((ROW, 211), (HUGE, 86_400 * 1000))):
@@ -136,15 +142,6 @@ def test_lost_images_are_reported_on_the_screen(terminal):
     row = {"samples": 9, "skipped_steps": 0}
     assert "9 samples seen so far, 1 bad sample (" in lost_line({**row, "bad_samples": 1}, "")
     assert " 2 bad samples (" in lost_line({**row, "bad_samples": 2}, "")
-
-
-def test_sentences_break_between_words_on_a_terminal_only(terminal):
-    terminal(20)
-    assert wrapped("data  of /a/very/long/path here", indent=6) == (
-        "data  of\n      /a/very/long/path\n      here"
-    )
-    terminal(None)
-    assert wrapped("data  of /a/very/long/path here", indent=6).count("\n") == 0
 
 
 def test_the_live_line_of_a_slow_and_a_fast_run():

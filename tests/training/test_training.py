@@ -12,6 +12,8 @@ from running import ROOT, read_log, run_python
 from safetensors.torch import load_file
 from tiny_run import CONFIGS, TINY, TRAIN, assert_same_state, losses, traced, train, without_clocks
 
+from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
+
 # ------------------------------------------------------------------------- same run, other ranks
 
 
@@ -186,7 +188,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_on_all_ranks(digits, tmp_pa
             assert sample["position"] == position
             assert label_in_shards(digits / "train", sample["key"]) == labels[position]
         state = json.loads((run / "checkpoints/step-00000005/state.json").read_text())
-        assert (state["step"], state["adam_step"]) == (5, 4)
+        assert (state["step"], state["optimizer"]["scalars"]["step"]) == (5, 4)
 
 
 def test_a_run_that_only_skips_gives_up(digits, tmp_path):
@@ -230,12 +232,17 @@ def test_the_screen_of_a_run(digits, tmp_path):
     done = train(2, "zero2_bf16", digits, tmp_path / "run", *flags, script=TRAIN, launcher=True)
     kinds = ["classifier", "data", "validation", "batch", "engine", "start", "run", "step"]
     kinds.append("q0..q3:")
-    for line, kind in zip(done.lines, kinds, strict=False):
+    lines = done.lines
+    if not quiet_flag():  # an older launcher, whose own log comes in between
+        lines = [
+            line for line in lines if not re.match(r"\[\d{4}-.*\[(launch|runner|real_acc)", line)
+        ]
+    for line, kind in zip(lines, kinds, strict=False):
         assert line.split()[0] == kind
-    rows = done.lines[len(kinds) :]
+    rows = lines[len(kinds) :]
     assert [line.split()[0] for line in rows] == ["1", "2", "3", "4", "4", "4", "finished:"]
     assert "= ln 10: nothing learnt yet" in rows[4]
-    assert max(map(len, [*done.lines[len(kinds) - 2 : len(kinds)], *rows[:-1]])) <= 100, done.output
+    assert max(map(len, [*lines[len(kinds) - 2 : len(kinds)], *rows[:-1]])) <= 100, done.output
     assert "\x1b" not in done.output  # no live line outside a terminal
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {

@@ -52,6 +52,7 @@ from ds_classifier.data.convert.plan import (
 from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.convert.spool import spool_groups
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.remote.mirror import Mirror
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
     INDEX,
@@ -73,6 +74,7 @@ def convert(
     workers: int = 1,
     part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int, str], None] = lambda done, total, phase: None,
+    mirror: Mirror | None = None,
 ) -> dict[str, Manifest | None]:
     """Write every split of a source as shards under out/SPLIT.
 
@@ -81,6 +83,7 @@ def convert(
     part: (i, n): write only every n-th shard, starting with the i-th. `merge` finishes the splits
     when all parts have been written.
     progress: called with the number of images written, of all images, and what is being done.
+    mirror: object storage that `out` stands for; None if it is the output itself.
     Returns the manifest of each split, or None if shards of other parts are missing.
     Raises ValueError if out holds something else, or if files of any split are not images. The
     error lists them all: after the first one, the other files are only checked, not written.
@@ -104,10 +107,14 @@ def convert(
         else:
             plan = plans[split]
             partial = open_partial(out, plan)
-            bad[split] += _write_shards(partial, plan, splits[split], part, workers, progress)
+            if mirror is not None:
+                mirror.begin(partial)
+            bad[split] += _write_shards(
+                partial, plan, splits[split], part, workers, progress, mirror
+            )
     raise_if_bad(bad, out, part)
     if part[1] == 1:
-        merge(out)
+        merge(out, mirror)
     return {
         split: open_shards(out / split).manifest if (out / split).exists() else None
         for split in plans
@@ -121,9 +128,10 @@ def _shuffled(split: str, samples: list[Sample], seed: int) -> list[Sample]:
     return [samples[i] for i in permutation(len(samples), stream_key(seed, "convert/shuffle"))]
 
 
-def merge(out: Path) -> list[str]:
+def merge(out: Path, mirror: Mirror | None = None) -> list[str]:
     """Finish the splits under out whose shards are all written, and return their names.
 
+    mirror: see `convert`.
     Raises ValueError if shards are missing.
     """
     plans = {}
@@ -144,6 +152,8 @@ def merge(out: Path) -> list[str]:
         _refuse_two_class_lists(out)
     for partial, plan in plans.items():
         _finish(partial, plan)
+        if mirror is not None:
+            mirror.finish(partial)
     for partial, plan in plans.items():
         for spool in partial.glob("spool-*"):  # left by a part that was killed
             shutil.rmtree(spool)
@@ -177,6 +187,7 @@ def _write_shards(
     part: tuple[int, int],
     workers: int,
     progress: Callable[[int, int, str], None],
+    mirror: Mirror | None,
 ) -> list[BadFile]:
     """Write the missing shards of a split, and return its files that are not images."""
     first = np.cumsum([0, *plan.shard_samples]).tolist()
@@ -201,7 +212,7 @@ def _write_shards(
             workers,
             _write_shard,
             todo,
-            shared=(partial, plan, first, samples_of, multiprocessing.Event()),
+            shared=(partial, plan, first, samples_of, multiprocessing.Event(), mirror),
             ordered=False,
         ):
             bad += bad_in_shard
@@ -227,7 +238,7 @@ def _write_shard(number: int) -> tuple[int, list[BadFile]]:
     """
     from webdataset import TarWriter
 
-    partial, plan, firsts, samples_of, bad_met = shared()
+    partial, plan, firsts, samples_of, bad_met, mirror = shared()
     first, samples = firsts[number], samples_of[number]
     if bad_met.is_set():
         return number, find_bad(samples)
@@ -263,6 +274,8 @@ def _write_shard(number: int) -> tuple[int, list[BadFile]]:
     facts = asdict(shard) | {"undecodable": undecodable, "began_ns": began_ns}
     files.replace_text(path.with_suffix(".json"), json.dumps(facts))
     os.rename(staging, path)
+    if mirror is not None:
+        mirror.add_shard(path)
     return number, []
 
 

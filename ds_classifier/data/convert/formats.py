@@ -11,29 +11,32 @@ import io
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_classifier.data.convert.samples import files_under
+from ds_classifier.data.convert.samples import ARCHIVES, SIDECARS, PassedOver, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES, LFS_POINTER
 
 _UNTOUCHED = (*IMAGE_SUFFIXES, ".jpe", ".jfif", ".pjpeg", ".mpo", ".apng")
 _AS_PNG = (
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".j2c"),
-    *(".jpx", ".jpf", ".pcx", ".sgi", ".ras", ".qoi", ".ico"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".icb", ".vda", ".vst", ".tif", ".tiff", ".avif"),
+    *(".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".pcx", ".dcx", ".sgi", ".rgb"),
+    *(".rgba", ".bw", ".ras", ".qoi", ".ico", ".cur", ".icns", ".dib", ".xbm", ".xpm", ".msp"),
 )
 _REFUSED = (
-    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".xcf", ".eps", ".exr", ".pfm", ".dds", ".dcm"),
-    *(".nii", ".nii.gz", ".fits", ".xpm", ".xbm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
-    *(".rw2", ".raf"),
+    *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".hdp", ".jls", ".svg", ".svgz", ".wmf"),
+    *(".emf", ".eps", ".ps", ".psd", ".psb", ".xcf", ".gbr", ".exr", ".pfm", ".pam"),
+    *(".dds", ".blp", ".ftc", ".ftu", ".dcm", ".nii", ".nii.gz", ".fits", ".fit", ".fts", ".im"),
+    *(".iim", ".palm", ".pcd", ".pxr", ".fli", ".flc", ".mng", ".jng", ".bpg", ".flif", ".djvu"),
+    *(".pict", ".pct", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".orf"),
+    *(".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".dcr", ".mrw", ".iiq"),
 )
 ALL_SUFFIXES = (*_UNTOUCHED, *_AS_PNG, *_REFUSED)
 # Not opened to look for an image: there may be one such file per image, and none holds an image.
-_OTHER_SUFFIXES = {
-    *(".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".htm", ".py", ".yaml"),
-    *(".yml", ".log", ".npy", ".npz", ".mat", ".pkl", ".h5", ".parquet", ".arrow", ".tar", ".gz"),
-    *(".zip", ".mp4", ".avi", ".wav", ".db", ".ini"),
+_NOT_OPENED = {
+    *SIDECARS,
+    *ARCHIVES,
+    *(".npy", ".npz", ".mat", ".pkl", ".pt", ".h5", ".parquet", ".arrow", ".mp4", ".avi", ".wav"),
 }
 _SIGNATURES = {  # first bytes -> suffix of a format that is copied untouched
     rb"\xff\xd8\xff": "jpg",
@@ -48,29 +51,48 @@ _AS_PNG_SIGNATURES = {  # first bytes -> Pillow's plugin
     rb"....ftyp(avi[fs]|(mif1|msf1).{0,64}avi[fs])": "AVIF",
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG2000",
     rb"\x0a[\0-\x05][\0\x01][\x01\x02\x04\x08]": "PCX",
+    rb"\xb1\x68\xde\x3a": "DCX",
     rb"\x01\xda[\0\x01][\x01\x02]": "SGI",
     rb"\x59\xa6\x6a\x95": "SUN",
     rb"qoif": "QOI",
     rb"\0\0\x01\0[\x01-\x40]\0": "ICO",
+    rb"\0\0\x02\0[\x01-\x40]\0": "CUR",
+    rb"icns": "ICNS",
+    rb"\s*#define[ \t]+\S*_width[ \t]+[0-9]+\s+#define[ \t]+\S*_height[ \t]": "XBM",
+    rb"/\* XPM \*/": "XPM",
+    rb"DanM|LinS": "MSP",
 }
+_BY_SUFFIX = dict.fromkeys((".tga", ".icb", ".vda", ".vst"), "TGA") | {".dib": "DIB"}
+_TGA_END = b"TRUEVISION-XFILE.\0"  # of TGA 2.0; earlier files can be told by their suffix only
 _REFUSED_SIGNATURES = {  # first bytes -> the format's name
     rb"....ftyp(hei|hev|mif1|msf1)": "HEIF",
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"II\xbc\x01": "JPEG XR",
     rb"8BPS": "Photoshop",
+    rb"gimp xcf": "GIMP",
     rb"\x76\x2f\x31\x01": "OpenEXR",
     rb"P[fF]\s": "PFM",
+    rb"P7\s": "PAM",
     rb"DDS ": "DDS",
+    rb"BLP[12]": "BLP",
     rb"#\?RADIANCE": "Radiance HDR",
     rb"%!PS": "PostScript",
+    rb"\xd7\xcd\xc6\x9a": "WMF",
+    rb"\x01\0\0\0.{36} EMF": "EMF",
     rb"SIMPLE  =": "FITS",
     rb".{128}DICM": "DICOM",
     rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<svg\b": "SVG",
 }
+# Too short to tell an image, unless the suffix agrees or Pillow opens the file.
+_WEAK = rb"BM|P[1-7fF]\s|\x0a|\x01\xda|\0\0[\x01\x02]\0|\xff\x0a"
 HEAD = 512  # bytes in which the signatures are searched
-READ_FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, TGA, AVIF, JPEG 2000, PCX, SGI, Sun, QOI, ICO"
+READ_FORMATS = (
+    "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, TGA, AVIF, JPEG 2000, PCX, SGI, Sun, QOI, ICO, ICNS, "
+    "DIB, XBM, XPM, MSP"
+)
 
 
-def image_files(root: Path, passed: Counter[str] | None = None) -> Iterator[Path]:
+def image_files(root: Path, passed: PassedOver | None = None) -> Iterator[Path]:
     """Yield every file under root that is an image by `is_image_file`.
 
     See `files_under` for the order, for `passed`, and for errors.
@@ -81,18 +103,41 @@ def image_files(root: Path, passed: Counter[str] | None = None) -> Iterator[Path
 def is_image_file(file: Path) -> bool:
     """Return whether a file has an image's suffix, or begins like an image.
 
-    Files with a suffix of data or text are not opened.
+    Files with a suffix of data or text are not opened. Where the first bytes say little, Pillow has
+    to find a header in them.
     """
     name = file.name.lower()
     if name.endswith(ALL_SUFFIXES):
         return True
-    if os.path.splitext(name)[1] in _OTHER_SUFFIXES:
+    if (os.path.splitext(name)[1] or name) in _NOT_OPENED:
         return False
     head = head_of(file)
-    if head.startswith(b"BM") and head[6:10] != bytes(4):  # two letters are a weak signature
+    plugin = _match(_SIGNATURES, head) or _match(_AS_PNG_SIGNATURES, head)
+    if re.match(_WEAK, head):
+        is_image = plugin is not None and _opens(file, plugin)
+    else:
+        is_image = bool(plugin or _match(_REFUSED_SIGNATURES, head))
+    return is_image or _ends_as_tga(file, head)
+
+
+def _opens(file: Path, plugin: str) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=(plugin,)):
+            return True
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's plugins raise errors of struct and others too
         return False
-    known = (_SIGNATURES, _AS_PNG_SIGNATURES, _REFUSED_SIGNATURES)
-    return any(_match(signatures, head) for signatures in known)
+
+
+def _ends_as_tga(file: Path, head: bytes) -> bool:
+    if not head:  # it may be a FIFO
+        return False
+    with open(file, "rb") as opened:
+        opened.seek(-min(len(_TGA_END), len(head)), os.SEEK_END)
+        return opened.read() == _TGA_END
 
 
 def head_of(file: Path) -> bytes:
@@ -114,9 +159,13 @@ def stored_suffix(data: bytes) -> str | None:
 def _plugin_of(data: bytes, name: str) -> str | None:
     """Return Pillow's plugin for an image to convert; None for other formats, and for no image.
 
-    TGA has no signature, so it is recognised by the suffix of its name.
+    Formats without a signature are recognised by the suffix of the name, or by the last bytes.
     """
-    return _match(_AS_PNG_SIGNATURES, data) or ("TGA" if name.lower().endswith(".tga") else None)
+    if plugin := _match(_AS_PNG_SIGNATURES, data):
+        return plugin
+    if data.endswith(_TGA_END):
+        return "TGA"
+    return _BY_SUFFIX.get(os.path.splitext(name)[1].lower())
 
 
 def _match(signatures: dict[bytes, str], data: bytes) -> str | None:
@@ -137,6 +186,9 @@ def as_png(data: bytes, name: str) -> bytes:
     if plugin is None:
         if form := _match(_REFUSED_SIGNATURES, data):
             raise ValueError(f"is an image in the format {form}, which is not read")
+        if name.lower().endswith(_REFUSED):
+            suffix = os.path.splitext(name)[1]
+            raise ValueError(f"has the suffix {suffix}, of a format that is not read")
         raise ValueError(f"got {data[:8]!r}..., which is not the start of an image file")
     from PIL import Image
 

@@ -19,12 +19,11 @@ import os
 import struct
 import tarfile
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
 from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files
-from ds_classifier.data.convert.samples import NamedSample, Slice
+from ds_classifier.data.convert.samples import NamedSample, PassedOver, Slice
 from ds_classifier.data.tars import tar_members
 
 LARGEST_FILE = 1 << 26  # bytes of a file in the devkit, unpacked; the real ones have < 2 MB
@@ -68,7 +67,7 @@ def train_images(tar: Path) -> list[NamedSample]:
     return images
 
 
-def val_images(place: Path, labels: Path, passed: Counter[str]) -> list[NamedSample]:
+def val_images(place: Path, labels: Path, passed: PassedOver) -> list[NamedSample]:
     """Return the images in a tar or a folder, with classes from a devkit or Kaggle's CSV.
 
     passed: see `files_under`.

@@ -11,14 +11,17 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files, is_image_file
 from ds_classifier.data.convert.samples import NamedSample, is_passed_over
+from ds_classifier.data.convert.split_names import kinds_in
+from ds_classifier.data.tars import printable
 
 LISTS = (".csv", ".tsv", ".jsonl", ".txt")
 LONGEST_LINE = 1 << 20  # bytes of a first line that is looked at, in a file that may be no list
@@ -27,8 +30,12 @@ LABEL_NAMES = {
     *("label", "labels", "label_name", "class", "classes", "class_name", "classname", "class_id"),
     *("category", "categories", "category_name", "category_id", "target", "species", "breed"),
 }
+SPLIT_NAMES = {"split", "set", "subset", "dataset", "partition", "phase", "fold", "usage"}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not change; 01 is a name
 _HELD_OUT = re.compile(r"val|test|dev", re.IGNORECASE)
+_SUFFIXES = "|".join(map(re.escape, ALL_SUFFIXES))
+_IMAGE_FIRST = re.compile(rf"(.+(?:{_SUFFIXES}))\s*[\s,;]\s*(\S.*)", re.IGNORECASE)  # path, label
+_NUMBERS = re.compile(r"[-+.\d]+(\s+[-+.\d]+)+")
 
 Row = tuple[int, Mapping[str, object]]  # line number, and the values by column
 
@@ -41,15 +48,28 @@ class _Columns(NamedTuple):
     folder: Path
 
 
-def listed_files(path: Path, columns: Mapping[str, str]) -> list[NamedSample]:
-    """Return the images in a list. Their classes are integers if all labels are.
+def listed_files(
+    path: Path, columns: Mapping[str, str], splits: Sequence[str]
+) -> tuple[dict[str, list[NamedSample]], list[str]]:
+    """Return the images in a list by their split, and remarks for the user.
 
+    Classes are integers if all labels are.
     columns: names of columns for "path" and "label"; those not given are found if that is clear.
+    splits: those to take, "train", "val" or both. A list without a column of splits is of the
+    first. Otherwise rows of "test" are those for validation, if none has "val".
     Raises ValueError for columns that are not clear, and for a line without image, file or label.
     """
     rows = list(_rows(path))
     if not rows:
         raise ValueError(f"{path}: got no images; need a path and a label in every line")
+    by_split, remarks = _by_split(path, rows, columns, splits)
+    taken = [row for rows in by_split.values() for row in rows]
+    images = iter(_images(path, taken, columns))
+    return {split: list(islice(images, len(rows))) for split, rows in by_split.items()}, remarks
+
+
+def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[NamedSample]:
+    """Return the images of rows."""
     chosen = _choose(path, rows, columns)
     files = _Files(chosen.folder)
     images = []
@@ -195,7 +215,8 @@ def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns
         image = found[0]
     label = columns.get("label") or ("label" if "label" in names else None)
     if label is None:
-        others = [name for name in names if name != image]
+        split, kinds = _split_column(rows)
+        others = [name for name in names if name not in (image, split if kinds else None)]
         if len(others) != 1:
             example = others[0] if others else "NAME"
             raise _unclear(path, names, "labels", others, f"path={image},label={example}")
@@ -261,6 +282,53 @@ class _Files:
         return file.parent / names[0] if names else None
 
 
+# ---------------------------------------------------------------------------------------- splits
+
+
+def _split_column(rows: list[Row]) -> tuple[str | None, dict[str, str]]:
+    """Return the column that is named for splits, and value -> "train", "val" or "test".
+
+    The second is empty if a value is none of a split. Returns None and {} without such a column.
+    """
+    for name in rows[0][1]:
+        if re.sub("[^a-z]", "", str(name).lower()) in SPLIT_NAMES:
+            values = {str(row.get(name)).strip() for _, row in rows}
+            kinds = {value: kinds_in(value) for value in values}
+            if all(len(kind) == 1 for kind in kinds.values()):
+                return name, {value: kind.pop() for value, kind in kinds.items()}
+            return name, {}
+    return None, {}
+
+
+def _by_split(
+    path: Path, rows: list[Row], columns: Mapping[str, str], splits: Sequence[str]
+) -> tuple[dict[str, list[Row]], list[str]]:
+    """Return the rows of each split by the column that is named for splits, and remarks."""
+    column, kinds = _split_column(rows)
+    if column is None or column in columns.values():
+        return {splits[0]: rows}, []
+    if not kinds:
+        if column not in _choose(path, rows, columns):
+            values = sorted({str(row.get(column)) for _, row in rows})
+            shown = ", ".join(values[:3]) + ", ..." * (len(values) > 3)
+            remark = f"{path.name}: the column {printable(column)} is not used ({printable(shown)})"
+            return {splits[0]: rows}, [remark + "; splits are train, val and test"]
+        return {splits[0]: rows}, []
+    by_kind: dict[str, list[Row]] = {}
+    for row in rows:
+        by_kind.setdefault(kinds[str(row[1].get(column)).strip()], []).append(row)
+    source = {"train": "train", "val": "val" if "val" in by_kind else "test"}
+    if len(by_kind) == 1 or source[splits[0]] not in by_kind:
+        return {splits[0]: rows}, []
+    taken = {split: by_kind[source[split]] for split in splits if source[split] in by_kind}
+    parts = [
+        f"{count(len(rows), 'row')} of {source[split]} for {split}" for split, rows in taken.items()
+    ]
+    unused = sorted(by_kind.keys() - {source[split] for split in splits})
+    parts += [f"{count(len(by_kind[kind]), 'row')} of {kind} not taken" for kind in unused]
+    return taken, [f"by the column {printable(column)} of {path.name}: {', '.join(parts)}"]
+
+
 # ------------------------------------------------------------------------------------------ rows
 
 
@@ -283,9 +351,16 @@ def _rows(path: Path, longest: int = -1) -> Iterator[Row]:
 
 
 def _rows_of_csv(path: Path, delimiter: str) -> Iterator[Row]:
-    """Yield the rows of a CSV with a header (RFC 4180, UTF-8)."""
+    """Yield the rows of a CSV with a header (RFC 4180, UTF-8).
+
+    delimiter: the usual one; the line of names may have another, as some spreadsheets write ";".
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
+            names = file.readline()
+            file.seek(0)
+            if delimiter not in names:
+                delimiter = next((other for other in ";\t,|" if other in names), delimiter)
             rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             if not rows.fieldnames:
                 raise ValueError(
@@ -296,7 +371,7 @@ def _rows_of_csv(path: Path, delimiter: str) -> Iterator[Row]:
                 if None in row:
                     raise ValueError(
                         f"{path}:{rows.line_num}: got {len(row[None])} more values than columns; "
-                        'need "quotes" around a value with a comma'
+                        f'need "quotes" around a value with {delimiter!r}'
                     )
                 yield rows.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
@@ -319,19 +394,32 @@ def _rows_of_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _rows_of_txt(path: Path) -> Iterator[Row]:
-    """Yield path and label of each line: the first two fields between tabs, or around the last gap.
+    """Yield path and label of each line: the first two fields between tabs.
 
-    Empty lines are skipped.
+    In a line without tabs, the label begins after the suffix of the image; after the last gap if
+    the path has none. Empty lines are skipped.
+    Raises ValueError for several numbers as label, which may be boxes, or labels of several kinds.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             for line, text in enumerate(file, start=1):
-                if not text.strip():
+                text = text.strip()
+                if not text:
                     continue
-                fields = text.strip().split("\t") if "\t" in text else text.rsplit(None, 1)
+                if "\t" in text:
+                    fields = text.split("\t")
+                else:
+                    match = _IMAGE_FIRST.fullmatch(text)
+                    fields = match.groups() if match else text.rsplit(None, 1)
+                    if match and _NUMBERS.fullmatch(fields[1]):
+                        raise ValueError(
+                            f"{path}:{line}: got {fields[1][:80]!r} for {fields[0]}; need one "
+                            "label per image; do: give a .csv with a line of names, and name the "
+                            "column of the label with --columns"
+                        )
                 if len(fields) < 2:
                     raise ValueError(
-                        f"{path}:{line}: got {text.strip()[:80]!r}; need a path and a label in "
+                        f"{path}:{line}: got {text[:80]!r}; need a path and a label in "
                         "every line; do: add the label, or give a .csv"
                     )
                 yield line, {"path": fields[0].strip(), "label": fields[1].strip()}

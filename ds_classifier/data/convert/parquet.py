@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from ds_classifier.common.files import size_of_file
+from ds_classifier.common.files import sha256, size_of_file
 from ds_classifier.data.convert.formats import is_image_file
 from ds_classifier.data.convert.other_kinds import refuse_pointer
-from ds_classifier.data.convert.samples import NamedSample, files_under
+from ds_classifier.data.convert.samples import NamedSample, PassedOver, files_under
 from ds_classifier.data.convert.split_names import split_in
 
 PARQUET = ".parquet"
@@ -31,6 +31,10 @@ _ID = re.compile(  # a column that numbers or names the rows
     re.IGNORECASE,
 )
 _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
+
+
+class HiddenLabels(ValueError):
+    """A file without any label, as sets on the hub have it for test images of a competition."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ def read_parquet(
     The class of a row is its class name, or an integer if the file has no class names.
     columns: names of columns for "image" and "label"; those not given are found if that is clear.
     Raises ValueError for files that are damaged or differ in their class names, and for labels that
-    are null or out of range, or that are all different in a column that is only taken for labels.
+    are null or out of range, or that are all different in a column that is only taken for labels;
+    HiddenLabels for a file whose labels are all null, or all -1.
     """
     images: list[NamedSample] = []
     classes = None
@@ -103,12 +108,28 @@ def _no_label(path: Path, column: str, why: str) -> ValueError:
     )
 
 
+def refuse_copies(train: list[Path], val: list[Path]) -> None:
+    """Raise ValueError if a file of each split has the same bytes. Reads only files of equal size.
+
+    The same images in files of other bytes are not found: that needs all images of both splits.
+    """
+    sizes = {file: size_of_file(file) for file in (*train, *val)}
+    both = {sizes[file] for file in train} & {sizes[file] for file in val}
+    hashes = {sha256(file): file for file in train if sizes[file] in both}
+    for file in val:
+        if sizes[file] in both and (copy := hashes.get(sha256(file))):
+            raise ValueError(
+                f"--val: got {file} with the same bytes as {copy}; need validation images that are "
+                f"not trained on; do: convert {copy} OUT --val 10%, or name other files"
+            )
+
+
 def is_parquet(file: Path) -> bool:
     """Return whether a file has the suffix of parquet."""
     return file.suffix.lower() == PARQUET
 
 
-def files_by_kind(folder: Path, passed: Counter[str]) -> dict[str, list[Path]]:
+def files_by_kind(folder: Path, passed: PassedOver) -> dict[str, list[Path]]:
     """Return the files under a folder by their split: "train", "val" or "test".
 
     The split is a word in the name of a file, or of a folder around it. If no name has such a word,
@@ -184,7 +205,13 @@ def _read_file(
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=read, use_threads=False)
                 names = [cell["path"] for cell in table[image].to_pylist()] if has_paths else []
-                for i, value in enumerate(table[label].to_pylist()):
+                values = table[label].to_pylist()
+                if not group and set(values) in ({-1}, {None}) and len(values) > 1:
+                    raise HiddenLabels(
+                        f"{path}: got label {values[0]} in all rows, as the hub has it for hidden "
+                        "labels; need labels; do: leave this file out"
+                    )
+                for i, value in enumerate(values):
                     name = f"{path}/{len(rows)}" + (f"_{names[i]}" if names and names[i] else "")
                     class_name = _class_of(value, classes, name)
                     rows.append(NamedSample(name, class_name, ParquetCell(path, image, group, i)))

@@ -47,7 +47,8 @@ class Plan:
     """The content of the shards of a split.
 
     shard_samples: number of samples per shard.
-    digest: sha256 of all other fields but `source`, and of the names, labels and sizes of images.
+    digest: sha256 of all other fields but `source`, and of the names, labels, sizes and marks of
+        images.
     held_out: see `DataSource`.
     """
 
@@ -157,7 +158,8 @@ def make_plan(
     for sample in samples:
         size = sample.size()
         name = os.path.basename(sample.name)  # the same for any path to the source
-        digest.update(f"{name}\0{sample.label}\0{size}\n".encode(errors="surrogateescape"))
+        mark = getattr(sample.content, "mark", "")
+        digest.update(f"{name}\0{sample.label}\0{size}{mark}\n".encode(errors="surrogateescape"))
     return Plan(digest=digest.hexdigest(), **facts)
 
 

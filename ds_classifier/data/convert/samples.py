@@ -6,7 +6,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -32,13 +32,23 @@ NO_DATA = {
     "recycler",
     "system volume information",
 }
+# Suffixes, or names without one, of what lies beside images and holds none.
+SIDECARS = {
+    *(".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".rst", ".html", ".htm", ".py"),
+    *(".yaml", ".yml", ".log", ".ini", ".db", ".sh", ".md5", ".sha256"),
+    *("readme", "license", "licence", "copying"),
+}
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
 MAX_NAMED = 3  # kinds of folders in a message
+MAX_SUFFIXES = 8  # in a message
 
 
 class Content(Protocol):
     """The location of an image that is neither a whole file nor in memory; small and picklable.
 
     Its `origin` tells it from all other images: the path of its file, then its place there.
+    Its `size` is that of the encoded image, or of its pixels if it is encoded when it is read.
+    Content with an attribute `mark` (text that follows from its bytes) is known by it in a plan.
     Content with an attribute `group` (hashable) is read together with the rest of its group, so
     reading the samples of several groups in turn is slow: see `spool_groups`.
     """
@@ -261,40 +271,86 @@ def share_classes(
     return DataSource(name, classes, splits, remarks=tuple(remarks))
 
 
+@dataclass
+class PassedOver:
+    """The files and folders that a conversion does not take. False if there are none.
+
+    hidden: the number of hidden files that would be taken. folders: name -> number.
+    left_out: suffix of files that are not images -> number; without what is in SIDECARS.
+    examples: suffix -> the first of these files.
+    """
+
+    hidden: int = 0
+    folders: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.hidden or self.folders or self.left_out)
+
+    def leave_out(self, name: str) -> None:
+        """Count a file that is not hidden and not taken. name: its path in the source."""
+        base = os.path.basename(name).lower()
+        suffix = os.path.splitext(base)[1]
+        if (suffix or base) not in SIDECARS and not is_passed_over(base):
+            self.left_out[suffix] += 1
+            self.examples.setdefault(suffix, name)
+
+    def update(self, other: PassedOver) -> None:
+        """Add what another part of the source passes over."""
+        self.hidden += other.hidden
+        self.folders.update(other.folders)
+        self.left_out.update(other.left_out)
+        self.examples = other.examples | self.examples
+
+    @property
+    def remarks(self) -> list[str]:
+        """One line about what is hidden, and one about files that are not images, if any."""
+        lines, names = [], sorted(self.folders)
+        found = [count(self.hidden, "hidden file")] if self.hidden else []
+        found += [f"{count(self.folders[n], 'folder')} {printable(n)}" for n in names[:MAX_NAMED]]
+        if more := sum(self.folders[name] for name in names[MAX_NAMED:]):
+            found.append(f"{count(more, 'other folder')}")
+        if found:
+            lines.append(f"passed over: {', '.join(found)}")
+        kinds = sorted(self.left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+        found = [
+            f"{number:,} {printable(suffix) or 'without suffix'} "
+            f"({'such as ' * (number > 1)}{printable(self.examples[suffix])})"
+            for suffix, number in kinds[:MAX_SUFFIXES]
+        ]
+        if more := sum(number for _, number in kinds[MAX_SUFFIXES:]):
+            found.append(f"{more:,} of other suffixes")
+        if found:
+            unpack = any(suffix in ARCHIVES for suffix in self.left_out)
+            lines.append(
+                f"left out, since they are not images: {', '.join(found)}"
+                + "; do: unpack the archives, if they hold images" * unpack
+            )
+        return lines
+
+
 def is_passed_over(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or was not made by the user."""
     return name.startswith(".") or name.lower() in NO_DATA
 
 
-def passed_over(passed: Counter[str]) -> str:
-    """Return "passed over: 3 hidden files, 1 folder __MACOSX", or "" for nothing.
-
-    passed: names of folders, and "" for files -> number.
-    """
-    names = sorted(name for name in passed if name)
-    found = [count(passed[""], "hidden file")] if passed[""] else []
-    found += [f"{count(passed[n], 'folder')} {printable(n)}" for n in names[:MAX_NAMED]]
-    if more := sum(passed[name] for name in names[MAX_NAMED:]):
-        found.append(f"{count(more, 'other folder')}")
-    return f"passed over: {', '.join(found)}" if found else ""
-
-
 def files_under(
-    root: Path, wanted: Callable[[Path], bool], passed: Counter[str] | None = None
+    root: Path, wanted: Callable[[Path], bool], passed: PassedOver | None = None
 ) -> Iterator[Path]:
     """Yield every file that is wanted, following links; but not what is passed over.
 
     The files of a folder come first, then those of its folders, both sorted by name.
-    passed: counts what is passed over, as `passed_over` describes it.
+    passed: what is passed over, and what is not wanted, is added to it.
     Raises ValueError for a folder that cannot be read, and for a link to a folder above it.
     """
-    passed = Counter() if passed is None else passed
+    passed = PassedOver() if passed is None else passed
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"source: cannot read {error.filename}: {error.strerror}") from None
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        passed.update(filter(is_passed_over, folders))
+        passed.folders.update(filter(is_passed_over, folders))
         folders[:] = sorted(name for name in folders if not is_passed_over(name))
         here = os.path.join(os.path.realpath(folder), "")
         for inner in folders:
@@ -307,8 +363,8 @@ def files_under(
         for name in sorted(names):
             file = Path(folder, name)
             if not wanted(file):
-                continue
-            if is_passed_over(name):
-                passed[""] += 1
+                passed.leave_out(str(file.relative_to(root)))
+            elif is_passed_over(name):
+                passed.hidden += 1
             else:
                 yield file

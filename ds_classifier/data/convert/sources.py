@@ -8,24 +8,29 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ds_classifier.common.gaussians import GaussianClasses
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
 from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
 from ds_classifier.data.convert.other_kinds import refuse_other_kind, refuse_pointer
-from ds_classifier.data.convert.parquet import files_by_kind, is_parquet, read_parquet
+from ds_classifier.data.convert.parquet import (
+    HiddenLabels,
+    files_by_kind,
+    is_parquet,
+    read_parquet,
+    refuse_copies,
+)
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
+    PassedOver,
     Sample,
     Slice,
     files_under,
     is_passed_over,
-    passed_over,
     share_classes,
 )
 from ds_classifier.data.convert.split_names import (
@@ -41,6 +46,7 @@ from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
 DIGITS = "digits"
+GAUSSIANS = "gaussians"
 DRAWN = 1000  # images of a known distribution that are drawn at a time
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 MAX_NAMED = 10  # folders without images in a message
@@ -95,12 +101,11 @@ def open_source(
             )
         _refuse_columns(source, columns)
         return digits()
-    known = GaussianClasses.parse(source)
-    if known is not None and not Path(source).exists():
+    if source.partition(":")[0] == GAUSSIANS and not Path(source).exists():
         if val is not None:
             raise ValueError(f"--val: got {val!r} with {source}, which has a split; do: drop it")
         _refuse_columns(source, columns)
-        return gaussians(known)
+        return gaussians(source)
     train = Path(source)
     for flag, place in (("--val", val), ("--val_labels", val_labels)):
         if place is not None and not Path(place).exists():
@@ -116,7 +121,8 @@ def open_source(
     if kind in tars or val_kind in tars:
         from ds_classifier.data.foreign.contents import refuse_shards
 
-        refuse_shards(train if kind in tars else None, Path(val) if val_kind in tars else None)
+        alone = val_kind in tars and val_labels is None  # ILSVRC2012_img_val.tar comes with labels
+        refuse_shards(train if kind in tars else None, Path(val) if alone else None)
     if val is not None and (kind != val_kind) and {"parquet", "shards"} & {kind, val_kind}:
         raise ValueError(
             f"--val: got {val} ({val_kind}) with {source} ({kind}); need the same kind; do: give "
@@ -150,7 +156,7 @@ def _files(
     columns: Mapping[str, str],
 ) -> DataSource:
     """Open folders, tars of ImageNet and lists. The arguments are those of `open_source`."""
-    passed: Counter[str] = Counter()
+    passed = PassedOver()
     places, remarks = {"train": Path(source)}, []
     if val is not None:
         places["val"] = Path(val)
@@ -167,15 +173,16 @@ def _files(
                 if split == "train" and taken:
                     refuse_loose_images(given, taken[split])
     try:
-        train = _images(places["train"], kind, columns, passed)
-        held_out = None
+        splits = BOTH if val is None else ("train",)
+        images = _images(places["train"], kind, columns, splits, passed, remarks)
         if "val" in places:
-            held_out = _val_images(places["val"], val_kind or kind, val_labels, columns, passed)
+            images["val"] = _val_images(
+                places["val"], val_kind or kind, val_labels, columns, passed, remarks
+            )
         if kind == "folder":
-            remarks += _remark_on_classes(places["train"], train)
-        if line := passed_over(passed):
-            remarks.append(line)
-        return share_classes(source, train, held_out, remarks=remarks)
+            remarks += _remark_on_classes(places["train"], images["train"])
+        remarks += passed.remarks
+        return share_classes(source, images["train"], images.get("val"), remarks=remarks)
     except ValueError as error:
         if not remarks:
             raise
@@ -219,17 +226,32 @@ def _kind(place: Path) -> str:
 
 
 def _images(
-    place: Path, kind: str, columns: Mapping[str, str], passed: Counter[str]
-) -> list[NamedSample]:
+    place: Path,
+    kind: str,
+    columns: Mapping[str, str],
+    splits: Sequence[str],
+    passed: PassedOver,
+    remarks: list[str],
+) -> dict[str, list[NamedSample]]:
+    """Return the images of a place by split: of the first one, unless a list has several."""
+    if kind == "list":
+        images, more = listed_files(place, columns, splits)
+        remarks += more
+        return images
     if kind == "tar":
         from ds_classifier.data.convert import imagenet
 
-        return imagenet.train_images(place)
-    return listed_files(place, columns) if kind == "list" else _labelled_files(place, passed)
+        return {splits[0]: imagenet.train_images(place)}
+    return {splits[0]: _labelled_files(place, passed)}
 
 
 def _val_images(
-    place: Path, kind: str, labels: str | None, columns: Mapping[str, str], passed: Counter[str]
+    place: Path,
+    kind: str,
+    labels: str | None,
+    columns: Mapping[str, str],
+    passed: PassedOver,
+    remarks: list[str],
 ) -> list[NamedSample]:
     if labels is not None:
         if kind == "list":
@@ -244,7 +266,7 @@ def _val_images(
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _images(place, kind, columns, passed)
+    return _images(place, kind, columns, ("val",), passed, remarks)["val"]
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -259,7 +281,7 @@ def image_folder(train: Path, val: Path | None = None) -> DataSource:
     return _files(str(train), "folder", None if val is None else str(val), val_kind, None, {})
 
 
-def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
+def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
     """Return every image under root with its class name, in the order of `files_under`."""
     if not root.is_dir():
         raise ValueError(
@@ -292,7 +314,7 @@ def _labelled_files(root: Path, passed: Counter[str]) -> list[NamedSample]:
     if not found:
         raise ValueError(
             f"source: got {root} without any image ({READ_FORMATS}"
-            f"{'; ' * bool(passed)}{passed_over(passed)}); need CLASS/image.jpg, or "
+            f"{''.join(f'; {line}' for line in passed.remarks)}); need CLASS/image.jpg, or "
             "CLASS_image.jpg in one folder"
         )
     if loose and any("_" not in file.name for file, _ in loose):
@@ -368,7 +390,7 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
 
     The files of a folder without words for splits in their names are those of one split.
     """
-    passed: Counter[str] = Counter()
+    passed = PassedOver()
     files, remarks = {}, []
     for place, splits in ((train, ["train"]), (val, ["val"])) if val else ((train, BOTH),):
         by_kind = {"": [place]} if place.is_file() else files_by_kind(place, passed)
@@ -384,19 +406,27 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
         raise ValueError(
             f"--val: got {val} without validation-*.parquet; do: give the file of that split"
         )
-    if line := passed_over(passed):
-        remarks.append(line)
+    remarks += passed.remarks
     images, classes, label = read_parquet(files["train"], columns)
     if label:
         remarks.append(f"labels: the column {printable(label)}")
         columns = {**columns, "label": label}  # of both splits
-    held_out = read_parquet(files["val"], columns)[0] if "val" in files else None
-    return share_classes(str(train), images, held_out, classes, remarks)
+    held_out = None
+    if "val" in files:
+        try:
+            held_out = read_parquet(files["val"], columns)[0]
+        except HiddenLabels as error:
+            alone = files["train"][0] if len(files["train"]) == 1 else train
+            move = f"move it out of {train}, then " * (alone == train and val is None)
+            raise ValueError(f"{error}: {move}convert {alone} OUT --val 10%") from None
+    source = share_classes(str(train), images, held_out, classes, remarks)
+    refuse_copies(files["train"], files.get("val", []))
+    return source
 
 
 def shards(train: Path, val: Path | None = None) -> DataSource:
     """Return a source of converted shards, with their class list, labels and `halved`."""
-    from ds_classifier.data.shards import open_shards
+    from ds_classifier.data.shards import open_shards, refuse_shared_shards
 
     def split_of(place: Path, split: str) -> Path:
         return place if (place / "manifest.json").is_file() else place / split
@@ -429,7 +459,11 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
     held_out = opened["train"].manifest.held_out
-    return DataSource(str(train), classes, splits, next(iter(stored), None), held_out)
+    source = DataSource(str(train), classes, splits, next(iter(stored), None), held_out)
+    if "val" in opened:
+        train_part, val_part = (part.manifest for part in opened.values())
+        refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")
+    return source
 
 
 def digits() -> DataSource:
@@ -459,11 +493,17 @@ def digits() -> DataSource:
     return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)
 
 
-def gaussians(distribution: GaussianClasses) -> DataSource:
-    """Return images drawn from a known distribution, as PNG, with equally many of each class."""
+def gaussians(source: str) -> DataSource:
+    """Return images drawn from a known distribution, as PNG, with equally many of each class.
+
+    source: see `GaussianClasses.parse`.
+    """
     import numpy as np
     from PIL import Image
 
+    from ds_classifier.common.gaussians import GaussianClasses
+
+    distribution = GaussianClasses.parse(source)
     sizes = {"train": distribution.images, "val": max(1, distribution.images // 4)}
     splits = {}
     for stream, (split, size) in enumerate(sizes.items()):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ds_classifier.data.convert.formats import image_files, is_image_file
-from ds_classifier.data.convert.samples import is_passed_over
+from ds_classifier.data.convert.samples import PassedOver, is_passed_over
 from ds_classifier.data.tars import printable
 
 WORDS = {
@@ -104,7 +104,7 @@ def _shown(place: Path, paths: list[Path]) -> str:
 
 
 def take_folders(
-    root: Path, splits: Sequence[str], passed: Counter[str]
+    root: Path, splits: Sequence[str], passed: PassedOver
 ) -> tuple[dict[str, Path], list[str]]:
     """Return the folders of the splits in root, and remarks; nothing if its folders are classes.
 
@@ -112,7 +112,7 @@ def take_folders(
     If the folder of a split holds another one for the same split, that is the one.
     Raises ValueError if a name stands for two splits, or if two folders are named for one.
     """
-    hidden: Counter[str] = Counter()
+    hidden = PassedOver()
     by_kind = _folders_by_kind(root, hidden)
     taken, remark = take(root, by_kind, splits)
     if splits[0] not in taken:
@@ -133,7 +133,7 @@ def take_folders(
     return folders, remarks
 
 
-def _folders_by_kind(root: Path, hidden: Counter[str]) -> dict[str, list[Path]]:
+def _folders_by_kind(root: Path, hidden: PassedOver) -> dict[str, list[Path]]:
     """Return the folders in root by the split that their names stand for; {} if they are classes.
 
     They are splits if the name of each folder with images has a word for a split, if these names
@@ -146,8 +146,9 @@ def _folders_by_kind(root: Path, hidden: Counter[str]) -> dict[str, list[Path]]:
         if not path.is_dir():
             if not is_passed_over(name) and is_image_file(path):
                 return {}
+            hidden.leave_out(name)
         elif is_passed_over(name):
-            hidden[name] += 1
+            hidden.folders[name] += 1
         else:
             kind = " and ".join(sorted(kinds_in(name)))
             if not kind and next(image_files(path), None) is not None:

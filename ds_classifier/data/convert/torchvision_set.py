@@ -12,6 +12,7 @@ import inspect
 import operator
 import os
 import re
+import zlib
 from ast import literal_eval
 from collections import Counter
 from dataclasses import dataclass
@@ -29,18 +30,27 @@ Options = tuple[tuple[str, Any], ...]  # keyword arguments of a class, hashable
 
 @dataclass(frozen=True, slots=True)
 class TorchvisionImage:
-    """An image that a class of torchvision decodes. Each process opens the data set once."""
+    """An image that a class of torchvision decodes. Each process opens the data set once.
+
+    It becomes PNG when it is read, so that the processes of a conversion share that work.
+    length: bytes of its pixels. check: CRC-32 of its pixels.
+    """
 
     name: str
     options: Options
     index: int
-    length: int  # bytes of the PNG
+    length: int
+    check: int
 
     def read(self) -> bytes:
         return png_of(_opened(self.name, self.options)[self.index][0])
 
     def size(self) -> int:
         return self.length
+
+    @property
+    def mark(self) -> str:
+        return f"{self.check:08x}"
 
     def changed_ns(self) -> int:
         return 0  # torchvision does not say which files it reads
@@ -191,7 +201,8 @@ def _samples(name: str, split: str, options: Options, data: Any) -> list[Sample]
     samples = []
     for i in range(len(data)):
         image, label = _item(name, data, i)
-        content = TorchvisionImage(name, options, i, len(png_of(image)))
+        pixels = image.tobytes()
+        content = TorchvisionImage(name, options, i, len(pixels), zlib.crc32(pixels))
         samples.append(Sample(f"{name}_{split}_{i:06d}", label, content))
     if not samples:
         raise ValueError(f"source: got {PREFIX}{name} without images in its {split} split")

@@ -38,6 +38,8 @@ class Contents:
     cls: there are labels in .cls. fields: of the first .json next to an image; None without one.
     images: the number of images. in_folders: how many of them have a directory in their name.
     suffixes: those of the other members, most frequent first; "" for a name without suffix.
+    dotted: the first name whose image or label has a dot in its key, as in a.left.png; "" for none.
+    apart: names of an image and a label that differ in their directories alone; None without any.
     """
 
     cls: bool
@@ -45,6 +47,8 @@ class Contents:
     images: int
     in_folders: int
     suffixes: list[str]
+    dotted: str
+    apart: tuple[str, str] | None
 
     @property
     def labelled(self) -> bool:
@@ -85,6 +89,7 @@ def contents_of(file: BinaryIO | Sequential, where: Path | str, size: int | None
     fields: dict[str, list[str]] = {}  # key -> fields of its .json, for the first one and any image
     with_image: set[str] = set()
     images = in_folders = 0
+    dotted, image_of, label_of = "", {}, {}  # base name without suffix -> name
     for member in itertools.islice(tar_members(file, where, 0, size), FIRST_MEMBERS):
         name = member.name.removeprefix("./")
         key, suffix = key_of(name) or (name, os.path.splitext(name)[1][1:].lower())
@@ -92,17 +97,25 @@ def contents_of(file: BinaryIO | Sequential, where: Path | str, size: int | None
             images += 1
             in_folders += "/" in name
             with_image.add(key)
+            image_of[os.path.basename(key)] = name
             continue
         suffixes[suffix] += 1
+        if suffix in ("cls", "json"):
+            label_of[os.path.basename(key)] = name
+        elif suffix.endswith((*IMAGE_SUFFIXES, ".cls")):
+            dotted = dotted or name
         if suffix == "json" and member.size <= LARGEST_LABEL:
             file.seek(member.offset)
             fields[key] = _fields(file.read(member.size))
+    pairs = ((name, label_of[base]) for base, name in image_of.items() if base in label_of)
     return Contents(
         "cls" in suffixes,
         next((found for key, found in fields.items() if key in with_image), None),
         images,
         in_folders,
         [suffix for suffix, _ in suffixes.most_common()],
+        dotted,
+        next((pair for pair in pairs if len(set(map(os.path.dirname, pair))) > 1), None),
     )
 
 
@@ -152,12 +165,25 @@ def refuse_shards(source: Path | None, val: Path | None) -> None:
                 "hold no labels; need a folder of images; do: unpack each tar into a directory "
                 "named after its class, and convert the folder above them"
             )
-    if at:
-        flag, place = next(iter(at.items()))
+        elif contents.class_folders:
+            raise ValueError(
+                f"{flag}: got {place}, an archive of folders with images; need the folders "
+                f"themselves; do: mkdir FOLDER && tar xf {shlex.quote(str(place))} -C FOLDER, and "
+                "convert FOLDER, or the folder in it that holds the classes"
+            )
+    if "source" in at:
         val_too = f" --val {at['--val']}" if len(at) > 1 else ""
         raise ValueError(
-            f"{flag}: got shards of WebDataset at {place}; these are used in place, without a "
-            f"conversion; do: ds-classifier index {place} data{val_too}{labels}"
+            f"source: got shards of WebDataset at {at['source']}; these are used in place, without "
+            f"a conversion; do: ds-classifier index {at['source']} data{val_too}{labels}"
+        )
+    if at:
+        raise ValueError(
+            f"--val: got shards of WebDataset at {at['--val']}, with a source to convert; need "
+            "both in one form, or an index of their own for these shards; do: convert the source "
+            f"without --val, then ds-classifier index {at['--val']} VAL --classes FILE, where FILE "
+            "has the class names of the conversion in their order, one per line, and train with "
+            f"--data_dir OUT/train --val_data_dir VAL/train{labels and '; also'}{labels}"
         )
 
 

@@ -40,6 +40,7 @@ from ds_classifier.data.foreign.problems import (
     Problems,
 )
 from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.remote.mirror import Mirror
 from ds_classifier.data.scan import Fault, class_numbers, scan_samples
 from ds_classifier.data.shards import (
     INDEX,
@@ -77,6 +78,7 @@ def index(
     classes: Path | None = None,
     workers: int = 1,
     progress: Callable[[int, int | None, str], None] = lambda done, total, phase: None,
+    mirror: Mirror | None = None,
 ) -> dict[str, IndexedSplit]:
     """Write OUT/train/{manifest.json,index.npy}, and OUT/val/, for shards that stay where they are.
 
@@ -87,6 +89,7 @@ def index(
     classes: file with one class name per line; None: classnames.txt next to the shards, else
     numbers.
     progress: called with the number of images found, of all images (None if unknown), the split.
+    mirror: object storage that `out` stands for; None if it is the output itself.
     Raises ValueError that lists everything that is wrong; in this case nothing is written.
     """
     listings = {"train": find_shards(train, "train")}
@@ -97,7 +100,7 @@ def index(
     labels = labels or listings["train"].labels or "cls"
     names = _class_names(listings, classes)
     for split in ("train", "val"):
-        _refuse_to_overwrite(out / split, listings.get(split))
+        _refuse_to_overwrite(out / split, listings.get(split), _place(out, split, mirror))
     scans: dict[str, list[_Scan]] = {}
     problems = Problems()
     for split, listing in listings.items():
@@ -109,10 +112,19 @@ def index(
     _add_copies(listings, scans, problems)
     if problems:
         raise ValueError(problems.message(advice_for(problems, labels)))
-    return {
-        split: _write(out / split, split, listing, labels, names, scans[split])
-        for split, listing in listings.items()
-    }
+    written = {}
+    for split, listing in listings.items():
+        place = _place(out, split, mirror)
+        indexed = _write(out / split, place, split, listing, labels, names, scans[split])
+        if mirror is not None:
+            mirror.finish(out / split)
+        written[split] = indexed
+    return written
+
+
+def _place(out: Path, split: str, mirror: Mirror | None) -> str:
+    """Return the directory, without links, or the URL of a split that is written."""
+    return os.path.realpath(out / split) if mirror is None else f"{mirror.url}/{split}"
 
 
 def _refuse_shared_shards(train: Listing, val: Listing) -> None:
@@ -131,6 +143,11 @@ def _places(listing: Listing) -> set[str]:
     if is_url(listing.location):
         return {url_of(listing.location, name) for name in listing.names}
     return {os.path.realpath(f"{listing.location}/{name}") for name in listing.names}
+
+
+def _real(location: str) -> str:
+    """Return a URL unchanged, and a directory without links."""
+    return location if is_url(location) else os.path.realpath(location)
 
 
 def _class_names(listings: dict[str, Listing], classes: Path | None) -> list[str] | None:
@@ -336,8 +353,11 @@ def _number_classes(split: _Split, scans: list[_Scan], problems: Problems) -> li
 # ---------------------------------------------------------------------------------------- writing
 
 
-def _refuse_to_overwrite(folder: Path, listing: Listing | None) -> None:
-    """Raise ValueError if a folder holds anything but an index of the same shards."""
+def _refuse_to_overwrite(folder: Path, listing: Listing | None, place: str) -> None:
+    """Raise ValueError if a folder holds anything but an index of the same shards.
+
+    place: see `_place`.
+    """
     if not (folder / MANIFEST).exists():
         return
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
@@ -346,8 +366,8 @@ def _refuse_to_overwrite(folder: Path, listing: Listing | None) -> None:
             f"OUT: got {folder}, which holds converted shards; need another directory; do: "
             "choose another OUT, or train on these shards directly"
         )
-    location = manifest.location or str(folder.absolute())
-    if listing is None or listing.location != location:
+    location = manifest.location or place
+    if listing is None or _real(listing.location) != _real(location):
         raise ValueError(
             f"OUT: got {folder}, the index of other shards ({shown(location)}); need one data set "
             "in OUT; do: choose another OUT, or remove that index"
@@ -356,13 +376,17 @@ def _refuse_to_overwrite(folder: Path, listing: Listing | None) -> None:
 
 def _write(
     folder: Path,
+    place: str,
     split: str,
     listing: Listing,
     labels: str,
     classes: list[str],
     scans: list[_Scan],
 ) -> IndexedSplit:
-    """Write the index of a split, then its manifest, which marks it as complete."""
+    """Write the index of a split, then its manifest, which marks it as complete.
+
+    place: see `_place`.
+    """
     scans = [scan for scan in scans if len(scan.rows)]  # img2dataset writes empty shards
     samples = sum(len(scan.rows) for scan in scans)
     folder.mkdir(parents=True, exist_ok=True)
@@ -380,7 +404,7 @@ def _write(
     files.fsync(staging)
     (folder / MANIFEST).unlink(missing_ok=True)  # it describes the index that is replaced
     os.replace(staging, folder / INDEX)
-    in_place = os.path.realpath(folder) == os.path.realpath(listing.location)
+    in_place = _real(listing.location) == place
     manifest = Manifest(
         split=split,
         source=os.path.basename(listing.location),

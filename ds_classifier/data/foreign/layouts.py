@@ -29,6 +29,8 @@ from pathlib import Path
 from ds_classifier.common.urls import scheme, shown, without_logins
 from ds_classifier.data.classes import class_lines
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
+from ds_classifier.data.remote.mirror import names_in
+from ds_classifier.data.remote.objects import SCHEMES
 from ds_classifier.data.shards import PLAIN_URL
 from ds_classifier.data.store import REMOTE_NAME, is_url, url_of
 from ds_classifier.data.tars import is_tar_name, printable
@@ -95,7 +97,7 @@ class Location:
             except NotServed:
                 return None
             except OSError:
-                if scheme(where) in ("http", "https"):
+                if scheme(where) in ("http", "https", "hf", *SCHEMES):
                     raise
                 return None  # a program that fetches files does not report why it failed
         if not os.path.isfile(where):
@@ -118,7 +120,12 @@ class Location:
         return content
 
     def tars(self) -> list[str]:
-        """Return the names of the tars in a directory, in numerical order; none for a URL."""
+        """Return the names of the tars in a directory, in numerical order; none for a URL.
+
+        Object storage can be listed, other servers cannot.
+        """
+        if scheme(self.root) in SCHEMES:
+            return sorted(filter(is_tar_name, names_in(self.root)), key=_by_number)
         if self.url or not os.path.isdir(self.root):
             return []
         with os.scandir(self.root) as entries:

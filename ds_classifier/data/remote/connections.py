@@ -1,7 +1,7 @@
 """Open a URL once, from a byte on, and report failures in one form.
 
-http(s) goes through requests, every other scheme (gs, hf, sftp, file, pipe ...) through
-webdataset's gopen. HTTP semantics: RFC 9110 (section 14, range requests).
+http(s) and hf go through requests, s3, gs and az through obstore (objects.py), every other scheme
+(sftp, file, pipe ...) through webdataset's gopen. HTTP semantics: RFC 9110 (section 14, ranges).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import urllib3
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import scheme
+from ds_classifier.data.remote import objects
+from ds_classifier.data.remote.failed import Failed
 
 CHUNK = 1 << 20  # bytes to read at a time, at most
 WORTH_TRYING_AGAIN = (408, 416, 425, 429)  # HTTP statuses 4xx after which another try may succeed
@@ -46,17 +48,6 @@ eval "$1"
 """
 
 
-class Failed(Exception):
-    """Raised when one try fails.
-
-    final: another try will not help. restart: the bytes received so far must be thrown away.
-    """
-
-    def __init__(self, reason: str, *, final: bool = False, restart: bool = False):
-        super().__init__(reason)
-        self.final, self.restart = final, restart
-
-
 @dataclass
 class Stream:
     """An open URL.
@@ -66,12 +57,14 @@ class Stream:
     total: bytes of the whole file; None if the server does not say.
     ends: False if the end of the file can only be seen from the end of the connection, which a
         broken connection looks like too.
+    tag: the ETag of an object in storage. Web servers have other ones on each mirror: None.
     """
 
     read: Callable[[], bytes]
     start: int = 0
     total: int | None = None
     ends: bool = True
+    tag: str | None = None
 
 
 @contextmanager
@@ -99,20 +92,47 @@ def opened_url(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]
     """Open a URL for reading from byte `start` on; the stream may begin before it.
 
     stall_timeout_s: seconds that connecting, the head of the answer, and each read may take.
-    Raises Failed.
+    Raises Failed; ValueError for a URL of object storage that cannot be used.
     """
-    opened = _opened_http if scheme(url) in ("http", "https") else _opened_by_gopen
-    with opened(url, start, stall_timeout_s) as stream:
-        yield stream
+    objects.refuse_unusable(url)
+    if scheme(url) in objects.SCHEMES:
+        opened = _opened_object(url, start, stall_timeout_s)
+    elif scheme(url) == "hf":
+        address, token = objects.hf_address(url)
+        opened = _opened_http(address, start, stall_timeout_s, token=token)
+    elif scheme(url) in ("http", "https"):
+        opened = _opened_http(url, start, stall_timeout_s)
+    else:
+        opened = _opened_by_gopen(url, start, stall_timeout_s)
+    try:
+        with opened as stream:
+            yield stream
+    except Failed as failure:
+        if "HTTP 40" in str(failure) and scheme(url) == "hf":
+            failure.advice = objects.HF_ADVICE
+        raise
 
 
 @contextmanager
-def _opened_http(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]:
+def _opened_object(url: str, start: int, stall_timeout_s: float) -> Iterator[Stream]:
+    """Open an object in storage from byte `start` on."""
+    with objects.Request("get", url, start=start, limit_s=stall_timeout_s) as request:
+        head = request.head
+        yield Stream(request.read, head["start"], head["total"], tag=head["tag"])
+
+
+@contextmanager
+def _opened_http(
+    url: str, start: int, stall_timeout_s: float, *, token: str | None = None
+) -> Iterator[Stream]:
     """Open an http(s) URL with requests, which follows redirects and reads the proxy settings.
 
-    A login in the URL is sent to its own host, but not to another host after a redirect.
+    A login in the URL, or a token, is sent to the URL's own host, but not to another host after a
+    redirect.
     """
     headers = {"User-Agent": "ds_classifier", "Accept-Encoding": "identity"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     if start:
         headers["Range"] = f"bytes={start}-"
     adapter = _PatientAdapter(stall_timeout_s)

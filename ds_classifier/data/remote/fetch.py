@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import refuse_pipe, shown, without_logins
-from ds_classifier.data.remote.connections import Failed, Stream, network_errors, opened_url
+from ds_classifier.data.remote.connections import Stream, network_errors, opened_url
+from ds_classifier.data.remote.failed import Failed
 
 SLOWEST = 1024  # bytes per second; a slower stream counts as stalled
 PROGRESS = 1 << 20  # a try that brings at least this many new bytes resets the count of failures
@@ -68,7 +69,7 @@ def fetch_small(
             raise Failed(f"got {len(content)} of {stream.total} bytes")
         return bytes(content)
 
-    return _insist(url, attempt, patience)
+    return insist(url, attempt, patience)
 
 
 def stream(
@@ -81,17 +82,20 @@ def stream(
     Raises ValueError for a pipe that is not allowed; OSError after the last try.
     """
     refuse_pipe(url, allow_pipe)
-    at, total, needed = 0, None, None
+    at, total, needed, tag = 0, None, None, None
     chunks: Iterator[bytes] | None = None
     with ExitStack() as connection:
 
         def more() -> bytes:
-            nonlocal at, total, needed, chunks
+            nonlocal at, total, needed, tag, chunks
             try:
                 if chunks is None:
                     opened = connection.enter_context(opened_url(url, at, patience.stall_timeout_s))
                     if None not in (total, opened.total) and total != opened.total:
                         raise Failed(f"was {total} bytes, is {opened.total} now", final=True)
+                    if at and tag != opened.tag:
+                        raise Failed("was replaced while it was read", final=True)
+                    tag = opened.tag
                     total = total if opened.total is None else opened.total
                     needed = size if total is None and not opened.ends else total
                     chunks = _from(at - opened.start, _chunks(opened, patience.stall_timeout_s))
@@ -108,7 +112,7 @@ def stream(
                     connection.close()
                 raise
 
-        while chunk := _insist(url, more, patience, reached=lambda: at):
+        while chunk := insist(url, more, patience, reached=lambda: at):
             yield chunk
 
 
@@ -142,7 +146,7 @@ def fetch_file(
                 part.unlink(missing_ok=True)
             raise
 
-    _insist(url, attempt, patience, reached=lambda: _size(part))
+    insist(url, attempt, patience, reached=lambda: _size(part))
 
 
 def _append(url: str, part: Path, sizes: tuple[int, int], stall_timeout_s: float) -> int | None:
@@ -167,13 +171,18 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _insist(
-    url: str, attempt: Callable[[], T], patience: Patience, reached: Callable[[], int] = lambda: 0
+def insist(
+    url: str,
+    attempt: Callable[[], T],
+    patience: Patience,
+    reached: Callable[[], int] = lambda: 0,
+    failed: str = "got no whole file",
 ) -> T:
     """Call `attempt` until it succeeds, or has failed too often in a row without progress.
 
     reached: returns the number of bytes that are safe; a try that adds PROGRESS bytes starts the
         count of failures again.
+    failed: what has not been done after the last try, for the message.
     Raises OSError after the last try; NotServed if another try would not help.
     """
     tries = failures = furthest = 0
@@ -188,9 +197,10 @@ def _insist(
             if failure.final or failures > patience.retries:
                 times = "1 try" if tries == 1 else f"{tries} tries"
                 reason = without_logins(str(failure))  # a program's error shows its command
+                advice = failure.advice or "check the address and the server"
                 raise (NotServed if failure.final else OSError)(
-                    f"{shown(url)}: got no whole file in {times}; last error: {reason}; do: check "
-                    "the address and the server, then run the same command again"
+                    f"{shown(url)}: {failed} in {times}; last error: {reason}; do: "
+                    f"{advice}, then run the same command again"
                 ) from None
         pause = min(patience.pause_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
         # The global generator's state belongs to the training, and forked processes share it.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ds_classifier import distributed
 from ds_classifier.common import files
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.memory import peak_memory
 from ds_classifier.evaluation.meter import LOSS_EDGES, Meter, Reading
 from ds_classifier.evaluation.metrics import QUARTILES

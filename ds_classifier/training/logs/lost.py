@@ -18,7 +18,7 @@ from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.data.loader import BadSample
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import by_position
 from ds_classifier.training.run_dir import append_event
 from ds_classifier.training.step import Trained

@@ -18,7 +18,8 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier.config.settings import PROFILED
-from ds_classifier.distributed import deepspeed_engine, failures
+from ds_classifier.distributed import failures
+from ds_classifier.distributed.engine import deepspeed_engine
 
 OPERATIONS = 15
 HOOKS = "autograd::engine::evaluate_function: torch::autograd::AccumulateGrad"

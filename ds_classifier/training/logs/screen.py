@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
-from ds_classifier.distributed import deepspeed_engine
+from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.training.setup import Setup
 
@@ -56,7 +55,7 @@ class Table:
         """Return the first head, and what it means."""
         head = self._head()
         explained = _QUARTILES in self._columns
-        return f"{head}\n{wrapped(EXPLAINED, indent=8)}" if explained else head
+        return f"{head}\n{distributed.wrapped(EXPLAINED, indent=8)}" if explained else head
 
     def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
         """Return the line of a training row. Accuracies are in per cent."""
@@ -179,27 +178,16 @@ def progress_line(*, step: int, iterations: int, images_per_sec: float, eta_seco
 
 def note(step: int | str, text: str) -> str:
     """Return a line about a step, or about the run for "", as wide as the table's."""
-    return wrapped(f"{step:>{STEP}} {text}", indent=STEP + 1)
-
-
-def wrapped(line: str, *, indent: int) -> str:
-    """Return a line broken between words where a terminal is too narrow; in a log it stays one."""
-    width = distributed.columns()
-    if width is None or len(line) <= width:
-        return line
-    whole_words = dict(break_long_words=False, break_on_hyphens=False)
-    return textwrap.fill(line, width, subsequent_indent=" " * indent, **whole_words)
+    return distributed.wrapped(f"{step:>{STEP}} {text}", indent=STEP + 1)
 
 
 def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     settings, batch = setup.resolved.settings, setup.resolved.batch
     engine, shards = setup.engine, setup.shards
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = deepspeed_state.parameter_count(engine)
 
-    def say(line: str) -> None:
-        distributed.say(wrapped(line, indent=12))
-
+    say = distributed.say_labelled
     held_out = "none"
     if setup.val_shards is not None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
@@ -223,7 +211,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
-        if not setup.resolved.constant_rate and engine.global_steps == setup.start.part_begin:
+        if not setup.resolved.open_ended and engine.global_steps == setup.start.part_begin:
             length += ", the learning rate begins anew"
     if command.overfit_steps:
         length = f"one batch again and again, {count(command.overfit_steps, 'step')} at most"
@@ -242,10 +230,13 @@ def _split(shards: ShardSet) -> str:
 
 def _schedule(setup: Setup) -> str:
     """Return the shape of the learning rate over the run, in words."""
-    anneal = setup.resolved.settings.anneal_lr
-    if anneal is None and "scheduler" in setup.resolved.ds_config:
-        return "the JSON's WarmupDecayLR"
-    return "linear to 0" if anneal else "constant"
+    resolved = setup.resolved
+    if "scheduler" in resolved.ds_config:
+        return f"the JSON's {resolved.ds_config['scheduler']['type']}"
+    shape = resolved.settings.schedule or "constant"
+    shape += " to 0" * (shape != "constant")
+    warm_up = resolved.settings.warmup_steps if resolved.settings.schedule else 0
+    return f"{shape} after {count(warm_up, 'step')} of warm-up" if warm_up > 0 else shape
 
 
 def lost_line(row: dict[str, Any], why_skipped: str) -> str:

@@ -27,11 +27,13 @@ from ds_classifier.checkpoint.replicas import bit_sum
 from ds_classifier.checkpoint.writer import BYTES_A_PARAMETER, CheckpointWriter, check_room
 from ds_classifier.common import files
 from ds_classifier.data.loader import Batch, Loader
-from ds_classifier.distributed import deepspeed_engine, memory
+from ds_classifier.distributed import memory
+from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training.logs.flops import training_flops
+from ds_classifier.training.logs.log import RunLogger
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
     SaveCost,
@@ -116,7 +118,7 @@ class Rehearsal:
             peaks[size] = memory.peak_memory(device)
         capacity = memory.memory_for_rank(device, ranks_here=ranks_here)
         if device.type == "cpu":  # from the first save on it holds rank 0's snapshot too
-            parameters = sum(p.numel() for p in self._engine.module.parameters())
+            parameters = deepspeed_state.parameter_count(self._engine)
             capacity -= BYTES_A_PARAMETER * parameters // ranks_here
         mine = torch.tensor([capacity, *peaks.values()], dtype=torch.float64, device=device)
         lines = [
@@ -195,8 +197,8 @@ class Rehearsal:
     def measure_save(self, folder: Path, batch: Batch) -> SaveCost:
         """Save, take a step on `batch`, which changes everything, load, and compare.
 
-        folder: an empty directory of rank 0. Raises RuntimeError if what was loaded differs from
-        what was saved.
+        folder: a directory of rank 0 without checkpoints. Raises RuntimeError if what was loaded
+        differs from what was saved.
         """
         engine, sampler = self._engine, self._setup.sampler
         free = shutil.disk_usage(folder).free if distributed.rank() == 0 else 0
@@ -225,19 +227,19 @@ class Rehearsal:
         return SaveCost(held, written, loaded, size, free)
 
     def _fingerprint(self) -> list[int]:
-        """Return sums over the bits of this rank's share of master weights and Adam moments."""
-        return [int(bit_sum(value)) for value in deepspeed_engine.optimizer_share(self._engine)]
+        """Return sums over the bits of this rank's share of master weights and optimizer state."""
+        return [int(bit_sum(value)) for value in deepspeed_state.optimizer_share(self._engine)]
 
 
 @contextmanager
 def scratch_beside(
     run_dir: Path, device: torch.device
 ) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Make an empty directory on the file system of a run directory, and remove it at the end.
+    """Make a directory on the file system of a run directory, and remove it at the end.
 
     It lies in the run directory if that exists, else in the nearest parent that does; rank 0 makes
     it, and all ranks get its path. The second value removes it, for a process that ends without
-    leaving the context. Raises AgreedError if the run could not be locked or saved there.
+    leaving the context. Raises AgreedError if the run could not be locked, saved or logged there.
     """
 
     def make() -> str:
@@ -253,6 +255,7 @@ def scratch_beside(
             lock.acquire(distributed.say)
             lock.release()
             check_room(Path(scratch), parameters=0)
+            RunLogger(Path(scratch), first_step=0).close()
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -291,7 +294,7 @@ def dry_run(setup: Setup) -> int:
 
 def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_step: int) -> None:
     """Measure memory, time and a checkpoint, and print what the run will need of each."""
-    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say
+    rehearsal, watch, say = Rehearsal(setup), setup.watch, distributed.say_labelled
     settings, batch, run_dir = setup.resolved.settings, setup.resolved.batch, setup.run_dir
     batches = watch.batches(iter(loader))
     first_batch = next(batches)

@@ -17,13 +17,17 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.writer import check_free
-from ds_classifier.common import files, text
+from ds_classifier.common import files, limits, text
 from ds_classifier.common.text import count
 from ds_classifier.config.deepspeed_json import Resolved
-from ds_classifier.config.settings import PER_NODE_SETTINGS
+from ds_classifier.config.settings import PER_NODE_SETTINGS, Settings
+from ds_classifier.data.loader import default_workers
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.distributed import deepspeed_engine, launcher, rendezvous
+from ds_classifier.distributed import launcher, rendezvous
+from ds_classifier.distributed.engine import deepspeed_engine
 
+# Counted in /proc/PID/fd on a CPU. Rank 0 serves the store, to which all other ranks connect.
+FILES_OF_A_RUN, FILES_PER_WORKER, FILES_PER_RANK = 40, 4, 6
 PROBE_BYTES = 2**24
 _PROBES = 4
 # Variables that libraries read and that deepspeed's launcher does not pass on to other nodes.
@@ -34,13 +38,34 @@ _OF_THE_LAUNCHER = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATO
 def join(resolved: Resolved, shards: ShardSet, val_shards: ShardSet | None) -> torch.device:
     """Join the other ranks; raise AgreedError on all of them if one cannot start, or differs."""
     minutes = resolved.settings.time_outs()
-    return distributed.init(
+    device = distributed.init(
         # Longer than the watchdog's own time-outs, whose messages say more.
         timedelta(minutes=5 + max(minutes.values())),
         start_timeout=timedelta(minutes=minutes["start"] / 2),  # the rest for the first step
         same=same_on_all_ranks(resolved, shards, val_shards),
-        check=lambda device: deepspeed_engine.precision_problem(resolved.ds_config, device),
+        check=lambda device: (
+            deepspeed_engine.precision_problem(resolved.ds_config, device)
+            or limits.open_files_problem(_files_to_open(resolved.settings))
+        ),
     )
+    if emulated := deepspeed_engine.emulate_fp16(resolved.ds_config, device):
+        distributed.say(f"  NOTE      {emulated}")
+    return device
+
+
+def _files_to_open(settings: Settings) -> int:
+    """Return how many files and sockets this rank opens later: those of gloo, the log, the loaders.
+
+    The shards need one more; how many stay open follows from what is left.
+    """
+    workers = settings.workers
+    if workers < 0:
+        workers = default_workers(distributed.local_world_size())
+    ranks = distributed.world_size()
+    if distributed.rank() > 0:
+        ranks = min(ranks, 3)
+    sockets = FILES_PER_RANK * ranks * (ranks > 1)
+    return FILES_OF_A_RUN + FILES_PER_WORKER * (workers + 1) + sockets
 
 
 def same_on_all_ranks(
@@ -77,12 +102,13 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     if rate:
         say(f"all ranks sum {PROBE_BYTES >> 20} MiB at {rate / 1e9:.2f} GB/s")
     for note in notes(ranks) if distributed.rank() == 0 else []:
-        say(f"note: {note}")
-    say(
+        say(distributed.wrapped(f"note: {note}", indent=6))
+    equal = (
         f"{'all ' if len(ranks) > 1 else ''}{count(len(ranks), 'rank')} can start: code, "
         "libraries, settings, JSON and images are equal; "
         f"checked in {time.monotonic() - began:.1f} s"
     )
+    say(distributed.wrapped(equal, indent=2))
 
 
 def look_at_run_dir(run_dir: Path, parameters: int) -> None:

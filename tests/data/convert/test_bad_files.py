@@ -74,7 +74,7 @@ def test_one_error_lists_all_bad_files(two, tmp_path, workers):
     (train / "dog/loop.jpg").symlink_to("loop.jpg")
     (train / "dog/html.jpg").write_text("<html>")
     os.mkfifo(train / "dog/fifo.jpg")
-    os.mkfifo(train / "dog/fifo")  # without an image's suffix: ignored like other such files
+    os.mkfifo(train / "dog/fifo")  # without an image's suffix: left out like other such files
     (train / "cat/zero.png").symlink_to("/dev/zero")
     (val / "dog/empty.png").touch()
     (val / "cat/link.png").symlink_to("gone.png")
@@ -85,7 +85,8 @@ def test_one_error_lists_all_bad_files(two, tmp_path, workers):
         command += ["--workers", workers, "--samples_per_shard", 2]
         done = run_python(*command, cwd=tmp_path, timeout=60)
     assert done.code == 2, done.output
-    head, *lines = done.lines
+    left_out, head, *lines = done.lines
+    assert left_out.endswith(": 1 without suffix (dog/fifo)")
     listings = [tmp_path / "data" / f"{split}.bad.txt" for split in ("train", "val")]
     assert head.startswith("error: got 8 files that cannot be stored (5 of train, 3 of val); need")
     assert f"the files in {listings[0]} and {listings[1]}, and remove" in head

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_classifier.data.convert.sources import open_source
+from ds_classifier.data.convert.sources import BOTH, open_source
 from launch.make_shards import main
 
 LABELS = ["cat", "dog", "cat", "eel", "dog"]
@@ -173,6 +173,75 @@ def test_a_list_beside_folders_of_splits(tmp_path):
     assert content(source, "val") == Counter([(image(0), "cat")])
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_delimiters_of_spreadsheets(tmp_path, delimiter, suffix):
+    put(tmp_path, ["a,b;c d.jpg", "1.jpg"])
+    path = tmp_path / f"list{suffix}"
+    path.write_text(f'path{delimiter}label\n"a,b;c d.jpg"{delimiter}cat\n1.jpg{delimiter}dog\n')
+    assert content(open_source(str(path))) == Counter([(image(0), "cat"), (image(1), "dog")])
+
+
+def test_gaps_in_the_paths_and_labels_of_a_txt(tmp_path):
+    lines = {
+        "my cat.jpg golden retriever": ("my cat.jpg", "golden retriever"),
+        "a copy.png of it.jpg 3": ("a copy.png of it.jpg", "3"),
+        "b.JPEG,great white shark": ("b.JPEG", "great white shark"),
+        "c.png; eel": ("c.png", "eel"),
+        "an id dog": ("an id.jpg", "dog"),
+    }
+    put(tmp_path, [name for name, _ in lines.values()])
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(lines))
+    expected = Counter((image(i), label) for i, (_, label) in enumerate(lines.values()))
+    assert content(open_source(str(path))) == expected
+    path.write_text("c.png 0 12 33 40\n")
+    assert "list.txt:1: got '0 12 33 40' for c.png; need one label" in refused(path)
+
+
+WORDS = ["train", "Training", "val", "dev", "TEST"]
+
+
+def test_a_column_of_splits(tmp_path):
+    """Compare the rows of each split with the labels written; labels of other rows may lack."""
+    put(tmp_path, NAMES[:4])
+    lines = {"file": NAMES, "species": ["cat", "dog", "cat", "dog", ""], "Split": WORDS}
+    path = write(tmp_path / "list.csv", lines)
+    source = open_source(str(path))
+    assert content(source) == Counter([(image(0), "cat"), (image(1), "dog")])
+    assert content(source, "val") == Counter([(image(2), "cat"), (image(3), "dog")])
+    assert source.remarks == (
+        "by the column Split of list.csv: 2 rows of train for train, 2 rows of val for val, "
+        "1 row of test not taken",
+    )
+    both = open_source(str(path), str(path))  # the list names its own splits
+    assert [content(both, split) for split in BOTH] == [content(source, split) for split in BOTH]
+    lines = {"path": NAMES[:4], "label": [1, 0, 1, 0], "data set": ["train"] * 2 + ["test"] * 2}
+    source = open_source(str(write(tmp_path / "list.jsonl", lines)))
+    assert content(source, "val") == Counter([(image(2), "1"), (image(3), "0")])
+
+
+def test_a_column_of_splits_that_is_none(tmp_path):
+    put(tmp_path, NAMES)
+    one = write(tmp_path / "one.csv", {"file": NAMES, "kind": LABELS, "split": ["train"] * 5})
+    source = open_source(str(one))
+    assert (content(source), source.remarks) == (EXPECTED, ())
+    folds = write(
+        tmp_path / "folds.csv", {"path": NAMES, "label": LABELS, "split": [0, 1, 2, 3, 4]}
+    )
+    source = open_source(str(folds))
+    assert content(source) == EXPECTED
+    remark = (
+        "folds.csv: the column split is not used (0, 1, 2, ...); splits are train, val and test"
+    )
+    assert source.remarks == (remark,)
+    label = write(tmp_path / "label.csv", {"path": NAMES, "set": LABELS})
+    assert content(open_source(str(label))) == EXPECTED
+    words = write(tmp_path / "words.csv", {"path": NAMES, "split": WORDS, "label": LABELS})
+    source = open_source(str(words), columns={"label": "split"})
+    assert source.classes == sorted(WORDS)
+
+
 # --------------------------------------------------------------------------------------- parquet
 
 FINE, COARSE = ["cat", "dog", "eel"], ["mammal", "fish"]
@@ -211,7 +280,9 @@ def test_parquet_as_the_hub_has_it(tmp_path):
     path = parquet(tmp_path / "b.parquet", columns, {"breed": FINE})  # the only ClassLabel
     assert content(open_source(str(path))) == EXPECTED
     path = parquet(tmp_path / "c.parquet", {"image": [], "species": LABELS}, {})  # the only text
-    source = open_source(str(path), shutil.copy(path, tmp_path / "val.parquet"))
+    columns = {"image": [], "species": LABELS, "more": [0] * 5}
+    val = parquet(tmp_path / "val.parquet", columns, {"species": None})
+    source = open_source(str(path), str(val), columns={"label": "species"})
     assert content(source) == content(source, "val") == EXPECTED
     assert source.classes == FINE
 
@@ -249,3 +320,34 @@ def test_two_labels_in_parquet_are_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", str(path), str(out), "--columns", "img"])
     assert "need path=NAME,label=NAME" in capsys.readouterr().err
+
+
+def test_copies_of_a_file_are_not_in_both_splits(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    columns = {"image": [], "label": NUMBERS}
+    train = parquet(folder / "train.parquet", columns, {"label": FINE})
+    val = shutil.copy(train, folder / "validation.parquet")
+    for places in ([folder], [train, val]):
+        assert f"got {val} with the same bytes as {train}; need" in refused(*places)
+    parquet(val, columns | {"label": NUMBERS[::-1]}, {"label": FINE})
+    assert len(open_source(str(folder)).splits["val"]) == 5
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_hidden_labels_of_a_test_split(tmp_path, hidden):
+    """Convert the training split alone with the line that the message gives."""
+    pa = pytest.importorskip("pyarrow")
+    train = parquet(tmp_path / "train.parquet", {"image": [], "label": NUMBERS}, {"label": FINE})
+    labels = pa.array([hidden] * 5, pa.int64())
+    test = parquet(tmp_path / "test.parquet", {"image": [], "label": labels}, {"label": FINE})
+    message = refused(tmp_path)
+    assert f"{test}: got label {hidden} in all rows" in message
+    assert message.endswith(f"do: leave this file out: convert {train} OUT --val 10%")
+    assert refused(train, test).endswith(f": convert {train} OUT --val 10%")
+    assert main(["convert", str(train), str(tmp_path / "out"), "--val", "40%"]) == 0
+    parquet(tmp_path / "train-1.parquet", {"image": [], "label": NUMBERS}, {"label": FINE})
+    end = f"out: move it out of {tmp_path}, then convert {tmp_path} OUT --val 10%"
+    shutil.rmtree(tmp_path / "out")
+    assert refused(tmp_path).endswith(end)
+    assert "do: leave this file out" in refused(test)

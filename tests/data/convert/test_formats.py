@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from made import make_images
 from PIL import Image, features
 
 from ds_classifier.data import images
 from ds_classifier.data.convert.convert import convert
-from ds_classifier.data.convert.formats import as_png
+from ds_classifier.data.convert.formats import ALL_SUFFIXES, as_png
 from ds_classifier.data.convert.sources import image_folder, open_source
+from launch.make_shards import main
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 10, 4)).astype(np.uint8)
 UNTOUCHED = ["a.jpg", "a.jpe", "a.jfif", "a.png", "a.apng", "a.webp", "a.gif", "a.bmp", "a.mpo"]
@@ -31,7 +33,26 @@ AS_PNG = {  # name -> mode
     "a.qoi": "RGB",
     "a.ico": "RGBA",
     "a.avif": "RGB",
+    "a.icns": "RGBA",
+    "a.cur": "RGBA",
+    "a.dib": "RGB",
+    "a.dcx": "RGB",
+    "a.icb": "RGB",
+    "a.bw": "L",
+    "a.rgb": "RGB",
+    "a.xbm": "1",
+    "a.xpm": "RGB",
+    "a.msp": "1",
 }
+NO_IMAGES = {".h5", ".hdf", ".bufr", ".grib", ".mpg", ".mpeg", ".pdf"}  # that Pillow registers
+XPM = b"""/* XPM */
+static char *a[] = {
+"3 2 2 1",
+"a c #102030",
+"b c #ffee00",
+"aba",
+"bba"};
+"""
 
 
 def picture(mode: str) -> Image.Image:
@@ -44,8 +65,21 @@ def save(path: Path, mode: str) -> None:
         picture(mode).save(path, save_all=True, append_images=[Image.new("RGB", (10, 12))])
     elif path.suffix == ".apng":
         picture(mode).save(path, "PNG", save_all=True, append_images=[Image.new("RGB", (10, 12))])
-    elif path.suffix == ".ico":
-        picture(mode).save(path, sizes=[(10, 12)])
+    elif path.suffix in (".ico", ".cur"):
+        picture(mode).save(path, "ICO", sizes=[(10, 12)], bitmap_format="bmp")
+        data = path.read_bytes()
+        path.write_bytes(data[:2] + (b"\2" if path.suffix == ".cur" else b"\1") + data[3:])
+    elif path.suffix == ".dcx":  # a list of offsets, then files in the format PCX
+        picture(mode).save(path, "PCX")
+        head = b"\xb1\x68\xde\x3a" + (12).to_bytes(4, "little") + bytes(4)
+        path.write_bytes(head + path.read_bytes())
+    elif path.suffix == ".xpm":
+        path.write_bytes(XPM)
+    elif path.suffix == ".icns":
+        png = io.BytesIO()
+        picture(mode).resize((16, 16)).save(png, "PNG")
+        block = b"icp4" + (8 + len(png.getvalue())).to_bytes(4, "big") + png.getvalue()
+        path.write_bytes(b"icns" + (8 + len(block)).to_bytes(4, "big") + block)
     else:
         picture(mode).save(path)
 
@@ -98,6 +132,43 @@ def test_grey_of_16_bits_keeps_them(tmp_path, name):
         assert np.array_equal(np.asarray(stored_image), pixels)
 
 
+def test_every_suffix_of_pillow_is_read_or_named():
+    Image.init()
+    assert not set(Image.registered_extensions()) - set(ALL_SUFFIXES) - NO_IMAGES
+
+
+def test_what_is_left_out_is_counted_by_suffix(tmp_path, capsys):
+    """Take what begins or ends like an image, count the rest; sidecars and hidden files are not."""
+    folder = make_images(tmp_path / "in", ["cat/a.png", "dog/b.png"])
+    save(folder / "cat/tga.tga", "RGB")
+    save(folder / "cat/pcx.pcx", "RGB")
+    (folder / "cat/tga.tga").rename(folder / "cat/tga.dat")
+    (folder / "cat/pcx.pcx").rename(folder / "cat/pcx.dat")
+    left = {
+        "cat/d.bin": b"\xff\x0a" + bytes(40),  # the first bytes of JPEG XL
+        "cat/e.bin": b"\x0a\x05\x01\x08" + bytes(200),  # and of PCX
+        "dog/f.foo": b"P5 is not it",
+        "dog/scores": b"P1 10 of 20",
+        "dog/g.npz": b"PK",
+        "h.zip": b"PK",
+        "cat/inner/i.tar": b"",
+        "cat/a.txt": b"a caption",
+        "LICENSE": b"free",
+        "dog/.hidden.foo": b"",
+    }
+    for name, data in left.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    line = (
+        "left out, since they are not images: 2 .bin (such as cat/d.bin), 1 without suffix "
+        "(dog/scores), 1 .foo (dog/f.foo), 1 .npz (dog/g.npz), 1 .tar (cat/inner/i.tar), 1 .zip "
+        "(h.zip); do: unpack the archives, if they hold images"
+    )
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert set(stored(tmp_path / "out/train")) == {"a", "b", "tga", "pcx"}
+
+
 def tiff(array: np.ndarray) -> bytes:
     data = io.BytesIO()
     Image.fromarray(array).save(data, "TIFF")
@@ -113,6 +184,11 @@ def test_images_that_cannot_be_stored_are_all_named(tmp_path):
         "huge.pgm": (b"P5 12000 12000 255\n", "12000 x 12000 pixels are more"),
         "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(20), "is an image in the format HEIF"),
         "drawing.svg": (b"<?xml version='1.0'?>\n<svg>", "is an image in the format SVG"),
+        "drawing.wmf": (b"\1\0\x09\0" + bytes(20), "has the suffix .wmf, of a format that is not"),
+        "photo.wdp": (b"II\xbc\1" + bytes(20), "is an image in the format JPEG XR"),
+        "no-suffix": (b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(9), "in the format EMF"),
+        "map.pam": (b"P7\nWIDTH 1\n", "is an image in the format PAM"),
+        "bare.jxl": (b"\xff\x0a" + bytes(20), "is an image in the format JPEG XL"),
         "nameless": (b"8BPS" + bytes(20), "is an image in the format Photoshop"),
         "noise.tga": (b"\xff" * 50, "cannot be read as TGA"),
         "pointer.png": (b"version https://git-lfs.github.com/spec/v1\noid", "do: git lfs pull"),

@@ -359,3 +359,16 @@ def test_images_of_any_kind_count_for_splits_and_among_hidden_files(plain, tmp_p
         assert "folders named for splits (Testing, Training)" in message
         assert "beside extra" in message
         shutil.rmtree(root / "extra")
+
+
+def test_archives_beside_the_folders_of_splits_are_named(plain, tmp_path):  # noqa: F811
+    root = layout(plain, tmp_path / "root", train="train")
+    (root / "val.zip").write_bytes(b"PK\3\4")
+    (root / "README.md").write_text("about it")
+    as_parquet(plain, "train", tmp_path / "hub" / "0.parquet")
+    (tmp_path / "hub/val.tar").write_bytes(b"")
+    for place, archive in ((root, "1 .zip (val.zip)"), (tmp_path / "hub", "1 .tar (val.tar)")):
+        assert open_source(str(place)).remarks[-1] == (
+            f"left out, since they are not images: {archive}; do: unpack the archives, if they "
+            "hold images"
+        )

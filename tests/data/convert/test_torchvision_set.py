@@ -55,7 +55,8 @@ def content(source, split: str) -> Counter:
     found = Counter()
     for sample in pickle.loads(pickle.dumps(source.splits[split])):
         data = sample.read()
-        assert len(data) == sample.size()
+        if not isinstance(sample.content, TorchvisionImage):
+            assert len(data) == sample.size()
         found[np.asarray(images.decode(data)).tobytes(), source.classes[sample.label]] += 1
     return found
 
@@ -171,6 +172,34 @@ def test_attributes_that_do_not_hold_the_images_are_not_trusted(tmp_path, monkey
     with Image.open(folder / "cat/0.png") as image:
         turned = np.asarray(image.convert("RGB"))[::-1, ::-1].tobytes()
     assert (turned, "cat") in content(open_source(str(tmp_path / "out")), "train")
+
+
+def test_arrays_are_encoded_once(tmp_path, monkeypatch):
+    encoded = []
+    png_of = torchvision_set.png_of
+
+    def counted(image):
+        encoded.append(image.tobytes())
+        return png_of(image)
+
+    monkeypatch.setattr(torchvision_set, "png_of", counted)
+    written = cifar10(tmp_path, monkeypatch)
+    convert(open_source("torchvision:CIFAR10", root=tmp_path), tmp_path / "out")
+    pixels = [image.tobytes() for pixels, _ in written.values() for image in pixels]
+    assert sorted(encoded) == sorted(pixels)
+
+
+def test_other_pixels_of_the_same_sizes_are_another_source(tmp_path):
+    class Noise(datasets.FakeData):
+        def __init__(self, random_offset=0):
+            super().__init__(4, (3, 8, 8), 1, random_offset=random_offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "Noise", Noise, raising=False)
+        convert(open_source("torchvision:Noise"), tmp_path)
+        convert(open_source("torchvision:Noise"), tmp_path)
+        with pytest.raises(ValueError, match="already holds something else"):
+            convert(open_source("torchvision:Noise,random_offset=1"), tmp_path)
 
 
 def refused(*arguments, **keywords) -> str:

@@ -16,9 +16,12 @@ from layouts_of_others import (
 from made import make_images
 from running import ROOT, run_python
 
+from ds_classifier.config import Settings
+from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.foreign.index import index
 from ds_classifier.data.shards import open_shards
+from ds_classifier.data.splits import open_splits
 
 KEYS = [f"{i:04d}" for i in range(30)]
 
@@ -51,6 +54,22 @@ TARS = {
         ["(it has .json)", "--label json:KEY, where KEY", "the first one has key, class\n"],
     ),
     "no image at all": (pairs(("cls", b"0")), ["do: pack these samples again, each with its im"]),
+    "two-part suffixes": (
+        pairs(("left.png", JPG), ("right.png", JPG), ("cls", b"0")),
+        ["0000 has a label but no image (it has .left.png, .right.png)", "such as 0000_left.png, "],
+    ),
+    "dots in keys": (
+        [(f"img.{k}.{s}", data) for k in KEYS for s, data in (("jpg", JPG), ("cls", b"0"))],
+        ["got no samples in 1 shard", "img.0000.jpg has the key img and the suffix .0000.jpg"],
+    ),
+    "directories in keys": (
+        [(f"{s}/{k}.{s}", data) for k in KEYS for s, data in (("jpg", JPG), ("cls", b"0"))],
+        ["jpg/0000 has an image but no .cls", "jpg/0000.jpg and cls/0000.cls in one directory"],
+    ),
+    "names in cls": (
+        pairs(("jpg", JPG), ("cls", b"cat")),
+        ["got 'cat'; need a class index in digits", "with --classes FILE, one per line"],
+    ),
     "pickles": (
         [(f"cifar-10-batches-py/{n}", b"x") for n in ("data_batch_1", "batches.meta")],
         ["got no samples in 1 shard", "it holds files without suffix, .meta; unpack it"],
@@ -69,7 +88,7 @@ def test_each_cause_has_its_own_advice(tmp_path, served_folder, case):
         message = problems(place, tmp_path / "out")
         for word in words:
             assert word in message + "\n", (word, message)
-        assert len(message.splitlines()) <= 4
+        assert len(message.splitlines()) <= (7 if case == "directories in keys" else 4)
         if "json" not in case:
             assert "--label" not in message
 
@@ -98,7 +117,7 @@ def test_what_explains_most_samples_comes_first(tmp_path):
         "do: these shards hold no labels; u",
         "t-0.tar: a has no usable label in ",
         "t-0.tar: b has no usable label in ",
-        "do: give the place of labels with ",
+        "do: if these are the names of clas",
         "t-0.tar: z has a label but no imag",
         "do: pack these samples again, each",
     ]
@@ -145,6 +164,7 @@ def test_convert_names_index_for_one_shard_a_split_and_validation(tmp_path, fold
     assert f"do: {LINE} '{shards}' data" in refused(shards)
     assert f"do: {LINE} '{shards}' data --val '{one}'" in refused(shards, one)
     assert refused(folder, one).startswith("--val: got shards of WebDataset at ")
+    assert f"ds-classifier index '{one}' VAL --classes FILE, where" in refused(folder, one)
     assert refused(folder, shards).startswith("--val: got shards of WebDataset at ")
     (tmp_path / "deep").mkdir()
     shutil.move(shards, tmp_path / "deep/er")
@@ -153,7 +173,11 @@ def test_convert_names_index_for_one_shard_a_split_and_validation(tmp_path, fold
 
 def test_convert_of_other_tars_is_advised_as_before(tmp_path):
     folders = tar_of(tmp_path / "a/folders.tar", TARS["class folders"][0])
-    assert "do: unpack other tars and convert the folder" in refused(folders)
+    line = f"do: mkdir FOLDER && tar xf {folders} -C FOLDER, and convert FOLDER"
+    assert line in refused(folders)
+    assert line in refused(make_images(tmp_path / "c", ["cat/0.png"]), folders)
+    loose = tar_of(tmp_path / "loose.tar", TARS["loose images"][0])
+    assert "do: unpack other tars and convert the folder" in refused(loose)
     assert "do: unpack each tar into a directory named after its class" in refused(tmp_path / "a")
     (tmp_path / "b").mkdir()
     assert "without any image" in refused(tmp_path / "b")
@@ -173,3 +197,22 @@ def test_training_on_a_tar_names_index(tmp_path):
     index(str(tar), tmp_path / "data")
     with pytest.raises(ValueError, match=r"a file; need a directory of shards; do: .* convert"):
         open_shards(tmp_path / "data/train/index.npy")
+
+
+def test_shards_for_validation_beside_a_converted_folder(tmp_path):
+    """Follow the advice, and open both splits."""
+    images = make_images(tmp_path / "in", ["cat/1.png", "dog/1.png"])
+    tar = tar_of(tmp_path / "w.tar", [("a.jpg", JPG), ("a.cls", b"1")])
+    message = refused(images, tar)
+    words = (f"index {tar} VAL --classes FILE", "--data_dir OUT/train --val_data_dir VAL/train")
+    assert all(word in message for word in words)
+    convert(open_source(str(images)), tmp_path / "OUT")
+    (tmp_path / "FILE").write_text("cat\ndog\n")
+    index(str(tar), tmp_path / "VAL", classes=tmp_path / "FILE")
+    places = {"data_dir": tmp_path / "OUT/train", "val_data_dir": tmp_path / "VAL/train"}
+    train, val = open_splits(Settings(**{name: str(place) for name, place in places.items()}))
+    assert (len(train.index), len(val.index)) == (2, 1)
+    fields = tar_of(tmp_path / "j.tar", [("a.jpg", JPG), ("a.json", b'{"class": 1}')])
+    assert refused(images, fields).endswith(
+        "; also --label json:KEY, where KEY is the field of the class: class"
+    )

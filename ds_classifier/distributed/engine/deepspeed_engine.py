@@ -1,6 +1,7 @@
-"""The DeepSpeed engine: creating it, and reading and setting its state.
+"""The DeepSpeed engine: creating it, its rates and norms, and the state of its loss scaling.
 
-DeepSpeed's private attributes are used in this file only.
+deepspeed_state.py has the weights and the optimizer's state. DeepSpeed's private attributes are
+used in these two files only.
 """
 
 from __future__ import annotations
@@ -15,24 +16,56 @@ from torch import nn
 
 from ds_classifier import distributed
 from ds_classifier.common.text import count
+from ds_classifier.distributed.engine.deepspeed_state import weight_share
+from ds_classifier.distributed.engine.deepspeed_versions import (
+    skip_steps_that_are_not_finite,
+    version_problem,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ROW = 1 << 14  # numbers that are summed in fp32; rows are summed in fp64
+EMULATED_FP16 = 4  # CPU seconds of a step by those in fp32: 0.37 / 0.09 (32 px, width 32)
+# Weights that Muon is not for, by the begin of their names: those that read pixels or timesteps,
+# and the head (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+NOT_HIDDEN = ("classifier.input_blocks.0.", "classifier.time_embed.", "classifier.out.")
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def precision_problem(ds_config: dict[str, Any], device: torch.device) -> str | None:
-    """Return why the device cannot compute in the JSON's precision, or None."""
+    """Return why the device or DeepSpeed cannot compute in the JSON's way, or None.
+
+    A CPU without fp16 arithmetic emulates it, see `emulate_fp16`.
+    """
     from deepspeed.accelerator import get_accelerator
 
-    if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
-        name = "zero2_bf16.json" if has_fast_bf16(device) else "zero1_fp32.json"
-        return (
-            f"fp16.enabled: got true on {describe_device(device)}, which has no fp16 arithmetic "
-            f"(a CPU needs AVX512-FP16); do: use ds_configs/{name}"
-        )
-    return None
+    supported = {"fp16": get_accelerator().is_fp16_supported() or device.type == "cpu"}
+    supported["bf16"] = get_accelerator().is_bf16_supported()
+    for name, has_it in supported.items():
+        if ds_config.get(name, {}).get("enabled") and not has_it:
+            other = "zero2_fp16" if supported["fp16"] and name == "bf16" else "zero1_fp32"
+            return (
+                f"{name}.enabled: got true on {describe_device(device)}, which has no {name} "
+                f"arithmetic; do: use ds_configs/{other}.json"
+            )
+    return version_problem(ds_config)
+
+
+def emulate_fp16(ds_config: dict[str, Any], device: torch.device) -> str:
+    """Let DeepSpeed train in fp16 on a CPU without fp16 arithmetic, and return what to expect.
+
+    Returns "" where nothing is emulated.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if not ds_config.get("fp16", {}).get("enabled") or accelerator.is_fp16_supported():
+        return ""
+    accelerator.is_fp16_supported = lambda: True  # DeepSpeed asks it before it builds an engine
+    name = "zero2_bf16" if has_fast_bf16(device) else "zero1_fp32"
+    return (
+        f"fp16 is emulated on {describe_device(device)}, which has no AVX512-FP16: a step takes "
+        f"about {EMULATED_FP16} times that of fp32; ds_configs/{name}.json is faster"
+    )
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -70,19 +103,65 @@ def create_engine(
     torch.backends.cudnn.benchmark = (
         True  # all batches have one shape, so it finds the fastest kernels
     )
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    schedule = {}
-    if lr_factor is not None:
-        schedule["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, lr_factor)
+    if ds_config["optimizer"]["type"].lower() == "muon":
+        _let_muon_take_convolutions()
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=parameters, config=ds_config, **schedule
+            model=module, model_parameters=_parameters(module), config=ds_config
         )
+    if lr_factor is not None:  # not given to initialize: ZeRO replaces some optimizers
+        engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
+    if getattr(engine.optimizer, "cpu_offload", False):
+        _forget_gradients_of_skipped_steps(engine.optimizer)
+    skip_steps_that_are_not_finite(engine)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         # DeepSpeed would raise at the first overflow at the smallest scale. skipped_steps.py counts
         # them instead.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters, tagged for the Muon optimizer.
+
+    DeepSpeed reads them after it has tagged them itself, by the names of language models.
+    """
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "use_muon", False):
+            parameter.use_muon = not name.startswith(NOT_HIDDEN)
+        yield parameter
+
+
+def _forget_gradients_of_skipped_steps(zero) -> None:
+    """Drop the gradients of a step that was skipped, under ZeRO 1 and 2 with offload.
+
+    DeepSpeed 0.19.8 goes on adding to them in bf16, so that it would skip all steps that follow.
+    """
+    step = zero.step
+
+    def step_and_forget(*args, **kwargs) -> None:
+        step(*args, **kwargs)
+        if zero.overflow:
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+
+    zero.step = step_and_forget
+
+
+def _let_muon_take_convolutions() -> None:
+    """Make DeepSpeed's Muon see a convolution's weight as the matrix [out, in * kernel].
+
+    DeepSpeed 0.19.8 fails on 4 dimensions, and takes 3, those of attention, for many matrices.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+
+    def update(grad, momentum, *args, **kwargs):
+        matrix, kept = (value.view(len(grad), -1) for value in (grad, momentum))
+        return of_matrix(matrix, kept, *args, **kwargs).view_as(grad)
+
+    of_matrix = original_muon.muon_update
+    if not hasattr(of_matrix, "takes_convolutions"):
+        update.takes_convolutions = True
+        original_muon.muon_update = update
 
 
 def precision(engine) -> str:
@@ -118,51 +197,18 @@ def param_norm(engine) -> float:
     It waits for the device.
     """
     squares = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for group in engine.optimizer.optimizer.param_groups:
-        for partition in group["params"]:
-            # Row by row, because the sum of a million squares is inexact in fp32.
-            whole = partition.numel() // NORM_ROW * NORM_ROW
-            rows, rest = partition.detach()[:whole], partition.detach()[whole:]
-            norms = torch.linalg.vector_norm(rows.view(-1, NORM_ROW), dim=1)
-            squares += norms.double().square().sum() + rest.double().square().sum()
+    for piece in weight_share(engine):
+        # Row by row, because the sum of a million squares is inexact in fp32.
+        whole = piece.numel() // NORM_ROW * NORM_ROW
+        rows, rest = piece[:whole], piece[whole:]
+        norms = torch.linalg.vector_norm(rows.view(-1, NORM_ROW), dim=1)
+        squares += norms.double().square().sum() + rest.double().square().sum()
     return float(distributed.all_reduce_sum(squares).sqrt())
 
 
 def learning_rate(engine) -> float:
     """Return the learning rate of the next step."""
     return float(engine.optimizer.optimizer.param_groups[0]["lr"])
-
-
-def ensure_adam_state(engine) -> list[dict[str, Any]]:
-    """Return Adam's state of this rank's flat partitions, one dict per parameter group.
-
-    Before the first applied step the state is made here, of zeros. Adam makes the same zeros at
-    its first step, but DeepSpeed's access to full tensors needs them earlier.
-    """
-    optimizer = engine.optimizer.optimizer
-    states = []
-    for group in optimizer.param_groups:
-        for partition in group["params"]:
-            state = optimizer.state[partition]
-            if not state:
-                # On the device that Adam uses itself: fused Adam keeps the step on the GPU.
-                device = partition.device if group["fused"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                for moment in ADAM_MOMENTS:
-                    state[moment] = torch.zeros_like(partition)
-            states.append(state)
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
-    return states
-
-
-def optimizer_share(engine) -> Iterator[torch.Tensor]:
-    """Yield this rank's flat partitions of the fp32 master weights and of the Adam moments."""
-    optimizer = engine.optimizer.optimizer
-    for group in optimizer.param_groups:
-        for partition in group["params"]:
-            yield partition.detach()
-            state = optimizer.state.get(partition, {})
-            yield from (state[moment] for moment in ADAM_MOMENTS if moment in state)
 
 
 def set_schedule(engine, applied_steps: int) -> None:

@@ -1,0 +1,248 @@
+"""The optimizer: which one DeepSpeed makes of the section, and what it takes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from typing import Any
+
+from ds_classifier.config.batch_sizes import AUTO
+from ds_classifier.config.deepspeed_json.draft import (
+    BOOL,
+    NUMBER,
+    Draft,
+    has_type,
+    shown,
+    type_of,
+)
+from ds_classifier.config.deepspeed_json.known import nearest, version
+
+SECTION = ("optimizer", "params")
+# Of DeepSpeed's own optimizers, those that need something that this program has not -> what.
+_NOT_HERE = {
+    "onebitadam": "it cannot run under ZeRO, which this program needs",
+    "zerooneadam": "it cannot run under ZeRO, which this program needs",
+    "onebitlamb": "it cannot run under ZeRO, which this program needs",
+    "muadam": "it needs a model made with mup",
+    "muadamw": "it needs a model made with mup",
+    "musgd": "it needs a model made with mup",
+}
+# torch's optimizers that cannot work on flat shares of the parameters -> why.
+_NOT_FLAT = {
+    "LBFGS": "it needs to compute the loss several times per step",
+    "SparseAdam": "it needs sparse gradients",
+    "Adafactor": "it needs whole matrices, of which ZeRO keeps flat shares",
+}
+# Parameters that DeepSpeed takes out itself before it makes an optimizer.
+_OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
+# DeepSpeed gives Muon's two halves these, and drops all others in silence.
+_OF_MUON = ("lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr")
+
+
+def settle_optimizer(draft: Draft) -> None:
+    """Check the optimizer's type and parameters, and complete them."""
+    _settle_type(draft)
+    kind = draft.get("optimizer", "type")
+    if not isinstance(draft.get(*SECTION, default={}), dict):
+        draft.refuse(SECTION, f"got {shown(draft.get(*SECTION))}; need a section {{...}}")
+    params = draft.ds["optimizer"].setdefault("params", {})
+    if "max_grad_norm" in params:
+        draft.refuse(
+            (*SECTION, "max_grad_norm"),
+            "DeepSpeed refuses it; do: remove it, and give gradient_clipping instead",
+        )
+    offload = draft.get("zero_optimization", "offload_optimizer", "device", default="none")
+    offload = offload != "none"
+    if kind.lower() in ("adam", "adamw"):
+        _choose_adam(draft, params, offload)
+    make, takes = _made(kind, params, offload)
+    _check_params(draft, params, takes, muon=kind.lower() == "muon")
+    if make is not None:
+        _try(draft, make, params)
+    if missing := _missing_kernel(kind.lower(), params, offload):
+        draft.refuse(("optimizer", "type"), f"got {kind!r}; {missing}", "AdamW")
+    draft.takes_decay = "weight_decay" in takes
+
+
+def _settle_type(draft: Draft) -> None:
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+    from torch import optim
+
+    if not draft.get("optimizer", "type"):
+        draft.set("optimizer", "type", "AdamW")
+    elif draft.get("optimizer", "type") == AUTO:
+        draft.fill_auto(("optimizer", "type"), "AdamW")
+    kind = draft.get("optimizer", "type")
+    own = [name for name in DEEPSPEED_OPTIMIZERS if name not in _NOT_HERE]
+    of_torch = isinstance(getattr(optim, str(kind), None), type) and kind not in ("Optimizer",)
+    if isinstance(kind, str) and (reason := _NOT_HERE.get(kind.lower()) or _NOT_FLAT.get(kind)):
+        draft.refuse(("optimizer", "type"), f"got {kind!r}; {reason}; do: use AdamW", "AdamW")
+    elif not isinstance(kind, str) or not (kind.lower() in own or of_torch):
+        draft.refuse(
+            ("optimizer", "type"),
+            f"got {shown(kind)}; need one that DeepSpeed {version()} has: {', '.join(own)}, SGD",
+            "AdamW",
+        )
+
+
+def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
+    """Take torch's Adam where the JSON leaves it open.
+
+    It computes the same as DeepSpeed's, is as fast on ZeRO's flat shares, and needs no compiler.
+    Parameters that only DeepSpeed's takes keep that one.
+    """
+    if params.get("bias_correction") is True and params.get("torch_adam") is not False:
+        del params["bias_correction"]  # torch's Adam always corrects
+    draft.check_type((*SECTION, "torch_adam"), BOOL)
+    draft.check_type((*SECTION, "adam_w_mode"), BOOL)
+    if params.get("torch_adam", AUTO) == AUTO:
+        torchs = {*_parameters(_torch_adam(params)), *_OF_ADAM, AUTO}
+        params["torch_adam"] = not (params.keys() & _parameters(_own_adam(offload)).keys() - torchs)
+    if params["torch_adam"]:
+        params.pop("fp32_optimizer_states", None)
+        params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
+
+
+def _torch_adam(params: dict[str, Any]) -> type:
+    from torch import optim
+
+    return optim.AdamW if params.get("adam_w_mode", True) else optim.Adam
+
+
+def _own_adam(offload: bool) -> type:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    return DeepSpeedCPUAdam if offload else FusedAdam
+
+
+def _made(kind: str, params: dict[str, Any], offload: bool) -> tuple[type | None, dict[str, Any]]:
+    """Return what DeepSpeed makes of an optimizer's name.
+
+    Returns torch's class, or None for one of DeepSpeed; and the parameters, with their defaults.
+    """
+    from torch import optim
+
+    name = kind.lower()
+    if name in ("adam", "adamw"):
+        if params.get("torch_adam"):
+            return _torch_adam(params), _parameters(_torch_adam(params)) | _OF_ADAM
+        return None, _parameters(_own_adam(offload)) | _OF_ADAM
+    if name == "muon":
+        takes = _parameters(_own_adam(offload)) | _OF_ADAM | dict(ns_method=None, momentum=0.95)
+        return None, takes | dict(muon_lr=1e-3, adam_lr=1e-3)
+    if name == "adagrad" and not offload:
+        return optim.Adagrad, _parameters(optim.Adagrad)
+    if name == "adagrad":
+        from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+
+        return None, _parameters(DeepSpeedCPUAdagrad)
+    if name == "lion":
+        from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+        return None, _parameters(DeepSpeedCPULion if offload else FusedLion)
+    if name == "lamb":
+        from deepspeed.ops.lamb import FusedLamb
+
+        return None, _parameters(FusedLamb)
+    made = getattr(optim, kind)
+    return made, _parameters(made)
+
+
+def _parameters(made: type) -> dict[str, Any]:
+    """Return the parameters of an optimizer class, with their defaults, without the first."""
+    signature = inspect.signature(made).parameters
+    return {name: p.default for name, p in list(signature.items())[1:]}
+
+
+def _check_params(
+    draft: Draft, params: dict[str, Any], takes: dict[str, Any], *, muon: bool
+) -> None:
+    """Check names and types; "auto" stands for the optimizer's own default."""
+    ignored = []
+    for key, value in list(params.items()):
+        path = (*SECTION, key)
+        if key not in takes:
+            near = nearest(key, takes)
+            if muon and not near:
+                ignored.append(key)
+                del params[key]
+            else:
+                hint = f"did you mean {near!r}?" if near else "do: remove it"
+                draft.refuse(path, f"unknown to this optimizer in DeepSpeed {version()}; {hint}")
+        elif value == AUTO and key not in ("lr", "weight_decay"):
+            default = takes[key]
+            draft.fill_auto(path, list(default) if isinstance(default, tuple) else default)
+        elif isinstance(default := takes[key], tuple):
+            if not isinstance(value, list) or len(value) != len(default):
+                draft.refuse(path, f"got {shown(value)}; need a list of {len(default)} numbers")
+            elif not all(has_type(number, NUMBER) and 0 <= number < 1 for number in value):
+                draft.refuse(path, f"got {shown(value)}; need numbers in [0, 1)")
+        elif (wanted := type_of(default)) is not None:
+            wanted = NUMBER if wanted == "a whole number" else wanted
+            draft.check_type(path, wanted, 0 if key == "eps" else None)
+        elif key == "lr":
+            draft.check_type(path, NUMBER)
+    if ignored:
+        names = ", ".join(f"optimizer.params.{key}" for key in ignored)
+        draft.notes.append(f"DeepSpeed {version()} ignores {names}")
+
+
+def _try(draft: Draft, made: type, params: dict[str, Any]) -> None:
+    """Make one of torch's optimizers, which looks at its values, for a single number."""
+    import torch
+
+    values = {k: v for k, v in params.items() if k not in _OF_ADAM and v != AUTO}
+    values.pop("weight_decay", None), values.setdefault("lr", 1e-3)  # checked as settings
+    values["lr"] = 1e-3
+    try:
+        made([torch.nn.Parameter(torch.zeros(1))], **values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        draft.problems.append(f"optimizer.params: {draft.get('optimizer', 'type')}: {error}")
+        draft.set(*SECTION, {key: params[key] for key in ("lr", "weight_decay") if key in params})
+
+
+def _missing_kernel(name: str, params: dict[str, Any], offload: bool) -> str:
+    """Return why this machine cannot run one of DeepSpeed's own kernels, or ""."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = {
+        "adam": "CPUAdamBuilder" if offload else "FusedAdamBuilder",
+        "adamw": "CPUAdamBuilder" if offload else "FusedAdamBuilder",
+        "adagrad": "CPUAdagradBuilder" if offload else "",
+        "lamb": "FusedLambBuilder",
+        "lion": "CPULionBuilder" if offload else "FusedLionBuilder",
+    }.get(name, "")
+    if not builder or params.get("torch_adam"):
+        return ""
+    accelerator = get_accelerator()
+    made = accelerator.create_op_builder(builder)
+    if made is None or type(made).__name__ == "NotImplementedBuilder":
+        advice = "AdamW"
+        if name == "lion":
+            advice = 'AdamW, or zero_optimization.offload_optimizer {"device": "cpu"}'
+        return f"DeepSpeed has no kernel of it for {accelerator.device_name()}; do: use {advice}"
+    if not made.is_compatible(False):
+        return "DeepSpeed's kernel of it cannot be built here (see ds_report); do: use AdamW"
+    if not _is_built(made) and (absent := _missing_tools()):
+        return f"DeepSpeed compiles its kernel, and there is no {absent}; do: install it"
+    return ""
+
+
+def _is_built(builder: Any) -> bool:
+    """Return True if a kernel was compiled when DeepSpeed was installed."""
+    try:
+        from deepspeed.git_version_info import installed_ops
+    except ImportError:
+        return False
+    return bool(installed_ops.get(builder.name))
+
+
+def _missing_tools() -> str:
+    """Return the name of what is missing to compile a kernel, or ""."""
+    compiler = os.environ.get("CXX", "c++")
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        return "C++ compiler"
+    from torch.utils.cpp_extension import is_ninja_available
+
+    return "" if is_ninja_available() else "ninja"

@@ -1,0 +1,198 @@
+"""The learning rate: DeepSpeed's schedulers, and the numbers that they share with the settings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ds_classifier.config.batch_sizes import AUTO
+from ds_classifier.config.deepspeed_json.draft import INT, NUMBER, Draft, shown, type_of
+from ds_classifier.config.deepspeed_json.known import nearest, version
+from ds_classifier.config.deepspeed_json.optimizers import SECTION as OPTIMIZER
+
+SECTION = ("scheduler", "params")
+# The parameter that is the highest rate; the schedules without one multiply the optimizer's.
+PEAKS = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+SETS_ALL_RATES = (*PEAKS, "LRRangeTest")  # whatever the optimizer's lr is
+LENGTH = "total_num_steps"  # of the schedules that end with the run
+WARM_UP = "warmup_num_steps"
+# What a missing key meant in version 0.1, which wrote none of them out; it had only WarmupDecayLR.
+BEFORE = {
+    "warmup_type": "linear",
+    "warmup_min_lr": 0.0,
+    "warmup_max_lr": AUTO,
+    WARM_UP: AUTO,
+    LENGTH: AUTO,
+}
+LEAST = {WARM_UP: 1, "warmup_min_lr": 0, "lr_range_test_step_size": 1, "cycle_first_step_size": 1}
+
+
+def settle_schedule(draft: Draft) -> None:
+    """Check the scheduler, and give its numbers and the optimizer's rate one value.
+
+    What the JSON leaves out is DeepSpeed's default, except the length, which is the run's.
+    """
+    if draft.settings.schedule:
+        draft.drop("scheduler")  # a flag replaces it
+    scheduler = _check_type(draft)
+    if scheduler is None:
+        draft.drop("scheduler")
+        draft.settle((*OPTIMIZER, "lr"), "lr")
+        _warm_up_without_one(draft)
+        return
+    params = draft.ds["scheduler"].setdefault("params", {})
+    takes = {name: p.default for name, p in list(_signature(scheduler).items())[1:]}
+    _check_params(draft, params, takes)
+    kind = draft.ds["scheduler"]["type"]
+    defaults = {}
+    if LENGTH in takes:
+        draft.settle((*SECTION, LENGTH), "iterations")
+    if WARM_UP in takes:
+        _settle_warm_up(draft, takes[WARM_UP], defaults)
+    for name, default in takes.items():
+        if name not in params and name in ("warmup_type", "warmup_min_lr", "cos_min_ratio"):
+            params[name] = default
+            if name == "warmup_type":
+                defaults[name] = default
+    _settle_rate(draft, kind, takes, defaults)
+    for name, default in takes.items():
+        if default is inspect.Parameter.empty and name not in params:
+            draft.refuse((*SECTION, name), f"missing; need a number, for {kind}", 0.0)
+    if defaults:
+        text = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        draft.notes.append(f"{kind}: {text} (DeepSpeed's defaults)")
+    draft.check_type((*SECTION, "last_batch_iteration"), INT)
+    if params.pop("last_batch_iteration", -1) != -1:
+        draft.problems.append(
+            "scheduler.params.last_batch_iteration: not supported here: a resumed run sets it; do: "
+            "remove it"
+        )
+
+
+def _warm_up_without_one(draft: Draft) -> None:
+    """Let --warmup_steps count without a scheduler, and refuse one as long as the run."""
+    settings = draft.settings
+    if settings.warmup_steps > 0 and not settings.schedule:
+        draft.settings = settings.replace(lr_schedule="constant")
+    if settings.warmup_steps >= settings.iterations:
+        draft.problems.append(
+            f"--warmup_steps: got {settings.warmup_steps}; need fewer than the "
+            f"{settings.iterations} of --iterations"
+        )
+
+
+def _signature(made: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(made).parameters)
+
+
+def _check_type(draft: Draft) -> Any:
+    """Return DeepSpeed's class of the scheduler; None without one."""
+    from deepspeed.runtime import lr_schedules
+
+    section = draft.section("scheduler")
+    if not section or (not section.get("type") and not section.get("params")):
+        return None
+    kind, kinds = section.get("type"), lr_schedules.VALID_LR_SCHEDULES
+    if kind not in kinds:
+        near = [name for name in kinds if name.lower() == str(kind).lower()]
+        near = near[0] if near else nearest(str(kind), kinds)
+        if near is None:
+            draft.refuse(
+                ("scheduler", "type"),
+                f"got {shown(kind)}; need one of {', '.join(kinds)}; do: drop the section, and use "
+                "--lr_schedule",
+            )
+            return None
+        draft.refuse(("scheduler", "type"), f"got {shown(kind)}; did you mean {near!r}?", near)
+    if not isinstance(section.setdefault("params", {}), dict):
+        draft.refuse(SECTION, f"got {shown(section['params'])}; need a section {{...}}")
+    return getattr(lr_schedules, section["type"])
+
+
+def _check_params(draft: Draft, params: dict[str, Any], takes: dict[str, Any]) -> None:
+    owned = (LENGTH, WARM_UP, *PEAKS.values())
+    for key, value in list(params.items()):
+        path = (*SECTION, key)
+        if key not in takes:
+            near = nearest(key, takes)
+            hint = f"did you mean {near!r}?" if near else "do: remove it"
+            draft.refuse(path, f"unknown to this scheduler in DeepSpeed {version()}; {hint}")
+        elif value == AUTO and key not in owned:
+            if takes[key] is inspect.Parameter.empty:
+                draft.refuse(path, 'got "auto"; need a number: no setting owns it', 0.0)
+            else:
+                draft.fill_auto(path, takes[key])
+        else:
+            wanted = type_of(takes[key]) or NUMBER
+            wanted = INT if key.endswith(("_steps", "_step_size", "_count")) else wanted
+            if wanted == INT and takes[key].__class__ is float:
+                wanted = NUMBER
+            draft.check_type(path, wanted, LEAST.get(key))
+    if params.get("warmup_type", "log") not in ("log", "linear"):
+        draft.refuse(
+            (*SECTION, "warmup_type"),
+            f"got {shown(params['warmup_type'])}; need linear or log",
+        )
+
+
+def _settle_warm_up(draft: Draft, default: Any, defaults: dict[str, Any]) -> None:
+    """Settle the warm-up's steps: the JSON's or the flag's; "auto" follows the run's length."""
+    value = draft.get(*SECTION, WARM_UP)
+    if draft.settings.warmup_steps >= 0 or value not in (None, AUTO):
+        draft.settle((*SECTION, WARM_UP), "warmup_steps")
+    elif value == AUTO:
+        draft.set(*SECTION, WARM_UP, draft.settings.warm_up(draft.settings.iterations))
+    else:
+        draft.set(*SECTION, WARM_UP, default)
+        defaults[WARM_UP] = default
+        draft.settings = draft.settings.replace(warmup_steps=default)
+
+
+def _settle_rate(draft: Draft, kind: str, takes: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Settle the highest rate, which is the scheduler's where it has one, else the optimizer's."""
+    own = draft.get(*OPTIMIZER, "lr", default=AUTO)
+    if kind not in SETS_ALL_RATES or draft.get(*SECTION, PEAKS.get(kind, "")) == AUTO != own:
+        draft.settle((*OPTIMIZER, "lr"), "lr")
+        if kind in PEAKS:
+            draft.set(*SECTION, PEAKS[kind], draft.settings.lr)
+        return
+    if kind in PEAKS:
+        peak = PEAKS[kind]
+        value, default = draft.get(*SECTION, peak), takes[peak]
+        if value is None and default is None and own != AUTO:
+            draft.set(*SECTION, peak, own)  # the newer WarmupLR takes the optimizer's
+        elif value is None and isinstance(default, float) and "lr" not in draft.owners:
+            draft.set(*SECTION, peak, default)
+            defaults[peak] = default
+        draft.settle((*SECTION, peak), "lr")
+    elif "lr" not in draft.owners and own != AUTO:
+        draft.settle((*OPTIMIZER, "lr"), "lr")
+    if own not in (AUTO, draft.settings.lr):
+        draft.notes.append(f"optimizer.params.lr: {own} has no effect, since {kind} sets the rate")
+    draft.set(*OPTIMIZER, "lr", draft.settings.lr)
+
+
+def written_out(scheduler: Any, completed: Any) -> Any:
+    """Return a section of the user with what it leaves out of the warm-up written out.
+
+    completed: the section that DeepSpeed gets. So a checkpoint also shows what was left out.
+    """
+    if not isinstance(scheduler, dict) or not completed:
+        return scheduler
+    own, filled = scheduler.get("params") or {}, completed["params"]
+    missing = {key: filled[key] for key in BEFORE if key in filled and key not in own}
+    missing.pop(LENGTH, None)  # it is the run's, then and now
+    return scheduler | {"params": missing | own}
+
+
+def meant(key: str, section: Any) -> Any:
+    """Return a section that a checkpoint records, with what its missing keys meant when it was
+    written.
+
+    key: of the section in the JSON.
+    """
+    if key != "scheduler" or not isinstance(section, dict):
+        return section
+    if section.get("type") != "WarmupDecayLR":
+        return section
+    return section | {"params": BEFORE | (section.get("params") or {})}

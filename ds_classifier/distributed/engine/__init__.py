@@ -1,0 +1,1 @@
+"""DeepSpeed: its engine and the state in it, its reports, the differences between its versions."""

@@ -1,0 +1,354 @@
+"""The DeepSpeed JSON: what is accepted, refused, mapped and said."""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import pytest
+from test_config import changed, command, problems, resolved
+
+from ds_classifier.config.deepspeed_json import known, meant, read_ds_config, resolve
+from ds_classifier.config.deepspeed_json.features import NOT_HERE
+from ds_classifier.config.deepspeed_json.known import nearest
+
+REAL = Path(
+    os.environ.get("DEEPSPEED_CONFIGS", Path(__file__).parents[3] / "shared/deepspeed-configs")
+)
+FILES = sorted(REAL.glob("*.json"))
+
+
+def notes(*flags: str, raw=None, world_size=2) -> str:
+    return "\n".join(resolved(*flags, raw=raw, world_size=world_size).notes)
+
+
+# -------------------------------------------------------------------------------- real files
+
+
+def suiting_world(raw: dict) -> int:
+    """Return a number of ranks on which the batch sizes of a JSON are consistent."""
+    sizes = [
+        raw.get(key) if isinstance(raw.get(key), int) else None
+        for key in (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+        )
+    ]
+    total, micro, accumulation = sizes
+    if all(sizes):
+        return max(1, total // (micro * accumulation))
+    per_rank = (micro or 1) * (accumulation or 1)
+    return next(w for w in (2, 1) if not total or total % (w * per_rank) == 0 or w == 1)
+
+
+def mended(raw: dict, message: str) -> dict:
+    """Return the JSON with every key that a message names removed, or changed as it advises."""
+    raw = copy.deepcopy(raw)
+    for line in message.splitlines():
+        found = re.match(r"(?:  \d+\. )?([A-Za-z0-9_.-]+): (.*)", line)
+        if found is None:
+            continue
+        *sections, key = found[1].split(".")
+        section = raw
+        for name in sections:
+            section = section.get(name, {})
+        section.pop(key, None)
+        if advice := re.search(r'do: (?:use|write) "?(\w+)', found[2]):
+            section[key] = advice[1]
+    return raw
+
+
+@pytest.mark.skipif(not FILES, reason=f"{REAL} has no files of public projects")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem[:30])
+def test_files_of_public_projects_need_one_round_at_most(path):
+    raw = read_ds_config(path)
+    world_size = suiting_world(raw)
+    try:
+        result = resolve(command(), raw, world_size=world_size)
+    except ValueError as error:
+        message = str(error)
+        assert "did you mean" not in message
+        assert "Traceback" not in message
+        raw = mended(raw, message)
+        result = resolve(command(), raw, world_size=suiting_world(raw))
+    assert result.ds_config["zero_optimization"]["stage"] in (1, 2, 3)
+    left = result.with_parameters(1000).ds_config
+    assert "auto" not in [value for section in sections_of(left) for value in section.values()]
+
+
+def sections_of(values: dict):
+    yield values
+    for value in values.values():
+        if isinstance(value, dict):
+            yield from sections_of(value)
+
+
+@pytest.mark.skipif(len(FILES) < 55, reason=f"{REAL} does not have the 55 files")
+def test_most_files_are_accepted_as_they_are():
+    accepted = 0
+    for path in FILES:
+        raw = read_ds_config(path)
+        try:
+            resolve(command(), raw, world_size=suiting_world(raw))
+            accepted += 1
+        except ValueError:
+            pass
+    assert accepted >= 41
+
+
+# -------------------------------------------------------------------------------- reading
+
+
+def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{ // why\n "train_batch_size": 8, # eight\n "bf16": {"enabled": true,},\n}')
+    assert read_ds_config(path) == {"train_batch_size": 8, "bf16": {"enabled": True}}
+
+
+# -------------------------------------------------------------------------------- known keys
+
+
+def test_deepspeed_says_what_it_knows():
+    """Each key of the documentation's table of contents is asked for by the installed version."""
+    keys = known.keys_of_top_level()
+    documented = (
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer "
+        "scheduler communication_data_type prescale_gradients gradient_predivide_factor fp16 bf16 "
+        "zero_optimization steps_per_print wall_clock_breakdown dump_state "
+        "activation_checkpointing gradient_clipping zero_allow_untested_optimizer flops_profiler "
+        "tensorboard wandb csv_monitor comms_logger checkpoint data_types aio compile "
+        "torch_autocast autotuning"
+    )
+    assert not set(documented.split()) - keys.keys()
+    assert keys["prescale_gradients"] is False
+    assert "train_batchsize" not in keys
+
+
+def test_all_kinds_of_problems_come_in_one_message():
+    """Names, types, values, optimizer, schedule, batch sizes, flags and features at once."""
+    raw = changed(
+        gradient_cliping=1.0,
+        steps_per_print="often",
+        prescale_gradients=1,
+        train_batch_size=7,
+        fp16__loss_scael=0,
+        zero_optimization__reduce_bucket_size=-1,
+        optimizer__params__betas=[0.9, 2],
+        optimizer__params__momentum=0.9,
+        scheduler__params__warmup_type="cubic",
+        curriculum_learning={"enabled": True},
+        data_types__grad_accum_dtype="fp8",
+    )
+    message = problems("--lr", "-1", raw=raw)
+    for word in (
+        "gradient_cliping: unknown key; did you mean 'gradient_clipping'?",
+        'steps_per_print: got "often"; need a whole number',
+        "prescale_gradients: got 1; need true or false",
+        "global batch: got 7 on 2 ranks",
+        "fp16.loss_scael: unknown key; did you mean 'loss_scale'?",
+        "zero_optimization.reduce_bucket_size: got -1",
+        "optimizer.params.betas: got [0.9, 2]",
+        "optimizer.params.momentum: unknown to this optimizer",
+        "scheduler.params.warmup_type",
+        "curriculum_learning: not supported here",
+        "data_types.grad_accum_dtype",
+        "--lr: got -1",
+    ):
+        assert word in message, word
+    assert message.startswith("12 problems")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("gradient_cliping", "gradient_clipping"),
+        ("gradient-clipping", "gradient_clipping"),
+        ("warmup_min_lr", None),  # its two neighbours are other things
+        ("stage2_prefetch_bucket_size", None),
+        ("dynamic_loss_scale", None),
+        ("bp16", None),
+        ("all_contiguous_gradients", None),
+    ],
+)
+def test_only_slips_of_the_keyboard_get_a_suggestion(key, near):
+    names = (
+        "gradient_clipping warmup_max_lr stage3_prefetch_bucket_size min_loss_scale fp16 bf16 "
+        "contiguous_gradients"
+    )
+    assert nearest(key, names.split()) == near
+
+
+def test_keys_that_deepspeed_ignores_are_noted_and_pass():
+    raw = changed(cuda_visible_devices=0, fp16__dynamic_loss_scale=True)
+    assert "has no cuda_visible_devices, fp16.dynamic_loss_scale: ignored" in notes(raw=raw)
+    assert "dynamic_loss_scale" not in resolved(raw=raw).ds_config["fp16"]
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_features_are_refused_where_they_are_on_alone(name):
+    *sections, key = name.split(".")
+    on = {"enabled": True} if not sections else True
+    on = 4 if key.endswith("_size") else on
+    path = "__".join([*sections, key])
+    assert f"{name}: not supported here: " in problems(raw=changed(**{path: on}))
+    for off in (None, False, {"enabled": False}, {}) if not sections else (None, False):
+        result = resolved(raw=changed(**{path: off}))
+        assert key not in result.ds_config.get(sections[0] if sections else "", result.ds_config)
+        assert not result.notes
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "csv_monitor", "comet"])
+def test_monitors_are_switched_off_and_that_is_said_where_they_are_on(name):
+    result = resolved(raw=changed(**{name: {"enabled": True, "output_path": "x"}}))
+    assert name not in result.ds_config
+    assert f"{name}: switched off" in "\n".join(result.notes)
+    assert not resolved(raw=changed(**{name: {"enabled": False}})).notes
+
+
+# -------------------------------------------------------------------------------- ZeRO, precision
+
+
+def test_stage_0_is_run_as_1():
+    for keys in (dict(zero_optimization__stage=0), dict(zero_optimization=False)):
+        result = resolved(raw=changed(**keys))
+        assert result.ds_config["zero_optimization"]["stage"] == 1
+        assert "ZeRO stage 0: run as stage 1" in "\n".join(result.notes)
+
+
+def test_numbers_that_are_strings_are_numbers_as_in_deepspeed():
+    raw = changed(zero_optimization__stage="3", zero_optimization__reduce_bucket_size="5000")
+    zero = resolved(raw=raw).ds_config["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 5000)
+
+
+def test_keys_of_another_stage_pass_in_silence():
+    raw = changed(
+        zero_optimization__offload_param={"device": "cpu"},
+        zero_optimization__stage3_max_live_parameters=1e9,
+        zero_optimization__offload_optimizer={"device": "none"},
+    )
+    assert not resolved(raw=raw).notes
+    raw["zero_optimization"]["stage"] = 3
+    assert resolved(raw=raw).ds_config["zero_optimization"]["offload_param"] == {"device": "cpu"}
+
+
+def test_old_names_become_the_new_ones():
+    raw = changed(zero_optimization__cpu_offload=True, bfloat16={"enabled": True})
+    del raw["bf16"]
+    ds = resolved(raw=raw).ds_config
+    assert ds["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert "cpu_offload" not in ds["zero_optimization"]
+    assert ds["bf16"] == {"enabled": True}
+    assert "bfloat16" not in ds
+
+
+def test_auto_of_hugging_face_gets_a_value_that_is_said(monkeypatch):
+    from ds_classifier.config.deepspeed_json import precision
+
+    raw = changed(
+        gradient_clipping="auto",
+        bf16__enabled="auto",
+        fp16__enabled="auto",
+        optimizer__params__betas="auto",
+        optimizer__params__eps="auto",
+        scheduler__params__warmup_min_lr="auto",
+        zero_optimization__stage3_prefetch_bucket_size="auto",
+    )
+    for fast, on in ((["bf16", "fp16"], "bf16"), (["fp16"], "fp16"), ([], "")):
+        monkeypatch.setattr(precision, "fast_precisions", lambda fast=fast: fast)
+        result = resolved(raw=raw)
+        ds, said = result.ds_config, "\n".join(result.notes)
+        for name in ("bf16", "fp16"):
+            assert ds[name]["enabled"] is (name == on)
+            assert f"{name}.enabled {name == on}" in said
+        assert ds["gradient_clipping"] == 1.0
+        assert ds["optimizer"]["params"]["betas"] == [0.9, 0.999]
+        assert ds["optimizer"]["params"]["eps"] == 1e-8
+        assert ds["scheduler"]["params"]["warmup_min_lr"] == 0.0
+        assert "stage3_prefetch_bucket_size 50,000,000" in said
+
+
+def test_clipping_that_is_missing_is_deepspeeds_default():
+    from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+
+    raw = changed()
+    del raw["gradient_clipping"]
+    result = resolved(raw=raw)
+    assert result.ds_config["gradient_clipping"] == GRADIENT_CLIPPING_DEFAULT
+    assert result.shaping["gradient_clipping"] == GRADIENT_CLIPPING_DEFAULT
+    assert f"gradient_clipping: {GRADIENT_CLIPPING_DEFAULT}" in notes(raw=raw)
+    assert "gradient_clipping: got 1.0; need 0" in problems("--recipe", "reference", raw=raw)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (dict(prescale_gradients=True), "prescale_gradients: got true; need false"),
+        (dict(gradient_predivide_factor=8), "gradient_predivide_factor: got 8; need 1"),
+        (dict(optimizer__type="SGD", optimizer__params={}), "zero_allow_untested_optimizer"),
+        (dict(torch_autocast={"enabled": True, "dtype": "fp16"}), "need bfloat16"),
+        (dict(data_types__param_dtype="fp16"), "data_types.param_dtype"),
+        (dict(gradient_allreduce_op="sum"), "gradient_allreduce_op"),
+        (dict(zero_optimization__allgather_bucket_size=1001), "need an even number"),
+        (dict(zero_optimization__stage=4), "zero_optimization.stage: got 4"),
+        (dict(zero_optimization__stage="auto"), "zero_optimization.stage"),
+        (dict(scheduler={"type": "OneCycle", "params": {}}), "cycle_min_lr: missing; need"),
+    ],
+)
+def test_no_crash_that_the_check_could_see(keys, words):
+    assert words in problems(raw=changed(**keys))
+
+
+def test_dividing_before_the_reduction_is_stage_1s():
+    raw = changed(prescale_gradients=True, gradient_predivide_factor=8, zero_optimization__stage=1)
+    assert resolved(raw=raw).ds_config["gradient_predivide_factor"] == 8
+
+
+# -------------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "adamw", "ADAM"])
+def test_adam_in_any_case_is_torchs_unless_the_json_says_otherwise(name):
+    params = resolved(raw=changed(optimizer__type=name, optimizer__params={})).ds_config
+    assert params["optimizer"]["params"]["torch_adam"] is True
+    raw = changed(optimizer__type=name, optimizer__params={"bias_correction": False})
+    assert resolved(raw=raw).ds_config["optimizer"]["params"]["torch_adam"] is False
+    raw = changed(optimizer__type=name, optimizer__params={"torch_adam": False})
+    assert "fused" not in resolved(raw=raw).ds_config["optimizer"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "words"),
+    [
+        ("OneBitAdam", {}, "it cannot run under ZeRO"),
+        ("LBFGS", {}, "several times per step"),
+        ("AdaWhat", {}, "need one that DeepSpeed"),
+        ("Adam", {"max_grad_norm": 1.0}, "give gradient_clipping instead"),
+        ("Adam", {"momentum_x": 1}, "unknown to this optimizer"),
+        ("Adam", {"eps": "small"}, 'eps: got "small"'),
+        ("Adagrad", {"lr_decay": -1.0}, "Invalid lr_decay"),
+    ],
+)
+def test_optimizers_that_are_refused(kind, params, words):
+    raw = changed(optimizer__type=kind, optimizer__params=params)
+    assert words in problems(raw=raw)
+
+
+def test_a_missing_kernel_is_the_reason(monkeypatch):
+    raw = changed(optimizer__type="Lion", optimizer__params={})
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert "no kernel of it for cpu" in problems(raw=raw)
+    raw["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    assert resolved(raw=raw).ds_config["optimizer"]["type"] == "Lion"
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_scheduler_of_version_0_1_means_what_it_meant():
+    old = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto"}}
+    raw = changed(scheduler=copy.deepcopy(old))
+    assert meant("scheduler", resolved(raw=raw).shaping["scheduler"]) != meant("scheduler", old)
+    raw["scheduler"]["params"] |= {"warmup_type": "linear", "warmup_num_steps": "auto"}
+    assert meant("scheduler", resolved(raw=raw).shaping["scheduler"]) == meant("scheduler", old)
