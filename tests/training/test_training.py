@@ -334,7 +334,10 @@ BAD_INPUT = {
         ["folder of images", "ds-classifier convert images"],
     ),
     "no such config": (["--deepspeed_config", "x.json"], ["x.json", "zero2_fp16"]),
-    "an unknown key": (["--deepspeed_config", "unknown.json"], ["gradient_cliping", "'gradient_clipping'"]),
+    "an unknown key": (
+        ["--deepspeed_config", "unknown.json"],
+        ["gradient_cliping", "'gradient_clipping'"],
+    ),
     "a wrong type": (["--deepspeed_config", "type.json"], ["4.5", "whole number"]),
     "misplaced auto": (["--deepspeed_config", "auto.json"], ["stage", '"auto"']),
     "batch sizes": (["--deepspeed_config", "batch.json"], ["train_micro_batch_size_per_gpu"]),
