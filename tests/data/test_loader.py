@@ -341,7 +341,7 @@ def test_workers_that_cannot_be_started_are_an_error(digits, monkeypatch, number
 
     before = multiprocessing.active_children()
     monkeypatch.setattr(os, "fork", refuse)
-    with pytest.raises(OSError, match=rf"{os.strerror(number)}; do: .*{advice}.*--workers 0"):
+    with pytest.raises(OSError, match=rf"{os.strerror(number)}.*; do: .*{advice}.*--workers 0"):
         next(iter(training_loader(digits / "train", workers=2)))
     assert multiprocessing.active_children() == before
 

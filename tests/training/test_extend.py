@@ -81,6 +81,7 @@ def runs(digits, tmp_path_factory):
     return root, flags, done.output
 
 
+@pytest.mark.slow
 def test_each_rate_of_the_tail_is_that_of_a_new_schedule(runs):
     root, _, _ = runs
     rates = [row["lr"] for row in read_log(root / "run")]
@@ -93,6 +94,7 @@ def test_positions_go_on_exactly_once(runs):
     assert [row[1] for row in traced(root / "trace")] == list(range(21 * 16))
 
 
+@pytest.mark.slow
 def test_an_interrupted_extension_continues_bit_equal(runs, digits):
     root, flags, _ = runs
     done = train(1, "zero1_fp32", digits, root / "killed", *flags)

@@ -95,6 +95,7 @@ def test_a_dry_run_of_a_run_half_done(digits, tmp_path):
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_finds_what_a_run_would(digits, tmp_path):
     run = tmp_path / "run"
     wrong = command(1, digits, run, "--dry_run", "--num_classes", "7")
@@ -121,6 +122,7 @@ def test_a_rehearsal_opens_the_log_as_a_run_does(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "code"), [(200, 0), (2, 1)])
 def test_overfitting_one_batch(digits, tmp_path, steps, code):
     flags = ["--overfit_batch", str(steps), "--log_interval", "20"]

@@ -13,6 +13,7 @@ from ds_classifier.config.settings import Settings, check_settings
 from ds_classifier.training.logs.profile import shares
 
 
+@pytest.mark.slow
 def test_four_steps_are_recorded(digits, tmp_path):
     """The trace holds steps 3 to 6 alone, the table adds up, and training stays as it was."""
     size = ("--iterations", "8", "--global_batch", "16", "--microbatch", "8")
