@@ -1,8 +1,15 @@
-"""The meaning of a pixel, and the loss of noised images."""
+"""The meaning of a pixel; posterior targets against the exact denoiser in float64."""
 
+import pytest
 import torch
+from small_models import training_set
+from torch import nn
 
-from ds_classifier.loss import from_x_start, to_x_start
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.loss import EMPTY, NoisedClassifier, RecentImages, from_x_start, to_x_start
+
+CLASSES = 7
 
 
 def test_all_pixel_values_go_there_and_back():
@@ -21,3 +28,86 @@ def test_floating_values_are_x_start_already():
     latents = torch.tensor([-3.0, 0.25])
     assert torch.equal(to_x_start(latents), latents)
     assert to_x_start(latents, torch.float64).dtype == torch.float64
+
+
+def images_and_labels(count):
+    """Return smooth images, uint8 [n, S, S, C], and their classes."""
+    images, labels = training_set(m=count)
+    return images.permute(0, 2, 3, 1).contiguous(), labels
+
+
+@pytest.mark.parametrize("t", [0, 500, 800, 900, 999])
+def test_the_posterior_is_that_of_the_exact_denoiser(t):
+    """Over the images that are left after the oldest went, and each image's own."""
+    images, labels = images_and_labels(50)
+    shape = tuple(images.shape[1:])
+    recent = RecentImages(40, image_shape=shape, num_classes=CLASSES, device="cpu")
+    for first in range(0, 45, 9):  # the first five leave again
+        recent.add(images[first : first + 9], labels[first : first + 9])
+    own, y = images[45:], labels[45:]
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine")
+    level = torch.full((5,), t)
+    x_start = to_x_start(own)
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(t))
+    x_t = diffusion.q_sample(x_start, level, noise)
+    found = recent.class_posterior(x_t, x_start, y, *diffusion.scales(level))
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)[level[:1]]
+    for i in range(5):
+        known = torch.cat([images[5:45], own[i : i + 1]]).permute(0, 3, 1, 2)
+        exact = ExactDenoiser(known, torch.cat([labels[5:45], y[i : i + 1]]), CLASSES)
+        best = exact.posterior(x_t[i : i + 1].permute(0, 3, 1, 2), alpha_bar).log_class.exp()
+        torch.testing.assert_close(found[i].double(), best[0], atol=2e-5, rtol=0)
+
+
+def test_the_mean_loss_is_that_of_the_labels():
+    """Posterior targets change the variance of the loss and not its mean (Rao-Blackwell).
+
+    Every image of a set in turn is the own one, and the others are the recent ones.
+    """
+    images, labels = images_and_labels(30)
+    shape = tuple(images.shape[1:])
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine")
+
+    class Linear(nn.Module):
+        def forward(self, x, t):
+            return 3 * x.flatten(1)[:, :CLASSES]
+
+    module = NoisedClassifier(Linear(), diffusion)
+    level = torch.full((400,), 900)
+    hard, soft = [], []
+    for i in range(len(images)):
+        others = torch.arange(len(images)) != i
+        recent = RecentImages(len(images) - 1, image_shape=shape, num_classes=CLASSES, device="cpu")
+        recent.add(images[others], labels[others])
+        noise = torch.randn((400, *shape), generator=torch.Generator().manual_seed(i))
+        batch = images[i].expand(400, *shape), labels[i].expand(400), level, noise
+        hard.append(module(*batch)[0])
+        soft.append(module(*batch, recent)[0])
+    hard, soft = torch.cat(hard), torch.cat(soft)
+    error = (hard - soft).std() / len(hard) ** 0.5
+    assert abs(float(hard.mean() - soft.mean())) < 4 * float(error)
+    assert soft.var() < 0.8 * hard.var()
+
+
+def test_images_that_did_not_decode_are_no_reference():
+    """Their places are as good as empty; so are those not yet filled."""
+    images, labels = images_and_labels(6)
+    shape = tuple(images.shape[1:])
+    few = RecentImages(8, image_shape=shape, num_classes=CLASSES, device="cpu")
+    few.add(images[:4], labels[:4])
+    with_bad = RecentImages(8, image_shape=shape, num_classes=CLASSES, device="cpu")
+    bad = torch.zeros_like(images[:2])
+    with_bad.add(torch.cat([bad, images[:4]]), torch.cat([torch.tensor([EMPTY] * 2), labels[:4]]))
+    x_start = to_x_start(images[4:])
+    arguments = (x_start * 0.1, x_start, labels[4:], torch.full((2,), 0.1), torch.ones(2))
+    expected = few.class_posterior(*arguments)
+    torch.testing.assert_close(with_bad.class_posterior(*arguments), expected)
+    torch.testing.assert_close(expected.sum(1), torch.ones(2))
+
+
+def test_more_images_than_places_leave_the_last():
+    images, labels = images_and_labels(10)
+    recent = RecentImages(4, image_shape=tuple(images.shape[1:]), num_classes=CLASSES, device="cpu")
+    recent.add(images, labels)
+    assert sorted(recent._labels.tolist()) == sorted(labels[6:].tolist())
+    assert {*map(tuple, recent._images.tolist())} == {*map(tuple, images[6:].flatten(1).tolist())}

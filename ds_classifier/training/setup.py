@@ -27,7 +27,7 @@ from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader
-from ds_classifier.posterior import RecentImages
+from ds_classifier.loss import RecentImages
 from ds_classifier.training.logs.flops import Arithmetic, forward_flops
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start

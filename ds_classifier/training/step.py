@@ -20,7 +20,7 @@ from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.data.loader import BadSample, Batch
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter, by_position
-from ds_classifier.posterior import EMPTY, RecentImages
+from ds_classifier.loss import EMPTY, RecentImages
 
 
 @dataclass(frozen=True)
