@@ -119,12 +119,6 @@ class DiffusionSettings:
         "to t, and guides better",
     )
 
-    posterior_images: int = _setting(
-        0,
-        "train on the class posterior over this many of the last training images, in place of the "
-        "label (0: on the label)",
-    )
-
     def diffusion_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `diffusion.create_gaussian_diffusion`."""
         return dict(
@@ -160,6 +154,11 @@ class TrainingSettings:
         -1,
         "steps of the warm-up, in which the rate rises to lr (default: where the JSON says auto, "
         "2 %% of iterations, 1000 at most; with --lr_schedule none)",
+    )
+    posterior_images: int = _setting(
+        0,
+        "train on the class posterior over this many of the last training images, in place of the "
+        "label (0: on the label)",
     )
     global_batch: int = _setting(0, "images per step over all ranks (default: batch_size x ranks)")
     batch_size: int = _setting(
@@ -360,6 +359,11 @@ def check_settings(settings: Settings) -> list[str]:
             f"--profile: got {settings.profile}; need {PROFILED} steps from there on, and the run "
             f"has {settings.steps}"
         )
+    if settings.posterior_images and not settings.noised:
+        problems.append(
+            f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "
+            "without which no image can be another one; do: drop it"
+        )
     for activity, minutes in settings.time_outs().items():
         if not minutes > 0:
             problems.append(f"--{activity}_timeout: got {minutes}; need more than 0 minutes")
@@ -396,7 +400,7 @@ def changed_settings(
 
     free: names of settings that may differ in this run.
     """
-    saved = {"lr_schedule": ""} | saved  # which version 0.1 did not have
+    saved = {"lr_schedule": "", "posterior_images": 0} | saved  # which version 0.1 did not have
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS
