@@ -90,7 +90,7 @@ def test_the_mean_loss_is_that_of_the_labels():
 
 
 def test_images_that_did_not_decode_are_no_reference():
-    """They leave the posterior as it is without them, as do places not yet filled."""
+    """The posterior is as without them, and as without the places not yet filled."""
     images, labels = images_and_labels(6)
     shape = tuple(images.shape[1:])
     few = RecentImages(8, image_shape=shape, num_classes=CLASSES, device="cpu")

@@ -103,9 +103,9 @@ def remember(recent: RecentImages, batches: Sequence[Batch]) -> None:
     batches: this rank's micro-batches of the step, on the device.
     """
     labels = [b.labels.masked_fill(b.weights == 0, EMPTY) for b in batches]
-    ordered = [
-        # Rank r has every W-th position: [W, n, ...] becomes [n * W, ...].
-        distributed.all_gather(torch.cat(parts)).transpose(0, 1).flatten(0, 1)
-        for parts in ([b.images for b in batches], labels)
-    ]
-    recent.add(*ordered)
+    positions, images, labels = (
+        distributed.all_gather(torch.cat(parts)).flatten(0, 1)
+        for parts in ([b.positions for b in batches], [b.images for b in batches], labels)
+    )
+    order = positions.argsort()
+    recent.add(images[order], labels[order])
