@@ -112,21 +112,20 @@ class RecentImages:
         device: torch.device | str,
     ):
         numbers = image_shape[0] * image_shape[1] * image_shape[2]
-        self.size, self._num_classes, self._next = size, num_classes, 0
+        self.size, self._num_classes = size, num_classes
         self._images = torch.zeros(size, numbers, dtype=torch.uint8, device=device)
         self._labels = torch.full((size,), EMPTY, device=device)
         self._chunk = max(1, CHUNK_NUMBERS // numbers)
 
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        """Add images in the order of the stream; the oldest leave.
+    def add(self, images: Tensor, labels: Tensor, positions: Tensor) -> None:
+        """Add images, the next ones of the stream and in its order; the oldest leave.
 
         images: [n, S, S, C] uint8. labels: [n] int64, EMPTY for images that did not decode.
+        positions: [n] int64. They decide the places, so that a resumed run adds up in one order.
         """
-        images, labels = images[-self.size :].flatten(1), labels[-self.size :]
-        places = (self._next + torch.arange(len(labels), device=labels.device)) % self.size
-        self._images.index_copy_(0, places, images)
-        self._labels.index_copy_(0, places, labels)
-        self._next = (self._next + len(labels)) % self.size
+        places = positions[-self.size :] % self.size
+        self._images.index_copy_(0, places, images[-self.size :].flatten(1))
+        self._labels.index_copy_(0, places, labels[-self.size :])
 
     @torch.no_grad()
     def class_posterior(

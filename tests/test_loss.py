@@ -43,7 +43,8 @@ def test_the_posterior_is_that_of_the_exact_denoiser(t):
     shape = tuple(images.shape[1:])
     recent = RecentImages(40, image_shape=shape, num_classes=CLASSES, device="cpu")
     for first in range(0, 45, 9):  # the first five leave again
-        recent.add(images[first : first + 9], labels[first : first + 9])
+        part = slice(first, first + 9)
+        recent.add(images[part], labels[part], torch.arange(first, first + 9))
     own, y = images[45:], labels[45:]
     diffusion = create_gaussian_diffusion(noise_schedule="cosine")
     level = torch.full((5,), t)
@@ -78,7 +79,7 @@ def test_the_mean_loss_is_that_of_the_labels():
     for i in range(len(images)):
         others = torch.arange(len(images)) != i
         recent = RecentImages(len(images) - 1, image_shape=shape, num_classes=CLASSES, device="cpu")
-        recent.add(images[others], labels[others])
+        recent.add(images[others], labels[others], torch.arange(len(images) - 1))
         noise = torch.randn((400, *shape), generator=torch.Generator().manual_seed(i))
         batch = images[i].expand(400, *shape), labels[i].expand(400), level, noise
         hard.append(module(*batch)[0])
@@ -94,10 +95,11 @@ def test_images_that_did_not_decode_are_no_reference():
     images, labels = images_and_labels(6)
     shape = tuple(images.shape[1:])
     few = RecentImages(8, image_shape=shape, num_classes=CLASSES, device="cpu")
-    few.add(images[:4], labels[:4])
+    few.add(images[:4], labels[:4], torch.arange(4))
     with_bad = RecentImages(8, image_shape=shape, num_classes=CLASSES, device="cpu")
     bad = torch.zeros_like(images[:2])
-    with_bad.add(torch.cat([bad, images[:4]]), torch.cat([torch.tensor([EMPTY] * 2), labels[:4]]))
+    with_bad.add(bad, torch.tensor([EMPTY] * 2), torch.arange(2))
+    with_bad.add(images[:4], labels[:4], torch.arange(2, 6))
     x_start = to_x_start(images[4:])
     arguments = (x_start * 0.1, x_start, labels[4:], torch.full((2,), 0.1), torch.ones(2))
     expected = few.class_posterior(*arguments)
@@ -108,6 +110,6 @@ def test_images_that_did_not_decode_are_no_reference():
 def test_more_images_than_places_leave_the_last():
     images, labels = images_and_labels(10)
     recent = RecentImages(4, image_shape=tuple(images.shape[1:]), num_classes=CLASSES, device="cpu")
-    recent.add(images, labels)
+    recent.add(images, labels, torch.arange(10))
     assert sorted(recent._labels.tolist()) == sorted(labels[6:].tolist())
     assert {*map(tuple, recent._images.tolist())} == {*map(tuple, images[6:].flatten(1).tolist())}

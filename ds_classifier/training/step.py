@@ -108,4 +108,4 @@ def remember(recent: RecentImages, batches: Sequence[Batch]) -> None:
         for parts in ([b.positions for b in batches], [b.images for b in batches], labels)
     )
     order = positions.argsort()
-    recent.add(images[order], labels[order])
+    recent.add(images[order], labels[order], positions[order])
