@@ -100,7 +100,7 @@ def create_engine(
         True  # all batches have one shape, so it finds the fastest kernels
     )
     if ds_config["optimizer"]["type"].lower() == "muon":
-        _let_muon_take_convolutions()
+        _adapt_muon()
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=_parameters(module), config=ds_config
@@ -142,10 +142,13 @@ def _forget_gradients_of_skipped_steps(zero) -> None:
     zero.step = step_and_forget
 
 
-def _let_muon_take_convolutions() -> None:
-    """Make DeepSpeed's Muon see a convolution's weight as the matrix [out, in * kernel].
+def _adapt_muon() -> None:
+    """Make DeepSpeed's Muon take convolutions, and compute the same in every process.
 
-    DeepSpeed 0.19.8 fails on 4 dimensions, and takes 3, those of attention, for many matrices.
+    DeepSpeed 0.19.8 fails on 4 dimensions, and takes 3, those of attention, for many matrices:
+    a weight is seen as the matrix [out, in * kernel]. It compiles the functions at their first
+    call, for minutes on a CPU, and which of the compiled forms a matrix gets depends on those
+    before it, so that the first step after a resume would round in another way.
     """
     from deepspeed.runtime.zero.muon import original_muon
 
@@ -153,6 +156,9 @@ def _let_muon_take_convolutions() -> None:
         matrix, kept = (value.view(len(grad), -1) for value in (grad, momentum))
         return of_matrix(matrix, kept, *args, **kwargs).view_as(grad)
 
+    for name, function in list(vars(original_muon).items()):
+        if eager := getattr(function, "_torchdynamo_orig_callable", None):
+            setattr(original_muon, name, eager)
     of_matrix = original_muon.muon_update
     if not hasattr(of_matrix, "takes_convolutions"):
         update.takes_convolutions = True
