@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,40 @@ def describe_device(device: torch.device) -> str:
 def linear_anneal(steps: int) -> Callable[[int], float]:
     """Return the reference's anneal_lr: step k, from 0, runs at lr * (1 - k / steps)."""
     return lambda k: max(0.0, 1.0 - k / steps)
+
+
+def load_kernel(builder: str, device: torch.device) -> None:
+    """Load the kernel of DeepSpeed's that the optimizer needs, compiled if it has to be.
+
+    Every rank must call it; the first one of each host compiles, and the others wait.
+    builder: the name of DeepSpeed's builder, such as "CPUAdamBuilder".
+    Raises ValueError on all ranks if it cannot be compiled.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils import cpp_extension
+
+    def load() -> None:
+        try:
+            made.load(verbose=False)
+        except (RuntimeError, ImportError, OSError) as error:
+            raise ValueError(
+                f"optimizer.type: DeepSpeed's kernel {made.name} cannot be compiled: "
+                f"{str(error).strip().splitlines()[-1]}; do: use AdamW"
+            ) from None
+
+    made = get_accelerator().create_op_builder(builder)
+    folder = Path(cpp_extension._get_build_directory(made.name, False))
+    if not (installed_ops.get(made.name) or (folder / f"{made.name}.so").exists()):
+        distributed.say(f"{'kernel':12}DeepSpeed compiles {made.name}, once; this takes minutes")
+    # Older versions of torch wait as long as this file exists; newer ones lock it, and let it lie.
+    if hasattr(cpp_extension, "FileBaton") and (folder / "lock").exists():
+        distributed.say(
+            f"{'':12}and waits for {folder}/lock: another process compiles; if there is none, "
+            "delete this file"
+        )
+    distributed.together(lambda: load() if distributed.local_rank() == 0 else None, device)
+    distributed.together(load, device)
 
 
 def create_engine(
