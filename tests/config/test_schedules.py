@@ -59,7 +59,7 @@ def rates(kind: str, params: dict, lr: float) -> list[float]:
     ],
 )
 def test_each_rate_is_that_of_deepspeeds_own_scheduler(kind, params):
-    """Whatever the JSON leaves out is DeepSpeed's default."""
+    """Check that DeepSpeed's default stands for what the JSON leaves out."""
     raw = changed(optimizer__params__lr=5e-4, scheduler={"type": kind, "params": dict(params)})
     ds = resolved(raw=raw).ds_config
     ours = rates(kind, ds["scheduler"]["params"], ds["optimizer"]["params"]["lr"])
