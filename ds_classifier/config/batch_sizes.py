@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from ds_classifier.common.text import count
 from ds_classifier.config.settings import Settings
 
 AUTO = "auto"  # in the JSON: the number is a setting, or is derived
+MOST = 2**31  # images in a step; divisors of larger numbers would take long to find
 AUTO_MICRO_BATCH = 32  # the size that "auto" aims at; a number in the JSON may be larger
 
 
@@ -52,6 +54,8 @@ def settle_batch(ds: dict[str, Any], settings: Settings, world_size: int) -> Bat
             f"train_micro_batch_size_per_gpu: got {micro}, but --microbatch is "
             f'{settings.microbatch}; need one number; do: write "auto" in the JSON'
         )
+    if asked > MOST:
+        raise ValueError(f"global batch: got {asked}; need at most {MOST:,}")
     if asked % world_size:
         fits = _divisors(asked)
         near = [n for n in fits if n <= world_size][-1:] + [n for n in fits if n > world_size][:1]
@@ -118,7 +122,8 @@ def _global_batch(
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _auto_micro_batch(per_rank: int) -> int:

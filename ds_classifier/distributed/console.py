@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import socket
@@ -133,4 +134,5 @@ def quiet_libraries() -> None:
     sys.unraisablehook = shown
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

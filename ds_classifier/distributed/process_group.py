@@ -204,14 +204,13 @@ def _set_gloo_interface(other_host: str) -> None:
 
 def _import_deepspeed_quietly():
     """Import DeepSpeed without log lines that no user can act on, and without compiling."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     logging.disable(logging.INFO)  # before 0.17.6 it logs the device that it takes
     import deepspeed
 
     logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # None of DeepSpeed's own ops is used. Without this line it looks for compilers, and on a CPU
-    # compiles for 40 s a collective that only inference calls.
+    # Without this line it looks for compilers, and on a CPU compiles for 40 s a collective that
+    # only inference calls. The kernels of optimizers do not ask it.
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 

@@ -81,11 +81,13 @@ def build(
         return None
     resolved = resolved.with_part(start.part_steps)
     trained = resolved.with_batch(rehearsed(resolved.batch)) if command.dry_run else resolved
-    if trained.reports:
-        deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
+    if trained.kernel:
+        deepspeed_engine.load_kernel(trained.kernel, device)
     engine = deepspeed_engine.create_engine(
         module, trained.ds_config, lr_factor(settings, start.part_steps)
     )
+    if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
+        deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
     sampler = create_schedule_sampler(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )

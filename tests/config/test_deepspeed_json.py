@@ -106,6 +106,17 @@ def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path)
     assert read_ds_config(path) == {"train_batch_size": 8, "bf16": {"enabled": True}}
 
 
+def test_an_empty_file_is_no_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="got an empty file; need a JSON object"):
+        read_ds_config(path)
+
+
+def test_a_huge_batch_is_refused_at_once():
+    assert "global batch: got 1000000000000" in problems(raw=changed(train_batch_size=1e30))
+
+
 # -------------------------------------------------------------------------------- known keys
 
 
@@ -300,6 +311,25 @@ def test_no_crash_that_the_check_could_see(keys, words):
     assert words in problems(raw=changed(**keys))
 
 
+def test_muon_in_stage_1_with_bf16_needs_sums_in_bf16():
+    """DeepSpeed's own optimizer for bf16 in stage 1 takes matrices only."""
+    muon = dict(optimizer={"type": "Muon"}, zero_optimization__stage=1)
+    bf16 = dict(fp16={"enabled": False}, bf16={"enabled": True})
+    words = "zero_optimization.stage: got 1; need 2 or 3 with Muon"
+    two = changed(**muon, **bf16, train_micro_batch_size_per_gpu=2, train_batch_size=8)
+    assert words in problems(raw=two)
+    assert words in problems(raw=changed(**muon, **bf16, data_types={"grad_accum_dtype": "fp32"}))
+    for fine in (bf16, dict(zero_optimization__stage=2, **bf16), {}):
+        assert resolved(raw=changed(**(muon | fine))).kernel == ""  # its Adam is torch's
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_state_on_a_disk_is_refused_where_deepspeed_puts_it_there(part):
+    nvme = {f"zero_optimization__{part}": {"device": "nvme", "nvme_path": "/tmp"}}
+    assert f"{part}.device: got" in problems(raw=changed(zero_optimization__stage=3, **nvme))
+    assert resolved(raw=changed(zero_optimization__stage=2, **nvme))
+
+
 def test_dividing_before_the_reduction_is_stage_1s():
     raw = changed(prescale_gradients=True, gradient_predivide_factor=8, zero_optimization__stage=1)
     assert resolved(raw=raw).ds_config["gradient_predivide_factor"] == 8
@@ -322,6 +352,7 @@ def test_adam_in_any_case_is_torchs_unless_the_json_says_otherwise(name):
     ("kind", "params", "words"),
     [
         ("OneBitAdam", {}, "it cannot run under ZeRO"),
+        ("Lamb", {}, "depend on the number of ranks"),
         ("LBFGS", {}, "several times per step"),
         ("AdaWhat", {}, "need one that DeepSpeed"),
         ("Adam", {"max_grad_norm": 1.0}, "give gradient_clipping instead"),

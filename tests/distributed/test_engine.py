@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from running import ROOT, run_python
 
 from ds_classifier.distributed.engine import deepspeed_engine
@@ -123,3 +124,44 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
         "ds_classifier/distributed/engine/deepspeed_versions.py",
     )
     assert [w for w in seen["waits"] if not w[0].startswith(theirs)] == []
+
+
+def test_muon_is_not_compiled():
+    """Compiled forms depend on the matrices before, and would differ in the first step resumed."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    deepspeed_engine._adapt_muon()
+    deepspeed_engine._adapt_muon()
+    names = [
+        name for name, made in vars(original_muon).items() if hasattr(made, "get_compiler_config")
+    ]
+    assert not names
+    grad = torch.randn(6, 2, 3, 3)
+    update = original_muon.muon_update(grad.clone(), torch.zeros_like(grad), ns_method="standard")
+    assert update.shape == grad.shape
+
+
+class Builder:
+    """A builder of a kernel that cannot be compiled, for load_kernel."""
+
+    name = "cpu_adam"
+
+    def load(self, verbose):
+        raise RuntimeError("Error building extension\nninja: build stopped")
+
+
+def test_a_kernel_is_announced_and_its_failure_is_a_message(monkeypatch, tmp_path, capsys):
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(get_accelerator(), "create_op_builder", lambda name: Builder())
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
+    monkeypatch.setattr(deepspeed_engine.distributed, "together", lambda task, device: task())
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "lock").touch()
+    with pytest.raises(ValueError, match="cpu_adam cannot be compiled: ninja: build stopped; do"):
+        deepspeed_engine.load_kernel("CPUAdamBuilder", torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert "DeepSpeed compiles cpu_adam, once; this takes minutes" in said
+    assert f"waits for {tmp_path}/cpu_adam/lock" in said

@@ -11,13 +11,16 @@ from ds_classifier.config.deepspeed_json.known import silent
 Clash = tuple[Path, str, object]
 
 
-def check_clashes(draft: Draft) -> None:
-    """Refuse every combination that would end in an assertion after the check."""
-    for path, message, mended in list(_clashes(draft)):
+def check_clashes(draft: Draft, accumulation: int) -> None:
+    """Refuse every combination that would end in an assertion after the check.
+
+    accumulation: micro-batches per rank and step.
+    """
+    for path, message, mended in list(_clashes(draft, accumulation)):
         draft.refuse(path, message, mended)
 
 
-def _clashes(draft: Draft) -> Iterator[Clash]:
+def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
     stage = draft.get("zero_optimization", "stage", default=0)
     kind = draft.get("optimizer", "type").lower()
     scatters = draft.get("zero_optimization", "reduce_scatter", default=True)
@@ -30,9 +33,10 @@ def _clashes(draft: Draft) -> Iterator[Clash]:
     if kind == "muon" and stage == 3 and scatters:
         key = ("zero_optimization", "reduce_scatter")
         yield key, "got true; need false with Muon in ZeRO stage 3", False
-    if kind == "lamb" and not (draft.get("fp16", "enabled") and not _loss_scale(draft)):
-        key = ("optimizer", "type")
-        yield key, "got Lamb; it needs fp16 with dynamic loss scaling; do: use AdamW", "AdamW"
+    if kind == "muon" and stage == 1 and _sums_bf16_in_fp32(draft, accumulation):
+        key = ("zero_optimization", "stage")
+        need = "with Muon, bf16 and gradients that are summed in fp32; do: write 2"
+        yield key, f"got 1; need 2 or 3 {need}", 2
     if not (draft.get("zero_allow_untested_optimizer") or _is_tested(draft, kind)):
         name = draft.get("optimizer", "type")
         need = f"missing; need true for {name}, which DeepSpeed has not tested under ZeRO"
@@ -40,8 +44,14 @@ def _clashes(draft: Draft) -> Iterator[Clash]:
     yield from _offloading(draft, stage)
 
 
-def _loss_scale(draft: Draft) -> float:
-    return draft.get("fp16", "loss_scale", default=0)
+def _sums_bf16_in_fp32(draft: Draft, accumulation: int) -> bool:
+    """Return True if DeepSpeed takes its optimizer for bf16 in stage 1, with flat matrices only."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    if not draft.get("bf16", "enabled") or draft.section("zero_optimization", "offload_optimizer"):
+        return False
+    sums = draft.get("data_types", "grad_accum_dtype")
+    return accumulation > 1 if sums is None else DtypeEnum(sums).name == "fp32"
 
 
 def _is_tested(draft: Draft, kind: str) -> bool:
@@ -57,24 +67,12 @@ def _is_tested(draft: Draft, kind: str) -> bool:
 def _offloading(draft: Draft, stage: int) -> Iterator[Clash]:
     section = draft.section("zero_optimization")
     for key in ("offload_optimizer", "offload_param"):
-        part = section.get(key, {})
-        if part.get("device") != "nvme" or stage < 3:  # stages 1 and 2 offload to the CPU then
-            continue
-        if not part.get("nvme_path"):
-            need = "missing; need the directory that the state is moved to"
-            yield ("zero_optimization", key, "nvme_path"), need, "/tmp"
-        if not _can_read_disks():
-            need = 'got "nvme"; need libaio, which is not installed here; do: write "cpu"'
-            yield ("zero_optimization", key, "device"), need, "cpu"
+        # Stages 1 and 2 offload to the CPU then. In stage 3 the tensors are empty between steps,
+        # and DeepSpeed has no way to set all that is in their files.
+        if stage == 3 and section.get(key, {}).get("device") == "nvme":
+            need = 'got "nvme"; need "cpu": a resumed run cannot set a state that is on a disk'
+            yield ("zero_optimization", key, "device"), f'{need}; do: write "cpu"', "cpu"
     ratio = section.get("offload_optimizer", {}).get("ratio", 1)
     if ratio < 1 and draft.get("optimizer", "params", "torch_adam"):
         key = ("zero_optimization", "offload_optimizer", "ratio")
         yield key, f"got {ratio}; need 1.0 with torch's Adam; or write torch_adam false", 1.0
-
-
-def _can_read_disks() -> bool:
-    from deepspeed.accelerator import get_accelerator
-
-    with silent():
-        builder = get_accelerator().create_op_builder("AsyncIOBuilder")
-        return builder is not None and builder.is_compatible(False)

@@ -171,6 +171,7 @@ def _refuse_fields(
             _unknown(draft, path, names, ignored)
         else:
             need = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            need = re.sub(r", (\w+) or \1$", r" or \1", need)  # an alias in DeepSpeed's stages
             draft.refuse(path, f"got {shown(parent[path[-1]])}; need {need}")
     return found
 

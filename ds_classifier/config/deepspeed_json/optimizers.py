@@ -27,6 +27,7 @@ _NOT_HERE = {
     "muadam": "it needs a model made with mup",
     "muadamw": "it needs a model made with mup",
     "musgd": "it needs a model made with mup",
+    "lamb": "its norms would be those of ZeRO's flat shares, and so depend on the number of ranks",
 }
 # torch's optimizers that cannot work on flat shares of the parameters -> why.
 _NOT_FLAT = {
@@ -36,8 +37,6 @@ _NOT_FLAT = {
 }
 # Parameters that DeepSpeed takes out itself before it makes an optimizer.
 _OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
-# DeepSpeed gives Muon's two halves these, and drops all others in silence.
-_OF_MUON = ("lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr")
 
 
 def settle_optimizer(draft: Draft) -> None:
@@ -54,13 +53,13 @@ def settle_optimizer(draft: Draft) -> None:
         )
     offload = draft.get("zero_optimization", "offload_optimizer", "device", default="none")
     offload = offload != "none"
-    if kind.lower() in ("adam", "adamw"):
+    if kind.lower() in ("adam", "adamw", "muon"):  # Muon has an Adam for some parameters
         _choose_adam(draft, params, offload)
     make, takes = _made(kind, params, offload)
     _check_params(draft, params, takes, muon=kind.lower() == "muon")
     if make is not None:
         _try(draft, make, params)
-    if missing := _missing_kernel(kind.lower(), params, offload):
+    if missing := _missing_kernel(kind, params, offload):
         draft.refuse(("optimizer", "type"), f"got {kind!r}; {missing}", "AdamW")
     draft.takes_decay = "weight_decay" in takes
 
@@ -99,7 +98,7 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
     if params.get("torch_adam", AUTO) == AUTO:
         torchs = {*_parameters(_torch_adam(params)), *_OF_ADAM, AUTO}
         params["torch_adam"] = not (params.keys() & _parameters(_own_adam(offload)).keys() - torchs)
-    if params["torch_adam"]:
+    if params["torch_adam"] and draft.get("optimizer", "type").lower() != "muon":
         params.pop("fp32_optimizer_states", None)
         params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
 
@@ -141,10 +140,6 @@ def _made(kind: str, params: dict[str, Any], offload: bool) -> tuple[type | None
         from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 
         return None, _parameters(DeepSpeedCPULion if offload else FusedLion)
-    if name == "lamb":
-        from deepspeed.ops.lamb import FusedLamb
-
-        return None, _parameters(FusedLamb)
     made = getattr(optim, kind)
     return made, _parameters(made)
 
@@ -202,24 +197,31 @@ def _try(draft: Draft, made: type, params: dict[str, Any]) -> None:
         draft.set(*SECTION, {key: params[key] for key in ("lr", "weight_decay") if key in params})
 
 
-def _missing_kernel(name: str, params: dict[str, Any], offload: bool) -> str:
+def kernel_of(kind: str, params: dict[str, Any], offload: bool) -> str:
+    """Return the name of DeepSpeed's builder of the kernel that an optimizer needs, or ""."""
+    if params.get("torch_adam"):
+        return ""
+    adam = "CPUAdamBuilder" if offload else "FusedAdamBuilder"
+    return {
+        "adam": adam,
+        "adamw": adam,
+        "muon": adam,
+        "adagrad": "CPUAdagradBuilder" if offload else "",
+        "lion": "CPULionBuilder" if offload else "FusedLionBuilder",
+    }.get(kind.lower(), "")
+
+
+def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> str:
     """Return why this machine cannot run one of DeepSpeed's own kernels, or ""."""
     from deepspeed.accelerator import get_accelerator
 
-    builder = {
-        "adam": "CPUAdamBuilder" if offload else "FusedAdamBuilder",
-        "adamw": "CPUAdamBuilder" if offload else "FusedAdamBuilder",
-        "adagrad": "CPUAdagradBuilder" if offload else "",
-        "lamb": "FusedLambBuilder",
-        "lion": "CPULionBuilder" if offload else "FusedLionBuilder",
-    }.get(name, "")
-    if not builder or params.get("torch_adam"):
+    if not (builder := kernel_of(kind, params, offload)):
         return ""
     accelerator = get_accelerator()
     made = accelerator.create_op_builder(builder)
     if made is None or type(made).__name__ == "NotImplementedBuilder":
         advice = "AdamW"
-        if name == "lion":
+        if kind.lower() == "lion":
             advice = 'AdamW, or zero_optimization.offload_optimizer {"device": "cpu"}'
         return f"DeepSpeed has no kernel of it for {accelerator.device_name()}; do: use {advice}"
     if not made.is_compatible(False):

@@ -23,6 +23,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             f"--deepspeed_config: got {path}: {files.problem(error)}; need a DeepSpeed JSON"
         ) from None
 
+    if not text.strip():
+        raise ValueError(f"{path}: got an empty file; need a JSON object")
+
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:

@@ -19,7 +19,7 @@ from ds_classifier.config.deepspeed_json.clashes import check_clashes
 from ds_classifier.config.deepspeed_json.draft import INT, Draft, name_of
 from ds_classifier.config.deepspeed_json.features import NEVER, check_features, reports
 from ds_classifier.config.deepspeed_json.known import check_keys, default_of, keys_of_top_level
-from ds_classifier.config.deepspeed_json.optimizers import SECTION, settle_optimizer
+from ds_classifier.config.deepspeed_json.optimizers import SECTION, kernel_of, settle_optimizer
 from ds_classifier.config.deepspeed_json.precision import (
     BUCKET_MULTIPLE,
     BUCKETS,
@@ -65,6 +65,14 @@ class Resolved:
     @property
     def _warm_up(self) -> int:
         return max(0, self.settings.warmup_steps)
+
+    @property
+    def kernel(self) -> str:
+        """The name of DeepSpeed's builder of the optimizer's kernel; "" if it needs none."""
+        optimizer = self.ds_config["optimizer"]
+        offload = self.ds_config["zero_optimization"].get("offload_optimizer", {})
+        offloads = offload.get("device", "none") != "none"
+        return kernel_of(optimizer["type"], optimizer["params"], offloads)
 
     @property
     def reports(self) -> list[str]:
@@ -125,10 +133,10 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     settle_schedule(draft)
     if draft.takes_decay:
         draft.settle((*SECTION, "weight_decay"), "weight_decay")
-    check_clashes(draft)
+    batch = _settle_batch(draft, world_size)
+    check_clashes(draft, batch.accumulation)
     draft.problems += check_settings(draft.settings)
     _check_extend(draft)
-    batch = _settle_batch(draft, world_size)
     if draft.problems:
         raise ValueError(_joined(draft.problems, command.deepspeed_config))
     _name_autos(draft)

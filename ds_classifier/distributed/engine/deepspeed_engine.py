@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,40 @@ def linear_anneal(steps: int) -> Callable[[int], float]:
     return lambda k: max(0.0, 1.0 - k / steps)
 
 
+def load_kernel(builder: str, device: torch.device) -> None:
+    """Load the kernel of DeepSpeed's that the optimizer needs, compiled if it has to be.
+
+    Every rank must call it; the first one of each host compiles, and the others wait.
+    builder: the name of DeepSpeed's builder, such as "CPUAdamBuilder".
+    Raises ValueError on all ranks if it cannot be compiled.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils import cpp_extension
+
+    def load() -> None:
+        try:
+            made.load(verbose=False)
+        except (RuntimeError, ImportError, OSError) as error:
+            raise ValueError(
+                f"optimizer.type: DeepSpeed's kernel {made.name} cannot be compiled: "
+                f"{str(error).strip().splitlines()[-1]}; do: use AdamW"
+            ) from None
+
+    made = get_accelerator().create_op_builder(builder)
+    folder = Path(cpp_extension._get_build_directory(made.name, False))
+    if not (installed_ops.get(made.name) or (folder / f"{made.name}.so").exists()):
+        distributed.say(f"{'kernel':12}DeepSpeed compiles {made.name}, once; this takes minutes")
+    # Older versions of torch wait as long as this file exists; newer ones lock it, and let it lie.
+    if hasattr(cpp_extension, "FileBaton") and (folder / "lock").exists():
+        distributed.say(
+            f"{'':12}and waits for {folder}/lock: another process compiles; if there is none, "
+            "delete this file"
+        )
+    distributed.together(lambda: load() if distributed.local_rank() == 0 else None, device)
+    distributed.together(load, device)
+
+
 def create_engine(
     module: nn.Module, ds_config: dict[str, Any], lr_factor: Callable[[int], float] | None
 ):
@@ -104,7 +139,7 @@ def create_engine(
         True  # all batches have one shape, so it finds the fastest kernels
     )
     if ds_config["optimizer"]["type"].lower() == "muon":
-        _let_muon_take_convolutions()
+        _adapt_muon()
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=_parameters(module), config=ds_config
@@ -147,10 +182,13 @@ def _forget_gradients_of_skipped_steps(zero) -> None:
     zero.step = step_and_forget
 
 
-def _let_muon_take_convolutions() -> None:
-    """Make DeepSpeed's Muon see a convolution's weight as the matrix [out, in * kernel].
+def _adapt_muon() -> None:
+    """Make DeepSpeed's Muon take convolutions, and compute the same in every process.
 
-    DeepSpeed 0.19.8 fails on 4 dimensions, and takes 3, those of attention, for many matrices.
+    DeepSpeed 0.19.8 fails on 4 dimensions, and takes 3, those of attention, for many matrices:
+    a weight is seen as the matrix [out, in * kernel]. It compiles the functions at their first
+    call, for minutes on a CPU, and which of the compiled forms a matrix gets depends on those
+    before it, so that the first step after a resume would round in another way.
     """
     from deepspeed.runtime.zero.muon import original_muon
 
@@ -158,6 +196,9 @@ def _let_muon_take_convolutions() -> None:
         matrix, kept = (value.view(len(grad), -1) for value in (grad, momentum))
         return of_matrix(matrix, kept, *args, **kwargs).view_as(grad)
 
+    for name, function in list(vars(original_muon).items()):
+        if eager := getattr(function, "_torchdynamo_orig_callable", None):
+            setattr(original_muon, name, eager)
     of_matrix = original_muon.muon_update
     if not hasattr(of_matrix, "takes_convolutions"):
         update.takes_convolutions = True

@@ -11,7 +11,7 @@ from ds_classifier import distributed
 def send_to_file(path: Path) -> None:
     """Append all that DeepSpeed's logger and its `print` say on rank 0 to a file.
 
-    Warnings and errors are shown on the screen too, as before.
+    Errors are shown on the screen too. Warnings are not, as in a run without reports.
     """
     from deepspeed.runtime import utils
     from deepspeed.utils import comms_logging
@@ -21,7 +21,7 @@ def send_to_file(path: Path) -> None:
         return
     logger = logging.getLogger("DeepSpeed")
     for handler in logger.handlers:
-        handler.setLevel(logging.WARNING)
+        handler.setLevel(logging.ERROR)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(file)

@@ -24,7 +24,6 @@ _KINDS = {
     "FusedLion": "Lion",
     "DeepSpeedCPULion": "Lion",
     "DeepSpeedCPUAdagrad": "Adagrad",
-    "FusedLamb": "Lamb",
     "MuonWithAuxAdam": "Muon",
 }
 # An implementation's name of a state -> the name in checkpoints.
