@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files, is_image_file
-from ds_classifier.data.convert.samples import NamedSample, is_passed_over
+from ds_classifier.data.convert.samples import NamedSample, files_under, is_passed_over
 from ds_classifier.data.convert.split_names import kinds_in
 from ds_classifier.data.tars import printable
 
@@ -35,17 +35,18 @@ _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not c
 _HELD_OUT = re.compile(r"val|test|dev", re.IGNORECASE)
 _SUFFIXES = "|".join(map(re.escape, ALL_SUFFIXES))
 _IMAGE_FIRST = re.compile(rf"(.+(?:{_SUFFIXES}))\s*[\s,;]\s*(\S.*)", re.IGNORECASE)  # path, label
+_NUMBER = re.compile(r"[-+.\de]*")
 _NUMBERS = re.compile(r"[-+.\d]+(\s+[-+.\d]+)+")
 
 Row = tuple[int, Mapping[str, object]]  # line number, and the values by column
 
 
 class _Columns(NamedTuple):
-    """The columns that are read, and the folder that the paths are relative to."""
+    """The columns that are read, and the place that finds the files."""
 
     path: str
     label: str
-    folder: Path
+    files: _Files | _FilesBelow
 
 
 def listed_files(
@@ -71,7 +72,7 @@ def listed_files(
 def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[NamedSample]:
     """Return the images of rows."""
     chosen = _choose(path, rows, columns)
-    files = _Files(chosen.folder)
+    files = chosen.files
     images = []
     first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
     for line, row in rows:
@@ -87,7 +88,7 @@ def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[Nam
         file = files.find(image)
         if file is None:
             raise ValueError(
-                f"{path}:{line}: got {image}, but there is no file {chosen.folder / image}; need "
+                f"{path}:{line}: got {image}, but there is no file {files.folder / image}; need "
                 "an absolute path, or one relative to the list's folder; do: correct or remove it"
             )
         earlier, other = first.setdefault(image, (line, label))
@@ -123,9 +124,13 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
                 inside = {n: f.relative_to(folder) for n, f in found.items() if folder in f.parents}
                 if inside and len(row[1]) > 1:
                     rows.append((row, inside))
-        if not rows or (clear and not _other_labels(place, rows)):
+        if not rows:
             continue
         row, inside = rows[0]
+        ids = clear and not _image_columns(places[:-1], row[1])  # found in folders by their names
+        labels = _labels_by_id(rows) if ids else []
+        if not labels if ids else clear and not _other_labels(place, rows):
+            continue
         if not clear and _class_of(inside) in {
             str(value) for name, value in row[1].items() if name not in inside
         }:
@@ -136,8 +141,9 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
         except ValueError:
             image = next(iter(inside))
             columns = ", ".join(row[1])
-            label = next(name for name in row[1] if name != image)
-            flag = f" --columns path={image},label={label}, or with another label"
+            label = next(name for name in labels or row[1] if name != image)
+            others = f" ({', '.join(labels[1:])})" if labels[1:] else ""
+            flag = f" --columns path={image},label={label}, or with another label{others}"
         raise ValueError(
             f"source: got the folder {place.parent}, which holds a list of its images, "
             f"{place.name} (columns {columns}); need one source of classes; do: convert "
@@ -164,6 +170,29 @@ def _class_of(inside: Mapping[str, Path]) -> str:
     """Return the class that the path of an image stands for: its folder, or a prefix."""
     first, *deeper = next(iter(inside.values())).parts
     return first if deeper else first.split("_")[0]
+
+
+def _labels_by_id(rows: list[tuple[Row, dict[str, Path]]]) -> list[str]:
+    """Return the columns that may be labels of images in several folders, named without these.
+
+    rows: rows, each with its columns that name images. A label has a known name, is text that is
+    repeated, or is in the only other column and is repeated. Empty if a column says the same as
+    the folders, or if the rows of a list mostly name other things.
+    """
+    image = next(iter(rows[0][1]))
+    others = [name for name in rows[0][0][1] if name != image]
+    folders = [_class_of(inside) for _, inside in rows]
+    labels = []
+    for name in others:
+        values = [str(row[1].get(name)).strip() for row, _ in rows]
+        pairs, kinds = set(zip(values, folders, strict=True)), set(values)
+        if len(pairs) == len(kinds) == len(set(folders)):
+            return []
+        repeated = 1 < len(kinds) <= len(rows) * 2 / 3
+        text = not all(_NUMBER.fullmatch(value) for value in kinds)
+        if str(name).lower() in LABEL_NAMES or (repeated and (text or len(others) == 1)):
+            labels.append(name)
+    return labels
 
 
 def _other_labels(path: Path, rows: list[tuple[Row, dict[str, Path]]]) -> bool:
@@ -221,8 +250,8 @@ def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns
             example = others[0] if others else "NAME"
             raise _unclear(path, names, "labels", others, f"path={image},label={example}")
         label = others[0]
-    folder = next((p.folder for p in places if p.find(str(first.get(image)))), path.parent)
-    return _Columns(image, label, folder)
+    files = next((p for p in places if p.find(str(first.get(image)))), places[0])
+    return _Columns(image, label, files)
 
 
 def _unclear(path: Path, names: list[str], what: str, found: list[str], line: str) -> ValueError:
@@ -233,24 +262,47 @@ def _unclear(path: Path, names: list[str], what: str, found: list[str], line: st
     )
 
 
-def _image_columns(places: list[_Files], row: Mapping[str, object]) -> dict[str, Path]:
-    """Return the columns of a row that name a file, with the file; those of known names first."""
-    found = {}
-    for name in sorted(row, key=lambda name: name not in ("path", "file_name")):
-        value = row[name]
-        if name == "label" or isinstance(value, bool) or not isinstance(value, str | int):
-            continue
-        if file := next(filter(None, (place.find(str(value)) for place in places)), None):
-            found[name] = file
-    return found
+def _image_columns(
+    places: Sequence[_Files | _FilesBelow], row: Mapping[str, object]
+) -> dict[str, Path]:
+    """Return the columns of a row that name a file, with the file; those of known names first.
+
+    Raises ValueError if the only columns that name images name several.
+    """
+    values = {
+        name: str(row[name])
+        for name in sorted(row, key=lambda name: name not in ("path", "file_name"))
+        if name != "label" and isinstance(row[name], str | int) and not isinstance(row[name], bool)
+    }
+    problem = None
+    for below in (False, True):
+        found = {}
+        nearby = [place for place in places if isinstance(place, _FilesBelow) == below]
+        for name, value in values.items():
+            try:
+                file = next(filter(None, (place.find(value) for place in nearby)), None)
+            except ValueError as error:
+                if not below:
+                    raise
+                problem, file = problem or error, None
+            if file:
+                found[name] = file
+        if found:
+            return found
+    if problem:
+        raise problem
+    return {}
 
 
-def _places(path: Path) -> list[_Files]:
-    """Return where the images of a list may be: next to it, or in a folder with a likely name."""
+def _places(path: Path) -> list[_Files | _FilesBelow]:
+    """Return where the images of a list may be: next to it, in a folder with a likely name, below.
+
+    The last one is a `_FilesBelow`.
+    """
     names = ["", path.stem, f"{path.stem}_images", "images"]
     if not _HELD_OUT.search(path.stem):  # those of train/ are no images for validation
         names += ["train", "train_images"]
-    return [_Files(path.parent / name) for name in names]
+    return [*(_Files(path.parent / name) for name in names), _FilesBelow(path)]
 
 
 class _Files:
@@ -280,6 +332,41 @@ class _Files:
                 "one file; do: write the suffix in the list"
             )
         return file.parent / names[0] if names else None
+
+
+class _FilesBelow:
+    """The images in all folders beside a list, by their names or stems: HAM10000's part_1, part_2.
+
+    Folders that are named for another split than the list are left out.
+    """
+
+    def __init__(self, path: Path):
+        self.folder = path.parent
+        self._kinds = kinds_in(path.stem)
+        self._files: dict[str, list[Path]] | None = None  # name, and stem -> images
+
+    def find(self, image: str) -> Path | None:
+        """Return an image; None if there is none. Raises ValueError if two have that name."""
+        if self._files is None:
+            self._files = self._images()
+        files = self._files.get(image, [])
+        if len(files) > 1:
+            raise ValueError(
+                f"{self.folder}: got {files[0].relative_to(self.folder)} and "
+                f"{files[1].relative_to(self.folder)} for the image {image} of a list; need one "
+                "file; do: write the folder and the suffix in the list"
+            )
+        return files[0] if files else None
+
+    def _images(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for file in files_under(self.folder, lambda f: f.name.lower().endswith(ALL_SUFFIXES)):
+            first, *deeper = file.relative_to(self.folder).parts
+            other = kinds_in(first) if deeper else set()
+            if not (self._kinds and other and self._kinds.isdisjoint(other)):
+                for name in (file.name, file.stem):
+                    found.setdefault(name, []).append(file)
+        return found
 
 
 # ---------------------------------------------------------------------------------------- splits

@@ -153,6 +153,52 @@ def test_lists_beside_class_folders_that_are_not_of_classes(tmp_path):
         assert f"do: convert {path}" in refused(tmp_path)
 
 
+HAM10000 = {"image_id": ["a0", "a1", "a2", "a3", "a4"], "dx": LABELS, "sex": [*"mfmfm"], "age": IDS}
+
+
+def ham10000(root: Path, suffix: str = ".csv", **columns: list) -> Path:
+    """Write images into two folders that are no classes, and the list of their labels."""
+    for i, name in enumerate(HAM10000["image_id"]):
+        put(root / f"part_{i % 2 + 1}", [])
+        (root / f"part_{i % 2 + 1}" / f"{name}.jpg").write_bytes(image(i))
+    return write(root / f"metadata{suffix}", HAM10000 | columns)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_list_beside_several_folders_of_images(tmp_path, suffix):
+    path = ham10000(tmp_path, suffix)
+    message = refused(tmp_path)
+    flag = "--columns path=image_id,label=dx"
+    assert f"do: convert {path} {flag}, or with another label (sex); or move" in message
+    source = open_source(str(path), columns={"path": "image_id", "label": "dx"})
+    assert content(source) == EXPECTED
+    assert "dx, sex, age could hold the labels" in refused(path)
+
+
+def test_a_list_of_ids_beside_classes(tmp_path):
+    """Keep the folders if a column says the same, or if no column can be a label."""
+    parts = ["part_1", "part_2", "part_1", "part_2", "part_1"]
+    path = ham10000(tmp_path, folder=parts)
+    assert open_source(str(tmp_path)).classes == ["part_1", "part_2"]
+    for columns in ({"width": [3, 3, 4, 4, 4], "height": [5] * 5}, {"note": [*"abcde"]}):
+        write(path, {"image_id": HAM10000["image_id"]} | columns)
+        assert open_source(str(tmp_path)).classes == ["part_1", "part_2"]
+    write(path, {"image_id": HAM10000["image_id"], "level": [0, 0, 1, 1, 0]})
+    assert f"do: convert {path}; or move the list" in refused(tmp_path)
+
+
+def test_an_id_in_folders_must_be_of_one_image(tmp_path):
+    path = ham10000(tmp_path)
+    columns = {"path": "image_id", "label": "dx"}
+    put(tmp_path / "part_2", ["a0.png"])
+    message = refused(path, columns=columns)
+    assert "got part_1/a0.jpg and part_2/a0.png for the image a0 of a list; need one" in message
+    (tmp_path / "part_2").rename(tmp_path / "test_part")
+    shutil.copy(tmp_path / "part_1/a0.jpg", tmp_path / "test_part/a1.png")
+    path = path.rename(tmp_path / "train_list.csv")  # images of test_part are not its own
+    assert "csv:3: got a1, but there is no file" in refused(path, columns=columns)
+
+
 def test_a_list_beside_folders_of_splits(tmp_path):
     """Offer Kaggle's train.csv beside train/ and test/, but not a list that says the same."""
     put(tmp_path / "train", NAMES)
