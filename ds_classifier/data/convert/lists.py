@@ -24,6 +24,7 @@ from ds_classifier.data.convert.split_names import kinds_in
 from ds_classifier.data.tars import printable
 
 LISTS = (".csv", ".tsv", ".jsonl", ".txt")
+MAX_NAMED = 5  # columns in a message
 LONGEST_LINE = 1 << 20  # bytes of a first line that is looked at, in a file that may be no list
 ROWS_LOOKED_AT = 1000  # of a list beside images
 LABEL_NAMES = {
@@ -36,6 +37,10 @@ _HELD_OUT = re.compile(r"val|test|dev", re.IGNORECASE)
 _SUFFIXES = "|".join(map(re.escape, ALL_SUFFIXES))
 _IMAGE_FIRST = re.compile(rf"(.+(?:{_SUFFIXES}))\s*[\s,;]\s*(\S.*)", re.IGNORECASE)  # path, label
 _NUMBER = re.compile(r"[-+.\de]*")
+_PART = re.compile(  # HAM10000_images_part_1, images_001
+    r"(?:^|[^a-z])(?:part|images?|imgs?|photos?|batch|fold|folder|dir|set|data)[^a-z]*\d$",
+    re.IGNORECASE,
+)
 _NUMBERS = re.compile(r"[-+.\d]+(\s+[-+.\d]+)+")
 
 Row = tuple[int, Mapping[str, object]]  # line number, and the values by column
@@ -140,6 +145,7 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
             columns, flag = f"{chosen.path} and {chosen.label}", ""
         except ValueError:
             image = next(iter(inside))
+            _refuse_one_hot(place, [row for row, _ in rows], [n for n in row[1] if n != image])
             columns = ", ".join(row[1])
             label = next(name for name in labels or row[1] if name != image)
             others = f" ({', '.join(labels[1:])})" if labels[1:] else ""
@@ -175,24 +181,32 @@ def _class_of(inside: Mapping[str, Path]) -> str:
 def _labels_by_id(rows: list[tuple[Row, dict[str, Path]]]) -> list[str]:
     """Return the columns that may be labels of images in several folders, named without these.
 
-    rows: rows, each with its columns that name images. A label has a known name, is text that is
-    repeated, or is in the only other column and is repeated. Empty if a column says the same as
-    the folders, or if the rows of a list mostly name other things.
+    rows: rows, each with its columns that name images. Empty if a column says the same as the
+    folders, or if none looks like one of labels: see `_likely_labels`.
     """
     image = next(iter(rows[0][1]))
     others = [name for name in rows[0][0][1] if name != image]
     folders = [_class_of(inside) for _, inside in rows]
-    labels = []
+    parts = all(map(_PART.search, folders))  # names that stand for no class
     for name in others:
         values = [str(row[1].get(name)).strip() for row, _ in rows]
-        pairs, kinds = set(zip(values, folders, strict=True)), set(values)
-        if len(pairs) == len(kinds) == len(set(folders)):
+        pairs = set(zip(values, folders, strict=True))
+        same = len(pairs) == len(set(values)) == len(set(folders))
+        if same and not (parts and set(values) != set(folders)):
             return []
-        repeated = 1 < len(kinds) <= len(rows) * 2 / 3
-        text = not all(_NUMBER.fullmatch(value) for value in kinds)
-        if str(name).lower() in LABEL_NAMES or (repeated and (text or len(others) == 1)):
-            labels.append(name)
-    return labels
+    return _likely_labels([row for row, _ in rows], others)
+
+
+def _likely_labels(rows: list[Row], names: Sequence[str]) -> list[str]:
+    """Return the columns that have a known name, or a text that is repeated; or the only one."""
+    likely = []
+    for name in names:
+        values = {str(row.get(name)).strip() for _, row in rows}
+        repeated = 1 < len(values) <= len(rows) * 2 / 3
+        text = not all(map(_NUMBER.fullmatch, values))
+        if str(name).lower() in LABEL_NAMES or (repeated and (text or len(names) == 1)):
+            likely.append(name)
+    return likely
 
 
 def _other_labels(path: Path, rows: list[tuple[Row, dict[str, Path]]]) -> bool:
@@ -247,11 +261,27 @@ def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns
         split, kinds = _split_column(rows)
         others = [name for name in names if name not in (image, split if kinds else None)]
         if len(others) != 1:
-            example = others[0] if others else "NAME"
+            _refuse_one_hot(path, rows, others)
+            example = next(iter(_likely_labels(rows, others) or others), "NAME")
             raise _unclear(path, names, "labels", others, f"path={image},label={example}")
         label = others[0]
     files = next((p for p in places if p.find(str(first.get(image)))), places[0])
     return _Columns(image, label, files)
+
+
+def _refuse_one_hot(path: Path, rows: list[Row], names: list[str]) -> None:
+    """Raise ValueError if each row has 0 or 1 in several columns, which stand for classes."""
+    values = {name: {str(row.get(name)).strip() for _, row in rows} for name in names}
+    hot = [name for name in names if values[name] <= {"0", "1", "0.0", "1.0", "False", "True"}]
+    if len(hot) < 2:
+        return
+    shown = ", ".join(map(printable, hot[:MAX_NAMED])) + ", ..." * (len(hot) > MAX_NAMED)
+    of_pandas = f"t['label'] = t[{hot[:MAX_NAMED]}{' + [...]' * (len(hot) > MAX_NAMED)}]"
+    raise ValueError(
+        f"{path}: got a column of 0 and 1 for each class ({shown}); need one column with the name "
+        "of the class, and one class per image; do: write the name of the column that has the 1 "
+        f"into a column label, with pandas: {of_pandas}.idxmax(axis=1)"
+    )
 
 
 def _unclear(path: Path, names: list[str], what: str, found: list[str], line: str) -> ValueError:

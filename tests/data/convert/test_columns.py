@@ -153,7 +153,7 @@ def test_lists_beside_class_folders_that_are_not_of_classes(tmp_path):
         assert f"do: convert {path}" in refused(tmp_path)
 
 
-HAM10000 = {"image_id": ["a0", "a1", "a2", "a3", "a4"], "dx": LABELS, "sex": [*"mfmfm"], "age": IDS}
+HAM10000 = {"image_id": ["a0", "a1", "a2", "a3", "a4"], "dx": LABELS, "sex": [*"mmfff"], "age": IDS}
 
 
 def ham10000(root: Path, suffix: str = ".csv", **columns: list) -> Path:
@@ -172,7 +172,24 @@ def test_a_list_beside_several_folders_of_images(tmp_path, suffix):
     assert f"do: convert {path} {flag}, or with another label (sex); or move" in message
     source = open_source(str(path), columns={"path": "image_id", "label": "dx"})
     assert content(source) == EXPECTED
-    assert "dx, sex, age could hold the labels" in refused(path)
+    assert "dx, sex, age could hold the labels" in (message := refused(path))
+    assert message.endswith(f"as in {flag}")
+    of_folders = [["nv", "mel"][i % 2] for i in range(5)]  # parts are no classes even then
+    path = ham10000(tmp_path, suffix, dx=of_folders)
+    assert f"do: convert {path} {flag}" in refused(tmp_path)
+
+
+def test_a_column_for_each_class(tmp_path):
+    names = [f"leaf{name}" for name in NAMES]
+    put(tmp_path, names)
+    hot = {label: [int(label == other) for other in LABELS] for label in ("cat", "dog", "eel")}
+    path = write(tmp_path / "list.csv", {"image": names} | hot)
+    message = refused(path)
+    assert refused(tmp_path) == message
+    assert "got a column of 0 and 1 for each class (cat, dog, eel); need one column" in message
+    assert "label=" not in message
+    assert message.endswith("pandas: t['label'] = t[['cat', 'dog', 'eel']].idxmax(axis=1)")
+    assert len(open_source(str(path), columns={"label": "dog"}).splits["train"]) == 5
 
 
 def test_a_list_of_ids_beside_classes(tmp_path):
@@ -339,7 +356,12 @@ def test_a_column_of_parquet_that_is_taken_for_labels_is_named(tmp_path):
     assert open_source(str(path), columns={"label": "species"}).remarks == ()
     path = parquet(tmp_path / "b.parquet", {"image": [], "label": LABELS}, {})
     assert open_source(str(path)).remarks == ()
-    for column, values in (("image_id", [0] * 5), ("id", IDS), ("index", IDS), ("note", NAMES)):
+    for column, values in (
+        ("image_id", [0, 0, 0, 0, 1]),
+        ("id", IDS),
+        ("index", IDS),
+        ("note", NAMES),
+    ):
         path = parquet(tmp_path / "c.parquet", {"image": [], column: values}, {})
         message = refused(path)
         assert f"got the column {column}, wh" in message
