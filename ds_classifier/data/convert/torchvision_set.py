@@ -24,6 +24,10 @@ from ds_classifier.data.convert.samples import DataSource, Sample
 
 PREFIX = "torchvision:"
 FOLDERS = ("ImageFolder", "DatasetFolder")  # classes that take any folder, splits for classes too
+NO_CLASSES = (  # classes whose labels are boxes, masks or captions
+    *("CocoDetection", "CocoCaptions", "VOCDetection", "VOCSegmentation", "Cityscapes"),
+    *("SBDataset", "SBU", "Kitti", "WIDERFace", "Flickr8k", "Flickr30k"),
+)
 VAL_NAMES = ("val", "valid", "test")  # values of `split`; the first that a class has is validation
 
 Options = tuple[tuple[str, Any], ...]  # keyword arguments of a class, hashable
@@ -79,6 +83,11 @@ def torchvision_set(source: str, root: Path | None, download: bool) -> DataSourc
             f"and without hidden folders; do: convert {root or 'DIR'} OUT"
         )
     parameters = _parameters(constructor)
+    if name in NO_CLASSES:
+        raise ValueError(
+            f"source: got {PREFIX}{name}, whose labels are boxes, masks or captions; need a data "
+            "set for classification, such as CIFAR10, or a list of images and their classes (.csv)"
+        )
     given = dict(map(_argument, re.split(r",(?=\w+=)", arguments) if arguments else ()))
     if unknown := set(given) - set(parameters):
         raise ValueError(

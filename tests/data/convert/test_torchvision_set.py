@@ -222,6 +222,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     for name in ("ImageFolder", "DatasetFolder"):
         message = refused(f"torchvision:{name}", root=tmp_path)
         assert message.endswith(f"without hidden folders; do: convert {tmp_path} OUT")
+    assert "whose labels are boxes, masks or cap" in refused("torchvision:CocoDetection")
     assert "got the argument splt for EMNIST" in refused("torchvision:EMNIST,splt=a", root=tmp_path)
     assert "do: convert torchvision:EMNIST,split=VALUE" in refused("torchvision:EMNIST")
     assert "need NAME=VALUE" in refused("torchvision:FakeData,3")

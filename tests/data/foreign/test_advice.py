@@ -110,9 +110,7 @@ def test_the_line_that_renames_labels(tmp_path):
     """Run it, and read the labels."""
     tar = tar_of(tmp_path / "x.tar", pairs(("jpg", JPG), ("lbl", b"0")))
     message = problems(tar, tmp_path / "out")
-    with pytest.raises(
-        ValueError, match="shards of WebDataset such as x.tar that have no"
-    ) as error:
+    with pytest.raises(ValueError, match="with shards of WebDataset such as") as error:
         open_source(str(tar))
     line = message.partition("in each tar: ")[2].rstrip()
     assert line in str(error.value)
