@@ -118,11 +118,12 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
     `_other_labels`. train: the training images, if the folder holds those for validation.
     """
     clear = _has_classes(folder)
+    below: dict[Path, dict[str, list[Path]]] = {}
     around = [folder, *folder.parents][: len(folder.relative_to(above).parts) + 1]
     for place in (place for each in around for place in sorted(each.iterdir())):
         if place.suffix.lower() not in LISTS or place.name.startswith(".") or not place.is_file():
             continue
-        places, rows = _places(place), []  # rows: those of the folder's images
+        places, rows = _places(place, below), []  # rows: those of the folder's images
         with suppress(ValueError, OSError):  # converting the list reports it
             for row in islice(_rows(place, LONGEST_LINE), ROWS_LOOKED_AT):
                 found = _image_columns(places, row[1])
@@ -132,7 +133,8 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
         if not rows:
             continue
         row, inside = rows[0]
-        ids = clear and not _image_columns(places[:-1], row[1])  # found in folders by their names
+        near = [place for place in places if isinstance(place, _Files)]
+        ids = clear and not _image_columns(near, row[1])  # found in folders by their names
         labels = _labels_by_id(rows) if ids else []
         if not labels if ids else clear and not _other_labels(place, rows):
             continue
@@ -153,7 +155,7 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
         raise ValueError(
             f"source: got the folder {place.parent}, which holds a list of its images, "
             f"{place.name} (columns {columns}); need one source of classes; do: convert "
-            f"{f'{train} OUT --val ' * bool(train)}{place}{flag}; or move the list away, to take "
+            f"{f'{train} OUT --val {place}' if train else f'{place} OUT'}{flag}; or move the list away, to take "
             "the classes from the names of folders"
         )
 
@@ -324,15 +326,20 @@ def _image_columns(
     return {}
 
 
-def _places(path: Path) -> list[_Files | _FilesBelow]:
+def _places(
+    path: Path, below: dict[Path, dict[str, list[Path]]] | None = None
+) -> list[_Files | _FilesBelow]:
     """Return where the images of a list may be: next to it, in a folder with a likely name, below.
 
-    The last one is a `_FilesBelow`.
+    below: see `_FilesBelow`, which is not for .txt, as that may be any text.
     """
     names = ["", path.stem, f"{path.stem}_images", "images"]
     if not _HELD_OUT.search(path.stem):  # those of train/ are no images for validation
         names += ["train", "train_images"]
-    return [*(_Files(path.parent / name) for name in names), _FilesBelow(path)]
+    places: list[_Files | _FilesBelow] = [_Files(path.parent / name) for name in names]
+    if path.suffix.lower() != ".txt":
+        places.append(_FilesBelow(path, {} if below is None else below))
+    return places
 
 
 class _Files:
@@ -368,18 +375,23 @@ class _FilesBelow:
     """The images in all folders beside a list, by their names or stems: HAM10000's part_1, part_2.
 
     Folders that are named for another split than the list are left out.
+    below: folder -> name, and stem -> images; the folder of the list is added when it is needed, so
+    that several lists share one walk.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, below: dict[Path, dict[str, list[Path]]]):
         self.folder = path.parent
         self._kinds = kinds_in(path.stem)
-        self._files: dict[str, list[Path]] | None = None  # name, and stem -> images
+        self._below = below
 
     def find(self, image: str) -> Path | None:
         """Return an image; None if there is none. Raises ValueError if two have that name."""
-        if self._files is None:
-            self._files = self._images()
-        files = self._files.get(image, [])
+        if self.folder not in self._below:
+            found = self._below[self.folder] = {}
+            for file in files_under(self.folder, lambda f: f.name.lower().endswith(ALL_SUFFIXES)):
+                for name in (file.name, file.stem):
+                    found.setdefault(name, []).append(file)
+        files = [file for file in self._below[self.folder].get(image, ()) if self._takes(file)]
         if len(files) > 1:
             raise ValueError(
                 f"{self.folder}: got {files[0].relative_to(self.folder)} and "
@@ -388,15 +400,10 @@ class _FilesBelow:
             )
         return files[0] if files else None
 
-    def _images(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
-        for file in files_under(self.folder, lambda f: f.name.lower().endswith(ALL_SUFFIXES)):
-            first, *deeper = file.relative_to(self.folder).parts
-            other = kinds_in(first) if deeper else set()
-            if not (self._kinds and other and self._kinds.isdisjoint(other)):
-                for name in (file.name, file.stem):
-                    found.setdefault(name, []).append(file)
-        return found
+    def _takes(self, file: Path) -> bool:
+        first, *deeper = file.relative_to(self.folder).parts
+        kinds = kinds_in(first) if deeper else set()
+        return not (self._kinds and kinds) or not self._kinds.isdisjoint(kinds)
 
 
 # ---------------------------------------------------------------------------------------- splits

@@ -172,7 +172,7 @@ def _files(
                 for name, folder in taken.items() or [(split, given)]:
                     refuse_list_beside(folder, given, places["train"] if name == "val" else None)
                 if split == "train" and taken:
-                    refuse_loose_images(given, taken[split])
+                    refuse_loose_images(given, taken)
     try:
         splits = BOTH if val is None else ("train",)
         images = _images(places["train"], kind, columns, splits, passed, remarks)
@@ -415,12 +415,12 @@ def _remark_on_classes(root: Path, images: list[NamedSample]) -> list[str]:
     names = ", ".join(sorted(splits))
     deep = all(image.name.count(os.sep) > 1 for image in images if image.class_name in splits)
     if deep or {"train"} < exact.keys():
-        train, val = exact.get("train", "TRAIN"), exact.get("val", exact.get("test", "VAL"))
+        train, val = exact.get("train", "TRAIN"), exact.get("val", exact.get("test"))
         raise ValueError(
             f"source: got {root} with folders named for splits ({names})"
             f"{', which hold further folders,' * deep} beside {other}; need splits or classes; "
-            f"do: convert {root / train} OUT --val {root / val}, or, if they are classes, list the "
-            "images in a .csv"
+            f"do: convert {root / train} OUT --val {root / val if val else '10%'}, or, if they are "
+            "classes, list the images in a .csv"
         )
     return [f"{names}: taken for classes, not for splits, because of {other}"]
 

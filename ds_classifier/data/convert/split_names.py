@@ -61,18 +61,19 @@ def are_splits(names: Iterable[str]) -> bool:
     return several and all(kind for kind, _ in kinds) and len({own for _, own in kinds}) == 1
 
 
-def refuse_loose_images(root: Path, folder: Path) -> None:
-    """Raise ValueError if images lie directly in a folder that `take_folders` took from root.
+def refuse_loose_images(root: Path, taken: Mapping[str, Path]) -> None:
+    """Raise ValueError if images lie directly in the training folder of what `take_folders` took.
 
     They may be those of a class as well as a split of files named CLASS_image.jpg.
     """
+    folder, val = taken["train"], taken.get("val", "10%")
     for name in sorted(os.listdir(folder)):
         file = folder / name
         if not is_passed_over(name) and not file.is_dir() and is_image_file(file):
             raise ValueError(
                 f"source: got {file} directly in a folder named for a split; need to know whether "
                 f"the folders in {root} are splits or classes; do: if they are splits of "
-                f"CLASS_image.jpg files, convert {folder} OUT --val {root}/VAL; if they are "
+                f"CLASS_image.jpg files, convert {folder} OUT --val {val}; if they are "
                 "classes, list the images in a .csv, or give the folders other names"
             )
 

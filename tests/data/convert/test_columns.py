@@ -76,7 +76,7 @@ def test_lists_as_people_have_them(tmp_path, layout):
     path = write(tmp_path / name, columns)
     assert content(open_source(str(path))) == EXPECTED
     message = refused(tmp_path)  # the folder is offered its list
-    assert f"do: convert {path}; or move" in message
+    assert f"do: convert {path} OUT; or move" in message
 
 
 def test_lists_without_a_line_of_names(tmp_path):
@@ -106,7 +106,7 @@ def test_columns_that_are_not_clear_are_asked_for(tmp_path):
     path = write(tmp_path / "a.csv", {"file": NAMES, "class": LABELS, "by": ["me"] * 5})
     line = "--columns path=file,label=class"
     assert line in refused(path)
-    assert f"do: convert {path} {line}, or with another label" in refused(tmp_path)
+    assert f"do: convert {path} OUT {line}, or with another label" in refused(tmp_path)
     source = open_source(str(path), columns={"path": "file", "label": "class"})
     assert content(source) == EXPECTED
     assert "has the columns ['file', 'class', 'by']" in refused(path, columns={"label": "x"})
@@ -150,7 +150,7 @@ def test_lists_beside_class_folders_that_are_not_of_classes(tmp_path):
         {"f": paths, "x": [*LABELS[1:], "cat"]},
     ):
         path = write(tmp_path / "other.csv", columns)
-        assert f"do: convert {path}" in refused(tmp_path)
+        assert f"do: convert {path} OUT" in refused(tmp_path)
 
 
 HAM10000 = {"image_id": ["a0", "a1", "a2", "a3", "a4"], "dx": LABELS, "sex": [*"mmfff"], "age": IDS}
@@ -169,14 +169,14 @@ def test_a_list_beside_several_folders_of_images(tmp_path, suffix):
     path = ham10000(tmp_path, suffix)
     message = refused(tmp_path)
     flag = "--columns path=image_id,label=dx"
-    assert f"do: convert {path} {flag}, or with another label (sex); or move" in message
+    assert f"do: convert {path} OUT {flag}, or with another label (sex); or move" in message
     source = open_source(str(path), columns={"path": "image_id", "label": "dx"})
     assert content(source) == EXPECTED
     assert "dx, sex, age could hold the labels" in (message := refused(path))
     assert message.endswith(f"as in {flag}")
     of_folders = [["nv", "mel"][i % 2] for i in range(5)]  # parts are no classes even then
     path = ham10000(tmp_path, suffix, dx=of_folders)
-    assert f"do: convert {path} {flag}" in refused(tmp_path)
+    assert f"do: convert {path} OUT {flag}" in refused(tmp_path)
 
 
 def test_a_column_for_each_class(tmp_path):
@@ -201,7 +201,7 @@ def test_a_list_of_ids_beside_classes(tmp_path):
         write(path, {"image_id": HAM10000["image_id"]} | columns)
         assert open_source(str(tmp_path)).classes == ["part_1", "part_2"]
     write(path, {"image_id": HAM10000["image_id"], "level": [0, 0, 1, 1, 0]})
-    assert f"do: convert {path}; or move the list" in refused(tmp_path)
+    assert f"do: convert {path} OUT; or move the list" in refused(tmp_path)
 
 
 def test_an_id_in_folders_must_be_of_one_image(tmp_path):
@@ -223,7 +223,7 @@ def test_a_list_beside_folders_of_splits(tmp_path):
     path = write(tmp_path / "train.csv", {"id": IDS, "label": LABELS})
     message = refused(tmp_path)
     assert f"got the folder {tmp_path}, which holds a list of its images, train.csv" in message
-    assert f"do: convert {path}; or move" in message
+    assert f"do: convert {path} OUT; or move" in message
     same = tmp_path / "same"
     for i, label in enumerate(LABELS):
         (same / "train" / label).mkdir(parents=True, exist_ok=True)

@@ -244,6 +244,7 @@ def test_folders_whose_split_is_in_doubt_are_refused(plain, tmp_path):  # noqa: 
     kept_apart = layout(plain, tmp_path / "f", train="train")
     make_images(kept_apart / "holdout", ["x/1.png"])
     assert "splits (train), which hold further folders, beside holdout" in refused(kept_apart)
+    assert f"do: convert {kept_apart}/train OUT --val 10%, or, if" in refused(kept_apart)
     unlabelled = layout(plain, tmp_path / "g", train="train")
     make_images(unlabelled / "test", ["1.png"])
     assert f"to choose: convert {unlabelled}/train OUT, with --val or" in refused(unlabelled)
@@ -338,7 +339,8 @@ def test_loose_images_in_folders_named_for_splits(tmp_path):
         names = [f"{s}/{kind}_{s}.png" for s in splits for kind in ("img", "pic")]
         root = make_images(tmp_path / name, names)
         message = refused(root)
-        assert f"convert {root}/{splits[0]} OUT --val {root}/VAL; if they are classes" in message
+        line = f"convert {root}/{splits[0]} OUT --val {root}/{splits[-1]}; if they are classes"
+        assert line in message
         assert "list the images in a .csv, or give the folders other names" in message
         val = root / splits[1]
         assert open_source(str(root / splits[0]), str(val)).classes == ["img", "pic"]
