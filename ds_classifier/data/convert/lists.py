@@ -155,8 +155,8 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
         raise ValueError(
             f"source: got the folder {place.parent}, which holds a list of its images, "
             f"{place.name} (columns {columns}); need one source of classes; do: convert "
-            f"{f'{train} OUT --val {place}' if train else f'{place} OUT'}{flag}; or move the list away, to take "
-            "the classes from the names of folders"
+            f"{f'{train} OUT --val {place}' if train else f'{place} OUT'}{flag}; or move the list "
+            "away, to take the classes from the names of folders"
         )
 
 
