@@ -142,7 +142,8 @@ def read_text(path: Path) -> str:
         problem = f"whose byte {error.start} is not UTF-8"
     guess = "LATIN1"
     if b"\0" in data[:4]:
-        guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-16LE"
+        without_mark = "UTF-16BE" if data[0] == 0 else "UTF-16LE"
+        guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else without_mark
     raise ValueError(
         f"got {path}, {problem}; need text in UTF-8; do: iconv -f {guess} -t UTF-8 {path} > NEW"
     )

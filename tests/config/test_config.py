@@ -340,7 +340,12 @@ def test_files_that_are_not_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("encoding", "guess"),
-    [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("latin-1", "LATIN1")],
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("latin-1", "LATIN1"),
+    ],
 )
 def test_a_json_that_is_not_utf_8_is_named_with_what_to_do(tmp_path, encoding, guess):
     path = tmp_path / "é.json"

@@ -109,10 +109,11 @@ def test_images_of_other_formats_do_not_vanish(folder, tmp_path):
 
 
 def test_splits_are_not_taken_for_classes(tmp_path):
-    source = image_folder(make_images(tmp_path / "both", ["train/cat/1.png", "val/cat/2.png"]))
-    assert source.classes == ["cat"]
+    names = ["train/cat/1.png", "train/dog/3.png", "val/cat/2.png"]
+    source = image_folder(make_images(tmp_path / "both", names))
+    assert source.classes == ["cat", "dog"]
     assert {split: len(samples) for split, samples in source.splits.items()} == {
-        "train": 1,
+        "train": 2,
         "val": 1,
     }
 

@@ -19,7 +19,12 @@ OPEN_MPI = dict(
     OMPI_COMM_WORLD_LOCAL_SIZE="1",
 )
 HYDRA = dict(PMI_RANK="3", PMI_SIZE="4", MPI_LOCALRANKID="1", MPI_LOCALNRANKS="2")
-OF_A_LAUNCHER = re.compile("(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|PMI_|PMIX_|MPI_)")
+MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()}
+JSRUN = {name.replace("OMPI_COMM_WORLD", "JSM_NAMESPACE"): v for name, v in OPEN_MPI.items()}
+FLUX = dict(FLUX_TASK_RANK="2", FLUX_JOB_SIZE="4", FLUX_TASK_LOCAL_ID="0")
+OF_A_LAUNCHER = re.compile(
+    "(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|PMI_|PMIX_|MPI_|MV2_|JSM_|FLUX_)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +60,10 @@ def ranks() -> tuple[int, int, int, int]:
         (OPEN_MPI, (1, 2, 0, 1)),
         (OPEN_MPI | dict(SLURM_PROCID="0", SLURM_NTASKS="1"), (1, 2, 0, 1)),
         (HYDRA, (3, 4, 1, 2)),
+        (MVAPICH, (1, 2, 0, 1)),
+        (JSRUN, (1, 2, 0, 1)),
+        (FLUX, (2, 4, 0, 4)),
+        (FLUX | dict(PMI_RANK="2", PMI_SIZE="4"), (2, 4, 0, 4)),
     ],
 )
 def test_tasks_that_know_where_to_meet_are_ranks(variables, expected, no_launcher):
@@ -86,6 +95,9 @@ def test_one_process_is_alone(variables, meet, no_launcher):
         (STEP | dict(SLURM_PROCID="0"), "srun"),
         (OPEN_MPI, "mpirun"),
         (HYDRA, "mpiexec"),
+        (MVAPICH, "mpirun_rsh"),
+        (JSRUN, "jsrun"),
+        (FLUX, "flux run"),
         (dict(PMI_RANK="1", PMI_SIZE="2") | MEET, "mpiexec"),  # without a local rank
     ],
 )

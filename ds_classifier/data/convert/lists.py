@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files, is_image_file
-from ds_classifier.data.convert.samples import NamedSample, is_passed_over
+from ds_classifier.data.convert.samples import NamedSample, files_under, is_passed_over
 from ds_classifier.data.convert.split_names import kinds_in
 from ds_classifier.data.tars import printable
 
 LISTS = (".csv", ".tsv", ".jsonl", ".txt")
+MAX_NAMED = 5  # columns in a message
 LONGEST_LINE = 1 << 20  # bytes of a first line that is looked at, in a file that may be no list
 ROWS_LOOKED_AT = 1000  # of a list beside images
 LABEL_NAMES = {
@@ -35,17 +36,22 @@ _INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # text that str(int(text)) does not c
 _HELD_OUT = re.compile(r"val|test|dev", re.IGNORECASE)
 _SUFFIXES = "|".join(map(re.escape, ALL_SUFFIXES))
 _IMAGE_FIRST = re.compile(rf"(.+(?:{_SUFFIXES}))\s*[\s,;]\s*(\S.*)", re.IGNORECASE)  # path, label
+_NUMBER = re.compile(r"[-+.\de]*")
+_PART = re.compile(  # HAM10000_images_part_1, images_001
+    r"(?:^|[^a-z])(?:part|images?|imgs?|photos?|batch|fold|folder|dir|set|data)[^a-z]*\d$",
+    re.IGNORECASE,
+)
 _NUMBERS = re.compile(r"[-+.\d]+(\s+[-+.\d]+)+")
 
 Row = tuple[int, Mapping[str, object]]  # line number, and the values by column
 
 
 class _Columns(NamedTuple):
-    """The columns that are read, and the folder that the paths are relative to."""
+    """The columns that are read, and the place that finds the files."""
 
     path: str
     label: str
-    folder: Path
+    files: _Files | _FilesBelow
 
 
 def listed_files(
@@ -71,7 +77,7 @@ def listed_files(
 def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[NamedSample]:
     """Return the images of rows."""
     chosen = _choose(path, rows, columns)
-    files = _Files(chosen.folder)
+    files = chosen.files
     images = []
     first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
     for line, row in rows:
@@ -87,7 +93,7 @@ def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[Nam
         file = files.find(image)
         if file is None:
             raise ValueError(
-                f"{path}:{line}: got {image}, but there is no file {chosen.folder / image}; need "
+                f"{path}:{line}: got {image}, but there is no file {files.folder / image}; need "
                 "an absolute path, or one relative to the list's folder; do: correct or remove it"
             )
         earlier, other = first.setdefault(image, (line, label))
@@ -112,20 +118,26 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
     `_other_labels`. train: the training images, if the folder holds those for validation.
     """
     clear = _has_classes(folder)
+    below: dict[Path, dict[str, list[Path]]] = {}
     around = [folder, *folder.parents][: len(folder.relative_to(above).parts) + 1]
     for place in (place for each in around for place in sorted(each.iterdir())):
         if place.suffix.lower() not in LISTS or place.name.startswith(".") or not place.is_file():
             continue
-        places, rows = _places(place), []  # rows: those of the folder's images
+        places, rows = _places(place, below), []  # rows: those of the folder's images
         with suppress(ValueError, OSError):  # converting the list reports it
             for row in islice(_rows(place, LONGEST_LINE), ROWS_LOOKED_AT):
                 found = _image_columns(places, row[1])
                 inside = {n: f.relative_to(folder) for n, f in found.items() if folder in f.parents}
                 if inside and len(row[1]) > 1:
                     rows.append((row, inside))
-        if not rows or (clear and not _other_labels(place, rows)):
+        if not rows:
             continue
         row, inside = rows[0]
+        near = [place for place in places if isinstance(place, _Files)]
+        ids = clear and not _image_columns(near, row[1])  # found in folders by their names
+        labels = _labels_by_id(rows) if ids else []
+        if not labels if ids else clear and not _other_labels(place, rows):
+            continue
         if not clear and _class_of(inside) in {
             str(value) for name, value in row[1].items() if name not in inside
         }:
@@ -135,14 +147,16 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
             columns, flag = f"{chosen.path} and {chosen.label}", ""
         except ValueError:
             image = next(iter(inside))
+            _refuse_one_hot(place, [row for row, _ in rows], [n for n in row[1] if n != image])
             columns = ", ".join(row[1])
-            label = next(name for name in row[1] if name != image)
-            flag = f" --columns path={image},label={label}, or with another label"
+            label = next(name for name in labels or row[1] if name != image)
+            others = f" ({', '.join(labels[1:])})" if labels[1:] else ""
+            flag = f" --columns path={image},label={label}, or with another label{others}"
         raise ValueError(
             f"source: got the folder {place.parent}, which holds a list of its images, "
             f"{place.name} (columns {columns}); need one source of classes; do: convert "
-            f"{f'{train} OUT --val ' * bool(train)}{place}{flag}; or move the list away, to take "
-            "the classes from the names of folders"
+            f"{f'{train} OUT --val {place}' if train else f'{place} OUT'}{flag}; or move the list "
+            "away, to take the classes from the names of folders"
         )
 
 
@@ -164,6 +178,37 @@ def _class_of(inside: Mapping[str, Path]) -> str:
     """Return the class that the path of an image stands for: its folder, or a prefix."""
     first, *deeper = next(iter(inside.values())).parts
     return first if deeper else first.split("_")[0]
+
+
+def _labels_by_id(rows: list[tuple[Row, dict[str, Path]]]) -> list[str]:
+    """Return the columns that may be labels of images in several folders, named without these.
+
+    rows: rows, each with its columns that name images. Empty if a column says the same as the
+    folders, or if none looks like one of labels: see `_likely_labels`.
+    """
+    image = next(iter(rows[0][1]))
+    others = [name for name in rows[0][0][1] if name != image]
+    folders = [_class_of(inside) for _, inside in rows]
+    parts = all(map(_PART.search, folders))  # names that stand for no class
+    for name in others:
+        values = [str(row[1].get(name)).strip() for row, _ in rows]
+        pairs = set(zip(values, folders, strict=True))
+        same = len(pairs) == len(set(values)) == len(set(folders))
+        if same and not (parts and set(values) != set(folders)):
+            return []
+    return _likely_labels([row for row, _ in rows], others)
+
+
+def _likely_labels(rows: list[Row], names: Sequence[str]) -> list[str]:
+    """Return the columns that have a known name, or a text that is repeated; or the only one."""
+    likely = []
+    for name in names:
+        values = {str(row.get(name)).strip() for _, row in rows}
+        repeated = 1 < len(values) <= len(rows) * 2 / 3
+        text = not all(map(_NUMBER.fullmatch, values))
+        if str(name).lower() in LABEL_NAMES or (repeated and (text or len(names) == 1)):
+            likely.append(name)
+    return likely
 
 
 def _other_labels(path: Path, rows: list[tuple[Row, dict[str, Path]]]) -> bool:
@@ -218,11 +263,27 @@ def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns
         split, kinds = _split_column(rows)
         others = [name for name in names if name not in (image, split if kinds else None)]
         if len(others) != 1:
-            example = others[0] if others else "NAME"
+            _refuse_one_hot(path, rows, others)
+            example = next(iter(_likely_labels(rows, others) or others), "NAME")
             raise _unclear(path, names, "labels", others, f"path={image},label={example}")
         label = others[0]
-    folder = next((p.folder for p in places if p.find(str(first.get(image)))), path.parent)
-    return _Columns(image, label, folder)
+    files = next((p for p in places if p.find(str(first.get(image)))), places[0])
+    return _Columns(image, label, files)
+
+
+def _refuse_one_hot(path: Path, rows: list[Row], names: list[str]) -> None:
+    """Raise ValueError if each row has 0 or 1 in several columns, which stand for classes."""
+    values = {name: {str(row.get(name)).strip() for _, row in rows} for name in names}
+    hot = [name for name in names if values[name] <= {"0", "1", "0.0", "1.0", "False", "True"}]
+    if len(hot) < 2:
+        return
+    shown = ", ".join(map(printable, hot[:MAX_NAMED])) + ", ..." * (len(hot) > MAX_NAMED)
+    of_pandas = f"t['label'] = t[{hot[:MAX_NAMED]}{' + [...]' * (len(hot) > MAX_NAMED)}]"
+    raise ValueError(
+        f"{path}: got a column of 0 and 1 for each class ({shown}); need one column with the name "
+        "of the class, and one class per image; do: write the name of the column that has the 1 "
+        f"into a column label, with pandas: {of_pandas}.idxmax(axis=1)"
+    )
 
 
 def _unclear(path: Path, names: list[str], what: str, found: list[str], line: str) -> ValueError:
@@ -233,24 +294,52 @@ def _unclear(path: Path, names: list[str], what: str, found: list[str], line: st
     )
 
 
-def _image_columns(places: list[_Files], row: Mapping[str, object]) -> dict[str, Path]:
-    """Return the columns of a row that name a file, with the file; those of known names first."""
-    found = {}
-    for name in sorted(row, key=lambda name: name not in ("path", "file_name")):
-        value = row[name]
-        if name == "label" or isinstance(value, bool) or not isinstance(value, str | int):
-            continue
-        if file := next(filter(None, (place.find(str(value)) for place in places)), None):
-            found[name] = file
-    return found
+def _image_columns(
+    places: Sequence[_Files | _FilesBelow], row: Mapping[str, object]
+) -> dict[str, Path]:
+    """Return the columns of a row that name a file, with the file; those of known names first.
+
+    Raises ValueError if the only columns that name images name several.
+    """
+    values = {
+        name: str(row[name])
+        for name in sorted(row, key=lambda name: name not in ("path", "file_name"))
+        if name != "label" and isinstance(row[name], str | int) and not isinstance(row[name], bool)
+    }
+    problem = None
+    for below in (False, True):
+        found = {}
+        nearby = [place for place in places if isinstance(place, _FilesBelow) == below]
+        for name, value in values.items():
+            try:
+                file = next(filter(None, (place.find(value) for place in nearby)), None)
+            except ValueError as error:
+                if not below:
+                    raise
+                problem, file = problem or error, None
+            if file:
+                found[name] = file
+        if found:
+            return found
+    if problem:
+        raise problem
+    return {}
 
 
-def _places(path: Path) -> list[_Files]:
-    """Return where the images of a list may be: next to it, or in a folder with a likely name."""
+def _places(
+    path: Path, below: dict[Path, dict[str, list[Path]]] | None = None
+) -> list[_Files | _FilesBelow]:
+    """Return where the images of a list may be: next to it, in a folder with a likely name, below.
+
+    below: see `_FilesBelow`, which is not for .txt, as that may be any text.
+    """
     names = ["", path.stem, f"{path.stem}_images", "images"]
     if not _HELD_OUT.search(path.stem):  # those of train/ are no images for validation
         names += ["train", "train_images"]
-    return [_Files(path.parent / name) for name in names]
+    places: list[_Files | _FilesBelow] = [_Files(path.parent / name) for name in names]
+    if path.suffix.lower() != ".txt":
+        places.append(_FilesBelow(path, {} if below is None else below))
+    return places
 
 
 class _Files:
@@ -280,6 +369,41 @@ class _Files:
                 "one file; do: write the suffix in the list"
             )
         return file.parent / names[0] if names else None
+
+
+class _FilesBelow:
+    """The images in all folders beside a list, by their names or stems: HAM10000's part_1, part_2.
+
+    Folders that are named for another split than the list are left out.
+    below: folder -> name, and stem -> images; the folder of the list is added when it is needed, so
+    that several lists share one walk.
+    """
+
+    def __init__(self, path: Path, below: dict[Path, dict[str, list[Path]]]):
+        self.folder = path.parent
+        self._kinds = kinds_in(path.stem)
+        self._below = below
+
+    def find(self, image: str) -> Path | None:
+        """Return an image; None if there is none. Raises ValueError if two have that name."""
+        if self.folder not in self._below:
+            found = self._below[self.folder] = {}
+            for file in files_under(self.folder, lambda f: f.name.lower().endswith(ALL_SUFFIXES)):
+                for name in (file.name, file.stem):
+                    found.setdefault(name, []).append(file)
+        files = [file for file in self._below[self.folder].get(image, ()) if self._takes(file)]
+        if len(files) > 1:
+            raise ValueError(
+                f"{self.folder}: got {files[0].relative_to(self.folder)} and "
+                f"{files[1].relative_to(self.folder)} for the image {image} of a list; need one "
+                "file; do: write the folder and the suffix in the list"
+            )
+        return files[0] if files else None
+
+    def _takes(self, file: Path) -> bool:
+        first, *deeper = file.relative_to(self.folder).parts
+        kinds = kinds_in(first) if deeper else set()
+        return not (self._kinds and kinds) or not self._kinds.isdisjoint(kinds)
 
 
 # ---------------------------------------------------------------------------------------- splits

@@ -23,6 +23,7 @@ NO_DATA = {
     "lost+found",
     "@eadir",
     "@recycle",
+    "@tmp",
     "@recently-snapshot",
     "@__thumb",
     "#recycle",
@@ -251,10 +252,16 @@ def share_classes(
     """Return a source whose classes are numbered by the training split alone.
 
     classes: the names in order; None: see `class_list`. remarks: see `DataSource`.
-    Raises ValueError for a validation class without training images, and for a gap in integers.
+    Raises ValueError for a validation class without training images, for a gap in integers, and
+    for a single class.
     """
     if classes is None:
         classes = class_list(name, {sample.class_name for sample in train})
+    if len(classes) == 1:
+        raise ValueError(
+            f"source: got {name} with one class, {printable(classes[0])}; need at least two; do: "
+            "take images and labels of other classes too"
+        )
     label = {class_name: i for i, class_name in enumerate(classes)}
     if val is not None:
         unknown = sorted({str(sample.class_name) for sample in val} - set(label))

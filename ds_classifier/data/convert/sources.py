@@ -49,7 +49,8 @@ DIGITS = "digits"
 GAUSSIANS = "gaussians"
 DRAWN = 1000  # images of a known distribution that are drawn at a time
 DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
-MAX_NAMED = 10  # folders without images in a message
+MAX_NAMED = 10  # folders in a message
+MIN_ALIKE = 0.8  # share of the inner folders that all folders have, if they are taken for splits
 
 
 def open_source(
@@ -171,7 +172,7 @@ def _files(
                 for name, folder in taken.items() or [(split, given)]:
                     refuse_list_beside(folder, given, places["train"] if name == "val" else None)
                 if split == "train" and taken:
-                    refuse_loose_images(given, taken[split])
+                    refuse_loose_images(given, taken)
     try:
         splits = BOTH if val is None else ("train",)
         images = _images(places["train"], kind, columns, splits, passed, remarks)
@@ -181,6 +182,7 @@ def _files(
             )
         if kind == "folder":
             remarks += _remark_on_classes(places["train"], images["train"])
+            _refuse_one_class(places["train"], images["train"])
         remarks += passed.remarks
         return share_classes(source, images["train"], images.get("val"), remarks=remarks)
     except ValueError as error:
@@ -290,7 +292,7 @@ def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
         )
 
     loose, sorted_by_class = [], []
-    inner = defaultdict(set)  # folder -> the folders directly in it, "" for none
+    inner = defaultdict(set)  # folder -> the folders directly in it, "" for images in it
     for file in image_files(root, passed):
         parts = file.relative_to(root).parts
         inner[parts[0]].add(parts[1] if len(parts) > 2 else "")
@@ -334,12 +336,12 @@ def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
                 else f"convert {root / wrapped} alone, or list the images in a .csv"
             )
         )
+    _refuse_alike(root, inner)
     empty = [] if loose else sorted(_class_folders(root) - classes)
     if empty:
-        names = ", ".join(empty[:MAX_NAMED]) + (" ..." if len(empty) > MAX_NAMED else "")
         raise ValueError(
-            f"source: got {count(len(empty), 'folder')} in {root} ({names}) without any image "
-            f"({READ_FORMATS}), or broken links; need at least one image per class; "
+            f"source: got {count(len(empty), 'folder')} in {root} ({_some(empty)}) without any "
+            f"image ({READ_FORMATS}), or broken links; need at least one image per class; "
             "do: remove the folder, repair the link, or convert its images to these formats"
         )
     return [
@@ -347,26 +349,85 @@ def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
     ]
 
 
+def _refuse_alike(root: Path, inner: Mapping[str, set[str]]) -> None:
+    """Raise ValueError if all folders hold the same folders, as fold1 and fold2 hold the classes.
+
+    inner: folder -> the folders directly in it, "" for images in it.
+    """
+    common, union = set.intersection(*inner.values()), set().union(*inner.values())
+    if len(inner) < 2 or "" in union or len(common) < max(2, MIN_ALIKE * len(union)):
+        return
+    train = min(inner, key=lambda name: (kinds_in(name) != {"train"}, own_words(name), name))
+    others = sorted(inner.keys() - {train})
+    val = next((name for name in others if kinds_in(name) & {"val", "test"}), None)
+    if val is None and not kinds_in(train):
+        val = others[0]
+    raise ValueError(
+        f"source: got {root}, whose {len(inner)} folders ({_some([train, *others])}) hold the same "
+        f"folders ({_some(sorted(common))}), as splits hold the same classes; need splits or "
+        f"classes; do: convert {root / train} OUT --val "
+        + (f"{root / val}, or --val 10%" if val else "10%")
+        + ", or, if they are classes, list the images in a .csv"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names for a message."""
+    return ", ".join(names[:MAX_NAMED]) + " ..." * (len(names) > MAX_NAMED)
+
+
+def _refuse_one_class(root: Path, images: list[NamedSample]) -> None:
+    """Raise ValueError if a folder has one class; it names the folder below with several of them.
+
+    images: the images of the folder, with names relative to it.
+    """
+    folders = [Path(image.name).parts[:-1] for image in images]
+    if len({image.class_name for image in images}) > 1:
+        return
+    shared = Path(os.path.commonpath([Path(*parts) for parts in folders]))
+    below = {parts[len(shared.parts)] for parts in folders if len(parts) > len(shared.parts)}
+    if len(below) > 1:
+        advice = f"{root / shared} holds {count(len(below), 'folder')}: convert {root / shared} OUT"
+    else:
+        advice = (
+            f"give the folder above {root}, if that holds the classes, or a list of the images "
+            "with their classes (.csv)"
+        )
+    raise ValueError(
+        f"source: got {root} with one class, {images[0].class_name}; need at least two; "
+        f"do: {advice}"
+    )
+
+
 def _remark_on_classes(root: Path, images: list[NamedSample]) -> list[str]:
     """Return a remark if classes have names of splits.
 
-    Raises ValueError if the images of those classes lie in further folders, as classes in a split.
+    Raises ValueError if the images of those classes lie in further folders, as classes in a split,
+    or if there are a training split and another one by their whole names.
     """
     classes = {str(image.class_name) for image in images}
     splits = {name: kinds for name in classes if (kinds := kinds_in(name))}
     alike = "their other words" if any(map(own_words, splits)) else "several for one split"
     other = min(classes - splits.keys(), default=alike)
-    exact = any("train" in kinds and not own_words(name) for name, kinds in splits.items())
-    if not (exact or {"train"} < set().union(*splits.values())):
+    exact = {kind: name for kind in ("train", "val", "test") for name in _exact(splits, kind)}
+    if "train" not in exact and not ({"train"} < set().union(*splits.values())):
         return []
     names = ", ".join(sorted(splits))
-    if all(image.name.count(os.sep) > 1 for image in images if image.class_name in splits):
+    deep = all(image.name.count(os.sep) > 1 for image in images if image.class_name in splits)
+    if deep or {"train"} < exact.keys():
+        train, val = exact.get("train", "TRAIN"), exact.get("val", exact.get("test"))
         raise ValueError(
-            f"source: got {root} with folders named for splits ({names}), which hold further "
-            f"folders, beside {other}; need splits or classes; do: convert {root}/TRAIN OUT --val "
-            f"{root}/VAL, or, if they are classes, list the images in a .csv"
+            f"source: got {root} with folders named for splits ({names})"
+            f"{', which hold further folders,' * deep} beside {other}; need splits or classes; "
+            f"do: convert {root / train} OUT --val {root / val if val else '10%'}, or, if they are "
+            "classes, list the images in a .csv"
         )
     return [f"{names}: taken for classes, not for splits, because of {other}"]
+
+
+def _exact(splits: Mapping[str, set[str]], kind: str) -> list[str]:
+    """Return the names that stand for a split and have no words of their own."""
+    return sorted(name for name, kinds in splits.items() if kinds == {kind} and not own_words(name))
 
 
 def _class_folders(root: Path) -> set[str]:

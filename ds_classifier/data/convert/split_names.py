@@ -17,6 +17,7 @@ WORDS = {
     "val": ("val", "valid", "validation", "dev", "valset", "validset", "validationset", "devset"),
     "test": ("test", "testing", "testset", "eval", "evaluation"),
 }
+_EVAL = {"eval", "evaluation"}
 _KIND = {word: kind for kind, words in WORDS.items() for word in words}
 _JOINED = "dataset|data|set|folder|dir|images|image|imgs|img|pictures|photos|partial|split|seg"
 _SPLIT_WORD = re.compile(  # also trainA, traindata
@@ -60,18 +61,19 @@ def are_splits(names: Iterable[str]) -> bool:
     return several and all(kind for kind, _ in kinds) and len({own for _, own in kinds}) == 1
 
 
-def refuse_loose_images(root: Path, folder: Path) -> None:
-    """Raise ValueError if images lie directly in a folder that `take_folders` took from root.
+def refuse_loose_images(root: Path, taken: Mapping[str, Path]) -> None:
+    """Raise ValueError if images lie directly in the training folder of what `take_folders` took.
 
     They may be those of a class as well as a split of files named CLASS_image.jpg.
     """
+    folder, val = taken["train"], taken.get("val", "10%")
     for name in sorted(os.listdir(folder)):
         file = folder / name
         if not is_passed_over(name) and not file.is_dir() and is_image_file(file):
             raise ValueError(
                 f"source: got {file} directly in a folder named for a split; need to know whether "
                 f"the folders in {root} are splits or classes; do: if they are splits of "
-                f"CLASS_image.jpg files, convert {folder} OUT --val {root}/VAL; if they are "
+                f"CLASS_image.jpg files, convert {folder} OUT --val {val}; if they are "
                 "classes, list the images in a .csv, or give the folders other names"
             )
 
@@ -114,6 +116,10 @@ def take_folders(
     """
     hidden = PassedOver()
     by_kind = _folders_by_kind(root, hidden)
+    tests = by_kind.get("test", [])
+    evals = [path for path in tests if _EVAL & set(_words(path.name))]
+    if "val" not in by_kind and len(evals) == 1 and len(tests) == 2:  # eval beside test
+        by_kind |= {"val": evals, "test": [path for path in tests if path not in evals]}
     taken, remark = take(root, by_kind, splits)
     if splits[0] not in taken:
         return {}, []
@@ -123,7 +129,7 @@ def take_folders(
         if others:
             raise ValueError(
                 f"source: got {folder} and {others[0].name}, which are both named for {split}; "
-                f"need one folder per split; do: {_naming_both(root)}"
+                f"need one folder per split; do: {_naming_both(root, by_kind)}"
             )
         inner = {}
         if not folder.is_symlink():  # it may contain itself, which `files_under` refuses
@@ -163,10 +169,14 @@ def _folders_by_kind(root: Path, hidden: PassedOver) -> dict[str, list[Path]]:
     for kind in kinds - WORDS.keys():
         raise ValueError(
             f"source: got {by_kind[kind][0]}, a name for {kind}, beside other folders of splits; "
-            f"need one split per folder; do: {_naming_both(root)}"
+            f"need one split per folder; do: {_naming_both(root, by_kind)}"
         )
     return by_kind
 
 
-def _naming_both(root: Path) -> str:
-    return f"name the folders of both splits: convert {root}/TRAIN OUT --val {root}/VAL"
+def _naming_both(root: Path, by_kind: Mapping[str, list[Path]]) -> str:
+    train, val, test = (by_kind.get(kind, [None])[0] for kind in ("train", "val", "test"))
+    return (
+        f"name the folders of both splits, such as convert {train or root / 'TRAIN'} OUT --val "
+        f"{val or test or root / 'VAL'}"
+    )

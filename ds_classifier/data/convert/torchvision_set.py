@@ -23,6 +23,11 @@ from ds_classifier.data.convert.formats import png_of
 from ds_classifier.data.convert.samples import DataSource, Sample
 
 PREFIX = "torchvision:"
+FOLDERS = ("ImageFolder", "DatasetFolder")  # classes that take any folder, splits for classes too
+NO_CLASSES = (  # classes whose labels are boxes, masks or captions
+    *("CocoDetection", "CocoCaptions", "VOCDetection", "VOCSegmentation", "Cityscapes"),
+    *("SBDataset", "SBU", "Kitti", "WIDERFace", "Flickr8k", "Flickr30k"),
+)
 VAL_NAMES = ("val", "valid", "test")  # values of `split`; the first that a class has is validation
 
 Options = tuple[tuple[str, Any], ...]  # keyword arguments of a class, hashable
@@ -67,12 +72,22 @@ def torchvision_set(source: str, root: Path | None, download: bool) -> DataSourc
         "torchvision:EMNIST,split=letters". The validation split is train=False, or the first that
         the class accepts as split of VAL_NAMES; an argument train or split gives one split alone.
     root: the directory that torchvision calls root. download: let torchvision download the data.
-    Raises ValueError for a class that is not in torchvision, does not classify images, or whose
-    data are not at root.
+    Raises ValueError for a class that is not in torchvision, does not classify images, takes any
+    folder (FOLDERS), or whose data are not at root.
     """
     name, _, arguments = source.removeprefix(PREFIX).partition(",")
     constructor = _class_named(name)
+    if name in FOLDERS:
+        raise ValueError(
+            f"source: got {PREFIX}{name}; need the folder itself, which is read with its splits "
+            f"and without hidden folders; do: convert {root or 'DIR'} OUT"
+        )
     parameters = _parameters(constructor)
+    if name in NO_CLASSES:
+        raise ValueError(
+            f"source: got {PREFIX}{name}, whose labels are boxes, masks or captions; need a data "
+            "set for classification, such as CIFAR10, or a list of images and their classes (.csv)"
+        )
     given = dict(map(_argument, re.split(r",(?=\w+=)", arguments) if arguments else ()))
     if unknown := set(given) - set(parameters):
         raise ValueError(

@@ -92,6 +92,8 @@ def _by_contents(kind: str, labels: str, contents: Contents, tar: str) -> str | 
                 "read the labels from .json with --label json:KEY, where KEY is its field of the "
                 f"class; the first one has {', '.join(contents.fields_shown)}"
             )
+        if contents.unread_label and not contents.labelled:
+            return contents.renaming(tar)
         if not contents.labelled:
             return (
                 "these shards hold no labels; unpack them, sort the images into one directory per "

@@ -28,6 +28,8 @@ from ds_classifier.data.tars import (
 )
 
 FIRST_MEMBERS = 1000
+LABEL_SUFFIXES = ("label", "lbl", "labels", "target", "class", "category", "classname", "y")
+LONGEST_CLASS = 200  # bytes of a label
 MAX_NAMED = 5  # suffixes and fields in a message
 
 
@@ -36,19 +38,22 @@ class Contents:
     """The kinds of the first FIRST_MEMBERS members of a tar.
 
     cls: there are labels in .cls. fields: of the first .json next to an image; None without one.
-    images: the number of images. in_folders: how many of them have a directory in their name.
+    images: the number of images. in_folders: whether these and all whose keys have dots have a
+    directory in their names, and none of the latter has a label.
     suffixes: those of the other members, most frequent first; "" for a name without suffix.
     dotted: the first name whose image or label has a dot in its key, as in a.left.png; "" for none.
     apart: names of an image and a label that differ in their directories alone; None without any.
+    unread_label: the suffix of a member that seems to be a label, as in .label; "" without any.
     """
 
     cls: bool
     fields: list[str] | None
     images: int
-    in_folders: int
+    in_folders: bool
     suffixes: list[str]
     dotted: str
     apart: tuple[str, str] | None
+    unread_label: str
 
     @property
     def labelled(self) -> bool:
@@ -58,7 +63,7 @@ class Contents:
     @property
     def class_folders(self) -> bool:
         """Shows whether this is an archive of directories with images, which may be classes."""
-        return not self.labelled and 0 < self.images == self.in_folders
+        return not self.labelled and not self.unread_label and self.in_folders
 
     @property
     def tars(self) -> bool:
@@ -69,6 +74,15 @@ class Contents:
     def fields_shown(self) -> list[str]:
         """The first fields, for a message."""
         return [printable(name[:40]) for name in (self.fields or [])[:MAX_NAMED]]
+
+    def renaming(self, tar: str) -> str:
+        """Return how to make `unread_label` of a tar .cls."""
+        suffix, quoted = printable(self.unread_label), shlex.quote(tar)
+        return (
+            f"if .{suffix} is the label, rename it to .cls, which is read, in each tar: mkdir NEW "
+            f"&& tar xf {quoted} -C NEW --transform 's/[.]{suffix}$/.cls/i' && tar cf NEW.tar "
+            "--sort=name -C NEW ."
+        )
 
     @property
     def others(self) -> str:
@@ -88,22 +102,33 @@ def contents_of(file: BinaryIO | Sequential, where: Path | str, size: int | None
     suffixes: Counter[str] = Counter()
     fields: dict[str, list[str]] = {}  # key -> fields of its .json, for the first one and any image
     with_image: set[str] = set()
-    images = in_folders = 0
+    images, folders, unread_label = 0, [], ""  # folders: whether each image is in one
     dotted, image_of, label_of = "", {}, {}  # base name without suffix -> name
     for member in itertools.islice(tar_members(file, where, 0, size), FIRST_MEMBERS):
         name = member.name.removeprefix("./")
         key, suffix = key_of(name) or (name, os.path.splitext(name)[1][1:].lower())
         if f".{suffix}" in IMAGE_SUFFIXES:
             images += 1
-            in_folders += "/" in name
+            folders.append("/" in name)
             with_image.add(key)
             image_of[os.path.basename(key)] = name
             continue
         suffixes[suffix] += 1
         if suffix in ("cls", "json"):
             label_of[os.path.basename(key)] = name
-        elif suffix.endswith((*IMAGE_SUFFIXES, ".cls")):
+        elif suffix.endswith((*IMAGE_SUFFIXES, ".cls", ".json")):
             dotted = dotted or name
+            folders.append("/" in name and suffix.endswith(IMAGE_SUFFIXES))
+        elif (
+            suffix.isalnum()
+            and suffix.isascii()
+            and not unread_label
+            and 0 < member.size <= LONGEST_CLASS
+        ):
+            file.seek(member.offset)
+            content = file.read(member.size).strip()
+            if content.isdigit() or suffix in LABEL_SUFFIXES:
+                unread_label = suffix
         if suffix == "json" and member.size <= LARGEST_LABEL:
             file.seek(member.offset)
             fields[key] = _fields(file.read(member.size))
@@ -112,10 +137,11 @@ def contents_of(file: BinaryIO | Sequential, where: Path | str, size: int | None
         "cls" in suffixes,
         next((found for key, found in fields.items() if key in with_image), None),
         images,
-        in_folders,
+        bool(folders) and all(folders),
         [suffix for suffix, _ in suffixes.most_common()],
         dotted,
         next((pair for pair in pairs if len(set(map(os.path.dirname, pair))) > 1), None),
+        unread_label,
     )
 
 
@@ -159,6 +185,11 @@ def refuse_shards(source: Path | None, val: Path | None) -> None:
             if not contents.cls:
                 fields = ", ".join(contents.fields_shown)
                 labels = f" --label json:KEY, where KEY is the field of the class: {fields}"
+        elif contents.unread_label and contents.images:
+            raise ValueError(
+                f"{flag}: got {place}, with shards of WebDataset such as {tar.name} that have no "
+                f".cls; need labels; do: {contents.renaming(str(tar))}; then use index"
+            )
         elif place.is_dir():
             raise ValueError(
                 f"{flag}: got {place} without any image, but with tars such as {tar.name}, which "
@@ -190,5 +221,5 @@ def refuse_shards(source: Path | None, val: Path | None) -> None:
 def _shards_place(place: Path, tar: Path) -> Path:
     """Return what to index, for a tar that is the place or lies in or below it."""
     folder = tar.parent
-    is_split = folder.parent == place and folder.name in (*SPLITS["train"], *SPLITS["val"])
+    is_split = folder.parent == place and folder.name.lower() in (*SPLITS["train"], *SPLITS["val"])
     return place if tar == place or is_split else folder

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +85,13 @@ class Location:
 
     def __truediv__(self, name: str) -> Location:
         return Location(f"{self.root}/{name}")
+
+    def folders_named(self, names: Sequence[str]) -> list[str]:
+        """Return the names in the case that directories here have; all of them for a URL."""
+        if self.url or not os.path.isdir(self.root):
+            return list(names)
+        present = sorted(os.listdir(self.root), reverse=True)  # lower case first
+        return [entry for name in names for entry in present if entry.lower() == name]
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a small file, or None if it does not exist.
@@ -286,8 +294,11 @@ def _counts_of_tars(counts: dict) -> dict:
 
 
 def _from_split_folder(location: Location, split: str) -> Listing | None:
-    """Return a split in a directory of its name (as CLIP_benchmark writes it), or None."""
-    for name in SPLITS[split]:
+    """Return a split in a directory of its name (as CLIP_benchmark writes it), or None.
+
+    The name may be in any case, unless it is behind a URL.
+    """
+    for name in location.folders_named(SPLITS[split]):
         found = _from_folder(location / name)
         if found is not None:
             return found
@@ -431,7 +442,7 @@ def stats_of(location: Location, name: str) -> dict | None:
 def _find_classes(location: Location) -> list[str] | None:
     """Return the class names next to the shards, or above a directory named like a split."""
     folder, _, base = location.root.rpartition("/")
-    above = [Location(folder)] if base in (*SPLITS["train"], *SPLITS["val"]) else []
+    above = [Location(folder)] if base.lower() in (*SPLITS["train"], *SPLITS["val"]) else []
     for where in (location, *above):
         text = where.read(CLASSNAMES)
         if text is not None:

@@ -76,7 +76,7 @@ def test_lists_as_people_have_them(tmp_path, layout):
     path = write(tmp_path / name, columns)
     assert content(open_source(str(path))) == EXPECTED
     message = refused(tmp_path)  # the folder is offered its list
-    assert f"do: convert {path}; or move" in message
+    assert f"do: convert {path} OUT; or move" in message
 
 
 def test_lists_without_a_line_of_names(tmp_path):
@@ -106,7 +106,7 @@ def test_columns_that_are_not_clear_are_asked_for(tmp_path):
     path = write(tmp_path / "a.csv", {"file": NAMES, "class": LABELS, "by": ["me"] * 5})
     line = "--columns path=file,label=class"
     assert line in refused(path)
-    assert f"do: convert {path} {line}, or with another label" in refused(tmp_path)
+    assert f"do: convert {path} OUT {line}, or with another label" in refused(tmp_path)
     source = open_source(str(path), columns={"path": "file", "label": "class"})
     assert content(source) == EXPECTED
     assert "has the columns ['file', 'class', 'by']" in refused(path, columns={"label": "x"})
@@ -150,7 +150,70 @@ def test_lists_beside_class_folders_that_are_not_of_classes(tmp_path):
         {"f": paths, "x": [*LABELS[1:], "cat"]},
     ):
         path = write(tmp_path / "other.csv", columns)
-        assert f"do: convert {path}" in refused(tmp_path)
+        assert f"do: convert {path} OUT" in refused(tmp_path)
+
+
+HAM10000 = {"image_id": ["a0", "a1", "a2", "a3", "a4"], "dx": LABELS, "sex": [*"mmfff"], "age": IDS}
+
+
+def ham10000(root: Path, suffix: str = ".csv", **columns: list) -> Path:
+    """Write images into two folders that are no classes, and the list of their labels."""
+    for i, name in enumerate(HAM10000["image_id"]):
+        put(root / f"part_{i % 2 + 1}", [])
+        (root / f"part_{i % 2 + 1}" / f"{name}.jpg").write_bytes(image(i))
+    return write(root / f"metadata{suffix}", HAM10000 | columns)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_list_beside_several_folders_of_images(tmp_path, suffix):
+    path = ham10000(tmp_path, suffix)
+    message = refused(tmp_path)
+    flag = "--columns path=image_id,label=dx"
+    assert f"do: convert {path} OUT {flag}, or with another label (sex); or move" in message
+    source = open_source(str(path), columns={"path": "image_id", "label": "dx"})
+    assert content(source) == EXPECTED
+    assert "dx, sex, age could hold the labels" in (message := refused(path))
+    assert message.endswith(f"as in {flag}")
+    of_folders = [["nv", "mel"][i % 2] for i in range(5)]  # parts are no classes even then
+    path = ham10000(tmp_path, suffix, dx=of_folders)
+    assert f"do: convert {path} OUT {flag}" in refused(tmp_path)
+
+
+def test_a_column_for_each_class(tmp_path):
+    names = [f"leaf{name}" for name in NAMES]
+    put(tmp_path, names)
+    hot = {label: [int(label == other) for other in LABELS] for label in ("cat", "dog", "eel")}
+    path = write(tmp_path / "list.csv", {"image": names} | hot)
+    message = refused(path)
+    assert refused(tmp_path) == message
+    assert "got a column of 0 and 1 for each class (cat, dog, eel); need one column" in message
+    assert "label=" not in message
+    assert message.endswith("pandas: t['label'] = t[['cat', 'dog', 'eel']].idxmax(axis=1)")
+    assert len(open_source(str(path), columns={"label": "dog"}).splits["train"]) == 5
+
+
+def test_a_list_of_ids_beside_classes(tmp_path):
+    """Keep the folders if a column says the same, or if no column can be a label."""
+    parts = ["part_1", "part_2", "part_1", "part_2", "part_1"]
+    path = ham10000(tmp_path, folder=parts)
+    assert open_source(str(tmp_path)).classes == ["part_1", "part_2"]
+    for columns in ({"width": [3, 3, 4, 4, 4], "height": [5] * 5}, {"note": [*"abcde"]}):
+        write(path, {"image_id": HAM10000["image_id"]} | columns)
+        assert open_source(str(tmp_path)).classes == ["part_1", "part_2"]
+    write(path, {"image_id": HAM10000["image_id"], "level": [0, 0, 1, 1, 0]})
+    assert f"do: convert {path} OUT; or move the list" in refused(tmp_path)
+
+
+def test_an_id_in_folders_must_be_of_one_image(tmp_path):
+    path = ham10000(tmp_path)
+    columns = {"path": "image_id", "label": "dx"}
+    put(tmp_path / "part_2", ["a0.png"])
+    message = refused(path, columns=columns)
+    assert "got part_1/a0.jpg and part_2/a0.png for the image a0 of a list; need one" in message
+    (tmp_path / "part_2").rename(tmp_path / "test_part")
+    shutil.copy(tmp_path / "part_1/a0.jpg", tmp_path / "test_part/a1.png")
+    path = path.rename(tmp_path / "train_list.csv")  # images of test_part are not its own
+    assert "csv:3: got a1, but there is no file" in refused(path, columns=columns)
 
 
 def test_a_list_beside_folders_of_splits(tmp_path):
@@ -160,7 +223,7 @@ def test_a_list_beside_folders_of_splits(tmp_path):
     path = write(tmp_path / "train.csv", {"id": IDS, "label": LABELS})
     message = refused(tmp_path)
     assert f"got the folder {tmp_path}, which holds a list of its images, train.csv" in message
-    assert f"do: convert {path}; or move" in message
+    assert f"do: convert {path} OUT; or move" in message
     same = tmp_path / "same"
     for i, label in enumerate(LABELS):
         (same / "train" / label).mkdir(parents=True, exist_ok=True)
@@ -293,7 +356,12 @@ def test_a_column_of_parquet_that_is_taken_for_labels_is_named(tmp_path):
     assert open_source(str(path), columns={"label": "species"}).remarks == ()
     path = parquet(tmp_path / "b.parquet", {"image": [], "label": LABELS}, {})
     assert open_source(str(path)).remarks == ()
-    for column, values in (("image_id", [0] * 5), ("id", IDS), ("index", IDS), ("note", NAMES)):
+    for column, values in (
+        ("image_id", [0, 0, 0, 0, 1]),
+        ("id", IDS),
+        ("index", IDS),
+        ("note", NAMES),
+    ):
         path = parquet(tmp_path / "c.parquet", {"image": [], column: values}, {})
         message = refused(path)
         assert f"got the column {column}, wh" in message

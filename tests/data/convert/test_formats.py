@@ -194,6 +194,7 @@ def test_images_that_cannot_be_stored_are_all_named(tmp_path):
         "pointer.png": (b"version https://git-lfs.github.com/spec/v1\noid", "do: git lfs pull"),
     }
     save(tmp_path / "in/a/good.png", "RGB")
+    save(tmp_path / "in/b/good.png", "RGB")
     for name, (data, _) in bad.items():
         (tmp_path / "in/a" / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"got {len(bad)} files that cannot be stored") as error:

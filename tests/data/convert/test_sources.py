@@ -520,7 +520,7 @@ def test_parquet_that_is_refused(plain, tmp_path):
     assert "none is 1" in after(image=[b"x", b"y"], label=[0, 2])
     assert "no rows" in after(image=pa.array([], pa.binary()), label=pa.array([], pa.int64()))
     pyarrow.parquet.write_table(
-        pa.table({"image": [b"x", None], "label": [0, 0]}), tmp_path / "n.parquet"
+        pa.table({"image": [b"x", None], "label": [0, 1]}), tmp_path / "n.parquet"
     )
     source = open_source(str(tmp_path / "n.parquet"))
     with pytest.raises(ValueError, match="no bytes in row 1"):
@@ -647,8 +647,10 @@ def test_a_class_that_is_not_utf_8_is_refused(tmp_path):
             file.write(fake_image(0))
     assert r"images: got the class 'caf\udce9', which is not UTF-8" in refused(tmp_path / "images")
     (tmp_path / "list.jsonl").write_text(
-        f'{{"path": "images/cat/0.jpg", "label": "{chr(92)}udce9"}}'
+        f'{{"path": "images/cat/0.jpg", "label": "{chr(92)}udce9"}}\n'
+        '{"path": "images/cat/1.jpg", "label": "cat"}'
     )
+    shutil.copy(tmp_path / "images/cat/0.jpg", tmp_path / "images/cat/1.jpg")
     assert r"list.jsonl: got the class '\udce9'" in refused(tmp_path / "list.jsonl")
     assert class_lines("\ufeffcat\r\ncafé\n".encode(), "f") == ["cat", "café"]
     for text in (b"cat\ncaf\xe9\n", b"\xef\xbb\xbfcat\rcaf\xe9 "):
@@ -657,9 +659,9 @@ def test_a_class_that_is_not_utf_8_is_refused(tmp_path):
 
 
 def test_names_that_the_locale_garbles_are_refused(tmp_path, monkeypatch):
-    folder = make_images(tmp_path / "images", ["café/a.png", "tea/b.png"])
+    folder = make_images(tmp_path / "images", ["café/a.png", "tea/b.png", "water/c.png"])
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "iso8859-1")
     with pytest.raises(ValueError, match="iso8859-1; need UTF-8; do: put PYTHONUTF8=1"):
         open_source(str(folder))
     shutil.rmtree(folder / "café")
-    assert open_source(str(folder)).classes == ["tea"]
+    assert open_source(str(folder)).classes == ["tea", "water"]

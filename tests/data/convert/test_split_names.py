@@ -220,10 +220,11 @@ def test_folders_whose_split_is_in_doubt_are_refused(plain, tmp_path):  # noqa: 
     def message(name: str, **places: str) -> str:
         return refused(layout(plain, tmp_path / name, **places))
 
-    do = "do: name the folders of both splits: convert "
+    both = "Train and training, which are both named for train; need one folder per split; do: "
+    root = tmp_path / "a"
     assert (
-        f"Train and training, which are both named for train; need one folder per split; {do}"
-        in (message("a", train="Train", x="training", val="test"))
+        f"{both}name the folders of both splits, such as convert {root}/Train OUT --val {root}/test"
+        in message("a", train="Train", x="training", val="test")
     )
     assert "test-dev, a name for test and val, beside other folders of splits; need" in message(
         "b", train="train", val="test-dev"
@@ -234,12 +235,16 @@ def test_folders_whose_split_is_in_doubt_are_refused(plain, tmp_path):  # noqa: 
     assert wrapped.endswith(f"do: convert {tmp_path}/c/set")
     inside = make_images(tmp_path / "d", [f"{c}/{s}/1.png" for c in "ab" for s in ("train", "val")])
     assert "inside of a/; need" in refused(inside)
-    assert "splits (seg_test, seg_train), which hold further folders, beside seg_pred" in message(
-        "e", train="seg_train", val="seg_test", x="seg_pred"
+    unsorted = layout(plain, tmp_path / "e", train="seg_train", val="seg_test")
+    make_images(unsorted / "seg_pred", ["1.png"])
+    assert "splits (seg_test, seg_train), which hold further folders, beside seg_pred" in (
+        hinted := refused(unsorted)
     )
-    assert "splits (train), which hold further folders, beside holdout" in message(
-        "f", train="train", val="holdout"
-    )
+    assert f"do: convert {unsorted}/seg_train OUT --val {unsorted}/seg_test, or" in hinted
+    kept_apart = layout(plain, tmp_path / "f", train="train")
+    make_images(kept_apart / "holdout", ["x/1.png"])
+    assert "splits (train), which hold further folders, beside holdout" in refused(kept_apart)
+    assert f"do: convert {kept_apart}/train OUT --val 10%, or, if" in refused(kept_apart)
     unlabelled = layout(plain, tmp_path / "g", train="train")
     make_images(unlabelled / "test", ["1.png"])
     assert f"to choose: convert {unlabelled}/train OUT, with --val or" in refused(unlabelled)
@@ -249,7 +254,6 @@ def test_folders_whose_split_is_in_doubt_are_refused(plain, tmp_path):  # noqa: 
     ("classes", "named"),
     [
         (["bus", "car", "train"], ["train: taken for classes, not for splits, because of bus"]),
-        (["c", "test", "train"], ["test, train: taken for classes, not for splits, because of c"]),
         (["freight_train", "passenger_train"], []),
         (
             ["bullet_train", "test_tube"],
@@ -271,15 +275,75 @@ def test_classes_that_are_named_like_splits_or_oddly(tmp_path, classes, named):
     assert all(map(str.startswith, source.remarks, named))
 
 
+def test_a_third_folder_beside_two_splits_is_not_guessed(tmp_path):
+    """Fruits-360 of Kaggle has test-multiple_fruits/, without classes, beside Training and Test."""
+    splits = [f"{s}/{c}/{s}{c}.png" for s in ("Training", "Test") for c in ("apple", "pear")]
+    root = make_images(tmp_path / "a", [*splits, "test-multiple_fruits/1.png"])
+    message = refused(root)
+    assert "with folders named for splits (Test, Training, test-multiple_fruits)" in message
+    assert f"do: convert {root}/Training OUT --val {root}/Test, or, if they" in message
+    flat = make_images(tmp_path / "b", ["masks/1.png", "train/2.png", "val/3.png", "test/4.png"])
+    assert f"do: convert {flat}/train OUT --val {flat}/val, or, if" in refused(flat)
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (["fold1", "fold2", "fold3"], "fold1 OUT --val {}/fold2, or --val 10%"),
+        (["entrenamiento", "prueba"], "entrenamiento OUT --val {}/prueba, or --val 10%"),
+        (["TEST", "TEST_SIMPLE", "TRAIN"], "TRAIN OUT --val {}/TEST, or --val 10%"),
+        (["train", "train_aug"], "train OUT --val 10%"),
+    ],
+)
+def test_folders_that_hold_the_same_folders_may_be_splits(tmp_path, names, advice):
+    paths = [f"{name}/{c}/{name}{c}.png" for name in names for c in ("cat", "dog")]
+    root = make_images(tmp_path / "set", paths)
+    message = refused(root)
+    assert "hold the same folders (cat, dog), as splits hold the same classes; need" in message
+    assert f"do: convert {root}/{advice.format(root)}, or, if they are classes" in message
+    convert_line = message.partition("do: convert ")[2].split(",")[0].split(" --val ")
+    train = convert_line[0].removesuffix(" OUT")
+    assert open_source(train).classes == ["cat", "dog"]
+
+
+def test_classes_may_hold_folders_of_their_own(tmp_path):
+    paths = ["cat/left/1.png", "cat/right/2.png", "dog/left/3.png", "dog/top/4.png"]
+    root = make_images(tmp_path / "set", [*paths, "eel/images/5.png", "fox/images/6.png"])
+    assert open_source(str(root)).classes == ["cat", "dog", "eel", "fox"]
+
+
+@pytest.mark.parametrize("inner", ["animals", "archive/animals/all"])
+def test_one_class_is_refused_with_the_folder_that_has_several(tmp_path, inner):
+    root = make_images(tmp_path / "set", [f"{inner}/{c}/{c}.png" for c in ("cat", "dog")])
+    message = refused(root)
+    assert f"got {root} with one class, {inner.split('/')[0]}; need at least two" in message
+    assert message.endswith(f"{root}/{inner} holds 2 folders: convert {root}/{inner} OUT")
+    assert open_source(str(root / inner)).classes == ["cat", "dog"]
+    shutil.rmtree(root / inner / "dog")
+    assert f"give the folder above {root}/{inner}, if that" in refused(root / inner)
+    make_images(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "one.csv").write_text("path,label\na.png,cat\nb.png,cat\n")
+    assert "one.csv with one class, cat; need at least two" in refused(tmp_path / "one.csv")
+
+
+def test_eval_is_for_validation_if_test_is_there_too(plain, tmp_path):  # noqa: F811
+    root = layout(plain, tmp_path / "set", train="train", val="eval", x="test")
+    source = open_source(str(root))
+    assert_equal_to(plain, source)
+    assert source.remarks[0].endswith(": train is train, eval is val, not taken: test")
+
+
 def test_loose_images_in_folders_named_for_splits(tmp_path):
     """Refuse them with both readings: three splits of one class, or three classes."""
     for name, splits in (("a", ["train", "test", "val"]), ("b", ["TrainData", "TestData"])):
-        root = make_images(tmp_path / name, [f"{s}/img_{i}.png" for s in splits for i in range(2)])
+        names = [f"{s}/{kind}_{s}.png" for s in splits for kind in ("img", "pic")]
+        root = make_images(tmp_path / name, names)
         message = refused(root)
-        assert f"convert {root}/{splits[0]} OUT --val {root}/VAL; if they are classes" in message
+        line = f"convert {root}/{splits[0]} OUT --val {root}/{splits[-1]}; if they are classes"
+        assert line in message
         assert "list the images in a .csv, or give the folders other names" in message
         val = root / splits[1]
-        assert open_source(str(root / splits[0]), str(val)).classes == ["img"]
+        assert open_source(str(root / splits[0]), str(val)).classes == ["img", "pic"]
     pairs = make_images(tmp_path / "c", [f"{s}{c}/1.png" for s in ("train", "test") for c in "AB"])
     assert "trainA and trainB, which are both named for train; need one" in refused(pairs)
 
@@ -294,7 +358,15 @@ def test_splits_inside_of_one_of_several_folders(plain, tmp_path):  # noqa: F811
 
 # ------------------------------------------------------------------------------ what is passed over
 
-HIDDEN = [".ipynb_checkpoints", ".Trash-1000", ".snapshot", "@eaDir", "__MACOSX", "lost+found"]
+HIDDEN = [
+    "@tmp",
+    ".ipynb_checkpoints",
+    ".Trash-1000",
+    ".snapshot",
+    "@eaDir",
+    "__MACOSX",
+    "lost+found",
+]
 
 
 @pytest.mark.parametrize("name", [*HIDDEN, "$RECYCLE.BIN", "System Volume Information"])
@@ -338,8 +410,9 @@ def test_hidden_files_are_passed_over_and_unreadable_folders_not_opened(
     assert open_source(str(tmp_path / "out")).remarks == ()
     alone = tmp_path / "alone" / ".hidden"
     shutil.copytree(plain / "train" / "n02084071", alone / "n02084071")
+    shutil.copytree(plain / "train" / "n02084071", alone / "other")
     assert "; passed over: 1 folder .hidden); need" in refused(tmp_path / "alone")
-    assert open_source(str(alone)).classes == ["n02084071"]  # the user named it
+    assert open_source(str(alone)).classes == ["n02084071", "other"]  # the user named it
 
 
 def test_images_of_any_kind_count_for_splits_and_among_hidden_files(plain, tmp_path):  # noqa: F811

@@ -101,10 +101,13 @@ def test_mnist_in_idx_files(tmp_path):
         assert image.mode == "L"
 
 
-def test_images_that_lie_in_files_are_copied_untouched(tmp_path):
+def test_images_that_lie_in_files_are_copied_untouched(tmp_path, monkeypatch):
     names = [f"{c}/{i}.{suffix}" for c in ("cat", "dog") for i, suffix in enumerate(("jpg", "png"))]
     folder = make_images(tmp_path / "in", names)
-    source = open_source("torchvision:ImageFolder", root=folder)
+    monkeypatch.setattr(
+        datasets, "Files", type("Files", (datasets.ImageFolder,), {}), raising=False
+    )
+    source = open_source("torchvision:Files", root=folder)
     plain = image_folder(folder)
     assert source.classes == plain.classes
     assert source.splits == plain.splits
@@ -215,9 +218,11 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert "do: add --root DIR, and --download" in refused("torchvision:CIFAR10")
     message = refused("torchvision:CIFAR10", root=tmp_path)
     assert "--root, or let torchvision fetch them with --download" in message
-    assert "which torchvision does not download" in refused(
-        "torchvision:ImageFolder", root=tmp_path, download=True
-    )
+    assert "which torchvision does not download" in refused("torchvision:FakeData", download=True)
+    for name in ("ImageFolder", "DatasetFolder"):
+        message = refused(f"torchvision:{name}", root=tmp_path)
+        assert message.endswith(f"without hidden folders; do: convert {tmp_path} OUT")
+    assert "whose labels are boxes, masks or cap" in refused("torchvision:CocoDetection")
     assert "got the argument splt for EMNIST" in refused("torchvision:EMNIST,splt=a", root=tmp_path)
     assert "do: convert torchvision:EMNIST,split=VALUE" in refused("torchvision:EMNIST")
     assert "need NAME=VALUE" in refused("torchvision:FakeData,3")

@@ -1,6 +1,7 @@
 """The advice for shards that cannot be used: the first cause first, and what the tar holds."""
 
 import shutil
+import subprocess
 
 import pytest
 from layouts_of_others import (
@@ -35,6 +36,18 @@ TARS = {
     "class folders": (
         [(f"256_ObjectCategories/{c:03d}.c/{c:03d}_{k}.jpg", JPG) for c in (1, 2) for k in KEYS],
         ["have no labels, but directories", "x.tar, then ds-classifier convert"],
+    ),
+    "class folders with dots in the names": (
+        [(f"256/{c:03d}.c/{c:03d}.c_{k}.jpg", JPG) for c in (1, 2) for k in KEYS],
+        ["have no labels, but directories", "x.tar, then ds-classifier convert"],
+    ),
+    "labels under another suffix": (
+        pairs(("jpg", JPG), ("label", b"cat")),
+        ["0000 has an image but no .cls (it has .label)", "if .label is the label, rename it to"],
+    ),
+    "numbers under another suffix": (
+        pairs(("jpg", JPG), ("gt", b"1\n")),
+        ["(it has .gt)", "if .gt is the label, rename it to .cls"],
     ),
     "loose images": (pairs(("jpg", JPG)), ["hold no labels; unpack them", "convert FOLDER data"]),
     "captions": (
@@ -91,6 +104,19 @@ def test_each_cause_has_its_own_advice(tmp_path, served_folder, case):
         assert len(message.splitlines()) <= (7 if case == "directories in keys" else 4)
         if "json" not in case:
             assert "--label" not in message
+
+
+def test_the_line_that_renames_labels(tmp_path):
+    """Run it, and read the labels."""
+    tar = tar_of(tmp_path / "x.tar", pairs(("jpg", JPG), ("lbl", b"0")))
+    message = problems(tar, tmp_path / "out")
+    with pytest.raises(ValueError, match="with shards of WebDataset such as") as error:
+        open_source(str(tar))
+    line = message.partition("in each tar: ")[2].rstrip()
+    assert line in str(error.value)
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+    index(str(tmp_path / "NEW.tar"), tmp_path / "out")
+    assert open_shards(tmp_path / "out/train").index["label"].tolist() == [0] * len(KEYS)
 
 
 def test_labels_may_be_looked_for_in_the_wrong_place(tmp_path):

@@ -72,6 +72,17 @@ def test_clip_benchmark_with_its_class_names_and_ten_shards(tmp_path):
     assert [s.name for s in train.shards] == [f"{i}.tar" for i in range(12)]
 
 
+def test_folders_of_splits_in_another_case(tmp_path):
+    folder = clip_benchmark(tmp_path / "clip")
+    (folder / "train").rename(folder / "Train")
+    (folder / "test").rename(folder / "TEST")
+    index(str(folder), tmp_path / "out")
+    for split, theirs in (("train", "Train"), ("val", "TEST")):
+        shards = open_shards(tmp_path / "out" / split)
+        assert by_ours(shards) == by_stock(list((folder / theirs).glob("*.tar")))
+        assert shards.manifest.classes == ["tench", "crane", "crane", "never seen"]
+
+
 def test_img2dataset_with_labels_in_the_json(tmp_path):
     folder = img2dataset(tmp_path / "i2d")
     found = index(str(folder), tmp_path / "out", labels="json:class")
