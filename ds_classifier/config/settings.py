@@ -376,6 +376,11 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
+    if "://" in settings.run_dir:
+        problems.append(
+            f"--run_dir: got {without_logins(settings.run_dir)}; need a directory; do: copy it to "
+            "a bucket when the run has ended"
+        )
     if settings.resize not in RESIZES:
         problems.append(f"--resize: got {settings.resize!r}; need {' or '.join(RESIZES)}")
     if settings.lr_schedule not in ("", *LR_SCHEDULES):

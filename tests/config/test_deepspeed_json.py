@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_config import changed, command, problems, resolved
 
-from ds_classifier.config.deepspeed_json import known, meant, read_ds_config, resolve
+from ds_classifier.config.deepspeed_json import known, meant, optimizers, read_ds_config, resolve
 from ds_classifier.config.deepspeed_json.features import NOT_HERE
 from ds_classifier.config.deepspeed_json.known import nearest
 
@@ -56,6 +56,9 @@ def mended(raw: dict, message: str) -> dict:
         section.pop(key, None)
         if advice := re.search(r'do: (?:use|write) "?(\w+)', found[2]):
             section[key] = advice[1]
+        if "weight_decay alone" in found[2]:
+            params = section.get("params") or {}
+            section["params"] = {k: v for k, v in params.items() if k in optimizers.COMMON}
     return raw
 
 
@@ -383,3 +386,36 @@ def test_a_scheduler_of_version_0_1_means_what_it_meant():
     assert meant("scheduler", resolved(raw=raw).shaping["scheduler"]) != meant("scheduler", old)
     raw["scheduler"]["params"] |= {"warmup_type": "linear", "warmup_num_steps": "auto"}
     assert meant("scheduler", resolved(raw=raw).shaping["scheduler"]) == meant("scheduler", old)
+
+
+# -------------------------------------------------------------------------------- one round
+
+
+@pytest.mark.parametrize("kind", ["OneBitAdam", "Lamb", "NoSuch"])
+def test_parameters_of_a_refused_optimizer_are_no_problems_of_their_own(kind):
+    params = {"lr": 1e-3, "freeze_step": 4, "max_coeff": 10}
+    message = problems(raw=changed(optimizer={"type": kind, "params": params}))
+    assert message.startswith("optimizer.type: got ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_quantized_communication_is_refused_where_it_is_on(key):
+    raw = changed(**{f"zero_optimization__{key}": True})
+    assert f"zero_optimization.{key}: not supported here" in problems(raw=raw)
+    raw["zero_optimization"] |= {key: False, "mics_hierarchical_params_gather": False}
+    assert not {key, "mics_hierarchical_params_gather"} & set(
+        resolved(raw=raw).ds_config["zero_optimization"]
+    )
+
+
+def test_an_assertion_of_deepspeeds_model_is_quoted_alone():
+    raw = changed(zero_optimization__offload_optimizer={"device": "cpu", "ratio": 0.3})
+    raw["zero_optimization"]["stage"] = 2
+    message = problems(raw=raw)
+    assert "Partial offloading only supported for ZeRO Stage 3." in message
+    assert "errors.pydantic.dev" not in message
+
+
+def test_a_run_directory_in_a_bucket_is_refused():
+    assert "--run_dir: got s3://b/run; need a directory" in problems("--run_dir", "s3://b/run")

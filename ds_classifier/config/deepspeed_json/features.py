@@ -32,6 +32,11 @@ NOT_HERE = {
     "compiles the classifier",
     "zero_optimization.zenflow": "it updates weights out of step, so no resume could be exact",
     "zero_optimization.mics_shard_size": "MiCS is not supported; use stage 3",
+    "zero_optimization.mics_hierarchical_params_gather": "MiCS is not supported; use stage 3",
+    "zero_optimization.zero_quantized_weights": "the classifier is trained without quantization",
+    "zero_optimization.zero_quantized_gradients": "the classifier is trained without quantization",
+    "zero_optimization.zero_quantized_nontrainable_weights": "the classifier is trained without "
+    "quantization",
     "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.zeropp_loco_param": "its error feedback is kept in no checkpoint",
     "fp16.fp16_master_weights_and_grads": "checkpoints hold fp32 master weights",

@@ -138,6 +138,8 @@ def _need(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if re.search(r"attribute '(keys|get|items)'|must be a mapping|not iterable", text):
         return "a section {...}"
+    if found := re.search(r"(?:Assertion failed|Value error), (.+?) \[type=", text):
+        text = found[1]  # without pydantic's frame
     return f"what DeepSpeed takes: {text}"
 
 

@@ -35,6 +35,8 @@ _NOT_FLAT = {
     "SparseAdam": "it needs sparse gradients",
     "Adafactor": "it needs whole matrices, of which ZeRO keeps flat shares",
 }
+COMMON = ("lr", "betas", "eps", "weight_decay")
+ADAMW = f"use AdamW, with {', '.join(COMMON)} alone"
 # Parameters that DeepSpeed takes out itself before it makes an optimizer.
 _OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
 
@@ -76,13 +78,22 @@ def _settle_type(draft: Draft) -> None:
     own = [name for name in DEEPSPEED_OPTIMIZERS if name not in _NOT_HERE]
     of_torch = isinstance(getattr(optim, str(kind), None), type) and kind not in ("Optimizer",)
     if isinstance(kind, str) and (reason := _NOT_HERE.get(kind.lower()) or _NOT_FLAT.get(kind)):
-        draft.refuse(("optimizer", "type"), f"got {kind!r}; {reason}; do: use AdamW", "AdamW")
+        draft.refuse(("optimizer", "type"), f"got {kind!r}; {reason}; do: {ADAMW}", "AdamW")
+        _keep_common(draft)
     elif not isinstance(kind, str) or not (kind.lower() in own or of_torch):
         draft.refuse(
             ("optimizer", "type"),
             f"got {shown(kind)}; need one that DeepSpeed {version()} has: {', '.join(own)}, SGD",
             "AdamW",
         )
+        _keep_common(draft)
+
+
+def _keep_common(draft: Draft) -> None:
+    """Remove what only the refused optimizer takes, of which its message speaks."""
+    params = draft.get(*SECTION)
+    if isinstance(params, dict):
+        draft.set(*SECTION, {key: params[key] for key in COMMON if key in params})
 
 
 def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
@@ -97,7 +108,10 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
     draft.check_type((*SECTION, "adam_w_mode"), BOOL)
     if params.get("torch_adam", AUTO) == AUTO:
         torchs = {*_parameters(_torch_adam(params)), *_OF_ADAM, AUTO}
-        params["torch_adam"] = not (params.keys() & _parameters(_own_adam(offload)).keys() - torchs)
+        own = params.keys() & _parameters(_own_adam(offload)).keys() - torchs
+        # A part of the state on the GPU needs DeepSpeed's.
+        ratio = draft.get("zero_optimization", "offload_optimizer", "ratio", default=1)
+        params["torch_adam"] = not own and ratio == 1
     if params["torch_adam"] and draft.get("optimizer", "type").lower() != "muon":
         params.pop("fp32_optimizer_states", None)
         params.setdefault("fused", True)  # one pass over the flat tensors instead of eight

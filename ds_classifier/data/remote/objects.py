@@ -34,7 +34,10 @@ LAST_S = 0.2  # seconds for the end of an answer whose bytes are all there
 PIPE = 1 << 20  # bytes that the program may be ahead
 HEADER = 5  # bytes before the content of a frame
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
-_HF = re.compile(r"(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([\w./%-]+?))?/(.+)")
+_HF = re.compile(
+    r"(?:(datasets|spaces)/)?(?!datasets?/|spaces?/|models?/)"
+    r"([\w.-]+/[\w.-]+?)(?:@([\w./%-]+?))?/(.+)"
+)
 HF_NEED = "hf://datasets/ORG/NAME/PATH, or hf://datasets/ORG/NAME@REVISION/PATH"
 
 HF_ADVICE = (

@@ -206,6 +206,8 @@ def test_other_errors_are_tried_again(s3):
         ("abfss://box@account.dfs.core.windows.net/x", "need az://CONTAINER/PATH"),
         ("hf://datasets/name", "need hf://datasets/ORG/NAME/PATH"),
         ("hf://x", "need hf://datasets/ORG/NAME/PATH"),
+        ("hf://dataset/org/name/x", "need hf://datasets/ORG/NAME/PATH"),
+        ("hf://datasets/org/x.tar", "need hf://datasets/ORG/NAME/PATH"),
     ],
 )
 def test_a_url_that_cannot_be_meant_is_refused(url, words):
