@@ -54,8 +54,6 @@ def pick_device():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device
-    # Without it DeepSpeed warns that it chose the CPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_world_size()))
@@ -93,7 +91,7 @@ def init(
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"  # the store takes a free one
-    deepspeed = _import_deepspeed_quietly()
+    deepspeed = import_deepspeed()
     if warning := newer_than_tested():
         say(warning)
     card = {"host": socket.gethostname(), "problem": check(device)}
@@ -202,8 +200,15 @@ def _set_gloo_interface(other_host: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def _import_deepspeed_quietly():
-    """Import DeepSpeed without log lines that no user can act on, and without compiling."""
+def import_deepspeed():
+    """Import DeepSpeed without log lines that no user can act on, and without compiling.
+
+    Whatever imports it first in a process must do it by this function. Returns the module.
+    """
+    import torch
+
+    if not torch.cuda.is_available():  # else it warns that it chose the CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.disable(logging.INFO)  # before 0.17.6 it logs the device that it takes
     import deepspeed
 

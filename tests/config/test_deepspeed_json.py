@@ -3,9 +3,12 @@
 import copy
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from running import ROOT
 from test_config import changed, command, problems, resolved
 
 from ds_classifier.config.deepspeed_json import known, meant, optimizers, read_ds_config, resolve
@@ -419,3 +422,20 @@ def test_an_assertion_of_deepspeeds_model_is_quoted_alone():
 
 def test_a_run_directory_in_a_bucket_is_refused():
     assert "--run_dir: got s3://b/run; need a directory" in problems("--run_dir", "s3://b/run")
+
+
+def test_deepspeed_is_asked_in_silence():
+    """The check imports DeepSpeed first, which would warn that it chose the CPU."""
+    code = (
+        "from pathlib import Path\n"
+        "from ds_classifier.config.command_line import parse_training_command\n"
+        "from ds_classifier.config.deepspeed_json import read_ds_config, resolve\n"
+        "command = parse_training_command(['--deepspeed_config', 'zero1_fp32'])\n"
+        "resolve(command, read_ds_config(Path('zero1_fp32')), world_size=1)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ds_classifier import distributed
 from ds_classifier.config.batch_sizes import AUTO, BatchSizes, settle_batch
 from ds_classifier.config.command_line import CommandLine
 from ds_classifier.config.deepspeed_json import schedules
@@ -121,6 +122,7 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     `Resolved.with_parameters`.
     Raises ValueError with every problem found, one per line.
     """
+    distributed.import_deepspeed()  # which the checks ask
     draft = Draft(raw, command, keys_of_top_level())
     rename_old_keys(draft)
     check_features(draft)
