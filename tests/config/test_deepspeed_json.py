@@ -439,3 +439,15 @@ def test_deepspeed_is_asked_in_silence():
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_offload_that_is_off_is_none():
+    """Hugging Face's templates have the section with "none"; it must not count as an offload."""
+    off = {"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}
+    raw = changed(fp16={"enabled": False}, bf16={"enabled": True})
+    raw["zero_optimization"] = {"stage": 1} | off
+    assert not off.keys() & resolved(raw=raw).ds_config["zero_optimization"].keys()
+    # DeepSpeed's optimizer for bf16 in stage 1, which Muon cannot use, is not taken with offload.
+    raw["optimizer"] = {"type": "Muon", "params": {"lr": 1e-3}}
+    raw["data_types"] = {"grad_accum_dtype": "fp32"}
+    assert "zero_optimization.stage: got 1; need 2 or 3" in problems(raw=raw)

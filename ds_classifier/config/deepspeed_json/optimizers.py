@@ -53,8 +53,7 @@ def settle_optimizer(draft: Draft) -> None:
             (*SECTION, "max_grad_norm"),
             "DeepSpeed refuses it; do: remove it, and give gradient_clipping instead",
         )
-    offload = draft.get("zero_optimization", "offload_optimizer", "device", default="none")
-    offload = offload != "none"
+    offload = "offload_optimizer" in draft.section("zero_optimization")
     if kind.lower() in ("adam", "adamw", "muon"):  # Muon has an Adam for some parameters
         _choose_adam(draft, params, offload)
     make, takes = _made(kind, params, offload)
@@ -198,14 +197,20 @@ def _check_params(
 
 
 def _try(draft: Draft, made: type, params: dict[str, Any]) -> None:
-    """Make one of torch's optimizers, which looks at its values, for a single number."""
+    """Make one of torch's optimizers, which looks at its values, for a single number.
+
+    The first one that a process makes imports torch's compiler, which takes 2 s, so none is made
+    where all values are checked already.
+    """
     import torch
 
-    values = {k: v for k, v in params.items() if k not in _OF_ADAM and v != AUTO}
-    values.pop("weight_decay", None), values.setdefault("lr", 1e-3)  # checked as settings
-    values["lr"] = 1e-3
+    checked = (*COMMON, "fused", *_OF_ADAM)
+    values = {k: v for k, v in params.items() if k not in checked and v != AUTO}
+    if not values:
+        return
+    values |= {key: params[key] for key in ("betas", "eps", "fused") if key in params}
     try:
-        made([torch.nn.Parameter(torch.zeros(1))], **values)
+        made([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, **values)
     except (ValueError, TypeError, RuntimeError) as error:
         draft.problems.append(f"optimizer.params: {draft.get('optimizer', 'type')}: {error}")
         draft.set(*SECTION, {key: params[key] for key in ("lr", "weight_decay") if key in params})

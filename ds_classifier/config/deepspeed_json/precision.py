@@ -62,6 +62,9 @@ def settle_zero(draft: Draft) -> None:
     # As numbers: DeepSpeed also takes them as strings.
     section |= {key: getattr(zero, key) for key in BUCKETS if section.get(key, AUTO) != AUTO}
     section["stage"] = stage
+    for key in ("offload_optimizer", "offload_param"):
+        if draft.get("zero_optimization", key, "device", default="none") == "none":
+            section.pop(key, None)  # so a section that is there is one that offloads
     if stage < 3:
         section.pop("offload_param", None)
     if stage == 0:

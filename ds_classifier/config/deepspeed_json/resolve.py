@@ -71,9 +71,8 @@ class Resolved:
     def kernel(self) -> str:
         """The name of DeepSpeed's builder of the optimizer's kernel; "" if it needs none."""
         optimizer = self.ds_config["optimizer"]
-        offload = self.ds_config["zero_optimization"].get("offload_optimizer", {})
-        offloads = offload.get("device", "none") != "none"
-        return kernel_of(optimizer["type"], optimizer["params"], offloads)
+        offload = "offload_optimizer" in self.ds_config["zero_optimization"]
+        return kernel_of(optimizer["type"], optimizer["params"], offload)
 
     @property
     def reports(self) -> list[str]:
