@@ -443,6 +443,11 @@ def _start_worker(worker: int) -> None:
     warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; bad images are counted anyway
 
 
+def worker_count(asked: int) -> int:
+    """Return the number of loader processes of this rank; below 0, as many as suit the machine."""
+    return default_workers(distributed.local_world_size()) if asked < 0 else asked
+
+
 def default_workers(ranks_here: int) -> int:
     """Return the number of loader processes per rank.
 

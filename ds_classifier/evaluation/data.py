@@ -17,7 +17,7 @@ from ds_classifier.data.loader import (
     ShardDataset,
     ValidationPositions,
     create_loader,
-    default_workers,
+    worker_count,
 )
 from ds_classifier.data.shards import ShardSet, open_shards
 from ds_classifier.data.splits import open_named
@@ -117,11 +117,9 @@ def create_validation_loader(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    if workers < 0:
-        workers = default_workers(distributed.local_world_size())
     pixels = dict(image_size=settings.image_size, channels=settings.in_channels)
     dataset = ShardDataset(shards, batches=positions, **pixels)
-    return create_loader(dataset, positions, workers=min(workers, len(positions)))
+    return create_loader(dataset, positions, workers=min(worker_count(workers), len(positions)))
 
 
 def open_training_set(

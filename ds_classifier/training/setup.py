@@ -19,7 +19,7 @@ from ds_classifier.data.loader import (
     ShardDataset,
     TrainingPositions,
     create_loader,
-    default_workers,
+    worker_count,
 )
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
@@ -109,9 +109,7 @@ class Setup:
         """
         resolved = resolved or self.resolved
         settings = resolved.settings
-        workers = settings.workers
-        if workers < 0:
-            workers = default_workers(distributed.local_world_size())
+        workers = worker_count(settings.workers)
         loader = create_training_loader(
             resolved, self.shards, first_step, workers=workers, device=self.engine.device
         )

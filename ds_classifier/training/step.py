@@ -58,7 +58,7 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
     lr = deepspeed_engine.learning_rate(engine)
     sampler, seed = objective.sampler, objective.seed
     samples, bad, waited = [], [], 0.0
-    seen = []
+    seen = []  # for posterior targets; else no batch is kept
     for _ in range(engine.gradient_accumulation_steps()):
         began = time.perf_counter()
         with span("step: data"):
@@ -87,7 +87,8 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
             meter.add(losses=losses, logits=logits, labels=batch.labels, t=t, weights=batch.weights)
             positions = batch.positions.masked_fill(batch.weights == 0, -1)
             samples.append(torch.stack([v.double() for v in (positions, t, losses)]))
-        seen.append(batch)
+        if objective.recent is not None:
+            seen.append(batch)
     if objective.recent is not None:
         remember(objective.recent, seen)
     samples = torch.stack(samples)

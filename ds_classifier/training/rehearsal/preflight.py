@@ -21,7 +21,7 @@ from ds_classifier.common import files, limits, text
 from ds_classifier.common.text import count
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import PER_NODE_SETTINGS, Settings
-from ds_classifier.data.loader import default_workers
+from ds_classifier.data.loader import worker_count
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed import launcher, rendezvous
 from ds_classifier.distributed.engine import deepspeed_engine
@@ -58,9 +58,7 @@ def _files_to_open(settings: Settings) -> int:
 
     The shards need one more; how many stay open follows from what is left.
     """
-    workers = settings.workers
-    if workers < 0:
-        workers = default_workers(distributed.local_world_size())
+    workers = worker_count(settings.workers)
     ranks = distributed.world_size()
     if distributed.rank() > 0:
         ranks = min(ranks, 3)
