@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
@@ -63,8 +62,7 @@ def run(command: CommandLine, requests: StopRequests) -> int:
             say(f"{'':12}unknown here, left out: {', '.join(command.unknown)}")
     resolved, shards, val_shards = open_all(command)
     for note in resolved.notes:
-        lines = textwrap.wrap(note, 88, break_on_hyphens=False)
-        distributed.say("JSON        " + f"\n{'':12}".join(lines))
+        distributed.say_labelled(f"JSON        {note}")
     run_dir = Path(resolved.settings.run_dir)
     home = run_dir  # of the records of errors, and of the file STOP
     if command.skips_training:

@@ -22,6 +22,24 @@ def _imagenet(**settings: Any) -> dict[str, Any]:
     )
 
 
+def _small(**settings: Any) -> dict[str, Any]:
+    """Return the settings of a network that a CPU trains in minutes, and those of a recipe."""
+    return dict(
+        image_size=32,
+        classifier_width=32,
+        classifier_depth=1,
+        classifier_attention_resolutions="8",
+        noise_schedule="cosine",
+        schedule_sampler="noisy",
+        random_flip=False,
+        global_batch=64,
+        lr=1e-3,
+        weight_decay=0.05,
+        log_interval=50,
+        **settings,
+    )
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     # guided-diffusion's exact training maths, with --anneal_lr True as in its README. The JSON must
     # not clip, and must lower the loss scale at every overflow; deepspeed_json checks both.
@@ -47,37 +65,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         save_interval=1000,
     ),
     # scikit-learn's handwritten digits, enlarged to 32 px; `make quickstart` trains this.
-    "digits32": dict(
-        image_size=32,
-        classifier_width=32,
-        classifier_depth=1,
-        classifier_attention_resolutions="8",
-        noise_schedule="cosine",
-        schedule_sampler="noisy",
-        random_flip=False,
-        global_batch=64,
-        iterations=500,
-        lr=1e-3,
-        weight_decay=0.05,
-        log_interval=50,
-        save_interval=250,
-    ),
+    "digits32": _small(iterations=500, save_interval=250),
     # Made-up images of a known distribution (`convert gaussians`), to measure choices on. They are
     # not cropped or mirrored, which would change the distribution.
-    "gaussians32": dict(
-        image_size=32,
-        classifier_width=32,
-        classifier_depth=1,
-        classifier_attention_resolutions="8",
-        noise_schedule="cosine",
-        schedule_sampler="noisy",
-        random_crop=False,
-        random_flip=False,
-        global_batch=64,
-        iterations=1000,
-        lr=1e-3,
-        weight_decay=0.05,
-        log_interval=50,
-        save_interval=500,
-    ),
+    "gaussians32": _small(random_crop=False, iterations=1000, save_interval=500),
 }

@@ -153,7 +153,7 @@ def open_training_set(
     unusable = torch.tensor(int(not usable), device=device)
     if int(distributed.all_reduce_sum(unusable)):
         return location, None
-    images, labels, classes = read_images(
-        location, image_size=settings.image_size, channels=settings.in_channels
+    images, labels = read_images(
+        opened, image_size=settings.image_size, channels=settings.in_channels
     )
-    return location, open_exact(opened.manifest.source, images, labels, len(classes), device)
+    return location, open_exact(opened.manifest, images, labels, device)

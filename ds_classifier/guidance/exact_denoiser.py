@@ -20,14 +20,13 @@ divided by about 1e-4. The rounding errors of float32 would exceed the differenc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ds_classifier.data.loader import ShardDataset
-from ds_classifier.data.shards import open_shards
+from ds_classifier.data.shards import ShardSet
 from ds_classifier.loss import to_x_start
 
 CHUNK_NUMBERS = 1 << 24  # float64 numbers of training images in memory at a time: 128 MiB
@@ -178,16 +177,11 @@ class _Average:
         return self.sum / self.total
 
 
-def read_images(
-    folder: Path | str, *, image_size: int, channels: int = 3
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Read a whole split, centre-cropped.
+def read_images(shards: ShardSet, *, image_size: int, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """Read a whole split, centre-cropped: images [M, C, S, S] uint8 and labels [M] int64.
 
-    Returns images [M, C, S, S] uint8, labels [M] int64, and the names of the classes. Images that
-    do not decode are left out, as in training.
-    Raises ValueError if there are no shards, or none of their images decodes.
+    Images that do not decode are left out, as in training. Raises ValueError if none decodes.
     """
-    shards = open_shards(folder)
     dataset = ShardDataset(shards, image_size=image_size, channels=channels)
     parts, labels = [], []
     for start in range(0, len(shards.index), READ_BATCH):
@@ -197,5 +191,8 @@ def read_images(
         labels.append(batch.labels[decoded])
     images = torch.cat(parts) if parts else torch.empty(0)
     if len(images) == 0:
-        raise ValueError(f"{folder}: none of its {len(shards.index)} images decodes")
-    return images, torch.cat(labels), shards.manifest.classes
+        raise ValueError(
+            f"{shards.manifest.location or shards.folder}: none of its {len(shards.index)} images "
+            "decodes"
+        )
+    return images, torch.cat(labels)

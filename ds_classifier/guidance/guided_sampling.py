@@ -203,8 +203,10 @@ def load_guided_sampling(
         return GuidedSampling(
             settings, classifier, source, None, None, None, model, device, names, origin
         )
-    images, labels, names = read_images(
-        data_dir, image_size=settings.image_size, channels=settings.in_channels
+    shards = open_shards(data_dir)
+    names = shards.manifest.classes
+    images, labels = read_images(
+        shards, image_size=settings.image_size, channels=settings.in_channels
     )
     if settings.num_classes not in (0, len(names)):
         raise ValueError(
@@ -212,8 +214,7 @@ def load_guided_sampling(
             f"{settings.num_classes} of {classifier_path or '--num_classes'}"
         )
     settings = settings.replace(num_classes=len(names))
-    name = open_shards(data_dir).manifest.source
-    exact = open_exact(name, images, labels, len(names), device)
+    exact = open_exact(shards.manifest, images, labels, device)
     origin = {"classifier": guide, "denoiser": {"data_dir": data_dir}}
     return GuidedSampling(
         settings, classifier, source, exact, images, labels, None, device, names, origin

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier.common.gaussians import ROUNDING, GaussianClasses
+from ds_classifier.data.shards import Manifest
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, ExactPosterior
 from ds_classifier.loss import to_x_start
 
@@ -64,8 +65,7 @@ class KnownDistribution:
 
     def share(self, samples: np.ndarray, asked: np.ndarray) -> float:
         """Return the share of samples, uint8 [N, S, S, C], whose likeliest class was asked for."""
-        x = to_x_start(torch.from_numpy(samples).permute(0, 3, 1, 2), torch.float64)
-        clean = self.posterior(x, torch.ones(len(x)))
+        clean = self.posterior(_clean(samples), torch.ones(len(samples)))
         return float((clean.log_class.argmax(dim=1).numpy() == asked).mean())
 
     def frechet(self, samples: np.ndarray, asked: np.ndarray) -> float:
@@ -77,9 +77,8 @@ class KnownDistribution:
         C (Dowson & Landau 1982; Heusel et al. 2017, Eq. 6). Its unit is a variance. It is not 0 for
         exact samples, of which there are finitely many: compare it with `frechet` of `draw`.
         """
-        x = to_x_start(torch.from_numpy(samples).permute(0, 3, 1, 2), torch.float64)
         kept = torch.from_numpy(self.gaussians.lowest).expand(self.shape).flatten()
-        rest = (self._coefficients(x) - self._means[asked])[:, kept]
+        rest = (self._coefficients(_clean(samples)) - self._means[asked])[:, kept]
         true = self._variances[kept]
         labels = torch.from_numpy(asked)
         shifts = []
@@ -104,14 +103,19 @@ class KnownDistribution:
         return images.to(like.dtype)
 
 
+def _clean(samples: np.ndarray) -> Tensor:
+    """Return x_0 of samples, uint8 [N, S, S, C], as [N, C, S, S] float64."""
+    return to_x_start(torch.from_numpy(samples).permute(0, 3, 1, 2), torch.float64)
+
+
 def open_exact(
-    source: str, images: Tensor, labels: Tensor, classes: int, device: torch.device
+    manifest: Manifest, images: Tensor, labels: Tensor, device: torch.device
 ) -> ExactDenoiser | KnownDistribution:
     """Return the distribution that images were drawn from, if known, else their exact denoiser.
 
-    source: what the shards were made of, by their manifest. images: [M, C, S, S]. labels: [M].
+    manifest: of the shards. images: [M, C, S, S]. labels: [M].
     """
-    known = GaussianClasses.parse(source)
+    known = GaussianClasses.parse(manifest.source)
     if known is not None and images.shape[1:] == (known.channels, known.size, known.size):
         return KnownDistribution(known, device=device)
-    return ExactDenoiser(images, labels, classes, device=device)
+    return ExactDenoiser(images, labels, len(manifest.classes), device=device)

@@ -8,6 +8,7 @@ import torch
 from small_models import CLASSES, noisy, training_set
 
 from ds_classifier.data.images import center_crop, decode
+from ds_classifier.data.shards import open_shards
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 
 LEVELS = (1e-9, 0.02, 0.5, 0.9, 0.9999)  # alpha_bar, from nearly all noise to nearly none
@@ -91,10 +92,11 @@ def test_refuses_wrong_noise_levels(level):
 
 
 def test_reads_a_split(digits):
-    images, labels, classes = read_images(digits / "val", image_size=32)
+    shards = open_shards(digits / "val")
+    images, labels = read_images(shards, image_size=32)
     assert images.shape == (360, 3, 32, 32)
     assert images.dtype == torch.uint8
-    assert classes == list("0123456789")
+    assert shards.manifest.classes == list("0123456789")
     # Compare one image with the one that webdataset reads.
     import webdataset
 

@@ -132,9 +132,10 @@ def test_answers_that_are_not_finite_are_wrong_and_in_no_mean(world):
 
 def test_the_judge_classifies_digits(digits):
     pytest.importorskip("sklearn")
+    from ds_classifier.data.shards import open_shards
     from ds_classifier.guidance.exact_denoiser import read_images
 
-    images, labels, _ = read_images(digits / "val", image_size=16)
+    images, labels = read_images(open_shards(digits / "val"), image_size=16)
     judge = Judge(images[:260], labels[:260])
     held_out, own = images[260:].permute(0, 2, 3, 1).numpy(), labels[260:].numpy()
     assert judge.share(held_out, own) > 0.9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,9 @@ def test_share_and_frechet_distance_of_samples(known):
 def test_only_images_of_the_distribution_are_known():
     """Resized images have another distribution, and other sources have none."""
     images = torch.zeros(4, 2, 8, 8, dtype=torch.uint8)
-    arguments = (torch.arange(4), 4, torch.device("cpu"))
-    assert isinstance(open_exact(str(GAUSSIANS), images, *arguments), KnownDistribution)
-    assert isinstance(open_exact("digits", images, *arguments), ExactDenoiser)
-    assert isinstance(open_exact(str(GAUSSIANS), images[:, :, :4, :4], *arguments), ExactDenoiser)
+    arguments = (torch.arange(4), torch.device("cpu"))
+    made = SimpleNamespace(source=str(GAUSSIANS), classes=list("0123"))
+    other = SimpleNamespace(source="digits", classes=list("0123"))
+    assert isinstance(open_exact(made, images, *arguments), KnownDistribution)
+    assert isinstance(open_exact(other, images, *arguments), ExactDenoiser)
+    assert isinstance(open_exact(made, images[:, :, :4, :4], *arguments), ExactDenoiser)

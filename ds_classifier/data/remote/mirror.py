@@ -21,6 +21,7 @@ from pathlib import Path
 from ds_classifier.common import files
 from ds_classifier.data.remote.fetch import PATIENCE, insist
 from ds_classifier.data.remote.objects import Request, refuse_unusable
+from ds_classifier.data.shards import INDEX, MANIFEST
 
 SPLITS = ("train", "val")
 UPLOAD_S = 600.0  # seconds that a request which sends or lists much may take
@@ -28,7 +29,7 @@ FAILED = {
     "names": "could not be listed", "download": "could not be read", "put": "was not written",
     "delete": "could not be cleared",
 }  # fmt: skip
-PLAN, INDEX, MANIFEST = "plan.json", "index.npy", "manifest.json"
+PLAN = "plan.json"
 
 
 class Mirror:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: creating it, its rates and norms, and the state of its loss scaling.
 
 deepspeed_state.py has the weights and the optimizer's state. DeepSpeed's private attributes are
-used in these two files only.
+used in this directory only.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 ZeRO cuts both into flat shares, one or more per rank. The functions here gather one parameter from
 all ranks, or give each rank its part, so that a checkpoint knows nothing of shares.
-
-DeepSpeed's private attributes are used in deepspeed_engine.py and here only.
 """
 
 from __future__ import annotations
