@@ -204,7 +204,7 @@ class Evaluator:
         if denoiser is not None:
             if key not in self._bayes:
                 posteriors.append(evaluate.bayes_posterior(denoiser, diffusion))
-            distributed.say(f"compared with the exact posterior of {denoiser}, {training_set}")
+            distributed.say(f"compared with the exact posterior of {denoiser} ({training_set})")
         confusion = Confusion(samples, device)
         loader = create_validation_loader(
             shards,
