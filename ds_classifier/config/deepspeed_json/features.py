@@ -72,7 +72,7 @@ def check_features(draft: Draft) -> None:
     for name, reason in NOT_HERE.items():
         path = tuple(name.split("."))
         if _is_on(draft.get(*path)):
-            draft.refuse(path, f"not supported here: {reason}; do: remove it")
+            draft.refuse(path, f"not supported here: {reason}", advice="do: remove it")
         elif path[0] != "compile":
             draft.drop(*path)
     for name, where in MONITORS.items():
@@ -81,7 +81,8 @@ def check_features(draft: Draft) -> None:
     for name, (needed, reason) in NEEDED.items():
         path = tuple(name.split("."))
         if draft.get(*path, default=needed) not in (needed, AUTO):
-            draft.refuse(path, f"got {shown(draft.get(*path))}; need {shown(needed)}: {reason}")
+            got = shown(draft.get(*path))
+            draft.refuse(path, f"got {got}; need {shown(needed)}: {reason}", needed)
     if draft.drop("checkpoint"):
         draft.notes.append("checkpoint: ignored, since this program writes its own checkpoints")
     _map_compile(draft)
