@@ -165,7 +165,7 @@ def test_a_batch_written_as_a_string_hides_nothing():
 
 
 def test_what_the_advice_leads_to_is_checked_too():
-    """On the number of ranks that the first problem advises, the micro-batch does not fit."""
+    """The micro-batch does not fit on the number of ranks that the first problem advises."""
     raw = changed(train_batch_size=9, train_micro_batch_size_per_gpu=2)
     message = problems(raw=raw)
     assert "do: run on 1 or 3 ranks" in message
