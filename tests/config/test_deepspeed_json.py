@@ -477,7 +477,8 @@ def test_an_assertion_of_deepspeeds_model_is_quoted_alone():
 
 
 def test_a_run_directory_in_a_bucket_is_refused():
-    assert "--run_dir: got s3://b/run; need a directory" in problems("--run_dir", "s3://b/run")
+    for url in ("s3://b/run", "s3:/b/run"):
+        assert f"--run_dir: got {url}; need a directory" in problems("--run_dir", url)
 
 
 def test_deepspeed_is_asked_in_silence():
