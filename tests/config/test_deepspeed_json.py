@@ -270,7 +270,8 @@ def test_monitors_are_switched_off_and_that_is_said_where_they_are_on(name):
     result = resolved(raw=changed(**{name: {"enabled": True, "output_path": "x"}}))
     assert name not in result.ds_config
     assert f"{name}: switched off" in "\n".join(result.notes)
-    assert not resolved(raw=changed(**{name: {"enabled": False}})).notes
+    for off in (False, "false", "no", 0, "0"):
+        assert not resolved(raw=changed(**{name: {"enabled": off}})).notes
 
 
 # -------------------------------------------------------------------------------- ZeRO, precision
@@ -434,6 +435,17 @@ def test_a_missing_kernel_is_the_reason(monkeypatch):
     assert "no kernel of it for cpu" in problems(raw=raw)
     raw["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     assert resolved(raw=raw).ds_config["optimizer"]["type"] == "Lion"
+
+
+def test_a_rate_for_each_group_of_parameters_is_one_rate_where_they_are_equal():
+    section = {"type": "WarmupLR", "params": {"warmup_min_lr": [0], "warmup_max_lr": [2e-3, 2e-3]}}
+    result = resolved(raw=changed(scheduler=copy.deepcopy(section)))
+    params = result.ds_config["scheduler"]["params"]
+    assert (params["warmup_min_lr"], params["warmup_max_lr"], result.settings.lr) == (0, 2e-3, 2e-3)
+    section["params"]["warmup_max_lr"] = [2e-3, 1e-3]
+    assert "warmup_max_lr: got [0.002, 0.001]; need a number" in problems(
+        raw=changed(scheduler=section)
+    )
 
 
 # -------------------------------------------------------------------------------- checkpoints

@@ -52,6 +52,17 @@ MONITORS = {
     "comet": "the run directory's log.jsonl has it all",
 }
 
+_OFF = (
+    "",
+    "none",
+    "false",
+    "f",
+    "no",
+    "n",
+    "off",
+    "0",
+    "0.0",
+)  # as strings, as DeepSpeed reads them
 NEVER = 2**31  # steps_per_print of a run in which DeepSpeed prints nothing
 
 # Values that would break a promise of this program: key -> (the value needed, reason).
@@ -103,12 +114,12 @@ def _is_on(value: Any) -> bool:
     """Return True if a section or a key switches something on."""
     if isinstance(value, dict):
         if "enabled" in value:
-            return value["enabled"] not in (False, 0, None, AUTO)
+            return str(value["enabled"]).lower() not in (*_OFF, AUTO)
         return any(_is_on(inner) for inner in value.values())
     if isinstance(value, bool) or value is None:
         return bool(value)
     # Of sizes, 1 is the size of what is not divided; of names, "none" is no device or kind.
-    return value > 1 if isinstance(value, (int, float)) else str(value).lower() not in ("", "none")
+    return value > 1 if isinstance(value, (int, float)) else str(value).lower() not in _OFF
 
 
 def _map_compile(draft: Draft) -> None:

@@ -112,6 +112,10 @@ def _check_params(draft: Draft, params: dict[str, Any], takes: dict[str, Any]) -
     owned = (LENGTH, WARM_UP, *PEAKS.values())
     for key in [key for key in params if key not in takes]:
         refuse_name(draft, (*SECTION, key), "scheduler", takes)
+    for key, value in params.items():
+        # DeepSpeed also takes a rate per group of parameters; here all have one.
+        if key.endswith("_lr") and isinstance(value, list) and value == value[:1] * len(value):
+            params[key] = value[0] if value else value
     for key, value in list(params.items()):
         path = (*SECTION, key)
         if value == AUTO and key not in owned:
