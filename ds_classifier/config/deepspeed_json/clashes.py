@@ -75,4 +75,4 @@ def _offloading(draft: Draft, stage: int) -> Iterator[Clash]:
     ratio = section.get("offload_optimizer", {}).get("ratio", 1)
     if ratio < 1 and draft.get("optimizer", "params", "torch_adam"):
         key = ("zero_optimization", "offload_optimizer", "ratio")
-        yield key, f"got {ratio}; need 1.0 with torch's Adam; or write torch_adam false", 1.0
+        yield key, f"got {ratio}; need 1.0 with torch's Adam, or torch_adam false", 1.0

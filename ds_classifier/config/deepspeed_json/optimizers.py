@@ -57,6 +57,11 @@ def settle_optimizer(draft: Draft) -> None:
     offload = "offload_optimizer" in draft.section("zero_optimization")
     if kind.lower() in ("adam", "adamw", "muon"):  # Muon has an Adam for some parameters
         _choose_adam(draft, params, offload)
+    if kind.lower() == "muon":
+        draft.notes.append(
+            "Muon: DeepSpeed makes gradients of matrices orthogonal before it takes their norm, "
+            "so the norm in the log is large, and gradient_clipping shortens every step"
+        )
     make, takes = _made(kind, params, offload)
     _check_params(draft, params, takes, muon=kind.lower() == "muon")
     if make is not None:
