@@ -120,17 +120,32 @@ def sections_of(values: dict):
             yield from sections_of(value)
 
 
+# The 14 of 55 that are refused -> a key for which they are.
+REFUSED = {
+    # by DeepSpeed 0.19 itself
+    "18": "curriculum_learning", "28": "optimizer.type", "29": "progressive_layer_drop",
+    "30": "train_batch_size", "45": "zero_optimization.reduce_bucket_size",
+    "49": "quantize_training",
+    # for what this trainer does not do
+    "07": "autotuning", "21": "sequence_parallel_size", "25": "autotuning",
+    "31": "data_efficiency", "34": "tensor_parallel",
+    # for what checkpoints promise
+    "23": "zero_optimization.offload_param.device", "24": "zero_optimization.zenflow",
+    "27": "bf16.bf16_master_weights_and_grads",
+}  # fmt: skip
+
+
 @pytest.mark.skipif(len(FILES) < 55, reason=f"{REAL} does not have the 55 files")
 def test_most_files_are_accepted_as_they_are():
-    accepted = 0
+    refused = {}
     for path in FILES:
         raw = read_ds_config(path)
         try:
             resolve(command(), raw, world_size=suiting_world(raw))
-            accepted += 1
-        except ValueError:
-            pass
-    assert accepted >= 41
+        except ValueError as error:
+            refused[path.name[:2]] = str(error)
+    assert refused.keys() <= REFUSED.keys()
+    assert [n for n, message in refused.items() if f"{REFUSED[n]}: " not in message] == []
 
 
 # -------------------------------------------------------------------------------- reading
