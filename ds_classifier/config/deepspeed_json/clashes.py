@@ -67,10 +67,12 @@ def _is_tested(draft: Draft, kind: str) -> bool:
 def _offloading(draft: Draft, stage: int) -> Iterator[Clash]:
     section = draft.section("zero_optimization")
     for key in ("offload_optimizer", "offload_param"):
-        # Stages 1 and 2 offload to the CPU then. In stage 3 the tensors are empty between steps,
-        # and DeepSpeed has no way to set all that is in their files.
+        # Stages 1 and 2 offload to the CPU then. In stage 3 the flat tensors, which a checkpoint
+        # reads and sets, are empty between steps.
         if stage == 3 and section.get(key, {}).get("device") == "nvme":
-            need = 'got "nvme"; need "cpu": a resumed run cannot set a state that is on a disk'
+            need = (
+                'got "nvme"; need "cpu": checkpoints are made of what is in memory, not on a disk'
+            )
             yield ("zero_optimization", key, "device"), need, "cpu"
     ratio = section.get("offload_optimizer", {}).get("ratio", 1)
     if ratio < 1 and draft.get("optimizer", "params", "torch_adam"):
