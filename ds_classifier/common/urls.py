@@ -8,13 +8,18 @@ HIDDEN_LOGIN = "***@"
 
 # A login ends at the last @ before the path. If the text after its first colon is not a port, the
 # login may also hold a slash: a password with an unescaped slash cannot be fetched, only hidden.
-_LOGIN = re.compile(r"""(?<=//)(?:[^/\s'"]*@|[^/\s'"@:]+:(?!\d*/)[^\s'"@]*@)+""")
+_LOGIN = re.compile(r"""(?:(?<=//)|(?<=\w:/)(?!/))(?:[^/\s'"]*@|[^/\s'"@:]+:(?!\d*/)[^\s'"@]*@)+""")
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|(pipe|file):|(s3|gs|az|hf|https?):/", re.IGNORECASE)
 
 
 def scheme(location: str) -> str:
-    """Return a URL's scheme ("http", "pipe", ...) in lower case, or "" for a local path."""
-    found = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe|file):", location, re.IGNORECASE)
-    return (found[1] or found[2]).lower() if found else ""
+    """Return a URL's scheme ("http", "pipe", ...) in lower case, or "" for a local path.
+
+    Of those that are common, one slash is enough: a pathlib.Path has taken the other one out.
+    """
+    found = _SCHEME.match(location)
+    return found[0].rstrip(":/").lower() if found else ""
 
 
 def without_logins(text: str) -> str:

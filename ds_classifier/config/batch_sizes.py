@@ -42,27 +42,53 @@ class BatchSizes:
         )
 
 
+class BatchError(ValueError):
+    """The batch sizes do not fit each other, the settings or the number of ranks.
+
+    advised: {key: what the message says to write; "auto" also stands for removing it}. ranks: the
+    number of ranks that it advises, or None.
+    """
+
+    def __init__(self, message: str, ranks: int | None = None, **advised: int | str):
+        super().__init__(message)
+        self.ranks, self.advised = ranks, advised
+
+
 def settle_batch(ds: dict[str, Any], settings: Settings, world_size: int) -> BatchSizes:
     """Resolve global batch = micro-batch x accumulation x ranks.
 
-    ds: the JSON, with numbers or "auto". Raises ValueError if it and the settings disagree.
+    ds: the JSON, with numbers or "auto". Raises BatchError if it and the settings disagree.
     """
     total, micro, accumulation = (_number(ds, key) for key in BatchSizes(1, 1, 1).ds_numbers())
     asked = _global_batch(settings, world_size, total, micro, accumulation)
     if settings.microbatch > 0 and micro not in (None, settings.microbatch):
-        raise ValueError(
+        raise BatchError(
             f"train_micro_batch_size_per_gpu: got {micro}, but --microbatch is "
-            f'{settings.microbatch}; need one number; do: write "auto" in the JSON'
+            f'{settings.microbatch}; need one number; do: write "auto" in the JSON',
+            train_micro_batch_size_per_gpu=AUTO,
         )
     if asked > MOST:
-        raise ValueError(f"global batch: got {asked}; need at most {MOST:,}")
+        if settings.global_batch or settings.batch_size:
+            raise BatchError(f"global batch: got {asked}; need at most {MOST:,}")
+        sizes = dict(
+            train_batch_size=total,
+            train_micro_batch_size_per_gpu=micro,
+            gradient_accumulation_steps=accumulation,
+        )
+        largest = max(sizes, key=lambda key: sizes[key] or 0)
+        raise BatchError(
+            f"{largest}: got {sizes[largest]}; need a global batch of at most {MOST:,}; do: "
+            "correct or remove it",
+            **{largest: AUTO},
+        )
     if asked % world_size:
         fits = _divisors(asked)
         near = [n for n in fits if n <= world_size][-1:] + [n for n in fits if n > world_size][:1]
-        raise ValueError(
+        raise BatchError(
             f"global batch: got {asked} on {world_size} ranks; need a multiple of the number of "
             f"ranks; do: run on {' or '.join(map(str, near))} ranks, or choose another "
-            "--global_batch"
+            "--global_batch",
+            ranks=near[0],
         )
     per_rank = asked // world_size
     if settings.microbatch > 0:
@@ -75,10 +101,12 @@ def settle_batch(ds: dict[str, Any], settings: Settings, world_size: int) -> Bat
         got = f"{micro} micro-batch"
         got += f" x {accumulation} accumulation" if accumulation is not None else ""
         near = sorted(sorted(_divisors(per_rank), key=lambda n: abs(n - micro))[:3])
-        raise ValueError(
+        raise BatchError(
             f"train_micro_batch_size_per_gpu: got {got} x {world_size} ranks for a global batch of "
             f"{asked}; need micro-batch x accumulation = {per_rank}; do: use a micro-batch of "
-            f'{" or ".join(map(str, near))} and accumulation "auto"'
+            f'{" or ".join(map(str, near))} and accumulation "auto"',
+            train_micro_batch_size_per_gpu=near[0],
+            gradient_accumulation_steps=AUTO,
         )
     return BatchSizes(micro, per_rank // micro, world_size)
 
@@ -86,11 +114,7 @@ def settle_batch(ds: dict[str, Any], settings: Settings, world_size: int) -> Bat
 def _number(ds: dict[str, Any], key: str) -> int | None:
     """Return a number of the JSON; None for "auto" or if it is absent."""
     value = ds.get(key, AUTO)
-    if value == AUTO:
-        return None
-    if value < 1:
-        raise ValueError(f"{key}: got {value}; need at least 1")
-    return value
+    return None if value == AUTO else value
 
 
 def _global_batch(
@@ -102,21 +126,22 @@ def _global_batch(
 ) -> int:
     """Return the global batch that flags, recipe and JSON ask for; the last three are the JSON's.
 
-    Raises ValueError if they disagree.
+    Raises BatchError if they disagree.
     """
     from_ranks = settings.batch_size * world_size
     asked = settings.global_batch or from_ranks
     if from_ranks not in (0, asked):
-        raise ValueError(
+        raise BatchError(
             f"--global_batch {settings.global_batch}, --batch_size {settings.batch_size}: they "
             f"disagree on {world_size} ranks; do: give one of them"
         )
     if not asked:  # by the JSON's numbers, or the reference's 4 per rank
         return total or (micro or 4) * (accumulation or 1) * world_size
     if total not in (None, asked):
-        raise ValueError(
+        raise BatchError(
             f"train_batch_size: got {total}, but the settings' global batch is {asked}; need one "
-            'number; do: write "auto" in the JSON'
+            'number; do: write "auto" in the JSON',
+            train_batch_size=AUTO,
         )
     return asked
 

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ds_classifier.common.urls import without_logins
+from ds_classifier.common.urls import scheme, without_logins
 from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 
 NO_VALIDATION = "none"  # in place of shards to validate on
@@ -376,7 +376,7 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not settings.weight_decay >= 0:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
-    if "://" in settings.run_dir:
+    if scheme(settings.run_dir):
         problems.append(
             f"--run_dir: got {without_logins(settings.run_dir)}; need a directory; do: copy it to "
             "a bucket when the run has ended"

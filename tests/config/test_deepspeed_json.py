@@ -2,16 +2,19 @@
 
 import copy
 import os
-import re
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from advice import follow
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from running import ROOT
 from test_config import changed, command, problems, resolved
 
-from ds_classifier.config.deepspeed_json import known, meant, optimizers, read_ds_config, resolve
+from ds_classifier.config.deepspeed_json import known, meant, read_ds_config, resolve
+from ds_classifier.config.deepspeed_json.draft import Draft
 from ds_classifier.config.deepspeed_json.features import NOT_HERE
 from ds_classifier.config.deepspeed_json.known import nearest
 
@@ -19,6 +22,7 @@ REAL = Path(
     os.environ.get("DEEPSPEED_CONFIGS", Path(__file__).parents[3] / "shared/deepspeed-configs")
 )
 FILES = sorted(REAL.glob("*.json"))
+REMOVED = "onebitadam" not in DEEPSPEED_OPTIMIZERS  # 0.19 has no 1-bit optimizers
 
 
 def notes(*flags: str, raw=None, world_size=2) -> str:
@@ -45,42 +49,68 @@ def suiting_world(raw: dict) -> int:
     return next(w for w in (2, 1) if not total or total % (w * per_rank) == 0 or w == 1)
 
 
-def mended(raw: dict, message: str) -> dict:
-    """Return the JSON with every key that a message names removed, or changed as it advises."""
-    raw = copy.deepcopy(raw)
-    for line in message.splitlines():
-        found = re.match(r"(?:  \d+\. )?([A-Za-z0-9_.-]+): (.*)", line)
-        if found is None:
-            continue
-        *sections, key = found[1].split(".")
-        section = raw
-        for name in sections:
-            section = section.get(name, {})
-        section.pop(key, None)
-        if advice := re.search(r'do: (?:use|write) "?(\w+)', found[2]):
-            section[key] = advice[1]
-        if "weight_decay alone" in found[2]:
-            params = section.get("params") or {}
-            section["params"] = {k: v for k, v in params.items() if k in optimizers.COMMON}
-    return raw
+def resolved_as_advised(raw: dict, ranks: int):
+    """Return the result; where the JSON is refused, that after doing what the message says."""
+    try:
+        return resolve(command(), raw, world_size=ranks)
+    except ValueError as error:
+        raw, ranks = follow(raw, ranks, str(error))
+        return resolve(command(), raw, world_size=ranks)
 
 
 @pytest.mark.skipif(not FILES, reason=f"{REAL} has no files of public projects")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem[:30])
-def test_files_of_public_projects_need_one_round_at_most(path):
+def test_files_of_public_projects_need_one_round_at_most(path, monkeypatch):
+    monkeypatch.setattr(Draft, "rename", None)  # no key in them is a slip of the keyboard
     raw = read_ds_config(path)
-    world_size = suiting_world(raw)
-    try:
-        result = resolve(command(), raw, world_size=world_size)
-    except ValueError as error:
-        message = str(error)
-        assert "did you mean" not in message
-        assert "Traceback" not in message
-        raw = mended(raw, message)
-        result = resolve(command(), raw, world_size=suiting_world(raw))
+    result = resolved_as_advised(raw, suiting_world(raw))
     assert result.ds_config["zero_optimization"]["stage"] in (1, 2, 3)
     left = result.with_parameters(1000).ds_config
     assert "auto" not in [value for section in sections_of(left) for value in section.values()]
+
+
+SPOILED = {
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps": (
+        "x", -1, 0, 7, "16", 1e30, [1],
+    ),
+    "zero_optimization.stage": (0, 1, "3", 4, True),
+    "zero_optimization.overlap_com zero_optimization.cpu_offload zero_optimization fp16 bfloat16 "
+    "gradient_cliping optimizer.params.weight_decya scheduler.params.warmup_num_step "
+    "zero_optimization.offload_optimizer optimizer scheduler optimizer.params scheduler.params "
+    "curriculum_lerning torch_autocast.dtype data_types.grad_accum_dtype prescale_gradients "
+    "communication_data_type": ("x", -1, 0.5, True, [], {"enabled": "yes"}, {"enabled": True}),
+    "zero_optimization.allgather_bucket_size optimizer.params.betas optimizer.params.lr "
+    "scheduler.params.warmup_max_lr scheduler.params.total_num_steps fp16.loss_scale "
+    "scheduler.params.last_batch_iteration optimizer.params.foreach fp16.hysteresis": (
+        "1e-3", -1, 0, 3, [0.1], {}, True,
+    ),
+    "zero_optimization.offload_optimizer.ratio": (0.3, 2),
+    "optimizer.type": ("OneBitAdam", "Lamb", "Lion", "Muon", "SGD", "Adagrad", "AdaWhat", 3),
+    "scheduler.type": ("OneCycle", "warmuplr", "CosineLR", "LRRangeTest", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nonsense_needs_one_round_at_most(seed):
+    """Up to five keys are spoiled at once; the fixed seeds make the test the same every time."""
+    draw = random.Random(seed)
+    spoiled = [(k, values) for keys, values in SPOILED.items() for k in keys.split()]
+    for _ in range(120):
+        chosen = draw.sample(spoiled, draw.randint(1, 5))
+        raw = changed(bf16={"enabled": False})
+        for name, values in sorted(chosen):
+            path, value = name.split("."), copy.deepcopy(draw.choice(values))
+            for depth in range(1, len(path)):
+                if not isinstance(at(raw, path[:depth]), dict):
+                    at(raw, path[: depth - 1])[path[depth - 1]] = {}
+            at(raw, path[:-1])[path[-1]] = value
+        resolved_as_advised(raw, 2)
+
+
+def at(values: dict, path: list[str]):
+    for name in path:
+        values = values.get(name)
+    return values
 
 
 def sections_of(values: dict):
@@ -90,17 +120,32 @@ def sections_of(values: dict):
             yield from sections_of(value)
 
 
+# The 14 of 55 that are refused -> a key for which they are.
+REFUSED = {
+    # by DeepSpeed 0.19 itself
+    "18": "curriculum_learning", "28": "optimizer.type", "29": "progressive_layer_drop",
+    "30": "train_batch_size", "45": "zero_optimization.reduce_bucket_size",
+    "49": "quantize_training",
+    # for what this trainer does not do
+    "07": "autotuning", "21": "sequence_parallel_size", "25": "autotuning",
+    "31": "data_efficiency", "34": "tensor_parallel",
+    # for what checkpoints promise
+    "23": "zero_optimization.offload_param.device", "24": "zero_optimization.zenflow",
+    "27": "bf16.bf16_master_weights_and_grads",
+}  # fmt: skip
+
+
 @pytest.mark.skipif(len(FILES) < 55, reason=f"{REAL} does not have the 55 files")
 def test_most_files_are_accepted_as_they_are():
-    accepted = 0
+    refused = {}
     for path in FILES:
         raw = read_ds_config(path)
         try:
             resolve(command(), raw, world_size=suiting_world(raw))
-            accepted += 1
-        except ValueError:
-            pass
-    assert accepted >= 41
+        except ValueError as error:
+            refused[path.name[:2]] = str(error)
+    assert refused.keys() <= REFUSED.keys()
+    assert [n for n, message in refused.items() if f"{REFUSED[n]}: " not in message] == []
 
 
 # -------------------------------------------------------------------------------- reading
@@ -120,7 +165,27 @@ def test_an_empty_file_is_no_json(tmp_path):
 
 
 def test_a_huge_batch_is_refused_at_once():
-    assert "global batch: got 1000000000000" in problems(raw=changed(train_batch_size=1e30))
+    assert "train_batch_size: got 1000000000000" in problems(raw=changed(train_batch_size=1e30))
+
+
+def test_a_batch_written_as_a_string_hides_nothing():
+    """DeepSpeed would fail on the string; the sizes are compared as they will be."""
+    raw = changed(train_batch_size="16", train_micro_batch_size_per_gpu=3)
+    message = problems(raw=raw)
+    assert 'train_batch_size: got "16"; need a whole number of at least 1; do: write 16' in message
+    assert "got 3 micro-batch x 2 ranks for a global batch of 16" in message
+    assert 'fp16.enabled: got "true"; need true or false; do: write true' in problems(
+        raw=changed(fp16__enabled="true", bf16__enabled=False)
+    )
+
+
+def test_what_the_advice_leads_to_is_checked_too():
+    """The micro-batch does not fit on the number of ranks that the first problem advises."""
+    raw = changed(train_batch_size=9, train_micro_batch_size_per_gpu=2)
+    message = problems(raw=raw)
+    assert "do: run on 1 or 3 ranks" in message
+    assert "got 2 micro-batch x 1 ranks for a global batch of 9" in message
+    resolved_as_advised(raw, 2)
 
 
 # -------------------------------------------------------------------------------- known keys
@@ -159,7 +224,7 @@ def test_all_kinds_of_problems_come_in_one_message():
     )
     message = problems("--lr", "-1", raw=raw)
     for word in (
-        "gradient_cliping: unknown key; did you mean 'gradient_clipping'?",
+        "gradient_cliping: unknown key; 'gradient_clipping' is there already; do: remove it",
         'steps_per_print: got "often"; need a whole number',
         "prescale_gradients: got 1; need true or false",
         "global batch: got 7 on 2 ranks",
@@ -220,7 +285,8 @@ def test_monitors_are_switched_off_and_that_is_said_where_they_are_on(name):
     result = resolved(raw=changed(**{name: {"enabled": True, "output_path": "x"}}))
     assert name not in result.ds_config
     assert f"{name}: switched off" in "\n".join(result.notes)
-    assert not resolved(raw=changed(**{name: {"enabled": False}})).notes
+    for off in (False, "false", "no", 0, "0"):
+        assert not resolved(raw=changed(**{name: {"enabled": off}})).notes
 
 
 # -------------------------------------------------------------------------------- ZeRO, precision
@@ -237,6 +303,12 @@ def test_numbers_that_are_strings_are_numbers_as_in_deepspeed():
     raw = changed(zero_optimization__stage="3", zero_optimization__reduce_bucket_size="5000")
     zero = resolved(raw=raw).ds_config["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 5000)
+    raw["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "ratio": "0.3"}
+    raw["optimizer"]["params"]["torch_adam"] = True
+    assert "ratio: got 0.3; need 1.0" in problems(raw=raw)
+    raw["zero_optimization"] = {"stage": 2, "reduce_scatter": "false"}
+    raw["prescale_gradients"] = True  # which asserts against reduce_scatter
+    assert resolved(raw=raw).ds_config["zero_optimization"]["reduce_scatter"] is False
 
 
 def test_keys_of_another_stage_pass_in_silence():
@@ -327,6 +399,7 @@ def test_muon_in_stage_1_with_bf16_needs_sums_in_bf16():
     assert words in problems(raw=changed(**muon, **bf16, data_types={"grad_accum_dtype": "fp32"}))
     for fine in (bf16, dict(zero_optimization__stage=2, **bf16), {}):
         assert resolved(raw=changed(**(muon | fine))).kernel == ""  # its Adam is torch's
+    assert "the norm in the log is large, and gradient_clipping" in notes(raw=changed(**muon))
 
 
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
@@ -357,11 +430,11 @@ def test_adam_in_any_case_is_torchs_unless_the_json_says_otherwise(name):
 @pytest.mark.parametrize(
     ("kind", "params", "words"),
     [
-        ("OneBitAdam", {}, "it cannot run under ZeRO"),
+        ("OneBitAdam", {}, "need one that DeepSpeed" if REMOVED else "cannot run under ZeRO"),
         ("Lamb", {}, "depend on the number of ranks"),
         ("LBFGS", {}, "several times per step"),
         ("AdaWhat", {}, "need one that DeepSpeed"),
-        ("Adam", {"max_grad_norm": 1.0}, "give gradient_clipping instead"),
+        ("Adam", {"max_grad_norm": 1.0}, "need gradient_clipping instead"),
         ("Adam", {"momentum_x": 1}, "unknown to this optimizer"),
         ("Adam", {"eps": "small"}, 'eps: got "small"'),
         ("Adagrad", {"lr_decay": -1.0}, "Invalid lr_decay"),
@@ -378,6 +451,17 @@ def test_a_missing_kernel_is_the_reason(monkeypatch):
     assert "no kernel of it for cpu" in problems(raw=raw)
     raw["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     assert resolved(raw=raw).ds_config["optimizer"]["type"] == "Lion"
+
+
+def test_a_rate_for_each_group_of_parameters_is_one_rate_where_they_are_equal():
+    section = {"type": "WarmupLR", "params": {"warmup_min_lr": [0], "warmup_max_lr": [2e-3, 2e-3]}}
+    result = resolved(raw=changed(scheduler=copy.deepcopy(section)))
+    params = result.ds_config["scheduler"]["params"]
+    assert (params["warmup_min_lr"], params["warmup_max_lr"], result.settings.lr) == (0, 2e-3, 2e-3)
+    section["params"]["warmup_max_lr"] = [2e-3, 1e-3]
+    assert "warmup_max_lr: got [0.002, 0.001]; need a number" in problems(
+        raw=changed(scheduler=section)
+    )
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -421,7 +505,8 @@ def test_an_assertion_of_deepspeeds_model_is_quoted_alone():
 
 
 def test_a_run_directory_in_a_bucket_is_refused():
-    assert "--run_dir: got s3://b/run; need a directory" in problems("--run_dir", "s3://b/run")
+    for url in ("s3://b/run", "s3:/b/run"):
+        assert f"--run_dir: got {url}; need a directory" in problems("--run_dir", url)
 
 
 def test_deepspeed_is_asked_in_silence():

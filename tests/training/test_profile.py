@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_run import losses, train
 
 from ds_classifier.config.settings import Settings, check_settings
-from ds_classifier.training.logs.profile import shares
+from ds_classifier.training.logs.profile import dearest, shares
 
 
 @pytest.mark.slow
@@ -64,6 +66,17 @@ def test_shares_are_those_of_the_events():
     assert [float(line.split("%")[0]) for line in lines] == pytest.approx(
         [8, 4, 20, 4, 32, 8, 12, 4, 2, 6, 16.6]  # the last: a tenth of all seconds of 12.5
     )
+
+
+def test_the_dearest_operations_are_no_parts_of_ours():
+    mark, cpu = torch.profiler.record_function, [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profiler, mark("step: forward"):
+        with mark("model: forward"):
+            time.sleep(0.01)  # by far the longest
+        torch.ones(3).sum()
+    table = dearest(profiler.key_averages(), on_gpu=False)
+    assert "aten::sum" in table
+    assert "forward" not in table
 
 
 def test_a_run_too_short_to_profile_is_refused():

@@ -35,7 +35,7 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
         yield key, "got true; need false with Muon in ZeRO stage 3", False
     if kind == "muon" and stage == 1 and _sums_bf16_in_fp32(draft, accumulation):
         key = ("zero_optimization", "stage")
-        need = "with Muon, bf16 and gradients that are summed in fp32; do: write 2"
+        need = "with Muon, bf16 and gradients that are summed in fp32"
         yield key, f"got 1; need 2 or 3 {need}", 2
     if not (draft.get("zero_allow_untested_optimizer") or _is_tested(draft, kind)):
         name = draft.get("optimizer", "type")
@@ -67,12 +67,14 @@ def _is_tested(draft: Draft, kind: str) -> bool:
 def _offloading(draft: Draft, stage: int) -> Iterator[Clash]:
     section = draft.section("zero_optimization")
     for key in ("offload_optimizer", "offload_param"):
-        # Stages 1 and 2 offload to the CPU then. In stage 3 the tensors are empty between steps,
-        # and DeepSpeed has no way to set all that is in their files.
+        # Stages 1 and 2 offload to the CPU then. In stage 3 the flat tensors, which a checkpoint
+        # reads and sets, are empty between steps.
         if stage == 3 and section.get(key, {}).get("device") == "nvme":
-            need = 'got "nvme"; need "cpu": a resumed run cannot set a state that is on a disk'
-            yield ("zero_optimization", key, "device"), f'{need}; do: write "cpu"', "cpu"
+            need = (
+                'got "nvme"; need "cpu": checkpoints are made of what is in memory, not on a disk'
+            )
+            yield ("zero_optimization", key, "device"), need, "cpu"
     ratio = section.get("offload_optimizer", {}).get("ratio", 1)
     if ratio < 1 and draft.get("optimizer", "params", "torch_adam"):
         key = ("zero_optimization", "offload_optimizer", "ratio")
-        yield key, f"got {ratio}; need 1.0 with torch's Adam; or write torch_adam false", 1.0
+        yield key, f"got {ratio}; need 1.0 with torch's Adam, or torch_adam false", 1.0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO
@@ -22,22 +23,24 @@ def name_of(path: Path) -> str:
 class Draft:
     """A copy of the JSON that the checks complete one after the other.
 
-    A check that finds a problem mends the copy in the way that its message advises. So the later
-    checks see the JSON as it will be in the next round, and all problems come in one message.
+    A check that finds a problem mends the copy in the way that its message advises, so that the
+    later checks see the JSON as it will be in the next round.
 
-    ds: the JSON. settings: those of the command, completed from the JSON. problems: a message
-    each. notes: lines for the user. autos: {key: the value that stands for "auto"}.
+    ds: the JSON. advised: what the user wrote, with all that the messages advise, and nothing else.
+    settings: those of the command, completed from the JSON. problems: a message each. notes: lines
+    for the user. autos: {key: the value that stands for "auto"}.
     takes_decay: whether the optimizer has a weight decay.
     known: the keys that DeepSpeed reads at the top level, with the defaults that it has.
     """
 
     def __init__(self, raw: dict[str, Any], command: CommandLine, known: dict[str, Any]):
-        self.ds = copy.deepcopy(raw)
+        self.ds, self.advised = copy.deepcopy(raw), copy.deepcopy(raw)
         self.command, self.settings, self.known = command, command.settings, known
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.autos: dict[str, Any] = {}
         self.takes_decay = True
+        self.spelt: dict[str, str] = {}  # section -> its old name, under which the JSON has it
         # Name of a setting -> who set it.
         self.owners = {name: f"--{name} (flag, file or recipe)" for name in command.given}
 
@@ -56,26 +59,38 @@ class Draft:
 
     def set(self, *path_and_value: Any) -> None:
         """Give a key a value, in sections that are made where there are none."""
-        *path, key, value = path_and_value
-        section = self.ds
-        for name in path:
-            section = section.setdefault(name, {})
-        section[key] = value
+        *path, value = path_and_value
+        _set(self.ds, path, value)
 
     def drop(self, *path: str) -> Any:
         """Remove a key and return its value; None where the JSON has none."""
         return self.section(*path[:-1]).pop(path[-1], None)
 
-    def refuse(self, path: Path, message: str, *mended: Any) -> None:
+    def refuse(self, path: Path, message: str, *mended: Any, advice: str = "") -> None:
         """Note a problem with a key, and mend the copy: remove the key, or give it a value.
 
-        message: without the key's name. mended: the value, if there is one.
+        message: without the key's name. mended: the value, if there is one. advice: what to do, in
+        other words than those for which this stands.
         """
-        self.problems.append(f"{name_of(path)}: {message}")
-        if mended:
-            self.set(*path, *mended)
-        else:
-            self.drop(*path)
+        if not advice:
+            advice = f"do: write {shown(*mended)}" if mended else "do: correct or remove it"
+        as_written = (self.spelt.get(path[0], path[0]), *path[1:])
+        self.problems.append(f"{name_of(as_written)}: {message}; {advice}")
+        for values, name in ((self.ds, path), (self.advised, as_written)):
+            if mended:
+                _set(values, name, *mended)
+            else:
+                _drop(values, name)
+
+    def rename(self, path: Path, message: str, name: str) -> None:
+        """Note that a key's name is a slip of the keyboard, and give its value to the right key."""
+        value, right = self.get(*path), (*path[:-1], name)
+        there = self.get(*right, default=AUTO) != AUTO
+        advice = f"{name!r} is there already; do: remove it" if there else f"did you mean {name!r}?"
+        self.refuse(path, message, advice=advice)
+        if not there:
+            for values in (self.ds, self.advised):
+                _set(values, right, copy.deepcopy(value))
 
     def fill_auto(self, path: Path, value: Any) -> None:
         """Give a key a value, which is said, if it is "auto"."""
@@ -88,11 +103,14 @@ class Draft:
         value = self.get(*path, default=AUTO)
         if value == AUTO:
             return
-        if not has_type(value, wanted):
-            self.refuse(path, f"got {shown(value)}; need {wanted}")
-        elif least is not None and value < least:
-            self.refuse(path, f"got {shown(value)}; need at least {least}")
-        elif wanted == INT:
+        need = wanted if least is None else f"{wanted} of at least {least}"
+        fits = has_type(value, wanted) and (least is None or value >= least)
+        if not fits:
+            meant = _unquoted(value)
+            right = has_type(meant, wanted) and (least is None or meant >= least)
+            self.refuse(path, f"got {shown(value)}; need {need}", *[meant] * right)
+            value = meant if right else None
+        if value is not None and wanted == INT:
             self.set(*path, int(value))
 
     def settle(self, path: Path, name: str) -> None:
@@ -102,11 +120,9 @@ class Draft:
             self.set(*path, set_to)
         elif name in self.owners and set_to != value:
             self.refuse(
-                path,
-                f"got {value}, but {self.owners[name]} is {set_to}; need one number; do: write "
-                '"auto" in the JSON',
-                set_to,
+                path, f"got {value}, but {self.owners[name]} is {set_to}; need one number", AUTO
             )
+            self.set(*path, set_to)
         else:
             self.settings = self.settings.replace(**{name: value})
             self.owners.setdefault(name, name_of(path))
@@ -122,6 +138,32 @@ def _autos(values: dict[str, Any], path: Path) -> Iterator[Path]:
             yield from _autos(value, (*path, key))
         elif value == AUTO:
             yield (*path, key)
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *sections, key = path
+    for name in sections:
+        if not isinstance(values.get(name), dict):
+            values[name] = {}
+        values = values[name]
+    values[key] = value
+
+
+def _drop(values: dict[str, Any], path: Sequence[str]) -> None:
+    *sections, key = path
+    for name in sections:
+        values = values.get(name, {})
+        if not isinstance(values, dict):
+            return
+    values.pop(key, None)
+
+
+def _unquoted(value: Any) -> Any:
+    """Return the number, true or false that a string holds; else None."""
+    try:
+        return json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
 
 
 def has_type(value: Any, wanted: str) -> bool:
@@ -146,7 +188,5 @@ def type_of(default: Any) -> str | None:
 
 def shown(value: Any) -> str:
     """Return a value as the JSON writes it."""
-    import json
-
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -52,6 +52,17 @@ MONITORS = {
     "comet": "the run directory's log.jsonl has it all",
 }
 
+_OFF = (
+    "",
+    "none",
+    "false",
+    "f",
+    "no",
+    "n",
+    "off",
+    "0",
+    "0.0",
+)  # as strings, as DeepSpeed reads them
 NEVER = 2**31  # steps_per_print of a run in which DeepSpeed prints nothing
 
 # Values that would break a promise of this program: key -> (the value needed, reason).
@@ -72,7 +83,7 @@ def check_features(draft: Draft) -> None:
     for name, reason in NOT_HERE.items():
         path = tuple(name.split("."))
         if _is_on(draft.get(*path)):
-            draft.refuse(path, f"not supported here: {reason}; do: remove it")
+            draft.refuse(path, f"not supported here: {reason}", advice="do: remove it")
         elif path[0] != "compile":
             draft.drop(*path)
     for name, where in MONITORS.items():
@@ -81,7 +92,8 @@ def check_features(draft: Draft) -> None:
     for name, (needed, reason) in NEEDED.items():
         path = tuple(name.split("."))
         if draft.get(*path, default=needed) not in (needed, AUTO):
-            draft.refuse(path, f"got {shown(draft.get(*path))}; need {shown(needed)}: {reason}")
+            got = shown(draft.get(*path))
+            draft.refuse(path, f"got {got}; need {shown(needed)}: {reason}", needed)
     if draft.drop("checkpoint"):
         draft.notes.append("checkpoint: ignored, since this program writes its own checkpoints")
     _map_compile(draft)
@@ -102,12 +114,12 @@ def _is_on(value: Any) -> bool:
     """Return True if a section or a key switches something on."""
     if isinstance(value, dict):
         if "enabled" in value:
-            return value["enabled"] not in (False, 0, None, AUTO)
+            return str(value["enabled"]).lower() not in (*_OFF, AUTO)
         return any(_is_on(inner) for inner in value.values())
     if isinstance(value, bool) or value is None:
         return bool(value)
     # Of sizes, 1 is the size of what is not divided; of names, "none" is no device or kind.
-    return value > 1 if isinstance(value, (int, float)) else str(value).lower() not in ("", "none")
+    return value > 1 if isinstance(value, (int, float)) else str(value).lower() not in _OFF
 
 
 def _map_compile(draft: Draft) -> None:

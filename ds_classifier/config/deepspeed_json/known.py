@@ -15,11 +15,30 @@ from collections.abc import Collection, Iterator, KeysView
 from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO
-from ds_classifier.config.deepspeed_json.draft import BOOL, Draft, Path, shown, type_of
+from ds_classifier.config.deepspeed_json.draft import (
+    BOOL,
+    INT,
+    NUMBER,
+    STR,
+    Draft,
+    Path,
+    shown,
+    type_of,
+)
 
 _ONE_BATCH = {"train_micro_batch_size_per_gpu": 1}  # without a size, DeepSpeed reads nothing
 # Sections whose parameters go to an optimizer or a scheduler, which are asked elsewhere.
 _ELSEWHERE = ("optimizer", "scheduler")
+# How pydantic's names of errors begin -> what is needed.
+_TYPES = {
+    "bool": BOOL,
+    "int_": INT,
+    "float_": NUMBER,
+    "string_": STR,
+    "dict_": "a section {...}",
+    "model_": "a section {...}",
+    "path_": "a path",
+}
 
 
 class Asked(dict):
@@ -102,10 +121,10 @@ def check_keys(draft: Draft) -> None:
     What it refuses or ignores is removed. A key that is "auto" is left to DeepSpeed's default.
     """
     known, ignored = draft.known, []
+    for key in [key for key in draft.ds if key not in known]:
+        _unknown(draft, (key,), known, ignored)
     for key in list(draft.ds):
-        if key not in known:
-            _unknown(draft, (key,), known, ignored)
-        elif key in _ELSEWHERE:
+        if key in _ELSEWHERE:
             if not isinstance(draft.ds[key], dict):
                 draft.refuse((key,), f"got {shown(draft.ds[key])}; need a section {{...}}")
             for inner in list(draft.section(key)):
@@ -130,7 +149,17 @@ def _check_section(draft: Draft, key: str, ignored: list[str]) -> None:
             return
         errors = getattr(error, "errors", None)
         if errors is None or not _refuse_fields(draft, key, errors(), ignored):
-            draft.refuse((key,), f"got {shown(draft.ds[key])}; need {_need(error)}")
+            path = _culprit(draft, key)
+            draft.refuse(path, f"got {shown(draft.get(*path))}; need {_need(error)}")
+
+
+def _culprit(draft: Draft, key: str) -> Path:
+    """Return the key of a section without which DeepSpeed takes the rest; else the section."""
+    section = draft.section(key)
+    for name in section:
+        if _read({key: {k: v for k, v in section.items() if k != name}})[1] is None:
+            return key, name
+    return (key,)
 
 
 def _need(error: Exception) -> str:
@@ -145,10 +174,10 @@ def _need(error: Exception) -> str:
 
 def _check_plain(draft: Draft, path: Path, asked: Asked, ignored: list[str]) -> None:
     """Check the keys of a section that DeepSpeed takes without looking at all of them."""
+    for key in [key for key in draft.section(*path) if key not in asked.asked]:
+        _unknown(draft, (*path, key), asked.asked, ignored)
     for key in list(draft.section(*path)):
-        if key not in asked.asked:
-            _unknown(draft, (*path, key), asked.asked, ignored)
-        elif (kind := type_of(asked.asked[key])) is not None:
+        if (kind := type_of(asked.asked[key])) is not None:
             draft.check_type((*path, key), kind)
 
 
@@ -172,10 +201,18 @@ def _refuse_fields(
             names = [field.alias or name for name, field in fields]
             _unknown(draft, path, names, ignored)
         else:
-            need = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            need = re.sub(r", (\w+) or \1$", r" or \1", need)  # an alias in DeepSpeed's stages
-            draft.refuse(path, f"got {shown(parent[path[-1]])}; need {need}")
+            draft.refuse(path, f"got {shown(parent[path[-1]])}; need {_field_need(error)}")
     return found
+
+
+def _field_need(error: dict[str, Any]) -> str:
+    """Return what a field of a model must be, in the words of the other checks."""
+    for kind, need in _TYPES.items():
+        if error["type"].startswith(kind):
+            return need
+    need = error["msg"].removeprefix("Input should be ")
+    need = re.sub(r"^Value error, (\S+ must be )?", "", need)
+    return re.sub(r", (\w+) or \1$", r" or \1", need)  # an alias in DeepSpeed's stages
 
 
 def default_of(path: Path, known: dict[str, Any]) -> Any:
@@ -214,10 +251,22 @@ def _fields_of(path: Path) -> dict[str, Any]:
 def _unknown(draft: Draft, path: Path, known: Collection[str], ignored: list[str]) -> None:
     """Refuse a key that DeepSpeed ignores if it is a slip of the keyboard; else note it."""
     if near := nearest(path[-1], known):
-        draft.refuse(path, f"unknown key; did you mean {near!r}?")
+        draft.rename(path, "unknown key", near)
     else:
         ignored.append(".".join(path))
         draft.drop(*path)
+
+
+def refuse_name(draft: Draft, path: Path, kind: str, known: Collection[str]) -> None:
+    """Refuse a parameter that the optimizer or the scheduler does not take.
+
+    kind: "optimizer" or "scheduler".
+    """
+    unknown = f"unknown to this {kind} in DeepSpeed {version()}"
+    if near := nearest(path[-1], known):
+        draft.rename(path, unknown, near)
+    else:
+        draft.refuse(path, unknown, advice="do: remove it")
 
 
 def nearest(key: str, known: Collection[str]) -> str | None:

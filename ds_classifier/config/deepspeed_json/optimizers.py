@@ -16,7 +16,7 @@ from ds_classifier.config.deepspeed_json.draft import (
     shown,
     type_of,
 )
-from ds_classifier.config.deepspeed_json.known import nearest, version
+from ds_classifier.config.deepspeed_json.known import nearest, refuse_name, version
 
 SECTION = ("optimizer", "params")
 # Of DeepSpeed's own optimizers, those that need something that this program has not -> what.
@@ -36,7 +36,7 @@ _NOT_FLAT = {
     "Adafactor": "it needs whole matrices, of which ZeRO keeps flat shares",
 }
 COMMON = ("lr", "betas", "eps", "weight_decay")
-ADAMW = f"use AdamW, with {', '.join(COMMON)} alone"
+ADVICE = f"do: use AdamW, with {', '.join(COMMON)} alone"
 # Parameters that DeepSpeed takes out itself before it makes an optimizer.
 _OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}
 
@@ -51,17 +51,25 @@ def settle_optimizer(draft: Draft) -> None:
     if "max_grad_norm" in params:
         draft.refuse(
             (*SECTION, "max_grad_norm"),
-            "DeepSpeed refuses it; do: remove it, and give gradient_clipping instead",
+            "DeepSpeed refuses it; need gradient_clipping instead",
+            advice="do: remove it",
         )
     offload = "offload_optimizer" in draft.section("zero_optimization")
     if kind.lower() in ("adam", "adamw", "muon"):  # Muon has an Adam for some parameters
         _choose_adam(draft, params, offload)
+    if kind.lower() == "muon":
+        draft.notes.append(
+            "Muon: DeepSpeed makes gradients of matrices orthogonal before it takes their norm, "
+            "so the norm in the log is large, and gradient_clipping shortens every step"
+        )
     make, takes = _made(kind, params, offload)
     _check_params(draft, params, takes, muon=kind.lower() == "muon")
     if make is not None:
         _try(draft, make, params)
     if missing := _missing_kernel(kind, params, offload):
-        draft.refuse(("optimizer", "type"), f"got {kind!r}; {missing}", "AdamW")
+        what, advice = missing
+        draft.refuse(("optimizer", "type"), f"got {kind!r}; {what}", "AdamW", advice=advice)
+        _keep_common(draft)
     draft.takes_decay = "weight_decay" in takes
 
 
@@ -76,23 +84,23 @@ def _settle_type(draft: Draft) -> None:
     kind = draft.get("optimizer", "type")
     own = [name for name in DEEPSPEED_OPTIMIZERS if name not in _NOT_HERE]
     of_torch = isinstance(getattr(optim, str(kind), None), type) and kind not in ("Optimizer",)
-    if isinstance(kind, str) and (reason := _NOT_HERE.get(kind.lower()) or _NOT_FLAT.get(kind)):
-        draft.refuse(("optimizer", "type"), f"got {kind!r}; {reason}; do: {ADAMW}", "AdamW")
-        _keep_common(draft)
-    elif not isinstance(kind, str) or not (kind.lower() in own or of_torch):
-        draft.refuse(
-            ("optimizer", "type"),
-            f"got {shown(kind)}; need one that DeepSpeed {version()} has: {', '.join(own)}, SGD",
-            "AdamW",
-        )
-        _keep_common(draft)
+    name = kind.lower() if isinstance(kind, str) else ""
+    if name in own or (of_torch and kind not in _NOT_FLAT):
+        return
+    reason = _NOT_FLAT.get(kind) if name else ""
+    if name in DEEPSPEED_OPTIMIZERS:  # the installed version has it
+        reason = _NOT_HERE[name]
+    reason = reason or f"need one that DeepSpeed {version()} has: {', '.join(own)}, SGD"
+    draft.refuse(("optimizer", "type"), f"got {shown(kind)}; {reason}", "AdamW", advice=ADVICE)
+    _keep_common(draft)
 
 
 def _keep_common(draft: Draft) -> None:
-    """Remove what only the refused optimizer takes, of which its message speaks."""
-    params = draft.get(*SECTION)
-    if isinstance(params, dict):
-        draft.set(*SECTION, {key: params[key] for key in COMMON if key in params})
+    """Remove what only the refused optimizer takes, as its message advises."""
+    for values in (draft.ds, draft.advised):
+        params = values["optimizer"].get("params")
+        if isinstance(params, dict):
+            values["optimizer"]["params"] = {k: params[k] for k in COMMON if k in params}
 
 
 def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
@@ -113,7 +121,8 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
         params["torch_adam"] = not own and ratio == 1
     if params["torch_adam"] and draft.get("optimizer", "type").lower() != "muon":
         params.pop("fp32_optimizer_states", None)
-        params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
+        if not params.get("foreach"):
+            params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
 
 
 def _torch_adam(params: dict[str, Any]) -> type:
@@ -168,17 +177,15 @@ def _check_params(
 ) -> None:
     """Check names and types; "auto" stands for the optimizer's own default."""
     ignored = []
+    for key in [key for key in params if key not in takes]:
+        if muon and not nearest(key, takes):
+            ignored.append(key)
+            del params[key]
+        else:
+            refuse_name(draft, (*SECTION, key), "optimizer", takes)
     for key, value in list(params.items()):
         path = (*SECTION, key)
-        if key not in takes:
-            near = nearest(key, takes)
-            if muon and not near:
-                ignored.append(key)
-                del params[key]
-            else:
-                hint = f"did you mean {near!r}?" if near else "do: remove it"
-                draft.refuse(path, f"unknown to this optimizer in DeepSpeed {version()}; {hint}")
-        elif value == AUTO and key not in ("lr", "weight_decay"):
+        if value == AUTO and key not in ("lr", "weight_decay"):
             default = takes[key]
             draft.fill_auto(path, list(default) if isinstance(default, tuple) else default)
         elif isinstance(default := takes[key], tuple):
@@ -202,18 +209,33 @@ def _try(draft: Draft, made: type, params: dict[str, Any]) -> None:
     The first one that a process makes imports torch's compiler, which takes 2 s, so none is made
     where all values are checked already.
     """
-    import torch
-
     checked = (*COMMON, "fused", *_OF_ADAM)
     values = {k: v for k, v in params.items() if k not in checked and v != AUTO}
     if not values:
         return
     values |= {key: params[key] for key in ("betas", "eps", "fused") if key in params}
+    while error := _error(made, values):
+        # The key without which the error is gone or another one.
+        near = (key for key in values if _error(made, _without(values, key)) != error)
+        path = (*SECTION, next(near, next(iter(values))))
+        got = shown(params.get(path[-1]))
+        draft.refuse(path, f"got {got}; need what {made.__name__} takes: {error}")
+        values = _without(values, path[-1])
+
+
+def _error(made: type, values: dict[str, Any]) -> str:
+    """Return why an optimizer of torch cannot be made with some parameters, or ""."""
+    import torch
+
     try:
         made([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, **values)
     except (ValueError, TypeError, RuntimeError) as error:
-        draft.problems.append(f"optimizer.params: {draft.get('optimizer', 'type')}: {error}")
-        draft.set(*SECTION, {key: params[key] for key in ("lr", "weight_decay") if key in params})
+        return str(error)
+    return ""
+
+
+def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != key}
 
 
 def kernel_of(kind: str, params: dict[str, Any], offload: bool) -> str:
@@ -230,24 +252,25 @@ def kernel_of(kind: str, params: dict[str, Any], offload: bool) -> str:
     }.get(kind.lower(), "")
 
 
-def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> str:
-    """Return why this machine cannot run one of DeepSpeed's own kernels, or ""."""
+def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> tuple[str, str] | None:
+    """Return why this machine cannot run a kernel of DeepSpeed, and what to do; else None."""
     from deepspeed.accelerator import get_accelerator
 
     if not (builder := kernel_of(kind, params, offload)):
-        return ""
+        return None
     accelerator = get_accelerator()
     made = accelerator.create_op_builder(builder)
     if made is None or type(made).__name__ == "NotImplementedBuilder":
-        advice = "AdamW"
+        advice = ADVICE
         if kind.lower() == "lion":
-            advice = 'AdamW, or zero_optimization.offload_optimizer {"device": "cpu"}'
-        return f"DeepSpeed has no kernel of it for {accelerator.device_name()}; do: use {advice}"
+            advice += ', or zero_optimization.offload_optimizer {"device": "cpu"}'
+        return f"DeepSpeed has no kernel of it for {accelerator.device_name()}", advice
     if not made.is_compatible(False):
-        return "DeepSpeed's kernel of it cannot be built here (see ds_report); do: use AdamW"
+        return "DeepSpeed's kernel of it cannot be built here (see ds_report)", ADVICE
     if not _is_built(made) and (absent := _missing_tools()):
-        return f"DeepSpeed compiles its kernel, and there is no {absent}; do: install it"
-    return ""
+        advice = f"{ADVICE}, or install {absent}"
+        return f"DeepSpeed compiles its kernel, and there is no {absent}", advice
+    return None
 
 
 def _is_built(builder: Any) -> bool:

@@ -31,8 +31,9 @@ def rename_old_keys(draft: Draft) -> None:
         if zero and "allgather_size" in draft.ds:
             draft.set("zero_optimization", "allgather_bucket_size", draft.drop("allgather_size"))
     old = draft.drop("bfloat16")
-    if old is not None:
-        draft.ds.setdefault("bf16", old)
+    if old is not None and "bf16" not in draft.ds:
+        draft.ds["bf16"] = old
+        draft.spelt["bf16"] = "bfloat16"
 
 
 def zero_config(draft: Draft) -> Any:
@@ -59,9 +60,11 @@ def settle_zero(draft: Draft) -> None:
             if not value:
                 section.pop(new, None)
     stage = int(zero.stage)
-    # As numbers: DeepSpeed also takes them as strings.
-    section |= {key: getattr(zero, key) for key in BUCKETS if section.get(key, AUTO) != AUTO}
-    section["stage"] = stage
+    # Not as strings, which DeepSpeed also takes.
+    read = [key for key in (*BUCKETS, "reduce_scatter") if section.get(key, AUTO) != AUTO]
+    section |= {key: getattr(zero, key) for key in read} | {"stage": stage}
+    if "ratio" in draft.section("zero_optimization", "offload_optimizer"):
+        section["offload_optimizer"]["ratio"] = zero.offload_optimizer.ratio
     for key in ("offload_optimizer", "offload_param"):
         if draft.get("zero_optimization", key, "device", default="none") == "none":
             section.pop(key, None)  # so a section that is there is one that offloads

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier import distributed
-from ds_classifier.config.batch_sizes import AUTO, BatchSizes, settle_batch
+from ds_classifier.config.batch_sizes import AUTO, BatchError, BatchSizes, settle_batch
 from ds_classifier.config.command_line import CommandLine
 from ds_classifier.config.deepspeed_json import schedules
 from ds_classifier.config.deepspeed_json.clashes import check_clashes
@@ -122,24 +122,19 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     Raises ValueError with every problem found, one per line.
     """
     distributed.import_deepspeed()  # which the checks ask
-    draft = Draft(raw, command, keys_of_top_level())
-    rename_old_keys(draft)
-    check_features(draft)
-    for key in BATCH_KEYS:
-        draft.check_type((key,), INT, 1)
-    check_keys(draft)
-    settle_zero(draft)
-    settle_precision(draft)
-    settle_optimizer(draft)
-    settle_schedule(draft)
-    if draft.takes_decay:
-        draft.settle((*SECTION, "weight_decay"), "weight_decay")
-    batch = _settle_batch(draft, world_size)
-    check_clashes(draft, batch.accumulation)
-    draft.problems += check_settings(draft.settings)
-    _check_extend(draft)
-    if draft.problems:
-        raise ValueError(_joined(draft.problems, command.deepspeed_config))
+    problems: list[str] = []
+    advised, ranks = raw, world_size
+    while True:
+        draft = Draft(advised, command, keys_of_top_level())
+        batch, ranks = _settle(draft, ranks)
+        new = [problem for problem in draft.problems if problem not in problems]
+        if not new:
+            break
+        problems += new
+        # What is found in the JSON as the messages advise it would be the next round's.
+        advised = draft.advised
+    if problems:
+        raise ValueError(_joined(problems, command.deepspeed_config))
     _name_autos(draft)
     ds = draft.ds | batch.ds_numbers()
     if batch.accumulation > 1:
@@ -155,6 +150,42 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     return Resolved(settings, ds, batch, shaping, tuple(draft.notes))
 
 
+def _settle(draft: Draft, ranks: int) -> tuple[BatchSizes, int]:
+    """Check and complete the draft once; return the batch and the number of ranks to go on with."""
+    rename_old_keys(draft)
+    check_features(draft)
+    for key in BATCH_KEYS:
+        draft.check_type((key,), INT, 1)
+    check_keys(draft)
+    settle_zero(draft)
+    settle_precision(draft)
+    settle_optimizer(draft)
+    settle_schedule(draft)
+    if draft.takes_decay:
+        draft.settle((*SECTION, "weight_decay"), "weight_decay")
+    try:
+        batch = settle_batch(draft.ds, draft.settings, ranks)
+    except BatchError as error:
+        draft.problems.append(str(error))
+        draft.advised |= error.advised
+        batch, ranks = BatchSizes(1, 1, ranks), error.ranks or ranks
+    check_clashes(draft, batch.accumulation)
+    _check_settings(draft)
+    _check_extend(draft)
+    return batch, ranks
+
+
+def _check_settings(draft: Draft) -> None:
+    """Check the settings; a number of the JSON goes by its key there."""
+    for problem in check_settings(draft.settings):
+        flag, _, message = problem.partition(": ")
+        owner = draft.owners.get(flag.removeprefix("--"), flag)
+        if owner.startswith("--"):
+            draft.problems.append(problem)
+        else:
+            draft.refuse(tuple(owner.split(".")), message)
+
+
 def _check_extend(draft: Draft) -> None:
     settings = draft.settings
     kind = draft.get("scheduler", "type")
@@ -168,14 +199,6 @@ def _check_extend(draft: Draft) -> None:
             f"--extend: got {settings.extend}; need none with {kind}, whose rates do not depend on "
             f"the length of the run; do: --iterations {settings.extend}, and the run goes on"
         )
-
-
-def _settle_batch(draft: Draft, world_size: int) -> BatchSizes:
-    try:
-        return settle_batch(draft.ds, draft.settings, world_size)
-    except ValueError as error:
-        draft.problems.append(str(error))
-        return BatchSizes(1, 1, world_size)
 
 
 def _name_autos(draft: Draft) -> None:

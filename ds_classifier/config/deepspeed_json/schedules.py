@@ -7,7 +7,7 @@ from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO
 from ds_classifier.config.deepspeed_json.draft import INT, NUMBER, Draft, shown, type_of
-from ds_classifier.config.deepspeed_json.known import nearest, version
+from ds_classifier.config.deepspeed_json.known import nearest, refuse_name
 from ds_classifier.config.deepspeed_json.optimizers import SECTION as OPTIMIZER
 
 SECTION = ("scheduler", "params")
@@ -61,12 +61,10 @@ def settle_schedule(draft: Draft) -> None:
     if defaults:
         text = ", ".join(f"{name} {value}" for name, value in defaults.items())
         draft.notes.append(f"{kind}: {text} (DeepSpeed's defaults)")
-    draft.check_type((*SECTION, "last_batch_iteration"), INT)
-    if params.pop("last_batch_iteration", -1) != -1:
-        draft.problems.append(
-            "scheduler.params.last_batch_iteration: not supported here: a resumed run sets it; do: "
-            "remove it"
-        )
+    if params.get("last_batch_iteration", -1) != -1:
+        why = "not supported here: a resumed run sets it"
+        draft.refuse((*SECTION, "last_batch_iteration"), why, advice="do: remove it")
+    params.pop("last_batch_iteration", None)
 
 
 def _warm_up_without_one(draft: Draft) -> None:
@@ -98,12 +96,13 @@ def _check_type(draft: Draft) -> Any:
         near = near[0] if near else nearest(str(kind), kinds)
         if near is None:
             draft.refuse(
-                ("scheduler", "type"),
-                f"got {shown(kind)}; need one of {', '.join(kinds)}; do: drop the section, and use "
-                "--lr_schedule",
+                ("scheduler",),
+                f"got the type {shown(kind)}; need one of {', '.join(kinds)}",
+                advice="do: remove it, and use --lr_schedule",
             )
             return None
-        draft.refuse(("scheduler", "type"), f"got {shown(kind)}; did you mean {near!r}?", near)
+        advice = f"did you mean {near!r}?"
+        draft.refuse(("scheduler", "type"), f"got {shown(kind)}", near, advice=advice)
     if not isinstance(section.setdefault("params", {}), dict):
         draft.refuse(SECTION, f"got {shown(section['params'])}; need a section {{...}}")
     return getattr(lr_schedules, section["type"])
@@ -111,13 +110,15 @@ def _check_type(draft: Draft) -> Any:
 
 def _check_params(draft: Draft, params: dict[str, Any], takes: dict[str, Any]) -> None:
     owned = (LENGTH, WARM_UP, *PEAKS.values())
+    for key in [key for key in params if key not in takes]:
+        refuse_name(draft, (*SECTION, key), "scheduler", takes)
+    for key, value in params.items():
+        # DeepSpeed also takes a rate per group of parameters; here all have one.
+        if key.endswith("_lr") and isinstance(value, list) and value == value[:1] * len(value):
+            params[key] = value[0] if value else value
     for key, value in list(params.items()):
         path = (*SECTION, key)
-        if key not in takes:
-            near = nearest(key, takes)
-            hint = f"did you mean {near!r}?" if near else "do: remove it"
-            draft.refuse(path, f"unknown to this scheduler in DeepSpeed {version()}; {hint}")
-        elif value == AUTO and key not in owned:
+        if value == AUTO and key not in owned:
             if takes[key] is inspect.Parameter.empty:
                 draft.refuse(path, 'got "auto"; need a number: no setting owns it', 0.0)
             else:

@@ -53,6 +53,7 @@ WHERE = {
     "for a public container: export AZURE_SKIP_SIGNATURE=true",
 }
 UNSIGNED: set[str] = set()  # schemes for which no credentials were found
+AGAIN_BY_PIP = "pip install --force-reinstall obstore botocore"
 AGAIN = (408, 416, 425, 429)  # statuses 4xx after which another try may succeed
 
 
@@ -250,6 +251,9 @@ def failure(scheme: str, error: Exception) -> dict:
     """Return reason, final, restart and advice for an error, without secrets."""
     if isinstance(error, Refused):
         return dict(reason=str(error), final=True, advice=error.advice)
+    if isinstance(error, ImportError):
+        reason = f"obstore or botocore is installed, but does not load ({error})"
+        return dict(reason=reason, final=True, advice=f"install both again ({AGAIN_BY_PIP})")
     text = str(error).split("Debug source")[0]
     code = re.search(r"<Code>(\w+)</Code>", text)
     message = re.search(r"<Message>([^<]*)</Message>", text)

@@ -47,8 +47,10 @@ HF_ADVICE = (
 
 
 def refuse_unusable(url: str) -> None:
-    """Raise ValueError for a URL of object storage that cannot be meant, or without obstore."""
+    """Raise ValueError for a URL that cannot be meant, or of object storage without obstore."""
     kind, where = scheme(url), shown(url)
+    if kind not in ("", "pipe", "file") and "://" not in where:
+        raise ValueError(f"got {where}; need {where.replace(':/', '://', 1)}; do: write it so")
     if kind in OTHER_SPELLINGS:
         need = {"az": "az://CONTAINER/PATH", "hf": HF_NEED}.get(
             OTHER_SPELLINGS[kind], f"{OTHER_SPELLINGS[kind]}://BUCKET/PATH"

@@ -24,6 +24,7 @@ from ds_classifier.distributed.engine import deepspeed_engine
 OPERATIONS = 15
 HOOKS = "autograd::engine::evaluate_function: torch::autograd::AccumulateGrad"
 OPTIMIZER = "Optimizer.step#"
+MARKS = ("step: ", "model: ")  # how the names of the parts begin
 
 
 class Profile:
@@ -84,17 +85,26 @@ class Profile:
             "",
             *shares(averages, wall, on_gpu=on_gpu),
             "",
-            averages.table(
-                sort_by=f"self_{'device' if on_gpu else 'cpu'}_time_total",
-                row_limit=OPERATIONS,
-                max_name_column_width=60,
-            ),
+            dearest(averages, on_gpu=on_gpu),
         ]
         table = self._folder / f"step-{self._first:08}.txt"
         table.write_text("\n".join(lines), encoding="utf-8")
         trace = table.with_suffix(".trace.json.gz")
         profiler.export_chrome_trace(str(trace))
         distributed.say(f"profile of steps {self._first} to {last}: {table} and {trace.name}")
+
+
+def dearest(averages: Any, *, on_gpu: bool) -> str:
+    """Return a table of the operations that took most time, without the parts of this program.
+
+    averages: what torch.profiler's `key_averages` returns; the parts are removed from it.
+    """
+    averages[:] = [event for event in averages if not event.key.startswith(MARKS)]
+    return averages.table(
+        sort_by=f"self_{'device' if on_gpu else 'cpu'}_time_total",
+        row_limit=OPERATIONS,
+        max_name_column_width=60,
+    )
 
 
 def shares(averages: Any, wall: float, *, on_gpu: bool) -> list[str]:

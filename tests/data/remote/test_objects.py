@@ -196,6 +196,8 @@ def test_other_errors_are_tried_again(s3):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
+        ("s3:/bkt/x", "got s3:/bkt/x; need s3://bkt/x"),
+        ("https:/user:secret@host/x", "need https://.*@host/x"),
         ("s3://", "need s3://BUCKET/PATH"),
         ("s3:///x", "need s3://BUCKET/PATH"),
         ("s3://user:secret@bkt/x", "need s3://BUCKET/PATH"),
@@ -221,6 +223,24 @@ def test_without_the_extra_the_command_is_named(url, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"the package obstore.*pip install 'ds-classifier\["):
         fetch_small(url, limit_bytes=9)
+
+
+def test_a_broken_installation_is_named_after_one_try(tmp_path, monkeypatch):
+    pytest.importorskip("obstore", reason="obstore is not installed (extra cloud)")
+    pytest.importorskip("botocore", reason="botocore is not installed (extra cloud)")
+    (tmp_path / "obstore.py").write_text("raise ImportError('libssl.so.9: not found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    end_helpers()
+    try:
+        with pytest.raises(NotServed) as raised:
+            fetch_small("s3://bkt/x", limit_bytes=9)
+    finally:
+        end_helpers()
+    message = str(raised.value)
+    assert "in 1 try; last error: obstore or botocore is installed, but does not load" in message
+    assert "libssl.so.9: not found" in message
+    assert "pip install --force-reinstall obstore botocore" in message
 
 
 # ----------------------------------------------------------------------------------- credentials
