@@ -45,11 +45,6 @@ class Asked(dict):
         self.asked.setdefault(str(key))
         return super().__contains__(key)
 
-    def __iter__(self) -> Iterator[str]:
-        for key in super().__iter__():
-            self.asked.setdefault(key)
-            yield key
-
     def keys(self) -> KeysView[str]:
         return KeysView(self)  # whose `in` asks for one key, as `if "fp16" in config.keys()` does
 

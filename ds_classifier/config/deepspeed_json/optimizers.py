@@ -82,7 +82,8 @@ def _settle_type(draft: Draft) -> None:
     elif not isinstance(kind, str) or not (kind.lower() in own or of_torch):
         draft.refuse(
             ("optimizer", "type"),
-            f"got {shown(kind)}; need one that DeepSpeed {version()} has: {', '.join(own)}, SGD",
+            f"got {shown(kind)}; need one that DeepSpeed {version()} has: {', '.join(own)}, SGD; "
+            f"do: {ADAMW}",
             "AdamW",
         )
         _keep_common(draft)
@@ -237,10 +238,9 @@ def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> str:
     if not (builder := kernel_of(kind, params, offload)):
         return ""
     accelerator = get_accelerator()
-    made = accelerator.create_op_builder(builder)
-    if made is None or type(made).__name__ == "NotImplementedBuilder":
+    if (made := _builder(builder)) is None:
         advice = "AdamW"
-        if kind.lower() == "lion":
+        if kind.lower() == "lion" and _builder("CPULionBuilder"):
             advice = 'AdamW, or zero_optimization.offload_optimizer {"device": "cpu"}'
         return f"DeepSpeed has no kernel of it for {accelerator.device_name()}; do: use {advice}"
     if not made.is_compatible(False):
@@ -248,6 +248,14 @@ def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> str:
     if not _is_built(made) and (absent := _missing_tools()):
         return f"DeepSpeed compiles its kernel, and there is no {absent}; do: install it"
     return ""
+
+
+def _builder(name: str) -> Any:
+    """Return DeepSpeed's builder of a kernel, or None if it has none for this accelerator."""
+    from deepspeed.accelerator import get_accelerator
+
+    made = get_accelerator().create_op_builder(name)
+    return None if type(made).__name__ == "NotImplementedBuilder" else made
 
 
 def _is_built(builder: Any) -> bool:
