@@ -45,6 +45,9 @@ class Asked(dict):
         self.asked.setdefault(str(key))
         return super().__contains__(key)
 
+    def __iter__(self) -> Iterator[str]:
+        yield from super().__iter__()  # without this, Model(**section) would not ask __getitem__
+
     def keys(self) -> KeysView[str]:
         return KeysView(self)  # whose `in` asks for one key, as `if "fp16" in config.keys()` does
 
