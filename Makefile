@@ -2,7 +2,7 @@
 # make quickstart   digits -> shards -> two ranks -> evaluation, report -> export -> guided samples
 # make test         the quick tests; needs no GPU
 # make test-slow    whole runs, most of which are killed, starved or damaged and must recover
-# make test-oldest  tests with the oldest versions that setup.cfg allows, on the oldest Python; downloads 4 GB
+# make test-oldest  tests with the oldest versions that setup.cfg allows, on the oldest Python; downloads 3.4 GB, takes 6 GB
 # make lint         ruff, as CI runs it
 
 PYTHON ?= python3

@@ -340,7 +340,7 @@ class AttentionPool2d(nn.Module):
         x = x + self.positional_embedding.t()[None]
         weight, bias = self.qkv_proj.weight[:, :, 0], self.qkv_proj.bias
         # Only the output at the mean token is used, so only its query is computed.
-        q = F.linear(x[:, :1], weight[:c], bias[:c]).view(n, 1, self.num_heads, HEAD_CHANNELS)
+        q = F.linear(x[:, 0], weight[:c], bias[:c]).view(n, 1, self.num_heads, HEAD_CHANNELS)
         kv = F.linear(x, weight[c:], bias[c:]).view(n, -1, 2, self.num_heads, HEAD_CHANNELS)
         k, v = kv.permute(2, 0, 3, 1, 4)  # each [N, heads, 1 + T, 64]
         pooled = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)  # [N, heads, 1, 64]

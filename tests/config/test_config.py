@@ -277,7 +277,7 @@ def test_accumulation_sums_in_fp32():
         (dict(communication_data_type="foo"), ["communication_data_type", "foo"]),
         (dict(gradient_clipping=-1.0), ["gradient_clipping: got -1"]),
         (dict(gradient_clipping=float("nan")), ["gradient_clipping: got NaN"]),
-        (dict(zero_optimization__reduce_bucket_size=0), ["reduce_bucket_size: got 0"]),
+        (dict(zero_optimization__reduce_bucket_size=-1), ["reduce_bucket_size: got -1"]),
         (dict(optimizer__params__lr=-1), ["optimizer.params.lr: got -1; need a positive"]),
         (dict(scheduler__params__total_num_steps=0), ["total_num_steps: got 0; need at least 1"]),
         (dict(data_types__grad_accum_dtype="fp8"), ["grad_accum_dtype", "fp8"]),

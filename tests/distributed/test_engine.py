@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from running import ROOT, run_python
+from versions import complete_deepspeed
 
 from ds_classifier.distributed.engine import deepspeed_engine
 
@@ -126,6 +127,7 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     assert [w for w in seen["waits"] if not w[0].startswith(theirs)] == []
 
 
+@complete_deepspeed
 def test_muon_is_not_compiled():
     """Compiled forms depend on the matrices before, and would differ in the first step resumed."""
     from deepspeed.runtime.zero.muon import original_muon

@@ -65,9 +65,7 @@ class Asked(dict):
         return super().__contains__(key)
 
     def __iter__(self) -> Iterator[str]:
-        for key in super().__iter__():
-            self.asked.setdefault(key)
-            yield key
+        yield from super().__iter__()  # without this, Model(**section) would not ask __getitem__
 
     def keys(self) -> KeysView[str]:
         return KeysView(self)  # whose `in` asks for one key, as `if "fp16" in config.keys()` does

@@ -259,10 +259,9 @@ def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> tuple[s
     if not (builder := kernel_of(kind, params, offload)):
         return None
     accelerator = get_accelerator()
-    made = accelerator.create_op_builder(builder)
-    if made is None or type(made).__name__ == "NotImplementedBuilder":
+    if (made := _builder(builder)) is None:
         advice = ADVICE
-        if kind.lower() == "lion":
+        if kind.lower() == "lion" and _builder("CPULionBuilder"):
             advice += ', or zero_optimization.offload_optimizer {"device": "cpu"}'
         return f"DeepSpeed has no kernel of it for {accelerator.device_name()}", advice
     if not made.is_compatible(False):
@@ -271,6 +270,14 @@ def _missing_kernel(kind: str, params: dict[str, Any], offload: bool) -> tuple[s
         advice = f"{ADVICE}, or install {absent}"
         return f"DeepSpeed compiles its kernel, and there is no {absent}", advice
     return None
+
+
+def _builder(name: str) -> Any:
+    """Return DeepSpeed's builder of a kernel, or None if it has none for this accelerator."""
+    from deepspeed.accelerator import get_accelerator
+
+    made = get_accelerator().create_op_builder(name)
+    return None if type(made).__name__ == "NotImplementedBuilder" else made
 
 
 def _is_built(builder: Any) -> bool:

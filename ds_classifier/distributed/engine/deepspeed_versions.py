@@ -12,6 +12,11 @@ QUIET_SINCE = (0, 17, 6)
 TINY = 1e-18  # its square is not 0 in fp32
 
 
+def lacks_nothing() -> bool:
+    """Return True if this DeepSpeed has all that this program uses, and needs no correction."""
+    return _installed() >= COMPLETE_SINCE
+
+
 def quiet_flag() -> list[str]:
     """Return the launcher's --quiet, as a list of words; [] if this DeepSpeed does not know it."""
     return ["--quiet"] if _installed() >= QUIET_SINCE else []
@@ -35,7 +40,7 @@ def version_problem(ds_config: dict[str, Any]) -> str | None:
     bf16 summed in fp32 they have an optimizer of its own, which is right. ZeRO 3 and offload were
     tried with recent versions alone.
     """
-    if _installed() >= COMPLETE_SINCE:
+    if lacks_nothing():
         return None
     got, zero = f"deepspeed {version('deepspeed')}", ds_config["zero_optimization"]
     newer = f"deepspeed {'.'.join(map(str, COMPLETE_SINCE))} or newer"
@@ -63,7 +68,7 @@ def skip_steps_that_are_not_finite(engine) -> None:
     and ZeRO 1 some of them let each rank decide on its own.
     """
     optimizer = engine.optimizer
-    if _installed() >= COMPLETE_SINCE:
+    if lacks_nothing():
         return
     if hasattr(optimizer, "fp32_groups_gradients_flat"):
         _check_bf16_optimizer(optimizer)
