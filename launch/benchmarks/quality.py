@@ -32,7 +32,7 @@ from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
 
-from .measuring import show_progress, spread
+from .measuring import spread
 from .programs import (
     OURS_OF_QUALITY,
     ProgramFailed,
@@ -108,7 +108,9 @@ class Yardstick:
         """Return what the weights at a path reach. settings: those that they were trained with."""
         _, classifier = load_classifier(path, settings.model_kwargs())
         classifier.to(self.device)
-        loader = create_validation_loader(self.val_shards, settings, batch_size=BATCH, workers=0)
+        loader = create_validation_loader(
+            self.val_shards, settings, batch_size=BATCH, workers=settings.workers
+        )
         means, _ = evaluate(
             noised_classifier(classifier, settings.replace(compile=False)),
             loader,
@@ -197,7 +199,10 @@ def measure(
                 used = {"images": trained.images, "seconds": trained.seconds}
                 figures[name].append(used | reached)
                 curves[name].append(trained.curve)
-                show_progress(repeat, repeats, name)
+                results = ", ".join(
+                    f"{key} {value:.4g}" for key, value in figures[name][-1].items()
+                )
+                print(f"{name}, seed {seed}: {results}", flush=True)
     return _rows(figures, curves)
 
 
@@ -213,8 +218,8 @@ def _open_data(images: str, settings: Settings) -> tuple[ShardSet, ShardSet, dic
         if val is not None:
             return train, val, {n: getattr(settings, n) for n in ("data_dir", "val_data_dir")}
     raise ValueError(
-        f"got the images {images}; need shards with a validation split; do: ds-classifier convert "
-        f"{images} data --val 10%, and give data"
+        f"got the images {images}; need a directory of shards with a validation split; do: "
+        "ds-classifier convert IMAGES data --val 10%, and give data"
     )
 
 
@@ -233,7 +238,7 @@ def _refuse_other_measures(settings: dict[str, Settings]) -> None:
 
 def _train_ours(program: Path, words: list[str], resolved: Resolved, run_dir: Path) -> Trained:
     """Train by launch/train.py, on one rank."""
-    settings, batch = resolved.settings, resolved.batch.total
+    settings = resolved.settings
     every = settings.eval_interval or max(1, settings.steps // VALIDATIONS)
     often = {"eval_interval": every, "log_interval": every, "save_interval": settings.steps}
     often["seed"] = settings.seed
@@ -246,7 +251,7 @@ def _train_ours(program: Path, words: list[str], resolved: Resolved, run_dir: Pa
             images = row["samples"]
         elif row["val_loss"] is not None:
             curve.append((images, seconds, row["val_loss"]))
-    return Trained(run_dir, settings.steps * batch, seconds, curve)
+    return Trained(run_dir, images, seconds, curve)
 
 
 def _train_theirs(program: Path, checkout: Path, resolved: Resolved, folder: Path) -> Trained:
@@ -303,8 +308,10 @@ def _rows(
     rows = []
     for name, runs in figures.items():
         row: dict = {"way": name.removeprefix("--way ")}
-        row |= {column: statistics.mean(run[column] for run in runs) for column in runs[0]}
-        row["spread of it"] = spread([run[loss] for run in runs])
+        for column in runs[0]:
+            row[column] = statistics.mean(run[column] for run in runs)
+            if column == loss:
+                row["spread"] = spread([run[loss] for run in runs])
         if runs is not first:
             met = [next((point for point in c if point[2] <= aim), None) for c in curves[name]]
             met = [point for point in met if point is not None]
