@@ -65,7 +65,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What every classifier is measured with.
+    """The validation images and the judge of samples, the same for every classifier.
 
     scale: of guided samples; None: none are drawn, and the next two are None.
     sampling: draws from the exact denoiser of the training set, or of its known distribution.
