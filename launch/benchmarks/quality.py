@@ -173,7 +173,7 @@ def measure(
     train, val_shards, data = _open_data(images, shared.settings)
     classes = len(train.manifest.classes)
     resolved = {name: one.with_classes(classes) for name, one in resolved.items()}
-    _refuse_other_measures({name: one.settings for name, one in resolved.items()})
+    _check_ways({name: one.settings for name, one in resolved.items()})
     first = next(iter(resolved.values())).settings.replace(**data)
     yardstick = Yardstick.of(val_shards, first, classifier_scale)
     place = [word for name, value in data.items() for word in (f"--{name}", value)]
@@ -223,10 +223,18 @@ def _open_data(images: str, settings: Settings) -> tuple[ShardSet, ShardSet, dic
     )
 
 
-def _refuse_other_measures(settings: dict[str, Settings]) -> None:
-    """Raise ValueError if cross-entropies of the ways would not be of the same images and noise."""
-    first, *others = settings
-    for name in others:
+def _check_ways(settings: dict[str, Settings]) -> None:
+    """Raise ValueError if a way has no classifier, or would be measured on other images or noise.
+
+    The trainer would say the first, but perhaps only after hours of the ways before.
+    """
+    first, *_ = settings
+    for name in settings:
+        try:
+            with torch.device("meta"):
+                create_classifier(**settings[name].model_kwargs())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         for field in ("image_size", "in_channels", "noised", *Settings().diffusion_kwargs()):
             got, need = getattr(settings[name], field), getattr(settings[first], field)
             if got != need:

@@ -165,7 +165,8 @@ def test_quality_beside_the_reference(digits, tmp_path):
     rows = benchmark(
         *("quality", digits, "--repeats", 1, "--reference", checkout, "--way", ""),
         *("--classifier_width", 32, "--classifier_depth", 1, "--batch_size", 4),
-        *("--iterations", 3, "--eval_interval", 3, "--workers", 0),
+        *("--classifier_attention_resolutions", 8, "--workers", 0),
+        *("--iterations", 3, "--eval_interval", 3),
         tmp_path / "json",
     )
     theirs, ours = rows
@@ -225,6 +226,10 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
         (
             ["quality", "IMAGES", "--way", "", "--iterations", "9"],
             "need a directory of shards with",
+        ),
+        (
+            ["quality", "DIGITS", "--way", "", "--way", "--classifier_width 32"],
+            "--way '--classifier_width 32': classifier_attention_resolutions: got attention over 96",
         ),
         (["quality", "DIGITS", "--way", "", "--save_interval", "9"], "ways: got --save_interval;"),
         (
