@@ -229,7 +229,7 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
         ),
         (
             ["quality", "DIGITS", "--way", "", "--way", "--classifier_width 32"],
-            "--way '--classifier_width 32': classifier_attention_resolutions: got attention over 96",
+            "--way '--classifier_width 32': classifier_attention_resolutions: got",
         ),
         (["quality", "DIGITS", "--way", "", "--save_interval", "9"], "ways: got --save_interval;"),
         (
