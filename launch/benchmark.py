@@ -1,9 +1,9 @@
 """Measure this machine: `python launch/benchmark.py step IMAGES` and its other commands.
 
-Every figure is the median of several repeats. Runs that are compared are interleaved, so ratios
-hold even if the machine's speed drifts. Prints a table; --json FILE keeps the numbers. Flags of
-launch/train.py may follow those of `step` and `compare`, above all --deepspeed_config
-(zero1_fp32 if none is given).
+Every figure is the median of several repeats, and in `quality` the mean over several seeds. Runs
+that are compared are interleaved, so ratios hold even if the machine's speed drifts. Prints a
+table; --json FILE keeps the numbers. Flags of launch/train.py may follow those of `step`, `compare`
+and `quality`, above all --deepspeed_config (zero1_fp32 if none is given).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run by its path: use the source tree it lies in
@@ -25,11 +26,12 @@ from ds_classifier.common import files
 from ds_classifier.config.parser import Parser
 
 TRAIN = Path(__file__).with_name("train.py")
-WITH_FLAGS = {"step", "compare"}  # commands that take flags of launch/train.py too
+WITH_FLAGS = {"step", "compare", "quality"}  # commands that take flags of launch/train.py too
 IMAGE_FOLDER = "what `ds-classifier convert` takes, such as a folder of images"
 SHARDS = (
     "shards; or what `ds-classifier convert` takes, of which at most 2,000 images are converted"
 )
+TAKEN = {"step": SHARDS, "compare": SHARDS, "quality": "shards with a validation split"}
 DEFAULT_CONFIG = "zero1_fp32"
 
 
@@ -127,9 +129,12 @@ def _parser(prog: str) -> Parser:
         command = commands.add_parser(
             name, help=text, description=text, usage=usage, passes_on=name in WITH_FLAGS
         )
-        command.add_argument("--repeats", type=_count, default=5, help="repeats per figure [5]")
+        repeats = (3, "seeds") if name == "quality" else (5, "repeats per figure")
+        command.add_argument(
+            "--repeats", type=_count, default=repeats[0], help=f"{repeats[1]} [{repeats[0]}]"
+        )
         command.add_argument("--json", type=Path, help="write the numbers to this file")
-        command.add_argument("images", help=SHARDS if training else IMAGE_FOLDER)
+        command.add_argument("images", help=TAKEN.get(name, IMAGE_FOLDER))
         return command
 
     step = add("step", "a training step: bare, in its engine, in the trainer")
@@ -162,6 +167,7 @@ def _parser(prog: str) -> Parser:
         "--ranks", type=_count, nargs="+", default=[1], help="numbers of ranks for each way [1]"
     )
     compare.add_argument("--steps", type=_count, default=5, help="steps timed each time [5]")
+    _add_quality(add)
     data = add("data", "images per second and core, from shards and from a folder")
     data.add_argument(
         "--image_size",
@@ -174,6 +180,32 @@ def _parser(prog: str) -> Parser:
     )
     data.add_argument("--count", type=_count, default=600, help="images per repeat [600]")
     return parser
+
+
+def _add_quality(add: Callable[..., Parser]) -> None:
+    quality = add(
+        "quality", "after how many images one way to train is as good as another at its end"
+    )
+    quality.set_defaults(program=TRAIN)
+    quality.add_argument(
+        "--way",
+        action="append",
+        required=True,
+        dest="ways",
+        metavar="'FLAGS'",
+        help="flags of launch/train.py; once per way, the first sets the aim",
+    )
+    quality.add_argument(
+        "--reference",
+        type=Path,
+        help="a guided-diffusion checkout, whose trainer runs first and sets the aim",
+    )
+    quality.add_argument(
+        "--classifier_scale",
+        type=float,
+        metavar="X",
+        help="also draw 100 guided samples at this scale; the training set must fit in memory",
+    )
 
 
 if __name__ == "__main__":

@@ -151,6 +151,16 @@ class Judge:
         return float((self._svc.predict(self._features(samples)) == asked).mean())
 
 
+def judge_of(guided: GuidedSampling) -> Judge | KnownDistribution:
+    """Return what says which class a sample shows: the distribution if it is known, else an SVM.
+
+    Raises ValueError as `Judge` does.
+    """
+    if isinstance(guided.exact, KnownDistribution):
+        return guided.exact
+    return Judge(guided.images, guided.labels)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """The measures of a guided sampling.
@@ -215,7 +225,7 @@ def measure(
     names = [f"{scale:g}" for scale in scales]
     comparisons = {"training set": (exact, images, labels)}
     if isinstance(exact, KnownDistribution):
-        truth, judge = "distribution", exact
+        truth = "distribution"
         of_training = ExactDenoiser(images, labels, exact.num_classes, device=guided.device)
         fresh = np.arange(LEVEL_IMAGES) % exact.num_classes
         pixels = torch.from_numpy(exact.gaussians.draw(fresh, FRESH)).permute(0, 3, 1, 2)
@@ -226,7 +236,8 @@ def measure(
         frechet = {n: exact.frechet(s, asked) for n, s in zip(names, samples, strict=True)}
         frechet["exact"] = exact.frechet(exact.gaussians.draw(asked, FRESH + 1), asked)
     else:
-        truth, judge, frechet = "training set", Judge(guided.images, guided.labels), {}
+        truth, frechet = "training set", {}
+    judge = judge_of(guided)
     shares = {n: judge.share(s, asked) for n, s in zip(names, samples, strict=True)}
     levels: dict[str, list[LevelFidelity]] = {name: [] for name in comparisons}
     if guided.classifier is not None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from .measuring import show_progress, spread
 from .programs import (
     ProgramFailed,
-    resolve_words,
+    resolve_way,
     shards_for,
     trainer_row,
-    training_command,
 )
 
 
@@ -34,14 +33,10 @@ def measure(
     ranks: the numbers of ranks to run each way on. steps: steps timed per run.
     """
     runs = [(way, count) for count in ranks for way in ways]
-    batches = []
-    for way, count in runs:  # find wrong flags before the first run
-        command = [*words, *shlex.split(way)]
-        try:
-            training_command(command)
-            batches.append(resolve_words(command, count).batch.total)
-        except ValueError as error:
-            raise ValueError(f"--way '{way}', --ranks {count}: {error}") from None
+    batches = [  # finds wrong flags before the first run
+        resolve_way(_name(way, count), [*words, *shlex.split(way)], count).batch.total
+        for way, count in runs
+    ]
     measured: list[dict[str, list[float]]] = [{} for _ in runs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -53,7 +48,7 @@ def measure(
                 try:
                     row = trainer_row(program, command, folder / "run", ranks=count, steps=steps)
                 except ProgramFailed as error:
-                    raise ProgramFailed(f"--way '{way}', --ranks {count}: {error}") from None
+                    raise ProgramFailed(f"{_name(way, count)}: {error}") from None
                 rate = row["images_per_sec"]
                 first = first or rate
                 for name, value in {
@@ -64,7 +59,7 @@ def measure(
                     "start-up, s": row["start_s"],
                 }.items():
                     figures.setdefault(name, []).append(value)
-                show_progress(repeat, repeats, f"--way '{way}', --ranks {count}")
+                show_progress(repeat, repeats, _name(way, count))
     return [
         {
             "way": way or "(as it is)",
@@ -76,3 +71,7 @@ def measure(
         }
         for (way, count), batch, figures in zip(runs, batches, measured, strict=True)
     ]
+
+
+def _name(way: str, ranks: int) -> str:
+    return f"--way '{way}', --ranks {ranks}"

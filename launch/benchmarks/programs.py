@@ -22,7 +22,12 @@ from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import PREFETCH, default_workers
 from ds_classifier.data.shards import MANIFEST
 from ds_classifier.distributed.engine.deepspeed_versions import quiet_flag
-from ds_classifier.export.reference_flags import classifier_flags, process_flags
+from ds_classifier.export.reference_flags import (
+    REFERENCE_CLASSES,
+    classifier_flags,
+    process_flags,
+    reference_obstacles,
+)
 
 MOST_CONVERTED = 2000  # images; a benchmark reads them again and again
 WARM_UP = 2  # least number of steps that are not timed: the first ones allocate buffers
@@ -31,14 +36,18 @@ REFERENCE_SCRIPT = Path("scripts", "classifier_train.py")
 # Settings of a training command that the benchmark chooses itself.
 OURS = ("data_dir", "val_data_dir", "run_dir", "iterations", "log_interval", "save_interval")
 OURS += ("eval_interval", "num_classes", "resume_checkpoint", "init_from")
+OURS_OF_QUALITY = tuple(name for name in OURS if name not in ("iterations", "eval_interval"))
 
 
 class ProgramFailed(ValueError):
     """A measured program failed; the message is the end of its output."""
 
 
-def training_command(words: list[str]) -> CommandLine:
-    """Parse flags of launch/train.py. Raises ValueError for those that cannot be measured."""
+def training_command(words: list[str], ours: tuple[str, ...] = OURS) -> CommandLine:
+    """Parse flags of launch/train.py. Raises ValueError for those that cannot be measured.
+
+    ours: the settings that the benchmark chooses itself.
+    """
     output = io.StringIO()
     try:
         with redirect_stderr(output):
@@ -48,11 +57,23 @@ def training_command(words: list[str]) -> CommandLine:
         problem = problem[0].removeprefix("error: ")
         raise ValueError(f"{problem} (flags of launch/train.py come after IMAGES)") from None
     flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    chosen = sorted(set(OURS) & flags)
+    chosen = sorted(set(ours) & flags)
     if chosen or command.skips_training:
         named = ", ".join(f"--{name}" for name in chosen) or "a command that does not train"
         raise ValueError(f"got {named}; need flags of training that the benchmark does not set")
     return command
+
+
+def check_reference(checkout: Path, settings: Settings) -> None:
+    """Raise ValueError if the reference is not there, or cannot train with these settings."""
+    if not (checkout / REFERENCE_SCRIPT).is_file():
+        raise ValueError(f"--reference: got {checkout}; need a checkout with {REFERENCE_SCRIPT}")
+    # The number of classes changes only its last layer.
+    obstacles = reference_obstacles(settings.replace(num_classes=REFERENCE_CLASSES))
+    if obstacles:
+        raise ValueError(
+            f"--reference: got {obstacles[0].reason}; need a classifier that it can build"
+        )
 
 
 def reference_images_per_sec(
@@ -68,27 +89,70 @@ def reference_images_per_sec(
 ) -> float:
     """Return classifier_train.py's images per second over `steps` steps, loader and log included.
 
+    The arguments are those of `run_reference`.
+    """
+    seconds = run_reference(
+        runner,
+        checkout,
+        images,
+        folder,
+        settings,
+        batch=batch,
+        microbatch=microbatch,
+        stop_after=WARM_UP + steps,
+        iterations=10**6,
+    )
+    return steps * batch / (seconds[-1] - seconds[WARM_UP - 1])
+
+
+def run_reference(
+    runner: Path,
+    checkout: Path,
+    images: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    batch: int,
+    microbatch: int,
+    stop_after: int,
+    **flags: object,
+) -> list[float]:
+    """Run classifier_train.py, and return the time at which each step ended, in seconds.
+
     runner: launch/benchmarks/run_reference.py. checkout: of guided-diffusion.
-    images: a folder of files named CLASS_*. folder: where it may write.
+    images: a folder of files named CLASS_*. folder: where it may write; its log and its weights
+    are in folder/log. settings: those that it has flags for, and the seed. stop_after: end it after
+    so many steps; 0: let it end by itself, and save its weights. flags: more flags of the script.
     """
     moments = folder / "moments.json"
     moments.unlink(missing_ok=True)
-    flags = classifier_flags(settings) | process_flags(settings)
+    flags = classifier_flags(settings) | process_flags(settings) | flags
     flags |= dict(lr=settings.lr, weight_decay=settings.weight_decay, log_interval=10)
-    flags |= dict(data_dir=images, batch_size=batch, microbatch=microbatch, iterations=10**6)
+    flags |= dict(data_dir=images, batch_size=batch, microbatch=microbatch)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     _run(
-        [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],
+        [sys.executable, runner, checkout, moments, stop_after, settings.seed, *words],
         environment={"OPENAI_LOGDIR": str(folder / "log")},
     )
-    seconds = json.loads(moments.read_text(encoding="utf-8"))
-    return steps * batch / (seconds[-1] - seconds[WARM_UP - 1])
+    return json.loads(moments.read_text(encoding="utf-8"))
 
 
 def resolve_words(words: list[str], ranks: int) -> Resolved:
     """Resolve a training command on a number of ranks. Raises ValueError if it is impossible."""
     command = parse_training_command(words)
     return resolve(command, read_ds_config(command.deepspeed_config), world_size=ranks)
+
+
+def resolve_way(name: str, words: list[str], ranks: int, ours: tuple[str, ...] = OURS) -> Resolved:
+    """Check and resolve the flags of one of several ways to train.
+
+    name: of the way, for errors. ours: see `training_command`, whose errors this raises.
+    """
+    try:
+        training_command(words, ours)
+        return resolve_words(words, ranks)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def split_of_shards(images: Path) -> Path | None:
@@ -127,16 +191,24 @@ def trainer_row(
     ahead = PREFETCH * (default_workers(ranks) if workers < 0 else workers)
     warm_up = WARM_UP + -(-ahead // resolved.batch.accumulation)
     warm_up = -(-warm_up // steps) * steps
-    shutil.rmtree(run_dir, ignore_errors=True)
-    length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
-    length += ["--log_interval", steps, "--save_interval", 10**6, "--val_data_dir", "none"]
-    with distributed.keep_port() as port:
-        start_s = _run([*launched(program, ranks, port), *words, *map(str, length)])
-    rows = [
-        json.loads(line)
-        for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    length = ["--iterations", warm_up + steps, "--log_interval", steps]
+    length += ["--save_interval", 10**6, "--val_data_dir", "none"]
+    rows, start_s = run_trainer(program, [*words, *map(str, length)], run_dir, ranks=ranks)
     return [row for row in rows if "images_per_sec" in row][-1] | {"start_s": start_s}
+
+
+def run_trainer(
+    program: Path, words: list[str], run_dir: Path, *, ranks: int
+) -> tuple[list[dict], float]:
+    """Train to the end; return the rows of the log, and the seconds until it was ready to train.
+
+    program: launch/train.py. words: its flags. run_dir: emptied first.
+    """
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with distributed.keep_port() as port:
+        start_s = _run([*launched(program, ranks, port), *words, "--run_dir", run_dir])
+    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], start_s
 
 
 def launched(program: Path, ranks: int, port: int) -> list[str]:

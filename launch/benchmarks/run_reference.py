@@ -1,9 +1,11 @@
 """Run guided-diffusion's classifier_train.py unchanged, and write the times at which steps ended.
 
-`benchmark.py step --reference CHECKOUT` starts it, with arguments CHECKOUT MOMENTS STEPS FLAGS...
-It ends after STEPS optimizer steps. Two things are adapted from outside. The script's DDP call
-names a device even if that is a CPU, which torch refuses. And mpi4py and blobfile are replaced if
-they are not installed: one process with local files does not need them.
+The commands of benchmark.py with `--reference CHECKOUT` start it, with the arguments CHECKOUT
+MOMENTS STEPS SEED FLAGS... It ends after STEPS optimizer steps; with 0 steps the script ends by
+itself, and saves its weights. Three things are adapted from outside. The script's DDP call names a
+device even if that is a CPU, which torch refuses. mpi4py and blobfile are replaced if they are not
+installed: one process with local files does not need them. And the script has no seed: SEED is set
+before it begins.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def main() -> None:
-    """Run the script until the given number of steps is done, then end this process."""
-    checkout, moments, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    """Run the script to its end, or until the given number of steps is done."""
+    checkout, moments = Path(sys.argv[1]), Path(sys.argv[2])
+    steps, seed = int(sys.argv[3]), int(sys.argv[4])
     script = checkout / "scripts" / "classifier_train.py"
     stand_in()
     if not torch.cuda.is_available():
@@ -41,8 +45,11 @@ def main() -> None:
 
     register_optimizer_step_post_hook(stepped)
     sys.path.insert(0, str(checkout))
-    sys.argv = [str(script), *sys.argv[4:]]
+    sys.argv = [str(script), *sys.argv[5:]]
+    torch.manual_seed(seed)  # of the weights, the order, crops and noise
+    np.random.seed(seed)  # of the timesteps
     runpy.run_path(str(script), run_name="__main__")
+    moments.write_text(json.dumps(ended), encoding="utf-8")
 
 
 class OnCPU(distributed.DistributedDataParallel):

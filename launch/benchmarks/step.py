@@ -24,14 +24,12 @@ import torch.nn.functional as F
 from ds_classifier import distributed
 from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.common.keyed_noise import keyed_noise
-from ds_classifier.config import Settings
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter
-from ds_classifier.export.reference_flags import REFERENCE_CLASSES, reference_obstacles
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
 from ds_classifier.training.logs.flops import forward_flops, training_flops
@@ -39,7 +37,7 @@ from ds_classifier.training.step import Objective, train_step
 
 from .measuring import in_turn, spread
 from .programs import (
-    REFERENCE_SCRIPT,
+    check_reference,
     reference_images_per_sec,
     resolve_words,
     shards_for,
@@ -267,7 +265,12 @@ def measure(
     """
     settings = training_command(words).settings
     if reference is not None:
-        _check_reference(reference, Path(images), settings)
+        check_reference(reference, settings)
+        if not Path(images).is_dir() or split_of_shards(Path(images)) is not None:
+            raise ValueError(
+                f"--reference: got the images {images}; need a folder of image files: it reads "
+                "nothing else"
+            )
     if save is not None and not save.is_dir():
         raise ValueError(f"--save: got {save}, which is no directory; need one on the disk")
     with (
@@ -346,23 +349,6 @@ def layers_here(bench: Bench, steps: int) -> dict[str, Callable[[], float]]:
 def trainer_name(ranks: int) -> str:
     """Return the name of the trainer's layer."""
     return TRAINER + f", {ranks} ranks" * (ranks > 1)
-
-
-def _check_reference(checkout: Path, images: Path, settings: Settings) -> None:
-    """Raise ValueError if the reference cannot train on these images with these settings."""
-    if not (checkout / REFERENCE_SCRIPT).is_file():
-        raise ValueError(f"--reference: got {checkout}; need a checkout with {REFERENCE_SCRIPT}")
-    if not images.is_dir() or split_of_shards(images) is not None:
-        raise ValueError(
-            f"--reference: got the images {images}; need a folder of image files: it reads "
-            "nothing else"
-        )
-    # The number of classes changes only its last layer.
-    obstacles = reference_obstacles(settings.replace(num_classes=REFERENCE_CLASSES))
-    if obstacles:
-        raise ValueError(
-            f"--reference: got {obstacles[0].reason}; need a classifier that it can build"
-        )
 
 
 def described(bench: Bench, *, steps: int, repeats: int) -> str:

@@ -1,9 +1,11 @@
 """The commands of the benchmark, at small sizes; their figures are not judged."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from running import ROOT, environment
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.shards import open_shards
-from launch.benchmarks import programs
+from launch.benchmarks import programs, quality
 from launch.benchmarks.programs import shards_for
 
 TINY = ["--image_size", "8", "--classifier_width", "32", "--classifier_channel_mult", "1,2"]
@@ -113,6 +115,85 @@ def test_ways_to_train_are_compared(images, tmp_path):
         assert row["start-up, s"] > 0
 
 
+@pytest.mark.slow
+def test_ways_to_train_are_compared_by_quality(digits, tmp_path):
+    fp32 = TINY[:-2]
+    rows = benchmark(
+        *("quality", digits, "--repeats", 1, "--way", "", "--way", "--lr 1e-2"),
+        *("--classifier_scale", 1, *fp32, "--iterations", 12, "--eval_interval", 3),
+        tmp_path / "json",
+    )
+    first, second = rows
+    assert [row["way"] for row in rows] == ["''", "'--lr 1e-2'"]
+    for row in rows:
+        assert row["images"] == 48
+        (curve,) = row["validations"]
+        assert [images for images, _, _ in curve] == [12, 24, 36, 48]
+        # The trainer's own last validation, of the weights that the checkpoint holds.
+        assert np.isclose(row["cross-entropy"], curve[-1][2], rtol=1e-6)
+        assert np.isclose(row["seconds"], curve[-1][1])
+        assert 0 <= row["class asked for at scale 1, %"] <= 100
+    assert second["cross-entropy"] < first["cross-entropy"]  # at such a start the larger rate wins
+    assert second["as good"] == "1 of 1"
+    assert second["images needed"] <= 48
+
+
+def test_the_first_validation_that_is_as_good_counts():
+    def run(loss: float) -> dict:
+        return {"images": 100, "seconds": 10.0, "cross-entropy": loss}
+
+    rows = quality._rows(
+        {"A": [run(0.5), run(0.7)], "B": [run(0.4), run(0.8)], "C": [run(0.9), run(0.9)]},
+        {
+            "A": [[], []],
+            "B": [[(20, 2.0, 0.7), (40, 4.0, 0.6), (60, 6.0, 0.8), (100, 10.0, 0.4)], [(9, 1, 1)]],
+            "C": [[(100, 10.0, 0.9)]] * 2,
+        },
+    )
+    assert "as good" not in rows[0]  # it sets the aim: 0.6
+    assert rows[1]["as good"] == "1 of 2"
+    assert (rows[1]["images needed"], rows[1]["seconds needed"]) == (40, 4.0)
+    assert rows[1]["of row 1's images"] == 0.4
+    assert rows[2]["as good"] == "0 of 2"
+    assert "images needed" not in rows[2]
+
+
+def test_quality_beside_the_reference(digits, tmp_path):
+    checkout = os.environ.get("GUIDED_DIFFUSION", "")
+    if not checkout:
+        pytest.skip("GUIDED_DIFFUSION names no checkout of guided-diffusion")
+    rows = benchmark(
+        *("quality", digits, "--repeats", 1, "--reference", checkout, "--way", ""),
+        *("--classifier_width", 32, "--classifier_depth", 1, "--batch_size", 4),
+        *("--classifier_attention_resolutions", 8, "--workers", 0),
+        *("--iterations", 3, "--eval_interval", 3),
+        tmp_path / "json",
+    )
+    theirs, ours = rows
+    assert theirs["way"] == "guided-diffusion"
+    assert theirs["images"] == ours["images"] == 12
+    assert theirs["seconds"] > 0
+    # Of its 1,000 outputs those of the ten classes count: log(10) is 2.3, log(1000) is 6.9.
+    assert abs(theirs["cross-entropy"] - np.log(10)) < 0.7
+    assert not theirs["validations"][0]
+
+
+def test_the_reference_reads_the_images_of_the_shards(digits, tmp_path):
+    shards = open_shards(digits / "train")
+    quality._write_images(shards, tmp_path / "images")
+    paths = sorted((tmp_path / "images").iterdir())
+    classes = sorted({path.name.split("_")[0] for path in paths})  # as guided-diffusion does it
+    found = Counter(
+        (classes.index(path.name.split("_")[0]), Image.open(path).tobytes()) for path in paths
+    )
+    source = open_source("digits")
+    expected = Counter(
+        (sample.label, Image.open(io.BytesIO(sample.read())).tobytes())
+        for sample in source.splits["train"]
+    )
+    assert found == expected
+
+
 def test_shards_are_taken_as_they_are(images, tmp_path):
     shards = tmp_path / "data"
     convert(open_source(str(images)), shards)
@@ -142,6 +223,19 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
             ["compare", "IMAGES", "--way", "--bogus"],
             "--ranks 1: --bogus: unknown flag",
         ),
+        (
+            ["quality", "IMAGES", "--way", "", "--iterations", "9"],
+            "need a directory of shards with",
+        ),
+        (
+            ["quality", "DIGITS", "--way", "", "--way", "--classifier_width 32"],
+            "--way '--classifier_width 32': classifier_attention_resolutions: got",
+        ),
+        (["quality", "DIGITS", "--way", "", "--save_interval", "9"], "ways: got --save_interval;"),
+        (
+            ["quality", "DIGITS", "--way", "", "--way", "--noise_schedule cosine"],
+            "--way '--noise_schedule cosine': got --noise_schedule cosine; need linear",
+        ),
         (["step", "IMAGES", "--data_dir", "x"], "got --data_dir; need flags of training"),
         (["step", "--lr", "1", "IMAGES"], "flags of launch/train.py come after IMAGES"),
         pytest.param(
@@ -161,11 +255,13 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_wrong_use_is_reported_before_anything_is_measured(images, tmp_path, words, message):
+def test_wrong_use_is_reported_before_anything_is_measured(
+    images, digits, tmp_path, words, message
+):
     script = tmp_path / "checkout" / "scripts" / "classifier_train.py"
     script.parent.mkdir(parents=True)
     script.touch()
-    names = {"IMAGES": images, "CHECKOUT": tmp_path / "checkout"}
+    names = {"IMAGES": images, "DIGITS": digits, "CHECKOUT": tmp_path / "checkout"}
     names["FP16"] = ROOT / "ds_configs" / "zero2_fp16.json"
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "benchmark.py", *(names.get(w, w) for w in words)],
