@@ -13,6 +13,7 @@ from ds_classifier.diffusion import (
     UniformSampler,
     create_gaussian_diffusion,
     create_schedule_sampler,
+    stratified,
 )
 
 
@@ -97,6 +98,27 @@ def test_uniform_timesteps_cover_all_levels_evenly():
     assert counts.shape == (50,)
     assert (counts.double() / 2000 - 1).abs().max() < 0.1
     assert torch.equal(weights, torch.ones(100_000))
+
+
+def test_a_step_trains_a_timestep_in_each_stratum():
+    batch, steps = 64, 5000
+    u = stratified(3, torch.arange(batch * steps), batch).view(steps, batch)
+    assert u.min() >= 0
+    assert u.max() < 1
+    gaps = u.sort(dim=1).values.diff(dim=1)  # of neighbours: at most two widths of a stratum
+    assert gaps.max() < 2 / batch
+    # No place in the batch, and so no lane of images, gets more of one noise level than of another.
+    counts = torch.stack([torch.histc(place, 10, 0, 1) for place in u.T])  # [batch, 10]
+    assert (counts / steps - 0.1).abs().max() < 5 * (0.1 * 0.9 / steps) ** 0.5
+    # A place's numbers in successive steps are independent.
+    assert abs(torch.corrcoef(torch.stack([u[:-1, 0], u[1:, 0]]))[0, 1]) < 0.05
+
+
+def test_stratified_numbers_depend_on_the_position_alone():
+    positions = torch.arange(640, 1280)
+    whole = stratified(3, positions, 64)
+    assert torch.equal(stratified(3, positions[100:107], 64), whole[100:107])
+    assert not torch.equal(stratified(4, positions, 64), whole)
 
 
 def test_noisy_timesteps_are_drawn_in_proportion_to_their_noise():

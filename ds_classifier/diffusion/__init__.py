@@ -12,6 +12,7 @@ from ds_classifier.diffusion.timesteps import (
     NoisySampler,
     UniformSampler,
     create_schedule_sampler,
+    stratified,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "create_schedule_sampler",
     "get_betas",
     "space_timesteps",
+    "stratified",
 ]

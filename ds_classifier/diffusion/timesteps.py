@@ -1,5 +1,8 @@
 """Samplers of timesteps: which noise levels are trained how often.
 
+A sampler maps numbers in [0, 1) to timesteps. `stratified` draws these numbers so that every step
+trains all noise levels: of a global batch of B samples, one lies in each of B equal strata.
+
 To add a way of drawing timesteps, write a class and add it to SCHEDULE_SAMPLERS. torch is imported
 inside functions, so that `--help` can list the names at once.
 """
@@ -11,6 +14,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+def stratified(seed: int, positions: Tensor, global_batch: int) -> Tensor:
+    """Return the numbers in [0, 1), [N] float64, whose timesteps the samples at positions get.
+
+    The numbers of a global batch have one in each of its strata, in the order of the positions,
+    which a random number of the batch turns around. So each is uniform, and independent of those of
+    other steps, whatever the place of an image in its batch.
+    positions: [N] int64, in the training stream. The numbers depend on (seed, position) alone.
+    """
+    from ds_classifier.common.keyed_noise import keyed_uniform
+
+    within = (positions % global_batch + keyed_uniform(seed, "t", positions)) / global_batch
+    return (within + keyed_uniform(seed, "t of batch", positions // global_batch)) % 1.0
 
 
 class UniformSampler:

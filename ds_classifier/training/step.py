@@ -16,8 +16,9 @@ import torch
 from torch.profiler import record_function as span
 
 from ds_classifier import distributed
-from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import BadSample, Batch
+from ds_classifier.diffusion import stratified
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter, by_position
 from ds_classifier.loss import EMPTY, RecentImages
@@ -70,7 +71,9 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
             t, noise = torch.zeros_like(batch.positions), None
             importance = torch.ones_like(batch.weights)
             if objective.noised:
-                t, importance = sampler.sample(keyed_uniform(seed, "t", batch.positions))
+                t, importance = sampler.sample(
+                    stratified(seed, batch.positions, engine.train_batch_size())
+                )
                 noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
         with span("step: forward"):
             losses, logits = engine(batch.images, batch.labels, t, noise, objective.recent)
