@@ -25,7 +25,7 @@ from ds_classifier.common import text
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.guidance.gradient import classifier_gradient, exact_posterior
 from ds_classifier.guidance.guided_sampling import GuidedSampling
 from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import to_x_start
@@ -81,7 +81,6 @@ def compare_with_bayes(
     images: [M, C, S, S] uint8, on the device; labels: [M].
     """
     model_gradient = classifier_gradient(classifier)
-    alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
     for level in timesteps:
         rows = []  # per batch, [n, 8]
         for start in range(0, len(images), batch_size):
@@ -92,7 +91,7 @@ def compare_with_bayes(
             t = torch.full_like(y, level)
             x = diffusion.q_sample(x_start, t, noise)
             shown = diffusion.model_timesteps(t)
-            best = exact.posterior(x, alphas_cumprod[t], y)
+            best = exact_posterior(exact, diffusion, x, t, y)
             log_p = classifier(x, shown).double().log_softmax(dim=1)
             p_best = best.log_class.exp()
             gap = torch.where(p_best > 0, p_best * (best.log_class - log_p), 0.0)

@@ -84,14 +84,11 @@ class GuidedSampling:
         """Return the guidance gradient at a scale, or None at scale 0.
 
         The temperatures (see `classifier_gradient`) do not apply to the exact posterior.
-        Raises ValueError for the exact posterior with rescaled timesteps, which it cannot read.
         """
         if scale == 0:
             return None
         if self.classifier is None:
-            if self.original.rescale_timesteps and self.original.num_timesteps != 1000:
-                raise ValueError("--classifier_path bayes: got --rescale_timesteps; do: drop it")
-            return bayes_gradient(self.exact, self.original.alphas_cumprod, scale=scale)
+            return bayes_gradient(self.exact, self.original, scale=scale)
         return classifier_gradient(
             self.classifier,
             scale=scale,
