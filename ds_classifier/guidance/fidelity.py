@@ -41,7 +41,7 @@ DOUBT = 1e-6
 class LevelFidelity:
     """A comparison of a classifier with the best possible one at a noise level, over images.
 
-    t: the noise level, in the original process.
+    t, log_snr: the noise level, in the original process.
     not_finite: the number of images whose logits or gradient are not finite. They count as wrong,
         and are in no mean.
     kl: mean of KL(p_Bayes(y | x_t) || p(y | x_t)), in nats; None if no image is finite.
@@ -54,6 +54,7 @@ class LevelFidelity:
     """
 
     t: int
+    log_snr: float
     not_finite: int
     kl: float | None
     accuracy: float
@@ -120,7 +121,8 @@ def compare_with_bayes(
             cosine, own_square, ideal_square = kept.mean(dim=0).tolist()
             ratio = math.sqrt(own_square / ideal_square)
         broken = len(numbers) - len(finite)
-        yield LevelFidelity(level, broken, kl, right, best_right, compared, cosine, ratio)
+        snr = diffusion.log_snr[level].item()
+        yield LevelFidelity(level, snr, broken, kl, right, best_right, compared, cosine, ratio)
 
 
 class Judge:
@@ -282,10 +284,11 @@ def level_table(levels: Iterable[LevelFidelity]) -> list[str]:
     Lines at the end name the levels with images whose numbers were not finite.
     """
     levels = list(levels)
-    heads = "t", "KL(Bayes||model)", "accuracy", "Bayes", "compared", "cosine", "length"
+    heads = "t", "log-SNR", "KL(Bayes||model)", "accuracy", "Bayes", "compared", "cosine", "length"
     rows = [
         (
             str(row.t),
+            f"{row.log_snr:.2f}",
             "-" if row.kl is None else f"{row.kl:.3f}",
             text.percent(row.accuracy),
             text.percent(row.bayes_accuracy),
