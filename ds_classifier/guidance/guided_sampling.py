@@ -184,6 +184,11 @@ def load_guided_sampling(
     if not data_dir:
         if not settings.num_classes:  # no classifier says it: guided-diffusion's number, or none
             settings = settings.replace(num_classes=1000 if unet["class_cond"] else 1)
+        if create_gaussian_diffusion(**settings.diffusion_kwargs()).alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"--model_path: got the {settings.noise_schedule} process, whose last level has no "
+                "signal, so that a UNet's noise says nothing of x_0; do: give --data_dir"
+            )
         model = load_unet(
             Path(model_path),
             **unet,

@@ -76,13 +76,17 @@ def test_a_class_is_needed_for_each_image(classifier, guide, y, words):
         cond_fn(x, torch.tensor([3, 750]), y=y)
 
 
-def test_the_best_guide_reaches_every_class():
+@pytest.mark.parametrize("ddim", [False, True])
+@pytest.mark.parametrize(
+    "schedule", ["cosine", "scaled_linear_zero_snr", "flow", "flow_logit_normal", "edm", "vp"]
+)
+def test_the_best_guide_reaches_every_class(schedule, ddim):
     """Check that exact guidance at scale 1 makes the exact denoiser class-conditional."""
     images, labels = training_set(m=30)
     process = ReverseProcess(
-        create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="50")
+        create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing="50")
     )
-    original = create_gaussian_diffusion(noise_schedule="cosine")
+    original = create_gaussian_diffusion(noise_schedule=schedule)
     exact = ExactDenoiser(images, labels, CLASSES)
     y = torch.arange(60) % CLASSES
     generator = torch.Generator().manual_seed(3)
@@ -94,7 +98,9 @@ def test_the_best_guide_reaches_every_class():
             lambda i: torch.randn(60, 2, 4, 4, generator=generator),
             y,
             cond_fn=cond_fn,
+            ddim=ddim,
         )
+        assert x.isfinite().all()
         nearest = torch.cdist(x.flatten(1), images.flatten(1) / 127.5 - 1).argmin(dim=1)
         found.append((labels[nearest] == y).float().mean().item())
     assert found[0] < 0.6
