@@ -46,8 +46,8 @@ class LevelFidelity:
         and are in no mean.
     kl: mean of KL(p_Bayes(y | x_t) || p(y | x_t)), in nats; None if no image is finite.
     accuracy, bayes_accuracy: shares of images whose class comes first.
-    compared: the share of images about whose class the best classifier is in doubt. The gradients
-        of log p(own class | x_t) are compared on these:
+    compared: the share of images about whose class the best classifier is in doubt, and where x_t
+        has a signal. The gradients of log p(own class | x_t) are compared on these:
     cosine: the mean cosine between the two gradients; None if there are no such images.
     length_ratio: the root mean square length of the classifier's gradient over that of the best
         one; None likewise.
@@ -100,10 +100,11 @@ def compare_with_bayes(
             ideal = best.gradient.flatten(1).double()
             gap, length = gap.sum(dim=1), own.square().sum(dim=1)
             finite = gap.isfinite() & length.isfinite()
+            in_doubt = best.log_class.gather(1, y[:, None])[:, 0] < -DOUBT
             columns = [
                 finite & (log_p.argmax(dim=1) == y),
                 best.log_class.argmax(dim=1) == y,
-                best.log_class.gather(1, y[:, None])[:, 0] < -DOUBT,
+                in_doubt & (ideal.abs().amax(dim=1) > 0),
                 finite,
                 gap,
                 torch.cosine_similarity(own, ideal, dim=1),
