@@ -105,3 +105,21 @@ def test_the_best_guide_reaches_every_class(schedule, ddim):
         found.append((labels[nearest] == y).float().mean().item())
     assert found[0] < 0.6
     assert found[1] > 0.95
+
+
+def test_a_gradient_is_mapped_to_the_coordinates_of_the_sampler():
+    """Compare with autograd of a log p of the flow's own x_t, which is scale * x."""
+    diffusion = create_gaussian_diffusion(noise_schedule="flow", timestep_respacing="5")
+    process, t = ReverseProcess(diffusion), torch.tensor([1, 3])
+    seen = []
+
+    def cond_fn(x_t, times, y):
+        seen.append(times.tolist())
+        return torch.cos(x_t)  # the gradient of sin
+
+    x = recorded_input()[:, :1].requires_grad_()
+    moved = process.guided_mean(torch.zeros_like(x), torch.ones(()), x, t, cond_fn, None)
+    s = torch.tensor(seen[0])[:, None, None, None] / 1000
+    log_p = torch.sin(((1 - s) ** 2 + s**2).sqrt() * x).sum()
+    (expected,) = torch.autograd.grad(log_p, x)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
