@@ -45,6 +45,138 @@ def test_agrees_with_the_recorded_schedules(reference, case):
     assert np.abs(x_t - recorded[f"s{case}_q_sample"]).max() < 1e-6
 
 
+def logit(p):
+    return np.log(p) - np.log1p(-p)
+
+
+def formula(name, steps):
+    """Return alpha, sigma and the network's time of a process by its published formula.
+
+    The levels are the quantiles (i + 0.5) / T of the noise level's distribution, which scipy has.
+    """
+    from scipy import stats
+
+    quantile = (np.arange(steps) + 0.5) / steps
+    if name.startswith("flow"):
+        normal = stats.norm.ppf(quantile)
+        s = np.exp(normal) / (1 + np.exp(normal)) if name == "flow_logit_normal" else quantile
+        return 1 - s, s, 1000 * s
+    if name.startswith("edm"):
+        mean, std = {"edm": (-1.2, 1.2), "edm2": (-0.4, 1.0)}[name]
+        sigma = stats.lognorm.ppf(quantile, s=std, scale=np.exp(mean))
+        c_in, c_noise = 1 / np.sqrt(1 + sigma**2), np.log(sigma) / 4  # Karras et al., Table 1
+        return c_in, c_in * sigma, c_noise
+    u = 1e-5 + (1 - 1e-5) * quantile
+    log_mean = -0.25 * u**2 * (20 - 0.1) - 0.5 * u * 0.1  # score_sde's VPSDE.marginal_prob
+    return np.exp(log_mean), np.sqrt(-np.expm1(2 * log_mean)), 999 * u
+
+
+@pytest.mark.parametrize("steps", [1, 10, 1000])
+@pytest.mark.parametrize("name", ["flow", "flow_logit_normal", "edm", "edm2", "vp"])
+def test_continuous_processes_follow_their_formulas(name, steps):
+    diffusion = create_gaussian_diffusion(noise_schedule=name, diffusion_steps=steps)
+    alpha, sigma, times = formula(name, steps)
+    near = dict(rtol=0, atol=1e-12)
+    np.testing.assert_allclose(diffusion.scale * np.sqrt(diffusion.alphas_cumprod), alpha, **near)
+    np.testing.assert_allclose(
+        diffusion.scale * np.sqrt(1 - diffusion.alphas_cumprod), sigma, **near
+    )
+    np.testing.assert_allclose(diffusion.log_snr, 2 * np.log(alpha / sigma), **near)
+    assert (np.diff(diffusion.log_snr) < 0).all()
+    t = torch.arange(steps)
+    np.testing.assert_allclose(diffusion.model_timesteps(t).numpy(), times, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(torch.stack(diffusion.scales(t)), [alpha, sigma], atol=1e-7)
+    x_start, noise = torch.randn(2, steps, 5, generator=torch.Generator().manual_seed(0))
+    x_t = alpha[:, None] * x_start.numpy() + sigma[:, None] * noise.numpy()
+    np.testing.assert_allclose(diffusion.q_sample(x_start, t, noise), x_t, atol=1e-6)
+
+
+def test_uniform_t_draws_sigma_as_edm_does():
+    """Compare the distribution of sigma under uniform t with EDM's own draw, a log-normal."""
+    from scipy import stats
+
+    diffusion = create_gaussian_diffusion(noise_schedule="edm")
+    t, _ = UniformSampler(1000).sample(keyed_uniform(0, "t", torch.arange(5000)))
+    log_sigma = 4 * diffusion.model_timesteps(t).numpy()
+    drawn = np.random.RandomState(0).standard_normal(5000) * 1.2 - 1.2
+    assert stats.ks_2samp(log_sigma, drawn).pvalue > 0.01
+
+
+def test_betas_follow_their_formulas():
+    """Compare with the recursion alpha_bar_t = alpha_bar_{t-1} (1 - beta_t), in plain numbers."""
+    diffusion = create_gaussian_diffusion(noise_schedule="scaled_linear")
+    zero = create_gaussian_diffusion(noise_schedule="scaled_linear_zero_snr")
+    alpha_bar, all_bars = 1.0, []
+    for i in range(1000):
+        alpha_bar *= 1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2
+        all_bars.append(alpha_bar)
+    np.testing.assert_allclose(diffusion.alphas_cumprod, all_bars, rtol=1e-12)
+    roots = np.sqrt(all_bars)
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    np.testing.assert_allclose(zero.alphas_cumprod, roots**2, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(diffusion.log_snr, logit(np.array(all_bars)), atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear"])
+def test_a_level_without_signal(name):
+    """alpha is 0 there, and the log-SNR is a number lower than all others."""
+    diffusion = create_gaussian_diffusion(noise_schedule=f"{name}_zero_snr")
+    assert diffusion.alphas_cumprod[-1] == 0
+    assert diffusion.betas[-1] == 1
+    assert diffusion.alphas_cumprod[0] == pytest.approx(
+        create_gaussian_diffusion(noise_schedule=name).alphas_cumprod[0], rel=1e-12
+    )
+    assert np.isfinite(diffusion.log_snr).all()
+    assert diffusion.log_snr[-1] == -20 < diffusion.log_snr[-2]
+    x_start, noise = torch.ones(1, 4), torch.tensor([[0.3, -1.0, 2.0, 0.0]])
+    assert torch.equal(diffusion.q_sample(x_start, torch.tensor([999]), noise), noise)
+
+
+TABLES = {
+    "linear": dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+    "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "cosine": dict(beta_schedule="squaredcos_cap_v2"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_diffusers(name):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
+    theirs = diffusers.DDIMScheduler(**TABLES[name]).alphas_cumprod
+    zero = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, **TABLES[name]).alphas_cumprod
+    ours = create_gaussian_diffusion(noise_schedule=name).alphas_cumprod
+    ours_zero = create_gaussian_diffusion(noise_schedule=f"{name}_zero_snr").alphas_cumprod
+    assert np.abs(theirs.numpy() - ours).max() < 1e-6
+    assert np.abs(zero.numpy() - ours_zero).max() < 1e-6
+
+
+def test_a_flow_is_that_of_diffusers():
+    """Compare scale_noise at the flow's own timesteps with q_sample."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (an extra)")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    diffusion = create_gaussian_diffusion(noise_schedule="flow")
+    level = torch.tensor([999, 500, 0])
+    times = diffusion.model_timesteps(level)
+    scheduler.set_timesteps(sigmas=(times / 1000).tolist())
+    assert np.abs(scheduler.timesteps.numpy() - times.numpy()).max() < 1e-3
+    x_start, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    theirs = scheduler.scale_noise(x_start, scheduler.timesteps, noise)
+    assert (theirs - diffusion.q_sample(x_start, level, noise)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["flow", "edm", "vp", "scaled_linear_zero_snr"])
+def test_a_respaced_process_keeps_levels_of_the_original(name):
+    whole = create_gaussian_diffusion(noise_schedule=name)
+    few = create_gaussian_diffusion(noise_schedule=name, timestep_respacing="7")
+    kept = few.timestep_map
+    assert (kept[0], kept[-1], len(kept)) == (0, 999, 7)
+    t = torch.arange(7)
+    for ours, theirs in zip(few.scales(t), whole.scales(torch.tensor(kept)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(few.model_timesteps(t), whole.model_timesteps(torch.tensor(kept)))
+    assert np.array_equal(few.log_snr, whole.log_snr[kept])
+
+
 def test_the_network_sees_the_original_timesteps():
     """t = 1 of ddim25 is timestep 40 of the original process, not 1 as in the reference."""
     respaced = create_gaussian_diffusion(timestep_respacing="ddim25")
@@ -62,6 +194,8 @@ def test_the_network_sees_the_original_timesteps():
         dict(timestep_respacing="ten"),
         dict(diffusion_steps=0),
         dict(diffusion_steps=4),
+        dict(diffusion_steps=1, noise_schedule="cosine_zero_snr"),
+        dict(rescale_timesteps=True, noise_schedule="flow"),
     ],
 )
 def test_refuses_schedules_that_do_not_exist(flags):

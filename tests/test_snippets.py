@@ -55,6 +55,14 @@ def names_left_open() -> dict[str, object]:
         unet = UNet2DModel(layers_per_block=1, **blocks, **channels).requires_grad_(False)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     of_loop = dict(x=noise, y=torch.tensor([0, 3]), scheduler=scheduler, unet=unet)
+    of_flow = type("FlowMatch", (types.SimpleNamespace,), {})(
+        timesteps=torch.tensor([1000.0, 500.0]),
+        config=types.SimpleNamespace(num_train_timesteps=1000),
+        step=lambda output, t, x: types.SimpleNamespace(prev_sample=x - output / 2),
+    )
+    velocity = lambda x, t: types.SimpleNamespace(sample=0.1 * x)  # noqa: E731
+    of_loop |= dict(flow_scheduler=of_flow, transformer=velocity, s=0.3, velocity=noise)
+    of_loop |= dict(sit_velocity=-noise, time=0.7, denoiser=lambda x, sigma: x, alpha=1, sigma=2)
     return of_loop | dict(x_t=noise, t=100, mean=noise, variance=0.01, scale=3.0)
 
 

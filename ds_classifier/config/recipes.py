@@ -51,6 +51,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagenet128": _imagenet(image_size=128, iterations=300_000),
     "imagenet256": _imagenet(image_size=256, iterations=500_000),
     "imagenet512": _imagenet(image_size=512, iterations=500_000),
+    # Latents of 256 px images (those of Stable Diffusion's autoencoder: 4 channels, a side of 32).
+    # Not trained here. A flipped latent is not the latent of the flipped image.
+    "latent32": _imagenet(image_size=32, iterations=300_000)
+    | dict(in_channels=4, noise_schedule="scaled_linear", random_crop=False, random_flip=False),
     # CIFAR-10 and similar data sets: 32 px colour images of objects.
     "cifar32": dict(
         image_size=32,
@@ -66,6 +70,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     # scikit-learn's handwritten digits, enlarged to 32 px; `make quickstart` trains this.
     "digits32": _small(iterations=500, save_interval=250),
+    # digits32 under the process of flow matching.
+    "flow32": _small(iterations=500, save_interval=250) | dict(noise_schedule="flow"),
     # Made-up images of a known distribution (`convert gaussians`), to measure choices on. They are
     # not cropped or mirrored, which would change the distribution.
     "gaussians32": _small(random_crop=False, iterations=1000, save_interval=500),

@@ -5,7 +5,7 @@ clean, the last is almost pure noise.
 """
 
 from ds_classifier.diffusion.process import GaussianDiffusion, create_gaussian_diffusion
-from ds_classifier.diffusion.schedules import NOISE_SCHEDULES, get_betas, space_timesteps
+from ds_classifier.diffusion.schedules import NOISE_SCHEDULES, space_timesteps
 from ds_classifier.diffusion.timesteps import (
     SCHEDULE_SAMPLERS,
     LossSecondMomentSampler,
@@ -24,7 +24,6 @@ __all__ = [
     "UniformSampler",
     "create_gaussian_diffusion",
     "create_schedule_sampler",
-    "get_betas",
     "space_timesteps",
     "stratified",
 ]

@@ -24,6 +24,7 @@ from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.guidance.gradient import exact_posterior
 from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import NoisedClassifier, to_x_start
 
@@ -98,11 +99,6 @@ def _check_counted(counted: int, bad: int, samples: int) -> None:
 # ---------------------------------------------------------------------- at a grid of noise levels
 
 
-def log_snr(diffusion: GaussianDiffusion) -> np.ndarray:
-    """Return log(alpha_bar_t / (1 - alpha_bar_t)) of every t, [T] float64, falling."""
-    return np.log(diffusion.alphas_cumprod) - np.log1p(-diffusion.alphas_cumprod)
-
-
 def level_grid(diffusion: GaussianDiffusion, count: int) -> list[int]:
     """Return t = 0 and `count` more timesteps, evenly spaced in log-SNR, ascending.
 
@@ -111,7 +107,7 @@ def level_grid(diffusion: GaussianDiffusion, count: int) -> list[int]:
     several values share a timestep; then the values are spaced more closely until there are
     count + 1 timesteps. With at most count + 1 timesteps, all are returned.
     """
-    snr = log_snr(diffusion)
+    snr = diffusion.log_snr
     if len(snr) <= count + 1:
         return list(range(len(snr)))
     spaces = count
@@ -125,7 +121,7 @@ def level_grid(diffusion: GaussianDiffusion, count: int) -> list[int]:
 
 def middle_level(diffusion: GaussianDiffusion, levels: Sequence[int]) -> int:
     """Return the timestep whose signal is nearest to its noise in strength: log-SNR 0."""
-    return min(levels, key=lambda t: abs(log_snr(diffusion)[t]))
+    return min(levels, key=lambda t: abs(diffusion.log_snr[t]))
 
 
 class Posterior(Protocol):
@@ -159,10 +155,9 @@ def bayes_posterior(
     No classifier does better on noised training images. On held-out images with little noise that
     of the training images is overconfident, so it is no bound there; that of the distribution is.
     """
-    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)  # [T] float64
 
     def evaluate_at(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        exact = denoiser.posterior(x_t, alpha_bar.to(t.device)[t], labels)
+        exact = exact_posterior(denoiser, diffusion, x_t, t, labels)
         return exact.log_class, exact.gradient.flatten(1).norm(dim=1)
 
     return evaluate_at
@@ -246,9 +241,13 @@ def describe_levels(
     chosen: those of `levels` that get numbers per class and calibration bins, as uniform t does.
     """
     shown = diffusion.model_timesteps(torch.tensor(list(levels))).tolist()
-    snr = log_snr(diffusion)
     rows = [
-        {"t": t, "timestep": timestep, "log_snr": float(snr[t]), **numbers.overall(1 + i)}
+        {
+            "t": t,
+            "timestep": timestep,
+            "log_snr": float(diffusion.log_snr[t]),
+            **numbers.overall(1 + i),
+        }
         for i, (t, timestep) in enumerate(zip(levels, shown, strict=True))
     ]
     detailed = [(None, 0), *((t, 1 + list(levels).index(t)) for t in chosen)]

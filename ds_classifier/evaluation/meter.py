@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
+from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.evaluation.metrics import METRICS, QUARTILES, Answers
 
 # Edges of the bins of a sample's loss, nats: half octaves. The first bin lies below the first edge,
 # the last one above the last edge.
 LOSS_EDGES = tuple(2.0 ** (k / 2) for k in range(-16, 11))
+
+
+def describe_quartiles(diffusion: GaussianDiffusion) -> str:
+    """Return the log-SNR at which the quartiles of t begin and end."""
+    steps = diffusion.num_timesteps
+    last = [-(-steps * (q + 1) // QUARTILES) - 1 for q in range(QUARTILES)]
+    first, *ends = (f"{diffusion.log_snr[t]:.1f}" for t in (0, *last))
+    return f"q0 to q{QUARTILES - 1} from log-SNR {first} to {', '.join(ends)}"
 
 
 class Reading(NamedTuple):

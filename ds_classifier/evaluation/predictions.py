@@ -12,7 +12,7 @@ from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.evaluation.evaluate import VALIDATION_SEED, log_snr
+from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.evaluation.image_grid import ImageGrid, Predictions
 from ds_classifier.loss import from_x_start, to_x_start
 
@@ -79,13 +79,12 @@ def predict_grid(
         predicted.append(best.indices.tolist())
         confidence.append([v if math.isfinite(v) else None for v in best.values.tolist()])
     classifier.train(training)
-    snr = log_snr(diffusion)
     return ImageGrid(
         np.stack(tiles, axis=1),
         Predictions(
             step=step,
             t=levels,
-            log_snr=[float(snr[t]) for t in levels],
+            log_snr=[float(diffusion.log_snr[t]) for t in levels],
             shrunk=factor,
             positions=positions.tolist(),
             labels=batch.labels[decoded].tolist(),

@@ -201,7 +201,7 @@ def describe(
     }
     if settings.extend:  # it may change in a run, and shapes the learning rate all the same
         training["extend"] = settings.extend
-    shown = "t * 1000 / diffusion_steps" if settings.rescale_timesteps else "t"
+    diffusion = create_gaussian_diffusion(**process)
     return {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
@@ -218,8 +218,9 @@ def describe(
             "normalisation": "8-bit values / 127.5 - 1, so in [-1, 1] before noise",
             "resize": "guided-diffusion's centre crop: halved by BOX while twice too large, then "
             "BICUBIC to the short side",
-            "timesteps": f"{shown}, for t from 0 (almost clean) to {settings.diffusion_steps - 1} "
-            "(almost noise) of the process before respacing",
+            "log_snr": [diffusion.log_snr[0].item(), diffusion.log_snr[-1].item()],
+            "timesteps": f"{diffusion.shown}, for t from 0 (almost clean) to "
+            f"{settings.diffusion_steps - 1} (almost noise) of the process before respacing",
         },
         "reference_flags": classifier_flags(settings) | process_flags(settings),
         "classes": source.classes,

@@ -112,7 +112,8 @@ def _input(description: dict[str, Any]) -> str:
         f"- images: {shown['shape']}, {shown['normalisation']}",
         f"- resizing: {shown['resize']}",
         f"- noise: {process['noise_schedule']} schedule of {process['diffusion_steps']} steps"
-        + (f", respaced to {respaced}" if respaced else ""),
+        + (f", respaced to {respaced}" if respaced else "")
+        + ", log-SNR from {:.2f} to {:.2f}".format(*shown["log_snr"]),
         f"- timesteps: {shown['timesteps']}",
         f"- output: logits [N, {description['classifier']['num_classes']}], fp32",
     ]
@@ -138,14 +139,16 @@ def _use(name: str, flags: str) -> str:
         + "\n\nThe flags file holds\n\n"
         + _code(own)
         + changes
-        + "\n\nWith `ds_classifier`, in any sampler that takes a `cond_fn(x, t, y)`, or with the "
-        "schedulers of diffusers (`ds_classifier.guidance.guide_scheduler_output`):\n\n"
+        + "\n\nWith `ds_classifier`, as a `cond_fn(x, t, y)` in samplers of the same process, or "
+        "as a guide of any sampler of x = alpha x_0 + sigma noise, the schedulers of diffusers "
+        "among them (`ds_classifier.guidance.guide_scheduler_output`):\n\n"
         "```python\n"
         "import ds_classifier\n"
-        "from ds_classifier.guidance import classifier_gradient\n"
+        "from ds_classifier.guidance import Guide, classifier_gradient\n"
         "\n"
         f'model = ds_classifier.load("{name}.safetensors")  # device="cuda" for a GPU\n'
         "cond_fn = classifier_gradient(model.classifier, scale=1.0)\n"
+        "guide = Guide(model.classifier, model.diffusion, scale=1.0)  # guide(x, alpha, sigma, y)\n"
         "```"
     )
 

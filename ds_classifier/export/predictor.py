@@ -67,7 +67,8 @@ class Predictor:
             f"  classes  {self.settings.num_classes:,}: {names}\n"
             f"  images   {size} x {size} pixels, {channels} channels\n"
             f"  noise    {self.settings.noise_schedule}, t from 0 to "
-            f"{self.diffusion.num_timesteps - 1}\n"
+            f"{self.diffusion.num_timesteps - 1}, log-SNR from {self.diffusion.log_snr[0]:.1f} to "
+            f"{self.diffusion.log_snr[-1]:.1f}\n"
             f"  network  {millions:.2f} M parameters, {dtype}, on {self.device}"
         )
 
@@ -151,7 +152,8 @@ class Predictor:
     ) -> Tensor:
         """Return the gradient of log p(y | x_t) with respect to x_t, which guidance adds.
 
-        x_t: [N, C, S, S], noisy images of the process whose clean images are in [-1, 1].
+        x_t: [N, C, S, S], noisy images of the process, `alpha x_0 + sigma noise` with x_0 in
+            [-1, 1]. For a sampler of another process, see `guidance.Guide`.
         t: the noise level of x_t, 0 to T - 1; one for all images, or [N].
         y: the classes to steer to, 0 to K - 1; one for all images, or [N].
         Returns [N, C, S, S] fp32, on the classifier's device. It is guidance's classifier_gradient

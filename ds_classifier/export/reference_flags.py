@@ -84,7 +84,8 @@ def reference_obstacles(settings: Settings) -> list[Obstacle]:
             Obstacle(
                 f"noise schedule {settings.noise_schedule}: get_named_beta_schedule in "
                 f"guided_diffusion/gaussian_diffusion.py has {' and '.join(REFERENCE_SCHEDULES)} "
-                "only, and needs it too",
+                "only, and its samplers need the same; in any other sampler, use "
+                "ds_classifier.guidance.Guide",
                 (),
             )
         )

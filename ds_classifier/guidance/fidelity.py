@@ -25,7 +25,7 @@ from ds_classifier.common import text
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.guidance.gradient import classifier_gradient
+from ds_classifier.guidance.gradient import classifier_gradient, exact_posterior
 from ds_classifier.guidance.guided_sampling import GuidedSampling
 from ds_classifier.guidance.known_distribution import KnownDistribution
 from ds_classifier.loss import to_x_start
@@ -41,19 +41,20 @@ DOUBT = 1e-6
 class LevelFidelity:
     """A comparison of a classifier with the best possible one at a noise level, over images.
 
-    t: the noise level, in the original process.
+    t, log_snr: the noise level, in the original process.
     not_finite: the number of images whose logits or gradient are not finite. They count as wrong,
         and are in no mean.
     kl: mean of KL(p_Bayes(y | x_t) || p(y | x_t)), in nats; None if no image is finite.
     accuracy, bayes_accuracy: shares of images whose class comes first.
-    compared: the share of images about whose class the best classifier is in doubt. The gradients
-        of log p(own class | x_t) are compared on these:
+    compared: the share of images about whose class the best classifier is in doubt, and where x_t
+        has a signal. The gradients of log p(own class | x_t) are compared on these:
     cosine: the mean cosine between the two gradients; None if there are no such images.
     length_ratio: the root mean square length of the classifier's gradient over that of the best
         one; None likewise.
     """
 
     t: int
+    log_snr: float
     not_finite: int
     kl: float | None
     accuracy: float
@@ -81,7 +82,6 @@ def compare_with_bayes(
     images: [M, C, S, S] uint8, on the device; labels: [M].
     """
     model_gradient = classifier_gradient(classifier)
-    alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod).to(images.device)
     for level in timesteps:
         rows = []  # per batch, [n, 8]
         for start in range(0, len(images), batch_size):
@@ -92,7 +92,7 @@ def compare_with_bayes(
             t = torch.full_like(y, level)
             x = diffusion.q_sample(x_start, t, noise)
             shown = diffusion.model_timesteps(t)
-            best = exact.posterior(x, alphas_cumprod[t], y)
+            best = exact_posterior(exact, diffusion, x, t, y)
             log_p = classifier(x, shown).double().log_softmax(dim=1)
             p_best = best.log_class.exp()
             gap = torch.where(p_best > 0, p_best * (best.log_class - log_p), 0.0)
@@ -100,10 +100,11 @@ def compare_with_bayes(
             ideal = best.gradient.flatten(1).double()
             gap, length = gap.sum(dim=1), own.square().sum(dim=1)
             finite = gap.isfinite() & length.isfinite()
+            in_doubt = best.log_class.gather(1, y[:, None])[:, 0] < -DOUBT
             columns = [
                 finite & (log_p.argmax(dim=1) == y),
                 best.log_class.argmax(dim=1) == y,
-                best.log_class.gather(1, y[:, None])[:, 0] < -DOUBT,
+                in_doubt & (ideal.abs().amax(dim=1) > 0),
                 finite,
                 gap,
                 torch.cosine_similarity(own, ideal, dim=1),
@@ -121,7 +122,8 @@ def compare_with_bayes(
             cosine, own_square, ideal_square = kept.mean(dim=0).tolist()
             ratio = math.sqrt(own_square / ideal_square)
         broken = len(numbers) - len(finite)
-        yield LevelFidelity(level, broken, kl, right, best_right, compared, cosine, ratio)
+        snr = diffusion.log_snr[level].item()
+        yield LevelFidelity(level, snr, broken, kl, right, best_right, compared, cosine, ratio)
 
 
 class Judge:
@@ -294,10 +296,11 @@ def level_table(levels: Iterable[LevelFidelity]) -> list[str]:
     Lines at the end name the levels with images whose numbers were not finite.
     """
     levels = list(levels)
-    heads = "t", "KL(Bayes||model)", "accuracy", "Bayes", "compared", "cosine", "length"
+    heads = "t", "log-SNR", "KL(Bayes||model)", "accuracy", "Bayes", "compared", "cosine", "length"
     rows = [
         (
             str(row.t),
+            f"{row.log_snr:.2f}",
             "-" if row.kl is None else f"{row.kl:.3f}",
             text.percent(row.accuracy),
             text.percent(row.bayes_accuracy),

@@ -9,15 +9,14 @@ image. On a CPU they also check that the classes exist; on a GPU that would wait
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.guidance.exact_denoiser import ExactDenoiser
+from ds_classifier.diffusion import GaussianDiffusion
+from ds_classifier.guidance.exact_denoiser import ExactDenoiser, ExactPosterior
 from ds_classifier.guidance.known_distribution import KnownDistribution
 
 CondFn = Callable[..., Tensor]  # cond_fn(x_t, timesteps, y=classes) -> gradient
@@ -55,19 +54,39 @@ def classifier_gradient(
     return cond_fn
 
 
+def exact_posterior(
+    exact: ExactDenoiser | KnownDistribution,
+    diffusion: GaussianDiffusion,
+    x_t: Tensor,
+    t: Tensor,
+    y: Tensor | None = None,
+) -> ExactPosterior:
+    """Return the exact posterior at x_t of any process; its gradient is with respect to x_t.
+
+    x_t: [N, C, S, S]. t: [N] int64 in 0 .. T-1. y: see `ExactDenoiser.posterior`.
+    """
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod).to(t.device)[t]
+    scale = torch.from_numpy(diffusion.scale).to(t.device, x_t.dtype)[t][:, None, None, None]
+    posterior = exact.posterior(x_t / scale, alpha_bar, y)
+    if y is None:
+        return posterior
+    return dataclasses.replace(posterior, gradient=posterior.gradient / scale)
+
+
 def bayes_gradient(
-    exact: ExactDenoiser | KnownDistribution, alphas_cumprod: np.ndarray, *, scale: float = 1.0
+    exact: ExactDenoiser | KnownDistribution, diffusion: GaussianDiffusion, *, scale: float = 1.0
 ) -> CondFn:
     """Return a cond_fn: scale * grad_x log p(y | x_t) of the best classifier on a training set.
 
-    alphas_cumprod: [T] float64, of the original process. The timesteps are indices in it.
+    diffusion: the original process, to whose levels the timesteps belong.
     """
-    table = torch.from_numpy(np.asarray(alphas_cumprod, dtype=np.float64))
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the gradient at x."""
         y = _classes(y, len(x), exact.num_classes)
-        return exact.posterior(x, table.to(x.device)[t.long()], y).gradient * scale
+        times = torch.from_numpy(diffusion.times).to(t.device)
+        levels = torch.searchsorted(times, t.to(times.dtype)).clamp_max(len(times) - 1)
+        return exact_posterior(exact, diffusion, x, levels, y).gradient * scale
 
     return cond_fn
 
@@ -82,57 +101,3 @@ def _classes(y: Tensor | None, n: int, num_classes: int) -> Tensor:
     if y.device.type == "cpu" and bool(((y < 0) | (y >= num_classes)).any()):
         raise ValueError(f"guidance: got classes y {y.tolist()}; need 0 to {num_classes - 1}")
     return y
-
-
-def guide_scheduler_output(
-    scheduler: Any,
-    cond_fn: CondFn,
-    model_output: Tensor,
-    timestep: Tensor | int,
-    model_input: Tensor,
-    y: Tensor,
-) -> Tensor:
-    """Return the guided output to give to a diffusers scheduler's `step` (Alg. 2).
-
-        for t in scheduler.timesteps:
-            x_t = scheduler.scale_model_input(x, t)
-            output = guide_scheduler_output(scheduler, cond_fn, unet(x_t, t).sample, t, x_t, y)
-            x = scheduler.step(output, t, x).prev_sample
-
-    scheduler: one with `alphas_cumprod`, such as DDPM, DDIM, PNDM, DPMSolverMultistep; its
-        prediction_type may be epsilon, v_prediction or sample.
-    model_output: [N, C or 2C, S, S]; a learned variance is returned unchanged.
-    timestep: one whole number for all images.
-    model_input: [N, C, S, S], the model's input x_t = sqrt(alpha_bar) x_0 + noise.
-    y: [N] int64, the classes asked for.
-    If alpha_bar is 0, as at the last level of a schedule with zero terminal SNR, x_t holds no
-    information on the class, p(y | x_t) has no gradient, and model_output is returned unchanged.
-    Raises ValueError for another prediction_type, or a timestep that the process does not have.
-    """
-    # This waits for the device only if the timestep or the table is on it.
-    steps, wanted = len(scheduler.alphas_cumprod), torch.as_tensor(timestep).tolist()
-    if wanted not in range(steps):
-        raise ValueError(
-            f"timestep: got {wanted}; need a whole one of the process, 0 to {steps - 1}; do: build "
-            "the scheduler with timestep_spacing='leading'"
-        )
-    t = int(wanted)
-    alpha_bar = float(scheduler.alphas_cumprod[t])
-    if alpha_bar == 0:
-        return model_output
-    # grad log p(y | x_t) is added to the score. In the model's output this is (a = alpha_bar):
-    shift = {
-        "epsilon": -math.sqrt(1.0 - alpha_bar),  # score = -noise / sqrt(1 - a)
-        # Tweedie: x_0 = (x_t + (1 - a) score) / sqrt(a)
-        "sample": (1.0 - alpha_bar) / math.sqrt(alpha_bar),
-        # v = sqrt(a) noise - sqrt(1 - a) x_0
-        "v_prediction": -math.sqrt((1.0 - alpha_bar) / alpha_bar),
-    }
-    kind = scheduler.config.prediction_type
-    if kind not in shift:
-        raise ValueError(f"prediction_type: got {kind!r}; need one of {', '.join(shift)}")
-    n, channels = model_input.shape[:2]
-    timesteps = torch.full((n,), t, device=model_input.device)
-    gradient = cond_fn(model_input, timesteps, y=y)
-    moved = model_output[:, :channels] + shift[kind] * gradient
-    return torch.cat([moved.to(model_output.dtype), model_output[:, channels:]], dim=1)

@@ -84,14 +84,11 @@ class GuidedSampling:
         """Return the guidance gradient at a scale, or None at scale 0.
 
         The temperatures (see `classifier_gradient`) do not apply to the exact posterior.
-        Raises ValueError for the exact posterior with rescaled timesteps, which it cannot read.
         """
         if scale == 0:
             return None
         if self.classifier is None:
-            if self.original.rescale_timesteps and self.original.num_timesteps != 1000:
-                raise ValueError("--classifier_path bayes: got --rescale_timesteps; do: drop it")
-            return bayes_gradient(self.exact, self.original.alphas_cumprod, scale=scale)
+            return bayes_gradient(self.exact, self.original, scale=scale)
         return classifier_gradient(
             self.classifier,
             scale=scale,
@@ -187,6 +184,11 @@ def load_guided_sampling(
     if not data_dir:
         if not settings.num_classes:  # no classifier says it: guided-diffusion's number, or none
             settings = settings.replace(num_classes=1000 if unet["class_cond"] else 1)
+        if create_gaussian_diffusion(**settings.diffusion_kwargs()).alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"--model_path: got the {settings.noise_schedule} process, whose last level has no "
+                "signal, so that a UNet's noise says nothing of x_0; do: give --data_dir"
+            )
         model = load_unet(
             Path(model_path),
             **unet,

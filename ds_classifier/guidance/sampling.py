@@ -48,6 +48,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Prediction]  # takes x_t, t, y
 class ReverseProcess:
     """The distribution p(x_{t-1} | x_t) of a diffusion process, given a denoiser's prediction.
 
+    It works on points of a variance-preserving process: x_t here is the diffusion's x_t / scale.
     A variance that is not learned is beta_t, the reference's choice ("fixed large").
     """
 
@@ -59,11 +60,16 @@ class ReverseProcess:
         # At t = 0 it is 0, which has no logarithm; the value at t = 1 is used there.
         posterior_variance = np.append(posterior_variance[1:2], posterior_variance[1:])
         beta_variance = np.append(posterior_variance[:1], betas[1:])
+        with np.errstate(divide="ignore"):  # alpha_bar is 0 at a level without signal
+            signal_recip, noise_to_signal = np.sqrt(1.0 / alpha_bar), np.sqrt(1.0 / alpha_bar - 1.0)
         self._tables = {
+            "scale": diffusion.scale,
             "alpha_bar": alpha_bar,
             "alpha_bar_before": before,
-            "signal_recip": np.sqrt(1.0 / alpha_bar),
-            "noise_to_signal": np.sqrt(1.0 / alpha_bar - 1.0),
+            "signal_recip": signal_recip,
+            "noise_to_signal": noise_to_signal,
+            # Tweedie: x_0 = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar); 0 without signal.
+            "x_start_of_score": np.where(alpha_bar > 0, (1.0 - alpha_bar) * signal_recip, 0.0),
             "mean_of_x_start": betas * np.sqrt(before) / (1.0 - alpha_bar),  # DDPM Eq. 7
             "mean_of_x_t": (1.0 - before) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar),
             "log_posterior_variance": np.log(posterior_variance),
@@ -82,7 +88,8 @@ class ReverseProcess:
 
     def noise_from_x_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """Return the noise in x_t if x_0 is x_start."""
-        return (self._at("signal_recip", t) * x_t - x_start) / self._at("noise_to_signal", t)
+        alpha_bar = self._at("alpha_bar", t)
+        return (x_t - alpha_bar.sqrt() * x_start) / (1.0 - alpha_bar).sqrt()
 
     def mean_log_variance(
         self, x_t: Tensor, t: Tensor, prediction: Prediction
@@ -99,11 +106,19 @@ class ReverseProcess:
         largest, least = self._at("log_beta", t), self._at("log_posterior_variance", t)
         return mean, share * largest + (1.0 - share) * least
 
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a network of this process gets: the scaled x_t, and its times."""
+        return self._at("scale", t) * x_t, self.diffusion.model_timesteps(t)
+
+    def _gradient(self, x_t: Tensor, t: Tensor, cond_fn: CondFn, y: Tensor) -> Tensor:
+        """Return the gradient of cond_fn with respect to x_t, fp32."""
+        return self._at("scale", t) * cond_fn(*self.network_input(x_t, t), y=y).float()
+
     def guided_mean(
         self, mean: Tensor, variance: Tensor, x_t: Tensor, t: Tensor, cond_fn: CondFn, y: Tensor
     ) -> Tensor:
         """Return the mean, moved along the classifier's gradient (Beat GANs Alg. 1)."""
-        return mean + variance * cond_fn(x_t, self.diffusion.model_timesteps(t), y=y).float()
+        return mean + variance * self._gradient(x_t, t, cond_fn, y)
 
     def ddpm_step(
         self,
@@ -133,14 +148,14 @@ class ReverseProcess:
     ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} without randomness (DDIM Eq. 12, eta 0), and the estimate of x_0.
 
-        With a cond_fn, the noise is moved against the classifier's gradient (Beat GANs Alg. 2).
+        With a cond_fn, x_0 is moved along the classifier's gradient, and the noise against it (Beat
+        GANs Alg. 2).
         """
         x_start = prediction.x_start
-        noise = self.noise_from_x_start(x_t, t, x_start)
         if cond_fn is not None:
-            gradient = cond_fn(x_t, self.diffusion.model_timesteps(t), y=y).float()
-            noise = noise - (1.0 - self._at("alpha_bar", t)).sqrt() * gradient
-            x_start = self.x_start_from_noise(x_t, t, noise)
+            gradient = self._gradient(x_t, t, cond_fn, y)
+            x_start = x_start + self._at("x_start_of_score", t) * gradient
+        noise = self.noise_from_x_start(x_t, t, x_start)
         before = self._at("alpha_bar_before", t)
         return before.sqrt() * x_start + (1.0 - before).sqrt() * noise, x_start
 
@@ -151,7 +166,7 @@ def unet_denoiser(unet: nn.Module, process: ReverseProcess) -> Denoiser:
     def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Prediction:
         """Run the UNet."""
         condition = None if unet.num_classes is None else y
-        output = unet(x_t, process.diffusion.model_timesteps(t), condition).float()
+        output = unet(*process.network_input(x_t, t), condition).float()
         return prediction_of_output(process, x_t, t, output)
 
     return predict

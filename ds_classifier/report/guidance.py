@@ -123,13 +123,29 @@ def _text(run: RunData, samples: GuidedSamples, scales: Sequence[float]) -> str:
 def _table(samples: GuidedSamples) -> dict[str, Any] | None:
     """Return the comparison with the best possible classifier, a row per noise level."""
     columns = ("t", "kl", "accuracy", "bayes_accuracy", "compared", "cosine", "length_ratio")
-    heads = ["t", "KL(Bayes, model)", "top-1", "Bayes top-1", "compared", "cosine", "length"]
+    heads = [
+        "t",
+        "log-SNR",
+        "KL(Bayes, model)",
+        "top-1",
+        "Bayes top-1",
+        "compared",
+        "cosine",
+        "length",
+    ]
     rows = []
     for level in samples.levels:
         t, kl, right, best, compared, cosine, length = (level.get(name) for name in columns)
         if None in (t, kl, right, best, compared) or not math.isfinite(kl):
             continue
-        cells = [f"{kl:.3f}", percent(right), percent(best), percent(compared, 0)]
+        snr = level.get("log_snr")  # fidelity.json of an older version has none
+        cells = [
+            "" if snr is None else f"{snr:.2f}",
+            f"{kl:.3f}",
+            percent(right),
+            percent(best),
+            percent(compared, 0),
+        ]
         cells += ["-" if value is None else f"{value:.3g}" for value in (cosine, length)]
         rows.append([str(t), *cells])
     return {"heads": heads, "rows": rows} if rows else None

@@ -6,6 +6,9 @@ import math
 from typing import Any
 
 from ds_classifier.common.text import percent, short
+from ds_classifier.config.settings import DiffusionSettings
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.evaluation.meter import describe_quartiles
 from ds_classifier.report import plots
 from ds_classifier.report.data import Columns, RunData, thin
 from ds_classifier.report.plots import Axis, Line
@@ -136,9 +139,9 @@ def curves(run: RunData) -> dict[str, Any] | str:
     for title, key, axis in of_machine:
         if key != "lg_loss_scale" or any(value > 0 for value in train[key]):
             charts.append((title, [_line(train, key, "", plots.SLATE)], axis, None))
-    text = ""
+    text = _quartile_text(run)
     if val.rows and evaluation_of_the_end(run):
-        text = (
+        text += (
             f"Validation is computed here while training{_in_precision(run)}. The numbers at the "
             "top and by noise level are those of the evaluation, so the last digits may differ."
         )
@@ -147,6 +150,15 @@ def curves(run: RunData) -> dict[str, Any] | str:
         for title, lines, axis, level in charts
     ]
     return {"text": text, "charts": svgs}
+
+
+def _quartile_text(run: RunData) -> str:
+    """Return the noise levels of the quartiles of t; "" for a run without its settings."""
+    names = DiffusionSettings().diffusion_kwargs()
+    if not names.keys() <= run.settings.keys():
+        return ""
+    diffusion = create_gaussian_diffusion(**{name: run.settings[name] for name in names})
+    return f"Quartiles of t: {describe_quartiles(diffusion)}. "
 
 
 def _train_and_val(run: RunData, name: str) -> list[Line]:

@@ -517,7 +517,7 @@ def test_flags_are_words_of_a_command_line():
 
 def test_a_new_noise_schedule_is_an_obstacle(monkeypatch):
     """Check that it is listed: guided-diffusion would build another process silently."""
-    monkeypatch.setitem(diffusion.NOISE_SCHEDULES, "quadratic", diffusion.linear_betas)
+    monkeypatch.setitem(diffusion.NOISE_SCHEDULES, "quadratic", None)
     settings = Settings(num_classes=1000, noise_schedule="quadratic")
     (obstacle,) = reference_obstacles(settings)
     assert "quadratic" in obstacle.reason

@@ -25,9 +25,11 @@ class BayesModule(nn.Module):
         self.clean = images.double().flatten(1) / 127.5 - 1
         self.labels, self.sharper = labels, sharper
         self.alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod)
+        self.times, self.scale = (torch.from_numpy(n) for n in (diffusion.times, diffusion.scale))
 
-    def forward(self, x, t):
-        a = self.alphas_cumprod[t][:, None]
+    def forward(self, x, times):
+        t = torch.searchsorted(self.times, times)
+        x, a = x / self.scale[t][:, None, None, None], self.alphas_cumprod[t][:, None]
         distances = (x.double().flatten(1)[:, None] - a.sqrt()[..., None] * self.clean).square()
         log_weights = -distances.sum(-1) / (2 * (1 - a))
         of_class = [log_weights[:, self.labels == k].logsumexp(1) for k in range(CLASSES)]
@@ -70,6 +72,24 @@ def test_the_best_classifier_is_found_to_be_the_best(world):
     table = level_table(rows)
     assert len(table) == 1 + len(rows)
     assert table[1].split()[-2:] == ["-", "-"]
+
+
+@pytest.mark.parametrize("schedule", ["flow", "edm", "scaled_linear_zero_snr"])
+def test_the_best_classifier_of_any_process(world, schedule):
+    """Check the exact posterior in each process's own coordinates, and a level without signal."""
+    images, labels, _, exact = world
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule)
+    best = BayesModule(images, labels, diffusion)
+    levels = dict(timesteps=[800, 999], seed=0)
+    noisy, last = compare_with_bayes(best, exact, diffusion, images, labels, **levels)
+    for row in (noisy, last):
+        assert row.kl == pytest.approx(0, abs=1e-4)
+        assert row.accuracy == row.bayes_accuracy
+        assert row.log_snr == diffusion.log_snr[row.t]
+    assert noisy.cosine == pytest.approx(1, abs=1e-4)
+    assert noisy.length_ratio == pytest.approx(1, abs=1e-3)
+    if diffusion.alphas_cumprod[-1] == 0:
+        assert (last.compared, last.cosine, last.length_ratio) == (0, None, None)
 
 
 def test_an_ignorant_and_an_inverted_classifier(world):

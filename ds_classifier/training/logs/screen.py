@@ -13,6 +13,7 @@ from ds_classifier.config import CommandLine
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
+from ds_classifier.evaluation.meter import describe_quartiles
 from ds_classifier.training.setup import Setup
 
 REPEAT = 20  # rows between two heads of the table
@@ -195,9 +196,13 @@ def announce(setup: Setup, command: CommandLine) -> None:
             held_out += ", found beside the training split"
     say(
         f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
-        f"forward per image; {settings.image_size} px, {settings.num_classes} classes; "
-        f"{settings.noise_schedule} noise, {settings.diffusion_steps} steps"
+        f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
     )
+    noise = "none, at t = 0"
+    if settings.noised:
+        noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
+        noise += f"; quartiles of t {describe_quartiles(engine.module.diffusion)}"
+    say(f"noise       {noise}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
