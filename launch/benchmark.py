@@ -162,6 +162,16 @@ def _parser(prog: str) -> Parser:
         "--ranks", type=_count, nargs="+", default=[1], help="numbers of ranks for each way [1]"
     )
     compare.add_argument("--steps", type=_count, default=5, help="steps timed each time [5]")
+    gpu = commands.add_parser(
+        "gpu",
+        help="everything on this GPU, within minutes and without data",
+        description="everything on this GPU, within minutes and without data",
+    )
+    gpu.add_argument("--minutes", type=float, default=8, help="to measure for, at most [8]")
+    gpu.add_argument(
+        "--peak_tflops", type=float, help="of this GPU in 16 bits, where its name does not tell"
+    )
+    gpu.add_argument("--json", type=Path, help="write the numbers to this file")
     data = add("data", "images per second and core, from shards and from a folder")
     data.add_argument(
         "--image_size",

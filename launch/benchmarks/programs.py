@@ -77,7 +77,7 @@ def reference_images_per_sec(
     flags |= dict(lr=settings.lr, weight_decay=settings.weight_decay, log_interval=10)
     flags |= dict(data_dir=images, batch_size=batch, microbatch=microbatch, iterations=10**6)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    _run(
+    run_program(
         [sys.executable, runner, checkout, moments, WARM_UP + steps, *words],
         environment={"OPENAI_LOGDIR": str(folder / "log")},
     )
@@ -131,7 +131,7 @@ def trainer_row(
     length = ["--run_dir", run_dir, "--iterations", warm_up + steps]
     length += ["--log_interval", steps, "--save_interval", 10**6, "--val_data_dir", "none"]
     with distributed.keep_port() as port:
-        start_s = _run([*launched(program, ranks, port), *words, *map(str, length)])
+        start_s = run_program([*launched(program, ranks, port), *words, *map(str, length)])
     rows = [
         json.loads(line)
         for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -151,7 +151,7 @@ def launched(program: Path, ranks: int, port: int) -> list[str]:
     return [sys.executable, deepspeed, *here, str(program)]
 
 
-def _run(words: list[object], environment: dict[str, str] | None = None) -> float:
+def run_program(words: list[object], environment: dict[str, str] | None = None) -> float:
     """Run a program to its end. Returns the seconds until it printed FIRST_LINE, nan if it did not.
 
     Raises ProgramFailed unless it exits with 0.
