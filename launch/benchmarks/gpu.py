@@ -1,7 +1,7 @@
 """Measure a GPU within a few minutes, without data: speed, memory, precision, loading, resuming.
 
-Each part runs in a process of its own, hands over its rows one by one, and is ended when its time is
-up, so that there is a table whatever happens. Without a GPU the same parts run at tiny sizes: a
+Each part runs in a process of its own, hands over its rows one by one, and is ended when its time
+is up, so that there is a table whatever happens. Without a GPU the same parts run at tiny sizes: a
 rehearsal, whose figures say nothing.
 """
 
@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-import multiprocessing
-import os
-import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from ds_classifier.guidance.unet import create_unet
 from ds_classifier.model import EncoderUNetModel, create_classifier
 from ds_classifier.training.logs.flops import forward_flops, peak_flops, training_flops
 
+from .parts import Part, Row, rows_of
 from .programs import run_program, shards_for, trainer_row
 from .step import Bench
 
@@ -44,7 +41,6 @@ CLASSES = 1000
 PROFILED = 3  # steps recorded for the share of the time that the GPU idles
 ENOUGH = 1.03  # a larger micro-batch must be faster by this factor to be looked beyond
 SAMPLING_STEPS = 5  # DDIM steps timed
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -160,32 +156,29 @@ def eager(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
 
 def compiled(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
     """Measure training steps of the compiled model at the micro-batch that was best without."""
-    micro = (fastest(known, px) or {"micro-batch": plan.micro_batches[-1]})["micro-batch"]
-    for layout, bare in (("contiguous", False), ("channels_last", False), ("contiguous", True)):
+    micro = (fastest(known, px) or _last_resort(plan))["micro-batch"]
+    for layout, bare in (("contiguous", False), ("contiguous", True), ("channels_last", False)):
         torch.compiler.reset()
         yield step_row(plan, px, micro, layout=layout, compiled=True, bare=bare)
 
 
-def trainer(plan: Plan, known: list[Row]) -> Iterator[Row]:
-    """Measure whole trainers, which read made-up images, in the fastest way known of each size."""
+def trainer(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
+    """Measure a whole trainer, which reads made-up images, in the fastest way known."""
+    best = fastest(known, px, layout="contiguous") or _last_resort(plan)
     with tempfile.TemporaryDirectory() as temporary:
-        for px in plan.image_sizes:
-            if (best := fastest(known, px)) is None:
-                continue
-            folder = Path(temporary, str(px))
-            shards = made_up_shards(plan, px, folder)
-            words = plan.words(px, best["micro-batch"], "bf16", "compiled" in best["way"])
-            words += ["--data_dir", str(shards)]
-            row = trainer_row(_program(), words, folder / "run", ranks=1, steps=plan.steps)
-            rate = row["images_per_sec"]
-            yield _speed(plan, px, rate, "bf16") | {
-                "way": best["way"],
-                "micro-batch": best["micro-batch"],
-                "GiB": row["memory_gib"],
-                "waits for data, %": 100 * row["data_wait_frac"],
-                "of the step": rate / best["images/s"],
-                "start, s": row["start_s"],
-            }
+        folder = Path(temporary)
+        words = plan.words(px, best["micro-batch"], "bf16", "compiled" in best["way"])
+        words += ["--data_dir", str(made_up_shards(plan, px, folder))]
+        row = trainer_row(_program(), words, folder / "run", ranks=1, steps=plan.steps)
+        rate = row["images_per_sec"]
+        yield _speed(plan, px, rate, "bf16") | {
+            "way": best["way"],
+            "micro-batch": best["micro-batch"],
+            "GiB": row["memory_gib"],
+            "waits for data, %": 100 * row["data_wait_frac"],
+            "of the step": rate / best["images/s"] if "images/s" in best else "",
+            "start, s": row["start_s"],
+        }
 
 
 def resume(plan: Plan, known: list[Row]) -> Iterator[Row]:
@@ -212,7 +205,8 @@ def resume(plan: Plan, known: list[Row]) -> Iterator[Row]:
 
 def inference(plan: Plan, known: list[Row]) -> Iterator[Row]:
     """Measure the evaluation, and DDIM steps of a UNet guided by the classifier, both in bf16."""
-    px, micro, device = plan.image_sizes[0], plan.micro_batches[-2], _device()
+    px, device = plan.image_sizes[0], _device()
+    micro = plan.micro_batches[len(plan.micro_batches) // 2]
     bench = Bench.of([*plan.words(px, micro, "bf16"), "--num_classes", str(CLASSES)])
     classifier, batch = bench.engine.module.classifier, bench.batch
 
@@ -270,11 +264,13 @@ def step_row(
     row = _speed(plan, px, micro / seconds, precision) | {
         "way": f"{'compiled' if compiled else 'eager'}, {layout}" + ", bare" * bare,
         "micro-batch": micro,
+        "backend": "" if bare else torch.distributed.get_backend(),
         "first step, s": first,
     }
     if on_gpu:
         row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        row["GPU idle, %"] = 100 * max(0.0, 1 - kernel_seconds(step) / seconds)
+        if busy := kernel_seconds(step):  # 0 where the profiler is not allowed to see kernels
+            row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
     del bench, step
     gc.collect()
     if on_gpu:
@@ -311,16 +307,25 @@ def _speed(plan: Plan, px: int, rate: float, precision: str) -> Row:
     return {"px": px, "precision": precision, "images/s": rate, "TFLOP/s": flops / 1e12}
 
 
-def fastest(rows: list[Row], px: int) -> Row | None:
-    """Return the row of the fastest step of the trainer in bf16; None if there is none."""
+def fastest(rows: list[Row], px: int, layout: str = "") -> Row | None:
+    """Return the row of the fastest step of the trainer in bf16; None if there is none.
+
+    layout: only that one; "" for any.
+    """
     steps = [
         row
         for row in rows
         if row["part"] in ("eager", "compiled")
         and (row["px"], row.get("precision")) == (px, "bf16")
         and not row["way"].endswith("bare")
+        and layout in row["way"]
     ]
     return max(steps, key=lambda row: row["images/s"], default=None)
+
+
+def _last_resort(plan: Plan) -> Row:
+    """Return a way that surely works, where no step was measured."""
+    return {"way": "eager, contiguous", "micro-batch": plan.micro_batches[0]}
 
 
 def made_up_shards(plan: Plan, px: int, folder: Path) -> Path:
@@ -343,14 +348,21 @@ def _program() -> Path:
     return Path(__file__).resolve().parents[1] / "train.py"
 
 
-# ------------------------------------------------------------------------------------ processes
+# ------------------------------------------------------------------------------------ the whole
 
-# The parts in their order, the most important first, and the seconds of 8 minutes that each may
-# take. What one leaves unused is there for those at the end.
-FIRST = ((fidelity, 40),)
-OF_A_SIZE = ((eager, 60), (compiled, 100))
-OTHERS = ((trainer, 120), (resume, 90), (inference, 60))
-PLANNED = 480
+PLANNED = 480  # seconds, of which each part gets at most its share; together they are more
+
+
+def schedule(image_sizes: Sequence[int]) -> list[tuple[Part, tuple[int, ...], int]]:
+    """Return the parts, the most important first: function, arguments and most seconds."""
+    first, *more = image_sizes
+    return [
+        (fidelity, (), 40),
+        *((eager, (first,), 60), (compiled, (first,), 120), (trainer, (first,), 90)),
+        *((resume, (), 90), (inference, (), 60)),
+        *((eager, (px,), 60) for px in more),
+        *((part, (px,), share) for px in more for part, share in ((compiled, 100), (trainer, 60))),
+    ]
 
 
 def measure(*, minutes: float, peak_tflops: float | None) -> list[Row]:
@@ -358,21 +370,15 @@ def measure(*, minutes: float, peak_tflops: float | None) -> list[Row]:
 
     peak_tflops: of the device in 16 bits; None: known by its name, or not.
     """
-    on_gpu = torch.cuda.is_available()
-    plan = ON_GPU if on_gpu else REHEARSAL
-    if not on_gpu:
+    plan = ON_GPU if torch.cuda.is_available() else REHEARSAL
+    if plan is REHEARSAL:
         print("no GPU: a rehearsal at tiny sizes, whose figures say nothing", flush=True)
-    first, *more = plan.image_sizes
-    calls = [(part, (), share) for part, share in FIRST]
-    calls += [(part, (first,), share) for part, share in OF_A_SIZE]
-    calls += [(part, (), share) for part, share in OTHERS]
-    calls += [(part, (px,), share) for px in more for part, share in OF_A_SIZE]
-    calls += [(trainer, (), 60)] if more else []
     ends, rows = time.monotonic() + 60 * minutes, []
-    for part, arguments, share in calls:
-        left = ends - time.monotonic()
-        for row in _in_process(part, (plan, list(rows), *arguments), min(left, share * 60 * minutes / PLANNED)):
-            rows.append({"part": part.__name__, "px": "", "way": "", **row})
+    for part, arguments, share in schedule(plan.image_sizes):
+        seconds = min(ends - time.monotonic(), share * 60 * minutes / PLANNED)
+        for row in rows_of(part, (plan, list(rows), *arguments), seconds):
+            px = arguments[0] if arguments else plan.image_sizes[0]
+            rows.append({"part": part.__name__, "px": px, "way": "", **row})
             _show(rows[-1])
     for row in rows:
         if "TFLOP/s" in row and (peak := _peak(row["precision"], peak_tflops)):
@@ -385,51 +391,21 @@ def measure(*, minutes: float, peak_tflops: float | None) -> list[Row]:
 def _choice(best: Row) -> Row:
     flags = f"--batch_size {best['micro-batch']} --deepspeed_config zero1_bf16"
     flags += " --compile" * best["way"].startswith("compiled")
+    if "channels_last" in best["way"]:
+        flags += ", with channels_last as EncoderUNetModel.memory_format"
     return {k: best[k] for k in ("way", "images/s", "micro-batch")} | {"note": flags}
 
 
 def _peak(precision: str, given: float | None) -> float | None:
     if given is not None:
         return 1e12 * given
-    return peak_flops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+    return (
+        peak_flops(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+    )
 
 
 def _show(row: Row) -> None:
-    cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v != "")
+    cells = (
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v != ""
+    )
     print("; ".join(cells), flush=True)
-
-
-def _in_process(part: Callable[..., Iterator[Row]], arguments: tuple, seconds: float) -> Iterator[Row]:
-    """Yield the rows of a part, which runs in a process of its own, until its time is up."""
-    if seconds < 1:
-        yield {"note": "not measured: the time is up"}
-        return
-    context, ends = multiprocessing.get_context("spawn"), time.monotonic() + seconds
-    answers, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(part, arguments, theirs))
-    process.start()
-    theirs.close()
-    try:
-        while answers.poll(max(0.0, ends - time.monotonic())):
-            yield answers.recv()
-        yield {"note": f"stopped after {seconds:.0f} s"}
-    except EOFError:  # the part has ended
-        process.join()
-        if process.exitcode:
-            yield {"note": f"ended with code {process.exitcode}"}
-    finally:
-        if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)  # with the programs that it has started
-            process.join()
-
-
-def _serve(part: Callable[..., Iterator[Row]], arguments: tuple, answers: Any) -> None:
-    os.setpgid(0, 0)
-    try:
-        for row in part(*arguments):
-            answers.send(row)
-    except Exception as error:  # whatever it is, the other parts are measured
-        traceback.print_exc()
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        answers.send({"note": f"failed: {last}"})
-    answers.close()

@@ -64,8 +64,8 @@ def skip_steps_that_are_not_finite(engine) -> None:
     """
     optimizer = engine.optimizer
     if _installed() >= COMPLETE_SINCE:
-        of_stage_1_or_2 = hasattr(optimizer, "check_overflow") and engine.zero_optimization_stage() < 3
-        if of_stage_1_or_2 and not optimizer.cpu_offload:
+        checks = hasattr(optimizer, "check_overflow")  # an optimizer of bf16 does not
+        if checks and engine.zero_optimization_stage() < 3 and not optimizer.cpu_offload:
             _check_by_the_norm(optimizer)
         return
     if hasattr(optimizer, "fp32_groups_gradients_flat"):

@@ -1,12 +1,13 @@
 """Pack the packages that a node without network lacks, as wheels for its Python.
 
     node$ python3 -m pip list --format=freeze > node.txt
-    here$ python launch/cluster/pack_offline.py node.txt offline
+    here$ python launch/benchmarks/pack_offline.py node.txt offline
     node$ python3 -m pip install --no-index --no-deps --target offline/site offline/wheels/*.whl
     node$ PYTHONPATH=offline/site python3 launch/benchmark.py gpu --json gpu.json
 
-Torch and what else the node has are not packed, unless the list shows that it is too old. Run it with a Python that has pip, setuptools and torch, such as that of
-.venv: DeepSpeed comes as source only and asks for them when its wheel is built, without kernels.
+Torch and what else the node has are not packed, unless the list shows that it is too old. Run it
+with a Python that has pip, setuptools and torch, such as that of .venv: DeepSpeed comes as source
+only and asks for them when its wheel is built, without kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> int:
     arguments = parser.parse_args()
     wheels = arguments.folder / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    has = dict(line.partition("==")[::2] for line in arguments.node.read_text().split())
+    has = dict(line.partition("==")[::2] for line in arguments.node.read_text("utf-8").split())
     has = {canonical(name): version.partition("+")[0] for name, version in has.items()}
     target = ["--only-binary=:all:", "--python-version", arguments.python, "--find-links", wheels]
     names = [f"manylinux_2_{n}" for n in GLIBC] + ["manylinux2014", "manylinux1"]
@@ -75,7 +76,7 @@ def requirements() -> list[str]:
 def lacking_on(node: dict[str, str], python: str, target: list[object]) -> dict[str, str]:
     """Return what the node needs and lacks, name -> version, and the needs of these in turn.
 
-    node: its packages, with "" for an unknown version. target: flags of pip that say what it can use.
+    node: its packages, with "" for an unknown version. target: flags of pip on what it can use.
     """
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     found: dict[str, str] = {}
