@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing is kept", file=sys.stderr)
         return 130
-    print_table(rows)
+    for part in dict.fromkeys(row.get("part") for row in rows):  # gpu has several, a table for each
+        print_table([row for row in rows if row.get("part") == part])
     if json_path:
         measured = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
         facts = {"command": command, "settings": measured, **machine()}

@@ -126,9 +126,14 @@ def test_a_part_hands_over_its_rows_whatever_becomes_of_it(tmp_path):
 
 def test_a_part_whose_time_is_up_ends_with_the_programs_it_started(tmp_path):
     pid = tmp_path / "pid"
-    rows = rows_of(parts_to_run.hangs, (pid,), 15)
-    assert list(rows) == [{"number": 0}, {"note": "stopped after 15 s"}]
-    assert psutil.wait_procs(_running(int(pid.read_text())), timeout=5)[1] == []
+    *_, last = rows_of(parts_to_run.hangs, (pid,), 1)
+    assert last == {"note": "stopped after 1 s"}
+    rows = rows_of(parts_to_run.hangs, (pid,), 600)
+    next(rows)
+    sleeper = _running(int(pid.read_text()))
+    assert len(sleeper) == 1
+    rows.close()  # as when the time is up
+    assert psutil.wait_procs(sleeper, timeout=5)[1] == []
 
 
 def _running(pid: int) -> list[psutil.Process]:

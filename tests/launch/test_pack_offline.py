@@ -1,4 +1,4 @@
-"""What a node without network lacks, by reports of pip that are made up here."""
+"""The packages that a node without network lacks, by reports of pip that are made up here."""
 
 import json
 from pathlib import Path
