@@ -7,9 +7,12 @@ classifiers load here unchanged, and classifiers trained here load there.
 Shapes: N images, C channels, H x W pixels, T = H*W tokens, E = 4 * width embedding, K classes.
 Precision: weights may be fp32, bf16 or fp16. Timesteps are embedded in fp32; group norm and
 softmax accumulate in fp32 inside their kernels; logits are returned in fp32.
-Layout: weights are contiguous, since DeepSpeed flattens them. Activations are channels_last on
-GPUs, which is faster for convolutions, and contiguous on CPUs, where the backward of PyTorch's
-channels_last group norm is 4 to 25 times slower than that of the contiguous one.
+Layout: weights are contiguous, since DeepSpeed flattens them, and so are activations. On GPUs,
+PyTorch's group norm copies a channels_last input and returns a contiguous output
+(native_group_norm in aten/src/ATen/native/group_norm.cpp), so that channels_last would cost a copy
+at each norm and mix two layouts in each sum. On CPUs, the backward of its channels_last group norm
+is 4 to 25 times slower than that of the contiguous one. A compiled model chooses the layouts inside
+it by itself.
 """
 
 from __future__ import annotations
@@ -363,7 +366,10 @@ class EncoderUNetModel(nn.Module):
     activation_checkpointing: an attribute, False by default. If True, the backward computes the
         inside of each block again from its input (Chen et al. 2016, "Training Deep Nets with
         Sublinear Memory Cost").
+    memory_format: an attribute; the layout in which activations enter the first block.
     """
+
+    memory_format = torch.contiguous_format
 
     def __init__(
         self,
@@ -442,8 +448,7 @@ class EncoderUNetModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.width).to(dtype))  # [N, E]
-        layout = torch.channels_last if x.is_cuda else torch.contiguous_format
-        h = x.to(dtype).contiguous(memory_format=layout)
+        h = x.to(dtype).contiguous(memory_format=self.memory_format)
         pooled = []  # for the spatial pools: the mean of each block's feature map, [N, C]
         for module in (*self.input_blocks, self.middle_block):
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing is kept", file=sys.stderr)
         return 130
-    print_table(rows)
+    for part in dict.fromkeys(row.get("part") for row in rows):  # gpu has several, a table for each
+        print_table([row for row in rows if row.get("part") == part])
     if json_path:
         measured = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
         facts = {"command": command, "settings": measured, **machine()}
@@ -168,6 +169,16 @@ def _parser(prog: str) -> Parser:
     )
     compare.add_argument("--steps", type=_count, default=5, help="steps timed each time [5]")
     _add_quality(add)
+    gpu = commands.add_parser(
+        "gpu",
+        help="everything on this GPU, within minutes and without data",
+        description="everything on this GPU, within minutes and without data",
+    )
+    gpu.add_argument("--minutes", type=float, default=8, help="to measure for, at most [8]")
+    gpu.add_argument(
+        "--peak_tflops", type=float, help="of this GPU in 16 bits, where its name does not tell"
+    )
+    gpu.add_argument("--json", type=Path, help="write the numbers to this file")
     data = add("data", "images per second and core, from shards and from a folder")
     data.add_argument(
         "--image_size",

@@ -7,17 +7,21 @@ import pytest
 import torch
 from running import GOLDEN
 from small_models import DEFAULT, RELATIVE, filled, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_classifier.model import create_classifier
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def logits_and_gradient(model, size, t, y):
     """Return the logits and d sum(log p(y|x)) / dx of the recorded input."""
+    device = next(model.parameters()).device
     x = np.random.RandomState(7).standard_normal((2, 3, size, size)).astype(np.float32)
-    x = torch.from_numpy(x).requires_grad_()
-    logits = model(x, torch.from_numpy(t))
+    x = torch.from_numpy(x).to(device).requires_grad_()
+    logits = model(x, torch.from_numpy(t).to(device))
     logits.log_softmax(dim=-1)[range(2), torch.from_numpy(y)].sum().backward()
-    return logits.detach().numpy(), x.grad.numpy()
+    return logits.detach().cpu().numpy(), x.grad.cpu().numpy()
 
 
 def check_against(model, size, recorded):
@@ -27,8 +31,35 @@ def check_against(model, size, recorded):
     assert relative_error(gradient, recorded["input_grad"]) < RELATIVE
 
 
-def test_agrees_with_the_golden_case():
-    check_against(create_classifier(**DEFAULT), 16, np.load(GOLDEN / "model.npz"))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("device", DEVICES)
+def test_agrees_with_the_golden_case(device, layout, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = create_classifier(**DEFAULT).to(device)
+    model.memory_format = layout
+    check_against(model, 16, np.load(GOLDEN / "model.npz"))
+
+
+class WatchNorms(TorchDispatchMode):
+    """Keeps the input of each group norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.native_group_norm.default:
+            self.inputs.append(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_norm_has_to_copy_its_input():
+    """Watch the inputs of native_group_norm, which on GPUs copies those that are not contiguous."""
+    model = create_classifier(**DEFAULT)
+    with WatchNorms() as watch:  # the pixels are channels_last, as in training
+        model(torch.randn(2, 16, 16, 3).permute(0, 3, 1, 2), torch.tensor([0, 999]))
+    assert len(watch.inputs) > 10
+    assert all(x.is_contiguous() for x in watch.inputs)
 
 
 @pytest.mark.parametrize("name", ["attention64", "adaptive64_plain", "spatial64"])

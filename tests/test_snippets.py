@@ -21,7 +21,7 @@ from ds_classifier.export.export import export
 TRAIN = ROOT / "launch" / "train.py"
 SHAPE = (2, 3, SMALL["image_size"], SMALL["image_size"])
 # Flags of other programs that a sentence names.
-OF_OTHERS = {"--user", "--nodes", "--gpus-per-node", "--gpus-per-task", "--logdir"}
+OF_OTHERS = {"--user", "--format", "--nodes", "--gpus-per-node", "--gpus-per-task", "--logdir"}
 
 
 @pytest.fixture

@@ -250,8 +250,7 @@ class UNetModel(nn.Module):
             emb = emb + self.label_emb(y)
         dtype = self.input_blocks[0][0].weight.dtype
         emb = emb.to(dtype)
-        layout = torch.channels_last if x.is_cuda else torch.contiguous_format
-        h = x.to(dtype).contiguous(memory_format=layout)
+        h = x.to(dtype).contiguous()  # see "Layout" in model.py
         kept = []
         for module in self.input_blocks:
             h = module(h, emb)

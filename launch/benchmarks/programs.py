@@ -130,7 +130,7 @@ def run_reference(
     flags |= dict(lr=settings.lr, weight_decay=settings.weight_decay, log_interval=10)
     flags |= dict(data_dir=images, batch_size=batch, microbatch=microbatch)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    _run(
+    run_program(
         [sys.executable, runner, checkout, moments, stop_after, settings.seed, *words],
         environment={"OPENAI_LOGDIR": str(folder / "log")},
     )
@@ -206,7 +206,7 @@ def run_trainer(
     """
     shutil.rmtree(run_dir, ignore_errors=True)
     with distributed.keep_port() as port:
-        start_s = _run([*launched(program, ranks, port), *words, "--run_dir", run_dir])
+        start_s = run_program([*launched(program, ranks, port), *words, "--run_dir", run_dir])
     lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], start_s
 
@@ -223,7 +223,7 @@ def launched(program: Path, ranks: int, port: int) -> list[str]:
     return [sys.executable, deepspeed, *here, str(program)]
 
 
-def _run(words: list[object], environment: dict[str, str] | None = None) -> float:
+def run_program(words: list[object], environment: dict[str, str] | None = None) -> float:
     """Run a program to its end. Returns the seconds until it printed FIRST_LINE, nan if it did not.
 
     Raises ProgramFailed unless it exits with 0.

@@ -7,6 +7,7 @@ and the reference are whole programs, started again for each repeat, on the same
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import tempfile
@@ -66,7 +67,7 @@ class Bench:
         """Build them. words: flags of launch/train.py. Raises ValueError if they do not fit."""
         resolved = resolve_words(words, 1)
         settings = resolved.settings
-        device = distributed.init()
+        device = join()
         if problem := deepspeed_engine.precision_problem(resolved.ds_config, device):
             raise ValueError(problem)
         deepspeed_engine.emulate_fp16(resolved.ds_config, device)
@@ -157,6 +158,12 @@ class Bench:
         )
         noise = keyed_noise(0, "noise", batch.positions, tuple(batch.images.shape[1:]))
         return batch.images, batch.labels, t, noise
+
+
+@functools.cache
+def join() -> torch.device:
+    """Make this process the only rank, once, and return its device."""
+    return distributed.init()
 
 
 def gemm(

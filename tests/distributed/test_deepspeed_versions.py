@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,12 +107,43 @@ def test_fp16_is_checked_once():
     assert (old.checks, old._global_grad_norm) == (1, float("inf"))
 
 
-def test_a_deepspeed_that_checks_is_left_alone(install):
+class NewZero:
+    """A ZeRO optimizer of 0.19.8, which looks at each gradient and then at their norm."""
+
+    cpu_offload, compute_grad_norm = False, True
+
+    def check_overflow(self, partition_gradients):
+        raise AssertionError("the norm, which follows, shows it")
+
+    def get_grad_norm_direct(self, gradients, params, norm_type):
+        assert len(gradients) == len(params) == 1, "a kernel or two for each of them"
+        return torch.linalg.vector_norm(gradients[0], norm_type)
+
+
+@pytest.mark.parametrize("value", [*BAD, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_deepspeed_that_checks_does_so_by_the_norm(install, dtype, value):
     install("0.19.8")
-    engine = SimpleNamespace(optimizer=OldZero([1.0]))
-    before = dict(vars(engine.optimizer))
-    skip_steps_that_are_not_finite(engine)
-    assert vars(engine.optimizer) == before
+    zero = NewZero()
+    skip_steps_that_are_not_finite(
+        SimpleNamespace(optimizer=zero, zero_optimization_stage=lambda: 1)
+    )
+    zero.check_overflow(partition_gradients=True)
+    gradients = [torch.full((count,), 0.5, dtype=dtype) for count in (3, 100_000, 7)]
+    gradients[1][77] = value
+    norm = zero.get_grad_norm_direct(gradients, ["weights"] * 3, 2)
+    exact = np.linalg.norm(np.concatenate([g.double().numpy() for g in gradients]))
+    np.testing.assert_allclose(float(norm), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(3, False), (2, True)])
+def test_a_deepspeed_that_checks_otherwise_is_left_alone(install, stage, offload):
+    install("0.19.8")
+    zero = SimpleNamespace(cpu_offload=offload)
+    skip_steps_that_are_not_finite(
+        SimpleNamespace(optimizer=zero, zero_optimization_stage=lambda: stage)
+    )
+    assert vars(zero) == {"cpu_offload": offload}
 
 
 def summing(precision, summed, stage=1):

@@ -1,21 +1,28 @@
-"""Watch a step of the trainer on one rank for operations that wait for the device.
+"""Watch a step of the trainer on one rank: what waits for the device, and what it launches.
 
-Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "aten.nonzero.default"], ...]}. Each
-wait is attributed to the innermost line of this package or of DeepSpeed. Copies from the device
-(.cpu(), .tolist()) do nothing on a CPU and are not seen. Arguments: those of launch/train.py.
+Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "item"], ...], "launches": {"step:
+noise": 12, ...}}. Each wait is attributed to the innermost line of this package or of DeepSpeed.
+Copies to the host do nothing on a CPU, so calls such as .cpu() are watched, not their effect.
+Launches are operations that compute, of which each starts a kernel on a GPU or several; they are
+counted by the step's marks for the profiler. Arguments: those of launch/train.py.
 """
 
 import json
 import sys
 import traceback
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ds_classifier import loss
+from ds_classifier.training import step as step_module
 from launch.benchmarks.step import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +37,10 @@ WAITING = {
     ATEN.unique_dim.default,
     ATEN.bincount.default,
 }
+# Calls that copy to the host, or from memory of the host that is not pinned.
+COPYING = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.tensor}
+NO_LAUNCH = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "set_", "resize_"}
+NO_LAUNCH |= {"_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size", "record_stream"}
 LIBRARIES = Path(deepspeed.__file__).parents[1]
 PACKAGES = (f"{ROOT}/ds_classifier/", f"{LIBRARIES}/deepspeed/")
 
@@ -38,25 +49,51 @@ def is_ours(frame: traceback.FrameSummary) -> bool:
     return frame.filename.startswith(PACKAGES[0])
 
 
+def place() -> str:
+    known = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGES)]
+    path = Path(known[-1].filename).relative_to(ROOT if is_ours(known[-1]) else LIBRARIES)
+    return f"{path}:{known[-1].lineno}"
+
+
 class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.waits = []
+        self.waits, self.launches, self.marks = [], Counter(), ["elsewhere"]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         masks = args[1] if function in (ATEN.index.Tensor, ATEN.index_put_.default) else []
         masked = any(mask is not None and mask.dtype == torch.bool for mask in masks)
         if function in WAITING or masked:
-            frames = traceback.extract_stack()
-            known = [f for f in frames if f.filename.startswith(PACKAGES)]
-            path = Path(known[-1].filename).relative_to(ROOT if is_ours(known[-1]) else LIBRARIES)
-            self.waits.append([f"{path}:{known[-1].lineno}", str(function)])
+            self.waits.append([place(), str(function)])
+        elif function.namespace == "aten" and not (
+            function.is_view or function.__name__.partition(".")[0] in NO_LAUNCH
+        ):
+            self.launches[self.marks[-1]] += 1
+        return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def mark(self, name):
+        self.marks.append(name)
+        yield
+        self.marks.pop()
+
+
+class WatchCalls(TorchFunctionMode):
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in COPYING:
+            self.waits.append([place(), function.__name__])
         return function(*args, **(kwargs or {}))
 
 
 bench = Bench.of([*sys.argv[1:], "--num_classes", "10"])
 step = bench.trainer_step()
 step()
-with Watch() as watch:
+watch = Watch()
+step_module.span = loss.span = watch.mark
+with watch, WatchCalls(watch.waits):
     step()
-print(json.dumps({"waits": watch.waits}))
+print(json.dumps({"waits": watch.waits, "launches": watch.launches}))

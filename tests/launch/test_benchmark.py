@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import parts_to_run
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +20,8 @@ from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.shards import open_shards
 from launch.benchmarks import programs, quality
-from launch.benchmarks.programs import shards_for
+from launch.benchmarks.parts import rows_of
+from launch.benchmarks.programs import shards_for, training_command
 
 TINY = ["--image_size", "8", "--classifier_width", "32", "--classifier_channel_mult", "1,2"]
 TINY += ["--classifier_depth", "1", "--classifier_attention_resolutions", "4"]
@@ -192,6 +195,74 @@ def test_the_reference_reads_the_images_of_the_shards(digits, tmp_path):
         for sample in source.splits["train"]
     )
     assert found == expected
+
+
+def test_a_part_hands_over_its_rows_whatever_becomes_of_it(tmp_path):
+    zero = {"number": 0}
+    assert list(rows_of(parts_to_run.ends, (2,), 60)) == [zero, {"number": 1}]
+    assert list(rows_of(parts_to_run.fails, (), 60)) == [zero, {"note": "failed: no memory"}]
+    assert list(rows_of(parts_to_run.dies, (), 60)) == [zero, {"note": "ended with code 3"}]
+    assert list(rows_of(parts_to_run.ends, (2,), -3)) == [{"note": "not measured: the time is up"}]
+
+
+def test_a_part_whose_time_is_up_ends_with_the_programs_it_started(tmp_path):
+    pid = tmp_path / "pid"
+    *_, last = rows_of(parts_to_run.hangs, (pid,), 1)
+    assert last == {"note": "stopped after 1 s"}
+    rows = rows_of(parts_to_run.hangs, (pid,), 600)
+    next(rows)
+    sleeper = _running(int(pid.read_text()))
+    assert len(sleeper) == 1
+    rows.close()  # as when the time is up
+    assert psutil.wait_procs(sleeper, timeout=5)[1] == []
+
+
+def _running(pid: int) -> list[psutil.Process]:
+    """Return the process, unless it has ended."""
+    try:
+        process = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return []
+    return [] if process.status() == psutil.STATUS_ZOMBIE else [process]
+
+
+def test_a_gpu_that_has_no_time_has_a_table(tmp_path):
+    rows = benchmark("gpu", "--minutes", 0, tmp_path / "json")
+    assert {row["part"] for row in rows} == {
+        *("fidelity", "eager", "compiled", "trainer", "resume", "inference")
+    }
+    assert {row["note"] for row in rows} == {"not measured: the time is up"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it takes its time on a GPU")
+def test_a_gpu_is_measured_in_every_part(tmp_path):
+    """Rehearse it at tiny sizes on the CPU."""
+    rows = benchmark("gpu", "--minutes", 60, tmp_path / "json")
+    assert not [row for row in rows if "failed" in row.get("note", "")]
+    parts = {row["part"]: [r for r in rows if r["part"] == row["part"]] for row in rows}
+    fp32, *others = parts["fidelity"]
+    assert max(fp32["error of logits"], fp32["of gradients"]) < 1e-5
+    assert all(0 < row["error of logits"] < 0.05 for row in others)
+    steps = parts["eager"] + parts["compiled"]
+    assert {row["way"] for row in steps} == {
+        f"{how}, {layout}"
+        for how in ("eager", "compiled")
+        for layout in ("contiguous", "channels_last", "contiguous, bare")
+    }
+    measured = [*steps, *parts["trainer"], *parts["inference"]]
+    assert all(row["images/s"] > 0 for row in measured)
+    assert {row["precision"] for row in steps} == {"bf16", "fp16"}
+    assert 0 <= parts["trainer"][0]["waits for data, %"] <= 100
+    assert [row["note"] for row in parts["resume"]] == ["bit-equal", "bit-equal"]
+    (choice,) = parts["choice"]
+    flags = choice["note"].partition(",")[0]
+    assert training_command(flags.split()).settings.compile == ("compiled" in choice["way"])
+    assert choice["images/s"] == max(
+        row["images/s"]
+        for row in steps
+        if row["precision"] == "bf16" and not row["way"].endswith("bare")
+    )
 
 
 def test_shards_are_taken_as_they_are(images, tmp_path):
