@@ -5,7 +5,6 @@ What only some sources need (numpy, scipy, pyarrow ...) is imported when such a 
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections import defaultdict
@@ -14,15 +13,17 @@ from pathlib import Path
 
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
-from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
 from ds_classifier.data.convert.other_kinds import refuse_other_kind, refuse_pointer
-from ds_classifier.data.convert.parquet import (
+from ds_classifier.data.convert.readers.built_in import DIGITS, GAUSSIANS, digits, gaussians
+from ds_classifier.data.convert.readers.lists import LISTS, listed_files, refuse_list_beside
+from ds_classifier.data.convert.readers.parquet import (
     HiddenLabels,
     files_by_kind,
     is_parquet,
     read_parquet,
     refuse_copies,
 )
+from ds_classifier.data.convert.readers.torchvision_set import PREFIX, torchvision_set
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -41,14 +42,9 @@ from ds_classifier.data.convert.split_names import (
     take,
     take_folders,
 )
-from ds_classifier.data.convert.torchvision_set import PREFIX, torchvision_set
 from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
-DIGITS = "digits"
-GAUSSIANS = "gaussians"
-DRAWN = 1000  # images of a known distribution that are drawn at a time
-DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
 MAX_NAMED = 10  # folders in a message
 MIN_ALIKE = 0.8  # share of the inner folders that all folders have, if they are taken for splits
 
@@ -241,7 +237,7 @@ def _images(
         remarks += more
         return images
     if kind == "tar":
-        from ds_classifier.data.convert import imagenet
+        from ds_classifier.data.convert.readers import imagenet
 
         return {splits[0]: imagenet.train_images(place)}
     return {splits[0]: _labelled_files(place, passed)}
@@ -260,7 +256,7 @@ def _val_images(
             raise ValueError(
                 f"--val_labels: got {labels} with the list {place}, which has labels; do: drop it"
             )
-        from ds_classifier.data.convert import imagenet
+        from ds_classifier.data.convert.readers import imagenet
 
         return imagenet.val_images(place, Path(labels), passed)
     if kind == "tar":
@@ -525,57 +521,3 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
         train_part, val_part = (part.manifest for part in opened.values())
         refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")
     return source
-
-
-def digits() -> DataSource:
-    """Return the 1,797 handwritten digits in scikit-learn (UCI, Alpaydin & Kaynak 1998) as PNG.
-
-    8 x 8 grey images, 10 classes. The last 360 images are the validation split.
-    """
-    import numpy as np
-    from PIL import Image
-
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError(
-            "source: digits needs scikit-learn, which holds them; do: pip install scikit-learn"
-        ) from None
-
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
-    samples = []
-    for i, (image, label) in enumerate(zip(pixels, bunch.target, strict=True)):
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, format="PNG")
-        samples.append(Sample(f"digit_{i:04d}", int(label), png.getvalue()))
-    held_out = len(samples) - DIGITS_HELD_OUT
-    splits = {"train": samples[:held_out], "val": samples[held_out:]}
-    return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)
-
-
-def gaussians(source: str) -> DataSource:
-    """Return images drawn from a known distribution, as PNG, with equally many of each class.
-
-    source: see `GaussianClasses.parse`.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from ds_classifier.common.gaussians import GaussianClasses
-
-    distribution = GaussianClasses.parse(source)
-    sizes = {"train": distribution.images, "val": max(1, distribution.images // 4)}
-    splits = {}
-    for stream, (split, size) in enumerate(sizes.items()):
-        samples = splits[split] = []
-        for part in range(0, size, DRAWN):
-            labels = np.arange(part, min(part + DRAWN, size)) % distribution.classes
-            for pixels in distribution.draw(labels, (part // DRAWN) * len(sizes) + stream):
-                png = io.BytesIO()
-                mode = pixels[..., 0] if distribution.channels == 1 else pixels
-                Image.fromarray(mode).save(png, format="PNG")
-                number = len(samples)
-                label = number % distribution.classes
-                samples.append(Sample(f"{split}_{number:06d}", label, png.getvalue()))
-    return DataSource(str(distribution), [str(k) for k in range(distribution.classes)], splits)
