@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from ds_classifier.data.arrays import SUFFIX
 from ds_classifier.data.tars import (
     IMAGE_SUFFIXES,
     Member,
@@ -66,11 +67,13 @@ def refuse(fault: Fault) -> None:
 class _Group:
     """The members of one key that were found so far.
 
+    array: a .npy, which is the image of a sample if no sample of the shard has another one.
     faults: (kind, words). others: the first suffixes of members that are neither image nor label.
     """
 
     key: str
     image: Member | None = None
+    array: Member | None = None
     label: int | None = None
     label_seen: bool = False
     faults: tuple[tuple[str, str], ...] = ()
@@ -79,7 +82,7 @@ class _Group:
     @property
     def empty(self) -> bool:
         """Shows whether neither an image nor a label was found."""
-        return self.image is None and not self.label_seen
+        return self.image is None and self.array is None and not self.label_seen
 
     @property
     def complete(self) -> bool:
@@ -114,27 +117,35 @@ def scan_samples(
     labels: str = "cls",
     numbers: Mapping[str, int] | None = None,
     report: Callable[[Fault], None],
+    look: Callable[[int, bytes], None] | None = None,
 ) -> Iterator[ScannedSample]:
     """Walk a tar and yield its complete samples in the order in which they become complete.
 
     A sample is all members with one key: one image and its label. They need not be next to each
     other: a key waits for the rest, so memory is needed for all keys that wait at one time. Other
-    members are skipped, never decoded.
+    members are skipped, never decoded. In a shard without images, .npy members stand for them; as
+    that is not known before, these samples come at the end.
     size: bytes of the tar; None to read to the end of the file.
     labels: "cls", or "json:KEY" for a field of .json.
     numbers: class name -> label, if labels may be names; None if they are numbers.
     report: called for every fault of a sample.
+    look: called with the place and the bytes of every .npy before the first image.
     Raises ValueError for a damaged tar; see tar_members.
     """
     suffix_of_label = "json" if labels.startswith("json:") else labels
     ended: set[str] = set()  # keys
     waiting: dict[str, _Group] = {}
     group: _Group | None = None
+    images = False
 
     def end(group: _Group) -> Iterator[ScannedSample]:
         """Yield the group's sample if it is usable; report its faults if it is not."""
         others = ", ".join(f".{other}" for other in group.others)
         others = f" (it has {others})" if others else ""
+        if not images:
+            group.image = group.image or group.array
+        if group.image is None and not group.label_seen:
+            return  # a .npy beside images
         if group.key in ended:
             group.faults = ((TWICE, "appears twice; need each key once"),)
         elif group.image is None:
@@ -165,8 +176,11 @@ def scan_samples(
         try:
             member = next(members, None)
         except ValueError:
-            if group is not None and group.complete and not group.faults:
-                yield from end(group)  # the damage begins after this sample
+            last = [group] if group is not None else []
+            for group in last if images else [*waiting.values(), *last]:
+                group.image = group.image or (None if images else group.array)
+                if group.complete and not group.faults:
+                    yield from end(group)  # the damage begins after this sample
             raise
         if member is None:
             break
@@ -180,7 +194,13 @@ def scan_samples(
         if f".{suffix}" in IMAGE_SUFFIXES:
             if group.image is not None:
                 group.add_fault(TWO_IMAGES, "has two images; need one")
-            group.image = member
+            group.image, images = member, True
+        elif f".{suffix}" == SUFFIX and group.array is None:
+            group.array = member
+            group.add_other(suffix)
+            if look is not None and not images and member.size <= LARGEST_IMAGE:
+                file.seek(member.offset)
+                look(member.offset, file.read(member.size))
         elif suffix == suffix_of_label:
             group.label_seen = True
             file.seek(member.offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint.weights import WeightsFile
 from ds_classifier.common.urls import shown
 from ds_classifier.config import Settings
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -84,6 +86,7 @@ def open_validation_data(
                 cache_dir=cache_dir or settings.cache_dir,
                 cache_gb=settings.cache_gb if cache_gb is None else cache_gb,
                 image_size=settings.image_size,
+                channels=settings.in_channels,
             )
         except (ValueError, OSError) as error:
             raise ValueError(f"--val_data_dir: {error}") from None
@@ -96,11 +99,25 @@ def open_validation_data(
             f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
             "with --val"
         )
+    got, need = _scaling(shards.manifest.arrays), _scaling(source.arrays)
+    if source.kind != "file" and got != need:
+        raise ValueError(
+            f"--val_data_dir: got {got} in {shown(location)}; need {need}, which {source.path} was "
+            "trained on; do: convert them with the same --scale and --shift"
+        )
     fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
         problem = f"the shards in {shown(location)} on this node differ from those of rank 0's node"
     distributed.raise_together(problem, device)
     return location, shards
+
+
+def _scaling(arrays: Arrays | dict[str, Any] | None) -> str:
+    """Return what the samples are, and for arrays how a value becomes x_0."""
+    if arrays is None:
+        return "images"
+    arrays = Arrays.from_json(arrays) if isinstance(arrays, dict) else arrays
+    return f"arrays with x_0 = {arrays.scaling}"
 
 
 def create_validation_loader(
