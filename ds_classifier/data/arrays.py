@@ -102,6 +102,11 @@ class Arrays:
                 raise ValueError(f"holds {count(broken, 'number')} not finite")
         return values.transpose(1, 2, 0)
 
+    def values_of_x_0(self, x: np.ndarray) -> np.ndarray:
+        """Return values as they would be stored, [N, C, S, S] fp32, of x_0, [N, S, S, C] fp32."""
+        shift, scale = self._scaling
+        return x.transpose(0, 3, 1, 2) / scale + shift
+
     def refuse_other_shape(self, image_size: int, channels: int) -> None:
         """Raise ValueError unless a classifier reads arrays of this shape."""
         if (image_size, channels) != (self.size, self.channels):

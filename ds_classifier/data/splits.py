@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
 from ds_classifier.config import Settings
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.remote.objects import in_one_bucket
 from ds_classifier.data.shards import (
@@ -161,11 +163,12 @@ def _open_validation(settings: Settings, train: Manifest) -> ShardSet:
             f"{shown(settings.val_data_dir)}; need the same list as the {len(train.classes)} in "
             f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
         )
-    if _held(val_shards.manifest) != _held(train):
+    ours, theirs = described(train.arrays), described(val_shards.manifest.arrays)
+    if ours != theirs:
         raise ValueError(
-            f"--val_data_dir: got {_held(val_shards.manifest)} in {shown(settings.val_data_dir)}, "
-            f"and {_held(train)} in {shown(settings.data_dir)}; need the same in both; do: convert "
-            "both in one call, with --val"
+            f"--val_data_dir: got {theirs} in {shown(settings.val_data_dir)}, and {ours} in "
+            f"{shown(settings.data_dir)}; need the same in both; do: convert both in one call, "
+            "with --val"
         )
     refuse_shared_shards(
         train,
@@ -214,9 +217,23 @@ def refuse_other_shape(manifest: Manifest, image_size: int, channels: int) -> No
         )
 
 
-def _held(manifest: Manifest) -> str:
+def refuse_other_samples(manifest: Manifest, arrays: dict[str, Any] | None, name: str) -> None:
+    """Raise ValueError for a split whose samples are not what weights were trained on.
+
+    arrays: what is recorded with the weights of their arrays; None: images. name: of the weights.
+    """
+    need = None if arrays is None else Arrays.from_json(arrays)
+    got = manifest.arrays
+    if (got and got.scaling) != (need and need.scaling):
+        raise ValueError(
+            f"got {described(got)} in {shown(manifest.location or manifest.source)}; need "
+            f"{described(need)}, which {name} was trained on; do: convert them with the same "
+            "--scale and --shift"
+        )
+
+
+def described(arrays: Arrays | None) -> str:
     """Return what the samples of a split are."""
-    arrays = manifest.arrays
     return "images" if arrays is None else f"arrays of {arrays} with x_0 = {arrays.scaling}"
 
 

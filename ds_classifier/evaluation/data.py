@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,6 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint.weights import WeightsFile
 from ds_classifier.common.urls import shown
 from ds_classifier.config import Settings
-from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -22,7 +20,7 @@ from ds_classifier.data.loader import (
     worker_count,
 )
 from ds_classifier.data.shards import ShardSet, open_shards
-from ds_classifier.data.splits import open_named
+from ds_classifier.data.splits import described, open_named, refuse_other_samples
 from ds_classifier.data.store import is_url
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 from ds_classifier.guidance.known_distribution import KnownDistribution, open_exact
@@ -99,25 +97,13 @@ def open_validation_data(
             f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
             "with --val"
         )
-    got, need = _scaling(shards.manifest.arrays), _scaling(source.arrays)
-    if source.kind != "file" and got != need:
-        raise ValueError(
-            f"--val_data_dir: got {got} in {shown(location)}; need {need}, which {source.path} was "
-            "trained on; do: convert them with the same --scale and --shift"
-        )
+    if source.kind != "file":
+        refuse_other_samples(shards.manifest, source.arrays, str(source.path))
     fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
         problem = f"the shards in {shown(location)} on this node differ from those of rank 0's node"
     distributed.raise_together(problem, device)
     return location, shards
-
-
-def _scaling(arrays: Arrays | dict[str, Any] | None) -> str:
-    """Return what the samples are, and for arrays how a value becomes x_0."""
-    if arrays is None:
-        return "images"
-    arrays = Arrays.from_json(arrays) if isinstance(arrays, dict) else arrays
-    return f"arrays with x_0 = {arrays.scaling}"
 
 
 def create_validation_loader(
@@ -160,6 +146,8 @@ def open_training_set(
             problem = f"--bayes: got {location}; need images of every class in the validation set"
         elif opened.manifest.classes != val_shards.manifest.classes:
             problem = f"--bayes: got {location}; need the classes of the validation set"
+        elif described(opened.manifest.arrays) != described(val_shards.manifest.arrays):
+            problem = f"--bayes: got {location}; need samples like those of the validation set"
         elif not asked and opened.manifest.fingerprint != source.data:
             problem = "not the data of the run any more"
     if asked:

@@ -238,7 +238,8 @@ def _kind(place: Path) -> str:
         files = files_under(place, lambda file: is_parquet(file) or is_image_file(file))
         first = next(files, None)
         if first is None:
-            if any(files_under(place, is_array_file)):
+            if (array := next(files_under(place, is_array_file), None)) is not None:
+                refuse_pointer(array)
                 refuse_whole_set(place)
                 return ARRAY_FOLDER
             if any(files_under(place, lambda file: file.suffix.lower() == ".tar")):
