@@ -98,7 +98,7 @@ class Arrays:
             values -= shift
             values *= scale
             if not np.isfinite(values).all():
-                broken = np.count_nonzero(~np.isfinite(values))
+                broken = int(np.count_nonzero(~np.isfinite(values)))
                 raise ValueError(f"holds {count(broken, 'number')} not finite")
         return values.transpose(1, 2, 0)
 
