@@ -44,7 +44,8 @@ def test_the_bytes_of_numpy_are_read_as_numpy_reads_them(dtype, order):
     file = io.BytesIO()
     np.save(file, values)
     found = values_of(file.getvalue())
-    assert np.array_equal(found, values) and found.dtype == values.dtype
+    assert np.array_equal(found, values)
+    assert found.dtype == values.dtype
     assert np.array_equal(np.load(io.BytesIO(to_npy(found))), values)
 
 
@@ -88,7 +89,8 @@ def test_x_0_is_shifted_and_scaled_in_fp32():
     scale = np.array(LATENTS.scale, np.float32).reshape(4, 1, 1)
     expected = (values.astype(np.float32) - shift) * scale
     x = LATENTS.decode(to_npy(values))
-    assert x.dtype == np.float32 and np.array_equal(x, expected.transpose(1, 2, 0))
+    assert x.dtype == np.float32
+    assert np.array_equal(x, expected.transpose(1, 2, 0))
     assert np.allclose(LATENTS.values_of_x_0(x[None])[0], values, atol=1e-6)
     pixels = Arrays(4, 8, "uint8", None, None)
     bytes_ = (values * 10 + 100).astype("uint8")
