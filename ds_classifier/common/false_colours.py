@@ -8,7 +8,7 @@ SPAN = 2.5  # standard deviations on either side of the mean that the colours co
 
 
 class FalseColours:
-    """Colours for arrays of C channels: the first three, or three principal components of more.
+    """Maps arrays of C channels to colours: the first three, or three principal components of more.
 
     One or two channels are shown by the first, in grey. Each colour covers SPAN standard deviations
     on either side of the mean of the arrays that it was made for.

@@ -29,7 +29,7 @@ USUAL_STD = (0.3, 3.0)  # of x_0, beside noise whose standard deviation is 1
 
 @dataclass(frozen=True)
 class Arrays:
-    """What the arrays of a split have in common.
+    """The facts that the arrays of a split have in common.
 
     channels: C, 1 to MOST_CHANNELS. size: S, their height and width. dtype: one of DTYPES.
     scale, shift: [C] numbers each; both None for pixels.
@@ -64,7 +64,7 @@ class Arrays:
 
     @property
     def scaling(self) -> str:
-        """How a value becomes x_0, in words."""
+        """The formula by which a value becomes x_0."""
         if self.pixels:
             return "value / 127.5 - 1"
         shift, scale = (_shown(numbers) for numbers in (self.shift, self.scale))
@@ -73,7 +73,7 @@ class Arrays:
 
     @cached_property
     def _scaling(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shift and scale, [C, 1, 1] fp32."""
+        """The shift and the scale, [C, 1, 1] fp32 each."""
         both = np.array([self.shift, self.scale], np.float32)[..., None, None]
         return both[0], both[1]
 
@@ -268,8 +268,9 @@ def arrays_like(values: np.ndarray) -> Arrays:
 
 
 class Survey:
-    """What the arrays of foreign shards have in common, and their tally; bytes are added in turn.
+    """A survey of the arrays in foreign shards, whose bytes are added in turn.
 
+    arrays: what they have in common; None before one was whole. tally: of x_0.
     The first array that is whole decides. others: the number of those that cannot be read like it.
     reason: why the first of these cannot; "" without any.
     """

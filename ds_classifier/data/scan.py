@@ -89,8 +89,36 @@ class _Group:
         """Shows whether both an image and a label were found."""
         return self.image is not None and self.label_seen
 
+    def complete_with(self, image: Member | None) -> bool:
+        """Return whether this is a sample without faults if that member is its image."""
+        return (self.image or image) is not None and self.label_seen and not self.faults
+
     def add_fault(self, kind: str, words: str) -> None:
         self.faults += ((kind, words),)
+
+    def read_label(
+        self, content: bytes, labels: str, numbers: Mapping[str, int] | None, suffix: str
+    ) -> None:
+        """Take the label from the content of its member; `_label_in` has the other arguments."""
+        self.label_seen = True
+        try:
+            self.label = _label_in(content, labels, numbers)
+        except ValueError as error:
+            self.add_fault(BAD_LABEL, f"has no usable label in .{suffix}: {error}")
+
+    def judge(self, suffix_of_label: str, *, twice: bool) -> None:
+        """Add the fault that shows when all members have been found. twice: the key was met."""
+        others = ", ".join(f".{other}" for other in self.others)
+        others = f" (it has {others})" if others else ""
+        if twice:
+            self.faults = ((TWICE, "appears twice; need each key once"),)
+        elif self.image is None:
+            self.add_fault(NO_IMAGE, f"has a label but no image{others}")
+        elif not self.label_seen:
+            self.add_fault(NO_LABEL, f"has an image but no .{suffix_of_label}{others}")
+        elif self.image.size > LARGEST_IMAGE:
+            words = f"has an image of {self.image.size} bytes; need 4 GiB at most"
+            self.add_fault(LARGE_IMAGE, words)
 
     def add_other(self, suffix: str) -> None:
         if len(self.others) < MOST_OTHERS and suffix not in self.others:
@@ -140,21 +168,11 @@ def scan_samples(
 
     def end(group: _Group) -> Iterator[ScannedSample]:
         """Yield the group's sample if it is usable; report its faults if it is not."""
-        others = ", ".join(f".{other}" for other in group.others)
-        others = f" (it has {others})" if others else ""
         if not images:
             group.image = group.image or group.array
         if group.image is None and not group.label_seen:
             return  # a .npy beside images
-        if group.key in ended:
-            group.faults = ((TWICE, "appears twice; need each key once"),)
-        elif group.image is None:
-            group.add_fault(NO_IMAGE, f"has a label but no image{others}")
-        elif not group.label_seen:
-            group.add_fault(NO_LABEL, f"has an image but no .{suffix_of_label}{others}")
-        elif group.image.size > LARGEST_IMAGE:
-            words = f"has an image of {group.image.size} bytes; need 4 GiB at most"
-            group.add_fault(LARGE_IMAGE, words)
+        group.judge(suffix_of_label, twice=group.key in ended)
         ended.add(group.key)
         for kind, words in group.faults:
             report(Fault(kind, where, group.key, words))
@@ -176,11 +194,10 @@ def scan_samples(
         try:
             member = next(members, None)
         except ValueError:
-            last = [group] if group is not None else []
-            for group in last if images else [*waiting.values(), *last]:
-                group.image = group.image or (None if images else group.array)
-                if group.complete and not group.faults:
-                    yield from end(group)  # the damage begins after this sample
+            before = [*waiting.values(), group] if group is not None else []
+            for group in before:  # the damage begins after these samples
+                if group.complete_with(group.image if images else group.array):
+                    yield from end(group)
             raise
         if member is None:
             break
@@ -202,13 +219,9 @@ def scan_samples(
                 file.seek(member.offset)
                 look(member.offset, file.read(member.size))
         elif suffix == suffix_of_label:
-            group.label_seen = True
             file.seek(member.offset)
             content = file.read(min(member.size, LARGEST_LABEL + 1))
-            try:
-                group.label = _label_in(content, labels, numbers)
-            except ValueError as error:
-                group.add_fault(BAD_LABEL, f"has no usable label in .{suffix}: {error}")
+            group.read_label(content, labels, numbers, suffix)
         else:
             group.add_other(suffix)
     yield from leave(group)
