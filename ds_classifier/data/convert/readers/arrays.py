@@ -94,14 +94,17 @@ def whole_set(
         found = labels or _labels_beside(path)
         remarks = [f"labels: {found}"] if labels is None else []
         return {splits[0]: _samples(path, "", _labels_in(found))}, remarks
-    shapes = _members(path)
-    chosen = _choose(path, shapes, columns, labels)
+    members = _members(path)
+    chosen = _choose(path, members, columns, labels)
     val = "val" if "val" in chosen else "test"
-    kinds = dict(zip(splits, ("train", val), strict=False)) if len(splits) > 1 else {}
-    if len(chosen) == 1:
-        kinds = dict.fromkeys(splits[:1], next(iter(chosen)))
-    elif len(splits) == 1:
-        kinds = {splits[0]: {"train": "train"}.get(splits[0], val)}
+    kinds = {split: "train" if split == "train" else val for split in splits}
+    if len(chosen) == 1:  # whatever it is called
+        kinds = {splits[0]: next(iter(chosen))}
+    if kinds[splits[0]] not in chosen:
+        raise ValueError(
+            f"{path}: got the splits {', '.join(sorted(chosen))}; need {kinds[splits[0]]}; do: "
+            "--columns image=NAME,label=NAME"
+        )
     taken, remarks = {}, []
     for split, kind in kinds.items():
         if kind not in chosen:
@@ -110,7 +113,7 @@ def whole_set(
         named = _labels_in(labels) if labels is not None else _as_labels(_mapped(path, own), own)
         taken[split] = _samples(path, values, named)
         remarks.append(f"{split}: {values}, labels {own if labels is None else labels}")
-    unused = sorted(shapes - {name for kind in kinds.values() for name in chosen.get(kind, ())})
+    unused = sorted(members - {name for kind in kinds.values() for name in chosen.get(kind, ())})
     more = f"; not taken: {', '.join(map(printable, unused))}" if unused else ""
     return taken, [f"by the names in {path.name}: {', '.join(remarks)}{more}"]
 
