@@ -175,7 +175,7 @@ def test_pictures_of_arrays_are_in_colours(run, data):
 
 @pytest.fixture
 def alone():
-    """Be the only rank of a process group."""
+    """Make this process the only rank of a process group."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
