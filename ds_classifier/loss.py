@@ -64,7 +64,7 @@ class NoisedClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Classify x_t of a batch.
 
-        images: [N, S, S, C] uint8. labels: [N] int64. t: [N] int64 in 0 .. T - 1.
+        images: [N, S, S, C], see `to_x_start`. labels: [N] int64. t: [N] int64 in 0 .. T - 1.
         noise: [N, S, S, C] fp32; None for clean images, which the network sees with timestep t.
         recent: the images whose class posterior is the target in place of the labels.
         Returns cross-entropies [N] fp32 and logits [N, K] fp32.
@@ -100,7 +100,8 @@ def noised_classifier(classifier: EncoderUNetModel, settings: Settings) -> Noise
 class RecentImages:
     """The last `size` images of the training stream with their labels; the same on every rank.
 
-    size: M. image_shape: (S, S, C). Holds M * S * S * C bytes on the device.
+    size: M. image_shape: (S, S, C). dtype: of the images. Holds M * S * S * C of them on the
+    device.
     """
 
     def __init__(
@@ -110,17 +111,18 @@ class RecentImages:
         image_shape: tuple[int, int, int],
         num_classes: int,
         device: torch.device | str,
+        dtype: torch.dtype = torch.uint8,
     ):
         numbers = image_shape[0] * image_shape[1] * image_shape[2]
         self.size, self._num_classes = size, num_classes
-        self._images = torch.zeros(size, numbers, dtype=torch.uint8, device=device)
+        self._images = torch.zeros(size, numbers, dtype=dtype, device=device)
         self._labels = torch.full((size,), EMPTY, device=device)
         self._chunk = max(1, CHUNK_NUMBERS // numbers)
 
     def add(self, images: Tensor, labels: Tensor, positions: Tensor) -> None:
         """Add images, the next ones of the stream and in its order; the oldest leave.
 
-        images: [n, S, S, C] uint8. labels: [n] int64, EMPTY for images that did not decode.
+        images: [n, S, S, C] of its dtype. labels: [n] int64, EMPTY for images that did not decode.
         positions: [n] int64. They decide the places, so that a resumed run adds up in one order.
         """
         places = positions[-self.size :] % self.size

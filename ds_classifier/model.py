@@ -95,7 +95,7 @@ def create_classifier(
     classifier_use_scale_shift_norm: apply the timestep as scale and shift, not as a shift alone.
     classifier_resblock_updown: halve with residual blocks, not with strided convolutions.
     classifier_pool: the head: attention, adaptive, spatial or spatial_v2.
-    num_classes: K. in_channels: C of the images, 1 to 4.
+    num_classes: K. in_channels: C of the images or arrays, 1 or more.
     classifier_channel_mult: "1,2,4", one multiplier per level; "" for the default of the size.
 
     Returns a module: forward(x [N, in_channels, S, S] in [-1, 1], timesteps [N]) -> logits [N, K].
@@ -172,8 +172,8 @@ def _check_architecture(
         raise ValueError(f"classifier_pool: got {pool!r}; need one of {', '.join(POOLS)}")
     if num_classes < 2:
         raise ValueError(f"num_classes: got {num_classes}; need at least 2 classes")
-    if not 1 <= in_channels <= 4:
-        raise ValueError(f"in_channels: got {in_channels}; need 1 to 4")
+    if in_channels < 1:
+        raise ValueError(f"in_channels: got {in_channels}; need 1 or more")
 
 
 class GroupNorm(nn.GroupNorm):

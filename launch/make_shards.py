@@ -27,6 +27,7 @@ from ds_classifier.config.parser import Parser
 
 if TYPE_CHECKING:
     from ds_classifier.data.remote.mirror import Mirror
+    from ds_classifier.data.shards import Manifest
 
 OUT_HELP = "the directory for train/ and val/, or its URL: s3://BUCKET/PATH, gs:// or az://"
 MAX_NAMED = 5  # classes without images in a message
@@ -83,7 +84,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "source",
         help="a folder with one directory per class, or with CLASS_image.jpg files, or a folder "
         "of such splits, train/ and val/; ILSVRC2012_img_train.tar, as downloaded; a list of paths "
-        "and labels (.csv, .tsv, .jsonl, .txt); Hugging Face .parquet, a file or a folder; shards; "
+        "and labels (.csv, .tsv, .jsonl, .txt); Hugging Face .parquet, a file or a folder; arrays: "
+        "folders of .npy, one .npz, or one .npy with --labels; shards; "
         "the word digits, for the handwritten digits in scikit-learn; gaussians, for made-up "
         "images whose best classifier is known; or torchvision:NAME, such as "
         "torchvision:CIFAR10, with --root",
@@ -98,8 +100,15 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "--val_labels",
         metavar="FILE",
         help="labels for --val ILSVRC2012_img_val.tar: ILSVRC2012_devkit_t12.tar.gz or its folder, "
-        "or Kaggle's LOC_val_solution.csv",
+        "or Kaggle's LOC_val_solution.csv; for --val X.npy, see --labels",
     )
+    command.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="labels of SOURCE if that is an .npy or .npz: .npy, or text with one in each line "
+        "[those in the .npz; STEM_labels.npy or labels.npy beside the .npy]",
+    )
+    _add_scaling(command)
     command.add_argument(
         "--root",
         type=Path,
@@ -116,7 +125,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         type=_columns,
         metavar="COLUMNS",
         help="names of the columns: path=file,label=class in a list, image=img,label=fine_label in "
-        "parquet [found if that is clear]",
+        "parquet and .npz [found if that is clear]",
     )
     command.add_argument(
         "--image_size",
@@ -176,6 +185,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="class names, one per line [classnames.txt next to the shards, else numbers]",
     )
+    _add_scaling(command)
     _add_workers(command)
     command.set_defaults(run=_index)
 
@@ -193,6 +203,18 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--decode", action="store_true", help="also decode all images")
     _add_workers(command)
     command.set_defaults(run=_verify)
+
+
+def _add_scaling(command: Parser) -> None:
+    for name, default in (("scale", 1), ("shift", 0)):
+        command.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help=f"of arrays, one number or one per channel: x_0 = (value - shift) * scale "
+            f"[{default}]",
+        )
 
 
 def _add_workers(command: Parser) -> None:
@@ -292,6 +314,9 @@ def _convert(arguments: argparse.Namespace) -> int:
             columns=arguments.columns,
             root=arguments.root,
             download=arguments.download,
+            labels=arguments.labels,
+            scale=arguments.scale,
+            shift=arguments.shift,
         )
         for remark in source.remarks:
             print(remark)
@@ -361,8 +386,9 @@ def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
         if split == "val" and manifest.held_out:
             fewest, most = min(images.values()), max(images.values())
             held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per class"
-        stored = Encoding(manifest.image_size, manifest.form)
+        stored = manifest.arrays or Encoding(manifest.image_size, manifest.form)
         print(f"{_contents(f'{place}/{split}', manifest)}, {stored}{held}")
+        _describe_arrays(manifest)
         if manifest.undecodable:
             print(
                 f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
@@ -382,10 +408,17 @@ def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
             )
 
 
-def _contents(folder: str, manifest) -> str:
+def _describe_arrays(manifest: Manifest) -> None:
+    """Print what training sees of arrays; nothing for images."""
+    for line in manifest.arrays.remarks() if manifest.arrays is not None else ():
+        print(f"  {line}")
+
+
+def _contents(folder: str, manifest: Manifest) -> str:
+    kind = "images" if manifest.arrays is None else "arrays"
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     return (
-        f"{folder}: {manifest.samples:,} images of {len(manifest.classes)} classes in "
+        f"{folder}: {manifest.samples:,} {kind} of {len(manifest.classes)} classes in "
         f"{count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB"
     )
 
@@ -401,6 +434,8 @@ def _index(arguments: argparse.Namespace) -> int:
             val=arguments.val,
             labels=arguments.label,
             classes=arguments.classes,
+            scale=arguments.scale,
+            shift=arguments.shift,
             workers=arguments.workers,
             progress=progress,
             mirror=mirror,
@@ -414,6 +449,10 @@ def _index(arguments: argparse.Namespace) -> int:
         print(f"{_contents(folder, manifest)}, at {location}; {checked}")
         if manifest.shard_keys:
             print("  keys begin anew in each shard: messages call a sample SHARD/KEY")
+        _describe_arrays(manifest)
+        bad, reason = indexed.bad_arrays
+        if bad:
+            print(f"  {count(bad, 'array')} will be bad samples in training, the first {reason}")
         if split == "train":
             pairs = indexed.neighbours
             print(

@@ -118,8 +118,8 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time per rank [16]")
     add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="sample by DDIM in place of DDPM [False]")  # fmt: skip
-    add("--clip_denoised", type=boolean, default=True, metavar="BOOL", help="clip the "
-        "predicted x_0 to [-1, 1] [True]")  # fmt: skip
+    add("--clip_denoised", type=boolean, default=None, metavar="BOOL", help="clip the "
+        "predicted x_0 to [-1, 1] [True; False for arrays]")  # fmt: skip
     add(
         "--use_fp16",
         type=boolean,
@@ -254,6 +254,8 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         device,
     )
     settings, source = guided.settings, guided.source
+    if arguments.clip_denoised is None:
+        arguments.clip_denoised = guided.arrays is None
     for note in source.notes() if source else []:
         distributed.say(note)
     classes = guided.classes(arguments.classes)
@@ -275,7 +277,9 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
     def finish() -> None:
         """Write the overview, the facts, and the measures if they are asked for."""
         overview = out / "overview.png"
-        rows = sample_files.write_overview(overview, scales, samples, labels, guided.names)
+        colours = guided.colours(samples[0])
+        shown = samples if colours is None else [colours(drawn) for drawn in samples]
+        rows = sample_files.write_overview(overview, scales, shown, labels, guided.names)
         facts = {
             **guided.origin,
             "diffusion": settings.diffusion_kwargs(),
@@ -286,6 +290,8 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
         (out / "fidelity.json").unlink(missing_ok=True)  # it is of an earlier run's samples
         present = len(set(labels.tolist()))
+        if colours is not None:
+            print(f"the colours of the pictures are {colours.words}", flush=True)
         which = "class" if rows == present else f"class for the first {rows} of {present:,}"
         print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
@@ -317,8 +323,6 @@ def _draw_scales(
     A scale at which samples are not finite is left out, with an error on the screen; the files of
     its folder stay as they are.
     """
-    from ds_classifier.guidance import sample_files
-
     drawing = {name: getattr(arguments, name) for name in OF_DRAWING}
     drawn = {}
     for scale in arguments.classifier_scale:
@@ -332,13 +336,25 @@ def _draw_scales(
                 message = f"error: scale {scale:g}: {error}; none of this scale is written; do: "
                 distributed.show(message + _remedy(arguments, scale), error=True)
             continue
-        folder = sample_files.scale_folder(out, scale)
         path = distributed.on_rank_0(
-            lambda f=folder, p=pixels: str(sample_files.write_samples(f, p, labels)), guided.device
+            functools.partial(_write, guided, out, scale, pixels, labels), guided.device
         )
         distributed.say(f"scale {scale:g}: {path}, {time.monotonic() - began:.0f} s")
         drawn[scale] = pixels
     return drawn
+
+
+def _write(
+    guided: GuidedSampling, out: Path, scale: float, drawn: np.ndarray, labels: np.ndarray
+) -> str:
+    """Write the samples of a scale, and return the path of the npz."""
+    from ds_classifier.guidance import sample_files
+
+    folder = sample_files.scale_folder(out, scale)
+    if (colours := guided.colours(drawn)) is None:
+        return str(sample_files.write_samples(folder, drawn, labels))
+    values = guided.arrays.values_of_x_0(drawn)
+    return str(sample_files.write_samples(folder, colours(drawn), labels, values))
 
 
 def _remedy(arguments: argparse.Namespace, scale: float) -> str:

@@ -30,7 +30,7 @@ from ds_classifier.config.deepspeed_json import Resolved, read_ds_config, resolv
 from ds_classifier.config.settings_file import OF_ONE_RUN
 from ds_classifier.config.shipped import choose_config
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.splits import open_splits, with_validation
+from ds_classifier.data.splits import open_splits, settled_by_data, with_validation
 from ds_classifier.data.store import is_url
 from ds_classifier.distributed import failures, launcher
 from ds_classifier.distributed.stopping import StopRequests
@@ -144,11 +144,12 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
         raw = read_ds_config(command.deepspeed_config)
         resolved = resolve(command, raw, world_size=world_size)
         shards, val_shards = splits or open_splits(settings, found_beside=found_beside)
+        settled = settled_by_data(resolved.settings, shards.manifest, given=command.given)
     except (ValueError, OSError) as error:
         if world_size > 1:  # the others may have none, and would wait
             distributed.refuse(failures.summary(error))
         raise
-    return resolved.with_classes(len(shards.manifest.classes)), shards, val_shards
+    return resolved.with_settings(settled), shards, val_shards
 
 
 def with_chosen_config(command: CommandLine) -> CommandLine:

@@ -44,6 +44,7 @@ class WeightsFile:
     kind: "checkpoint", "export" or "file"; only a "file" does not record its settings.
     step, classes, data (the training set's fingerprint): None if unknown.
     sha256: hash of the file of weights, in hex.
+    arrays: what a manifest records of the arrays that it was trained on; None: on images.
     inferred: for a "file", the names of the settings that were inferred from its tensors and that
         differ from the flags and defaults.
     """
@@ -55,6 +56,7 @@ class WeightsFile:
     step: int | None = None
     classes: list[str] | None = None
     data: str | None = None
+    arrays: dict[str, Any] | None = None
     inferred: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -162,6 +164,7 @@ def find_recorded(path: Path) -> WeightsFile | None:
         "checkpoint",
         manifest["files"][disk.MODEL]["sha256"],
         **{name: state[name] for name in ("step", "classes", "data")},
+        arrays=state.get("arrays"),
     )
 
 
@@ -314,6 +317,8 @@ def _fault_of_description(description: dict[str, Any]) -> str | None:
         create_gaussian_diffusion(**settings.diffusion_kwargs())
     except ValueError as error:
         return str(error)
+    if not isinstance(description.get("arrays"), dict | None):
+        return "arrays: need what a manifest records of them"
     classes = description["classes"]
     if classes is None:
         return None
@@ -372,4 +377,5 @@ def _find_export(path: Path) -> WeightsFile | None:
         "export",
         sha256,
         **{name: description[name] for name in ("step", "classes", "data")},
+        arrays=description.get("arrays"),
     )

@@ -48,9 +48,15 @@ class DataSettings:
         0.0, "gigabytes of cached shards at most (default: no limit)", fixed=False
     )
     random_crop: bool = _setting(
-        True, "crop training images at random to 80 to 100 %% of the short side"
+        True,
+        "crop training images at random to 80 to 100 %% of the short side (default: True; for "
+        "arrays, which are not resized, False)",
     )
-    random_flip: bool = _setting(True, "mirror half of the training images")
+    random_flip: bool = _setting(
+        True,
+        "mirror half of the training images (default: True; for arrays False, since a latent that "
+        "is mirrored is not the latent of the mirrored image)",
+    )
     lanes: int = _setting(
         64, "parts of the data set that are read in turn, at most one per shard; see docs/data.md"
     )
@@ -74,8 +80,12 @@ class DataSettings:
 class ModelSettings:
     """The arguments of `model.create_classifier`."""
 
-    image_size: int = _setting(64, "side of the square images, in pixels")
-    in_channels: int = _setting(3, "channels of the images, 1 to 4")
+    image_size: int = _setting(
+        64, "side of the square images, in pixels (default: 64; for arrays, theirs)"
+    )
+    in_channels: int = _setting(
+        3, "channels, 1 to 4 of images, 1 to 64 of arrays (default: 3; for arrays, theirs)"
+    )
     num_classes: int = _setting(0, "number of classes (default: that of the data)")
     classifier_width: int = _setting(128, "channels at multiplier 1")
     classifier_depth: int = _setting(2, "residual blocks per level")

@@ -1,7 +1,8 @@
 """Positions -> batches: read, decode and crop images in worker processes without state.
 
 A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32, and the
-bad samples, which could not be decoded: they keep their place in the batch with weight 0.
+bad samples, which could not be decoded: they keep their place in the batch with weight 0. Images of
+arrays (arrays.py) that are no pixels are x_0, fp32.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class BadSample(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch of samples."""
 
-    images: Tensor  # [n, S, S, C] uint8
+    images: Tensor  # [n, S, S, C] uint8; of arrays that are no pixels, x_0 in fp32
     labels: Tensor  # [n] int64
     positions: Tensor  # [n] int64, in the training stream
     weights: Tensor  # [n] fp32: 1, or 0 for a bad sample or padding
@@ -76,9 +77,10 @@ class ShardDataset(Dataset):
 
     order: maps positions to samples; None for the order of the manifest.
     batches: positions of this rank, from which the shards at a URL are fetched ahead; or None.
-    image_size: S, pixels. channels: C, 1 to 4.
+    image_size: S, pixels. channels: C, 1 to 4; both are those of the data if these are arrays.
     random_crop, random_flip: their random numbers depend on (seed, position) alone.
     fast: resize with torchvision; see `images.resize_and_crop`.
+    Arrays are not resized or cropped. Raises ValueError if they have another shape.
     """
 
     def __init__(
@@ -95,6 +97,9 @@ class ShardDataset(Dataset):
         fast: bool = False,
     ):
         self.shards, self.order = shards, order
+        self.arrays = shards.manifest.arrays
+        if self.arrays is not None:
+            self.arrays.refuse_other_shape(image_size, channels)
         self.image_size, self.channels = image_size, channels
         self.random_crop, self.random_flip, self.fast = random_crop, random_flip, fast
         if fast:  # imported before the workers are forked, since it takes 1.5 s and 165 MB
@@ -103,6 +108,11 @@ class ShardDataset(Dataset):
         self._store = shards.store
         self._batches = batches if self._store.remote else None
         self._looked = (0, 0)  # range of positions for which the shards ahead have been named
+
+    @property
+    def dtype(self) -> type:
+        """The type of a batch's images, as NumPy has it."""
+        return np.uint8 if self.arrays is None else self.arrays.batch_dtype
 
     def __getitem__(self, positions: np.ndarray) -> Batch:
         """Read, decode and crop the samples at the positions; -1 is padding, with weight 0.
@@ -117,7 +127,7 @@ class ShardDataset(Dataset):
         samples = samples if self.order is None else self.order.samples(samples)
         rows = self.shards.index[samples]
         size = self.image_size
-        pixels = np.zeros((len(positions), size, size, self.channels), dtype=np.uint8)
+        pixels = np.zeros((len(positions), size, size, self.channels), dtype=self.dtype)
         as_tensor = torch.from_numpy(pixels)
         weights = inside.astype(np.float32)
         bad = []
@@ -159,10 +169,12 @@ class ShardDataset(Dataset):
         return self.shards.key(int((at if self.order is None else self.order.samples(at))[0]))
 
     def _crop(self, data: bytes, position: int) -> tuple[np.ndarray, bool]:
-        """Return the crop, [S, S, C] uint8, and whether to flip it."""
+        """Return the crop, [S, S, C], and whether to flip it."""
+        draws = Draws(fold(self._crop_key, position))
+        if self.arrays is not None:
+            return self.arrays.decode(data), self.random_flip and draws.randrange(2) == 1
         decode = images.decode_pixels if self.fast else images.decode
         image = decode(data, self.channels)
-        draws = Draws(fold(self._crop_key, position))
         if self.random_crop:
             pixels = images.random_crop(image, self.image_size, draws.randrange, fast=self.fast)
         else:
@@ -348,7 +360,7 @@ class _Slots(Dataset):
         self._dataset, self._count = dataset, count
         batch = len(next(iter(positions), ()))  # all batches have the size of the first one
         side = dataset.image_size
-        self._images = _inherited((count, batch, side, side, dataset.channels), np.uint8)
+        self._images = _inherited((count, batch, side, side, dataset.channels), dataset.dtype)
         self._labels = _inherited((count, batch), np.int64)
         self._positions = _inherited((count, batch), np.int64)
         self._weights = _inherited((count, batch), np.float32)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from ds_classifier.data.arrays import SUFFIX
 from ds_classifier.data.tars import (
     IMAGE_SUFFIXES,
     Member,
@@ -66,11 +67,13 @@ def refuse(fault: Fault) -> None:
 class _Group:
     """The members of one key that were found so far.
 
+    array: a .npy, which is the image of a sample if no sample of the shard has another one.
     faults: (kind, words). others: the first suffixes of members that are neither image nor label.
     """
 
     key: str
     image: Member | None = None
+    array: Member | None = None
     label: int | None = None
     label_seen: bool = False
     faults: tuple[tuple[str, str], ...] = ()
@@ -79,15 +82,43 @@ class _Group:
     @property
     def empty(self) -> bool:
         """Shows whether neither an image nor a label was found."""
-        return self.image is None and not self.label_seen
+        return self.image is None and self.array is None and not self.label_seen
 
     @property
     def complete(self) -> bool:
         """Shows whether both an image and a label were found."""
         return self.image is not None and self.label_seen
 
+    def complete_with(self, image: Member | None) -> bool:
+        """Return whether this is a sample without faults if that member is its image."""
+        return (self.image or image) is not None and self.label_seen and not self.faults
+
     def add_fault(self, kind: str, words: str) -> None:
         self.faults += ((kind, words),)
+
+    def read_label(
+        self, content: bytes, labels: str, numbers: Mapping[str, int] | None, suffix: str
+    ) -> None:
+        """Take the label from the content of its member; `_label_in` has the other arguments."""
+        self.label_seen = True
+        try:
+            self.label = _label_in(content, labels, numbers)
+        except ValueError as error:
+            self.add_fault(BAD_LABEL, f"has no usable label in .{suffix}: {error}")
+
+    def judge(self, suffix_of_label: str, *, twice: bool) -> None:
+        """Add the fault that shows when all members have been found. twice: the key was met."""
+        others = ", ".join(f".{other}" for other in self.others)
+        others = f" (it has {others})" if others else ""
+        if twice:
+            self.faults = ((TWICE, "appears twice; need each key once"),)
+        elif self.image is None:
+            self.add_fault(NO_IMAGE, f"has a label but no image{others}")
+        elif not self.label_seen:
+            self.add_fault(NO_LABEL, f"has an image but no .{suffix_of_label}{others}")
+        elif self.image.size > LARGEST_IMAGE:
+            words = f"has an image of {self.image.size} bytes; need 4 GiB at most"
+            self.add_fault(LARGE_IMAGE, words)
 
     def add_other(self, suffix: str) -> None:
         if len(self.others) < MOST_OTHERS and suffix not in self.others:
@@ -114,36 +145,34 @@ def scan_samples(
     labels: str = "cls",
     numbers: Mapping[str, int] | None = None,
     report: Callable[[Fault], None],
+    look: Callable[[int, bytes], None] | None = None,
 ) -> Iterator[ScannedSample]:
     """Walk a tar and yield its complete samples in the order in which they become complete.
 
     A sample is all members with one key: one image and its label. They need not be next to each
     other: a key waits for the rest, so memory is needed for all keys that wait at one time. Other
-    members are skipped, never decoded.
+    members are skipped, never decoded. In a shard without images, .npy members stand for them; as
+    that is not known before, these samples come at the end.
     size: bytes of the tar; None to read to the end of the file.
     labels: "cls", or "json:KEY" for a field of .json.
     numbers: class name -> label, if labels may be names; None if they are numbers.
     report: called for every fault of a sample.
+    look: called with the place and the bytes of every .npy before the first image.
     Raises ValueError for a damaged tar; see tar_members.
     """
     suffix_of_label = "json" if labels.startswith("json:") else labels
     ended: set[str] = set()  # keys
     waiting: dict[str, _Group] = {}
     group: _Group | None = None
+    images = False
 
     def end(group: _Group) -> Iterator[ScannedSample]:
         """Yield the group's sample if it is usable; report its faults if it is not."""
-        others = ", ".join(f".{other}" for other in group.others)
-        others = f" (it has {others})" if others else ""
-        if group.key in ended:
-            group.faults = ((TWICE, "appears twice; need each key once"),)
-        elif group.image is None:
-            group.add_fault(NO_IMAGE, f"has a label but no image{others}")
-        elif not group.label_seen:
-            group.add_fault(NO_LABEL, f"has an image but no .{suffix_of_label}{others}")
-        elif group.image.size > LARGEST_IMAGE:
-            words = f"has an image of {group.image.size} bytes; need 4 GiB at most"
-            group.add_fault(LARGE_IMAGE, words)
+        if not images:
+            group.image = group.image or group.array
+        if group.image is None and not group.label_seen:
+            return  # a .npy beside images
+        group.judge(suffix_of_label, twice=group.key in ended)
         ended.add(group.key)
         for kind, words in group.faults:
             report(Fault(kind, where, group.key, words))
@@ -165,8 +194,10 @@ def scan_samples(
         try:
             member = next(members, None)
         except ValueError:
-            if group is not None and group.complete and not group.faults:
-                yield from end(group)  # the damage begins after this sample
+            before = [*waiting.values(), group] if group is not None else []
+            for group in before:  # the damage begins after these samples
+                if group.complete_with(group.image if images else group.array):
+                    yield from end(group)
             raise
         if member is None:
             break
@@ -180,15 +211,17 @@ def scan_samples(
         if f".{suffix}" in IMAGE_SUFFIXES:
             if group.image is not None:
                 group.add_fault(TWO_IMAGES, "has two images; need one")
-            group.image = member
+            group.image, images = member, True
+        elif f".{suffix}" == SUFFIX and group.array is None:
+            group.array = member
+            group.add_other(suffix)
+            if look is not None and not images and member.size <= LARGEST_IMAGE:
+                file.seek(member.offset)
+                look(member.offset, file.read(member.size))
         elif suffix == suffix_of_label:
-            group.label_seen = True
             file.seek(member.offset)
             content = file.read(min(member.size, LARGEST_LABEL + 1))
-            try:
-                group.label = _label_in(content, labels, numbers)
-            except ValueError as error:
-                group.add_fault(BAD_LABEL, f"has no usable label in .{suffix}: {error}")
+            group.read_label(content, labels, numbers, suffix)
         else:
             group.add_other(suffix)
     yield from leave(group)

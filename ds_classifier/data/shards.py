@@ -2,7 +2,8 @@
 
 A split is a directory:
 
-    train-000000.tar ...  members KEY.jpg (or .png ...) and KEY.cls (class index in ASCII), mtime 0
+    train-000000.tar ...  members KEY.jpg (or .png ..., or .npy: see arrays.py) and KEY.cls (class
+                          index in ASCII), mtime 0
     index.npy             [N] INDEX_DTYPE: place and label of each image; memory-mapped
     manifest.json         class names, counts, how images are stored; per shard: name, samples,
                           bytes, sha256; and a fingerprint of all of it
@@ -29,6 +30,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.store import Shard, ShardStore, is_url
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key_of, member_name
 
@@ -61,6 +63,7 @@ class Manifest:
     shard_keys: keys begin anew in each shard, so a sample's key has the name of its shard in front.
     held_out: the share of the images that `convert --val 10%` held out for validation, such as
         "10%"; "" if the splits were given.
+    arrays: what the samples have in common if they are arrays; None for images.
     """
 
     split: str
@@ -78,6 +81,7 @@ class Manifest:
     labels: str = "cls"
     shard_keys: bool = False
     held_out: str = ""
+    arrays: Arrays | None = None
 
     def key(self, shard: int, key: str) -> str:
         """Return the key of a sample in the split. key: as its shard has it."""
@@ -88,11 +92,16 @@ class Manifest:
     def fingerprint(self) -> str:
         """The SHA-256 of everything that training sees; equal for equal data."""
         facts = [self.classes, self.image_size, [s.sha256 for s in self.shards], self.index_sha256]
+        if self.arrays is not None:  # image sets have the fingerprints that they always had
+            facts.append(self.arrays.facts)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""
         fields = dict(vars(self), shards=[vars(shard) for shard in self.shards])
+        del fields["arrays"]
+        if self.arrays is not None:  # earlier versions read the manifests of images
+            fields["arrays"] = self.arrays.to_json()
         return json.dumps(
             {"format": "ds_classifier shards", "version": VERSION}
             | fields
@@ -111,6 +120,8 @@ class Manifest:
             raise ValueError("another format or version")
         fingerprint = fields.pop("fingerprint")
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
+        if "arrays" in fields:
+            fields["arrays"] = Arrays.from_json(fields["arrays"])
         manifest = cls(**fields)
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint does not match its content")

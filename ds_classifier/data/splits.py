@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
 from ds_classifier.config import Settings
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.remote.objects import in_one_bucket
 from ds_classifier.data.shards import (
@@ -81,11 +84,15 @@ def open_split(
     return ShardSet(store.folder, manifest, index, store)
 
 
-def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: int) -> ShardSet:
+def open_named(
+    location: str, *, cache_dir: str, cache_gb: float, image_size: int, channels: int | None = None
+) -> ShardSet:
     """Open a split that the command line names by a path or URL, for images of image_size pixels.
 
     cache_dir, cache_gb: directory of the node for shards at a URL, and its limit; 0 for no limit.
-    Raises ValueError if there is no split at the location, or if its images are stored too small.
+    channels: of the images; None: the shape of arrays is not checked.
+    Raises ValueError if there is no split at the location, if its images are stored too small, or
+    if it holds arrays of another shape.
     """
     try:
         split = open_split(
@@ -96,6 +103,8 @@ def open_named(location: str, *, cache_dir: str, cache_gb: float, image_size: in
         )
     except NotServed as error:  # the address is wrong, not the connection
         raise ValueError(str(error)) from None
+    if channels is not None:
+        refuse_other_shape(split.manifest, image_size, channels)
     stored = split.manifest.image_size
     if stored is not None and image_size > stored:
         raise ValueError(
@@ -154,6 +163,13 @@ def _open_validation(settings: Settings, train: Manifest) -> ShardSet:
             f"{shown(settings.val_data_dir)}; need the same list as the {len(train.classes)} in "
             f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
         )
+    ours, theirs = described(train.arrays), described(val_shards.manifest.arrays)
+    if ours != theirs:
+        raise ValueError(
+            f"--val_data_dir: got {theirs} in {shown(settings.val_data_dir)}, and {ours} in "
+            f"{shown(settings.data_dir)}; need the same in both; do: convert both in one call, "
+            "with --val"
+        )
     refuse_shared_shards(
         train,
         val_shards.manifest,
@@ -162,6 +178,63 @@ def _open_validation(settings: Settings, train: Manifest) -> ShardSet:
         f"images: ds-classifier evaluate RUN --val_data_dir {shown(settings.data_dir)}",
     )
     return val_shards
+
+
+def settled_by_data(settings: Settings, manifest: Manifest, *, given: Collection[str]) -> Settings:
+    """Return settings in which the training data decide what nobody gave.
+
+    That is the number of classes, and for arrays their size and channels; and they are neither
+    cropped nor mirrored. given: names of the settings that a recipe, a file or a flag set.
+    Raises ValueError for a size, channels or crops that do not suit arrays.
+    """
+    settings = settings.replace(num_classes=len(manifest.classes))
+    if (arrays := manifest.arrays) is None:
+        refuse_other_shape(manifest, settings.image_size, settings.in_channels)
+        return settings
+    usual = dict(
+        image_size=arrays.size, in_channels=arrays.channels, random_crop=False, random_flip=False
+    )
+    settings = settings.replace(**{k: v for k, v in usual.items() if k not in given})
+    if settings.random_crop:
+        raise ValueError(
+            f"--random_crop: got True for arrays ({arrays}), which are not resized, as crops are; "
+            "need False; do: --random_crop False"
+        )
+    refuse_other_shape(manifest, settings.image_size, settings.in_channels)
+    return settings
+
+
+def refuse_other_shape(manifest: Manifest, image_size: int, channels: int) -> None:
+    """Raise ValueError if a classifier of this size and channels cannot read a split's samples."""
+    from ds_classifier.data.images import MODES
+
+    if manifest.arrays is not None:
+        manifest.arrays.refuse_other_shape(image_size, channels)
+    elif channels not in MODES:
+        raise ValueError(
+            f"--in_channels: got {channels} for images; need 1 to {max(MODES)}; do: convert "
+            "arrays (.npy), which may have more"
+        )
+
+
+def refuse_other_samples(manifest: Manifest, arrays: dict[str, Any] | None, name: str) -> None:
+    """Raise ValueError for a split whose samples are not what weights were trained on.
+
+    arrays: what is recorded with the weights of their arrays; None: images. name: of the weights.
+    """
+    need = None if arrays is None else Arrays.from_json(arrays)
+    got = manifest.arrays
+    if (got and got.scaling) != (need and need.scaling):
+        raise ValueError(
+            f"got {described(got)} in {shown(manifest.location or manifest.source)}; need "
+            f"{described(need)}, which {name} was trained on; do: convert them with the same "
+            "--scale and --shift"
+        )
+
+
+def described(arrays: Arrays | None) -> str:
+    """Return what the samples of a split are."""
+    return "images" if arrays is None else f"arrays of {arrays} with x_0 = {arrays.scaling}"
 
 
 def _open(name: str, settings: Settings) -> ShardSet:

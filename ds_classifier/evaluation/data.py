@@ -20,7 +20,7 @@ from ds_classifier.data.loader import (
     worker_count,
 )
 from ds_classifier.data.shards import ShardSet, open_shards
-from ds_classifier.data.splits import open_named
+from ds_classifier.data.splits import described, open_named, refuse_other_samples
 from ds_classifier.data.store import is_url
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 from ds_classifier.guidance.known_distribution import KnownDistribution, open_exact
@@ -84,6 +84,7 @@ def open_validation_data(
                 cache_dir=cache_dir or settings.cache_dir,
                 cache_gb=settings.cache_gb if cache_gb is None else cache_gb,
                 image_size=settings.image_size,
+                channels=settings.in_channels,
             )
         except (ValueError, OSError) as error:
             raise ValueError(f"--val_data_dir: {error}") from None
@@ -96,6 +97,8 @@ def open_validation_data(
             f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
             "with --val"
         )
+    if source.kind != "file":
+        refuse_other_samples(shards.manifest, source.arrays, str(source.path))
     fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
         problem = f"the shards in {shown(location)} on this node differ from those of rank 0's node"
@@ -143,6 +146,8 @@ def open_training_set(
             problem = f"--bayes: got {location}; need images of every class in the validation set"
         elif opened.manifest.classes != val_shards.manifest.classes:
             problem = f"--bayes: got {location}; need the classes of the validation set"
+        elif described(opened.manifest.arrays) != described(val_shards.manifest.arrays):
+            problem = f"--bayes: got {location}; need samples like those of the validation set"
         elif not asked and opened.manifest.fingerprint != source.data:
             problem = "not the data of the run any more"
     if asked:

@@ -33,6 +33,7 @@ class Predictions:
     labels: list[int]  # [R]
     predicted: list[list[int]]  # [R][L] classes
     confidence: list[list[float | None]]  # [R][L], their probabilities; None: not finite
+    colours: str = ""  # what the colours of arrays are; "" for images
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import ShardSet
@@ -66,6 +67,7 @@ def predict_grid(
     last = diffusion.num_timesteps - 1
     levels = sorted({round(i * last / (LEVELS - 1)) for i in range(LEVELS)})
     factor = max(1, math.ceil(image_size / TILE_SIDE))
+    colours = None if dataset.arrays is None else FalseColours(x_start.cpu().numpy())
     tiles, predicted, confidence = [], [], []
     classifier.eval()
     for level in levels:
@@ -75,7 +77,7 @@ def predict_grid(
         for part, part_t in zip(x_t.permute(0, 3, 1, 2).split(4), t.split(4), strict=True):
             rows.append(classifier(part, diffusion.model_timesteps(part_t)).float().softmax(dim=1))
         best = torch.cat(rows).max(dim=1)
-        tiles.append(_as_pixels(x_t, factor))
+        tiles.append(_as_pixels(x_t, factor, colours))
         predicted.append(best.indices.tolist())
         confidence.append([v if math.isfinite(v) else None for v in best.values.tolist()])
     classifier.train(training)
@@ -90,15 +92,20 @@ def predict_grid(
             labels=batch.labels[decoded].tolist(),
             predicted=[list(row) for row in zip(*predicted, strict=True)],
             confidence=[list(row) for row in zip(*confidence, strict=True)],
+            colours="" if colours is None else colours.words,
         ),
     )
 
 
-def _as_pixels(x_t: torch.Tensor, factor: int) -> np.ndarray:
+def _as_pixels(x_t: torch.Tensor, factor: int, colours: FalseColours | None) -> np.ndarray:
     """Return x_t [R, S, S, C] as uint8 [R, S/factor, S/factor, 3], clipped to [-1, 1].
 
     With one or two channels, the first is shown in grey; with four, the first three in colour.
+    colours: of arrays; None for images.
     """
+    if colours is not None:
+        small = torch.nn.functional.avg_pool2d(x_t.permute(0, 3, 1, 2), factor)
+        return colours(small.permute(0, 2, 3, 1).cpu().numpy())
     x = x_t[..., :3] if x_t.shape[-1] >= 3 else x_t[..., :1].expand(*x_t.shape[:-1], 3)
     pixels = from_x_start(x).permute(0, 3, 1, 2)
     pixels = torch.nn.functional.avg_pool2d(pixels, factor).permute(0, 2, 3, 1)

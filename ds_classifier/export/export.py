@@ -39,6 +39,7 @@ from ds_classifier.common import files
 from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.export.measured import find_evaluation
 from ds_classifier.export.model_card import is_model_card, model_card
@@ -202,6 +203,22 @@ def describe(
     if settings.extend:  # it may change in a run, and shapes the learning rate all the same
         training["extend"] = settings.extend
     diffusion = create_gaussian_diffusion(**process)
+    shape, arrays = f"[N, {channels}, {size}, {size}]", source.arrays
+    shown_images = {
+        "shape": shape,
+        "mean": 127.5,
+        "std": 127.5,
+        "normalisation": "8-bit values / 127.5 - 1, so in [-1, 1] before noise",
+        "resize": "guided-diffusion's centre crop: halved by BOX while twice too large, then "
+        "BICUBIC to the short side",
+    }
+    if arrays is not None:
+        scaling = Arrays.from_json(arrays).scaling
+        shown_images = {
+            "shape": shape,
+            "normalisation": f"arrays such as latents: x_0 = {scaling}, before noise",
+            "resize": "none",
+        }
     return {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
@@ -211,13 +228,8 @@ def describe(
         "parameters": parameters,
         "classifier": classifier,
         "diffusion": process,
-        "input": {
-            "shape": f"[N, {channels}, {size}, {size}]",
-            "mean": 127.5,
-            "std": 127.5,
-            "normalisation": "8-bit values / 127.5 - 1, so in [-1, 1] before noise",
-            "resize": "guided-diffusion's centre crop: halved by BOX while twice too large, then "
-            "BICUBIC to the short side",
+        "input": shown_images
+        | {
             "log_snr": [diffusion.log_snr[0].item(), diffusion.log_snr[-1].item()],
             "timesteps": f"{diffusion.shown}, for t from 0 (almost clean) to "
             f"{settings.diffusion_steps - 1} (almost noise) of the process before respacing",
@@ -225,6 +237,7 @@ def describe(
         "reference_flags": classifier_flags(settings) | process_flags(settings),
         "classes": source.classes,
         "data": source.data,
+        **({} if arrays is None else {"arrays": arrays}),
         "training": training if source.kind != "file" else {},
         "evaluation": evaluation,
     }

@@ -23,6 +23,7 @@ from ds_classifier.checkpoint.weights import open_weights, refuse_not_finite
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.common.text import first_line
 from ds_classifier.config import RECIPES, Settings
+from ds_classifier.data.arrays import Arrays, channels_first, described, values_of
 from ds_classifier.data.images import center_crop, decode, with_channels
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
@@ -43,6 +44,7 @@ class Predictor:
     classes: names in the order of the logits; None for a bare file of weights.
     step: the training step of the weights; None for a bare file.
     path: the checkpoint or file that the weights were read from.
+    arrays: what it was trained on, with the scale and shift of x_0; None: images.
     """
 
     classifier: nn.Module
@@ -51,6 +53,7 @@ class Predictor:
     classes: list[str] | None
     step: int | None
     path: Path
+    arrays: Arrays | None = None
 
     def __repr__(self) -> str:
         """Return the facts that a user of the classifier needs, one per line."""
@@ -62,10 +65,13 @@ class Predictor:
         millions = sum(parameter.numel() for parameter in parameters) / 1e6
         dtype = str(parameters[0].dtype).removeprefix("torch.")
         step = "" if self.step is None else f", step {self.step:,}"
+        shown = f"images   {size} x {size} pixels, {channels} channels"
+        if self.arrays is not None:
+            shown = f"arrays   {self.arrays}, x_0 = {self.arrays.scaling}"
         return (
             f"Predictor from {self.path}{step}\n"
             f"  classes  {self.settings.num_classes:,}: {names}\n"
-            f"  images   {size} x {size} pixels, {channels} channels\n"
+            f"  {shown}\n"
             f"  noise    {self.settings.noise_schedule}, t from 0 to "
             f"{self.diffusion.num_timesteps - 1}, log-SNR from {self.diffusion.log_snr[0]:.1f} to "
             f"{self.diffusion.log_snr[-1]:.1f}\n"
@@ -82,12 +88,14 @@ class Predictor:
 
         images: paths and Pillow's images of any mode and size; one, or any number of them. As in
             training, they are not turned by their EXIF orientation.
-        Returns [N, S, S, C] uint8.
+        Returns [N, S, S, C] uint8. For a classifier of arrays it reads .npy files: [N, C, S, S].
         Raises ValueError for an image that does not decode or is neither a path nor Pillow's, with
         its place in `images`; OSError for a file that cannot be opened.
         """
         size, channels = self.settings.image_size, self.settings.in_channels
         pixels = []
+        if self.arrays is not None:
+            return self._read_arrays([images] if isinstance(images, (str, Path)) else images)
         for i, source in enumerate([images] if isinstance(images, _ONE) else images):
             if not isinstance(source, _ONE):
                 raise ValueError(
@@ -105,6 +113,30 @@ class Predictor:
                 raise ValueError(f"images[{i}], {source}: {error}") from None
         return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, size, size, channels))
 
+    def _read_arrays(self, paths: Iterable[str | Path]) -> Tensor:
+        """Read .npy files: [N, C, S, S] of the type that the classifier was trained on."""
+        arrays, found = self.arrays, []
+        for i, path in enumerate(paths):
+            try:
+                values = channels_first(values_of(Path(path).read_bytes()))
+                if values.shape != (arrays.channels, arrays.size, arrays.size):
+                    raise ValueError(f"holds {described(values)}; need {arrays}")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"images[{i}], {path}: {error}") from None
+            found.append(values.astype(arrays.dtype))
+        shape = (-1, arrays.channels, arrays.size, arrays.size)
+        return torch.from_numpy(np.array(found, arrays.dtype).reshape(shape))
+
+    def _x_start(self, images: Tensor) -> Tensor:
+        """Return x_0 [N, S, S, C] fp32 of images, or of the values of arrays in that layout."""
+        if self.arrays is None or self.arrays.pixels:
+            return to_x_start(images)
+        shift, scale = (
+            torch.tensor(numbers, device=images.device)
+            for numbers in (self.arrays.shift, self.arrays.scale)
+        )
+        return (images.float() - shift) * scale
+
     @torch.no_grad()
     def predict(
         self,
@@ -114,33 +146,42 @@ class Predictor:
     ) -> Tensor:
         """Return p(y | x_t) for clean images noised to level t.
 
-        images: [N, S, S, C] uint8.
+        images: [N, S, S, C] uint8. Of a classifier of arrays: their values, [N, C, S, S], floating
+            or uint8 as in training, of which this makes x_0 by the recorded shift and scale.
         t: whole, 0 (almost clean) to T - 1 (almost noise); one for all images, or [N].
-        noise: [N, S, S, C] standard normal. None draws the noise of evaluation's positions
-            0 .. N - 1, which is the same at each call and level.
+        noise: standard normal, of the shape of images. None draws the noise of evaluation's
+            positions 0 .. N - 1, which is the same at each call and level.
         Returns [N, K] fp32, on the classifier's device; nan where the logits are not finite.
         Raises ValueError for other shapes, types or levels.
         """
         shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
+        latents = self.arrays is not None and not self.arrays.pixels
+        asked = shape if self.arrays is None else (shape[2], *shape[:2])
         got, images = _tensor_of(images)
-        if images is None or images.dtype != torch.uint8 or images.shape[1:] != shape:
+        right = images is not None and images.is_floating_point() == latents
+        if not right or images.shape[1:] != asked or not (latents or images.dtype == torch.uint8):
+            kind = "floating" if latents else "torch.uint8"
             raise ValueError(
-                f"images: got {got}; need [N, {', '.join(map(str, shape))}] torch.uint8; do: "
-                "read them with read()"
+                f"images: got {got}; need [N, {', '.join(map(str, asked))}] {kind}; do: read them "
+                "with read()"
             )
         count, device = len(images), self.device
         levels = self._levels(t, count)
         if noise is None:
             positions = torch.arange(count, device=device)
             noise = keyed_noise(VALIDATION_SEED, "validation", positions, shape)
+            if self.arrays is not None:
+                noise = noise.permute(0, 3, 1, 2)
         else:
             got, noise = _tensor_of(noise)
             if noise is None or not noise.is_floating_point() or noise.shape != images.shape:
                 raise ValueError(f"noise: got {got}; need {list(images.shape)}, floating")
         if count == 0:  # the classifier's attention cannot reshape an empty batch
             return torch.empty(0, self.settings.num_classes, device=device)
-        x_start = to_x_start(images.to(device))
-        x_t = self.diffusion.q_sample(x_start, levels, noise.to(device).float())
+        images, noise = images.to(device), noise.to(device).float()
+        if self.arrays is not None:
+            images, noise = images.permute(0, 2, 3, 1), noise.permute(0, 2, 3, 1)
+        x_t = self.diffusion.q_sample(self._x_start(images), levels, noise)
         timesteps = self.diffusion.model_timesteps(levels)
         return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)
 
@@ -153,7 +194,8 @@ class Predictor:
         """Return the gradient of log p(y | x_t) with respect to x_t, which guidance adds.
 
         x_t: [N, C, S, S], noisy images of the process, `alpha x_0 + sigma noise` with x_0 in
-            [-1, 1]. For a sampler of another process, see `guidance.Guide`.
+            [-1, 1], or arrays that are scaled and shifted. For a sampler of another process, see
+            `guidance.Guide`.
         t: the noise level of x_t, 0 to T - 1; one for all images, or [N].
         y: the classes to steer to, 0 to K - 1; one for all images, or [N].
         Returns [N, C, S, S] fp32, on the classifier's device. It is guidance's classifier_gradient
@@ -267,6 +309,7 @@ def load(
         source.classes,
         source.step,
         source.path,
+        None if source.arrays is None else Arrays.from_json(source.arrays),
     )
 
 

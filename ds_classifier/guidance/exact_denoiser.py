@@ -88,6 +88,8 @@ class ExactDenoiser:
         return len(self._images)
 
     def __str__(self) -> str:
+        if self._images.is_floating_point():
+            return f"the {len(self):,} training arrays"
         return f"the {len(self):,} training images, centre-cropped"
 
     def _chunks(self):
@@ -180,7 +182,8 @@ class _Average:
 def read_images(shards: ShardSet, *, image_size: int, channels: int = 3) -> tuple[Tensor, Tensor]:
     """Read a whole split, centre-cropped: images [M, C, S, S] uint8 and labels [M] int64.
 
-    Images that do not decode are left out, as in training. Raises ValueError if none decodes.
+    Of arrays that are no pixels: x_0, fp32. Images that do not decode are left out, as in training.
+    Raises ValueError if none decodes.
     """
     dataset = ShardDataset(shards, image_size=image_size, channels=channels)
     parts, labels = [], []

@@ -130,7 +130,7 @@ class Judge:
     """An independent classifier of clean images: a support vector machine on their pixels."""
 
     def __init__(self, images: Tensor, labels: Tensor):
-        """Train it. images: uint8 [M, C, S, S]; labels: [M].
+        """Train it. images: [M, C, S, S], uint8 or x_0 of arrays; labels: [M].
 
         Raises ValueError without scikit-learn.
         """
@@ -145,8 +145,9 @@ class Judge:
 
     @staticmethod
     def _features(images: np.ndarray) -> np.ndarray:
-        """Return [M, D] fp32 in [0, 1]."""
-        return images.reshape(len(images), -1).astype(np.float32) / 255.0
+        """Return [M, D] fp32: pixels in [0, 1], or x_0 of arrays."""
+        features = images.reshape(len(images), -1).astype(np.float32)
+        return features / 255.0 if images.dtype == np.uint8 else features
 
     def share(self, samples: np.ndarray, asked: np.ndarray) -> float:
         """Return the share of samples, uint8 [N, ...], that it assigns to the class asked for."""

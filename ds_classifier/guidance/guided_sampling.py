@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_classifier.checkpoint.weights import WeightsFile, load_classifier, refuse_not_finite
+from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.config import Settings
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.shards import open_shards
+from ds_classifier.data.splits import refuse_other_samples
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 from ds_classifier.guidance.gradient import CondFn, bayes_gradient, classifier_gradient
@@ -28,9 +31,13 @@ from ds_classifier.guidance.sampling import (
     ReverseProcess,
     exact_denoiser,
     sample_classes,
+    to_arrays,
+    to_pixels,
     unet_denoiser,
 )
 from ds_classifier.guidance.unet import UNetModel, load_unet
+
+MOST_COLOURED = 1000  # training arrays that the colours of samples are chosen by
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,13 @@ class GuidedSampling:
         or nothing does.
     exact: the exact denoiser of the distribution that the training set was drawn from, where it is
         known, else of the training set; None if a UNet is sampled from.
-    images, labels: the training set, [M, C, S, S] uint8 and [M] int64; None without one.
+    images, labels: the training set, [M, C, S, S], see `to_x_start`, and [M] int64; None without
+        one.
     unet: the UNet to sample from; None with a training set.
     device: the device that samples are drawn on.
     names: of all classes; their numbers where neither the classifier nor a training set has names.
     origin: what samples.json records of the classifier and the denoiser.
+    arrays: what is sampled, if it is arrays that are no pixels; None for pixels.
     """
 
     settings: Settings
@@ -59,6 +68,7 @@ class GuidedSampling:
     device: torch.device
     names: list[str]
     origin: dict[str, Any]
+    arrays: Arrays | None = None
 
     @functools.cached_property
     def process(self) -> ReverseProcess:
@@ -130,6 +140,8 @@ class GuidedSampling:
     ) -> np.ndarray:
         """Draw a sample per label, guided at a scale, on all ranks together: uint8 [N, S, S, C].
 
+        Of arrays: x_0, fp32 [N, S, S, C].
+
         labels: [N] int64, the classes asked for. scale, temperatures: see `cond_fn`.
         batch_size: samples at a time, per rank. The others: see `sample_classes`.
         Raises FloatingPointError if there are samples that are not finite.
@@ -150,8 +162,20 @@ class GuidedSampling:
             device=self.device,
             ddim=use_ddim,
             clip_denoised=clip_denoised,
+            finish=to_pixels if self.arrays is None else to_arrays,
             progress=progress,
         )
+
+    def colours(self, samples: np.ndarray) -> FalseColours | None:
+        """Return how samples of arrays are shown, by their training set if there is one.
+
+        samples: as `draw` returns them. None for images.
+        """
+        if self.arrays is None:
+            return None
+        if self.images is None:
+            return FalseColours(samples)
+        return FalseColours(self.images[:MOST_COLOURED].permute(0, 2, 3, 1).numpy())
 
 
 def load_guided_sampling(
@@ -202,11 +226,19 @@ def load_guided_sampling(
         origin = {"classifier": guide, "denoiser": denoiser}
         numbers = [str(number) for number in range(settings.num_classes)]
         names = (source.classes if source else None) or numbers
+        recorded = None if source is None or source.arrays is None else source.arrays
+        arrays = None if recorded is None else _latents(Arrays.from_json(recorded))
         return GuidedSampling(
-            settings, classifier, source, None, None, None, model, device, names, origin
+            settings, classifier, source, None, None, None, model, device, names, origin, arrays
         )
     shards = open_shards(data_dir)
-    names = shards.manifest.classes
+    names, arrays = shards.manifest.classes, shards.manifest.arrays
+    if source is None and arrays is not None:
+        settings = settings.replace(
+            **{"image_size": arrays.size, "in_channels": arrays.channels} | given
+        )
+    elif source is not None and source.kind != "file":
+        refuse_other_samples(shards.manifest, source.arrays, str(source.path))
     images, labels = read_images(
         shards, image_size=settings.image_size, channels=settings.in_channels
     )
@@ -219,8 +251,14 @@ def load_guided_sampling(
     exact = open_exact(shards.manifest, images, labels, device)
     origin = {"classifier": guide, "denoiser": {"data_dir": data_dir}}
     return GuidedSampling(
-        settings, classifier, source, exact, images, labels, None, device, names, origin
+        *(settings, classifier, source, exact, images, labels, None, device, names, origin),
+        _latents(arrays),
     )
+
+
+def _latents(arrays: Arrays | None) -> Arrays | None:
+    """Return arrays that are no pixels; None for others."""
+    return None if arrays is None or arrays.pixels else arrays
 
 
 def load_guide(

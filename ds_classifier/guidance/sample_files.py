@@ -1,6 +1,7 @@
 """Write samples to disk: guided-diffusion's npz, and PNG sheets to look at.
 
-scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: images and classes
+scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: images and classes;
+                              of arrays, arr_0 fp32 [N, C, H, W], as `convert` reads them
 scale_3/class_0007.png        the samples of a class
 overview.png                  a row per class, with its name; a block of columns per scale
 samples.json                  how they were drawn: classifier, denoiser, scales, seed, process
@@ -32,15 +33,19 @@ def scale_folder(out: Path, scale: float) -> Path:
     return out / f"scale_{scale:g}"
 
 
-def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
+def write_samples(
+    folder: Path, pixels: np.ndarray, labels: np.ndarray, values: np.ndarray | None = None
+) -> Path:
     """Write the npz and a sheet per class in place of older ones; return the path of the npz.
 
-    pixels: uint8 [N, H, W, C]; labels: int64 [N].
+    pixels: uint8 [N, H, W, C]; labels: int64 [N]. values: arrays, fp32 [N, C, H, W], of which the
+    pixels are a picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"samples_{'x'.join(map(str, pixels.shape))}.npz"
+    values = pixels if values is None else values
+    path = folder / f"samples_{'x'.join(map(str, values.shape))}.npz"
     staging = path.with_suffix(".staging.npz")
-    np.savez(staging, pixels, labels)  # numpy names the arrays arr_0, arr_1
+    np.savez(staging, values, labels)  # numpy names the arrays arr_0, arr_1
     for old in [*folder.glob("samples_*.npz"), *folder.glob("class_*.png")]:
         if old != staging:
             old.unlink()

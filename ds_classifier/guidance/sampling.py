@@ -250,6 +250,11 @@ def to_pixels(x: Tensor) -> Tensor:
     return from_x_start(x).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def to_arrays(x: Tensor) -> Tensor:
+    """Return [N, C, S, S] as x_0 of arrays, [N, S, S, C] fp32."""
+    return x.float().permute(0, 2, 3, 1).contiguous()
+
+
 def sample_classes(
     process: ReverseProcess,
     denoiser: Denoiser,
@@ -262,11 +267,13 @@ def sample_classes(
     device: torch.device,
     ddim: bool = False,
     clip_denoised: bool = True,
+    finish: Callable[[Tensor], Tensor] = to_pixels,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Draw a sample per label, on all ranks together: uint8 [N, S, S, C], the same on each rank.
 
     labels: [N] int64, the classes asked for. shape: (C, S, S). batch_size: samples per rank.
+    finish: makes the samples that are returned from x_0, [n, C, S, S].
     progress: called with the number of samples drawn and N.
     The noise of sample n depends on (seed, n) alone, and a batch holds the same samples on any
     number of ranks, so the images are those of one rank if the devices round in the same way.
@@ -295,7 +302,7 @@ def sample_classes(
         if max(broken) >= 0:
             levels = [process.diffusion.timestep_map[t] if t >= 0 else None for t in broken]
             raise FloatingPointError(_not_finite(first, levels))
-        pixels.append(distributed.all_gather(to_pixels(x)).flatten(0, 1).cpu().numpy())
+        pixels.append(distributed.all_gather(finish(x)).flatten(0, 1).cpu().numpy())
         progress(min(first + ranks * batch_size, len(labels)), len(labels))
     return np.concatenate(pixels)[: len(labels)]
 

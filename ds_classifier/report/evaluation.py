@@ -129,9 +129,12 @@ def image_grid(run: RunData) -> dict[str, Any] | str:
     ]
     step = f" at step {shown.step:,}" if shown.step is not None else ""
     shrunk = f" Shown at 1/{shown.shrunk} of their size." if shown.shrunk > 1 else ""
+    kind, colours = "images", ""
+    if shown.colours:
+        kind, colours = "arrays", f" Their colours are {shown.colours}."
     text = (
-        f"Held-out images{step}, from nearly clean to nearly noise. Under each one is the "
-        f"predicted class, and how confident the classifier is.{shrunk}"
+        f"Held-out {kind}{step}, from nearly clean to nearly noise. Under each one is the "
+        f"predicted class, and how confident the classifier is.{colours}{shrunk}"
     )
     return {"text": text, "levels": levels, "rows": rows}
 

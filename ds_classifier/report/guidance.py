@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.common.text import count, percent
 from ds_classifier.report.data import GuidedSamples, RunData
 from ds_classifier.report.evaluation import class_name, data_uri
@@ -35,9 +36,13 @@ def guides(run: RunData) -> dict[str, Any] | str:
     scales = [scale for scale, found in drawn.items() if found is not None]
     places = np.linspace(0, len(scales) - 1, min(SCALES_SHOWN, len(scales))).round().astype(int)
     names = run.classes or []
+    arrays = [drawn[scale][0] for scale in scales if drawn[scale][0].dtype != np.uint8]
+    colours = FalseColours(arrays[0].transpose(0, 2, 3, 1)) if arrays else None
     blocks = []
     for scale in (scales[i] for i in places):
         pixels, labels = drawn[scale]
+        if pixels.dtype != np.uint8:
+            pixels = colours(pixels.transpose(0, 2, 3, 1))
         asked = np.unique(labels)[:CLASSES_SHOWN]
         share = samples.shares.get(scale)
         measured = f"{percent(share, 0)} of the class asked for" if share is not None else ""
@@ -58,7 +63,8 @@ def guides(run: RunData) -> dict[str, Any] | str:
             }
         )
     return {
-        "text": _text(run, samples, scales),
+        "text": _text(run, samples, scales)
+        + (f" The samples are arrays; their colours are {colours.words}." if colours else ""),
         "images": max((len(row["sources"]) for b in blocks for row in b["rows"]), default=1),
         "blocks": blocks,
         "table": _table(samples),
@@ -66,7 +72,9 @@ def guides(run: RunData) -> dict[str, Any] | str:
 
 
 def read_samples(folder: Path, scale: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a scale's samples, uint8 [N, H, W, C], and their classes, [N]; None if damaged.
+    """Return a scale's samples and their classes, [N]; None if damaged.
+
+    Samples are uint8 [N, H, W, C], or of arrays fp32 [N, C, H, W].
 
     guidance/sample_files.py writes them.
     """
@@ -78,7 +86,8 @@ def read_samples(folder: Path, scale: float) -> tuple[np.ndarray, np.ndarray] | 
                 pixels, labels = arrays["arr_0"], arrays["arr_1"]
         except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
             continue
-        whole = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] in (1, 3)
+        whole = pixels.dtype == np.float32 or pixels.shape[-1:] in ((1,), (3,))
+        whole = whole and pixels.ndim == 4 and pixels.dtype in (np.uint8, np.float32)
         if whole and len(pixels) and labels.shape == pixels.shape[:1]:
             return pixels, labels
     return None

@@ -86,11 +86,13 @@ class Setup:
         settings = self.resolved.settings
         if not settings.posterior_images:
             return None
+        arrays = self.shards.manifest.arrays
         return RecentImages(
             settings.posterior_images,
             image_shape=(settings.image_size, settings.image_size, settings.in_channels),
             num_classes=settings.num_classes,
             device=self.engine.device,
+            dtype=torch.float32 if arrays is not None and not arrays.pixels else torch.uint8,
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:
@@ -123,7 +125,9 @@ class Setup:
 
 def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
     """Return what a checkpoint records about its run, and a resumed run may not change."""
-    return {
+    arrays = shards.manifest.arrays
+    of_arrays = {} if arrays is None else {"arrays": arrays.to_json()}
+    return of_arrays | {
         "settings": resolved.settings.recorded(),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,

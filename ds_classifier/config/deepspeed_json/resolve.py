@@ -91,9 +91,9 @@ class Resolved:
         scheduler = scheduler | {"params": scheduler["params"] | length}
         return replace(self, ds_config=self.ds_config | {"scheduler": scheduler})
 
-    def with_classes(self, num_classes: int) -> Resolved:
-        """Return a copy whose settings have the number of classes of the data."""
-        return replace(self, settings=self.settings.replace(num_classes=num_classes))
+    def with_settings(self, settings: Settings) -> Resolved:
+        """Return a copy with settings in which the data have decided the rest."""
+        return replace(self, settings=settings)
 
     def with_parameters(self, parameters: int) -> Resolved:
         """Return a copy in which both bucket sizes of ZeRO are numbers.
@@ -117,7 +117,7 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
     """Complete settings and JSON from each other, for a number of ranks.
 
     raw: the JSON as the user wrote it.
-    The classes and the parameters are added later, by `Resolved.with_classes` and
+    The classes and the parameters are added later, by `Resolved.with_settings` and
     `Resolved.with_parameters`.
     Raises ValueError with every problem found, one per line.
     """

@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ds_classifier.common.text import count
-from ds_classifier.data.convert.formats import READ_FORMATS, as_png, stored_suffix
+from ds_classifier.data.arrays import MAGIC, Arrays
+from ds_classifier.data.convert.formats import (
+    READ_FORMATS,
+    array_as_member,
+    as_png,
+    stored_suffix,
+)
 from ds_classifier.data.convert.samples import Sample
 from ds_classifier.data.pool import in_processes, shared
 
@@ -17,8 +23,10 @@ MAX_LISTED = 20  # files per split in the error message; the .bad.txt lists all 
 SAMPLES_PER_TASK = 256  # read by a process between two calls of `progress`
 
 
-def read_image(sample: Sample) -> tuple[bytes, str]:
+def read_image(sample: Sample, arrays: Arrays | None = None) -> tuple[bytes, str]:
     """Return the bytes to store of a sample, and the suffix for their format ("jpg", "png" ...).
+
+    arrays: what the samples have in common if they are arrays, see `formats.array_as_member`.
 
     The format is read from the first bytes, not from the name: a PNG named .JPEG becomes .png.
     Images in formats that shards do not hold are converted to PNG, see `formats.as_png`.
@@ -28,23 +36,28 @@ def read_image(sample: Sample) -> tuple[bytes, str]:
         data = sample.read()
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
+    if arrays is not None or data.startswith(MAGIC):
+        return array_as_member(data, arrays)
     suffix = stored_suffix(data)
     return (data, suffix) if suffix else (as_png(data, sample.name), "png")
 
 
-def find_bad(samples: Sequence[Sample]) -> list[BadFile]:
+def find_bad(samples: Sequence[Sample], arrays: Arrays | None = None) -> list[BadFile]:
     """Read all samples, and return those that are not images."""
     bad = []
     for sample in samples:
         try:
-            read_image(sample)
+            read_image(sample, arrays)
         except ValueError as error:
             bad.append((sample.name, str(error)))
     return bad
 
 
 def find_bad_parallel(
-    samples: Sequence[Sample], workers: int, progress: Callable[[int, int], None]
+    samples: Sequence[Sample],
+    workers: int,
+    progress: Callable[[int, int], None],
+    arrays: Arrays | None = None,
 ) -> list[BadFile]:
     """Return the same as `find_bad`, with several processes.
 
@@ -52,7 +65,7 @@ def find_bad_parallel(
     """
     starts = range(0, len(samples), SAMPLES_PER_TASK)
     bad, done = [], 0
-    for bad_in_task in in_processes(workers, _find_bad_task, starts, shared=samples):
+    for bad_in_task in in_processes(workers, _find_bad_task, starts, shared=(samples, arrays)):
         bad += bad_in_task
         done = min(done + SAMPLES_PER_TASK, len(samples))
         progress(done, len(samples))
@@ -60,7 +73,8 @@ def find_bad_parallel(
 
 
 def _find_bad_task(start: int) -> list[BadFile]:
-    return find_bad(shared()[start : start + SAMPLES_PER_TASK])
+    samples, arrays = shared()
+    return find_bad(samples[start : start + SAMPLES_PER_TASK], arrays)
 
 
 def split_off_unreadable(samples: Sequence[Sample]) -> tuple[list[Sample], list[BadFile]]:
@@ -82,7 +96,9 @@ def split_off_unreadable(samples: Sequence[Sample]) -> tuple[list[Sample], list[
     return good, bad
 
 
-def raise_if_bad(bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int]) -> None:
+def raise_if_bad(
+    bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int], arrays: Arrays | None = None
+) -> None:
     """Raise ValueError with the first bad files of every split, if there are any.
 
     All bad files of a split are written to out/SPLIT.bad.txt, or bad-I.txt for part (I, N).
@@ -103,12 +119,15 @@ def raise_if_bad(bad: dict[str, list[BadFile]], out: Path, part: tuple[int, int]
         lines += [f"{head}{name}: {problem}" for name, problem in files[:MAX_LISTED]]
         if len(files) > MAX_LISTED:
             lines.append(f"{head}... and {len(files) - MAX_LISTED:,} more")
+    needed = f"images ({READ_FORMATS})"
+    if arrays is not None:
+        needed = f"arrays of {arrays} with finite values"
     per_split = ", ".join(f"{len(files):,} of {split}" for split, files in bad.items())
     text = (
         count(sum(map(len, bad.values())), "file")
         + " that cannot be stored"
         + (f" ({per_split})" if len(bad) > 1 else "")
-        + f"; need whole images ({READ_FORMATS}); do: remove or replace the files in "
+        + f"; need whole {needed}; do: remove or replace the files in "
         + " and ".join(str(listings[split]) for split in bad)
         + ", and remove "
         + " and ".join(f"{out / split}.partial" for split in bad)

@@ -28,6 +28,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.keyed_random import permutation, stream_key
 from ds_classifier.data import images
+from ds_classifier.data.arrays import Arrays, Tally
 from ds_classifier.data.convert.bad_files import (
     BadFile,
     find_bad,
@@ -103,7 +104,9 @@ def convert(
     for split in todo:
         if any(bad.values()):
             look = functools.partial(progress, phase=f"{split}, only checked")
-            bad[split] += find_bad_parallel(splits[split][part[0] :: part[1]], workers, look)
+            bad[split] += find_bad_parallel(
+                splits[split][part[0] :: part[1]], workers, look, source.arrays
+            )
         else:
             plan = plans[split]
             partial = open_partial(out, plan)
@@ -112,7 +115,7 @@ def convert(
             bad[split] += _write_shards(
                 partial, plan, splits[split], part, workers, progress, mirror
             )
-    raise_if_bad(bad, out, part)
+    raise_if_bad(bad, out, part, source.arrays)
     if part[1] == 1:
         merge(out, mirror)
     return {
@@ -240,11 +243,12 @@ def _write_shard(number: int) -> tuple[int, list[BadFile]]:
 
     partial, plan, firsts, samples_of, bad_met, mirror = shared()
     first, samples = firsts[number], samples_of[number]
+    arrays = None if plan.arrays is None else Arrays(**plan.arrays)
     if bad_met.is_set():
-        return number, find_bad(samples)
+        return number, find_bad(samples, arrays)
     path = partial / plan.shard_name(number)
     staging = path.with_suffix(".part")
-    undecodable, began_ns = [], time.time_ns()
+    undecodable, tally, began_ns = [], Tally(), time.time_ns()
     with (
         files.naming(staging),
         open(staging, "wb") as file,
@@ -252,10 +256,12 @@ def _write_shard(number: int) -> tuple[int, list[BadFile]]:
     ):
         for i, sample in enumerate(samples, first):
             try:
-                data, suffix = read_image(sample)
+                data, suffix = read_image(sample, arrays)
             except ValueError:
                 bad_met.set()
-                return number, find_bad(samples[i - first :])
+                return number, find_bad(samples[i - first :], arrays)
+            if arrays is not None:
+                tally.add(arrays.decode(data))
             if plan.image_size is not None:
                 try:
                     halved = images.halve(images.decode(data), plan.image_size)
@@ -272,6 +278,8 @@ def _write_shard(number: int) -> tuple[int, list[BadFile]]:
     np.save(path.with_suffix(".index.npy"), rows)
     shard = Shard(path.name, len(samples), staging.stat().st_size, files.sha256(staging))
     facts = asdict(shard) | {"undecodable": undecodable, "began_ns": began_ns}
+    if arrays is not None:
+        facts["tally"] = tally.to_json()
     files.replace_text(path.with_suffix(".json"), json.dumps(facts))
     os.rename(staging, path)
     if mirror is not None:
@@ -283,11 +291,12 @@ def _finish(partial: Path, plan: Plan) -> None:
     """Collect the facts of all shards in an index and a manifest."""
     if (partial / MANIFEST).is_file():  # written before, by a merge that was killed
         return
-    shards, index, undecodable = [], [], []
+    shards, index, undecodable, tally = [], [], [], Tally()
     for number in range(len(plan.shard_samples)):
         path = partial / plan.shard_name(number)
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         undecodable += facts.pop("undecodable")
+        tally.update(Tally(*facts.pop("tally", ())))
         del facts["began_ns"]
         shards.append(Shard(**facts))
         index.append(np.load(path.with_suffix(".index.npy")))
@@ -305,6 +314,7 @@ def _finish(partial: Path, plan: Plan) -> None:
         shards=shards,
         index_sha256=files.sha256(partial / INDEX),
         held_out=plan.held_out,
+        arrays=None if plan.arrays is None else tally.finish(Arrays(**plan.arrays)),
     )
     files.replace_text(partial / MANIFEST, manifest.to_json())
 

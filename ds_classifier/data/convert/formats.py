@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.convert.samples import ARCHIVES, SIDECARS, PassedOver, files_under
 from ds_classifier.data.tars import IMAGE_SUFFIXES, LFS_POINTER
 
@@ -203,6 +204,27 @@ def as_png(data: bytes, name: str) -> bytes:
         raise
     except Exception as error:  # Pillow's plugins raise errors of struct, zlib and others too
         raise ValueError(f"cannot be read as {plugin} ({error})") from None
+
+
+def array_as_member(data: bytes, arrays: Arrays | None) -> tuple[bytes, str]:
+    """Return the bytes of a .npy as shards hold it, and the suffix.
+
+    arrays: what the arrays of the set have in common; None: they are pixels, stored as PNG.
+    Raises ValueError for an array that is not whole, differs, or has values that are not finite.
+    """
+    from PIL import Image
+
+    from ds_classifier.data.arrays import channels_first, described, to_npy, values_of
+
+    values = channels_first(values_of(data))
+    if arrays is not None:
+        data = to_npy(values)
+        arrays.decode(data)
+        return data, "npy"
+    if values.dtype.name != "uint8" or len(values) not in (1, 3):
+        raise ValueError(f"holds {described(values)}; need uint8 with 1 or 3 channels among images")
+    pixels = values[0] if len(values) == 1 else values.transpose(1, 2, 0).copy()
+    return png_of(Image.fromarray(pixels)), "png"
 
 
 def png_of(image) -> bytes:

@@ -9,6 +9,7 @@ import shutil
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Plan:
     shard_samples: number of samples per shard.
     digest: sha256 of all other fields but `source`, and of the names, labels, sizes and marks of
         images.
-    held_out: see `DataSource`.
+    held_out: see `DataSource`. arrays: what its arrays have in common, in JSON; None for images.
     """
 
     split: str
@@ -61,6 +62,7 @@ class Plan:
     form: str
     digest: str
     held_out: str = ""
+    arrays: dict[str, Any] | None = None
 
     def shard_name(self, number: int) -> str:
         return f"{self.split}-{number:06d}.tar"
@@ -120,6 +122,11 @@ def final_encoding(encoding: Encoding, source: DataSource) -> Encoding:
     Images that the source has halved stay halved. Raises ValueError if larger images are asked for,
     or lossless ones from a JPEG source.
     """
+    if source.arrays is not None and encoding.image_size is not None:
+        raise ValueError(
+            f"--image_size: got {encoding.image_size} for arrays ({source.arrays}), which are not "
+            "resized; do: drop it"
+        )
     if source.halved is None:
         return encoding
     size, form = source.halved
@@ -152,8 +159,10 @@ def make_plan(
         image_size=encoding.image_size,
         form=encoding.form if encoding.image_size else "",
     )
-    if source.held_out:  # other digests stay as they were before there were shares
+    if source.held_out:  # other digests stay as they were before there were shares, and arrays
         facts["held_out"] = source.held_out
+    if source.arrays is not None:
+        facts["arrays"] = source.arrays.to_json()
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
         size = sample.size()

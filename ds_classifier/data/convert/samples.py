@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from ds_classifier.common.files import size_of_file
 from ds_classifier.common.text import count
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.classes import class_list, refuse_not_utf8
 from ds_classifier.data.tars import printable
 
@@ -162,6 +163,7 @@ class DataSource:
     held_out: the share that `hold_out` made the validation split of, such as "10%"; "" if the split
         was given.
     remarks: lines for the user, such as which files were taken for which split.
+    arrays: what the samples have in common if they are stored as arrays; None for images.
     Raises ValueError for a class name that is not UTF-8, and for an image that is in both splits.
     """
 
@@ -171,6 +173,7 @@ class DataSource:
     halved: tuple[int, str] | None = None
     held_out: str = ""
     remarks: tuple[str, ...] = ()
+    arrays: Arrays | None = None
 
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)
@@ -283,14 +286,15 @@ class PassedOver:
     """The files and folders that a conversion does not take. False if there are none.
 
     hidden: the number of hidden files that would be taken. folders: name -> number.
-    left_out: suffix of files that are not images -> number; without what is in SIDECARS.
-    examples: suffix -> the first of these files.
+    left_out: suffix of files that are not taken -> number; without what is in SIDECARS.
+    examples: suffix -> the first of these files. wanted: what is taken.
     """
 
     hidden: int = 0
     folders: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    wanted: str = "images"
 
     def __bool__(self) -> bool:
         return bool(self.hidden or self.folders or self.left_out)
@@ -331,7 +335,7 @@ class PassedOver:
         if found:
             unpack = any(suffix in ARCHIVES for suffix in self.left_out)
             lines.append(
-                f"left out, since they are not images: {', '.join(found)}"
+                f"left out, since they are not {self.wanted}: {', '.join(found)}"
                 + "; do: unpack the archives, if they hold images" * unpack
             )
         return lines

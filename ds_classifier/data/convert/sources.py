@@ -5,24 +5,32 @@ What only some sources need (numpy, scipy, pyarrow ...) is imported when such a 
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ds_classifier.common.text import count
-from ds_classifier.data.convert.formats import READ_FORMATS, image_files, is_image_file
-from ds_classifier.data.convert.lists import LISTS, listed_files, refuse_list_beside
+from ds_classifier.data.convert.formats import READ_FORMATS, is_image_file
 from ds_classifier.data.convert.other_kinds import refuse_other_kind, refuse_pointer
-from ds_classifier.data.convert.parquet import (
+from ds_classifier.data.convert.readers.arrays import (
+    FILES,
+    as_arrays,
+    is_array_file,
+    refuse_whole_set,
+    whole_set,
+)
+from ds_classifier.data.convert.readers.built_in import DIGITS, GAUSSIANS, digits, gaussians
+from ds_classifier.data.convert.readers.lists import LISTS, listed_files, refuse_list_beside
+from ds_classifier.data.convert.readers.parquet import (
     HiddenLabels,
     files_by_kind,
     is_parquet,
     read_parquet,
     refuse_copies,
 )
+from ds_classifier.data.convert.readers.torchvision_set import PREFIX, torchvision_set
 from ds_classifier.data.convert.samples import (
     DataSource,
     NamedSample,
@@ -41,14 +49,11 @@ from ds_classifier.data.convert.split_names import (
     take,
     take_folders,
 )
-from ds_classifier.data.convert.torchvision_set import PREFIX, torchvision_set
 from ds_classifier.data.tars import printable
 
 BOTH = ("train", "val")
-DIGITS = "digits"
-GAUSSIANS = "gaussians"
-DRAWN = 1000  # images of a known distribution that are drawn at a time
-DIGITS_HELD_OUT = 360  # the last images of scikit-learn's digits, by other writers than the first
+ARRAY_FILE, ARRAY_FOLDER = "arrays in a file", "a folder of arrays"  # kinds of places
+FOLDERS = ("folder", ARRAY_FOLDER)
 MAX_NAMED = 10  # folders in a message
 MIN_ALIKE = 0.8  # share of the inner folders that all folders have, if they are taken for splits
 
@@ -61,6 +66,9 @@ def open_source(
     columns: Mapping[str, str] | None = None,
     root: Path | None = None,
     download: bool = False,
+    labels: str | None = None,
+    scale: Sequence[float] | None = None,
+    shift: Sequence[float] | None = None,
 ) -> DataSource:
     """Open a data source, without reading images. Its kind follows from its suffix and content.
 
@@ -70,20 +78,41 @@ def open_source(
       val_labels: the devkit ILSVRC2012_devkit_t12.tar.gz or its folder, or LOC_val_solution.csv
     - a list of paths and labels: .csv, .tsv, .jsonl or .txt
     - parquet files as Hugging Face writes them, one file or a folder
+    - arrays: a folder of .npy, sorted as images are; an .npz, or an .npy with labels or val_labels
     - shards: a split, or the directory above train/ and val/
     - the word digits, or gaussians; see `common.gaussians`
     - torchvision:NAME, a class of torchvision.datasets; see `torchvision_set`
 
     The first three can be combined; the others need val of the same kind, or bring their own.
-    columns: the columns of a list ("path", "label") or of parquet ("image", "label"), by name.
+    columns: the columns of a list ("path", "label") or of parquet or .npz ("image", "label"), by
+        name.
     root, download: for torchvision: the directory of its data, and whether it may download them.
+    labels: a file with the labels of an .npy or .npz. scale, shift: see `arrays.as_arrays`.
     Raises ValueError if there is nothing to convert, or if the classes of the splits do not match.
     """
+    opened = _open(source, val, val_labels, columns or {}, root, download, labels)
+    return as_arrays(opened, scale, shift)
+
+
+def _open(
+    source: str,
+    val: str | None,
+    val_labels: str | None,
+    columns: Mapping[str, str],
+    root: Path | None,
+    download: bool,
+    labels: str | None,
+) -> DataSource:
+    """Open a source; the arguments are those of `open_source`."""
     if val_labels is not None and val is None:
         raise ValueError(
             f"--val_labels: got {val_labels!r} without --val; need the images that it labels"
         )
-    columns = columns or {}
+    if labels is not None and not source.lower().endswith(FILES):
+        raise ValueError(
+            f"--labels: got {labels} with {source}; need an .npy or .npz, whose labels it has; do: "
+            "drop it"
+        )
     if source.startswith(PREFIX):
         if val is not None:
             raise ValueError(
@@ -108,14 +137,15 @@ def open_source(
         _refuse_columns(source, columns)
         return gaussians(source)
     train = Path(source)
-    for flag, place in (("--val", val), ("--val_labels", val_labels)):
+    places = (("--val", val), ("--val_labels", val_labels), ("--labels", labels))
+    for flag, place in places:
         if place is not None and not Path(place).exists():
             share = ", or a share such as 10%" if flag == "--val" else ""
             raise ValueError(
                 f"{flag}: got {place}, which does not exist; need a file or a folder{share}"
             )
     kind = _kind(train)
-    if kind not in ("list", "parquet"):
+    if kind not in ("list", "parquet", ARRAY_FILE):
         _refuse_columns(source, columns)
     val_kind = None if val is None else _kind(Path(val))
     tars = ("tar", "tars")
@@ -124,12 +154,13 @@ def open_source(
 
         alone = val_kind in tars and val_labels is None  # ILSVRC2012_img_val.tar comes with labels
         refuse_shards(train if kind in tars else None, Path(val) if alone else None)
-    if val is not None and (kind != val_kind) and {"parquet", "shards"} & {kind, val_kind}:
+    alone = {"parquet", "shards", ARRAY_FILE, ARRAY_FOLDER}
+    if val is not None and (kind != val_kind) and alone & {kind, val_kind}:
         raise ValueError(
             f"--val: got {val} ({val_kind}) with {source} ({kind}); need the same kind; do: give "
             f"the validation split as {kind}"
         )
-    if kind in ("parquet", "shards") and val_labels is not None:
+    if kind in ("parquet", "shards", ARRAY_FOLDER) and val_labels is not None:
         raise ValueError(
             f"--val_labels: got {val_labels} with {kind}, which have their own labels; do: drop it"
         )
@@ -137,6 +168,8 @@ def open_source(
         return shards(train, None if val is None else Path(val))
     if kind == "parquet":
         return parquet(train, None if val is None else Path(val), columns)
+    if kind == ARRAY_FILE:
+        return array_files(source, val, columns, labels, val_labels)
     return _files(source, kind, val, val_kind, val_labels, columns)
 
 
@@ -144,7 +177,7 @@ def _refuse_columns(source: str, columns: Mapping[str, str]) -> None:
     if columns:
         raise ValueError(
             f"--columns: got {dict(columns)} with {source}; need a list or parquet files, which "
-            "have columns; do: drop it"
+            "have columns, or an .npz, whose arrays have names; do: drop it"
         )
 
 
@@ -157,22 +190,23 @@ def _files(
     columns: Mapping[str, str],
 ) -> DataSource:
     """Open folders, tars of ImageNet and lists. The arguments are those of `open_source`."""
-    passed = PassedOver()
+    wanted = is_array_file if kind == ARRAY_FOLDER else is_image_file
+    passed = PassedOver(wanted="arrays" if kind == ARRAY_FOLDER else "images")
     places, remarks = {"train": Path(source)}, []
     if val is not None:
         places["val"] = Path(val)
     for split, place_kind in (("train", kind), ("val", val_kind)):
-        if place_kind == "folder":
+        if place_kind in FOLDERS:
             given = places[split]
             splits = BOTH if val is None else [split]
-            taken, more = take_folders(given, splits, passed)
+            taken, more = take_folders(given, splits, passed, wanted)
             places |= taken
             remarks += more
-            if split == "train" or val_labels is None:
+            if (split == "train" or val_labels is None) and place_kind == "folder":
                 for name, folder in taken.items() or [(split, given)]:
                     refuse_list_beside(folder, given, places["train"] if name == "val" else None)
-                if split == "train" and taken:
-                    refuse_loose_images(given, taken)
+            if split == "train" and taken:
+                refuse_loose_images(given, taken, wanted)
     try:
         splits = BOTH if val is None else ("train",)
         images = _images(places["train"], kind, columns, splits, passed, remarks)
@@ -180,7 +214,7 @@ def _files(
             images["val"] = _val_images(
                 places["val"], val_kind or kind, val_labels, columns, passed, remarks
             )
-        if kind == "folder":
+        if kind in FOLDERS:
             remarks += _remark_on_classes(places["train"], images["train"])
             _refuse_one_class(places["train"], images["train"])
         remarks += passed.remarks
@@ -194,7 +228,7 @@ def _files(
 
 
 def _kind(place: Path) -> str:
-    """Return the kind of a path: "folder", "tar", "tars", "list", "parquet" or "shards".
+    """Return the kind of a path: "folder", "tar", "tars", "list", "parquet", "shards" or of arrays.
 
     "tars" is a folder without images but with tars, "shards" are converted ones.
     """
@@ -204,6 +238,10 @@ def _kind(place: Path) -> str:
         files = files_under(place, lambda file: is_parquet(file) or is_image_file(file))
         first = next(files, None)
         if first is None:
+            if (array := next(files_under(place, is_array_file), None)) is not None:
+                refuse_pointer(array)
+                refuse_whole_set(place)
+                return ARRAY_FOLDER
             if any(files_under(place, lambda file: file.suffix.lower() == ".tar")):
                 return "tars"
             refuse_other_kind(files_under(place, lambda _: True))
@@ -211,6 +249,7 @@ def _kind(place: Path) -> str:
         refuse_pointer(first)
         return "parquet" if is_parquet(first) else "folder"
     kinds = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LISTS, "list")
+    kinds |= dict.fromkeys(FILES, ARRAY_FILE)
     kind = kinds.get(place.suffix.lower())
     if place.is_file():
         refuse_pointer(place)
@@ -221,8 +260,8 @@ def _kind(place: Path) -> str:
         raise ValueError(
             f"source: got {place}, which {problem}; "
             f"need a folder of images, a .tar of ImageNet, a list of paths and labels "
-            f"({' '.join(LISTS)}), .parquet, shards, or the word {DIGITS!r} for the built-in "
-            "handwritten digits"
+            f"({' '.join(LISTS)}), .parquet, .npz, .npy, shards, or the word {DIGITS!r} for the "
+            "built-in handwritten digits"
         )
     return kind
 
@@ -241,10 +280,11 @@ def _images(
         remarks += more
         return images
     if kind == "tar":
-        from ds_classifier.data.convert import imagenet
+        from ds_classifier.data.convert.readers import imagenet
 
         return {splits[0]: imagenet.train_images(place)}
-    return {splits[0]: _labelled_files(place, passed)}
+    wanted = is_array_file if kind == ARRAY_FOLDER else is_image_file
+    return {splits[0]: _labelled_files(place, passed, wanted)}
 
 
 def _val_images(
@@ -260,7 +300,7 @@ def _val_images(
             raise ValueError(
                 f"--val_labels: got {labels} with the list {place}, which has labels; do: drop it"
             )
-        from ds_classifier.data.convert import imagenet
+        from ds_classifier.data.convert.readers import imagenet
 
         return imagenet.val_images(place, Path(labels), passed)
     if kind == "tar":
@@ -283,8 +323,10 @@ def image_folder(train: Path, val: Path | None = None) -> DataSource:
     return _files(str(train), "folder", None if val is None else str(val), val_kind, None, {})
 
 
-def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
-    """Return every image under root with its class name, in the order of `files_under`."""
+def _labelled_files(
+    root: Path, passed: PassedOver, wanted: Callable[[Path], bool]
+) -> list[NamedSample]:
+    """Return every wanted file under root with its class name, in the order of `files_under`."""
     if not root.is_dir():
         raise ValueError(
             f"source: got {root}, which is not a directory; need a folder of images, or the word "
@@ -293,7 +335,7 @@ def _labelled_files(root: Path, passed: PassedOver) -> list[NamedSample]:
 
     loose, sorted_by_class = [], []
     inner = defaultdict(set)  # folder -> the folders directly in it, "" for images in it
-    for file in image_files(root, passed):
+    for file in files_under(root, wanted, passed):
         parts = file.relative_to(root).parts
         inner[parts[0]].add(parts[1] if len(parts) > 2 else "")
         if len(parts) == 1:
@@ -485,6 +527,24 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
     return source
 
 
+def array_files(
+    source: str,
+    val: str | None,
+    columns: Mapping[str, str],
+    labels: str | None,
+    val_labels: str | None,
+) -> DataSource:
+    """Return a source of arrays that lie together in files. The arguments are `open_source`'s."""
+    own = None if labels is None else Path(labels)
+    samples, remarks = whole_set(Path(source), columns, own, BOTH if val is None else ("train",))
+    if val is not None:
+        own = None if val_labels is None else Path(val_labels)
+        held_out, more = whole_set(Path(val), columns, own, ("val",))
+        samples |= held_out
+        remarks += more
+    return share_classes(source, samples["train"], samples.get("val"), remarks=remarks)
+
+
 def shards(train: Path, val: Path | None = None) -> DataSource:
     """Return a source of converted shards, with their class list, labels and `halved`."""
     from ds_classifier.data.shards import open_shards, refuse_shared_shards
@@ -505,6 +565,12 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
             f"--val: got splits with different halving, {sorted(stored)}; need the same; do: "
             "convert both from their source in one call"
         )
+    arrays = opened["train"].manifest.arrays
+    if len({str(s.manifest.arrays and s.manifest.arrays.facts) for s in opened.values()}) > 1:
+        raise ValueError(
+            "--val: got splits of different arrays, or with another scale; need the same; do: "
+            "convert both from their source in one call"
+        )
     splits = {}
     for split, part in opened.items():
         if part.manifest.classes != classes:
@@ -520,62 +586,9 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
             samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
     held_out = opened["train"].manifest.held_out
-    source = DataSource(str(train), classes, splits, next(iter(stored), None), held_out)
+    halved = next(iter(stored), None)
+    source = DataSource(str(train), classes, splits, halved, held_out, arrays=arrays)
     if "val" in opened:
         train_part, val_part = (part.manifest for part in opened.values())
         refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")
     return source
-
-
-def digits() -> DataSource:
-    """Return the 1,797 handwritten digits in scikit-learn (UCI, Alpaydin & Kaynak 1998) as PNG.
-
-    8 x 8 grey images, 10 classes. The last 360 images are the validation split.
-    """
-    import numpy as np
-    from PIL import Image
-
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError(
-            "source: digits needs scikit-learn, which holds them; do: pip install scikit-learn"
-        ) from None
-
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
-    samples = []
-    for i, (image, label) in enumerate(zip(pixels, bunch.target, strict=True)):
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, format="PNG")
-        samples.append(Sample(f"digit_{i:04d}", int(label), png.getvalue()))
-    held_out = len(samples) - DIGITS_HELD_OUT
-    splits = {"train": samples[:held_out], "val": samples[held_out:]}
-    return DataSource(DIGITS, [str(name) for name in bunch.target_names], splits)
-
-
-def gaussians(source: str) -> DataSource:
-    """Return images drawn from a known distribution, as PNG, with equally many of each class.
-
-    source: see `GaussianClasses.parse`.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from ds_classifier.common.gaussians import GaussianClasses
-
-    distribution = GaussianClasses.parse(source)
-    sizes = {"train": distribution.images, "val": max(1, distribution.images // 4)}
-    splits = {}
-    for stream, (split, size) in enumerate(sizes.items()):
-        samples = splits[split] = []
-        for part in range(0, size, DRAWN):
-            labels = np.arange(part, min(part + DRAWN, size)) % distribution.classes
-            for pixels in distribution.draw(labels, (part // DRAWN) * len(sizes) + stream):
-                png = io.BytesIO()
-                mode = pixels[..., 0] if distribution.channels == 1 else pixels
-                Image.fromarray(mode).save(png, format="PNG")
-                number = len(samples)
-                label = number % distribution.classes
-                samples.append(Sample(f"{split}_{number:06d}", label, png.getvalue()))
-    return DataSource(str(distribution), [str(k) for k in range(distribution.classes)], splits)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ds_classifier.data.convert.formats import image_files, is_image_file
-from ds_classifier.data.convert.samples import PassedOver, is_passed_over
+from ds_classifier.data.convert.formats import is_image_file
+from ds_classifier.data.convert.samples import PassedOver, files_under, is_passed_over
 from ds_classifier.data.tars import printable
 
 WORDS = {
@@ -61,7 +61,9 @@ def are_splits(names: Iterable[str]) -> bool:
     return several and all(kind for kind, _ in kinds) and len({own for _, own in kinds}) == 1
 
 
-def refuse_loose_images(root: Path, taken: Mapping[str, Path]) -> None:
+def refuse_loose_images(
+    root: Path, taken: Mapping[str, Path], wanted: Callable[[Path], bool] = is_image_file
+) -> None:
     """Raise ValueError if images lie directly in the training folder of what `take_folders` took.
 
     They may be those of a class as well as a split of files named CLASS_image.jpg.
@@ -69,7 +71,7 @@ def refuse_loose_images(root: Path, taken: Mapping[str, Path]) -> None:
     folder, val = taken["train"], taken.get("val", "10%")
     for name in sorted(os.listdir(folder)):
         file = folder / name
-        if not is_passed_over(name) and not file.is_dir() and is_image_file(file):
+        if not is_passed_over(name) and not file.is_dir() and wanted(file):
             raise ValueError(
                 f"source: got {file} directly in a folder named for a split; need to know whether "
                 f"the folders in {root} are splits or classes; do: if they are splits of "
@@ -106,16 +108,19 @@ def _shown(place: Path, paths: list[Path]) -> str:
 
 
 def take_folders(
-    root: Path, splits: Sequence[str], passed: PassedOver
+    root: Path,
+    splits: Sequence[str],
+    passed: PassedOver,
+    wanted: Callable[[Path], bool] = is_image_file,
 ) -> tuple[dict[str, Path], list[str]]:
     """Return the folders of the splits in root, and remarks; nothing if its folders are classes.
 
-    splits: "train", "val" or both. passed: see `files_under`.
+    splits: "train", "val" or both. passed, wanted: see `files_under`.
     If the folder of a split holds another one for the same split, that is the one.
     Raises ValueError if a name stands for two splits, or if two folders are named for one.
     """
     hidden = PassedOver()
-    by_kind = _folders_by_kind(root, hidden)
+    by_kind = _folders_by_kind(root, hidden, wanted)
     tests = by_kind.get("test", [])
     evals = [path for path in tests if _EVAL & set(_words(path.name))]
     if "val" not in by_kind and len(evals) == 1 and len(tests) == 2:  # eval beside test
@@ -133,13 +138,15 @@ def take_folders(
             )
         inner = {}
         if not folder.is_symlink():  # it may contain itself, which `files_under` refuses
-            inner, more = take_folders(folder, [split], passed)
+            inner, more = take_folders(folder, [split], passed, wanted)
             remarks += more
         folders[split] = inner.get(split, folder)
     return folders, remarks
 
 
-def _folders_by_kind(root: Path, hidden: PassedOver) -> dict[str, list[Path]]:
+def _folders_by_kind(
+    root: Path, hidden: PassedOver, wanted: Callable[[Path], bool]
+) -> dict[str, list[Path]]:
     """Return the folders in root by the split that their names stand for; {} if they are classes.
 
     They are splits if the name of each folder with images has a word for a split, if these names
@@ -150,14 +157,14 @@ def _folders_by_kind(root: Path, hidden: PassedOver) -> dict[str, list[Path]]:
     for name in sorted(os.listdir(root)):
         path = root / name
         if not path.is_dir():
-            if not is_passed_over(name) and is_image_file(path):
+            if not is_passed_over(name) and wanted(path):
                 return {}
             hidden.leave_out(name)
         elif is_passed_over(name):
             hidden.folders[name] += 1
         else:
             kind = " and ".join(sorted(kinds_in(name)))
-            if not kind and next(image_files(path), None) is not None:
+            if not kind and next(files_under(path, wanted), None) is not None:
                 return {}
             by_kind[kind].append(path)
     named = [path.name for kind, paths in by_kind.items() if kind for path in paths]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
+from ds_classifier.data.arrays import Survey
 from ds_classifier.data.classes import class_lines
 from ds_classifier.data.foreign.advice import advice_for
 from ds_classifier.data.foreign.contents import shard_bytes
@@ -62,11 +63,13 @@ class IndexedSplit:
 
     checked_by: the metadata file that its counts agree with; None if there is none.
     neighbours: how often samples next to each other are of one class.
+    bad_arrays: the number of arrays that cannot be read like the others, and why the first cannot.
     """
 
     manifest: Manifest
     checked_by: str | None
     neighbours: Neighbours
+    bad_arrays: tuple[int, str] = (0, "")
 
 
 def index(
@@ -76,6 +79,8 @@ def index(
     val: str | None = None,
     labels: str | None = None,
     classes: Path | None = None,
+    scale: Sequence[float] | None = None,
+    shift: Sequence[float] | None = None,
     workers: int = 1,
     progress: Callable[[int, int | None, str], None] = lambda done, total, phase: None,
     mirror: Mirror | None = None,
@@ -88,6 +93,7 @@ def index(
     labels: "cls", or "json:KEY"; None: what the metadata says, else "cls".
     classes: file with one class name per line; None: classnames.txt next to the shards, else
     numbers.
+    scale, shift: of arrays; see `Arrays.with_scaling`.
     progress: called with the number of images found, of all images (None if unknown), the split.
     mirror: object storage that `out` stands for; None if it is the output itself.
     Raises ValueError that lists everything that is wrong; in this case nothing is written.
@@ -104,7 +110,7 @@ def index(
     scans: dict[str, list[_Scan]] = {}
     problems = Problems()
     for split, listing in listings.items():
-        shards = _Split(listing, labels, names)
+        shards = _Split(listing, labels, names, scale, shift)
         scans[split] = _scan_all(shards, workers, functools.partial(progress, phase=split))
         problems.update(_problems(shards, scans[split]))
         if split == "train" and names is None and not problems:
@@ -112,14 +118,49 @@ def index(
     _add_copies(listings, scans, problems)
     if problems:
         raise ValueError(problems.message(advice_for(problems, labels)))
+    arrays = _arrays(scans, scaled=scale is not None or shift is not None)
     written = {}
     for split, listing in listings.items():
         place = _place(out, split, mirror)
-        indexed = _write(out / split, place, split, listing, labels, names, scans[split])
+        indexed = _write(
+            out / split, place, split, listing, labels, names, scans[split], arrays.get(split)
+        )
         if mirror is not None:
             mirror.finish(out / split)
         written[split] = indexed
     return written
+
+
+def _arrays(scans: dict[str, list[_Scan]], *, scaled: bool) -> dict[str, Survey]:
+    """Return what the arrays of each split have in common; nothing for images.
+
+    scaled: a scale or shift was given.
+    Raises ValueError for shards of both kinds, for arrays that cannot be read, and for splits that
+    differ.
+    """
+    every = [scan for found in scans.values() for scan in found if len(scan.rows)]
+    kinds = {scan.survey is not None for scan in every}
+    if len(kinds) > 1:
+        both = [next(s.shard.name for s in every if (s.survey is None) == no) for no in (1, 0)]
+        raise ValueError(
+            f"got images in {both[0]} and arrays in {both[1]}; need one kind; do: index them apart"
+        )
+    if kinds == {False}:
+        if scaled:
+            raise ValueError("--scale, --shift: got them with images; need arrays; do: drop them")
+        return {}
+    surveys = {}
+    for split, found in scans.items():
+        surveys[split] = next(scan.survey for scan in found if len(scan.rows))
+        for scan in found:
+            if scan.survey not in (None, surveys[split]):
+                surveys[split].update(scan.survey)
+        if surveys[split].arrays is None:
+            raise ValueError(f"{found[0].shard.name}: {surveys[split].reason}")
+    formats = {str(survey.arrays) for survey in surveys.values()}
+    if len(formats) > 1:
+        raise ValueError(f"--val: got arrays of {' and of '.join(sorted(formats))}; need the same")
+    return surveys
 
 
 def _place(out: Path, split: str, mirror: Mirror | None) -> str:
@@ -171,11 +212,14 @@ class _Split:
     """A split to scan.
 
     labels: "cls" or "json:KEY". classes: class names; None if labels are numbers only.
+    scale, shift: of arrays.
     """
 
     listing: Listing
     labels: str
     classes: list[str] | None
+    scale: Sequence[float] | None
+    shift: Sequence[float] | None
 
     @functools.cached_property
     def numbers(self) -> dict[str, int] | None:
@@ -194,12 +238,14 @@ class _Scan:
     """The samples of a shard, and its problems.
 
     rows: [n] INDEX_DTYPE. keys: [n] uint64, hashes of the samples' keys.
+    survey: of the arrays; None if the samples are images.
     """
 
     shard: Shard
     rows: np.ndarray
     keys: np.ndarray
     problems: Problems
+    survey: Survey | None
 
 
 def _scan_all(
@@ -227,9 +273,15 @@ def _scan_one(name: str) -> _Scan:
         problems.add(fault.kind, place, str(fault), words=fault.words)
 
     rows, keys = [], []
+    survey, surveyed = Survey(split.scale, split.shift), set()
+
+    def look(offset: int, data: bytes) -> None:
+        surveyed.add(offset)
+        survey.add(data)
+
     file = Sequential(shard_bytes(*place))
     try:
-        for key, entry in _samples(split, file, name, report):
+        for key, entry in _samples(split, file, name, report, look):
             if split.classes is not None and entry[2] >= len(split.classes):
                 words = f"has label {entry[2]}; there are {len(split.classes)} classes"
                 report(Fault(NO_CLASS, where, key, words))
@@ -249,11 +301,16 @@ def _scan_one(name: str) -> _Scan:
         np.array(rows, dtype=INDEX_DTYPE),
         np.array(keys, dtype=np.uint64),
         problems,
+        survey if rows and rows[0][0] in surveyed else None,
     )
 
 
 def _samples(
-    split: _Split, file: Sequential, name: str, report: Callable[[Fault], None]
+    split: _Split,
+    file: Sequential,
+    name: str,
+    report: Callable[[Fault], None],
+    look: Callable[[int, bytes], None] | None = None,
 ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
     """Yield (key, index row) of the samples in a shard."""
     for sample in scan_samples(
@@ -263,6 +320,7 @@ def _samples(
         labels=split.labels,
         numbers=split.numbers,
         report=report,
+        look=look,
     ):
         yield sample.key, sample.entry
 
@@ -382,6 +440,7 @@ def _write(
     labels: str,
     classes: list[str],
     scans: list[_Scan],
+    survey: Survey | None,
 ) -> IndexedSplit:
     """Write the index of a split, then its manifest, which marks it as complete.
 
@@ -420,7 +479,9 @@ def _write(
         location=None if in_place else listing.location,
         labels=labels,
         shard_keys=_keys_begin_anew(scans),
+        arrays=None if survey is None else survey.tally.finish(survey.arrays),
     )
     files.replace_text(folder / MANIFEST, manifest.to_json())
     files.fsync(folder)
-    return IndexedSplit(manifest, listing.source, pairs)
+    bad = (0, "") if survey is None else (survey.others, survey.reason)
+    return IndexedSplit(manifest, listing.source, pairs, bad)

@@ -172,11 +172,11 @@ def _undecodable(file: BinaryIO, where: str, samples: list[ScannedSample]) -> li
     """Return a problem for every image that cannot be decoded."""
     from ds_classifier.data import images
 
-    problems = []
+    arrays, problems = shared().shards.manifest.arrays, []
     for sample in samples:
         file.seek(sample.entry[0])
         try:
-            images.decode(file.read(sample.entry[1]))
+            (arrays or images).decode(file.read(sample.entry[1]))
         except ValueError as error:
             problems.append(f"{where}: {sample.key} cannot be decoded ({error})")
     return problems

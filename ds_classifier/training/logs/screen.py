@@ -10,6 +10,7 @@ from ds_classifier import distributed
 from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
@@ -204,6 +205,9 @@ def announce(setup: Setup, command: CommandLine) -> None:
         noise += f"; quartiles of t {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
+    if shards.manifest.arrays is not None:
+        for line in _of_arrays(shards.manifest.arrays, mirrored=settings.random_flip):
+            say(f"{'':12}{line}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
     say(f"validation  {held_out}")
@@ -225,6 +229,17 @@ def announce(setup: Setup, command: CommandLine) -> None:
         say(f"  NOTE      {note}")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
+
+
+def _of_arrays(arrays: Arrays, *, mirrored: bool) -> list[str]:
+    """Return how arrays are read, and a warning if they are mirrored."""
+    lines = [f"arrays of {arrays}, not resized or cropped; x_0 = {arrays.scaling}"]
+    if mirrored:
+        lines.append(
+            "NOTE: half of them are mirrored (--random_flip True); a mirrored latent is not the "
+            "latent of the mirrored image"
+        )
+    return lines
 
 
 def _split(shards: ShardSet) -> str:

@@ -184,7 +184,7 @@ def test_a_shuffled_parquet_is_read_once(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    from ds_classifier.data.convert import parquet
+    from ds_classifier.data.convert.readers import parquet
 
     reads = tmp_path / "reads"
     untouched = parquet._cells

@@ -1,13 +1,17 @@
 """Data sets in forms that are not read: each is named, with the step that helps."""
 
+import gzip
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 from made import make_images
 
+from ds_classifier.data.arrays import values_of
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.foreign.index import index
 
@@ -20,10 +24,6 @@ def refused(*arguments) -> str:
         open_source(*map(str, arguments))
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def npz(path):
-    np.savez(path, x=np.zeros(3))
 
 
 def archive(path):
@@ -44,11 +44,14 @@ def plain(path):
 
 
 KINDS = [  # name, how to write it, words of the message; ROOT is the folder of the test
-    ("medmnist.npz", npz, "arrays of NumPy (.npz), which is not read"),
-    ("x.npy", lambda path: np.save(path, np.zeros(3)), "an array of NumPy"),
     ("images.zip", archive, "a zip archive, which is not read; need images in files, a list of"),
     ("images", archive, "do: unpack it, and convert the folder"),
     ("cifar-10-batches-py/data_batch_1", pickled, CONVERT + "CIFAR10 OUT --root ROOT"),
+    (
+        "cifar-10-batches-py/test_batch",
+        pickled,
+        "; or make an .npz, and convert that: import numpy as np, pickle; d = pickle.load(open(",
+    ),
     ("cifar-100-python/train", pickled, CONVERT + "CIFAR100 OUT --root ROOT"),
     (
         "some/data_batch_1",
@@ -107,3 +110,39 @@ def test_pointers_of_git_lfs_are_named(tmp_path):
     assert "a pointer of Git LFS" in refused(tmp_path / "good", tmp_path / "0_jpg")
     with pytest.raises(ValueError, match="a pointer of Git LFS"):
         index(str(tmp_path / "shard_tar/cat"), tmp_path / "out")
+
+
+def run_lines(message: str, folder) -> None:
+    """Run the lines of Python in a message, in a folder."""
+    lines = message.partition("convert that: ")[2]
+    done = subprocess.run([sys.executable, "-c", lines], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lines_make_an_npz_of_a_pickle(tmp_path):
+    x = np.arange(4 * 3072).reshape(4, 3072).astype(np.uint8)
+    labels = [0, 1, 1, 0]
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps({b"data": x, b"labels": labels}))
+    run_lines(refused(tmp_path / "data_batch_1"), tmp_path)
+    source = open_source(str(tmp_path / "data_batch_1.npz"))
+    assert [sample.label for sample in source.splits["train"]] == labels
+    rows = [values_of(sample.read()) for sample in source.splits["train"]]
+    assert np.array_equal(np.stack(rows), x.reshape(4, 3, 32, 32))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_the_lines_make_an_npz_of_idx(tmp_path, suffix):
+    x = np.arange(4 * 784).reshape(4, 28, 28).astype(np.uint8)
+    labels = np.array([0, 1, 1, 0], np.uint8)
+    opened = gzip.open if suffix else open
+    for name, head, values in (
+        ("train-images-idx3-ubyte", struct.pack(">4i", 2051, 4, 28, 28), x),
+        ("train-labels-idx1-ubyte", struct.pack(">2i", 2049, 4), labels),
+    ):
+        with opened(tmp_path / (name + suffix), "wb") as file:
+            file.write(head + values.tobytes())
+    run_lines(refused(tmp_path / f"train-labels-idx1-ubyte{suffix}"), tmp_path)
+    source = open_source(str(tmp_path / "train-labels.npz"))
+    assert [sample.label for sample in source.splits["train"]] == labels.tolist()
+    rows = [values_of(sample.read()) for sample in source.splits["train"]]
+    assert np.array_equal(np.stack(rows), x)

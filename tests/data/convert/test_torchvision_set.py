@@ -14,11 +14,11 @@ from PIL import Image
 from torchvision import datasets
 
 from ds_classifier.data import images
-from ds_classifier.data.convert import torchvision_set
 from ds_classifier.data.convert.convert import convert
+from ds_classifier.data.convert.readers import torchvision_set
+from ds_classifier.data.convert.readers.torchvision_set import TorchvisionImage
 from ds_classifier.data.convert.samples import DataSource
 from ds_classifier.data.convert.sources import image_folder, open_source
-from ds_classifier.data.convert.torchvision_set import TorchvisionImage
 from launch.make_shards import main
 
 CLASSES = ["plane", "car", "bird"]

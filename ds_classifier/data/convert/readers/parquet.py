@@ -1,6 +1,7 @@
 """Parquet files as Hugging Face's datasets writes them: an image and a label in every row.
 
-image: struct{bytes, path}, or binary. label: integer or text. The class names of integers come from
+image: struct{bytes, path}, or binary, or lists within lists of numbers, [C, S, S] or [S, S, C], as
+Array3D is. label: integer or text. The class names of integers come from
 the ClassLabel in the schema's metadata, key "huggingface", if it exists. The columns may have other
 names, such as img and fine_label.
 Formats: Apache Parquet, read by pyarrow; https://huggingface.co/docs/datasets/about_arrow.
@@ -18,13 +19,17 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from ds_classifier.common.files import sha256, size_of_file
+from ds_classifier.data.arrays import to_npy
 from ds_classifier.data.convert.formats import is_image_file
 from ds_classifier.data.convert.other_kinds import refuse_pointer
 from ds_classifier.data.convert.samples import NamedSample, PassedOver, files_under
 from ds_classifier.data.convert.split_names import split_in
 
 PARQUET = ".parquet"
-_TYPES = {"image": "struct with bytes, or binary", "label": "integer or text"}
+_TYPES = {
+    "image": "struct with bytes, binary, or lists in lists of numbers",
+    "label": "integer or text",
+}
 _ID = re.compile(  # a column that numbers or names the rows
     r"(.*(image|img|file|photo|row|sample|example)s?_?)?(id|idx|index|name|path|uuid|key)"
     r"|__index_level_0__|filename|url|md5|sha1|sha256|hash",
@@ -67,6 +72,20 @@ class ParquetCell:
     def group(self) -> tuple[str, int]:
         """The key of the row group, which is read as a whole: see `samples.Content`."""
         return str(self.file), self.row_group
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetArray(ParquetCell):
+    """The array in one row, of lists within lists. length: the bytes of its numbers."""
+
+    length: int
+    is_array = True
+
+    def read(self) -> bytes:
+        return to_npy(_array_group(self.file, self.column, self.row_group)[self.row])
+
+    def size(self) -> int:
+        return self.length
 
 
 def read_parquet(
@@ -201,6 +220,9 @@ def _read_file(
             has_paths = "path" in _fields(schema.field(image).type)
             read = [label, f"{image}.path"] if has_paths else [label]
             classes = _class_names(path, features.get(label))
+            length = None
+            if _depth(schema.field(image).type) and file.num_row_groups:
+                length = _array_group(path, image, 0)[0].nbytes
             rows = []
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=read, use_threads=False)
@@ -214,7 +236,10 @@ def _read_file(
                 for i, value in enumerate(values):
                     name = f"{path}/{len(rows)}" + (f"_{names[i]}" if names and names[i] else "")
                     class_name = _class_of(value, classes, name)
-                    rows.append(NamedSample(name, class_name, ParquetCell(path, image, group, i)))
+                    cell = ParquetCell(path, image, group, i)
+                    if length is not None:
+                        cell = ParquetArray(path, image, group, i, length)
+                    rows.append(NamedSample(name, class_name, cell))
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
     return rows, classes, label
@@ -248,7 +273,8 @@ def _choose(path: Path, schema, features: dict, columns: Mapping[str, str]) -> t
         return any(is_kind(kind) for is_kind in texts)
 
     def holds_image(kind) -> bool:
-        return _is_bytes(kind) or (bool(_fields(kind)) and _is_bytes(_fields(kind)["bytes"]))
+        flat = _is_bytes(kind) or _depth(kind) >= 2
+        return flat or (bool(_fields(kind)) and _is_bytes(_fields(kind)["bytes"]))
 
     for role, name in columns.items():
         if role not in ("image", "label"):
@@ -283,6 +309,17 @@ def _is_bytes(kind) -> bool:
     import pyarrow
 
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _depth(kind) -> int:
+    """Return how deep lists of numbers are nested; 0 for anything else."""
+    import pyarrow
+
+    kind = getattr(kind, "storage_type", kind)  # of an extension type, such as Array3D
+    depth, types = 0, pyarrow.types
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return depth if types.is_floating(kind) or types.is_integer(kind) else 0
 
 
 def _fields(kind) -> dict:
@@ -364,6 +401,35 @@ def _cells(path: Path, column: str, first: int = 0, last: int | None = None):
 @lru_cache(maxsize=1)
 def _row_group(path: Path, column: str, group: int):
     return next(_cells(path, column, group, group + 1))
+
+
+@lru_cache(maxsize=1)
+def _array_group(path: Path, column: str, group: int):
+    """Return the arrays of a row group, stacked: [rows, ...].
+
+    Raises ValueError if they differ in shape, or if a number is null.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    try:
+        with _pyarrow_parquet().ParquetFile(path) as file:
+            table = file.read_row_group(group, columns=[column], use_threads=False)
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, error) from None
+    values = pyarrow.concat_arrays(table[column].chunks)
+    values = getattr(values, "storage", values)
+    shape, whole = [len(values)], True
+    for _ in range(_depth(values.type)):
+        lengths = pyarrow.compute.list_value_length(values).unique().to_pylist()
+        whole = whole and len(lengths) == 1 and lengths[0] is not None
+        shape, values = [*shape, lengths[0] if whole else 0], values.flatten()
+    if not whole or values.null_count:
+        raise ValueError(
+            f"{path}: got arrays of several shapes in {column}, or with null; need one shape; do: "
+            "leave the others out"
+        )
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 @cache
