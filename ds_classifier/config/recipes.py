@@ -31,6 +31,7 @@ def _small(**settings: Any) -> dict[str, Any]:
         classifier_attention_resolutions="8",
         noise_schedule="cosine",
         schedule_sampler="noisy",
+        posterior_images=2048,
         random_flip=False,
         global_batch=64,
         lr=1e-3,

@@ -372,7 +372,7 @@ def check_settings(settings: Settings) -> list[str]:
     if settings.posterior_images and not settings.noised:
         problems.append(
             f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "
-            "without which no image can be another one; do: drop it"
+            "without which no image can be another one; do: give --posterior_images 0"
         )
     for activity, minutes in settings.time_outs().items():
         if not minutes > 0:
