@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         classifier_depth=2,
         classifier_attention_resolutions="16,8",
         noise_schedule="cosine",
+        posterior_images=8192,
         global_batch=128,
         iterations=20_000,
         lr=6e-4,
