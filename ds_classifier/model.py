@@ -421,8 +421,8 @@ class EncoderUNetModel(nn.Module):
         side = image_size // 2 ** (len(channels) - 1)
         self.out = self._head(pool, c, features, side, num_classes)
 
-    def __repr__(self) -> str:
-        """Return one line; torch's own description has one for each of some hundred layers."""
+    def __str__(self) -> str:
+        """Return one line; `repr` is torch's, with one for each of some hundred layers."""
         millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         return (
             f"{type(self).__name__}({self.image_size} px, {self.in_channels} channels, "

@@ -191,3 +191,13 @@ def test_compiled_in_place():
     assert list(model.state_dict()) == names
     scale = max(gradient.abs().max() for gradient in plain.values())
     assert all((compiled[name] - plain[name]).abs().max() < 1e-5 * scale for name in plain)
+
+
+def test_deepspeed_can_print_the_tree_and_a_user_one_line():
+    """DeepSpeed's profiler writes its table into `repr`, by `extra_repr` of each module."""
+    model = create_classifier(**DEFAULT)
+    for module in model.modules():
+        module.extra_repr = lambda: "5 MACs"
+    assert repr(torch.nn.Sequential(model)).count("5 MACs") > len(list(model.modules())) / 2
+    assert str(model).startswith("EncoderUNetModel(16 px, 3 channels, ")
+    assert "\n" not in str(model)

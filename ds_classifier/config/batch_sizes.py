@@ -138,9 +138,10 @@ def _global_batch(
     if not asked:  # by the JSON's numbers, or the reference's 4 per rank
         return total or (micro or 4) * (accumulation or 1) * world_size
     if total not in (None, asked):
+        instead = f"give --global_batch {total}" if settings.global_batch else "drop --batch_size"
         raise BatchError(
             f"train_batch_size: got {total}, but the settings' global batch is {asked}; need one "
-            'number; do: write "auto" in the JSON',
+            f'number; do: write "auto" for {asked}, or {instead}',
             train_batch_size=AUTO,
         )
     return asked

@@ -66,6 +66,12 @@ class Parser(argparse.ArgumentParser):
             message = f"{choice[1]}got {choice[2]!r}; need one of {', '.join(names)}" + (
                 f"; did you mean {near[0]}?" if near else ""
             )
+        elif message.endswith(": expected one argument"):
+            flag = message.partition(":")[0]
+            action = self._option_string_actions[flag]
+            message = f"{flag}: got no value; need {action.metavar or 'one'}"
+            if action.help and action.help != argparse.SUPPRESS:
+                message += f": {self._get_formatter()._expand_help(action)}"
         elif message.startswith("the following arguments are required: "):
             message = f"got no {message.partition(': ')[2]}; {self._help()}"
         complain(message)

@@ -198,7 +198,7 @@ def assemble(setup: Setup) -> loop.Run:
         validation=Validation(setup, val_loader, log),
         stop=setup.stop,
         watch=setup.watch,
-        profile=Profile(run_dir, settings.profile, done=engine.global_steps, device=engine.device),
+        profile=Profile(run_dir, settings.profile, engine=engine, pause=log.pause),
     )
 
 

@@ -297,6 +297,36 @@ def test_monitors_are_switched_off_and_that_is_said_where_they_are_on(name):
         assert not resolved(raw=changed(**{name: {"enabled": off}})).notes
 
 
+def test_the_table_of_the_profiler_is_in_the_run_directory():
+    for given, path in (
+        ({}, "runs/x/flops_profiler.txt"),
+        ({"output_file": None}, "runs/x/flops_profiler.txt"),
+        ({"output_file": "tables/flops.txt"}, "runs/x/tables/flops.txt"),
+        ({"output_file": "/tables/flops.txt"}, "/tables/flops.txt"),
+    ):
+        raw = changed(flops_profiler={"enabled": True, **given})
+        ds = resolved("--run_dir", "runs/x", raw=raw).ds_config
+        assert ds["flops_profiler"]["output_file"] == path
+    raw = changed(flops_profiler={"enabled": True, "output_file": 5})
+    assert "flops_profiler.output_file: got 5; need a string" in problems(raw=raw)
+
+
+def test_a_number_against_a_recipe_may_stay_either_way():
+    """The advice for the JSON and the one for the command both lead to a run."""
+    raw = changed(optimizer__params__lr=1e-4, train_batch_size=128)
+    message = problems("--recipe", "digits32", raw=raw)
+    assert "got 0.0001, but --lr (flag, file or recipe) is 0.001; need one number" in message
+    assert 'do: write "auto" for 0.001, or give --lr 0.0001' in message
+    assert 'do: write "auto" for 64, or give --global_batch 128' in message
+    advised, _ = follow(raw, 2, message)
+    settings = resolved("--recipe", "digits32", raw=advised).settings
+    assert (settings.lr, settings.global_batch) == (1e-3, 64)
+    flags = ("--recipe", "digits32", "--lr", "0.0001", "--global_batch", "128")
+    assert resolved(*flags, raw=raw).settings.lr == 1e-4
+    message = problems("--batch_size", "8", raw=changed(train_batch_size=128))
+    assert 'write "auto" for 16, or drop --batch_size' in message
+
+
 # -------------------------------------------------------------------------------- ZeRO, precision
 
 

@@ -79,7 +79,9 @@ def test_all_unknown_flags_are_named_at_once(capsys):
     [
         (["--lr", "fast"], "--lr: got 'fast'; need a number"),
         (["--iterations", "1.5"], "--iterations: got '1.5'; need a whole number"),
-        (["--lr"], "--lr: expected one argument"),
+        (["--lr"], "--lr: got no value; need X: peak learning rate [0.0003]"),
+        (["--profile", "--seed", "1"], "--profile: got no value; need N: record this step and"),
+        (["--local_rank"], "--local_rank: got no value; need one"),
         (["data/train"], "got 'data/train', which belongs to no flag; do: look at train.py --help"),
         (["--epochs", "0"], "--epochs: got '0'; need a number of epochs, more than 0"),
     ],

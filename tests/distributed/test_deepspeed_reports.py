@@ -30,6 +30,7 @@ def test_reports_are_in_the_file_and_not_on_the_screen(logger, tmp_path, capfd):
 
     path = tmp_path / "deepspeed.log"
     deepspeed_reports.send_to_file(path)
+    assert not path.exists()
     log_dist("time (ms) | fwd: 1", ranks=[-1])
     print_dist("a table of communication", ranks=[-1])
     logger.warning("Attempting to get learning rate")

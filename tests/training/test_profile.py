@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tiny_run import losses, train
 
 from ds_classifier.config.settings import Settings, check_settings
-from ds_classifier.training.logs.profile import dearest, shares
+from ds_classifier.training.logs.profile import Profile, dearest, shares
 
 
 @pytest.mark.slow
@@ -42,6 +43,24 @@ def test_four_steps_are_recorded(digits, tmp_path):
 
     done = train(1, "zero1_fp32", digits, run, *size, "--profile", "3", "--extend", "12")
     assert "step 3 is done; nothing is recorded" in done.output
+
+
+def test_writing_is_no_time_of_a_step(tmp_path):
+    """All files appear while the clock of the log is paused."""
+    folder, seen = tmp_path / "profile", []
+
+    @contextmanager
+    def pause(doing):
+        seen.append((doing, folder.exists()))
+        yield
+        seen.append(len(list(folder.iterdir())))
+
+    engine = SimpleNamespace(device=torch.device("cpu"), global_steps=0)
+    profile = Profile(tmp_path, 1, engine=engine, pause=pause)
+    for step in range(1, 6):
+        with profile.step(step):
+            torch.zeros(1)
+    assert seen == [("writing the profile", False), 2]
 
 
 def test_shares_are_those_of_the_events():

@@ -4,11 +4,21 @@ import math
 import re
 
 import pytest
+from running import ROOT
 
 from ds_classifier import distributed
+from ds_classifier.config import parse_training_command
+from ds_classifier.config.deepspeed_json import read_ds_config, resolve
 from ds_classifier.distributed import console
 from ds_classifier.evaluation import metrics
-from ds_classifier.training.logs.screen import EXPLAINED, Table, lost_line, progress_line
+from ds_classifier.training.logs.screen import (
+    EXPLAINED,
+    Table,
+    lost_line,
+    offloaded,
+    progress_line,
+    schedule,
+)
 
 ROW = {
     **{"step": 50, "train_loss": 2.0877, "train_acc@1": 0.248, "train_acc@5": 0.695, "lr": 9.2e-4},
@@ -150,3 +160,31 @@ def test_the_live_line_of_a_slow_and_a_fast_run():
         "    123 of 1,000 steps (12%), 212 images/s, 0:03:21 left"
     )
     assert " 0.04 images/s" in progress_line(images_per_sec=0.04, **keywords)
+
+
+def test_the_engine_line_names_offload_and_warm_up():
+    json = ROOT / "ds_configs" / "zero2_bf16.json"
+    raw, cpu = read_ds_config(json), {"device": "cpu"}
+
+    def resolved(*flags, **keys):
+        command = parse_training_command(["--deepspeed_config", str(json), *flags])
+        return resolve(command, raw | keys, world_size=1)
+
+    for stage, parts, words in (
+        (1, {}, ""),
+        (2, {"offload_optimizer": cpu}, " with the optimizer offloaded to the CPU"),
+        (
+            3,
+            {"offload_optimizer": cpu, "offload_param": cpu},
+            " with the optimizer and the parameters offloaded to the CPU",
+        ),
+        (3, {"offload_optimizer": {"device": "none"}}, ""),
+    ):
+        ds = resolved(zero_optimization={"stage": stage, **parts}).ds_config
+        assert offloaded(ds) == words
+    for flags, words in (
+        ("", "the JSON's WarmupDecayLR with 12 steps of warm-up"),
+        ("--lr_schedule cosine", "cosine to 0"),
+        ("--lr_schedule cosine --warmup_steps 1", "cosine to 0 with 1 step of warm-up"),
+    ):
+        assert schedule(resolved("--iterations", "600", *flags.split())) == words

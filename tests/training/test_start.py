@@ -46,3 +46,24 @@ def test_another_optimizer_or_implementation_continues_a_run(changed):
 def test_other_parameters_of_the_same_optimizer_are_refused(changed):
     with pytest.raises(ValueError, match=r"optimizer of the JSON: .* in the checkpoint, .* now"):
         continue_with(ADAMW | changed)
+
+
+def test_more_iterations_do_not_change_a_warm_up_under_way():
+    """ "auto" would be another number of steps; the one before, given as a flag, is taken."""
+    raw = read_ds_config(JSON)
+    raw["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
+
+    def settled(*flags):
+        command = parse_training_command(["--deepspeed_config", str(JSON), *flags])
+        return resolve(command, raw, world_size=1)
+
+    facts = dict(deepspeed={}, classes=[], data="")
+    began = settled("--iterations", "100")
+    state = dict(step=5, settings=began.settings.recorded(), part_ends=[100]) | facts
+    refuse_changes(state, began, facts)
+    refuse_changes(state, settled("--iterations", "120"), facts)  # 2 steps, as in 100
+    with pytest.raises(ValueError, match="warmup_steps: 2 in the checkpoint, 20 now"):
+        refuse_changes(state, settled("--iterations", "1000"), facts)
+    longer = settled("--iterations", "1000", "--warmup_steps", "2")
+    refuse_changes(state, longer, facts)
+    assert longer.ds_config["scheduler"] == began.ds_config["scheduler"]

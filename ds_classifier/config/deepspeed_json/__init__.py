@@ -2,6 +2,6 @@
 
 from ds_classifier.config.deepspeed_json.reading import read_ds_config
 from ds_classifier.config.deepspeed_json.resolve import Resolved, resolve
-from ds_classifier.config.deepspeed_json.schedules import meant
+from ds_classifier.config.deepspeed_json.schedules import WARM_UP, meant
 
-__all__ = ["Resolved", "meant", "read_ds_config", "resolve"]
+__all__ = ["WARM_UP", "Resolved", "meant", "read_ds_config", "resolve"]

@@ -119,9 +119,11 @@ class Draft:
         if value == AUTO:
             self.set(*path, set_to)
         elif name in self.owners and set_to != value:
-            self.refuse(
-                path, f"got {value}, but {self.owners[name]} is {set_to}; need one number", AUTO
-            )
+            owner, advice = self.owners[name], f'do: write "auto" for {set_to}'
+            if owner.startswith("--"):
+                advice += f", or give --{name} {value}"
+            message = f"got {value}, but {owner} is {set_to}; need one number"
+            self.refuse(path, message, AUTO, advice=advice)
             self.set(*path, set_to)
         else:
             self.settings = self.settings.replace(**{name: value})

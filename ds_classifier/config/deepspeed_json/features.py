@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO
-from ds_classifier.config.deepspeed_json.draft import INT, Draft, shown
+from ds_classifier.config.deepspeed_json.draft import INT, STR, Draft, shown
 
 # What is refused where it is on -> reason. A key with dots is in a section.
 NOT_HERE = {
@@ -154,8 +155,11 @@ def _profile(draft: Draft) -> None:
         for key in ("flops_profiler", "comms_logger", "wall_clock_breakdown", "memory_breakdown"):
             draft.drop(key)
         draft.drop("steps_per_print")
-    if _is_on(section := draft.section("flops_profiler")) and "output_file" not in section:
-        draft.set("flops_profiler", "output_file", f"{draft.settings.run_dir}/flops_profiler.txt")
+    if _is_on(draft.section("flops_profiler")):
+        path = ("flops_profiler", "output_file")
+        draft.check_type(path, STR)
+        name = draft.get(*path) or "flops_profiler.txt"
+        draft.set(*path, os.path.join(draft.settings.run_dir, name))  # unless it is absolute
 
 
 def reports(ds_config: dict[str, Any]) -> list[str]:

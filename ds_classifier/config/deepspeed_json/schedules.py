@@ -48,7 +48,7 @@ def settle_schedule(draft: Draft) -> None:
     if LENGTH in takes:
         draft.settle((*SECTION, LENGTH), "iterations")
     if WARM_UP in takes:
-        _settle_warm_up(draft, takes[WARM_UP], defaults)
+        _settle_warm_up(draft, takes[WARM_UP], defaults, ends=LENGTH in takes)
     for name, default in takes.items():
         if name not in params and name in ("warmup_type", "warmup_min_lr", "cos_min_ratio"):
             params[name] = default
@@ -136,13 +136,19 @@ def _check_params(draft: Draft, params: dict[str, Any], takes: dict[str, Any]) -
         )
 
 
-def _settle_warm_up(draft: Draft, default: Any, defaults: dict[str, Any]) -> None:
-    """Settle the warm-up's steps: the JSON's or the flag's; "auto" follows the run's length."""
+def _settle_warm_up(draft: Draft, default: Any, defaults: dict[str, Any], *, ends: bool) -> None:
+    """Settle the warm-up's steps: the JSON's or the flag's; "auto" follows the run's length.
+
+    ends: whether the schedule ends with the run.
+    """
     value = draft.get(*SECTION, WARM_UP)
     if draft.settings.warmup_steps >= 0 or value not in (None, AUTO):
         draft.settle((*SECTION, WARM_UP), "warmup_steps")
     elif value == AUTO:
-        draft.set(*SECTION, WARM_UP, draft.settings.warm_up(draft.settings.iterations))
+        steps = draft.settings.warm_up(draft.settings.iterations)
+        draft.set(*SECTION, WARM_UP, steps)
+        if not ends:  # more --iterations may not change the rates of a run under way
+            draft.settings = draft.settings.replace(warmup_steps=steps)
     else:
         draft.set(*SECTION, WARM_UP, default)
         defaults[WARM_UP] = default

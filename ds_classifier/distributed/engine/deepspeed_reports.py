@@ -11,6 +11,7 @@ from ds_classifier import distributed
 def send_to_file(path: Path) -> None:
     """Append all that DeepSpeed's logger and its `print` say on rank 0 to a file.
 
+    It is made with the first line, so there is none where nothing is said.
     Errors are shown on the screen too. Warnings are not, as in a run without reports.
     """
     from deepspeed.runtime import utils
@@ -22,7 +23,7 @@ def send_to_file(path: Path) -> None:
     logger = logging.getLogger("DeepSpeed")
     for handler in logger.handlers:
         handler.setLevel(logging.ERROR)
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = logging.FileHandler(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(file)
     logger.setLevel(logging.INFO)

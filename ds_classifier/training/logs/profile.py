@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager as ContextManager
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,18 @@ MARKS = ("step: ", "model: ")  # how the names of the parts begin
 class Profile:
     """Records PROFILED steps of rank 0 and writes what they cost; other ranks do nothing.
 
-    first: the first step to record; 0: none. done: the number of steps done before this start.
-    device: of this rank.
+    first: the first step to record; 0: none. engine: DeepSpeed's, before the first step of this
+    start. pause: leaves what is done in its context out of the speed, see `TrainingLog.pause`.
     """
 
-    def __init__(self, run_dir: Path, first: int, *, done: int, device: torch.device):
-        self._folder, self._device = run_dir / "profile", device
+    def __init__(
+        self, run_dir: Path, first: int, *, engine: Any, pause: Callable[[str], ContextManager]
+    ):
+        self._folder, self._device, self._pause = run_dir / "profile", engine.device, pause
         self._first = first if distributed.rank() == 0 else 0
         self._profiler: Any = None
         self._began = 0.0
-        if 0 < first <= done:
+        if 0 < first <= engine.global_steps:
             distributed.say(f"note: --profile {first}: step {first} is done; nothing is recorded")
 
     @contextmanager
@@ -66,8 +69,9 @@ class Profile:
         self._wait_for_device()
         wall = time.perf_counter() - self._began
         profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        failures.tolerate("the profile", lambda: self._write(profiler, wall))
+        with self._pause("writing the profile"):
+            profiler.stop()
+            failures.tolerate("the profile", lambda: self._write(profiler, wall))
 
     def _wait_for_device(self) -> None:
         if self._device.type == "cuda":

@@ -10,6 +10,7 @@ from ds_classifier import distributed
 from ds_classifier.common.text import count, duration, fitted, scientific
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
+from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
@@ -185,8 +186,8 @@ def note(step: int | str, text: str) -> str:
 
 def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
-    settings, batch = setup.resolved.settings, setup.resolved.batch
-    engine, shards = setup.engine, setup.shards
+    resolved, engine, shards = setup.resolved, setup.engine, setup.shards
+    settings, batch = resolved.settings, resolved.batch
     parameters = deepspeed_state.parameter_count(engine)
 
     say = distributed.say_labelled
@@ -214,13 +215,14 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
         f"engine      {deepspeed_engine.precision(engine)}, "
-        f"ZeRO {engine.zero_optimization_stage()}, on "
-        f"{deepspeed_engine.describe_device(engine.device)}; lr {settings.lr:g}, {_schedule(setup)}"
+        f"ZeRO {engine.zero_optimization_stage()}{offloaded(resolved.ds_config)}, on "
+        f"{deepspeed_engine.describe_device(engine.device)}; "
+        f"lr {settings.lr:g}, {schedule(resolved)}"
     )
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
-        if not setup.resolved.open_ended and engine.global_steps == setup.start.part_begin:
+        if not resolved.open_ended and engine.global_steps == setup.start.part_begin:
             length += ", the learning rate begins anew"
     if command.overfit_steps:
         length = f"one batch again and again, {count(command.overfit_steps, 'step')} at most"
@@ -248,15 +250,24 @@ def _split(shards: ShardSet) -> str:
     )
 
 
-def _schedule(setup: Setup) -> str:
+def offloaded(ds_config: dict[str, Any]) -> str:
+    """Return what ZeRO keeps in the CPU's memory, in words to add to its stage; "" if nothing."""
+    parts = {"offload_optimizer": "the optimizer", "offload_param": "the parameters"}
+    zero = ds_config["zero_optimization"]
+    what = " and ".join(name for key, name in parts.items() if key in zero)
+    return f" with {what} offloaded to the CPU" if what else ""
+
+
+def schedule(resolved: Resolved) -> str:
     """Return the shape of the learning rate over the run, in words."""
-    resolved = setup.resolved
     if "scheduler" in resolved.ds_config:
-        return f"the JSON's {resolved.ds_config['scheduler']['type']}"
-    shape = resolved.settings.schedule or "constant"
-    shape += " to 0" * (shape != "constant")
-    warm_up = resolved.settings.warmup_steps if resolved.settings.schedule else 0
-    return f"{shape} after {count(warm_up, 'step')} of warm-up" if warm_up > 0 else shape
+        shape = f"the JSON's {resolved.ds_config['scheduler']['type']}"
+        warm_up = resolved.ds_config["scheduler"]["params"].get(WARM_UP, 0)
+    else:
+        shape = resolved.settings.schedule or "constant"
+        shape += " to 0" * (shape != "constant")
+        warm_up = resolved.settings.warmup_steps if resolved.settings.schedule else 0
+    return f"{shape} with {count(warm_up, 'step')} of warm-up" if warm_up > 0 else shape
 
 
 def lost_line(row: dict[str, Any], why_skipped: str) -> str:
