@@ -294,6 +294,4 @@ def _missing_tools() -> str:
     compiler = os.environ.get("CXX", "c++")
     if not (shutil.which(compiler) or shutil.which("g++")):
         return "C++ compiler"
-    from torch.utils.cpp_extension import is_ninja_available
-
-    return "" if is_ninja_available() else "ninja"
+    return "" if shutil.which("ninja") else "ninja"
