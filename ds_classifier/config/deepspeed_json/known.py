@@ -29,14 +29,15 @@ from ds_classifier.config.deepspeed_json.draft import (
 _ONE_BATCH = {"train_micro_batch_size_per_gpu": 1}  # without a size, DeepSpeed reads nothing
 # Sections whose parameters go to an optimizer or a scheduler, which are asked elsewhere.
 _ELSEWHERE = ("optimizer", "scheduler")
+SECTION = "a section {...}"
 # How pydantic's names of errors begin -> what is needed.
 _TYPES = {
     "bool": BOOL,
     "int_": INT,
     "float_": NUMBER,
     "string_": STR,
-    "dict_": "a section {...}",
-    "model_": "a section {...}",
+    "dict_": SECTION,
+    "model_": SECTION,
     "path_": "a path",
 }
 
@@ -124,7 +125,7 @@ def check_keys(draft: Draft) -> None:
     for key in list(draft.ds):
         if key in _ELSEWHERE:
             if not isinstance(draft.ds[key], dict):
-                draft.refuse((key,), f"got {shown(draft.ds[key])}; need a section {{...}}")
+                draft.refuse((key,), f"got {shown(draft.ds[key])}; need {SECTION}")
             for inner in list(draft.section(key)):
                 if inner not in ("type", "params", "legacy_fusion"):
                     _unknown(draft, (key, inner), ("type", "params"), ignored)
@@ -139,8 +140,13 @@ def check_keys(draft: Draft) -> None:
 
 def _check_section(draft: Draft, key: str, ignored: list[str]) -> None:
     """Ask DeepSpeed about one section until it takes what is left of it."""
-    while key in draft.ds and draft.ds[key] != AUTO:
+    while key in draft.ds:
         asked, error = _read({key: draft.ds[key]})
+        if draft.ds[key] == AUTO:
+            if error is not None and _need(error) == SECTION:
+                choice = [{"enabled": AUTO}] if key in ("fp16", "bf16") else []
+                draft.refuse((key,), f'got "auto"; need {SECTION}', *choice)
+            return
         if error is None:
             if isinstance(asked[key], Asked) and asked[key].asked:
                 _check_plain(draft, (key,), asked[key], ignored)
@@ -154,7 +160,7 @@ def _check_section(draft: Draft, key: str, ignored: list[str]) -> None:
 def _culprit(draft: Draft, key: str) -> Path:
     """Return the key of a section without which DeepSpeed takes the rest; else the section."""
     section = draft.section(key)
-    for name in section:
+    for name in [name for name in section if name != "enabled"]:  # what is off is never wrong
         if _read({key: {k: v for k, v in section.items() if k != name}})[1] is None:
             return key, name
     return (key,)
@@ -164,7 +170,7 @@ def _need(error: Exception) -> str:
     """Return what DeepSpeed wants in place of a value that it failed on."""
     text = " ".join(str(error).split()) or type(error).__name__
     if re.search(r"attribute '(keys|get|items)'|must be a mapping|not iterable", text):
-        return "a section {...}"
+        return SECTION
     if found := re.search(r"(?:Assertion failed|Value error), (.+?) \[type=", text):
         text = found[1]  # without pydantic's frame
     return f"what DeepSpeed takes: {text}"
