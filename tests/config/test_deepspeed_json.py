@@ -1,6 +1,7 @@
 """The DeepSpeed JSON: what is accepted, refused, mapped and said."""
 
 import copy
+import json
 import os
 import random
 import subprocess
@@ -566,3 +567,180 @@ def test_an_offload_that_is_off_leaves_stage_1_its_optimizer():
     raw["optimizer"] = {"type": "Muon", "params": {"lr": 1e-3}}
     raw["data_types"] = {"grad_accum_dtype": "fp32"}
     assert "zero_optimization.stage: got 1; need 2 or 3" in problems(raw=raw)
+
+
+# ------------------------------------------------------------------- nothing ends in a traceback
+
+
+@pytest.mark.parametrize("name", ["zero_optimization", "bf16", "fp16", "flops_profiler", "aio"])
+def test_a_whole_section_is_not_auto(name):
+    wanted = {"enabled": "auto"} if name in ("bf16", "fp16") else None
+    advice = f"do: write {json.dumps(wanted)}" if wanted else "do: correct or remove it"
+    message = problems(raw=changed(**{name: "auto"}))
+    assert f'{name}: got "auto"; need a section {{...}}; {advice}' in message
+    both = problems(raw=changed(zero_optimization="auto", fp16="auto"))
+    assert 'zero_optimization: got "auto"' in both
+    assert 'fp16: got "auto"' in both
+
+
+FP16 = dict(bf16={"enabled": False}, fp16__enabled=True)
+
+
+def test_a_loss_scale_that_no_tensor_holds_is_refused():
+    assert resolved(raw=changed(**FP16, fp16__initial_scale_power=32))
+    for power in (64, 200):
+        message = problems(raw=changed(**FP16, fp16__initial_scale_power=power))
+        assert f"fp16.initial_scale_power: got {power}; need at most 62" in message
+
+
+@complete_deepspeed
+def test_super_offload_needs_cuda(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    offload = {"device": "cpu", "super_offload": True}
+    raw = changed(zero_optimization={"stage": 3, "offload_optimizer": offload})
+    assert "zero_optimization.offload_optimizer.super_offload: got true; need" in problems(raw=raw)
+    raw["zero_optimization"]["stage"] = 2  # which does not look at it
+    assert resolved(raw=raw)
+
+
+@complete_deepspeed
+def test_modules_of_autocast_that_do_not_exist_are_refused():
+    def of(names):
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": names}
+        return changed(bf16={"enabled": False}, torch_autocast=autocast)
+
+    assert resolved(raw=of(["torch.nn.Linear", "torch.nn.Conv2d"]))
+    for wrong in ("torch.nn.NoSuch", "no_such_module.Linear", "Linear"):
+        message = problems(raw=of(["torch.nn.Linear", wrong]))
+        assert "torch_autocast.lower_precision_safe_modules: got " in message
+        assert f"{json.dumps(wrong)}; need" in message
+
+
+# ------------------------------------------------------------------- the right key is named
+
+
+def test_a_section_is_not_switched_off_to_mend_it():
+    raw = changed(**FP16, fp16__loss_scale=0, fp16__loss_scale_window=0)
+    message = problems(raw=raw)
+    assert "fp16.loss_scale_window: got 0" in message
+    assert "fp16.enabled" not in message
+    raw = changed(**FP16, fp16__loss_scale_window=[1], fp16__hysteresis="x")
+    assert "fp16.enabled" not in problems(raw=raw)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (dict(FP16={"enabled": True}), "FP16: unknown key; 'fp16' is there already"),
+        (dict(BF16={"enabled": True}), "BF16: unknown key"),
+        (dict(zero_optimization={"stages": 3}), "stages: unknown key; did you mean 'stage'?"),
+        (dict(zero={"stage": 3}), "zero: unknown key; 'zero_optimization' is there already"),
+        (dict(max_grad_norm=1), "max_grad_norm: unknown key; 'gradient_clipping' is there already"),
+        (dict(optimizer__lr=1e-3), "optimizer.lr: unknown key; DeepSpeed reads type and params"),
+        (dict(scheduler__warmup_num_steps=3), "scheduler.warmup_num_steps: unknown key; DeepSpeed"),
+        (
+            dict(optimizer__params={"learning_rate": 1e-3}),
+            "optimizer.params.learning_rate: unknown to this optimizer in DeepSpeed "
+            f"{known.version()}; did you mean 'lr'?",
+        ),
+    ],
+)
+def test_slips_that_would_change_the_training_are_refused(keys, words):
+    raw = changed(**({"fp16": {"enabled": False}} | keys))
+    assert words in problems(raw=raw)
+    resolved_as_advised(raw, 2)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("True", True), ("False", False), ("None", None)])
+def test_words_of_python_are_named(written, meant, tmp_path):
+    """hjson reads a word without quotes as a string, with all that follows on its line."""
+    advice = f"do: write {json.dumps(meant)}"
+    path = tmp_path / "a.json"
+    for text in (f'{{"wall_clock_breakdown": {written},\n}}', f'{{"a": {{"b": {written}}}}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"got {written}, which is Python's; {advice}"):
+            read_ds_config(path)
+    path.write_text(f'{{"wandb": {{"project": "a: {written} one"}}}}')
+    assert read_ds_config(path)["wandb"]["project"] == f"a: {written} one"
+
+
+@complete_deepspeed
+def test_muon_in_stage_0_is_not_said_to_be_in_stage_1():
+    raw = changed(optimizer={"type": "Muon"}, data_types={"grad_accum_dtype": "fp32"})
+    raw |= dict(fp16={"enabled": False}, bf16={"enabled": True}, zero_optimization={"stage": 0})
+    assert "zero_optimization.stage: got 0, which is run as 1; need 2 or 3" in problems(raw=raw)
+
+
+# ------------------------------------------------------------------- "auto" and what is off
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(gradient_predivide_factor="auto"),
+        dict(prescale_gradients="auto"),
+        dict(sequence_parallel_size="auto"),
+        dict(tensor_parallel={"autotp_size": "auto"}),
+        dict(zero_optimization__zero_quantized_weights="auto"),
+        dict(zero_optimization__mics_shard_size="auto"),
+        dict(sparse_gradients="auto"),
+        dict(pipeline={"stages": "auto", "partition": "best"}),
+        dict(pipeline={"stages": 1}),
+        dict(curriculum_learning={"curriculum_type": "seqlen", "min_difficulty": 8}),
+        dict(elasticity={"max_train_batch_size": 2000}),
+    ],
+)
+def test_auto_and_sections_that_deepspeed_leaves_off_are_off(keys):
+    assert resolved(raw=changed(**keys))
+
+
+def test_pipeline_stages_are_refused():
+    message = problems(raw=changed(pipeline={"stages": 2, "partition": "best"}))
+    assert message.startswith("pipeline.stages: not supported here: ")
+
+
+@pytest.mark.parametrize(
+    ("section", "compiles", "words"),
+    [
+        (True, False, "compile: true has no effect; --compile True"),
+        ("auto", False, 'compile: "auto" has no effect; --compile True'),
+        ({"enabled": True}, True, "compile: the classifier is compiled"),
+        ({"enabled": True, "backend": "eager"}, True, "compile.backend has no effect"),
+        ({"disable": False, "kwargs": {"dynamic": True}}, True, "compile.kwargs has no effect"),
+        ({"backend": "eager"}, False, "compile.backend has no effect"),
+        ({"disable": True, "backend": "eager"}, False, ""),
+        (False, False, ""),
+    ],
+)
+def test_what_becomes_of_compile_is_said(section, compiles, words):
+    result = resolved(raw=changed(compile=section))
+    said = "\n".join(result.notes)
+    assert "compile" not in result.ds_config
+    assert result.settings.compile is compiles
+    assert words in said
+    assert bool(words) == ("compile" in said)
+
+
+# ------------------------------------------------------------------- rates that have no effect
+
+
+def test_what_a_scheduler_replaces_is_said():
+    cycle = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}
+    raw = changed(scheduler=copy.deepcopy(cycle), optimizer__params={"betas": [0.5, 0.9]})
+    assert "optimizer.params.betas: 0.5 has no effect, since OneCycle sets it" in notes(raw=raw)
+    raw["scheduler"]["params"]["cycle_momentum"] = False
+    assert "betas" not in notes(raw=raw)
+
+
+@complete_deepspeed
+def test_the_rates_of_muon_are_said():
+    params = {"lr": 1e-3, "muon_lr": 2e-2, "adam_lr": 5e-4}
+    raw = changed(optimizer={"type": "Muon", "params": params})
+    raw["scheduler"] = {"type": "WarmupLR", "params": {}}
+    said = notes(raw=raw)
+    for key, rate in (("muon_lr", 0.02), ("adam_lr", 0.0005)):
+        assert f"optimizer.params.{key}: {rate} has no effect, since WarmupLR sets the rate" in said
+    del raw["scheduler"]
+    said = notes("--lr_schedule", "cosine", raw=raw)
+    assert "Muon: the highest rate is muon_lr 0.02 for matrices, which the log shows, and " in said
+    assert "adam_lr 0.0005 for the rest; lr has no effect" in said

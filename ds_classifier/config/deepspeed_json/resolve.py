@@ -135,7 +135,6 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
         advised = draft.advised
     if problems:
         raise ValueError(_joined(problems, command.deepspeed_config))
-    _name_autos(draft)
     ds = draft.ds | batch.ds_numbers()
     if batch.accumulation > 1:
         ds["data_types"] = {"grad_accum_dtype": "fp32"} | ds.get("data_types", {})
@@ -169,6 +168,7 @@ def _settle(draft: Draft, ranks: int) -> tuple[BatchSizes, int]:
         draft.problems.append(str(error))
         draft.advised |= error.advised
         batch, ranks = BatchSizes(1, 1, ranks), error.ranks or ranks
+    _name_autos(draft)
     check_clashes(draft, batch.accumulation)
     _check_settings(draft)
     _check_extend(draft)
