@@ -121,7 +121,7 @@ def _is_on(value: Any) -> bool:
     """Return True if a section or a key switches something on."""
     if isinstance(value, dict):
         if "enabled" in value:
-            return _is_on(value["enabled"])
+            return str(value["enabled"]).lower() not in _OFF
         return any(_is_on(inner) for inner in value.values())
     if isinstance(value, bool) or value is None:
         return bool(value)
