@@ -176,8 +176,8 @@ def test_a_batch_written_as_a_string_hides_nothing():
     message = problems(raw=raw)
     assert 'train_batch_size: got "16"; need a whole number of at least 1; do: write 16' in message
     assert "got 3 micro-batch x 2 ranks for a global batch of 16" in message
-    assert 'fp16.enabled: got "true"; need true or false; do: write true' in problems(
-        raw=changed(fp16__enabled="true", bf16__enabled=False)
+    assert 'fp16.enabled: got "True"; need true or false; do: write true' in problems(
+        raw=changed(fp16__enabled="True", bf16__enabled=False)
     )
 
 
@@ -651,17 +651,25 @@ def test_slips_that_would_change_the_training_are_refused(keys, words):
     resolved_as_advised(raw, 2)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("True", True), ("False", False), ("None", None)])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("True", "true"), ("False", "false"), ("None", "null"), ("NaN", "a number")],
+)
 def test_words_of_python_are_named(written, meant, tmp_path):
     """hjson reads a word without quotes as a string, with all that follows on its line."""
-    advice = f"do: write {json.dumps(meant)}"
     path = tmp_path / "a.json"
-    for text in (f'{{"wall_clock_breakdown": {written},\n}}', f'{{"a": {{"b": {written}}}}}'):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"got {written}, which is Python's; {advice}"):
+    for line in (
+        f'"a": {written}, "c": 1}}',
+        f'"a": {written} # no\n}}',
+        f'"a": {{"b": {written}}}}}',
+        f'"a": [1, {written}]}}',
+    ):
+        path.write_text("{ // why\n" + line)
+        words = f"line 2: got {written}, which JSON does not have; do: write {meant}"
+        with pytest.raises(ValueError, match=words):
             read_ds_config(path)
-    path.write_text(f'{{"wandb": {{"project": "a: {written} one"}}}}')
-    assert read_ds_config(path)["wandb"]["project"] == f"a: {written} one"
+    path.write_text(f'{{ // a: {written}\n"wandb": {{"project": "a: \\", {written}, b"}}}}')
+    assert read_ds_config(path)["wandb"]["project"] == f'a: ", {written}, b'
 
 
 @complete_deepspeed

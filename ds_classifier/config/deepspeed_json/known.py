@@ -28,7 +28,11 @@ from ds_classifier.config.deepspeed_json.draft import (
 
 _ONE_BATCH = {"train_micro_batch_size_per_gpu": 1}  # without a size, DeepSpeed reads nothing
 # What other programs call a key -> DeepSpeed's name.
-ELSEWHERE = {"zero": "zero_optimization", "max_grad_norm": "gradient_clipping", "learning_rate": "lr"}
+ELSEWHERE = {
+    "zero": "zero_optimization",
+    "max_grad_norm": "gradient_clipping",
+    "learning_rate": "lr",
+}
 # Sections whose parameters go to an optimizer or a scheduler, which are asked elsewhere.
 _WITH_PARAMS = ("optimizer", "scheduler")
 SECTION = "a section {...}"

@@ -229,7 +229,12 @@ def test_a_split_is_refused_by_the_url_that_was_typed(url):
 @pytest.mark.parametrize(
     ("url", "name", "value", "words"),
     [
-        ("s3://bkt/x", "AWS_ENDPOINT_URL", "localhost:9", "got the endpoint localhost:9; need a URL"),
+        (
+            "s3://bkt/x",
+            "AWS_ENDPOINT_URL",
+            "localhost:9",
+            "got the endpoint localhost:9; need a URL",
+        ),
         ("s3://bkt/x", "AWS_ENDPOINT_URL", "http://[::", "obstore gave up: "),
         (
             "gs://bkt/x",
