@@ -67,7 +67,7 @@ def test_too_many_in_a_row(engine, tmp_path):
 
 
 def test_a_scale_that_falls_from_far_above_is_let_fall(engine, tmp_path):
-    """From 2^20, 4 steps bring it to 2^16; then, and after the first good step, all count."""
+    """4 steps bring it from 2^20 to 2^16; then, and after the first good step, all count."""
     engine.optimizer.cur_scale = 2.0**20
     skipped = watch(engine, tmp_path, 3)
     for finite in [False] * 6 + [True]:
