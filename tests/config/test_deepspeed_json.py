@@ -624,6 +624,9 @@ def test_a_section_is_not_switched_off_to_mend_it():
     message = problems(raw=raw)
     assert "fp16.loss_scale_window: got 0" in message
     assert "fp16.enabled" not in message
+    message = problems(raw=changed(**FP16, fp16__loss_scale_window=0, fp16__hysteresis=0))
+    assert "fp16.loss_scale_window: got 0; need a whole number of at least 1" in message
+    assert "fp16.hysteresis: got 0; need a whole number of at least 1" in message
     raw = changed(**FP16, fp16__loss_scale_window=[1], fp16__hysteresis="x")
     assert "fp16.enabled" not in problems(raw=raw)
 
@@ -653,7 +656,13 @@ def test_slips_that_would_change_the_training_are_refused(keys, words):
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("True", "true"), ("False", "false"), ("None", "null"), ("NaN", "a number")],
+    [
+        ("True", "true"),
+        ("False", "false"),
+        ("None", "null"),
+        ("NaN", "a number"),
+        ("Infinity", "a number"),
+    ],
 )
 def test_words_of_python_are_named(written, meant, tmp_path):
     """hjson reads a word without quotes as a string, with all that follows on its line."""
@@ -713,9 +722,10 @@ def test_pipeline_stages_are_refused():
         (True, False, "compile: true has no effect; --compile True"),
         ("auto", False, 'compile: "auto" has no effect; --compile True'),
         ({"enabled": True}, True, "compile: the classifier is compiled"),
-        ({"enabled": True, "backend": "eager"}, True, "compile.backend has no effect"),
-        ({"disable": False, "kwargs": {"dynamic": True}}, True, "compile.kwargs has no effect"),
-        ({"backend": "eager"}, False, "compile.backend has no effect"),
+        ({"enabled": True, "backend": "eager"}, True, "compile.backend: no effect; --compile"),
+        ({"disable": False, "backend": "inductor"}, True, "compile: the classifier is compiled"),
+        ({"disable": False, "kwargs": {"dynamic": True}}, True, "compile.kwargs: no effect"),
+        ({"backend": "eager"}, False, "compile.backend: no effect"),
         ({"disable": True, "backend": "eager"}, False, ""),
         (False, False, ""),
     ],
@@ -727,6 +737,8 @@ def test_what_becomes_of_compile_is_said(section, compiles, words):
     assert result.settings.compile is compiles
     assert words in said
     assert bool(words) == ("compile" in said)
+    if "inductor" in str(section):
+        assert len(result.notes) == 1
 
 
 # ------------------------------------------------------------------- rates that have no effect

@@ -141,9 +141,9 @@ def _map_compile(draft: Draft) -> None:
         draft.settings = draft.settings.replace(compile=True)
         draft.notes.append("compile: the classifier is compiled, as with --compile True")
     if on or not section.keys() & {"enabled", "disable"}:
-        for key in [key for key, value in section.items() if _is_on(value)]:
-            if key not in ("enabled", "disable"):
-                draft.notes.append(f"compile.{key} has no effect; {advice}")
+        own = [key for key, value in section.items() if _is_on(value) and value != "inductor"]
+        if left := [f"compile.{key}" for key in own if key not in ("enabled", "disable")]:
+            draft.notes.append(f"{', '.join(left)}: no effect; {advice}, by inductor")
 
 
 def _note_activation_checkpointing(draft: Draft) -> None:

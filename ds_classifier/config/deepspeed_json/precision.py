@@ -86,8 +86,8 @@ def settle_zero(draft: Draft) -> None:
         )
 
 
-def settle_precision(draft: Draft) -> None:
-    """Check fp16, bf16 and clipping, and give those that are "auto" a value."""
+def check_numbers(draft: Draft) -> None:
+    """Refuse numbers that are too small or too large; DeepSpeed would name the section alone."""
     for path, (kind, least) in LEAST.items():
         draft.check_type(path, kind, least)
     power = draft.get("fp16", "initial_scale_power", default=0)
@@ -97,6 +97,10 @@ def settle_precision(draft: Draft) -> None:
             f"got {power}; need at most {SCALE_POWER}, since the loss scale is 2 to this power",
             USUAL_SCALE_POWER,
         )
+
+
+def settle_precision(draft: Draft) -> None:
+    """Check fp16, bf16 and clipping, and give those that are "auto" a value."""
     _choose_precision(draft)
     fp16, bf16 = (draft.get(name, "enabled", default=False) for name in ("fp16", "bf16"))
     if fp16 and bf16:

@@ -11,7 +11,8 @@ from ds_classifier.config.shipped import find_config
 
 # Words that hjson would read as the begin of a string -> what to write. They are looked for as
 # values, outside of strings and comments.
-NO_JSON = {"True": "true", "False": "false", "None": "null", "NaN": "a number", "nan": "a number"}
+NO_JSON = {"True": "true", "False": "false", "None": "null"}
+NO_JSON |= dict.fromkeys(("NaN", "nan", "Infinity", "inf"), "a number")
 _STRING_OR_COMMENT = r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/'
 _TOKEN = re.compile(
     rf"{_STRING_OR_COMMENT}|[:\[,]\s*({'|'.join(NO_JSON)})\s*(?=[,}}\]\n#/]|$)", re.DOTALL

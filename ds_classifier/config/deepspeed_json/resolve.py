@@ -24,6 +24,7 @@ from ds_classifier.config.deepspeed_json.optimizers import SECTION, kernel_of, s
 from ds_classifier.config.deepspeed_json.precision import (
     BUCKET_MULTIPLE,
     BUCKETS,
+    check_numbers,
     rename_old_keys,
     settle_precision,
     settle_zero,
@@ -155,6 +156,7 @@ def _settle(draft: Draft, ranks: int) -> tuple[BatchSizes, int]:
     check_features(draft)
     for key in BATCH_KEYS:
         draft.check_type((key,), INT, 1)
+    check_numbers(draft)
     check_keys(draft)
     settle_zero(draft)
     settle_precision(draft)
