@@ -760,7 +760,9 @@ def test_the_rates_of_muon_are_said():
     said = notes(raw=raw)
     for key, rate in (("muon_lr", 0.02), ("adam_lr", 0.0005)):
         assert f"optimizer.params.{key}: {rate} has no effect, since WarmupLR sets the rate" in said
+    assert resolved(raw=raw).peak_lr == 1e-3
     del raw["scheduler"]
+    assert resolved("--lr_schedule", "cosine", raw=raw).peak_lr == 2e-2
     said = notes("--lr_schedule", "cosine", raw=raw)
     assert "Muon: the highest rate is muon_lr 0.02 for matrices, which the log shows, and " in said
     assert "adam_lr 0.0005 for the rest; lr has no effect" in said

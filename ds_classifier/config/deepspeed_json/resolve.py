@@ -65,6 +65,13 @@ class Resolved:
         return self.settings.schedule in ("", "constant")
 
     @property
+    def peak_lr(self) -> float:
+        """The highest learning rate; with Muon that of the matrices, which the log shows."""
+        if self.ds_config.get("scheduler", {}).get("type") in schedules.SETS_ALL_RATES:
+            return self.settings.lr
+        return self.ds_config["optimizer"]["params"].get("muon_lr", self.settings.lr)
+
+    @property
     def _warm_up(self) -> int:
         return max(0, self.settings.warmup_steps)
 

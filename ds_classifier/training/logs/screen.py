@@ -215,7 +215,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(
         f"engine      {deepspeed_engine.precision(engine)}, "
         f"ZeRO {engine.zero_optimization_stage()}, on "
-        f"{deepspeed_engine.describe_device(engine.device)}; lr {settings.lr:g}, {_schedule(setup)}"
+        f"{deepspeed_engine.describe_device(engine.device)}; lr {setup.resolved.peak_lr:g}, "
+        f"{_schedule(setup)}"
     )
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
