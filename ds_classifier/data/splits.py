@@ -6,11 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, shown
+from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, scheme, shown
 from ds_classifier.config import Settings
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
-from ds_classifier.data.remote.objects import in_one_bucket
+from ds_classifier.data.remote.objects import in_one_bucket, refuse_unusable
 from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
@@ -66,6 +66,8 @@ def open_split(
     patience = Patience(stall_timeout_s, retries, pause_s)
     refuse_pipe(location, allow_pipe)
     refuse_hidden_login(location)
+    if scheme(location) != "hf":  # of which the name of the file is a part
+        refuse_unusable(location)
     url = url_of(location, MANIFEST)
     text = fetch_small(url, limit_bytes=MANIFEST_LIMIT, patience=patience, allow_pipe=allow_pipe)
     manifest = parse_manifest(text, shown(url))

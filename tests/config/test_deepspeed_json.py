@@ -1,6 +1,7 @@
 """The DeepSpeed JSON: what is accepted, refused, mapped and said."""
 
 import copy
+import json
 import os
 import random
 import subprocess
@@ -175,8 +176,8 @@ def test_a_batch_written_as_a_string_hides_nothing():
     message = problems(raw=raw)
     assert 'train_batch_size: got "16"; need a whole number of at least 1; do: write 16' in message
     assert "got 3 micro-batch x 2 ranks for a global batch of 16" in message
-    assert 'fp16.enabled: got "true"; need true or false; do: write true' in problems(
-        raw=changed(fp16__enabled="true", bf16__enabled=False)
+    assert 'fp16.enabled: got "True"; need true or false; do: write true' in problems(
+        raw=changed(fp16__enabled="True", bf16__enabled=False)
     )
 
 
@@ -596,3 +597,202 @@ def test_an_offload_that_is_off_leaves_stage_1_its_optimizer():
     raw["optimizer"] = {"type": "Muon", "params": {"lr": 1e-3}}
     raw["data_types"] = {"grad_accum_dtype": "fp32"}
     assert "zero_optimization.stage: got 1; need 2 or 3" in problems(raw=raw)
+
+
+# ------------------------------------------------------------------- nothing ends in a traceback
+
+
+@pytest.mark.parametrize("name", ["zero_optimization", "bf16", "fp16", "flops_profiler", "aio"])
+def test_a_whole_section_is_not_auto(name):
+    wanted = {"enabled": "auto"} if name in ("bf16", "fp16") else None
+    advice = f"do: write {json.dumps(wanted)}" if wanted else "do: correct or remove it"
+    message = problems(raw=changed(**{name: "auto"}))
+    assert f'{name}: got "auto"; need a section {{...}}; {advice}' in message
+    both = problems(raw=changed(zero_optimization="auto", fp16="auto"))
+    assert 'zero_optimization: got "auto"' in both
+    assert 'fp16: got "auto"' in both
+
+
+FP16 = dict(bf16={"enabled": False}, fp16__enabled=True)
+
+
+def test_a_loss_scale_that_no_tensor_holds_is_refused():
+    assert resolved(raw=changed(**FP16, fp16__initial_scale_power=32))
+    for power in (64, 200):
+        message = problems(raw=changed(**FP16, fp16__initial_scale_power=power))
+        assert f"fp16.initial_scale_power: got {power}; need at most 62" in message
+
+
+@complete_deepspeed
+def test_super_offload_needs_cuda(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    offload = {"device": "cpu", "super_offload": True}
+    raw = changed(zero_optimization={"stage": 3, "offload_optimizer": offload})
+    assert "zero_optimization.offload_optimizer.super_offload: got true; need" in problems(raw=raw)
+    raw["zero_optimization"]["stage"] = 2  # which does not look at it
+    assert resolved(raw=raw)
+
+
+@complete_deepspeed
+def test_modules_of_autocast_that_do_not_exist_are_refused():
+    def of(names):
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": names}
+        return changed(bf16={"enabled": False}, torch_autocast=autocast)
+
+    assert resolved(raw=of(["torch.nn.Linear", "torch.nn.Conv2d"]))
+    for wrong in ("torch.nn.NoSuch", "no_such_module.Linear", "Linear"):
+        message = problems(raw=of(["torch.nn.Linear", wrong]))
+        assert "torch_autocast.lower_precision_safe_modules: got " in message
+        assert f"{json.dumps(wrong)}; need" in message
+
+
+# ------------------------------------------------------------------- the right key is named
+
+
+def test_a_section_is_not_switched_off_to_mend_it():
+    raw = changed(**FP16, fp16__loss_scale=0, fp16__loss_scale_window=0)
+    message = problems(raw=raw)
+    assert "fp16.loss_scale_window: got 0" in message
+    assert "fp16.enabled" not in message
+    message = problems(raw=changed(**FP16, fp16__loss_scale_window=0, fp16__hysteresis=0))
+    assert "fp16.loss_scale_window: got 0; need a whole number of at least 1" in message
+    assert "fp16.hysteresis: got 0; need a whole number of at least 1" in message
+    raw = changed(**FP16, fp16__loss_scale_window=[1], fp16__hysteresis="x")
+    assert "fp16.enabled" not in problems(raw=raw)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (dict(FP16={"enabled": True}), "FP16: unknown key; 'fp16' is there already"),
+        (dict(BF16={"enabled": True}), "BF16: unknown key"),
+        (dict(zero_optimization={"stages": 3}), "stages: unknown key; did you mean 'stage'?"),
+        (dict(zero={"stage": 3}), "zero: unknown key; 'zero_optimization' is there already"),
+        (dict(max_grad_norm=1), "max_grad_norm: unknown key; 'gradient_clipping' is there already"),
+        (dict(optimizer__lr=1e-3), "optimizer.lr: unknown key; DeepSpeed reads type and params"),
+        (dict(scheduler__warmup_num_steps=3), "scheduler.warmup_num_steps: unknown key; DeepSpeed"),
+        (
+            dict(optimizer__params={"learning_rate": 1e-3}),
+            "optimizer.params.learning_rate: unknown to this optimizer in DeepSpeed "
+            f"{known.version()}; did you mean 'lr'?",
+        ),
+    ],
+)
+def test_slips_that_would_change_the_training_are_refused(keys, words):
+    raw = changed(**({"fp16": {"enabled": False}} | keys))
+    assert words in problems(raw=raw)
+    resolved_as_advised(raw, 2)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("True", "true"),
+        ("False", "false"),
+        ("None", "null"),
+        ("NaN", "a number"),
+        ("Infinity", "a number"),
+    ],
+)
+def test_words_of_python_are_named(written, meant, tmp_path):
+    """hjson reads a word without quotes as a string, with all that follows on its line."""
+    path = tmp_path / "a.json"
+    for line in (
+        f'"a": {written}, "c": 1}}',
+        f'"a": {written} # no\n}}',
+        f'"a": {{"b": {written}}}}}',
+        f'"a": [1, {written}]}}',
+    ):
+        path.write_text("{ // why\n" + line)
+        words = f"line 2: got {written}, which JSON does not have; do: write {meant}"
+        with pytest.raises(ValueError, match=words):
+            read_ds_config(path)
+    path.write_text(f'{{ // a: {written}\n"wandb": {{"project": "a: \\", {written}, b"}}}}')
+    assert read_ds_config(path)["wandb"]["project"] == f'a: ", {written}, b'
+
+
+@complete_deepspeed
+def test_muon_in_stage_0_is_not_said_to_be_in_stage_1():
+    raw = changed(optimizer={"type": "Muon"}, data_types={"grad_accum_dtype": "fp32"})
+    raw |= dict(fp16={"enabled": False}, bf16={"enabled": True}, zero_optimization={"stage": 0})
+    assert "zero_optimization.stage: got 0, which is run as 1; need 2 or 3" in problems(raw=raw)
+
+
+# ------------------------------------------------------------------- "auto" and what is off
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(gradient_predivide_factor="auto"),
+        dict(prescale_gradients="auto"),
+        dict(sequence_parallel_size="auto"),
+        dict(tensor_parallel={"autotp_size": "auto"}),
+        dict(zero_optimization__zero_quantized_weights="auto"),
+        dict(zero_optimization__mics_shard_size="auto"),
+        dict(sparse_gradients="auto"),
+        dict(pipeline={"stages": "auto", "partition": "best"}),
+        dict(pipeline={"stages": 1}),
+        dict(curriculum_learning={"curriculum_type": "seqlen", "min_difficulty": 8}),
+        dict(elasticity={"max_train_batch_size": 2000}),
+    ],
+)
+def test_auto_and_sections_that_deepspeed_leaves_off_are_off(keys):
+    assert resolved(raw=changed(**keys))
+
+
+def test_pipeline_stages_are_refused():
+    message = problems(raw=changed(pipeline={"stages": 2, "partition": "best"}))
+    assert message.startswith("pipeline.stages: not supported here: ")
+
+
+@pytest.mark.parametrize(
+    ("section", "compiles", "words"),
+    [
+        (True, False, "compile: true has no effect; --compile True"),
+        ("auto", False, 'compile: "auto" has no effect; --compile True'),
+        ({"enabled": True}, True, "compile: the classifier is compiled"),
+        ({"enabled": True, "backend": "eager"}, True, "compile.backend: no effect; --compile"),
+        ({"disable": False, "backend": "inductor"}, True, "compile: the classifier is compiled"),
+        ({"disable": False, "kwargs": {"dynamic": True}}, True, "compile.kwargs: no effect"),
+        ({"backend": "eager"}, False, "compile.backend: no effect"),
+        ({"disable": True, "backend": "eager"}, False, ""),
+        (False, False, ""),
+    ],
+)
+def test_what_becomes_of_compile_is_said(section, compiles, words):
+    result = resolved(raw=changed(compile=section))
+    said = "\n".join(result.notes)
+    assert "compile" not in result.ds_config
+    assert result.settings.compile is compiles
+    assert words in said
+    assert bool(words) == ("compile" in said)
+    if "inductor" in str(section):
+        assert len(result.notes) == 1
+
+
+# ------------------------------------------------------------------- rates that have no effect
+
+
+def test_what_a_scheduler_replaces_is_said():
+    cycle = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}
+    raw = changed(scheduler=copy.deepcopy(cycle), optimizer__params={"betas": [0.5, 0.9]})
+    assert "optimizer.params.betas: [0.5, 0.9] have no effect, since OneCycle" in notes(raw=raw)
+    raw["scheduler"]["params"]["cycle_momentum"] = False
+    assert "betas" not in notes(raw=raw)
+
+
+@complete_deepspeed
+def test_the_rates_of_muon_are_said():
+    params = {"lr": 1e-3, "muon_lr": 2e-2, "adam_lr": 5e-4}
+    raw = changed(optimizer={"type": "Muon", "params": params})
+    raw["scheduler"] = {"type": "WarmupLR", "params": {}}
+    said = notes(raw=raw)
+    for key, rate in (("muon_lr", 0.02), ("adam_lr", 0.0005)):
+        assert f"optimizer.params.{key}: {rate} has no effect, since WarmupLR sets the rate" in said
+    assert resolved(raw=raw).peak_lr == 1e-3
+    del raw["scheduler"]
+    assert resolved("--lr_schedule", "cosine", raw=raw).peak_lr == 2e-2
+    said = notes("--lr_schedule", "cosine", raw=raw)
+    assert "Muon: the highest rate is muon_lr 0.02 for matrices, which the log shows, and " in said
+    assert "adam_lr 0.0005 for the rest; lr has no effect" in said

@@ -66,6 +66,29 @@ def test_too_many_in_a_row(engine, tmp_path):
         step(engine, skipped, finite=False)
 
 
+def test_a_scale_that_falls_from_far_above_is_let_fall(engine, tmp_path):
+    """4 steps bring it from 2^20 to 2^16; then, and after the first good step, all count."""
+    engine.optimizer.cur_scale = 2.0**20
+    skipped = watch(engine, tmp_path, 3)
+    for finite in [False] * 6 + [True]:
+        step(engine, skipped, finite=finite)
+    assert len((tmp_path / SkippedSteps.FILE).read_text().splitlines()) == 6
+    engine.optimizer.cur_scale = 2.0**20
+    for _ in range(2):
+        step(engine, skipped, finite=False)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 10"):
+        step(engine, skipped, finite=False)
+
+
+def test_nothing_but_skips_ends_where_the_scale_is_usual(engine, tmp_path):
+    engine.optimizer.cur_scale = 2.0**20
+    skipped = watch(engine, tmp_path, 3)
+    for _ in range(6):
+        step(engine, skipped, finite=False)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 7"):
+        step(engine, skipped, finite=False)
+
+
 def test_a_list_that_cannot_be_written_ends_no_run(engine, tmp_path, capsys):
     """/dev/full is a disk without room; what it cut short of a line does not swallow the next."""
     listed = tmp_path / SkippedSteps.FILE

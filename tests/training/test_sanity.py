@@ -279,6 +279,8 @@ def test_a_loss_scale_that_falls_and_falls():
     assert said.startswith("130 loss scale down from 2^16 at step 50 to 2^11, never up")
     start = [11] + [11] * 20 + [12] * 20 + [11] + [12] * 20  # found its level, and moves about it
     assert not any("scale" in line for line in watched(rows_of(start)))
+    high = [29, 25, 21, 18, 17, 16, 16]  # where some JSONs begin
+    assert not any("scale" in line for line in watched(rows_of(high)))
 
 
 def test_more_noise_that_is_easier():

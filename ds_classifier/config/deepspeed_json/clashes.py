@@ -35,8 +35,11 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
         yield key, "got true; need false with Muon in ZeRO stage 3", False
     if kind == "muon" and stage == 1 and _sums_bf16_in_fp32(draft, accumulation):
         key = ("zero_optimization", "stage")
+        zero = draft.advised.get("zero_optimization")
+        asked = int(zero.get("stage", 0) if isinstance(zero, dict) else bool(zero))
+        got = "1" if asked == 1 else "0, which is run as 1"
         need = "with Muon, bf16 and gradients that are summed in fp32"
-        yield key, f"got 1; need 2 or 3 {need}", 2
+        yield key, f"got {got}; need 2 or 3 {need}", 2
     if not (draft.get("zero_allow_untested_optimizer") or _is_tested(draft, kind)):
         name = draft.get("optimizer", "type")
         need = f"missing; need true for {name}, which DeepSpeed has not tested under ZeRO"
@@ -74,6 +77,12 @@ def _offloading(draft: Draft, stage: int) -> Iterator[Clash]:
                 'got "nvme"; need "cpu": checkpoints are made of what is in memory, not on a disk'
             )
             yield ("zero_optimization", key, "device"), need, "cpu"
+    if stage == 3 and section.get("offload_optimizer", {}).get("super_offload"):
+        from deepspeed.accelerator import get_accelerator
+
+        if (device := get_accelerator().device_name()) != "cuda":
+            key = ("zero_optimization", "offload_optimizer", "super_offload")
+            yield key, f"got true; need false on {device}: it is for NVIDIA GPUs alone", False
     ratio = section.get("offload_optimizer", {}).get("ratio", 1)
     if ratio < 1 and draft.get("optimizer", "params", "torch_adam"):
         key = ("zero_optimization", "offload_optimizer", "ratio")

@@ -163,7 +163,7 @@ def _drop(values: dict[str, Any], path: Sequence[str]) -> None:
 def _unquoted(value: Any) -> Any:
     """Return the number, true or false that a string holds; else None."""
     try:
-        return json.loads(value) if isinstance(value, str) else None
+        return json.loads(value.lower()) if isinstance(value, str) else None
     except ValueError:
         return None
 

@@ -21,7 +21,7 @@ NOT_HERE = {
     "graph_harvesting": "it is of DeepSpeed's inference",
     "hybrid_engine": "it is for models that generate text",
     "nebula": "this program writes its own checkpoints",
-    "pipeline": "the classifier is one module, without pipeline stages",
+    "pipeline.stages": "the classifier is one module, without pipeline stages",
     "progressive_layer_drop": "the classifier has no layers that can be left out",
     "quantize_training": "the classifier is trained without quantization",
     "sequence_parallel_size": "images are no sequences to divide",
@@ -45,6 +45,9 @@ NOT_HERE = {
     "bf16.bf16_optimizer_states": "checkpoints hold the optimizer's state in fp32",
 }
 
+# Sections that DeepSpeed leaves off where they have no `enabled`.
+NEED_ENABLED = ("curriculum_learning", "elasticity", "progressive_layer_drop", "eigenvalue")
+
 # Sections of DeepSpeed's monitors -> where the same numbers are.
 MONITORS = {
     "tensorboard": "the run directory's tb/ has it all",
@@ -63,6 +66,7 @@ _OFF = (
     "off",
     "0",
     "0.0",
+    AUTO,
 )  # as strings, as DeepSpeed reads them
 NEVER = 2**31  # steps_per_print of a run in which DeepSpeed prints nothing
 
@@ -83,7 +87,10 @@ def check_features(draft: Draft) -> None:
     _without_null(draft.ds)
     for name, reason in NOT_HERE.items():
         path = tuple(name.split("."))
-        if _is_on(draft.get(*path)):
+        value = draft.get(*path)
+        if name in NEED_ENABLED and isinstance(value, dict):
+            value = {"enabled": value.get("enabled")}
+        if _is_on(value):
             draft.refuse(path, f"not supported here: {reason}", advice="do: remove it")
         elif path[0] != "compile":
             draft.drop(*path)
@@ -115,7 +122,7 @@ def _is_on(value: Any) -> bool:
     """Return True if a section or a key switches something on."""
     if isinstance(value, dict):
         if "enabled" in value:
-            return str(value["enabled"]).lower() not in (*_OFF, AUTO)
+            return str(value["enabled"]).lower() not in _OFF
         return any(_is_on(inner) for inner in value.values())
     if isinstance(value, bool) or value is None:
         return bool(value)
@@ -125,12 +132,19 @@ def _is_on(value: Any) -> bool:
 
 def _map_compile(draft: Draft) -> None:
     """Compile the classifier where the section `compile` of older versions says so."""
-    section = draft.drop("compile")
-    if not isinstance(section, dict) or "compile" in draft.command.given:
+    section, advice = draft.drop("compile"), "--compile True compiles the classifier"
+    if not isinstance(section, dict):
+        if section:
+            draft.notes.append(f"compile: {shown(section)} has no effect; {advice}")
         return
-    if section.get("enabled", False) is True or section.get("disable", True) is False:
+    on = section.get("enabled") is True or section.get("disable") is False
+    if on and "compile" not in draft.command.given:
         draft.settings = draft.settings.replace(compile=True)
         draft.notes.append("compile: the classifier is compiled, as with --compile True")
+    if on or not section.keys() & {"enabled", "disable"}:
+        own = [key for key, value in section.items() if _is_on(value) and value != "inductor"]
+        if left := [f"compile.{key}" for key in own if key not in ("enabled", "disable")]:
+            draft.notes.append(f"{', '.join(left)}: no effect; {advice}, by inductor")
 
 
 def _note_activation_checkpointing(draft: Draft) -> None:

@@ -27,16 +27,23 @@ from ds_classifier.config.deepspeed_json.draft import (
 )
 
 _ONE_BATCH = {"train_micro_batch_size_per_gpu": 1}  # without a size, DeepSpeed reads nothing
+# What other programs call a key -> DeepSpeed's name.
+ELSEWHERE = {
+    "zero": "zero_optimization",
+    "max_grad_norm": "gradient_clipping",
+    "learning_rate": "lr",
+}
 # Sections whose parameters go to an optimizer or a scheduler, which are asked elsewhere.
-_ELSEWHERE = ("optimizer", "scheduler")
+_WITH_PARAMS = ("optimizer", "scheduler")
+SECTION = "a section {...}"
 # How pydantic's names of errors begin -> what is needed.
 _TYPES = {
     "bool": BOOL,
     "int_": INT,
     "float_": NUMBER,
     "string_": STR,
-    "dict_": "a section {...}",
-    "model_": "a section {...}",
+    "dict_": SECTION,
+    "model_": SECTION,
     "path_": "a path",
 }
 
@@ -122,12 +129,12 @@ def check_keys(draft: Draft) -> None:
     for key in [key for key in draft.ds if key not in known]:
         _unknown(draft, (key,), known, ignored)
     for key in list(draft.ds):
-        if key in _ELSEWHERE:
+        if key in _WITH_PARAMS:
             if not isinstance(draft.ds[key], dict):
-                draft.refuse((key,), f"got {shown(draft.ds[key])}; need a section {{...}}")
+                draft.refuse((key,), f"got {shown(draft.ds[key])}; need {SECTION}")
             for inner in list(draft.section(key)):
                 if inner not in ("type", "params", "legacy_fusion"):
-                    _unknown(draft, (key, inner), ("type", "params"), ignored)
+                    _outside_params(draft, (key, inner))
         else:
             if (kind := type_of(known[key])) is not None:
                 draft.check_type((key,), kind)
@@ -139,8 +146,13 @@ def check_keys(draft: Draft) -> None:
 
 def _check_section(draft: Draft, key: str, ignored: list[str]) -> None:
     """Ask DeepSpeed about one section until it takes what is left of it."""
-    while key in draft.ds and draft.ds[key] != AUTO:
+    while key in draft.ds:
         asked, error = _read({key: draft.ds[key]})
+        if draft.ds[key] == AUTO:
+            if error is not None and _need(error) == SECTION:
+                choice = [{"enabled": AUTO}] if key in ("fp16", "bf16") else []
+                draft.refuse((key,), f'got "auto"; need {SECTION}', *choice)
+            return
         if error is None:
             if isinstance(asked[key], Asked) and asked[key].asked:
                 _check_plain(draft, (key,), asked[key], ignored)
@@ -154,7 +166,7 @@ def _check_section(draft: Draft, key: str, ignored: list[str]) -> None:
 def _culprit(draft: Draft, key: str) -> Path:
     """Return the key of a section without which DeepSpeed takes the rest; else the section."""
     section = draft.section(key)
-    for name in section:
+    for name in [name for name in section if name != "enabled"]:  # what is off is never wrong
         if _read({key: {k: v for k, v in section.items() if k != name}})[1] is None:
             return key, name
     return (key,)
@@ -164,7 +176,7 @@ def _need(error: Exception) -> str:
     """Return what DeepSpeed wants in place of a value that it failed on."""
     text = " ".join(str(error).split()) or type(error).__name__
     if re.search(r"attribute '(keys|get|items)'|must be a mapping|not iterable", text):
-        return "a section {...}"
+        return SECTION
     if found := re.search(r"(?:Assertion failed|Value error), (.+?) \[type=", text):
         text = found[1]  # without pydantic's frame
     return f"what DeepSpeed takes: {text}"
@@ -255,6 +267,18 @@ def _unknown(draft: Draft, path: Path, known: Collection[str], ignored: list[str
         draft.drop(*path)
 
 
+def _outside_params(draft: Draft, path: Path) -> None:
+    """Refuse a key beside `params`, where DeepSpeed does not look for it."""
+    if near := nearest(path[-1], ("type", "params")):
+        draft.rename(path, "unknown key", near)
+    else:
+        draft.refuse(
+            path,
+            "unknown key; DeepSpeed reads type and params alone",
+            advice="do: remove it, or write it into params",
+        )
+
+
 def refuse_name(draft: Draft, path: Path, kind: str, known: Collection[str]) -> None:
     """Refuse a parameter that the optimizer or the scheduler does not take.
 
@@ -270,9 +294,13 @@ def refuse_name(draft: Draft, path: Path, kind: str, known: Collection[str]) -> 
 def nearest(key: str, known: Collection[str]) -> str | None:
     """Return the known key of which this one is a misspelling: one letter more, less or other.
 
-    Short names, and those that differ in a digit, are no slips: fp16 and bf16 are two things.
+    Short names, and those that differ in a digit, are no slips: fp16 and bf16 are two things. A
+    name in capitals, a plural and the names of ELSEWHERE are slips at any length.
     """
     plain = key.lower().replace("-", "_").strip()
+    for candidate in known:
+        if candidate in (plain, ELSEWHERE.get(plain)) or plain == candidate + "s":
+            return candidate
     for candidate in known:
         if min(len(plain), len(candidate)) >= 6 and _one_apart(plain, candidate):
             return candidate

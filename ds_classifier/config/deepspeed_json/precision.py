@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from ds_classifier.config.batch_sizes import AUTO
@@ -11,6 +12,8 @@ from ds_classifier.config.shipped import fast_precisions
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
 BUCKET_MULTIPLE = 2  # DeepSpeed asserts that the all-gather bucket has an even size
+SCALE_POWER = 62  # of 2, the most: the scale is a signed integer of 64 bits
+USUAL_SCALE_POWER = 16
 HF_CLIPPING = 1.0  # what "auto" means in Hugging Face's Trainer, if nothing else is asked for
 # The smallest values with which DeepSpeed neither fails later nor does something else.
 LEAST = {
@@ -83,10 +86,21 @@ def settle_zero(draft: Draft) -> None:
         )
 
 
-def settle_precision(draft: Draft) -> None:
-    """Check fp16, bf16 and clipping, and give those that are "auto" a value."""
+def check_numbers(draft: Draft) -> None:
+    """Refuse numbers that are too small or too large; DeepSpeed would name the section alone."""
     for path, (kind, least) in LEAST.items():
         draft.check_type(path, kind, least)
+    power = draft.get("fp16", "initial_scale_power", default=0)
+    if power != AUTO and power > SCALE_POWER:
+        draft.refuse(
+            ("fp16", "initial_scale_power"),
+            f"got {power}; need at most {SCALE_POWER}, since the loss scale is 2 to this power",
+            USUAL_SCALE_POWER,
+        )
+
+
+def settle_precision(draft: Draft) -> None:
+    """Check fp16, bf16 and clipping, and give those that are "auto" a value."""
     _choose_precision(draft)
     fp16, bf16 = (draft.get(name, "enabled", default=False) for name in ("fp16", "bf16"))
     if fp16 and bf16:
@@ -127,6 +141,17 @@ def _choose_precision(draft: Draft) -> None:
 
 
 def _check_autocast(draft: Draft, fp16: bool) -> None:
+    modules = draft.get("torch_autocast", "lower_precision_safe_modules")
+    for name in modules if isinstance(modules, list) else []:
+        package, _, kind = name.rpartition(".")
+        try:  # as DeepSpeed does
+            getattr(importlib.import_module(package), kind)
+        except (ImportError, AttributeError, ValueError):
+            draft.refuse(
+                ("torch_autocast", "lower_precision_safe_modules"),
+                f"got {shown(name)}; need classes that can be imported, like torch.nn.Linear",
+            )
+            break
     dtype = str(draft.get("torch_autocast", "dtype", default="none")).removeprefix("torch.")
     if dtype not in ("bf16", "bfloat16"):
         draft.refuse(

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
 from ds_classifier.config.shipped import find_config
 
+# Words that hjson would read as the begin of a string -> what to write. They are looked for as
+# values, outside of strings and comments.
+NO_JSON = {"True": "true", "False": "false", "None": "null"}
+NO_JSON |= dict.fromkeys(("NaN", "nan", "Infinity", "inf"), "a number")
+_STRING_OR_COMMENT = r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/'
+_TOKEN = re.compile(
+    rf"{_STRING_OR_COMMENT}|[:\[,]\s*({'|'.join(NO_JSON)})\s*(?=[,}}\]\n#/]|$)", re.DOTALL
+)
+
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     """Read the JSON at a path, or the shipped one of that name.
 
-    Raises ValueError for a missing or unreadable file, broken JSON or a duplicate key.
+    Raises ValueError for a missing or unreadable file, broken JSON, a value of Python's or a
+    duplicate key.
     """
     import hjson  # DeepSpeed's own reader
 
@@ -25,6 +36,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
 
     if not text.strip():
         raise ValueError(f"{path}: got an empty file; need a JSON object")
+
+    _refuse_python(text, path)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -42,6 +55,16 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: got {type(raw).__name__}; need a JSON object")
     return raw
+
+
+def _refuse_python(text: str, path: Path) -> None:
+    for token in _TOKEN.finditer(text):
+        if word := token[1]:
+            line = text.count("\n", 0, token.start(1)) + 1
+            raise ValueError(
+                f"{path}, line {line}: got {word}, which JSON does not have; do: write "
+                f"{NO_JSON[word]}"
+            )
 
 
 def _text_of(path: Path) -> str:

@@ -24,6 +24,7 @@ from ds_classifier.config.deepspeed_json.optimizers import SECTION, kernel_of, s
 from ds_classifier.config.deepspeed_json.precision import (
     BUCKET_MULTIPLE,
     BUCKETS,
+    check_numbers,
     rename_old_keys,
     settle_precision,
     settle_zero,
@@ -62,6 +63,13 @@ class Resolved:
         if "scheduler" in self.ds_config:
             return LENGTH not in self.ds_config["scheduler"]["params"]
         return self.settings.schedule in ("", "constant")
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate; with Muon that of the matrices, which the log shows."""
+        if self.ds_config.get("scheduler", {}).get("type") in schedules.SETS_ALL_RATES:
+            return self.settings.lr
+        return self.ds_config["optimizer"]["params"].get("muon_lr", self.settings.lr)
 
     @property
     def _warm_up(self) -> int:
@@ -135,7 +143,6 @@ def resolve(command: CommandLine, raw: dict[str, Any], *, world_size: int) -> Re
         advised = draft.advised
     if problems:
         raise ValueError(_joined(problems, command.deepspeed_config))
-    _name_autos(draft)
     ds = draft.ds | batch.ds_numbers()
     if batch.accumulation > 1:
         ds["data_types"] = {"grad_accum_dtype": "fp32"} | ds.get("data_types", {})
@@ -156,6 +163,7 @@ def _settle(draft: Draft, ranks: int) -> tuple[BatchSizes, int]:
     check_features(draft)
     for key in BATCH_KEYS:
         draft.check_type((key,), INT, 1)
+    check_numbers(draft)
     check_keys(draft)
     settle_zero(draft)
     settle_precision(draft)
@@ -169,6 +177,7 @@ def _settle(draft: Draft, ranks: int) -> tuple[BatchSizes, int]:
         draft.problems.append(str(error))
         draft.advised |= error.advised
         batch, ranks = BatchSizes(1, 1, ranks), error.ranks or ranks
+    _name_autos(draft)
     check_clashes(draft, batch.accumulation)
     _check_settings(draft)
     _check_extend(draft)

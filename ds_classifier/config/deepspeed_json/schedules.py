@@ -38,6 +38,7 @@ def settle_schedule(draft: Draft) -> None:
     if scheduler is None:
         draft.drop("scheduler")
         draft.settle((*OPTIMIZER, "lr"), "lr")
+        _say_rates_of_muon(draft)
         _warm_up_without_one(draft)
         return
     params = draft.ds["scheduler"].setdefault("params", {})
@@ -55,6 +56,10 @@ def settle_schedule(draft: Draft) -> None:
             if name == "warmup_type":
                 defaults[name] = default
     _settle_rate(draft, kind, takes, defaults)
+    if kind in SETS_ALL_RATES:
+        _say_replaced(draft, kind)
+    else:
+        _say_rates_of_muon(draft)
     for name, default in takes.items():
         if default is inspect.Parameter.empty and name not in params:
             draft.refuse((*SECTION, name), f"missing; need a number, for {kind}", 0.0)
@@ -177,6 +182,32 @@ def _settle_rate(draft: Draft, kind: str, takes: dict[str, Any], defaults: dict[
     if own not in (AUTO, draft.settings.lr):
         draft.notes.append(f"optimizer.params.lr: {own} has no effect, since {kind} sets the rate")
     draft.set(*OPTIMIZER, "lr", draft.settings.lr)
+
+
+def _say_replaced(draft: Draft, kind: str) -> None:
+    """Say which parameters of the optimizer a scheduler replaces, besides lr."""
+    for key in ("muon_lr", "adam_lr"):
+        if (rate := draft.get(*OPTIMIZER, key)) is not None:
+            draft.notes.append(
+                f"optimizer.params.{key}: {rate} has no effect, since {kind} sets the rate"
+            )
+    betas = draft.get(*OPTIMIZER, "betas")
+    if kind == "OneCycle" and betas and draft.get(*SECTION, "cycle_momentum", default=True):
+        draft.notes.append(
+            f"optimizer.params.betas: {betas} have no effect, since {kind} moves the first one "
+            "and sets the second one to 0.99 (cycle_momentum)"
+        )
+
+
+def _say_rates_of_muon(draft: Draft) -> None:
+    """Say which rates a schedule that multiplies the optimizer's begins from, if there are two."""
+    own, lr = draft.section(*OPTIMIZER), draft.settings.lr
+    matrices, rest = own.get("muon_lr", lr), own.get("adam_lr", lr)
+    if (matrices, rest) == (lr, lr):
+        return
+    text = f"muon_lr {matrices} for matrices, which the log shows, and adam_lr {rest} for the rest"
+    unused = "; lr has no effect" if lr not in (matrices, rest) else ""
+    draft.notes.append(f"Muon: the highest rate is {text}{unused}")
 
 
 def written_out(scheduler: Any, completed: Any) -> Any:

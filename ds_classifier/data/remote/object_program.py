@@ -106,6 +106,11 @@ def _s3(bucket: str):
         or os.environ.get("AWS_ENDPOINT_URL")
         or profile.get("endpoint_url")
     )
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise Refused(
+            f"got the endpoint {endpoint}; need a URL",
+            f"export AWS_ENDPOINT_URL=https://{endpoint}, or http://, or correct it in the profile",
+        )
     region = os.environ.get("AWS_REGION") or region
     if not region:
         region = "us-east-1" if endpoint else _region_of(bucket)
@@ -144,6 +149,11 @@ def _region_of(bucket: str) -> str:
 
 def _gs(bucket: str):
     """Return the settings of a Google bucket; obstore reads the rest from the environment."""
+    file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if file and not os.path.isfile(file):
+        raise Refused(
+            f"GOOGLE_APPLICATION_CREDENTIALS names {file}, which is no file", "correct or unset it"
+        )
     config = {"base_url": url} if (url := os.environ.get("GOOGLE_BASE_URL")) else {}
     return config | ({"skip_signature": True} if _true("GOOGLE_SKIP_SIGNATURE") else {}), None
 
@@ -247,10 +257,12 @@ ACTIONS = {action.__name__: action for action in (get, put, names, download, del
 # -------------------------------------------------------------------------------------- failures
 
 
-def failure(scheme: str, error: Exception) -> dict:
+def failure(scheme: str, error: BaseException) -> dict:
     """Return reason, final, restart and advice for an error, without secrets."""
     if isinstance(error, Refused):
         return dict(reason=str(error), final=True, advice=error.advice)
+    if not isinstance(error, Exception):  # a panic of obstore's, as at a wrong endpoint
+        return dict(reason=f"obstore gave up: {error}", final=True)
     if isinstance(error, ImportError):
         reason = f"obstore or botocore is installed, but does not load ({error})"
         return dict(reason=reason, final=True, advice=f"install both again ({AGAIN_BY_PIP})")
@@ -322,7 +334,7 @@ def main() -> None:
             ACTIONS[request["do"]](store, key, request)
         except BrokenPipeError:
             return
-        except Exception as error:  # obstore has many; the parent raises its own
+        except BaseException as error:  # obstore has many, and panics; the parent raises its own
             send(b"F", failure(scheme, error))
             bucket_store.cache_clear()  # the next try reads the credentials again
         else:

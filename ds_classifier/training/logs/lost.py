@@ -87,16 +87,20 @@ class BadSamples:
 class SkippedSteps:
     """Counts, reports and lists the skipped steps, and gives up after too many.
 
+    Before the first step that is applied, those skipped while the dynamic loss scale is still
+    above USUAL_SCALE do not count: some JSONs begin at 2^32, which falls by half in each.
+
     run_dir: rank 0 lists them there, in FILE. limit: steps skipped in a row, or at the floor of
     fp16's loss scale. key_of: returns the key of the sample at a position of the stream.
     """
 
     FILE = "skipped_steps.jsonl"
+    USUAL_SCALE = 2.0**16  # at which DeepSpeed begins by default
 
     def __init__(self, engine, *, run_dir: Path, limit: int, key_of: Callable[[int], str]):
         self._engine, self._limit, self._key_of = engine, limit, key_of
         self._path = run_dir / self.FILE
-        self._in_a_row = 0
+        self._in_a_row, self._begun = 0, False
         self._at_floor, self._scale = 0, deepspeed_engine.loss_scale(engine)
         self._positions: list[int] = []  # of losses that were not finite, since the last news
 
@@ -112,9 +116,10 @@ class SkippedSteps:
         if floor is not None and self._scale > floor:
             self._at_floor = 0
         if self._engine.was_step_applied():
-            self._in_a_row = 0
+            self._in_a_row, self._begun = 0, True
             return
-        self._in_a_row += 1
+        falls = floor is not None and not self._begun and before > self.USUAL_SCALE
+        self._in_a_row += not falls
         self._at_floor += floor is not None and before <= floor
         self._list(samples)
         step = self._engine.global_steps

@@ -232,8 +232,15 @@ def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
 
 
 def falling_loss_scale(rows: Sequence[Row]) -> str | None:
-    """Return a line if fp16's loss scale fell by 2^5 in three steps or more, and never rose."""
-    trained = [row for row in rows if row.get("lg_loss_scale") is not None]
+    """Return a line if fp16's loss scale fell by 2^5 in three steps or more, and never rose.
+
+    Its fall to 2^16, where DeepSpeed begins by default, is none: JSONs may begin far above.
+    """
+    trained = [
+        row | {"lg_loss_scale": min(row["lg_loss_scale"], 16)}
+        for row in rows
+        if row.get("lg_loss_scale") is not None
+    ]
     falls, top = 0, None
     for before, row in pairwise(trained):
         change = row["lg_loss_scale"] - before["lg_loss_scale"]

@@ -217,7 +217,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
         f"engine      {deepspeed_engine.precision(engine)}, "
         f"ZeRO {engine.zero_optimization_stage()}{offloaded(resolved.ds_config)}, on "
         f"{deepspeed_engine.describe_device(engine.device)}; "
-        f"lr {settings.lr:g}, {schedule(resolved)}"
+        f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
     )
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:

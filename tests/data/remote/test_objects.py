@@ -22,6 +22,7 @@ from stores import (
 
 from ds_classifier.data.remote import fetch, objects
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small, stream
+from ds_classifier.data.splits import open_split
 from ds_classifier.data.store import ShardStore
 
 ONCE = Patience(stall_timeout_s=5.0, retries=0)
@@ -216,6 +217,45 @@ def test_a_url_that_cannot_be_meant_is_refused(url, words):
     with pytest.raises(ValueError, match=words) as raised:
         fetch_small(url, limit_bytes=9)
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:/bkt", "gcs://bkt/train", "abfs://box/train"])
+def test_a_split_is_refused_by_the_url_that_was_typed(url):
+    with pytest.raises(ValueError, match=f"got {url}; need ") as raised:
+        open_split(url, cache_dir=Path("unused"))
+    assert "manifest.json" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "value", "words"),
+    [
+        (
+            "s3://bkt/x",
+            "AWS_ENDPOINT_URL",
+            "localhost:9",
+            "got the endpoint localhost:9; need a URL",
+        ),
+        ("s3://bkt/x", "AWS_ENDPOINT_URL", "http://[::", "obstore gave up: "),
+        (
+            "gs://bkt/x",
+            "GOOGLE_APPLICATION_CREDENTIALS",
+            "/no/such.json",
+            "GOOGLE_APPLICATION_CREDENTIALS names /no/such.json, which is no file; do: correct",
+        ),
+    ],
+)
+def test_a_wrong_environment_is_named_after_one_try(url, name, value, words, monkeypatch):
+    pytest.importorskip("obstore", reason="obstore is not installed (extra cloud)")
+    pytest.importorskip("botocore", reason="botocore is not installed (extra cloud)")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    monkeypatch.setenv(name, value)
+    end_helpers()
+    try:
+        with pytest.raises(NotServed) as raised:
+            fetch_small(url, limit_bytes=9, patience=Patience(5.0, 1, 0.01))
+    finally:
+        end_helpers()
+    assert f"{url}: got no whole file in 1 try; last error: {words}" in str(raised.value)
 
 
 @pytest.mark.parametrize("url", ["s3://bkt/x", "gs://bkt/x", "az://box/x"])
