@@ -113,7 +113,7 @@ class Arrays:
             raise ValueError(
                 f"got --image_size {image_size} --in_channels {channels}, but the data are arrays "
                 f"of {self}, which are not resized; need --image_size {self.size} --in_channels "
-                f"{self.channels}; do: drop both flags, since the data say them"
+                f"{self.channels}; do: give these flags, also beside a recipe"
             )
 
     def with_scaling(self, scale: Sequence[float] | None, shift: Sequence[float] | None) -> Arrays:
