@@ -1,6 +1,7 @@
 """The judgement whether a classifier is fit to guide: its signs, and the luck that it allows."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -118,6 +119,22 @@ def test_a_fit_classifier_gets_ticks_alone(run):
     lines = judged(run, evaluated([row if row[0] > 800 else (*row[:5], 0.05) for row in fit]))
     assert [sign for sign, _ in lines] == [GOOD] * 4
     assert "nowhere worse than guessing, up to t = 999" in lines[-1][1]
+
+
+def test_guessing_names_the_labels_that_it_is_of(run):
+    """Training labels are nearly even, those of the evaluated images are not."""
+    made = evaluated(DIGITS[:3], classes=3)
+    made["classifier"]["per_class"] = [{"samples": [5, 4, 3]}] * 2
+    write_log(run, [training_row(500, 0.5)])
+    (run / "config.json").write_text('{"num_classes": 3}')
+    for loss in (1.05, 1.0976):
+        started = {"event": "start", "guessing": dataclasses.asdict(Guessing(3, loss, 0.34))}
+        (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+        text = judged(run, made)[0][1]
+        assert ("of the evaluated images has 1.078; top-1 97.8 %" in text) == (loss < 1.07)
+    assert "of the training images has 1.098; top-1 97.8 %, chance among the evaluated" in text
+    assert "images 41.7 %" in text
+    assert "guessing: ln 3 = 1.099" in opened(run).text
 
 
 def test_a_gradient_that_does_not_vanish_is_doubtful(run):
