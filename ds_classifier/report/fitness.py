@@ -173,10 +173,11 @@ def _reach(
     elif last is rows[-1]:
         yield DOUBTFUL, f"{text}; do: evaluate at more noise, which --timesteps left out."
     else:
+        beyond = (f"{row['log_snr']:.1f}" for row in (rows[rows.index(last) + 1], rows[-1]))
         yield (
             DOUBTFUL,
-            f"{text}, but not at log-SNR {DEEP_IN_NOISE:g}, where a sampler decides what an image "
-            f"will be; do: {train}.",
+            f"{text}, but not at log-SNR {' to '.join(dict.fromkeys(beyond))}, where a sampler "
+            f"decides what an image will be; do: {train}.",
         )
 
 

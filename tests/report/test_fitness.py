@@ -150,6 +150,7 @@ def test_knowledge_that_ends_where_a_sampler_decides(run):
     early = [row if row[1] > -1 else (*row[:2], 0.1, 2.303, *row[4:]) for row in DIGITS]
     sign, text = sign_of(judged(run, evaluated(early)), "is better than guessing")
     assert (sign, "at t = 0 to 413" in text) == (DOUBTFUL, True)
+    assert "but not at log-SNR -1.9 to -19.8, where" in text
     assert "--schedule_sampler noisy" in text
     (run / "config.json").write_text('{"num_classes": 10, "schedule_sampler": "noisy"}')
     assert "--schedule_sampler" not in sign_of(fitness(read_run(run)), "is better than")[1]
