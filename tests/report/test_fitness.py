@@ -18,6 +18,7 @@ from ds_classifier.report.fitness import (
     is_better,
     luck_of_calibration,
 )
+from ds_classifier.report.training import headline
 from ds_classifier.report.working import checks
 from ds_classifier.training.logs.sanity import Guessing
 
@@ -128,13 +129,13 @@ def test_guessing_names_the_labels_that_it_is_of(run):
     write_log(run, [training_row(500, 0.5)])
     (run / "config.json").write_text('{"num_classes": 3}')
     for loss in (1.05, 1.0976):
-        started = {"event": "start", "guessing": dataclasses.asdict(Guessing(3, loss, 0.34))}
+        started = {"time": 1.0, "event": "start", "guessing": vars(Guessing(3, loss, 0.34))}
         (run / "events.jsonl").write_text(json.dumps(started) + "\n")
         text = judged(run, made)[0][1]
         assert ("of the evaluated images has 1.078; top-1 97.8 %" in text) == (loss < 1.07)
     assert "of the training images has 1.098; top-1 97.8 %, chance among the evaluated" in text
     assert "images 41.7 %" in text
-    assert "guessing: ln 3 = 1.099" in opened(run).text
+    assert headline(read_run(run))[2]["more"] == "guessing: ln 3 = 1.099"
 
 
 def test_a_gradient_that_does_not_vanish_is_doubtful(run):
