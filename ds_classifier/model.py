@@ -362,7 +362,8 @@ class TimestepSequential(nn.Sequential):
 class EncoderUNetModel(nn.Module):
     """The classifier p(y | x_t, t).
 
-    forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32.
+    forward(x [N, C, S, S] in [-1, 1], timesteps [N]) -> logits [N, K] fp32; it raises ValueError
+        for x of another size or other channels.
     activation_checkpointing: an attribute, False by default. If True, the backward computes the
         inside of each block again from its input (Chen et al. 2016, "Training Deep Nets with
         Sublinear Memory Cost").
@@ -446,6 +447,11 @@ class EncoderUNetModel(nn.Module):
         )
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        if x.shape[1:] != (self.in_channels, self.image_size, self.image_size):
+            raise ValueError(
+                f"x: got {list(x.shape)}; need [N, {self.in_channels}, {self.image_size}, "
+                f"{self.image_size}], which this classifier was built for"
+            )
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.width).to(dtype))  # [N, E]
         h = x.to(dtype).contiguous(memory_format=self.memory_format)

@@ -388,7 +388,7 @@ def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
             held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per class"
         stored = manifest.arrays or Encoding(manifest.image_size, manifest.form)
         print(f"{_contents(f'{place}/{split}', manifest)}, {stored}{held}")
-        _describe_arrays(manifest)
+        _describe_arrays(split, manifest)
         if manifest.undecodable:
             print(
                 f"  {count(len(manifest.undecodable), 'image')} cannot be decoded, such as "
@@ -408,10 +408,11 @@ def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
             )
 
 
-def _describe_arrays(manifest: Manifest) -> None:
-    """Print what training sees of arrays; nothing for images."""
-    for line in manifest.arrays.remarks() if manifest.arrays is not None else ():
-        print(f"  {line}")
+def _describe_arrays(split: str, manifest: Manifest) -> None:
+    """Print what training sees of arrays; nothing for images. The training split has the advice."""
+    if manifest.arrays is not None:
+        for line in manifest.arrays.remarks(advise=split == "train"):
+            print(f"  {line}")
 
 
 def _contents(folder: str, manifest: Manifest) -> str:
@@ -449,7 +450,7 @@ def _index(arguments: argparse.Namespace) -> int:
         print(f"{_contents(folder, manifest)}, at {location}; {checked}")
         if manifest.shard_keys:
             print("  keys begin anew in each shard: messages call a sample SHARD/KEY")
-        _describe_arrays(manifest)
+        _describe_arrays(split, manifest)
         bad, reason = indexed.bad_arrays
         if bad:
             print(f"  {count(bad, 'array')} will be bad samples in training, the first {reason}")

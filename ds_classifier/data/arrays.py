@@ -113,7 +113,7 @@ class Arrays:
             raise ValueError(
                 f"got --image_size {image_size} --in_channels {channels}, but the data are arrays "
                 f"of {self}, which are not resized; need --image_size {self.size} --in_channels "
-                f"{self.channels}; do: drop both flags, since the data say them"
+                f"{self.channels}; do: give these flags, also beside a recipe"
             )
 
     def with_scaling(self, scale: Sequence[float] | None, shift: Sequence[float] | None) -> Arrays:
@@ -137,18 +137,22 @@ class Arrays:
             changed[name] = numbers * (self.channels // len(numbers))
         return replace(self, **changed)
 
-    def remarks(self) -> list[str]:
-        """Return a line on x_0 of a split that was read, and one if it suits no usual noise."""
+    def remarks(self, *, advise: bool) -> list[str]:
+        """Return a line on x_0 of a split that was read, and one if it suits no usual noise.
+
+        advise: whether to return the second one.
+        """
         lines = [
             f"arrays of {self}; x_0 = {self.scaling}, mean {_shown(self.mean, 3)}, standard "
             f"deviation {_shown(self.std, 3)}"
         ]
         usual = math.sqrt(sum(s * s for s in self.std) / len(self.std))
-        if not USUAL_STD[0] <= usual <= USUAL_STD[1] and usual > 0 and not self.pixels:
+        if advise and not USUAL_STD[0] <= usual <= USUAL_STD[1] and usual > 0 and not self.pixels:
             advised = " ".join(f"{s / usual:.4g}" for s in sorted(set(self.scale)))
             lines.append(
                 f"note: the noise has standard deviation 1, x_0 has {usual:.3g}; if the arrays are "
-                f"to be scaled, as a VAE's latents are: convert again with --scale {advised}"
+                f"to be scaled, as a VAE's latents are: give --scale {advised}, after you removed "
+                "OUT or with another OUT"
             )
         return lines
 

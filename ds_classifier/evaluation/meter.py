@@ -17,11 +17,11 @@ LOSS_EDGES = tuple(2.0 ** (k / 2) for k in range(-16, 11))
 
 
 def describe_quartiles(diffusion: GaussianDiffusion) -> str:
-    """Return the log-SNR at which the quartiles of t begin and end."""
+    """Return the log-SNRs at which the quartiles of t begin and end."""
     steps = diffusion.num_timesteps
     last = [-(-steps * (q + 1) // QUARTILES) - 1 for q in range(QUARTILES)]
-    first, *ends = (f"{diffusion.log_snr[t]:.1f}" for t in (0, *last))
-    return f"q0 to q{QUARTILES - 1} from log-SNR {first} to {', '.join(ends)}"
+    *borders, end = (f"{diffusion.log_snr[t]:.1f}" for t in (0, *last))
+    return f"q0 to q{QUARTILES - 1} lie between the log-SNRs {', '.join(borders)} and {end}"
 
 
 class Reading(NamedTuple):

@@ -37,11 +37,12 @@ def model_card(description: dict[str, Any], flags: str) -> str:
         _training(description),
         _classes(classes, number),
         "## Limits\n\n"
-        "The classifier works on images like its training images, at its own size, noised by its "
-        "own process. A diffusion model with another noise schedule or another scale of pixel "
-        "values needs another classifier. " + _clean_only(description) + "This card states no "
-        "licence: whoever shares the classifier has to add its licence and that of its training "
-        "data.",
+        "The classifier works on images like its training images, at its own size. For a sampler "
+        "of another noise process, `Guide` asks it at the same log-SNR. A diffusion model with "
+        "another scale of pixel values, or of latents, needs another classifier. "
+        + _clean_only(description)
+        + "This card states no licence: whoever shares the classifier has to add its licence and "
+        "that of its training data.",
     ]
     return "\n\n".join(sections) + "\n"
 

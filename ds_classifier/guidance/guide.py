@@ -71,12 +71,14 @@ class Guide:
         )
         self._diffusion = diffusion
 
-    def __call__(self, x: Tensor, alpha: Level, sigma: Level, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, alpha: Level, sigma: Level, y: Tensor | int) -> Tensor:
         """Return scale * grad_x log p(y | x), [N, C, S, S], fp32.
 
         x: [N, C, S, S], alpha x_0 + sigma noise. alpha, sigma: not negative; one for all images, or
-        [N]. Numbers on a GPU are waited for. y: [N] int64.
+        [N]. Numbers on a GPU are waited for. y: one class for all images, or [N] int64.
         """
+        if isinstance(y, int):
+            y = torch.full((len(x),), y, device=x.device)
         alpha, sigma = _numbers(alpha), _numbers(sigma)
         with np.errstate(divide="ignore"):
             log_snr = 2.0 * (np.log(alpha) - np.log(sigma))
@@ -88,13 +90,18 @@ class Guide:
         times = torch.from_numpy(np.broadcast_to(time, len(x)).astype(np.float32)).to(x.device)
         return _like(factor, x) * self._cond_fn(_like(shown, x) * x, times, y=y)
 
-    def shift(self, prediction: str, x: Tensor, alpha: Level, sigma: Level, y: Tensor) -> Tensor:
+    def shift(
+        self, prediction: str, x: Tensor, alpha: Level, sigma: Level, y: Tensor | int
+    ) -> Tensor:
         """Return what guidance adds to a network's prediction at x, [N, C, S, S].
 
         prediction: epsilon (the noise), sample (x_0), v_prediction or flow_prediction (noise -
             x_0), as diffusers names them. The other arguments: see `__call__`.
         It is 0 where alpha is 0: x then holds no information on the class.
+        Raises ValueError for another prediction.
         """
+        if prediction not in SHIFTS:
+            raise ValueError(f"prediction: got {prediction!r}; need one of {', '.join(SHIFTS)}")
         alpha, sigma = _numbers(alpha), _numbers(sigma)
         with np.errstate(divide="ignore"):
             factor = np.where(alpha > 0, SHIFTS[prediction](alpha, sigma), 0.0)
@@ -113,8 +120,8 @@ def _like(numbers: np.ndarray, x: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(numbers)).to(x.device, dtype)[..., None, None, None]
 
 
-def guide_denoiser(denoiser: Callable[..., Tensor], guide: Guide, y: Tensor) -> Callable:
-    """Return a denoiser, (x, sigma) -> E[x_0 | x], guided to the classes y, [N] int64.
+def guide_denoiser(denoiser: Callable[..., Tensor], guide: Guide, y: Tensor | int) -> Callable:
+    """Return a denoiser, (x, sigma) -> E[x_0 | x], guided to y, one class or [N] int64.
 
     denoiser: takes x [N, C, S, S] = x_0 + sigma noise, sigma (one for all images, or [N]) and more
         that it may need, as the networks of k-diffusion and EDM do (Karras et al. 2022).
@@ -134,7 +141,7 @@ def guide_scheduler_output(
     model_output: Tensor,
     timestep: Tensor | float,
     model_input: Tensor,
-    y: Tensor,
+    y: Tensor | int,
 ) -> Tensor:
     """Return the guided output to give to a diffusers scheduler's `step` (Beat GANs Alg. 2).
 
@@ -149,7 +156,7 @@ def guide_scheduler_output(
     model_output: [N, C or 2C, S, S]; a learned variance is returned unchanged.
     timestep: one of scheduler.timesteps, for all images.
     model_input: [N, C, S, S], the model's input.
-    y: [N] int64, the classes asked for.
+    y: the class asked for, one for all images, or [N] int64.
     At a level without signal, model_output is returned unchanged.
     Raises ValueError for another scheduler or prediction_type, or a timestep that it does not have.
     """

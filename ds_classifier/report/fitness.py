@@ -53,7 +53,7 @@ def fitness(run: RunData) -> list[Line]:
     judged = [
         *_recorded(run, record),
         *_not_finite(record["classifier"]["levels"]),
-        *_clean(rows, guessing),
+        *_clean(record, rows, guessing),
         *_reach(record, rows, guessing, train),
         *_calibration(record, [row for row in rows if is_better(row, guessing)]),
         *_worse(record, rows, guessing, train),
@@ -122,16 +122,17 @@ def _not_finite(rows: Sequence[Row]) -> Iterator[Line]:
         )
 
 
-def _clean(rows: Sequence[Row], guessing: Guessing) -> Iterator[Line]:
+def _clean(record: dict[str, Any], rows: Sequence[Row], guessing: Guessing) -> Iterator[Line]:
     """Yield a line on how much of the labels the least noisy images explain."""
     if not rows:
         return
     row = rows[0]
     share = 1 - row["loss"] / guessing.loss if guessing.loss else 0.0
+    labels = "evaluated" if guessing.loss == class_prior(record).loss else "training"
     text = (
-        f"At t = {row['t']} its cross-entropy is {row['loss']:.3f}, where guessing by class "
-        f"frequency has {guessing.loss:.3f}; top-1 {percent(row['acc@1'])}, chance "
-        f"{percent(guessing.accuracy)}"
+        f"At t = {row['t']} its cross-entropy is {row['loss']:.3f}, where guessing by the class "
+        f"frequencies of the {labels} images has {guessing.loss:.3f}; top-1 "
+        f"{percent(row['acc@1'])}, chance among the evaluated images {percent(guessing.accuracy)}"
     )
     images = row["samples"] - row["not_finite"]
     if share < KNOWS_LITTLE and above_chance(row["acc@1"] or 0.0, guessing.accuracy, images):
@@ -172,10 +173,11 @@ def _reach(
     elif last is rows[-1]:
         yield DOUBTFUL, f"{text}; do: evaluate at more noise, which --timesteps left out."
     else:
+        beyond = (f"{row['log_snr']:.1f}" for row in (rows[rows.index(last) + 1], rows[-1]))
         yield (
             DOUBTFUL,
-            f"{text}, but not at log-SNR {DEEP_IN_NOISE:g}, where a sampler decides what an image "
-            f"will be; do: {train}.",
+            f"{text}, but not at log-SNR {' to '.join(dict.fromkeys(beyond))}, where a sampler "
+            f"decides what an image will be; do: {train}.",
         )
 
 

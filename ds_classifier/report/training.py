@@ -84,8 +84,9 @@ def _chance(run: RunData) -> str:
     guessing, classes = run.guessing, run.num_classes
     if guessing is None:
         return ""
-    equal = classes and abs(guessing.loss - math.log(classes)) < 0.02
-    return f"guessing: {f'ln {classes:,} = ' if equal else ''}{guessing.loss:.3f}"
+    if classes and abs(guessing.loss - math.log(classes)) < 0.02:
+        return f"guessing: ln {classes:,} = {math.log(classes):.3f}"
+    return f"guessing: {guessing.loss:.3f}"
 
 
 def _samples(run: RunData) -> str:

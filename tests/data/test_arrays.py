@@ -272,7 +272,7 @@ def test_what_nobody_gave_follows_the_arrays(latents):
     assert settled_by_data(asked, manifest, given={"random_flip"}).random_flip
     for name, value, words in (
         ("image_size", 16, "need --image_size 8 --in_channels 4"),
-        ("in_channels", 3, "need --image_size 8 --in_channels 4"),
+        ("in_channels", 3, "need --image_size 8 --in_channels 4; do: give these flags"),
         ("random_crop", True, "--random_crop: got True for arrays"),
     ):
         with pytest.raises(ValueError, match=words):

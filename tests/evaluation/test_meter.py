@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.evaluation.meter import LOSS_EDGES, Meter
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.evaluation.meter import LOSS_EDGES, Meter, describe_quartiles
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,13 @@ def by_hand(samples, num_timesteps):
             for name, value in zip(("loss", "acc@1", "acc@5"), values, strict=True):
                 groups.setdefault(name + suffix, []).append(value)
     return {key: sum(values) / len(values) for key, values in groups.items()}
+
+
+def test_quartiles_have_five_borders():
+    """Of a flow they lie at s = 0, 1/4, 1/2, 3/4, 1 nearly: 2 ln 3 is 2.2."""
+    flow = create_gaussian_diffusion(noise_schedule="flow")
+    expected = "q0 to q3 lie between the log-SNRs 15.2, 2.2, 0.0, -2.2 and -15.2"
+    assert describe_quartiles(flow) == expected
 
 
 @pytest.mark.parametrize("classes", [3, 12])

@@ -152,6 +152,22 @@ def test_a_classifier_of_any_process_guides_at_any_level(schedule, alpha_sigma):
     torch.testing.assert_close(each, guide(x, alpha, sigma, y), rtol=1e-5, atol=1e-6)
 
 
+def test_one_class_for_all_and_what_is_refused(classifier):
+    """Give a number for y, as for `Predictor.gradient`, and inputs that do not fit."""
+    guide, x = Guide(classifier, create_gaussian_diffusion()), recorded_input()
+    each = torch.tensor([3, 3])
+    assert torch.equal(guide(x, 0.8, 0.6, 3), guide(x, 0.8, 0.6, each))
+    given = (guide_scheduler_output(OneScheduler, guide, x, 1, x, y) for y in (3, each))
+    assert torch.equal(*given)
+    with pytest.raises(ValueError, match=r"got classes y \[7, 7\]; need 0 to 6"):
+        guide(x, 0.8, 0.6, 7)
+    with pytest.raises(ValueError, match="prediction: got 'velocity'; need one of epsilon, sample"):
+        guide.shift("velocity", x, 0.8, 0.6, 3)
+    for wrong in (x[:, :1], x[..., :8, :8]):
+        with pytest.raises(ValueError, match=r"x: got \[2, .*; need \[N, 3, 16, 16\]"):
+            guide(wrong, 0.8, 0.6, 3)
+
+
 def test_beyond_the_levels_of_the_process():
     """Compare with the exact gradient where the noise is stronger than any in training."""
     process = create_gaussian_diffusion(noise_schedule="edm")

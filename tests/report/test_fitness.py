@@ -1,6 +1,7 @@
 """The judgement whether a classifier is fit to guide: its signs, and the luck that it allows."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from ds_classifier.report.fitness import (
     is_better,
     luck_of_calibration,
 )
+from ds_classifier.report.training import headline
 from ds_classifier.report.working import checks
 from ds_classifier.training.logs.sanity import Guessing
 
@@ -120,6 +122,22 @@ def test_a_fit_classifier_gets_ticks_alone(run):
     assert "nowhere worse than guessing, up to t = 999" in lines[-1][1]
 
 
+def test_guessing_names_the_labels_that_it_is_of(run):
+    """Training labels are nearly even, those of the evaluated images are not."""
+    made = evaluated(DIGITS[:3], classes=3)
+    made["classifier"]["per_class"] = [{"samples": [5, 4, 3]}] * 2
+    write_log(run, [training_row(500, 0.5)])
+    (run / "config.json").write_text('{"num_classes": 3}')
+    for loss in (1.05, 1.0976):
+        started = {"time": 1.0, "event": "start", "guessing": vars(Guessing(3, loss, 0.34))}
+        (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+        text = judged(run, made)[0][1]
+        assert ("of the evaluated images has 1.078; top-1 97.8 %" in text) == (loss < 1.07)
+    assert "of the training images has 1.098; top-1 97.8 %, chance among the evaluated" in text
+    assert "images 41.7 %" in text
+    assert headline(read_run(run))[2]["more"] == "guessing: ln 3 = 1.099"
+
+
 def test_a_gradient_that_does_not_vanish_is_doubtful(run):
     # Not worse than guessing anywhere, but its gradient at t = 999 is 400 times too long.
     tame = [(*row[:3], min(row[3], 2.3026), *row[4:]) for row in DIGITS]
@@ -133,6 +151,7 @@ def test_knowledge_that_ends_where_a_sampler_decides(run):
     early = [row if row[1] > -1 else (*row[:2], 0.1, 2.303, *row[4:]) for row in DIGITS]
     sign, text = sign_of(judged(run, evaluated(early)), "is better than guessing")
     assert (sign, "at t = 0 to 413" in text) == (DOUBTFUL, True)
+    assert "but not at log-SNR -1.9 to -19.8, where" in text
     assert "--schedule_sampler noisy" in text
     (run / "config.json").write_text('{"num_classes": 10, "schedule_sampler": "noisy"}')
     assert "--schedule_sampler" not in sign_of(fitness(read_run(run)), "is better than")[1]

@@ -51,7 +51,7 @@ class Guessing:
     def name(self) -> str:
         """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""
         if abs(self.loss - math.log(self.num_classes)) < 0.02:
-            return f"ln {self.num_classes} = {self.loss:.2f}"
+            return f"ln {self.num_classes} = {math.log(self.num_classes):.2f}"
         return f"{self.loss:.2f}, that of guessing by class frequency"
 
 

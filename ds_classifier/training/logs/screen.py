@@ -203,7 +203,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     noise = "none, at t = 0"
     if settings.noised:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
-        noise += f"; quartiles of t {describe_quartiles(engine.module.diffusion)}"
+        noise += f"; quartiles of t: {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
     if shards.manifest.arrays is not None:

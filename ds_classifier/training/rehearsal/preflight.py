@@ -177,7 +177,7 @@ def table(ranks: list[dict[str, Any]]) -> list[str]:
         address = f"{first['address']} ({first['interface']})"
         numbers = f"{of_node[0]}-{of_node[-1]}" if len(of_node) > 1 else str(of_node[0])
         rows.append((number, address, numbers, first["device"], str(first["cores"]), free))
-    heads = ["node", "address", "ranks", "device", "cores", "free"]
+    heads = ["node", "address", "rank", "device", "cores", "free"]
     return text.table(heads, rows, left=len(heads))
 
 

@@ -16,6 +16,7 @@ from ds_classifier.data.foreign.index import index
 from ds_classifier.data.foreign.verify import verify
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
+from launch.make_shards import main
 
 COUNT = 12
 NAMES = ["cat", "dog", "emu"]
@@ -58,6 +59,18 @@ def converted(tmp_path, *arguments, **options):
     return source
 
 
+def test_a_scale_is_advised_once_by_the_training_split(tmp_path, capsys):
+    x = 3 * made(dtype="float32")
+    np.savez(tmp_path / "set.npz", images=x, labels=LABELS)
+    np.savez(tmp_path / "val.npz", images=3 * x, labels=LABELS)
+    words = [tmp_path / "set.npz", tmp_path / "out", "--val", tmp_path / "val.npz"]
+    assert main(["convert", *map(str, words)]) == 0
+    said = capsys.readouterr().out
+    scale = 1 / x.astype(float).var(axis=(0, 2, 3)).mean() ** 0.5
+    assert said.count("--scale") == 1
+    assert f"give --scale {scale:.4g}, after you removed OUT or with another OUT" in said
+
+
 @pytest.mark.parametrize("keys", ["images labels", "x y", "arr_0 arr_1", "latents targets"])
 def test_an_npz_is_read_by_the_usual_names(tmp_path, keys):
     values, labels = keys.split()
@@ -65,7 +78,8 @@ def test_an_npz_is_read_by_the_usual_names(tmp_path, keys):
     source = converted(tmp_path, tmp_path / "set.npz")
     assert source.classes == ["0", "1", "2"]
     assert_holds(tmp_path / "out", made())
-    assert any("not taken: more" in remark for remark in source.remarks)
+    (remark,) = source.remarks
+    assert remark.endswith(f"set.npz: train is '{values}' with labels '{labels}'; not taken: more")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "uint8"])

@@ -112,7 +112,7 @@ def whole_set(
         values, own = chosen[kind]
         named = _labels_in(labels) if labels is not None else _as_labels(_mapped(path, own), own)
         taken[split] = _samples(path, values, named)
-        remarks.append(f"{split}: {values}, labels {own if labels is None else labels}")
+        remarks.append(f"{split} is '{values}' with labels '{own if labels is None else labels}'")
     unused = sorted(members - {name for kind in kinds.values() for name in chosen.get(kind, ())})
     more = f"; not taken: {', '.join(map(printable, unused))}" if unused else ""
     return taken, [f"by the names in {path.name}: {', '.join(remarks)}{more}"]
