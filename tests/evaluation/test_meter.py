@@ -28,7 +28,7 @@ def by_hand(samples, num_timesteps):
 
 
 def test_quartiles_have_five_borders():
-    """Of a flow they lie at s = 0, 1/4, 1/2, 3/4, 1 nearly: 2 ln 3 is 2.2."""
+    """Check the borders of a flow, s = 0, 1/4, 1/2, 3/4 and 1 nearly: 2 ln 3 is 2.2."""
     flow = create_gaussian_diffusion(noise_schedule="flow")
     expected = "q0 to q3 lie between the log-SNRs 15.2, 2.2, 0.0, -2.2 and -15.2"
     assert describe_quartiles(flow) == expected
