@@ -103,9 +103,15 @@ class Arrays:
         return values.transpose(1, 2, 0)
 
     def values_of_x_0(self, x: np.ndarray) -> np.ndarray:
-        """Return values as they would be stored, [N, C, S, S] fp32, of x_0, [N, S, S, C] fp32."""
+        """Return values as they would be stored, [N, C, S, S], of x_0, [N, S, S, C] fp32.
+
+        They are fp32. Pixels, uint8, stay as they are.
+        """
+        values = x.transpose(0, 3, 1, 2)
+        if self.pixels:
+            return values
         shift, scale = self._scaling
-        return x.transpose(0, 3, 1, 2) / scale + shift
+        return values / scale + shift
 
     def refuse_other_shape(self, image_size: int, channels: int) -> None:
         """Raise ValueError unless a classifier reads arrays of this shape."""

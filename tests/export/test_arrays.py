@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from made import PREDICTOR_SETTINGS
+from PIL import Image
 
 import ds_classifier
 from ds_classifier.checkpoint import disk
@@ -231,3 +232,44 @@ def test_samples_are_values_that_convert_reads(run, data, tmp_path):
             unet_fp16=False,
             device=torch.device("cpu"),
         )
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_samples_of_uint8_arrays_are_values_and_pictures_in_colours(tmp_path, channels):
+    x = np.random.RandomState(channels).randint(0, 256, (8, channels, 8, 8)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", images=x, labels=np.arange(8) % 2)
+    convert(open_source(str(tmp_path / "set.npz")), tmp_path / "out")
+    guided = load_guided_sampling(
+        None,
+        {"timestep_respacing": "10", "noise_schedule": "cosine"},
+        unguided=True,
+        data_dir=str(tmp_path / "out" / "train"),
+        model_path="",
+        unet={},
+        classifier_fp16=False,
+        unet_fp16=False,
+        device=torch.device("cpu"),
+    )
+    labels = np.arange(4) % 2
+    drawn = guided.draw(
+        *(labels, 0.0),
+        joint_temperature=1.0,
+        marginal_temperature=1.0,
+        batch_size=4,
+        use_ddim=True,
+        clip_denoised=guided.pixels,
+        seed=0,
+        progress=lambda done, total: None,
+    )
+    values, colours = guided.arrays.values_of_x_0(drawn), guided.colours(drawn)
+    folder = sample_files.scale_folder(tmp_path, 0.0)
+    path = sample_files.write_samples(folder, colours(drawn), labels, values)
+    with np.load(path) as written:
+        found = written["arr_0"]
+    assert (found.shape, found.dtype) == ((4, channels, 8, 8), np.uint8)
+    distance = np.abs(found[:, None].astype(int) - x.astype(int)).max(axis=(2, 3, 4))
+    assert (distance.min(axis=1) <= 2).all()  # the exact denoiser draws the training set
+    with Image.open(folder / "class_0000.png") as picture:
+        assert picture.mode == "RGB"
+    assert np.array_equal(read_samples(tmp_path, 0.0)[0], found)
