@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ import ds_classifier
 from ds_classifier.checkpoint import disk
 from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.common.keyed_noise import keyed_noise
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.splits import refuse_other_samples
+from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.export.export import export
+from ds_classifier.export.predictor import Predictor
 from ds_classifier.guidance import sample_files
 from ds_classifier.guidance.guided_sampling import load_guided_sampling
 from ds_classifier.model import create_classifier
@@ -105,6 +109,62 @@ def test_files_are_read_as_they_are(run, tmp_path):
     np.save(tmp_path / "c.npy", values[0, :3])
     with pytest.raises(ValueError, match=r"images\[0\].*holds 3 x 8 x 8 float16; need 5 x 8 x 8"):
         model.read([tmp_path / "c.npy"])
+
+
+def predictor(arrays: Arrays) -> Predictor:
+    """Return a classifier of arrays that was not trained."""
+    settings = SETTINGS.replace(in_channels=arrays.channels)
+    torch.manual_seed(0)
+    classifier = create_classifier(**settings.model_kwargs())
+    for parameter in classifier.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    return Predictor(classifier, diffusion, settings, None, None, Path(), arrays)
+
+
+def test_uint8_with_a_scale_is_read_and_predicted(tmp_path):
+    arrays = Arrays(3, 8, "uint8", [0.02] * 3, [100.0] * 3)
+    model = predictor(arrays)
+    values = np.random.RandomState(0).randint(0, 256, (2, 3, 8, 8)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", values[0])
+    np.save(tmp_path / "b.npy", values[1])
+    read = model.read([tmp_path / "a.npy", tmp_path / "b.npy"])
+    assert np.array_equal(read.numpy(), values)
+    x_0 = (torch.from_numpy(values).float() - 100) * 0.02
+    of_floats = predictor(Arrays(3, 8, "float32", [1.0] * 3, [0.0] * 3))
+    assert torch.allclose(model.predict(read, 60), of_floats.predict(x_0, 60), atol=1e-6)
+    with pytest.raises(ValueError, match=r"need \[N, 3, 8, 8\] torch.uint8"):
+        model.predict(values.astype(np.float32))
+
+
+def test_read_changes_no_values(tmp_path):
+    """Floats do not become bytes, and float32 does not become float16, in which it may be inf."""
+    path = tmp_path / "a.npy"
+    floats = np.linspace(-1, 1, 192, dtype=np.float32).reshape(3, 8, 8)
+    large = floats * 1e5
+    for scaling in ((None, None), ([0.1] * 3, [0.0] * 3)):
+        np.save(path, floats)
+        with pytest.raises(ValueError, match="holds 3 x 8 x 8 float32; need 3 x 8 x 8 uint8; do:"):
+            predictor(Arrays(3, 8, "uint8", *scaling)).read(path)
+    model = predictor(Arrays(3, 8, "float16", [1.0] * 3, [0.0] * 3))
+    for values in (large, large.astype(">f4"), floats.astype(np.float16), large.astype(float)):
+        np.save(path, values)
+        assert np.array_equal(model.read(path)[0].numpy(), values.astype(np.float32))
+    assert model.read([path] * 70).shape == (70, 3, 8, 8)
+    assert model.read([]).shape == (0, 3, 8, 8)
+    np.save(path, floats.astype(np.uint8))
+    with pytest.raises(ValueError, match="holds 3 x 8 x 8 uint8; need 3 x 8 x 8 float16"):
+        model.read(path)
+    np.save(path, floats * np.float32(np.inf))
+    with pytest.raises(ValueError, match=r"a.npy: holds 192 numbers not finite"):
+        model.read(path)
+
+
+@pytest.mark.parametrize("pack", [list, tuple, lambda one: one[0]])
+def test_an_array_classifier_reads_no_pictures(pack):
+    model = predictor(Arrays(3, 8, "float16", [1.0] * 3, [0.0] * 3))
+    with pytest.raises(ValueError, match=r"images\[0\]: got a Image; need the path of an .npy"):
+        model.read(pack([Image.new("RGB", (8, 8))]))
 
 
 def test_an_export_tells_channels_scale_and_shift(run, data, tmp_path):
