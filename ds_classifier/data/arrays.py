@@ -151,7 +151,8 @@ class Arrays:
         ]
         usual = math.sqrt(sum(s * s for s in self.std) / len(self.std))
         if not USUAL_STD[0] <= usual <= USUAL_STD[1] and usual > 0 and not self.pixels:
-            advised = " ".join(f"{s / usual:.4g}" for s in sorted(set(self.scale)))
+            scales = self.scale if len(set(self.scale)) > 1 else self.scale[:1]
+            advised = " ".join(f"{scale / usual:.4g}" for scale in scales)
             lines.append(
                 f"note: the noise has standard deviation 1, x_0 has {usual:.3g}; if the arrays are "
                 f"to be scaled, as a VAE's latents are: convert again with --scale {advised}"
