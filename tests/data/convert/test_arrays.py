@@ -374,3 +374,50 @@ def test_arrays_beside_images_in_shards_are_no_samples(tmp_path):
     tar(folder / "00001.tar", [("9.npy", npy(made()[0])), ("9.cls", b"0")])
     with pytest.raises(ValueError, match=r"images in 00000.tar and arrays in 00001.tar"):
         index(str(folder), tmp_path / "mixed")
+
+
+def shards_of(folder, *shards) -> str:
+    """Write tars of arrays, a list for each; return the folder."""
+    folder.mkdir()
+    for number, arrays in enumerate(shards):
+        members = []
+        for i, values in enumerate(arrays):
+            key = f"{number}_{i:04d}"
+            members += [(f"{key}.npy", npy(values)), (f"{key}.cls", b"%d" % (i % 2))]
+        tar(folder / f"{number:05d}.tar", members)
+    return str(folder)
+
+
+def test_the_commonest_arrays_in_shards_are_the_standard(tmp_path):
+    x = made()
+    odd = [x[0, :3], x[1].astype(np.float32), *x[2:]]
+    for scale in (None, [0.5, 1.0, 2.0, 1.0]):  # four numbers do not fit three channels
+        found = index(
+            shards_of(tmp_path / f"a{scale}", odd, x), tmp_path / f"o{scale}", scale=scale
+        )
+        arrays = found["train"].manifest.arrays
+        assert str(arrays) == "4 x 8 x 8 float16"
+        assert found["train"].bad_arrays[0] == 2
+        good = np.concatenate([x[2:], x]) * np.array(scale or 1.0).reshape(-1, 1, 1)
+        assert np.allclose(arrays.mean, good.mean(axis=(0, 2, 3)), atol=1e-3)
+    assert index(shards_of(tmp_path / "b", odd), tmp_path / "b2")["train"].bad_arrays == (
+        2,
+        "holds 3 x 8 x 8 float16; need 4 x 8 x 8 float16",
+    )
+
+
+def test_shards_without_one_standard_are_refused(tmp_path):
+    x = made()
+    mixed = [*x[:4, :3], *x[4:9], *x[9:].astype(np.float32)]
+    cases = [
+        ([mixed], None, "12 arrays, of which no more than 5 can be read alike (another holds 3 x"),
+        ([x, x[:, :3]], None, "float16 in train's 00000.tar and arrays of 3 x 8 x 8 float16 in tr"),
+        ([x * np.float16(np.nan)], None, "train: holds 256 numbers not finite"),
+        ([x], [1.0, 2.0], "train: --scale: got 2 numbers for arrays of 4 x 8 x 8 float16; need 1"),
+    ]
+    for number, (shards, scale, words) in enumerate(cases):
+        place = shards_of(tmp_path / str(number), *shards)
+        with pytest.raises(ValueError) as error:
+            index(place, tmp_path / "out", scale=scale)
+        assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
