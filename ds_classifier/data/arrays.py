@@ -94,13 +94,23 @@ class Arrays:
         """
         if not self.pixels:
             shift, scale = self._scaling
-            values = values.astype(np.float32)
-            values -= shift
-            values *= scale
-            if not np.isfinite(values).all():
-                broken = int(np.count_nonzero(~np.isfinite(values)))
-                raise ValueError(f"holds {count(broken, 'number')} not finite")
+            x = values.astype(np.float32)
+            x -= shift
+            with np.errstate(over="ignore"):
+                x *= scale
+            if not np.isfinite(x).all():
+                self._refuse_not_finite(values, x)
+            values = x
         return values.transpose(1, 2, 0)
+
+    def _refuse_not_finite(self, values: np.ndarray, x: np.ndarray) -> None:
+        """Raise ValueError that says whether the values are not finite, or only x_0 is."""
+        if broken := int(np.count_nonzero(~np.isfinite(values))):
+            raise ValueError(f"holds {count(broken, 'number')} not finite")
+        broken = int(np.count_nonzero(~np.isfinite(x)))
+        raise ValueError(
+            f"holds {count(broken, 'number')} of which x_0 = {self.scaling} is not finite in fp32"
+        )
 
     def values_of_x_0(self, x: np.ndarray) -> np.ndarray:
         """Return values as they would be stored, [N, C, S, S], of x_0, [N, S, S, C] fp32.
@@ -138,8 +148,13 @@ class Arrays:
                     f"--{name}: got {count(len(numbers), 'number')} for arrays of {self}; need 1 "
                     f"or {self.channels}, one per channel"
                 )
-            if not all(map(math.isfinite, numbers)) or (name == "scale" and 0 in numbers):
-                raise ValueError(f"--{name}: got {_shown(numbers)}; need finite numbers, not 0")
+            with np.errstate(over="ignore"):
+                used = np.array(numbers, np.float32)
+            if not np.isfinite(used).all() or (name == "scale" and 0 in used):
+                not_0 = " and not 0" if name == "scale" else ""
+                raise ValueError(
+                    f"--{name}: got {_shown(numbers)}; need numbers that are finite{not_0} in fp32"
+                )
             changed[name] = numbers * (self.channels // len(numbers))
         return replace(self, **changed)
 

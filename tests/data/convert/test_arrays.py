@@ -266,6 +266,54 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert "--scale: got it with images" in refused("digits", scale=[1.0])
 
 
+def test_a_set_without_arrays_is_named(tmp_path):
+    none = saved(tmp_path / "none.npz", x=made()[:0], y=LABELS[:0])
+    words = "none.npz: got 0 x 4 x 8 x 8 float16 in x, which is empty; need at least one array"
+    assert words in refused(none)
+    assert words in refused(saved(tmp_path / "set.npz", x=made(), y=LABELS), none)
+    halves = dict(x_train=made(), y_train=LABELS, x_val=made()[:0], y_val=LABELS[:0])
+    assert "float16 in x_val, which is empty" in refused(saved(tmp_path / "both.npz", **halves))
+    for name, values in (("x.npy", made()[:0]), ("y.npy", LABELS[:0])):
+        np.save(tmp_path / name, values)
+    assert "x.npy: got 0 x 4 x 8 x 8 float16, which" in refused(
+        tmp_path / "x.npy", labels=str(tmp_path / "y.npy")
+    )
+
+
+def test_an_npy_of_objects_is_refused_as_an_npz_is(tmp_path):
+    np.save(tmp_path / "y.npy", LABELS)
+    np.save(tmp_path / "x.npy", np.array([{}] * COUNT, dtype=object), allow_pickle=True)
+    for labels in ("y.npy", "x.npy"):
+        assert "need pickle" in refused(tmp_path / "x.npy", labels=str(tmp_path / labels))
+
+
+@pytest.mark.parametrize("train", ["float32", "uint8"])
+def test_validation_arrays_of_another_shape_or_type_are_one_error(tmp_path, train):
+    ours = saved(tmp_path / "train.npz", x=made(dtype=train), y=LABELS)
+    others = (made(), made(3, dtype=train), made(side=4, dtype=train))
+    for number, other in enumerate(others):
+        message = refused(ours, saved(tmp_path / f"{number}.npz", x=other, y=LABELS))
+        kind = f"{other.shape[1]} x {other.shape[2]} x {other.shape[2]} {other.dtype}"
+        if str(other.dtype) == "uint8" and len(other[0]) == 3:
+            kind = "pixels, stored as images"
+        assert f"val with arrays of {kind}, and train with arrays of 4 x 8 x 8 {train}" in message
+    last = saved(tmp_path / "val.npz", x=made(dtype=train).transpose(0, 2, 3, 1), y=LABELS)
+    assert open_source(str(ours), str(last)).arrays.channels == 4
+    pixels = [
+        saved(tmp_path / f"{side}.npz", x=made(3, side, "uint8"), y=LABELS) for side in (8, 16)
+    ]
+    assert open_source(*map(str, pixels)).arrays is None  # images may have any size
+
+
+def test_a_scale_that_fp32_does_not_hold_is_not_blamed_on_the_files(tmp_path):
+    path = saved(tmp_path / "set.npz", x=made(), y=LABELS)
+    for scale, shown in ((1e39, "1e+39"), (1e-50, "1e-50")):
+        words = f"got {shown}; need numbers that are finite and not 0 in fp32"
+        assert f"--scale: {words}" in refused(path, scale=[scale])
+    with pytest.raises(ValueError, match=r"of which x_0 = value \* 3e\+38 is not finite in fp32"):
+        convert(open_source(str(path), scale=[3e38]), tmp_path / "out")
+
+
 def test_a_folder_names_the_set_in_it(tmp_path):
     np.save(tmp_path / "latents.npy", made())
     assert f"do: convert {tmp_path / 'latents.npy'} OUT" in refused(tmp_path)
