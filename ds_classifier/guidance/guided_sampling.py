@@ -243,7 +243,10 @@ def load_guided_sampling(
             **{"image_size": arrays.size, "in_channels": arrays.channels} | given
         )
     elif source is not None and source.kind != "file":
-        refuse_other_samples(shards.manifest, source.arrays, str(source.path))
+        try:
+            refuse_other_samples(shards.manifest, data_dir, source.arrays, str(source.path))
+        except ValueError as error:
+            raise ValueError(f"--data_dir: {error}") from None
     images, labels = read_images(
         shards, image_size=settings.image_size, channels=settings.in_channels
     )

@@ -12,6 +12,7 @@ from PIL import Image
 
 import ds_classifier
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.weights import find_recorded
 from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.data.arrays import Arrays
@@ -21,6 +22,7 @@ from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.splits import refuse_other_samples
 from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.evaluation.data import open_validation_data
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.export.export import export
@@ -181,15 +183,16 @@ def test_an_export_tells_channels_scale_and_shift(run, data, tmp_path):
 
 
 def test_other_samples_are_refused(run, data, digits):
-    arrays = open_shards(data).manifest.arrays.to_json()
-    refuse_other_samples(open_shards(data).manifest, arrays, "weights")
-    with pytest.raises(ValueError, match=r"got images in .*; need arrays of 5 x 8 x 8 float16"):
-        refuse_other_samples(open_shards(digits / "train").manifest, arrays, "weights")
+    manifest = open_shards(data).manifest
+    arrays = manifest.arrays.to_json()
+    refuse_other_samples(manifest, "HERE", arrays, "weights")
+    with pytest.raises(ValueError, match="got images in HERE; need arrays of 5 x 8 x 8 float16"):
+        refuse_other_samples(open_shards(digits / "train").manifest, "HERE", arrays, "weights")
     with pytest.raises(ValueError, match="need images, which weights was trained on"):
-        refuse_other_samples(open_shards(data).manifest, None, "weights")
+        refuse_other_samples(manifest, "HERE", None, "weights")
     arrays["scale"][0] = 1.0
-    with pytest.raises(ValueError, match="with the same --scale and --shift"):
-        refuse_other_samples(open_shards(data).manifest, arrays, "weights")
+    with pytest.raises(ValueError, match=r"in HERE; .* with the same --scale and --shift"):
+        refuse_other_samples(manifest, "HERE", arrays, "weights")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +244,31 @@ def alone():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_directory_of_another_scale_is_named(run, tmp_path):
+    np.savez(tmp_path / "set.npz", images=made(), labels=np.arange(COUNT) % 2)
+    convert(open_source(str(tmp_path / "set.npz")), tmp_path / "out")
+    place = str(tmp_path / "out" / "train")
+    of_place = f"got arrays of 5 x 8 x 8 float16 with x_0 = value in {place}; need"
+    cpu = torch.device("cpu")
+    source = find_recorded(run)
+    with pytest.raises(ValueError) as error:
+        open_validation_data(source, place, cache_dir=None, cache_gb=None, device=cpu)
+    assert f"--val_data_dir: {of_place}" in str(error.value)
+    with pytest.raises(ValueError) as error:
+        load_guided_sampling(
+            run,
+            {},
+            data_dir=place,
+            model_path="",
+            unet={},
+            classifier_fp16=False,
+            unet_fp16=False,
+            device=cpu,
+        )
+    assert f"--data_dir: {of_place}" in str(error.value)
 
 
 @pytest.mark.usefixtures("alone")
