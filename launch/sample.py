@@ -119,7 +119,7 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
     add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="sample by DDIM in place of DDPM [False]")  # fmt: skip
     add("--clip_denoised", type=boolean, default=None, metavar="BOOL", help="clip the "
-        "predicted x_0 to [-1, 1] [True; False for arrays]")  # fmt: skip
+        "predicted x_0 to [-1, 1] [True; False for arrays but uint8 pixels]")  # fmt: skip
     add(
         "--use_fp16",
         type=boolean,
@@ -255,7 +255,7 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
     )
     settings, source = guided.settings, guided.source
     if arguments.clip_denoised is None:
-        arguments.clip_denoised = guided.arrays is None
+        arguments.clip_denoised = guided.pixels
     for note in source.notes() if source else []:
         distributed.say(note)
     classes = guided.classes(arguments.classes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,17 @@ POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # in the attention pool
 
 
 def load_initial_weights(
-    classifier: nn.Module, path: Path, settings: Settings, classes: list[str]
+    classifier: nn.Module,
+    path: Path,
+    settings: Settings,
+    classes: list[str],
+    arrays: dict[str, Any] | None = None,
 ) -> list[str]:
     """Load other weights into a classifier; return lines for the screen.
 
     path: a guided-diffusion .pt, an export, a checkpoint or a run.
     settings, classes: the settings of `classifier` and the class names of its training data.
+    arrays: what the manifest of these data records of arrays; None: images.
     The first line names the origin of the weights. The others say which weights were left out or
     changed, and how the earlier training differs from this one.
     Raises ValueError for weights of another architecture, naming the flags that would fit, and for
@@ -76,6 +82,9 @@ def load_initial_weights(
             f"the head starts afresh ({', '.join(head)})"
         )
     if recorded is not None:
+        there, here = _scaling(recorded.arrays), _scaling(arrays)
+        if there != here:
+            notes.append(f"another x_0: {there} there, {here} here")
         notes += _training_differences(recorded.settings, recorded.classes, settings, classes)
     origin = f"weights from {path}"
     return [f"{origin}, without its head" if head else origin, *notes]
@@ -130,6 +139,17 @@ def _size_note(settings: Settings, theirs: Settings | None, *, how: str) -> str:
     """Return a line on another image size. theirs: the settings of the weights; None if unknown."""
     size = f"{theirs.image_size} px" if theirs else "another size"
     return f"another image size, {size} there and {settings.image_size} px here: {how}"
+
+
+def _scaling(arrays: dict[str, Any] | None) -> str:
+    """Return how values become x_0. arrays: as a manifest records them; None: images."""
+    if arrays is None or arrays["scale"] is None:
+        return "pixels in [-1, 1]"
+    shown = []
+    for name in ("scale", "shift"):
+        numbers = list(dict.fromkeys(arrays[name]))
+        shown.append(f"{name} {numbers[0] if len(numbers) == 1 else arrays[name]}")
+    return f"arrays with {' and '.join(shown)}"
 
 
 def _training_differences(

@@ -94,18 +94,34 @@ class Arrays:
         """
         if not self.pixels:
             shift, scale = self._scaling
-            values = values.astype(np.float32)
-            values -= shift
-            values *= scale
-            if not np.isfinite(values).all():
-                broken = int(np.count_nonzero(~np.isfinite(values)))
-                raise ValueError(f"holds {count(broken, 'number')} not finite")
+            x = values.astype(np.float32)
+            x -= shift
+            with np.errstate(over="ignore"):
+                x *= scale
+            if not np.isfinite(x).all():
+                self._refuse_not_finite(values, x)
+            values = x
         return values.transpose(1, 2, 0)
 
+    def _refuse_not_finite(self, values: np.ndarray, x: np.ndarray) -> None:
+        """Raise ValueError that says whether the values are not finite, or only x_0 is."""
+        if broken := int(np.count_nonzero(~np.isfinite(values))):
+            raise ValueError(f"holds {count(broken, 'number')} not finite")
+        broken = int(np.count_nonzero(~np.isfinite(x)))
+        raise ValueError(
+            f"holds {count(broken, 'number')} of which x_0 = {self.scaling} is not finite in fp32"
+        )
+
     def values_of_x_0(self, x: np.ndarray) -> np.ndarray:
-        """Return values as they would be stored, [N, C, S, S] fp32, of x_0, [N, S, S, C] fp32."""
+        """Return values as they would be stored, [N, C, S, S], of x_0, [N, S, S, C] fp32.
+
+        They are fp32. Pixels, uint8, stay as they are.
+        """
+        values = x.transpose(0, 3, 1, 2)
+        if self.pixels:
+            return values
         shift, scale = self._scaling
-        return x.transpose(0, 3, 1, 2) / scale + shift
+        return values / scale + shift
 
     def refuse_other_shape(self, image_size: int, channels: int) -> None:
         """Raise ValueError unless a classifier reads arrays of this shape."""
@@ -132,8 +148,13 @@ class Arrays:
                     f"--{name}: got {count(len(numbers), 'number')} for arrays of {self}; need 1 "
                     f"or {self.channels}, one per channel"
                 )
-            if not all(map(math.isfinite, numbers)) or (name == "scale" and 0 in numbers):
-                raise ValueError(f"--{name}: got {_shown(numbers)}; need finite numbers, not 0")
+            with np.errstate(over="ignore"):
+                used = np.array(numbers, np.float32)
+            if not np.isfinite(used).all() or (name == "scale" and 0 in used):
+                not_0 = " and not 0" if name == "scale" else ""
+                raise ValueError(
+                    f"--{name}: got {_shown(numbers)}; need numbers that are finite{not_0} in fp32"
+                )
             changed[name] = numbers * (self.channels // len(numbers))
         return replace(self, **changed)
 
@@ -148,7 +169,8 @@ class Arrays:
         ]
         usual = math.sqrt(sum(s * s for s in self.std) / len(self.std))
         if advise and not USUAL_STD[0] <= usual <= USUAL_STD[1] and usual > 0 and not self.pixels:
-            advised = " ".join(f"{s / usual:.4g}" for s in sorted(set(self.scale)))
+            scales = self.scale if len(set(self.scale)) > 1 else self.scale[:1]
+            advised = " ".join(f"{scale / usual:.4g}" for scale in scales)
             lines.append(
                 f"note: the noise has standard deviation 1, x_0 has {usual:.3g}; if the arrays are "
                 f"to be scaled, as a VAE's latents are: give --scale {advised}, after you removed "
@@ -274,45 +296,64 @@ def arrays_like(values: np.ndarray) -> Arrays:
 class Survey:
     """A survey of the arrays in foreign shards, whose bytes are added in turn.
 
-    arrays: what they have in common; None before one was whole. tally: of x_0.
-    The first array that is whole decides. others: the number of those that cannot be read like it.
-    reason: why the first of these cannot; "" without any.
+    kinds: of the arrays that can be read, by shape and type in words: what those of a kind have in
+        common, and the tally of x_0.
+    broken: the number of the others. reason: why the first of these cannot be read; "" without any.
     """
 
     def __init__(self, scale: Sequence[float] | None, shift: Sequence[float] | None):
         self._scaling = (scale, shift)
-        self.arrays: Arrays | None = None
-        self.tally, self.others, self.reason = Tally(), 0, ""
+        self.kinds: dict[str, tuple[Arrays, Tally]] = {}
+        self.broken, self.reason = 0, ""
 
     def add(self, data: bytes) -> None:
-        """Add the bytes of a .npy. Raises ValueError for a scale or shift that does not fit."""
+        """Add the bytes of a .npy."""
         try:
             values = values_of(data)
             if channels_first(values).shape != values.shape or values.dtype.name not in DTYPES:
                 raise ValueError(f"holds {described(values)}; need [C, S, S], {', '.join(DTYPES)}")
-            arrays = self.arrays or arrays_like(values)
+            own = arrays_like(values)
+            arrays, tally = self.kinds.get(str(own)) or (own.with_scaling(*self._scaling), Tally())
+            tally.add(arrays.decode(data))
+            self.kinds[str(own)] = arrays, tally
         except ValueError as error:
-            self._refuse(error)
-            return
-        self.arrays = self.arrays or arrays.with_scaling(*self._scaling)
-        try:
-            self.tally.add(self.arrays.decode(data))
-        except ValueError as error:
-            self._refuse(error)
-
-    def _refuse(self, error: ValueError) -> None:
-        self.others, self.reason = self.others + 1, self.reason or str(error)
+            self.broken, self.reason = self.broken + 1, self.reason or str(error)
 
     def update(self, other: Survey) -> None:
         """Add what another part of the set has."""
-        if self.arrays is None:
-            self.arrays = other.arrays
-        if other.arrays == self.arrays:
-            self.tally.update(other.tally)
-        elif other.arrays is not None:
-            self.others += other.tally.numbers // other.arrays.size**2
-            self.reason = self.reason or f"holds arrays of {other.arrays}; need {self.arrays}"
-        self.others, self.reason = self.others + other.others, self.reason or other.reason
+        for kind, (arrays, tally) in other.kinds.items():
+            self.kinds.setdefault(kind, (arrays, Tally()))[1].update(tally)
+        self.broken, self.reason = self.broken + other.broken, self.reason or other.reason
+
+    @property
+    def commonest(self) -> str | None:
+        """The kind of most arrays; None if none can be read."""
+        return max(self.kinds, key=self._number, default=None)
+
+    def _number(self, kind: str) -> int:
+        """Return the number of arrays of a kind."""
+        arrays, tally = self.kinds[kind]
+        return tally.numbers // arrays.size**2
+
+    def finish(self) -> tuple[Arrays, int, str]:
+        """Return the commonest kind with mean and std, the number of arrays of no use with it, and
+        why the first of these is not; "" without any.
+
+        Raises ValueError if those are more than half of all.
+        """
+        others = [kind for kind in self.kinds if kind != self.commonest]
+        reason = f"holds {others[0]}; need {self.commonest}" if others else self.reason
+        bad = self.broken + sum(map(self._number, others))
+        good = self._number(self.commonest) if self.kinds else 0
+        if not good:
+            raise ValueError(self.reason)
+        if good < bad:
+            raise ValueError(
+                f"got {count(bad + good, 'array')}, of which no more than {good:,} can be read "
+                f"alike (another {reason}); need one shape and type; do: make the shards again"
+            )
+        arrays, tally = self.kinds[self.commonest]
+        return tally.finish(arrays), bad, reason
 
 
 class Tally:

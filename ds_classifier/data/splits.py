@@ -219,18 +219,20 @@ def refuse_other_shape(manifest: Manifest, image_size: int, channels: int) -> No
         )
 
 
-def refuse_other_samples(manifest: Manifest, arrays: dict[str, Any] | None, name: str) -> None:
+def refuse_other_samples(
+    manifest: Manifest, place: str, arrays: dict[str, Any] | None, name: str
+) -> None:
     """Raise ValueError for a split whose samples are not what weights were trained on.
 
-    arrays: what is recorded with the weights of their arrays; None: images. name: of the weights.
+    place: where the split lies. arrays: what is recorded with the weights of their arrays; None:
+    images. name: of the weights.
     """
     need = None if arrays is None else Arrays.from_json(arrays)
     got = manifest.arrays
     if (got and got.scaling) != (need and need.scaling):
         raise ValueError(
-            f"got {described(got)} in {shown(manifest.location or manifest.source)}; need "
-            f"{described(need)}, which {name} was trained on; do: convert them with the same "
-            "--scale and --shift"
+            f"got {described(got)} in {shown(place)}; need {described(need)}, which {name} was "
+            "trained on; do: convert them with the same --scale and --shift"
         )
 
 

@@ -98,7 +98,10 @@ def open_validation_data(
             "with --val"
         )
     if source.kind != "file":
-        refuse_other_samples(shards.manifest, source.arrays, str(source.path))
+        try:
+            refuse_other_samples(shards.manifest, location, source.arrays, str(source.path))
+        except ValueError as error:
+            raise ValueError(f"--val_data_dir: {error}") from None
     fingerprint, problem = shards.manifest.fingerprint, None
     if distributed.broadcast_json(fingerprint, device) != fingerprint:
         problem = f"the shards in {shown(location)} on this node differ from those of rank 0's node"

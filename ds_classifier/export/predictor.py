@@ -88,14 +88,16 @@ class Predictor:
 
         images: paths and Pillow's images of any mode and size; one, or any number of them. As in
             training, they are not turned by their EXIF orientation.
-        Returns [N, S, S, C] uint8. For a classifier of arrays it reads .npy files: [N, C, S, S].
+        Returns [N, S, S, C] uint8. For a classifier of arrays it reads paths of .npy files, finite
+        numbers of the kind that it was trained on, uint8 or floating: [N, C, S, S], as they are
+        stored; float16 and float32 together, and float64, become float32.
         Raises ValueError for an image that does not decode or is neither a path nor Pillow's, with
         its place in `images`; OSError for a file that cannot be opened.
         """
         size, channels = self.settings.image_size, self.settings.in_channels
         pixels = []
         if self.arrays is not None:
-            return self._read_arrays([images] if isinstance(images, (str, Path)) else images)
+            return self._read_arrays([images] if isinstance(images, _ONE) else images)
         for i, source in enumerate([images] if isinstance(images, _ONE) else images):
             if not isinstance(source, _ONE):
                 raise ValueError(
@@ -114,18 +116,31 @@ class Predictor:
         return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, size, size, channels))
 
     def _read_arrays(self, paths: Iterable[str | Path]) -> Tensor:
-        """Read .npy files: [N, C, S, S] of the type that the classifier was trained on."""
+        """Read .npy files; see `read`."""
         arrays, found = self.arrays, []
+        shape, kind = (arrays.channels, arrays.size, arrays.size), np.dtype(arrays.dtype).kind
         for i, path in enumerate(paths):
+            if not isinstance(path, (str, Path)):
+                raise ValueError(
+                    f"images[{i}]: got {_tensor_of(path)[0]}; need the path of an .npy, since the "
+                    f"classifier reads arrays of {arrays}; do: np.save them, or give values to "
+                    "predict()"
+                )
             try:
                 values = channels_first(values_of(Path(path).read_bytes()))
-                if values.shape != (arrays.channels, arrays.size, arrays.size):
-                    raise ValueError(f"holds {described(values)}; need {arrays}")
-            except (TypeError, ValueError) as error:
+                if values.shape != shape or values.dtype.kind != kind:
+                    raise ValueError(
+                        f"holds {described(values)}; need {arrays}; do: give arrays as they were "
+                        "before conversion for training"
+                    )
+                arrays.x_0(values)
+            except ValueError as error:
                 raise ValueError(f"images[{i}], {path}: {error}") from None
-            found.append(values.astype(arrays.dtype))
-        shape = (-1, arrays.channels, arrays.size, arrays.size)
-        return torch.from_numpy(np.array(found, arrays.dtype).reshape(shape))
+            found.append(values)
+        dtype = (
+            np.result_type(*{values.dtype for values in found}) if found else np.dtype(arrays.dtype)
+        )
+        return torch.from_numpy(np.array(found, dtype).reshape(-1, *shape))
 
     def _x_start(self, images: Tensor) -> Tensor:
         """Return x_0 [N, S, S, C] fp32 of images, or of the values of arrays in that layout."""
@@ -146,8 +161,9 @@ class Predictor:
     ) -> Tensor:
         """Return p(y | x_t) for clean images noised to level t.
 
-        images: [N, S, S, C] uint8. Of a classifier of arrays: their values, [N, C, S, S], floating
-            or uint8 as in training, of which this makes x_0 by the recorded shift and scale.
+        images: [N, S, S, C] uint8. Of a classifier of arrays: their values, [N, C, S, S], of which
+            this makes x_0 by the recorded shift and scale: uint8 if they are in training, else
+            floating.
         t: whole, 0 (almost clean) to T - 1 (almost noise); one for all images, or [N].
         noise: standard normal, of the shape of images. None draws the noise of evaluation's
             positions 0 .. N - 1, which is the same at each call and level.
@@ -155,12 +171,14 @@ class Predictor:
         Raises ValueError for other shapes, types or levels.
         """
         shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
-        latents = self.arrays is not None and not self.arrays.pixels
+        floating = self.arrays is not None and self.arrays.dtype != "uint8"
         asked = shape if self.arrays is None else (shape[2], *shape[:2])
         got, images = _tensor_of(images)
-        right = images is not None and images.is_floating_point() == latents
-        if not right or images.shape[1:] != asked or not (latents or images.dtype == torch.uint8):
-            kind = "floating" if latents else "torch.uint8"
+        right = images is not None and images.shape[1:] == asked
+        if not right or not (
+            images.is_floating_point() if floating else images.dtype == torch.uint8
+        ):
+            kind = "floating" if floating else "torch.uint8"
             raise ValueError(
                 f"images: got {got}; need [N, {', '.join(map(str, asked))}] {kind}; do: read them "
                 "with read()"

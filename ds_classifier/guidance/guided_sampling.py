@@ -55,7 +55,7 @@ class GuidedSampling:
     device: the device that samples are drawn on.
     names: of all classes; their numbers where neither the classifier nor a training set has names.
     origin: what samples.json records of the classifier and the denoiser.
-    arrays: what is sampled, if it is arrays that are no pixels; None for pixels.
+    arrays: what is sampled, if it is arrays; None for images.
     """
 
     settings: Settings
@@ -80,6 +80,11 @@ class GuidedSampling:
         """The diffusion process before respacing."""
         settings = self.settings.replace(timestep_respacing="")
         return create_gaussian_diffusion(**settings.diffusion_kwargs())
+
+    @property
+    def pixels(self) -> bool:
+        """Shows whether what is sampled has values 0 .. 255, of which x_0 is in [-1, 1]."""
+        return self.arrays is None or self.arrays.pixels
 
     @property
     def denoiser(self) -> Denoiser:
@@ -140,7 +145,7 @@ class GuidedSampling:
     ) -> np.ndarray:
         """Draw a sample per label, guided at a scale, on all ranks together: uint8 [N, S, S, C].
 
-        Of arrays: x_0, fp32 [N, S, S, C].
+        Of arrays that are no pixels: x_0, fp32 [N, S, S, C].
 
         labels: [N] int64, the classes asked for. scale, temperatures: see `cond_fn`.
         batch_size: samples at a time, per rank. The others: see `sample_classes`.
@@ -162,7 +167,7 @@ class GuidedSampling:
             device=self.device,
             ddim=use_ddim,
             clip_denoised=clip_denoised,
-            finish=to_pixels if self.arrays is None else to_arrays,
+            finish=to_pixels if self.pixels else to_arrays,
             progress=progress,
         )
 
@@ -226,8 +231,8 @@ def load_guided_sampling(
         origin = {"classifier": guide, "denoiser": denoiser}
         numbers = [str(number) for number in range(settings.num_classes)]
         names = (source.classes if source else None) or numbers
-        recorded = None if source is None or source.arrays is None else source.arrays
-        arrays = None if recorded is None else _latents(Arrays.from_json(recorded))
+        recorded = None if source is None else source.arrays
+        arrays = None if recorded is None else Arrays.from_json(recorded)
         return GuidedSampling(
             settings, classifier, source, None, None, None, model, device, names, origin, arrays
         )
@@ -238,7 +243,10 @@ def load_guided_sampling(
             **{"image_size": arrays.size, "in_channels": arrays.channels} | given
         )
     elif source is not None and source.kind != "file":
-        refuse_other_samples(shards.manifest, source.arrays, str(source.path))
+        try:
+            refuse_other_samples(shards.manifest, data_dir, source.arrays, str(source.path))
+        except ValueError as error:
+            raise ValueError(f"--data_dir: {error}") from None
     images, labels = read_images(
         shards, image_size=settings.image_size, channels=settings.in_channels
     )
@@ -252,13 +260,8 @@ def load_guided_sampling(
     origin = {"classifier": guide, "denoiser": {"data_dir": data_dir}}
     return GuidedSampling(
         *(settings, classifier, source, exact, images, labels, None, device, names, origin),
-        _latents(arrays),
+        arrays,
     )
-
-
-def _latents(arrays: Arrays | None) -> Arrays | None:
-    """Return arrays that are no pixels; None for others."""
-    return None if arrays is None or arrays.pixels else arrays
 
 
 def load_guide(

@@ -1,7 +1,8 @@
 """Write samples to disk: guided-diffusion's npz, and PNG sheets to look at.
 
 scale_3/samples_NxHxWx3.npz   arr_0 uint8 [N, H, W, 3], arr_1 int64 [N]: images and classes;
-                              of arrays, arr_0 fp32 [N, C, H, W], as `convert` reads them
+                              of arrays, arr_0 [N, C, H, W], as `convert` reads them: fp32, or
+                              uint8 if they are pixels
 scale_3/class_0007.png        the samples of a class
 overview.png                  a row per class, with its name; a block of columns per scale
 samples.json                  how they were drawn: classifier, denoiser, scales, seed, process
@@ -38,8 +39,8 @@ def write_samples(
 ) -> Path:
     """Write the npz and a sheet per class in place of older ones; return the path of the npz.
 
-    pixels: uint8 [N, H, W, C]; labels: int64 [N]. values: arrays, fp32 [N, C, H, W], of which the
-    pixels are a picture.
+    pixels: uint8 [N, H, W, C]; labels: int64 [N]. values: arrays, [N, C, H, W], of which the pixels
+    are a picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = pixels if values is None else values

@@ -36,12 +36,12 @@ def guides(run: RunData) -> dict[str, Any] | str:
     scales = [scale for scale, found in drawn.items() if found is not None]
     places = np.linspace(0, len(scales) - 1, min(SCALES_SHOWN, len(scales))).round().astype(int)
     names = run.classes or []
-    arrays = [drawn[scale][0] for scale in scales if drawn[scale][0].dtype != np.uint8]
+    arrays = [drawn[scale][0] for scale in scales if not _are_images(drawn[scale][0])]
     colours = FalseColours(arrays[0].transpose(0, 2, 3, 1)) if arrays else None
     blocks = []
     for scale in (scales[i] for i in places):
         pixels, labels = drawn[scale]
-        if pixels.dtype != np.uint8:
+        if not _are_images(pixels):
             pixels = colours(pixels.transpose(0, 2, 3, 1))
         asked = np.unique(labels)[:CLASSES_SHOWN]
         share = samples.shares.get(scale)
@@ -74,8 +74,7 @@ def guides(run: RunData) -> dict[str, Any] | str:
 def read_samples(folder: Path, scale: float) -> tuple[np.ndarray, np.ndarray] | None:
     """Return a scale's samples and their classes, [N]; None if damaged.
 
-    Samples are uint8 [N, H, W, C], or of arrays fp32 [N, C, H, W].
-
+    Samples are uint8 [N, H, W, C], or of arrays [N, C, S, S], fp32 or uint8, as
     guidance/sample_files.py writes them.
     """
     for path in sorted((folder / f"scale_{scale:g}").glob("samples_*.npz")):
@@ -86,11 +85,16 @@ def read_samples(folder: Path, scale: float) -> tuple[np.ndarray, np.ndarray] | 
                 pixels, labels = arrays["arr_0"], arrays["arr_1"]
         except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
             continue
-        whole = pixels.dtype == np.float32 or pixels.shape[-1:] in ((1,), (3,))
-        whole = whole and pixels.ndim == 4 and pixels.dtype in (np.uint8, np.float32)
+        whole = pixels.ndim == 4 and pixels.dtype in (np.uint8, np.float32)
+        whole = whole and (_are_images(pixels) or pixels.shape[2] == pixels.shape[3])
         if whole and len(pixels) and labels.shape == pixels.shape[:1]:
             return pixels, labels
     return None
+
+
+def _are_images(samples: np.ndarray) -> bool:
+    """Return whether samples are images, [N, H, W, 1 or 3] uint8, and no arrays."""
+    return samples.dtype == np.uint8 and samples.shape[-1] in (1, 3)
 
 
 def _tile(image: np.ndarray) -> np.ndarray:

@@ -109,7 +109,9 @@ def open_run(
             start = Start(origin, parts, str(found), state | parts)
         elif settings.init_from and not command.preflight:
             source = Path(settings.init_from)
-            origin, *notes = load_initial_weights(classifier, source, settings, facts["classes"])
+            origin, *notes = load_initial_weights(
+                classifier, source, settings, facts["classes"], facts.get("arrays")
+            )
             start = Start(origin, parts, initialized=True, notes=notes)
         else:
             start = Start(f"seed {settings.seed}", parts)

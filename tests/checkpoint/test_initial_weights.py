@@ -13,6 +13,7 @@ from ds_classifier.checkpoint.initial_weights import (
     load_initial_weights,
 )
 from ds_classifier.config import Settings
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.export.export import export
 from ds_classifier.model import create_classifier
 
@@ -20,13 +21,13 @@ HEAD = "out.2.c_proj.weight", "out.2.c_proj.bias"
 POSITIONAL = "out.2.positional_embedding"
 
 
-def start(path, classes=CLASS_NAMES, **own):
+def start(path, classes=CLASS_NAMES, arrays=None, **own):
     """Start a classifier from path; return the lines, its state, and the state before."""
     settings = Settings(**SMALL | dict(num_classes=len(classes), noise_schedule="cosine") | own)
     torch.manual_seed(0)
     classifier = create_classifier(**settings.model_kwargs())
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    lines = load_initial_weights(classifier, path, settings, classes)
+    lines = load_initial_weights(classifier, path, settings, classes, arrays)
     return lines, classifier.state_dict(), before
 
 
@@ -200,3 +201,18 @@ def test_an_absent_path_and_an_empty_one_give_different_errors(tmp_path):
     for path, words in ((tmp_path / "absent.pt", "does not exist"), (tmp_path, "holds no checkp")):
         with pytest.raises(ValueError, match=f"--init_from: got .*, which {words}"):
             start(path)
+
+
+def test_another_scale_of_arrays_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    arrays = Arrays(3, 32, "float16", [0.5] * 3, [0.0] * 3).to_json()
+    here = Arrays(3, 32, "float32", [0.5, 0.25, 1.0], [0.0] * 3).to_json()
+    own = "arrays with scale [0.5, 0.25, 1.0] and shift 0.0 here"
+    assert start(run, arrays=here)[0][1:] == [f"another x_0: pixels in [-1, 1] there, {own}"]
+    run = make_run(tmp_path / "scaled", arrays=arrays)
+    assert start(run, arrays=here)[0][1:] == [
+        f"another x_0: arrays with scale 0.5 and shift 0.0 there, {own}"
+    ]
+    assert len(start(run, arrays=arrays | {"dtype": "float32", "mean": [9.0] * 3})[0]) == 1
+    pixels = Arrays(3, 32, "uint8", None, None).to_json()
+    assert len(start(make_run(tmp_path / "other"), arrays=pixels)[0]) == 1

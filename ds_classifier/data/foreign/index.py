@@ -18,7 +18,7 @@ import numpy as np
 from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
-from ds_classifier.data.arrays import Survey
+from ds_classifier.data.arrays import Arrays, Survey
 from ds_classifier.data.classes import class_lines
 from ds_classifier.data.foreign.advice import advice_for
 from ds_classifier.data.foreign.contents import shard_bytes
@@ -131,12 +131,12 @@ def index(
     return written
 
 
-def _arrays(scans: dict[str, list[_Scan]], *, scaled: bool) -> dict[str, Survey]:
-    """Return what the arrays of each split have in common; nothing for images.
+def _arrays(scans: dict[str, list[_Scan]], *, scaled: bool) -> dict[str, tuple[Arrays, int, str]]:
+    """Return what `Survey.finish` does of each split; nothing for images.
 
     scaled: a scale or shift was given.
-    Raises ValueError for shards of both kinds, for arrays that cannot be read, and for splits that
-    differ.
+    Raises ValueError for shards of both kinds or of different arrays, for splits that differ, and
+    if most arrays cannot be read alike.
     """
     every = [scan for found in scans.values() for scan in found if len(scan.rows)]
     kinds = {scan.survey is not None for scan in every}
@@ -149,18 +149,22 @@ def _arrays(scans: dict[str, list[_Scan]], *, scaled: bool) -> dict[str, Survey]
         if scaled:
             raise ValueError("--scale, --shift: got them with images; need arrays; do: drop them")
         return {}
-    surveys = {}
+    arrays, first = {}, {}  # first: kind -> a shard of it
     for split, found in scans.items():
-        surveys[split] = next(scan.survey for scan in found if len(scan.rows))
+        whole = Survey(None, None)
         for scan in found:
-            if scan.survey not in (None, surveys[split]):
-                surveys[split].update(scan.survey)
-        if surveys[split].arrays is None:
-            raise ValueError(f"{found[0].shard.name}: {surveys[split].reason}")
-    formats = {str(survey.arrays) for survey in surveys.values()}
-    if len(formats) > 1:
-        raise ValueError(f"--val: got arrays of {' and of '.join(sorted(formats))}; need the same")
-    return surveys
+            if scan.survey is not None:
+                whole.update(scan.survey)
+                if (kind := scan.survey.commonest) is not None:
+                    first.setdefault(kind, f"{split}'s {scan.shard.name}")
+        if len(first) > 1:
+            kinds = " and ".join(f"arrays of {kind} in {name}" for kind, name in first.items())
+            raise ValueError(f"got {kinds}; need one shape and type; do: index them apart")
+        try:
+            arrays[split] = whole.finish()
+        except ValueError as error:
+            raise ValueError(f"{split}: {error}") from None
+    return arrays
 
 
 def _place(out: Path, split: str, mirror: Mirror | None) -> str:
@@ -440,12 +444,13 @@ def _write(
     labels: str,
     classes: list[str],
     scans: list[_Scan],
-    survey: Survey | None,
+    found: tuple[Arrays, int, str] | None,
 ) -> IndexedSplit:
     """Write the index of a split, then its manifest, which marks it as complete.
 
-    place: see `_place`.
+    place: see `_place`. found: of arrays, see `_arrays`; None for images.
     """
+    arrays, *bad = found or (None, 0, "")
     scans = [scan for scan in scans if len(scan.rows)]  # img2dataset writes empty shards
     samples = sum(len(scan.rows) for scan in scans)
     folder.mkdir(parents=True, exist_ok=True)
@@ -479,9 +484,8 @@ def _write(
         location=None if in_place else listing.location,
         labels=labels,
         shard_keys=_keys_begin_anew(scans),
-        arrays=None if survey is None else survey.tally.finish(survey.arrays),
+        arrays=arrays,
     )
     files.replace_text(folder / MANIFEST, manifest.to_json())
     files.fsync(folder)
-    bad = (0, "") if survey is None else (survey.others, survey.reason)
-    return IndexedSplit(manifest, listing.source, pairs, bad)
+    return IndexedSplit(manifest, listing.source, pairs, tuple(bad))

@@ -19,6 +19,7 @@ from ds_classifier.common.files import size_of_file
 from ds_classifier.common.text import count
 from ds_classifier.data.arrays import (
     SUFFIX,
+    Arrays,
     arrays_like,
     channels_first,
     described,
@@ -171,12 +172,17 @@ def _samples(path: Path, member: str, labels: list[str | int]) -> list[NamedSamp
             f"{path}: got {described(values)}{member and f' in {member}'}; need [N, C, S, S], "
             "[N, S, S, C] or [N, S, S]"
         )
+    if values.size == 0:
+        raise ValueError(
+            f"{path}: got {described(values)}{member and f' in {member}'}, which is empty; need at "
+            "least one array"
+        )
     if len(labels) != len(values):
         raise ValueError(
             f"{path}: got {count(len(labels), 'label')} for {count(len(values), 'array')}; need "
             "one for each"
         )
-    length = values[0].nbytes if len(values) else 0
+    length = values[0].nbytes
     return [
         NamedSample(f"{path}/{path.stem}_{i:06d}", label, ArrayRow(path, member, i, length))
         for i, label in enumerate(labels)
@@ -254,7 +260,7 @@ def _mapped(path: Path, member: str) -> np.ndarray:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    if "pickle" in str(error).lower():
+    if "pickle" in str(error).lower() or "Python objects" in str(error):
         return ValueError(
             f"{path}: got objects of Python, which need pickle, and that can run code; need "
             "numbers; do: save arrays of one shape, as np.stack(list)"
@@ -286,16 +292,36 @@ def as_arrays(
             )
         if values.dtype.name == "float64":
             remarks.append("float64 is stored as float32, which training computes in")
-        arrays = arrays_like(stored)
-        if arrays.pixels and arrays.channels in (1, 3) and not scaled:
-            arrays = None
+        arrays = _stored_as(stored, scaled)
+        if arrays is None:
             remarks.append("uint8 with one or three channels: stored as images, PNG without loss")
+        _refuse_other_validation(source, arrays, scaled)
     if arrays is None and scaled:
         name = "scale" if scale is not None else "shift"
         raise ValueError(f"--{name}: got it with images; need arrays (.npy, .npz); do: drop it")
     if arrays is not None:
         arrays = arrays.with_scaling(scale, shift)
     return replace(source, arrays=arrays, remarks=tuple(remarks))
+
+
+def _stored_as(values: np.ndarray, scaled: bool) -> Arrays | None:
+    """Return what arrays like this one, [C, S, S], have in common; None if they become images."""
+    arrays = arrays_like(values)
+    return None if arrays.pixels and arrays.channels in (1, 3) and not scaled else arrays
+
+
+def _refuse_other_validation(source: DataSource, train: Arrays | None, scaled: bool) -> None:
+    """Raise ValueError if the validation arrays have another shape or type. train: see above."""
+    samples = source.splits.get("val", ())
+    if not samples or not _holds_array(samples[0]):
+        return
+    val = _stored_as(channels_first(_first_values(samples)), scaled)
+    if str(train) != str(val):
+        ours, theirs = (arrays or "pixels, stored as images" for arrays in (train, val))
+        raise ValueError(
+            f"--val: got val with arrays of {theirs}, and train with arrays of {ours}; need one "
+            "shape and type; do: save both splits alike"
+        )
 
 
 def _holds_array(sample: Sample) -> bool:

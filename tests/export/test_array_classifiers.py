@@ -2,24 +2,31 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from made import PREDICTOR_SETTINGS
+from PIL import Image
 
 import ds_classifier
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.weights import find_recorded
 from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.common.keyed_noise import keyed_noise
+from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.splits import refuse_other_samples
+from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.evaluation.data import open_validation_data
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.export.export import export
+from ds_classifier.export.predictor import Predictor
 from ds_classifier.guidance import sample_files
 from ds_classifier.guidance.guided_sampling import load_guided_sampling
 from ds_classifier.model import create_classifier
@@ -106,6 +113,62 @@ def test_files_are_read_as_they_are(run, tmp_path):
         model.read([tmp_path / "c.npy"])
 
 
+def predictor(arrays: Arrays) -> Predictor:
+    """Return a classifier of arrays that was not trained."""
+    settings = SETTINGS.replace(in_channels=arrays.channels)
+    torch.manual_seed(0)
+    classifier = create_classifier(**settings.model_kwargs())
+    for parameter in classifier.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+    return Predictor(classifier, diffusion, settings, None, None, Path(), arrays)
+
+
+def test_uint8_with_a_scale_is_read_and_predicted(tmp_path):
+    arrays = Arrays(3, 8, "uint8", [0.02] * 3, [100.0] * 3)
+    model = predictor(arrays)
+    values = np.random.RandomState(0).randint(0, 256, (2, 3, 8, 8)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", values[0])
+    np.save(tmp_path / "b.npy", values[1])
+    read = model.read([tmp_path / "a.npy", tmp_path / "b.npy"])
+    assert np.array_equal(read.numpy(), values)
+    x_0 = (torch.from_numpy(values).float() - 100) * 0.02
+    of_floats = predictor(Arrays(3, 8, "float32", [1.0] * 3, [0.0] * 3))
+    assert torch.allclose(model.predict(read, 60), of_floats.predict(x_0, 60), atol=1e-6)
+    with pytest.raises(ValueError, match=r"need \[N, 3, 8, 8\] torch.uint8"):
+        model.predict(values.astype(np.float32))
+
+
+def test_read_changes_no_values(tmp_path):
+    """Floats do not become bytes, and float32 does not become float16, in which it may be inf."""
+    path = tmp_path / "a.npy"
+    floats = np.linspace(-1, 1, 192, dtype=np.float32).reshape(3, 8, 8)
+    large = floats * 1e5
+    for scaling in ((None, None), ([0.1] * 3, [0.0] * 3)):
+        np.save(path, floats)
+        with pytest.raises(ValueError, match="holds 3 x 8 x 8 float32; need 3 x 8 x 8 uint8; do:"):
+            predictor(Arrays(3, 8, "uint8", *scaling)).read(path)
+    model = predictor(Arrays(3, 8, "float16", [1.0] * 3, [0.0] * 3))
+    for values in (large, large.astype(">f4"), floats.astype(np.float16), large.astype(float)):
+        np.save(path, values)
+        assert np.array_equal(model.read(path)[0].numpy(), values.astype(np.float32))
+    assert model.read([path] * 70).shape == (70, 3, 8, 8)
+    assert model.read([]).shape == (0, 3, 8, 8)
+    np.save(path, floats.astype(np.uint8))
+    with pytest.raises(ValueError, match="holds 3 x 8 x 8 uint8; need 3 x 8 x 8 float16"):
+        model.read(path)
+    np.save(path, floats * np.float32(np.inf))
+    with pytest.raises(ValueError, match=r"a.npy: holds 192 numbers not finite"):
+        model.read(path)
+
+
+@pytest.mark.parametrize("pack", [list, tuple, lambda one: one[0]])
+def test_an_array_classifier_reads_no_pictures(pack):
+    model = predictor(Arrays(3, 8, "float16", [1.0] * 3, [0.0] * 3))
+    with pytest.raises(ValueError, match=r"images\[0\]: got a Image; need the path of an .npy"):
+        model.read(pack([Image.new("RGB", (8, 8))]))
+
+
 def test_an_export_tells_channels_scale_and_shift(run, data, tmp_path):
     exported = export(run, out=tmp_path / "export")
     described = json.loads((tmp_path / "export" / "model000007.json").read_text())
@@ -120,15 +183,16 @@ def test_an_export_tells_channels_scale_and_shift(run, data, tmp_path):
 
 
 def test_other_samples_are_refused(run, data, digits):
-    arrays = open_shards(data).manifest.arrays.to_json()
-    refuse_other_samples(open_shards(data).manifest, arrays, "weights")
-    with pytest.raises(ValueError, match=r"got images in .*; need arrays of 5 x 8 x 8 float16"):
-        refuse_other_samples(open_shards(digits / "train").manifest, arrays, "weights")
+    manifest = open_shards(data).manifest
+    arrays = manifest.arrays.to_json()
+    refuse_other_samples(manifest, "HERE", arrays, "weights")
+    with pytest.raises(ValueError, match="got images in HERE; need arrays of 5 x 8 x 8 float16"):
+        refuse_other_samples(open_shards(digits / "train").manifest, "HERE", arrays, "weights")
     with pytest.raises(ValueError, match="need images, which weights was trained on"):
-        refuse_other_samples(open_shards(data).manifest, None, "weights")
+        refuse_other_samples(manifest, "HERE", None, "weights")
     arrays["scale"][0] = 1.0
-    with pytest.raises(ValueError, match="with the same --scale and --shift"):
-        refuse_other_samples(open_shards(data).manifest, arrays, "weights")
+    with pytest.raises(ValueError, match=r"in HERE; .* with the same --scale and --shift"):
+        refuse_other_samples(manifest, "HERE", arrays, "weights")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +247,31 @@ def alone():
 
 
 @pytest.mark.usefixtures("alone")
+def test_the_directory_of_another_scale_is_named(run, tmp_path):
+    np.savez(tmp_path / "set.npz", images=made(), labels=np.arange(COUNT) % 2)
+    convert(open_source(str(tmp_path / "set.npz")), tmp_path / "out")
+    place = str(tmp_path / "out" / "train")
+    of_place = f"got arrays of 5 x 8 x 8 float16 with x_0 = value in {place}; need"
+    cpu = torch.device("cpu")
+    source = find_recorded(run)
+    with pytest.raises(ValueError) as error:
+        open_validation_data(source, place, cache_dir=None, cache_gb=None, device=cpu)
+    assert f"--val_data_dir: {of_place}" in str(error.value)
+    with pytest.raises(ValueError) as error:
+        load_guided_sampling(
+            run,
+            {},
+            data_dir=place,
+            model_path="",
+            unet={},
+            classifier_fp16=False,
+            unet_fp16=False,
+            device=cpu,
+        )
+    assert f"--data_dir: {of_place}" in str(error.value)
+
+
+@pytest.mark.usefixtures("alone")
 def test_samples_are_values_that_convert_reads(run, data, tmp_path):
     """Draw from the exact denoiser of the training set, which returns members of it."""
     guided = load_guided_sampling(
@@ -231,3 +320,44 @@ def test_samples_are_values_that_convert_reads(run, data, tmp_path):
             unet_fp16=False,
             device=torch.device("cpu"),
         )
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_samples_of_uint8_arrays_are_values_and_pictures_in_colours(tmp_path, channels):
+    x = np.random.RandomState(channels).randint(0, 256, (8, channels, 8, 8)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", images=x, labels=np.arange(8) % 2)
+    convert(open_source(str(tmp_path / "set.npz")), tmp_path / "out")
+    guided = load_guided_sampling(
+        None,
+        {"timestep_respacing": "10", "noise_schedule": "cosine"},
+        unguided=True,
+        data_dir=str(tmp_path / "out" / "train"),
+        model_path="",
+        unet={},
+        classifier_fp16=False,
+        unet_fp16=False,
+        device=torch.device("cpu"),
+    )
+    labels = np.arange(4) % 2
+    drawn = guided.draw(
+        *(labels, 0.0),
+        joint_temperature=1.0,
+        marginal_temperature=1.0,
+        batch_size=4,
+        use_ddim=True,
+        clip_denoised=guided.pixels,
+        seed=0,
+        progress=lambda done, total: None,
+    )
+    values, colours = guided.arrays.values_of_x_0(drawn), guided.colours(drawn)
+    folder = sample_files.scale_folder(tmp_path, 0.0)
+    path = sample_files.write_samples(folder, colours(drawn), labels, values)
+    with np.load(path) as written:
+        found = written["arr_0"]
+    assert (found.shape, found.dtype) == ((4, channels, 8, 8), np.uint8)
+    distance = np.abs(found[:, None].astype(int) - x.astype(int)).max(axis=(2, 3, 4))
+    assert (distance.min(axis=1) <= 2).all()  # the exact denoiser draws the training set
+    with Image.open(folder / "class_0000.png") as picture:
+        assert picture.mode == "RGB"
+    assert np.array_equal(read_samples(tmp_path, 0.0)[0], found)

@@ -280,6 +280,54 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert "--scale: got it with images" in refused("digits", scale=[1.0])
 
 
+def test_a_set_without_arrays_is_named(tmp_path):
+    none = saved(tmp_path / "none.npz", x=made()[:0], y=LABELS[:0])
+    words = "none.npz: got 0 x 4 x 8 x 8 float16 in x, which is empty; need at least one array"
+    assert words in refused(none)
+    assert words in refused(saved(tmp_path / "set.npz", x=made(), y=LABELS), none)
+    halves = dict(x_train=made(), y_train=LABELS, x_val=made()[:0], y_val=LABELS[:0])
+    assert "float16 in x_val, which is empty" in refused(saved(tmp_path / "both.npz", **halves))
+    for name, values in (("x.npy", made()[:0]), ("y.npy", LABELS[:0])):
+        np.save(tmp_path / name, values)
+    assert "x.npy: got 0 x 4 x 8 x 8 float16, which" in refused(
+        tmp_path / "x.npy", labels=str(tmp_path / "y.npy")
+    )
+
+
+def test_an_npy_of_objects_is_refused_as_an_npz_is(tmp_path):
+    np.save(tmp_path / "y.npy", LABELS)
+    np.save(tmp_path / "x.npy", np.array([{}] * COUNT, dtype=object), allow_pickle=True)
+    for labels in ("y.npy", "x.npy"):
+        assert "need pickle" in refused(tmp_path / "x.npy", labels=str(tmp_path / labels))
+
+
+@pytest.mark.parametrize("train", ["float32", "uint8"])
+def test_validation_arrays_of_another_shape_or_type_are_one_error(tmp_path, train):
+    ours = saved(tmp_path / "train.npz", x=made(dtype=train), y=LABELS)
+    others = (made(), made(3, dtype=train), made(side=4, dtype=train))
+    for number, other in enumerate(others):
+        message = refused(ours, saved(tmp_path / f"{number}.npz", x=other, y=LABELS))
+        kind = f"{other.shape[1]} x {other.shape[2]} x {other.shape[2]} {other.dtype}"
+        if str(other.dtype) == "uint8" and len(other[0]) == 3:
+            kind = "pixels, stored as images"
+        assert f"val with arrays of {kind}, and train with arrays of 4 x 8 x 8 {train}" in message
+    last = saved(tmp_path / "val.npz", x=made(dtype=train).transpose(0, 2, 3, 1), y=LABELS)
+    assert open_source(str(ours), str(last)).arrays.channels == 4
+    pixels = [
+        saved(tmp_path / f"{side}.npz", x=made(3, side, "uint8"), y=LABELS) for side in (8, 16)
+    ]
+    assert open_source(*map(str, pixels)).arrays is None  # images may have any size
+
+
+def test_a_scale_that_fp32_does_not_hold_is_not_blamed_on_the_files(tmp_path):
+    path = saved(tmp_path / "set.npz", x=made(), y=LABELS)
+    for scale, shown in ((1e39, "1e+39"), (1e-50, "1e-50")):
+        words = f"got {shown}; need numbers that are finite and not 0 in fp32"
+        assert f"--scale: {words}" in refused(path, scale=[scale])
+    with pytest.raises(ValueError, match=r"of which x_0 = value \* 3e\+38 is not finite in fp32"):
+        convert(open_source(str(path), scale=[3e38]), tmp_path / "out")
+
+
 def test_a_folder_names_the_set_in_it(tmp_path):
     np.save(tmp_path / "latents.npy", made())
     assert f"do: convert {tmp_path / 'latents.npy'} OUT" in refused(tmp_path)
@@ -388,3 +436,50 @@ def test_arrays_beside_images_in_shards_are_no_samples(tmp_path):
     tar(folder / "00001.tar", [("9.npy", npy(made()[0])), ("9.cls", b"0")])
     with pytest.raises(ValueError, match=r"images in 00000.tar and arrays in 00001.tar"):
         index(str(folder), tmp_path / "mixed")
+
+
+def shards_of(folder, *shards) -> str:
+    """Write tars of arrays, a list for each; return the folder."""
+    folder.mkdir()
+    for number, arrays in enumerate(shards):
+        members = []
+        for i, values in enumerate(arrays):
+            key = f"{number}_{i:04d}"
+            members += [(f"{key}.npy", npy(values)), (f"{key}.cls", b"%d" % (i % 2))]
+        tar(folder / f"{number:05d}.tar", members)
+    return str(folder)
+
+
+def test_the_commonest_arrays_in_shards_are_the_standard(tmp_path):
+    x = made()
+    odd = [x[0, :3], x[1].astype(np.float32), *x[2:]]
+    for scale in (None, [0.5, 1.0, 2.0, 1.0]):  # four numbers do not fit three channels
+        found = index(
+            shards_of(tmp_path / f"a{scale}", odd, x), tmp_path / f"o{scale}", scale=scale
+        )
+        arrays = found["train"].manifest.arrays
+        assert str(arrays) == "4 x 8 x 8 float16"
+        assert found["train"].bad_arrays[0] == 2
+        good = np.concatenate([x[2:], x]) * np.array(scale or 1.0).reshape(-1, 1, 1)
+        assert np.allclose(arrays.mean, good.mean(axis=(0, 2, 3)), atol=1e-3)
+    assert index(shards_of(tmp_path / "b", odd), tmp_path / "b2")["train"].bad_arrays == (
+        2,
+        "holds 3 x 8 x 8 float16; need 4 x 8 x 8 float16",
+    )
+
+
+def test_shards_without_one_standard_are_refused(tmp_path):
+    x = made()
+    mixed = [*x[:4, :3], *x[4:9], *x[9:].astype(np.float32)]
+    cases = [
+        ([mixed], None, "12 arrays, of which no more than 5 can be read alike (another holds 3 x"),
+        ([x, x[:, :3]], None, "float16 in train's 00000.tar and arrays of 3 x 8 x 8 float16 in tr"),
+        ([x * np.float16(np.nan)], None, "train: holds 256 numbers not finite"),
+        ([x], [1.0, 2.0], "train: --scale: got 2 numbers for arrays of 4 x 8 x 8 float16; need 1"),
+    ]
+    for number, (shards, scale, words) in enumerate(cases):
+        place = shards_of(tmp_path / str(number), *shards)
+        with pytest.raises(ValueError) as error:
+            index(place, tmp_path / "out", scale=scale)
+        assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
