@@ -119,14 +119,14 @@ def test_scale_and_shift_are_one_number_or_one_per_channel():
 def test_the_advised_scale_has_a_number_for_each_channel_in_order():
     """Scaled by one factor more, the spread over all channels is 1."""
     arrays = replace(LATENTS, scale=[4.0, 1.0, 2.0, 1.0], mean=[0.0] * 4, std=[8.0, 2.0, 4.0, 6.0])
-    (line,) = (line for line in arrays.remarks() if "--scale" in line)
+    (line,) = (line for line in arrays.remarks(advise=True) if "--scale" in line)
     usual = (120 / 4) ** 0.5
-    advised = line.split("--scale ")[1].split()
+    advised = line.split("--scale ")[1].replace(",", " ").split()
     assert [float(number) for number in advised[:4]] == [
         pytest.approx(s / usual, 1e-3) for s in (4, 1, 2, 1)
     ]
     even = replace(arrays, scale=[2.0] * 4)
-    assert any(line.endswith(f"--scale {2 / usual:.4g}") for line in even.remarks())
+    assert any(f"--scale {2 / usual:.4g}, after" in line for line in even.remarks(advise=True))
 
 
 def test_a_tally_is_the_mean_and_the_standard_deviation():
