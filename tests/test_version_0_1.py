@@ -19,6 +19,14 @@ FLAGS = shlex.split(
     "--lr 1e-3 --log_interval 1 --workers 0 --batch_size 6 --iterations 4 --save_interval 2"
 )
 CONFIG = ROOT / "ds_configs" / "zero1_fp32.json"
+# Runs launch/train.py with the timesteps of version 0.1, which drew each one for itself.
+DRAWN_AS_BEFORE = f"""
+import runpy
+from ds_classifier.common.keyed_noise import keyed_uniform
+from ds_classifier.training import step
+step.stratified = lambda seed, positions, global_batch: keyed_uniform(seed, "t", positions)
+runpy.run_path({str(ROOT / "launch" / "train.py")!r}, run_name="__main__")
+"""
 
 
 @pytest.fixture
@@ -38,7 +46,7 @@ def test_shards_verify(old):
 def test_a_run_resumes_as_the_old_version_continued(old):
     expected = [row for row in read_log(old / "runs/old") if row["step"] > 2]
     data = ["--data_dir", "data/train", "--val_data_dir", "data/val", "--run_dir", "runs/old"]
-    command = [ROOT / "launch/train.py", "--deepspeed_config", CONFIG, *FLAGS, *data]
+    command = ["-c", DRAWN_AS_BEFORE, "--deepspeed_config", CONFIG, *FLAGS, *data]
     done = run_python(*command, cwd=old)
     assert done.code == 0, done.output
     assert "step-00000002, step 2" in done.output

@@ -8,6 +8,7 @@ A package or data file that setup.cfg does not name works in a checkout and is m
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import os
 import shlex
 import shutil
@@ -58,7 +59,8 @@ def run(*command: object, cwd: Path) -> Finished:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     """The source distribution, built from a copy, so that nothing is left in the checkout."""
-    pytest.importorskip("setuptools", reason="builds without fetching anything")
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("no setuptools, which builds without fetching anything")
     place = tmp_path_factory.mktemp("sdist")
     for name in files_of_the_checkout():
         (place / "source" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from ds_classifier.checkpoint.weights import load_classifier, read_weights
 from ds_classifier.config import Settings
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.data.splits import open_splits, with_validation
+from ds_classifier.data.splits import open_splits, settled_by_data, with_validation
 from ds_classifier.evaluation.data import create_validation_loader
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.record import compute_reproducibly
@@ -41,6 +41,7 @@ from .programs import (
     run_reference,
     run_trainer,
     split_of_shards,
+    training_command,
 )
 
 REFERENCE = "guided-diffusion"
@@ -171,8 +172,11 @@ def measure(
         check_reference(reference, shared.settings)
         resolved = {REFERENCE: shared, **resolved}
     train, val_shards, data = _open_data(images, shared.settings)
-    classes = len(train.manifest.classes)
-    resolved = {name: one.with_classes(classes) for name, one in resolved.items()}
+    for name, one in resolved.items():
+        given = training_command(commands.get(name, words), OURS_OF_QUALITY).given
+        resolved[name] = one.with_settings(
+            settled_by_data(one.settings, train.manifest, given=given)
+        )
     _check_ways({name: one.settings for name, one in resolved.items()})
     first = next(iter(resolved.values())).settings.replace(**data)
     yardstick = Yardstick.of(val_shards, first, classifier_scale)

@@ -64,7 +64,7 @@ def test_a_dry_run_through_the_launcher(digits, tmp_path):
     assert contents(tmp_path / "here") == {}
     heads = [line.split()[0] for line in done.lines if not line.startswith(" ")]
     assert heads == [
-        *("classifier", "data", "validation", "batch", "engine", "start", "run"),
+        *("classifier", "noise", "data", "validation", "batch", "engine", "start", "run"),
         *("memory", "step", "time", "save", "checkpoints", "dry"),
     ]
     without_paths = [re.sub(r"/\S+", "", line) for line in done.lines]
