@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  before a test imports distutils, after which it could not be
 from running import ROOT
 
 # Set before torch is imported, here or in a program that a test starts. Small models gain nothing
