@@ -109,11 +109,6 @@ class ShardDataset(Dataset):
         self._batches = batches if self._store.remote else None
         self._looked = (0, 0)  # range of positions for which the shards ahead have been named
 
-    @property
-    def dtype(self) -> type:
-        """The type of a batch's images, as NumPy has it."""
-        return np.uint8 if self.arrays is None else self.arrays.batch_dtype
-
     def __getitem__(self, positions: np.ndarray) -> Batch:
         """Read, decode and crop the samples at the positions; -1 is padding, with weight 0.
 
@@ -127,7 +122,9 @@ class ShardDataset(Dataset):
         samples = samples if self.order is None else self.order.samples(samples)
         rows = self.shards.index[samples]
         size = self.image_size
-        pixels = np.zeros((len(positions), size, size, self.channels), dtype=self.dtype)
+        pixels = np.zeros(
+            (len(positions), size, size, self.channels), dtype=self.shards.manifest.batch_dtype
+        )
         as_tensor = torch.from_numpy(pixels)
         weights = inside.astype(np.float32)
         bad = []
@@ -360,7 +357,9 @@ class _Slots(Dataset):
         self._dataset, self._count = dataset, count
         batch = len(next(iter(positions), ()))  # all batches have the size of the first one
         side = dataset.image_size
-        self._images = _inherited((count, batch, side, side, dataset.channels), dataset.dtype)
+        self._images = _inherited(
+            (count, batch, side, side, dataset.channels), dataset.shards.manifest.batch_dtype
+        )
         self._labels = _inherited((count, batch), np.int64)
         self._positions = _inherited((count, batch), np.int64)
         self._weights = _inherited((count, batch), np.float32)

@@ -89,6 +89,11 @@ class Manifest:
         return f"{os.path.splitext(name)[0]}/{key}" if self.shard_keys else key
 
     @property
+    def batch_dtype(self) -> type:
+        """The type of a batch's images, as NumPy has it: uint8, or float32 for x_0 of arrays."""
+        return np.uint8 if self.arrays is None else self.arrays.batch_dtype
+
+    @property
     def fingerprint(self) -> str:
         """The SHA-256 of everything that training sees; equal for equal data."""
         facts = [self.classes, self.image_size, [s.sha256 for s in self.shards], self.index_sha256]

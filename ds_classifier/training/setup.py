@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_classifier import distributed
@@ -86,13 +87,13 @@ class Setup:
         settings = self.resolved.settings
         if not settings.posterior_images:
             return None
-        arrays = self.shards.manifest.arrays
+        pixels = self.shards.manifest.batch_dtype is np.uint8
         return RecentImages(
             settings.posterior_images,
             image_shape=(settings.image_size, settings.image_size, settings.in_channels),
             num_classes=settings.num_classes,
             device=self.engine.device,
-            dtype=torch.float32 if arrays is not None and not arrays.pixels else torch.uint8,
+            dtype=torch.uint8 if pixels else torch.float32,
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:
