@@ -156,14 +156,7 @@ def _parser(prog: str) -> Parser:
     )
     compare = add("compare", "whole trainers with different flags, in turn")
     compare.set_defaults(program=TRAIN)
-    compare.add_argument(
-        "--way",
-        action="append",
-        required=True,
-        dest="ways",
-        metavar="'FLAGS'",
-        help="flags of launch/train.py; once per way, ratios are to the first",
-    )
+    _add_ways(compare, "flags of launch/train.py; once per way, ratios are to the first")
     compare.add_argument(
         "--ranks", type=_count, nargs="+", default=[1], help="numbers of ranks for each way [1]"
     )
@@ -193,19 +186,18 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
+def _add_ways(command: Parser, text: str) -> None:
+    command.add_argument(
+        "--way", action="append", required=True, dest="ways", metavar="'FLAGS'", help=text
+    )
+
+
 def _add_quality(add: Callable[..., Parser]) -> None:
     quality = add(
         "quality", "after how many images one way to train is as good as another at its end"
     )
     quality.set_defaults(program=TRAIN)
-    quality.add_argument(
-        "--way",
-        action="append",
-        required=True,
-        dest="ways",
-        metavar="'FLAGS'",
-        help="flags of launch/train.py; once per way, the first sets the aim",
-    )
+    _add_ways(quality, "flags of launch/train.py; once per way, the first sets the aim")
     quality.add_argument(
         "--reference",
         type=Path,
