@@ -4,25 +4,12 @@ import numpy as np
 import pytest
 import torch
 from running import GOLDEN
-from small_models import CLASSES, DEFAULT, filled, relative_error, training_set
+from small_models import CLASSES, recorded_input, relative_error, training_set
 
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import bayes_gradient, classifier_gradient
 from ds_classifier.guidance.sampling import ReverseProcess, exact_denoiser, sample
-from ds_classifier.model import create_classifier
-
-
-@pytest.fixture
-def classifier():
-    model = create_classifier(**DEFAULT)
-    model.load_state_dict(filled(model.state_dict()))
-    return model.eval().requires_grad_(False)
-
-
-def recorded_input():
-    x = np.random.RandomState(7).standard_normal((2, 3, 16, 16)).astype(np.float32)
-    return torch.from_numpy(x)
 
 
 @pytest.mark.parametrize(

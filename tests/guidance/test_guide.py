@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from small_models import CLASSES, DEFAULT, filled, noisy, relative_error, training_set
+from small_models import CLASSES, noisy, recorded_input, relative_error, training_set
 from torch import nn
 
 from ds_classifier.diffusion import create_gaussian_diffusion
@@ -14,7 +14,6 @@ from ds_classifier.guidance import Guide, classifier_gradient, guide_denoiser
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.guide import guide_scheduler_output
 from ds_classifier.guidance.sampling import ReverseProcess, exact_denoiser, sample
-from ds_classifier.model import create_classifier
 
 # alpha and sigma of x = alpha x_0 + sigma noise, as samplers of each kind have it.
 LEVELS = {
@@ -23,18 +22,6 @@ LEVELS = {
     "v_prediction": (0.6, 0.8),
     "flow_prediction": (0.3, 0.7),
 }
-
-
-@pytest.fixture
-def classifier():
-    model = create_classifier(**DEFAULT)
-    model.load_state_dict(filled(model.state_dict()))
-    return model.eval().requires_grad_(False)
-
-
-def recorded_input():
-    x = np.random.RandomState(7).standard_normal((2, 3, 16, 16)).astype(np.float32)
-    return torch.from_numpy(x)
 
 
 def normal(*shape):

@@ -60,6 +60,12 @@ GOLDEN_UNETS = {  # the same as in tests/golden/record.py
 CLASSES = 3
 
 
+def recorded_input() -> torch.Tensor:
+    """Return the input of the recorded gradients of tests/golden/model.npz, [2, 3, 16, 16] fp32."""
+    x = np.random.RandomState(7).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    return torch.from_numpy(x)
+
+
 def filled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights computed from their names, as those of the recorded cases were."""
     weights = {}
