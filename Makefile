@@ -11,7 +11,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reord
 
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
-OLDEST_TESTS := $(addprefix tests/,test_model.py test_diffusion.py test_loss.py test_version_0_1.py config checkpoint export \
+OLDEST_TESTS := $(addprefix tests/,model test_diffusion.py test_loss.py test_version_0_1.py config checkpoint export \
 	distributed/test_engine.py distributed/test_deepspeed_versions.py training/test_training.py training/test_elastic.py)
 
 .PHONY: install quickstart test test-slow test-oldest lint

@@ -16,6 +16,8 @@ the same for scores. Where x_t can belong to no other image, at low noise, it eq
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ from torch.profiler import record_function as span
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.model import EncoderUNetModel
+
+# (logits [N, K] fp32, targets [N] int64 or [N, K] fp32, timesteps [N]) -> losses [N] fp32.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CHUNK_NUMBERS = 1 << 23  # fp32 numbers of recent images at a time: 32 MiB
 EMPTY = -1  # label of a place without an image
@@ -43,16 +48,27 @@ def from_x_start(x: Tensor) -> Tensor:
     return ((x + 1.0) * 127.5).clamp(0, 255)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, t: Tensor) -> Tensor:
+    """Return the cross-entropy per sample, [N] fp32, of logits [N, K].
+
+    targets: labels [N] int64, or probabilities [N, K] fp32. t is not used.
+    """
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
 class NoisedClassifier(nn.Module):
-    """A classifier of images that a diffusion process has noised.
+    """A classifier of images that a diffusion process has noised, and its loss.
 
     Pixels and noise stay fp32 up to x_t, which the classifier casts to its own precision.
     """
 
-    def __init__(self, classifier: nn.Module, diffusion: GaussianDiffusion):
+    def __init__(
+        self, classifier: nn.Module, diffusion: GaussianDiffusion, loss: Loss = cross_entropy
+    ):
         super().__init__()
         self.classifier = classifier
         self.diffusion = diffusion
+        self.loss = loss
 
     def forward(
         self,
@@ -67,7 +83,7 @@ class NoisedClassifier(nn.Module):
         images: [N, S, S, C], see `to_x_start`. labels: [N] int64. t: [N] int64 in 0 .. T - 1.
         noise: [N, S, S, C] fp32; None for clean images, which the network sees with timestep t.
         recent: the images whose class posterior is the target in place of the labels.
-        Returns cross-entropies [N] fp32 and logits [N, K] fp32.
+        Returns losses [N] fp32 and logits [N, K] fp32.
         """
         with span("model: forward"):
             x_start = to_x_start(images)
@@ -78,15 +94,7 @@ class NoisedClassifier(nn.Module):
                 targets = recent.class_posterior(x_t, x_start, labels, *scales)
             x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S]; in memory this is channels_last already
             logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
-            return self.loss(logits, targets), logits
-
-    @staticmethod
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy per sample, [N] fp32, of logits [N, K].
-
-        targets: labels [N] int64, or probabilities [N, K] fp32.
-        """
-        return F.cross_entropy(logits, targets, reduction="none")
+            return self.loss(logits, targets, t), logits
 
 
 def noised_classifier(classifier: EncoderUNetModel, settings: Settings) -> NoisedClassifier:

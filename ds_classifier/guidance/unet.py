@@ -2,8 +2,8 @@
 
 Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3. Parameter names
 and shapes are those of guided-diffusion's `UNetModel`, so that its published models of all sizes
-load here unchanged. Its first half is built from the classifier's blocks (`model.py`). Dropout is
-left out, as it does nothing in sampling.
+load here unchanged. Its first half is built from the classifier's blocks (`model.encoder`). Dropout
+is left out, as it does nothing in sampling.
 
 Shapes: N images, C channels, S x S pixels, E = 4 * width numbers in an embedding.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ds_classifier.checkpoint.fitting import misfit
 from ds_classifier.checkpoint.weights import read_weights, refuse_not_finite
-from ds_classifier.model import (
+from ds_classifier.model.encoder import (
     NORM_GROUPS,
     AttentionBlock,
     Conv2d,
@@ -250,7 +250,7 @@ class UNetModel(nn.Module):
             emb = emb + self.label_emb(y)
         dtype = self.input_blocks[0][0].weight.dtype
         emb = emb.to(dtype)
-        h = x.to(dtype).contiguous()  # see "Layout" in model.py
+        h = x.to(dtype).contiguous()  # see "Layout" in model.encoder
         kept = []
         for module in self.input_blocks:
             h = module(h, emb)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def fill(name: str, shape) -> np.ndarray:
-    """Weights by name, so that none need to be stored; see `test_model.filled`."""
+    """Weights by name, so that none need to be stored; see `test_encoder.filled`."""
     n = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape)
     if len(shape) > 1:
         return (n / np.sqrt(np.prod(shape[1:]))).astype(np.float32)

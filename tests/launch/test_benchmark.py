@@ -309,13 +309,6 @@ def test_a_part_of_many_images_is_converted(images, tmp_path, monkeypatch):
         ),
         (["step", "IMAGES", "--data_dir", "x"], "got --data_dir; need flags of training"),
         (["step", "--lr", "1", "IMAGES"], "flags of launch/train.py come after IMAGES"),
-        pytest.param(
-            ["step", "IMAGES", "--deepspeed_config", "FP16"],
-            "fp16.enabled: got true on this CPU",
-            marks=pytest.mark.skipif(
-                torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU has fp16"
-            ),
-        ),
         (["step", "IMAGES", "--save", "nowhere"], "--save: got nowhere, which is no directory"),
         (["step", "--ranks", "1", "IMAGES"], "need a whole number; IMAGES stands first"),
         (["step", "IMAGES", "--reference", "nowhere"], "--reference: got nowhere; need"),
@@ -333,7 +326,6 @@ def test_wrong_use_is_reported_before_anything_is_measured(
     script.parent.mkdir(parents=True)
     script.touch()
     names = {"IMAGES": images, "DIGITS": digits, "CHECKOUT": tmp_path / "checkout"}
-    names["FP16"] = ROOT / "ds_configs" / "zero2_fp16.json"
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "benchmark.py", *(names.get(w, w) for w in words)],
         env=environment(),

@@ -408,11 +408,12 @@ def test_a_world_that_does_not_divide_the_batch_is_told_once(digits, tmp_path):
     reason="this device has fp16",
 )
 def test_fp16_where_there_is_none(digits, tmp_path):
-    done = train(1, "zero2_fp16", digits, tmp_path / "run", script=TRAIN, expect=2)
-    error = next(line for line in done.lines if line.startswith("error:"))
-    assert "fp16" in error
-    assert "ds_configs/zero" in error
-    assert not (tmp_path / "run").exists()
+    """It is emulated, and one line says so."""
+    flags = ["--iterations", "2", "--batch_size", "2"]
+    done = train(1, "zero2_fp16", digits, tmp_path / "run", *flags, script=TRAIN)
+    (line,) = [line for line in done.lines if "fp16 is emulated" in line]
+    assert "faster" in line
+    assert len(losses(tmp_path / "run")) == 2
 
 
 # ------------------------------------------------------------------------- shards by URL

@@ -14,7 +14,7 @@ from ds_classifier.data.convert.formats import (
     stored_suffix,
 )
 from ds_classifier.data.convert.samples import Sample
-from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.distributed.pool import in_processes, shared
 
 BadFile = tuple[str, str]  # the name of a sample, and what is wrong with it
 

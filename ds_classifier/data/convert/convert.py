@@ -52,7 +52,6 @@ from ds_classifier.data.convert.plan import (
 )
 from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.convert.spool import spool_groups
-from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.remote.mirror import Mirror
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
@@ -63,6 +62,7 @@ from ds_classifier.data.shards import (
     Shard,
     open_shards,
 )
+from ds_classifier.distributed.pool import in_processes, shared
 
 
 def convert(

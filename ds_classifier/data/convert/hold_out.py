@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from ds_classifier.common.text import count
 from ds_classifier.data.convert.samples import DataSource, Sample
-from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.distributed.pool import in_processes, shared
 
 SAMPLES_PER_TASK = 256  # hashed by a process between two calls of `progress`
 PIECES, PIECE_BYTES = 4, 1 << 12  # of an image that is not hashed whole

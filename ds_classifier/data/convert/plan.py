@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ds_classifier.data.classes import in_order
 from ds_classifier.data.convert.samples import DataSource, Sample
+from ds_classifier.data.labels.classes import in_order
 from ds_classifier.data.shards import MANIFEST, open_shards, parse_manifest
 
 PLAN = "plan.json"

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from ds_classifier.common.files import size_of_file
 from ds_classifier.common.text import count
 from ds_classifier.data.arrays import Arrays
-from ds_classifier.data.classes import class_list, refuse_not_utf8
+from ds_classifier.data.labels.classes import class_list, refuse_not_utf8
 from ds_classifier.data.tars import printable
 
 # Folders of file servers, archive programs and Python. What begins with a dot is hidden anyway.

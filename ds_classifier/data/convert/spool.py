@@ -12,7 +12,7 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.data.convert.samples import Sample, Slice
-from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.distributed.pool import in_processes, shared
 
 
 def spool_groups(

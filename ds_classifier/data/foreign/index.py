@@ -19,7 +19,6 @@ from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.data.arrays import Arrays, Survey
-from ds_classifier.data.classes import class_lines
 from ds_classifier.data.foreign.advice import advice_for
 from ds_classifier.data.foreign.contents import shard_bytes
 from ds_classifier.data.foreign.layouts import (
@@ -40,7 +39,7 @@ from ds_classifier.data.foreign.problems import (
     SHARD,
     Problems,
 )
-from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.data.labels.classes import class_lines
 from ds_classifier.data.remote.mirror import Mirror
 from ds_classifier.data.scan import Fault, class_numbers, scan_samples
 from ds_classifier.data.shards import (
@@ -55,6 +54,7 @@ from ds_classifier.data.shards import (
 )
 from ds_classifier.data.store import is_url, url_of
 from ds_classifier.data.tars import Sequential, printable
+from ds_classifier.distributed.pool import in_processes, shared
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_classifier.common.urls import scheme, shown, without_logins
-from ds_classifier.data.classes import class_lines
+from ds_classifier.data.labels.classes import class_lines
 from ds_classifier.data.remote.fetch import NotServed, Patience, fetch_small
 from ds_classifier.data.remote.mirror import names_in
 from ds_classifier.data.remote.objects import SCHEMES

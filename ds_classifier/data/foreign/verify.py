@@ -13,7 +13,6 @@ import numpy as np
 
 from ds_classifier.common import files
 from ds_classifier.common.urls import shown
-from ds_classifier.data.pool import in_processes, shared
 from ds_classifier.data.remote.connections import CHUNK
 from ds_classifier.data.remote.fetch import stream
 from ds_classifier.data.scan import ScannedSample, class_numbers, refuse, scan_samples
@@ -21,6 +20,7 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.data.splits import open_split
 from ds_classifier.data.store import url_of
 from ds_classifier.data.tars import Sequential
+from ds_classifier.distributed.pool import in_processes, shared
 
 
 @dataclass(frozen=True)

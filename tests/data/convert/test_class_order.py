@@ -10,9 +10,9 @@ import pytest
 import webdataset
 from made import make_images
 
-from ds_classifier.data.classes import in_order
 from ds_classifier.data.convert.convert import convert, merge
 from ds_classifier.data.convert.sources import image_folder, open_source
+from ds_classifier.data.labels.classes import in_order
 from ds_classifier.data.shards import open_shards
 
 NUMBERS = ["0", "1", "2", "9", "10", "11", "100"]

@@ -17,10 +17,10 @@ import pytest
 from made import make_images
 from running import ROOT, run_python
 
-from ds_classifier.data.classes import class_lines
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.samples import DataSource, Sample, Slice
 from ds_classifier.data.convert.sources import image_folder, open_source
+from ds_classifier.data.labels.classes import class_lines
 from ds_classifier.data.shards import open_shards
 
 # ILSVRC ids run against the order of the sorted WordNet ids; 4 is a synset that is no class.

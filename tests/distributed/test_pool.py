@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from ds_classifier.data.pool import in_processes, shared
+from ds_classifier.distributed.pool import in_processes, shared
 
 
 def add(number):

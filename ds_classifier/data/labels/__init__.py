@@ -1,0 +1,1 @@
+"""The labels of a data set: its class names and their order."""
