@@ -28,7 +28,7 @@ from ds_classifier.training.logs.log import RunLogger, TrainingLog, read_rows
 from ds_classifier.training.logs.lost import BadSamples, Lost, SkippedSteps, TooManyBadSamples
 from ds_classifier.training.logs.profile import Profile
 from ds_classifier.training.logs.sanity import SanityWatch
-from ds_classifier.training.logs.screen import announce
+from ds_classifier.training.logs.screen import announce, way
 from ds_classifier.training.rehearsal import preflight
 from ds_classifier.training.rehearsal.costs import rehearsed
 from ds_classifier.training.rehearsal.dry_run import dry_run
@@ -214,6 +214,7 @@ def open_log(setup: Setup) -> RunLogger:
         iterations=settings.steps,
         world_size=setup.resolved.batch.world_size,
         host=platform.node(),
+        way=way(setup),
         device=deepspeed_engine.describe_device(setup.engine.device),
         guessing=dataclasses.asdict(setup.guessing),
         val_samples=setup.val_samples,

@@ -214,9 +214,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
-        f"engine      {deepspeed_engine.precision(engine)}, "
-        f"ZeRO {engine.zero_optimization_stage()}{offloaded(resolved.ds_config)}, on "
-        f"{deepspeed_engine.describe_device(engine.device)}; "
+        f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}; "
         f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
     )
     length = f"{count(settings.steps, 'step')} in all"
@@ -248,6 +246,13 @@ def _split(shards: ShardSet) -> str:
     return (
         f"{count(shards.manifest.samples, 'image')} ({count(len(shards.manifest.shards), 'shard')})"
     )
+
+
+def way(setup: Setup) -> str:
+    """Return how the engine trains: precision, ZeRO stage and optimizer."""
+    engine, ds_config = setup.engine, setup.resolved.ds_config
+    stage = f"ZeRO {engine.zero_optimization_stage()}{offloaded(ds_config)}"
+    return f"{deepspeed_engine.precision(engine)}, {stage}, {ds_config['optimizer']['type']}"
 
 
 def offloaded(ds_config: dict[str, Any]) -> str:
