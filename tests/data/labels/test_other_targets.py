@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from ds_classifier.data.labels.targets import Targets
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
 from ds_classifier.data.shards import Manifest, images_per_class, open_shards
 from ds_classifier.data.splits import open_splits
+from ds_classifier.training.setup import facts_of
 from launch.make_shards import main
 
 COUNT = 50
@@ -413,6 +416,16 @@ def test_the_manifest_says_which(place, vectors):
     assert Manifest.from_json(text).targets == Targets()
 
 
+def test_a_run_records_its_targets(place, vectors):
+    run(*vectors, "out")
+    resolved = SimpleNamespace(settings=Settings(), shaping={})
+    facts = facts_of(resolved, open_shards("out/train"))
+    assert facts["targets"] == {"kind": "classes"}
+    write("class.csv", {"path": PATHS, "label": [i % 2 for i in range(COUNT)]})
+    run("class.csv", "plain")
+    assert "targets" not in facts_of(resolved, open_shards("plain/train"))
+
+
 def test_targets_as_json():
     for targets in (Targets(), Targets("soft"), Targets("values", (1.0, 2.5), (2.0,), "age")):
         assert Targets.from_json(json.loads(json.dumps(targets.to_json()))) == targets
@@ -495,6 +508,18 @@ def test_what_arrays_cannot_hold_is_refused(place, capsys, labels, flags, words)
     message = refused(capsys, str(place / "a.npz"), "out", *flags)
     assert words in message
     assert message.count("\n") == 1
+
+
+def test_an_index_of_foreign_shards_keeps_one_class(place, capsys):
+    with tarfile.open("s-000000.tar", "w") as tar:
+        for name, data in (("1.png", png(1)), ("1.json", b'{"labels": ["a", "b"]}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert main(["index", str(place / "s-000000.tar"), "out", "--label", "json:labels"]) == 2
+    message = capsys.readouterr().err
+    assert "need one class" in message
+    assert "convert the list with --targets classes" in message
 
 
 def test_other_sources_and_splits_are_refused(place, capsys, vectors):
