@@ -20,6 +20,7 @@ from ds_classifier.common import files
 from ds_classifier.config import Settings
 from ds_classifier.data.labels.targets import Targets
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
+from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, images_per_class, open_shards
 from ds_classifier.data.splits import open_splits
 from ds_classifier.training.setup import facts_of
@@ -356,6 +357,28 @@ def test_parts_give_the_bytes_of_one_run(place, vectors, capsys):
     assert files_in(place / "out") == before
     without = refused(capsys, "a.jsonl", "out", "--targets", "classes", "--samples_per_shard", "15")
     assert "already holds something else" in without
+    more = [[*names, "young"] if names == ["bald"] else names for names in SETS]
+    assert more != SETS  # with the same first classes
+    write("a.jsonl", {"path": PATHS, "label": more, "w": WEIGHTS.tolist()})
+    assert "already holds something else" in refused(
+        capsys, *vectors, "out", "--samples_per_shard", "15"
+    )
+
+
+ORDER = dict(seed=1, lanes=2, shuffle_shards=None)
+
+
+def test_training_in_random_order_sees_the_targets_of_its_images(place, vectors):
+    run(*vectors, "out")
+    split = open_shards("out/train")
+    order = SampleOrder([shard.samples for shard in split.manifest.shards], **ORDER)
+    dataset = ShardDataset(split, image_size=8, order=order)
+    batch = dataset[np.arange(COUNT, 2 * COUNT)]
+    numbers = batch.images[:, 0, 0, 0].tolist()
+    assert sorted(numbers) == list(range(COUNT))
+    order_of_classes = [NAMES.index(name) for name in split.manifest.classes]
+    assert batch.labels.tolist() == HOT[numbers][:, order_of_classes].tolist()
+    assert batch.importance.tolist() == WEIGHTS[numbers].astype(np.float32).tolist()
 
 
 def test_shards_are_converted_again_with_their_targets(place, vectors):
