@@ -29,13 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot
 
-from ds_classifier.data.labels.targets import Targets
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, ExactPosterior
 from ds_classifier.guidance.known_distribution import KnownDistribution
 
 CondFn = Callable[..., Tensor]  # cond_fn(x_t, timesteps, y=asked) -> gradient
-ONE_CLASS = Targets()
 
 
 def classifier_gradient(

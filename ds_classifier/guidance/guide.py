@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds_classifier.data.labels.targets import Targets
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.guidance.gradient import ONE_CLASS, classifier_gradient
+from ds_classifier.guidance.gradient import classifier_gradient
 
 # How far each prediction moves, per unit of the gradient, by the names that diffusers has for them.
 SHIFTS: dict[str, Callable[[Any, Any], Any]] = {
@@ -40,7 +40,9 @@ SHIFTS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 Level = float | np.ndarray | Tensor  # alpha or sigma: a number for all images, or [N]
-Asked = Tensor | float  # what `gradient.py` takes as y; a number stands for [N] of it, int for int64
+Asked = (
+    Tensor | float
+)  # what `gradient.py` takes as y; a number stands for [N] of it, int for int64
 
 
 class Guide:
@@ -95,9 +97,7 @@ class Guide:
         times = torch.from_numpy(np.broadcast_to(time, len(x)).astype(np.float32)).to(x.device)
         return _like(factor, x) * self._cond_fn(_like(shown, x) * x, times, y=y)
 
-    def shift(
-        self, prediction: str, x: Tensor, alpha: Level, sigma: Level, y: Asked
-    ) -> Tensor:
+    def shift(self, prediction: str, x: Tensor, alpha: Level, sigma: Level, y: Asked) -> Tensor:
         """Return what guidance adds to a network's prediction at x, [N, C, S, S].
 
         prediction: epsilon (the noise), sample (x_0), v_prediction or flow_prediction (noise -
