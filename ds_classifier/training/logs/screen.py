@@ -12,6 +12,7 @@ from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
 from ds_classifier.data.arrays import Arrays
+from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
@@ -206,6 +207,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         noise += f"; quartiles of t: {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
+    if shards.manifest.beside or shards.manifest.targets != ONE_CLASS:
+        say(f"{'':12}{shards.contents}")
     if shards.manifest.arrays is not None:
         for line in _of_arrays(shards.manifest.arrays, mirrored=settings.random_flip):
             say(f"{'':12}{line}")

@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +20,10 @@ from ds_classifier.common import files
 from ds_classifier.config import Settings
 from ds_classifier.data.labels.targets import Targets
 from ds_classifier.data.loader import ShardDataset, ValidationPositions, create_loader
+from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import Manifest, images_per_class, open_shards
 from ds_classifier.data.splits import open_splits
+from ds_classifier.training.setup import facts_of
 from launch.make_shards import main
 
 COUNT = 50
@@ -353,6 +357,28 @@ def test_parts_give_the_bytes_of_one_run(place, vectors, capsys):
     assert files_in(place / "out") == before
     without = refused(capsys, "a.jsonl", "out", "--targets", "classes", "--samples_per_shard", "15")
     assert "already holds something else" in without
+    more = [[*names, "young"] if names == ["bald"] else names for names in SETS]
+    assert more != SETS  # with the same first classes
+    write("a.jsonl", {"path": PATHS, "label": more, "w": WEIGHTS.tolist()})
+    assert "already holds something else" in refused(
+        capsys, *vectors, "out", "--samples_per_shard", "15"
+    )
+
+
+ORDER = dict(seed=1, lanes=2, shuffle_shards=None)
+
+
+def test_training_in_random_order_sees_the_targets_of_its_images(place, vectors):
+    run(*vectors, "out")
+    split = open_shards("out/train")
+    order = SampleOrder([shard.samples for shard in split.manifest.shards], **ORDER)
+    dataset = ShardDataset(split, image_size=8, order=order)
+    batch = dataset[np.arange(COUNT, 2 * COUNT)]
+    numbers = batch.images[:, 0, 0, 0].tolist()
+    assert sorted(numbers) == list(range(COUNT))
+    order_of_classes = [NAMES.index(name) for name in split.manifest.classes]
+    assert batch.labels.tolist() == HOT[numbers][:, order_of_classes].tolist()
+    assert batch.importance.tolist() == WEIGHTS[numbers].astype(np.float32).tolist()
 
 
 def test_shards_are_converted_again_with_their_targets(place, vectors):
@@ -411,6 +437,16 @@ def test_the_manifest_says_which(place, vectors):
     assert "targets" not in text
     assert "weight" not in text
     assert Manifest.from_json(text).targets == Targets()
+
+
+def test_a_run_records_its_targets(place, vectors):
+    run(*vectors, "out")
+    resolved = SimpleNamespace(settings=Settings(), shaping={})
+    facts = facts_of(resolved, open_shards("out/train"))
+    assert facts["targets"] == {"kind": "classes"}
+    write("class.csv", {"path": PATHS, "label": [i % 2 for i in range(COUNT)]})
+    run("class.csv", "plain")
+    assert "targets" not in facts_of(resolved, open_shards("plain/train"))
 
 
 def test_targets_as_json():
@@ -495,6 +531,18 @@ def test_what_arrays_cannot_hold_is_refused(place, capsys, labels, flags, words)
     message = refused(capsys, str(place / "a.npz"), "out", *flags)
     assert words in message
     assert message.count("\n") == 1
+
+
+def test_an_index_of_foreign_shards_keeps_one_class(place, capsys):
+    with tarfile.open("s-000000.tar", "w") as tar:
+        for name, data in (("1.png", png(1)), ("1.json", b'{"labels": ["a", "b"]}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert main(["index", str(place / "s-000000.tar"), "out", "--label", "json:labels"]) == 2
+    message = capsys.readouterr().err
+    assert "need one class" in message
+    assert "convert the list with --targets classes" in message
 
 
 def test_other_sources_and_splits_are_refused(place, capsys, vectors):
