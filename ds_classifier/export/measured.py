@@ -33,14 +33,14 @@ class Means(_Strict):
 
 
 class ClassMeans(Means):
-    """Those of one class per image, which may be a bin."""
+    """The means of one class per image, which may be a bin."""
 
     accuracy: float = Field(alias="acc@1")
     top_5: float | None = Field(alias="acc@5")
 
 
 class AnswerMeans(Means):
-    """Those of several classes per image: of yes or no for each."""
+    """The means of several classes per image: of yes or no for each."""
 
     accuracy: float = Field(alias="acc")
     average_precision: float = Field(alias="mAP")
