@@ -19,7 +19,7 @@ from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import Stopped
 from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
-from ds_classifier.evaluation.metrics import METRICS
+from ds_classifier.evaluation.metrics import measured_of
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.model import create_classifier
 from ds_classifier.training.logs.log import TrainingLog
@@ -55,14 +55,16 @@ class Validation:
     def _means(self) -> dict[str, float]:
         """Return the means over all noise levels, those at t = 0 as NAME_t0, and draw the grid."""
         setup, engine = self._setup, self._setup.engine
+        targets = setup.shards.manifest.targets
         keywords: dict[str, Any] = dict(
             samples=setup.val_samples,
             device=engine.device,
             noised=setup.resolved.settings.noised,
+            targets=targets,
         )
         means, bad = evaluation.evaluate(engine.module, self._batches("all t"), **keywords)
         at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
-        means |= {f"{name}_t0": at_0[name] for name in METRICS}
+        means |= {f"{shown.name}_t0": at_0[shown.name] for shown in measured_of(targets)}
         classifier = self._own_classifier()
         if distributed.rank() == 0:
             failures.tolerate("the grid of images", lambda: self._draw_grid(classifier))

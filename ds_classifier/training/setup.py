@@ -27,7 +27,7 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation.data import create_validation_loader
+from ds_classifier.evaluation.data import create_validation_loader, labels_of
 from ds_classifier.loss import RecentImages
 from ds_classifier.training.logs.flops import Arithmetic, forward_flops
 from ds_classifier.training.logs.sanity import Guessing
@@ -76,11 +76,11 @@ class Setup:
     def guessing(self) -> Guessing:
         """The loss and accuracy of guessing by class frequency.
 
-        Large data sets are sampled down to about a million labels.
+        Large data sets are sampled down to about a million labels, or ten million numbers.
         """
-        every = max(1, len(self.shards.index) // 1_000_000)
-        labels = self.shards.index["label"][::every]
-        return Guessing.of(labels, len(self.shards.manifest.classes))
+        manifest = self.shards.manifest
+        labels = labels_of(self.shards, most=10_000_000 if manifest.targets.vectors else 1_000_000)
+        return Guessing.of(labels, len(manifest.classes), manifest.targets)
 
     def recent_images(self) -> RecentImages | None:
         """Return the place for the last images, still empty; None without posterior targets."""
@@ -94,6 +94,7 @@ class Setup:
             num_classes=settings.num_classes,
             device=self.engine.device,
             dtype=torch.uint8 if pixels else torch.float32,
+            vectors=self.shards.manifest.targets.vectors,
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:

@@ -15,16 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
+
 from ds_classifier import distributed
 from ds_classifier.data.loader import Batch
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.stopping import STOPPED
 from ds_classifier.evaluation.meter import Meter
+from ds_classifier.evaluation.metrics import accuracy_of
 from ds_classifier.training.setup import Setup
 from ds_classifier.training.step import Objective, train_step
 
-NEAR_ZERO = 0.01  # as a share of the loss of guessing, ln K
+NEAR_ZERO = 0.01  # as a share of the loss of guessing: ln K, or ln 2 for a yes/no answer
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,21 @@ def overfit(setup: Setup, *, steps: int) -> int:
 
 
 def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Overfit:
-    """Train on the same global batch until its loss is at most NEAR_ZERO * ln K.
+    """Train on the same global batch until its loss is near the least possible one.
 
+    That is 0, or the mean entropy of soft vectors; near is NEAR_ZERO * ln K above it.
     batches: this rank's micro-batches of one step. steps: the most to take. A loss that is not
     finite ends it too. Every rank must call it; all return the same.
     """
     settings, engine = setup.resolved.settings, setup.engine
     num_timesteps = engine.module.diffusion.num_timesteps
-    meter = Meter(num_timesteps, engine.device)
+    meter = Meter(num_timesteps, engine.device, targets)
     objective = Objective(UniformSampler(num_timesteps), settings.seed, settings.noised)
-    need = NEAR_ZERO * math.log(settings.num_classes)
+    targets = setup.shards.manifest.targets
+    choices = 2 if targets.kind == "classes" else settings.num_classes
+    need = NEAR_ZERO * math.log(choices)
+    if targets.kind == "soft":
+        need += mean_entropy(batches, engine.device)
     result = Overfit(math.nan, 0.0, 0, need)
     for step in range(1, steps + 1):
         setup.watch.stepping(step)
@@ -91,7 +99,7 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
                 "--overfit_batch: none of the batch's images decodes; do: ds-classifier verify "
                 "--decode names them"
             )
-        result = Overfit(means["loss"], means["acc@1"], step, need)
+        result = Overfit(means["loss"], means[accuracy_of(targets).name], step, need)
         done = result.learnt or not math.isfinite(result.loss) or step == steps
         if done or step == 1 or step % settings.log_interval == 0:
             distributed.say(
@@ -102,3 +110,14 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
         if setup.stop.decide(now=True):
             return Overfit(result.loss, result.accuracy, step, need, stopped=True)
     return result
+
+
+def mean_entropy(batches: Sequence[Batch], device: torch.device) -> float:
+    """Return the mean entropy, nats, of the soft vectors of all ranks' batches, without bad samples.
+
+    batches: this rank's. Every rank must call it.
+    """
+    targets = torch.cat([batch.labels[batch.weights > 0] for batch in batches]).double()
+    sums = torch.tensor([torch.special.entr(targets).sum(), len(targets)], device=device)
+    entropy, samples = distributed.all_reduce_sum(sums).tolist()
+    return entropy / max(samples, 1)
