@@ -48,7 +48,7 @@ class Meter:
     def __init__(
         self, num_timesteps: int, device: torch.device | str, targets: Targets = ONE_CLASS
     ):
-        self.num_timesteps = num_timesteps
+        self.num_timesteps, self.targets = num_timesteps, targets
         self._metrics = metrics_of(targets)
         self._values = bin_values(targets, device)
         # [quartile, (the metrics, weight, weight per bin of the loss)] fp64: counts stay exact.

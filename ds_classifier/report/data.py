@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.evaluation.format import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
 from ds_classifier.training.logs.sanity import Guessing, RecentRows
@@ -135,6 +136,13 @@ class RunData:
     def num_classes(self) -> int:
         """The number of classes; 0 if it is not known."""
         return self.settings.get("num_classes") or len(self.classes or [])
+
+    @property
+    def targets(self) -> Targets:
+        """The kind of the data's targets, as the last start or the newest evaluation has it."""
+        noted = [record.get("targets") for record in self.evaluations[-1:]]
+        noted += [event["targets"] for event in self.events if "targets" in event]
+        return Targets.from_json(noted[-1] if noted else None)
 
     @property
     def guessing(self) -> Guessing | None:

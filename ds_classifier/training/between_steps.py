@@ -55,16 +55,15 @@ class Validation:
     def _means(self) -> dict[str, float]:
         """Return the means over all noise levels, those at t = 0 as NAME_t0, and draw the grid."""
         setup, engine = self._setup, self._setup.engine
-        targets = setup.shards.manifest.targets
         keywords: dict[str, Any] = dict(
             samples=setup.val_samples,
             device=engine.device,
             noised=setup.resolved.settings.noised,
-            targets=targets,
+            targets=setup.targets,
         )
         means, bad = evaluation.evaluate(engine.module, self._batches("all t"), **keywords)
         at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
-        means |= {f"{shown.name}_t0": at_0[shown.name] for shown in measured_of(targets)}
+        means |= {f"{shown.name}_t0": at_0[shown.name] for shown in measured_of(setup.targets)}
         classifier = self._own_classifier()
         if distributed.rank() == 0:
             failures.tolerate("the grid of images", lambda: self._draw_grid(classifier))

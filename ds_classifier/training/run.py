@@ -147,8 +147,7 @@ def assemble(setup: Setup) -> loop.Run:
     recent = setup.recent_images()
     known = setup.steps_to_know(recent)
     loader, val_loader = setup.loaders(engine.global_steps - known)
-    targets = setup.shards.manifest.targets
-    meter = Meter(engine.module.diffusion.num_timesteps, engine.device, targets)
+    meter = Meter(engine.module.diffusion.num_timesteps, engine.device, setup.targets)
     state = setup.start.state
     bad_samples = BadSamples(
         run_dir,
@@ -173,7 +172,6 @@ def assemble(setup: Setup) -> loop.Run:
         sanity=watch_sanity(setup),
         iterations=settings.steps,
         num_classes=settings.num_classes,
-        targets=targets,
         compiled=settings.compile,
     )
     batches = setup.watch.batches(iter(loader))
@@ -218,7 +216,7 @@ def open_log(setup: Setup) -> RunLogger:
         host=platform.node(),
         device=deepspeed_engine.describe_device(setup.engine.device),
         guessing=dataclasses.asdict(setup.guessing),
-        targets=setup.shards.manifest.targets.to_json(),
+        targets=setup.targets.to_json(),
         val_samples=setup.val_samples,
     )
     if setup.start.state is None:

@@ -15,7 +15,7 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings
-from ds_classifier.data.labels.targets import ONE_CLASS
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -54,6 +54,11 @@ class Setup:
         return Path(self.resolved.settings.run_dir)
 
     @property
+    def targets(self) -> Targets:
+        """The kind of the data's targets."""
+        return self.shards.manifest.targets
+
+    @property
     def val_samples(self) -> int:
         """The number of images to validate on."""
         return self.val_shards.manifest.samples if self.val_shards is not None else 0
@@ -79,9 +84,8 @@ class Setup:
 
         Large data sets are sampled down to about a million labels, or ten million numbers.
         """
-        manifest = self.shards.manifest
-        labels = labels_of(self.shards, most=10_000_000 if manifest.targets.vectors else 1_000_000)
-        return Guessing.of(labels, len(manifest.classes), manifest.targets)
+        labels = labels_of(self.shards, most=10_000_000 if self.targets.vectors else 1_000_000)
+        return Guessing.of(labels, len(self.shards.manifest.classes), self.targets)
 
     def recent_images(self) -> RecentImages | None:
         """Return the place for the last images, still empty; None without posterior targets."""
@@ -95,7 +99,7 @@ class Setup:
             num_classes=settings.num_classes,
             device=self.engine.device,
             dtype=torch.uint8 if pixels else torch.float32,
-            vectors=self.shards.manifest.targets.vectors,
+            vectors=self.targets.vectors,
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:

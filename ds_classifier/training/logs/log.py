@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from ds_classifier import distributed
 from ds_classifier.common import files
-from ds_classifier.data.labels.targets import Targets
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.memory import peak_memory
 from ds_classifier.evaluation.meter import LOSS_EDGES, Meter, Reading
@@ -315,8 +314,7 @@ class TrainingLog:
     """Logs a training run: rows in the files, lines on the screen; every rank calls it.
 
     meter: the sums that rows are made of. sanity: reports, from the rows, when the run starts or
-    stops looking healthy. iterations: the number of steps of the run. num_classes, targets: of the
-    data.
+    stops looking healthy. iterations: the number of steps of the run. num_classes: of the data.
     compiled: whether the first step compiles the classifier, whose time is reported.
     """
 
@@ -331,7 +329,6 @@ class TrainingLog:
         sanity: SanityWatch,
         iterations: int,
         num_classes: int,
-        targets: Targets,
         compiled: bool,
     ):
         self._logger, self._engine, self._meter, self._lost = logger, engine, meter, lost
@@ -339,7 +336,7 @@ class TrainingLog:
         self._iterations, self._compiled = iterations, compiled
         self._reported = (0, 0)  # bad samples and skipped steps; a resumed run reports earlier ones
         self._table = screen.Table(
-            num_classes=num_classes, loss_scale=engine.fp16_enabled(), targets=targets
+            num_classes=num_classes, loss_scale=engine.fp16_enabled(), targets=meter.targets
         )
         self._clock, self._window = Clock(), Window(0.0, 0, 0.0)
 

@@ -193,7 +193,7 @@ def note(step: int | str, text: str) -> str:
 def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
-    settings, batch, targets = resolved.settings, resolved.batch, shards.manifest.targets
+    settings, batch, targets = resolved.settings, resolved.batch, setup.targets
     parameters = deepspeed_state.parameter_count(engine)
 
     say = distributed.say_labelled

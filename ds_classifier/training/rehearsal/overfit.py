@@ -84,7 +84,7 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
     finite ends it too. Every rank must call it; all return the same.
     """
     settings, engine = setup.resolved.settings, setup.engine
-    targets = setup.shards.manifest.targets
+    targets = setup.targets
     num_timesteps = engine.module.diffusion.num_timesteps
     meter = Meter(num_timesteps, engine.device, targets)
     objective = Objective(UniformSampler(num_timesteps), settings.seed, settings.noised)
