@@ -2,9 +2,10 @@
 
 It is the area under precision against recall, without interpolation: the sum over thresholds of
 (R_n - R_(n-1)) P_n, as scikit-learn's average_precision_score computes it. A threshold is the edge
-of a bin of the logit, the log-odds of "yes". The bins are 1/32 wide from -16 to 16, so that a
-probability is resolved to less than 0.8 % of itself, also near 0, where rare classes lie. Scores in
-one bin are ties. Only whole numbers are summed: any number of ranks gives the same result.
+of a bin of the logit, the log-odds of "yes". The bins are 1/128 wide from -12 to 12: they resolve a
+probability to 0.8 % of itself, also near 0, where rare classes lie. Scores in one bin are ties, and
+so are those beyond the ends, of probabilities below 6e-6 or above 1 - 6e-6. Only whole numbers are
+summed: any number of ranks gives the same result.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 
 from ds_classifier import distributed
 
-BINS_PER_NAT = 32
-LARGEST_LOGIT = 16.0  # larger ones count as this one
+BINS_PER_NAT = 128
+LARGEST_LOGIT = 12.0  # larger ones count as this one
 BINS = int(2 * LARGEST_LOGIT * BINS_PER_NAT)
 
 
 class ScoreHistograms:
     """The scores of the images with and without each class, at `levels` noise levels.
 
-    They are on the device, and of this rank until they are read: 8 KiB per level and class.
+    They are on the device, and of this rank until they are read: 24 KiB per level and class.
     """
 
     def __init__(self, levels: int, num_classes: int, device: torch.device | str):
