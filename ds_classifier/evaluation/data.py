@@ -92,18 +92,18 @@ def open_validation_data(
             raise ValueError(f"--val_data_dir: {error}") from None
 
     location, shards = distributed.together(open_it, device)
+    targets = Targets.from_json(source.targets)
+    if source.kind != "file" and shards.manifest.targets != targets:
+        raise ValueError(
+            f"--val_data_dir: got {shards.manifest.targets} in {shown(location)}; need {targets}, "
+            f"as {source.path} was trained on; do: convert both splits in one call, with --val"
+        )
     classes = shards.manifest.classes
     if source.classes not in (None, classes) or len(classes) != settings.num_classes:
         raise ValueError(
             f"--val_data_dir: got {len(classes)} classes in {shown(location)}; need the same list "
             f"as the {settings.num_classes} of {source.path}; do: convert both splits in one call, "
             "with --val"
-        )
-    targets = Targets.from_json(source.targets)
-    if source.kind != "file" and shards.manifest.targets != targets:
-        raise ValueError(
-            f"--val_data_dir: got {shards.manifest.targets} in {shown(location)}; need {targets}, "
-            f"as {source.path} was trained on; do: convert both splits in one call, with --val"
         )
     if source.kind != "file":
         try:

@@ -150,14 +150,15 @@ class RunData:
     def guessing(self) -> Guessing | None:
         """The loss and accuracy of guessing, as the last start recorded them.
 
-        If none did, those for equally frequent classes; None if their number is not known.
+        If none did, those for equally frequent classes; None if their number is not known, or if
+        the targets are vectors.
         """
         for event in reversed(self.events):
             try:
                 return Guessing(**event["guessing"])
             except (KeyError, TypeError):
                 continue
-        classes = self.num_classes
+        classes = 0 if self.targets.vectors else self.num_classes
         return Guessing(classes, math.log(classes), 1 / classes) if classes else None
 
     @property
