@@ -48,6 +48,7 @@ def test_several_classes_are_judged_by_the_accuracy_of_their_answers():
     rows = [
         {"step": step, "window_samples": 640, "train_loss": loss, "train_acc": accuracy}
         | {f"train_acc_q{q}": accuracy for q in range(4)}
+        | {f"window_samples_q{q}": 160 for q in range(4)}
         for step, accuracy in enumerate([0.8] * 20 + [0.95] * 20)
     ]
     first, *_, last = watched(rows, guessing)
