@@ -143,7 +143,7 @@ class Manifest:
 
     @property
     def _own_targets(self) -> dict[str, Any]:
-        """What is stored of targets and weights; empty for one class per image without weights."""
+        """The stored facts of targets and weights; empty for one class per image without any."""
         stored = {"targets": self.targets.to_json()} if self.targets != ONE_CLASS else {}
         hashes = {"targets_sha256": self.targets_sha256, "weights_sha256": self.weights_sha256}
         return stored | {name: sha256 for name, sha256 in hashes.items() if sha256}
@@ -209,7 +209,7 @@ class ShardSet:
 
     @property
     def contents(self) -> str:
-        """What the images are labelled with, for the user, such as "of 10 classes"."""
+        """The words for what the images are labelled with, such as "of 10 classes"."""
         targets, classes = self.manifest.targets, self.manifest.classes
         said = f"of {len(classes)} classes"
         if targets.kind == "values":

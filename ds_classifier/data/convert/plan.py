@@ -169,7 +169,7 @@ def make_plan(
         facts["arrays"] = source.arrays.to_json()
     if source.targets != ONE_CLASS:
         facts["targets"] = source.targets.to_json()
-    if source.weighted:
+    if any(sample.weight is not None for sample in samples[:1]):
         facts["weighted"] = True
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:

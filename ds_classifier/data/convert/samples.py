@@ -190,11 +190,6 @@ class DataSource:
     targets: Targets = ONE_CLASS
     values_of: str = ""
 
-    @property
-    def weighted(self) -> bool:
-        """The samples have weights in the loss."""
-        return self.splits["train"][0].weight is not None
-
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)
         _refuse_shared_images(self.name, self.splits)

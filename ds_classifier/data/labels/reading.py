@@ -157,6 +157,11 @@ def _probabilities(rows: Sequence[object], where: Where, *, logits: bool) -> lis
     vectors = []
     for i, row in enumerate(rows):
         vector = _numbers(row, where(i))
+        if len(vector) < 2:
+            raise ValueError(
+                f"{where(i)}: got {_short(row)}; need a number for each of several classes; do: "
+                "name their columns, as in --columns label=a,b,c, or --targets values"
+            )
         if vectors and len(vector) != len(vectors[0]):
             raise ValueError(
                 f"{where(i)}: got {len(vector)} numbers; need {len(vectors[0])}, as in the first "
@@ -173,8 +178,6 @@ def _probabilities(rows: Sequence[object], where: Where, *, logits: bool) -> lis
         else:
             vector = np.exp(vector - vector.max())
         vectors.append((vector / vector.sum()).astype(np.float32))
-    if vectors and len(vectors[0]) < 2:
-        raise ValueError(f"{where(0)}: got one number; need one for each of several classes")
     return vectors
 
 

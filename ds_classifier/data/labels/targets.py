@@ -51,9 +51,7 @@ class Targets:
             sizes = (len(self.values or ()), len(self.edges or ()))
             numbers = [*(self.values or ()), *(self.edges or ())]
             if sizes[0] != sizes[1] + 1 or not all(map(math.isfinite, numbers)):
-                raise ValueError(
-                    f"got bins with {sizes[0]} values, {sizes[1]} edges; need K, K - 1"
-                )
+                raise ValueError(f"got {sizes[0]} bins with {sizes[1]} edges; need one edge less")
 
     @property
     def vectors(self) -> bool:

@@ -193,7 +193,7 @@ def note(step: int | str, text: str) -> str:
 def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
-    settings, batch, targets = resolved.settings, resolved.batch, setup.targets
+    settings, batch = resolved.settings, resolved.batch
     parameters = deepspeed_state.parameter_count(engine)
 
     say = distributed.say_labelled
@@ -205,7 +205,6 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(
         f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
         f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
-        f"{'' if targets == ONE_CLASS else f', {targets}'}"
     )
     noise = "none, at t = 0"
     if settings.noised:
@@ -213,6 +212,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         noise += f"; quartiles of t: {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
+    if shards.manifest.beside or shards.manifest.targets != ONE_CLASS:
+        say(f"{'':12}{shards.contents}")
     if shards.manifest.arrays is not None:
         for line in _of_arrays(shards.manifest.arrays, mirrored=settings.random_flip):
             say(f"{'':12}{line}")
