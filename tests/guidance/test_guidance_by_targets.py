@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from made import make_run
-from running import ROOT, launch
 from small_models import CLASSES, training_set
 from torch import nn
 
+from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.config import Settings
 from ds_classifier.data.labels.targets import Targets
@@ -275,6 +275,18 @@ def of_digits(kind, split, folder):
     return of_targets(split, folder, Targets(kind), vectors), Targets(kind), vectors
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Make this process the only rank, as `distributed.init` would."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "init", lambda: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "finish", lambda: None)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("kind", "flags", "asked", "sheets"),
     [
@@ -283,15 +295,16 @@ def of_digits(kind, split, folder):
         ("values", ["--eta", "-0.5"], [-0.5], ["eta_-0.5"]),
     ],
 )
-def test_the_program_asks_and_measures_by_the_kind(digits, tmp_path, kind, flags, asked, sheets):
+def test_the_program_asks_and_measures_by_the_kind(
+    digits, tmp_path, capsys, kind, flags, asked, sheets
+):
     """Compare the files with what was asked for, and the measure with the nearest images."""
     data, targets, of_images = of_digits(kind, digits / "val", tmp_path / "data")
     run = make_run(tmp_path / "run", num_classes=10, targets=targets.to_json())
     words = ["--classifier_path", run, "--data_dir", data, "--classifier_scale", 0, 3, *flags]
     words += ["--num_samples", 6, "--timestep_respacing", 3, "--measure"]
-    done = launch(1, *map(str, words), cwd=tmp_path, script=ROOT / "launch/sample.py")
-    assert done.code == 0, done.output
-    assert "Not compared with the best possible classifier" in done.output
+    assert command.main(list(map(str, words))) == 0, capsys.readouterr().err
+    assert "Not compared with the best possible classifier" in capsys.readouterr().out
     folder = run / "samples"
     assert sorted(p.stem for p in scale_folder(folder, 3).glob("*.png")) == sheets
     facts = json.loads((folder / "samples.json").read_text())
@@ -318,7 +331,7 @@ def test_the_program_asks_and_measures_by_the_kind(digits, tmp_path, kind, flags
             mean = found.mean()
         assert measured["shares"][f"{scale:g}"] == pytest.approx(mean, abs=1e-5)
     page = (run / "report.html").read_text()
-    assert {"classes": "1 + 2", "soft": ">4<", "values": "eta -0.5"}[kind] in page
+    assert {"classes": "dog: a | b + héron", "soft": ">```<", "values": "eta -0.5"}[kind] in page
     assert NEAREST[kind][1:] in page
 
 
@@ -328,7 +341,7 @@ def test_the_program_asks_and_measures_by_the_kind(digits, tmp_path, kind, flags
         ("values", [], "got no --eta; need --eta for bins of a value of v"),
         ("values", ["--classes", "3", "--eta", "1"], "got --classes; need --eta"),
         ("class", ["--eta", "1"], "--eta: got 1; need a classifier of values, not of one class"),
-        ("class", ["--classes", "1+2"], "--classes: got '1+2'; need numbers from 0 to 9"),
+        ("class", ["--classes", "1+2"], "--classes: got '1\\+2'; need numbers from 0 to 9"),
         ("classes", ["--classes", "1+x"], "--classes: got 'x'; .*, and \\+ between those of one"),
     ],
 )
