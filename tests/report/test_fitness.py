@@ -99,7 +99,7 @@ def test_several_classes_are_judged_by_their_yes_no_answers(run):
 
 @pytest.mark.parametrize(("loss", "sign"), [(1.2, GOOD), (1.3, DOUBTFUL), (1.95, BAD)])
 def test_soft_vectors_are_explained_down_to_their_own_entropy(run, loss, sign):
-    """Of the 1.5 nats between the entropy of the vectors, 0.5, and guessing, 2.0."""
+    """The share is of the 1.5 nats from the entropy of the vectors, 0.5, to guessing, 2.0."""
     made = evaluated([(0, 10.1, 0.9, loss, 0.02, 0.1)])
     made["targets"] = {"kind": "soft"}
     made["data"]["guessing"] = {"loss": 2.0, "acc@1": 0.1, "least": 0.5}

@@ -69,7 +69,7 @@ def test_a_run_is_validated_evaluated_and_reported(digits, tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classes", "soft"])
 def test_the_loss_is_the_same_on_any_number_of_ranks(digits, tmp_path, kind):
-    """Also where the targets are the expectation over recent images."""
+    """The targets are the expectation over recent images, or the own ones of an image."""
     data = with_targets(digits, tmp_path / "data", kind)
     flags = [*SHORT, "--posterior_images", "40"]
     train(1, "zero1_fp32", data, tmp_path / "one", *flags)
