@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.evaluation.format import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
 from ds_classifier.training.logs.sanity import Guessing, RecentRows
@@ -139,17 +140,25 @@ class RunData:
         return self.settings.get("num_classes") or len(self.classes or [])
 
     @property
+    def targets(self) -> Targets:
+        """The kind of the data's targets, as the last start or the newest evaluation has it."""
+        noted = [record.get("targets") for record in self.evaluations[-1:]]
+        noted += [event["targets"] for event in self.events if "targets" in event]
+        return Targets.from_json(noted[-1] if noted else None)
+
+    @property
     def guessing(self) -> Guessing | None:
         """The loss and accuracy of guessing, as the last start recorded them.
 
-        If none did, those for equally frequent classes; None if their number is not known.
+        If none did, those for equally frequent classes; None if their number is not known, or if
+        the targets are vectors.
         """
         for event in reversed(self.events):
             try:
                 return Guessing(**event["guessing"])
             except (KeyError, TypeError):
                 continue
-        classes = self.num_classes
+        classes = 0 if self.targets.vectors else self.num_classes
         return Guessing(classes, math.log(classes), 1 / classes) if classes else None
 
     @property

@@ -80,10 +80,9 @@ def _validating(run: RunData) -> list[Line]:
     text += f", at step {best_step:,.0f}"
     if last > WORSE * best:
         return [(DOUBTFUL, f"{text}: take checkpoints/best.")]
-    if run.guessing and last > (1 - KNOWS_LITTLE) * run.guessing.loss:
-        return [
-            (DOUBTFUL, f"{text}, little below guessing, {run.guessing.loss:.3f}: train longer.")
-        ]
+    guess = run.guessing
+    if guess and last - guess.least > (1 - KNOWS_LITTLE) * (guess.loss - guess.least):
+        return [(DOUBTFUL, f"{text}, little below guessing, {guess.loss:.3f}: train longer.")]
     return [(GOOD, f"{text}.")]
 
 
