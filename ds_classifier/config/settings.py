@@ -128,6 +128,12 @@ class DiffusionSettings:
         f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}. noisy draws t in proportion "
         "to t, and guides better",
     )
+    t_range: str = _setting(
+        "",
+        "noise levels to train and validate on: LOW:HIGH, such as 0.0:0.6, as shares of the "
+        "levels from nearly clean to nearly noise, or snr:LOW:HIGH, such as snr:-4:4, in natural "
+        "log-SNR (default: all)",
+    )
 
     def diffusion_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `diffusion.create_gaussian_diffusion`."""
@@ -369,6 +375,7 @@ def check_settings(settings: Settings) -> list[str]:
             f"--profile: got {settings.profile}; need {PROFILED} steps from there on, and the run "
             f"has {settings.steps}"
         )
+    problems += _sampling_problems(settings)
     if settings.posterior_images and not settings.noised:
         problems.append(
             f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "
@@ -405,6 +412,17 @@ def check_settings(settings: Settings) -> list[str]:
         )
     if settings.microbatch == 0 or settings.microbatch < -1:
         problems.append(f"--microbatch: got {settings.microbatch}; need a positive number, or -1")
+    return problems
+
+
+def _sampling_problems(settings: Settings) -> list[str]:
+    """Return the problems with what is drawn, and how much it counts."""
+    problems = []
+    if settings.t_range and not settings.noised:
+        problems.append(
+            f"--t_range: got {settings.t_range!r} with --noised False, which trains at t = 0 "
+            "alone; do: drop one of them"
+        )
     return problems
 
 

@@ -20,7 +20,11 @@ from ds_classifier.common.progress import Progress
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import Settings
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
+from ds_classifier.diffusion import (
+    GaussianDiffusion,
+    create_gaussian_diffusion,
+    timestep_range,
+)
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation import evaluate
@@ -162,6 +166,7 @@ class Evaluator:
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
             "noise": f"keyed by ({evaluate.VALIDATION_SEED}, 'validation', position)",
+            **_trained(settings, diffusion),
             **numbers,
         }
 
@@ -272,6 +277,14 @@ def compute_reproducibly() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.fp32_precision = "ieee"
+
+
+def _trained(settings: Settings, diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """Return the levels that were trained, as a record has them; nothing if all were."""
+    if not settings.t_range:
+        return {}
+    levels = timestep_range(settings.t_range, diffusion)
+    return {"trained": {"t_range": settings.t_range, "first": levels[0], "last": levels[-1]}}
 
 
 def _levels(request: Request, diffusion: GaussianDiffusion) -> tuple[list[int], list[int]]:

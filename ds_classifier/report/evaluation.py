@@ -13,6 +13,7 @@ from PIL import Image
 
 from ds_classifier.common.text import percent, short
 from ds_classifier.evaluation.metrics import LEVEL_COLUMNS
+from ds_classifier.evaluation.table import trained_levels
 from ds_classifier.report import plots
 from ds_classifier.report.data import RunData
 
@@ -46,6 +47,7 @@ def noise_levels(run: RunData) -> dict[str, Any] | str:
         f"uniform t: top-1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
         f"calibration error {percent(overall['ece'])}."
     )
+    text += "".join(f" {sentence}" for sentence in trained_levels(newest))
     if older:
         chosen = f", {len(older)} of them" if len(older) < len(run.evaluations) - 1 else ""
         text += f" Earlier evaluations are drawn faintly{chosen}."

@@ -50,6 +50,7 @@ def fitness(run: RunData) -> list[Line]:
     rows = [row for row in record["classifier"]["levels"] if row["loss"] is not None]
     noisy = run.settings.get("schedule_sampler") != "noisy"
     train = "train longer" + ", or with --schedule_sampler noisy" * noisy
+    train += ", or over a wider --t_range" * bool(run.settings.get("t_range"))
     judged = [
         *_recorded(run, record),
         *_not_finite(record["classifier"]["levels"]),

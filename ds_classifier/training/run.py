@@ -13,7 +13,7 @@ from ds_classifier.checkpoint import disk
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import create_schedule_sampler
+from ds_classifier.diffusion import create_schedule_sampler, timestep_range
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
 from ds_classifier.distributed.memory import MemoryAdvice
@@ -61,6 +61,7 @@ def build(
     parameters = sum(p.numel() for p in classifier.parameters())
     resolved = resolved.with_parameters(parameters)
     module = noised_classifier(classifier, settings)
+    levels = timestep_range(settings.t_range, module.diffusion)
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
@@ -89,7 +90,7 @@ def build(
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
     sampler = create_schedule_sampler(
-        settings.schedule_sampler, module.diffusion.num_timesteps, device
+        settings.schedule_sampler, module.diffusion.num_timesteps, device, levels=levels
     )
     if start.state is not None:
         disk.load(Path(start.checkpoint), start.state, engine=engine, sampler=sampler)

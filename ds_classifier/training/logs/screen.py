@@ -13,6 +13,7 @@ from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.shards import ShardSet, neighbours
+from ds_classifier.diffusion import range_in_words
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
@@ -205,6 +206,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
         noise += f"; quartiles of t: {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
+    if settings.t_range:
+        say(f"{'':12}trained at {range_in_words(setup.sampler.levels, engine.module.diffusion)}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
     if shards.manifest.arrays is not None:
         for line in _of_arrays(shards.manifest.arrays, mirrored=settings.random_flip):

@@ -79,7 +79,8 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
     settings, engine = setup.resolved.settings, setup.engine
     num_timesteps = engine.module.diffusion.num_timesteps
     meter = Meter(num_timesteps, engine.device)
-    objective = Objective(UniformSampler(num_timesteps), settings.seed, settings.noised)
+    sampler = UniformSampler(num_timesteps, levels=setup.sampler.levels)
+    objective = Objective(sampler, settings.seed, settings.noised)
     need = NEAR_ZERO * math.log(settings.num_classes)
     result = Overfit(math.nan, 0.0, 0, need)
     for step in range(1, steps + 1):
