@@ -1,8 +1,9 @@
 """Positions -> batches: read, decode and crop images in worker processes without state.
 
-A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32, and the
-bad samples, which could not be decoded: they keep their place in the batch with weight 0. Images of
-arrays (arrays.py) that are no pixels are x_0, fp32.
+A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights and importance
+[n] fp32, and the bad samples, which could not be decoded: they keep their place in the batch with
+weight 0. Images of arrays (arrays.py) that are no pixels are x_0, fp32. Labels of several classes,
+or of probabilities, are [n, K] fp32 (labels/targets.py).
 """
 
 from __future__ import annotations
@@ -61,14 +62,15 @@ class Batch(NamedTuple):
     """A micro-batch of samples."""
 
     images: Tensor  # [n, S, S, C] uint8; of arrays that are no pixels, x_0 in fp32
-    labels: Tensor  # [n] int64
+    labels: Tensor  # [n] int64; of several classes, or of probabilities, [n, K] fp32
     positions: Tensor  # [n] int64, in the training stream
     weights: Tensor  # [n] fp32: 1, or 0 for a bad sample or padding
+    importance: Tensor  # [n] fp32: the data's own weights of samples in the loss; 1 without them
     bad: list[BadSample]
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device, without waiting if its memory is pinned."""
-        moved = [tensor.to(device, non_blocking=True) for tensor in self[:4]]
+        moved = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
         return Batch(*moved, self.bad)
 
 
@@ -127,6 +129,12 @@ class ShardDataset(Dataset):
         )
         as_tensor = torch.from_numpy(pixels)
         weights = inside.astype(np.float32)
+        importance = np.ones(len(positions), np.float32)
+        if self.shards.sample_weights is not None:
+            importance = self.shards.sample_weights[samples]
+        labels = rows["label"].astype(np.int64)
+        if self.shards.targets is not None:
+            labels = self.shards.targets[samples].astype(np.float32)
         bad = []
         places = [rows[name].tolist() for name in ("shard", "offset", "length")]
         for i in np.flatnonzero(inside).tolist():
@@ -142,9 +150,10 @@ class ShardDataset(Dataset):
                     _flip(as_tensor[i])
         return Batch(
             as_tensor,
-            torch.from_numpy(rows["label"].astype(np.int64)),
+            torch.from_numpy(labels),
             torch.from_numpy(positions),
             torch.from_numpy(weights),
+            torch.from_numpy(importance),
             bad,
         )
 
@@ -335,7 +344,7 @@ class Loader:
         """Return the batch in memory from which a GPU can copy, if there is one."""
         if not torch.cuda.is_available():
             return batch
-        return Batch(*(tensor.pin_memory() for tensor in batch[:4]), batch.bad)
+        return Batch(*(tensor.pin_memory() for tensor in batch[:-1]), batch.bad)
 
 
 class _Slots(Dataset):
@@ -360,9 +369,14 @@ class _Slots(Dataset):
         self._images = _inherited(
             (count, batch, side, side, dataset.channels), dataset.shards.manifest.batch_dtype
         )
-        self._labels = _inherited((count, batch), np.int64)
+        manifest = dataset.shards.manifest
+        if manifest.targets.vectors:
+            self._labels = _inherited((count, batch, len(manifest.classes)), np.float32)
+        else:
+            self._labels = _inherited((count, batch), np.int64)
         self._positions = _inherited((count, batch), np.int64)
         self._weights = _inherited((count, batch), np.float32)
+        self._importance = _inherited((count, batch), np.float32)
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[int, list[BadSample]]:
         """Read a batch into its slot; return its number and its bad samples."""
@@ -377,7 +391,7 @@ class _Slots(Dataset):
         return Batch(*(torch.from_numpy(slot.copy()) for slot in self._slot(number)), bad)
 
     def _slot(self, number: int) -> list[np.ndarray]:
-        fields = (self._images, self._labels, self._positions, self._weights)
+        fields = (self._images, self._labels, self._positions, self._weights, self._importance)
         return [field[number % self._count] for field in fields]
 
 

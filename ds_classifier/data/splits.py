@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, scheme, shown
 from ds_classifier.config import Settings
@@ -15,10 +18,12 @@ from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
     MANIFEST,
+    Beside,
     Manifest,
     ShardSet,
     open_shards,
     parse_manifest,
+    read_beside,
     read_index,
     refuse_shared_shards,
 )
@@ -62,7 +67,8 @@ def open_split(
             return open_shards(folder, to_verify=to_verify)
         store = ShardStore(manifest.location, manifest.shards, **options)
         index = read_index(folder / INDEX, manifest, thorough=to_verify)
-        return ShardSet(store.folder, manifest, index, store)
+        beside = read_beside(folder.joinpath, manifest, thorough=to_verify)
+        return ShardSet(store.folder, manifest, index, store, **beside)
     patience = Patience(stall_timeout_s, retries, pause_s)
     refuse_pipe(location, allow_pipe)
     refuse_hidden_login(location)
@@ -79,11 +85,17 @@ def open_split(
         )
     place = manifest.location or location
     store = ShardStore(place, manifest.shards, allow_pipe=allow_pipe, **options)
-    rows = manifest.samples * INDEX_DTYPE.itemsize
-    sizes = (rows, rows + 4096)
-    path = store.fetch_beside(INDEX, sizes=sizes, sha256=manifest.index_sha256, location=location)
-    index = read_index(path, manifest, thorough=to_verify)
-    return ShardSet(store.folder, manifest, index, store)
+    needed = {INDEX: Beside(INDEX_DTYPE, (manifest.samples,), manifest.index_sha256)}
+
+    def fetched(name: str) -> Path:
+        need = (needed | manifest.beside)[name]
+        rows = math.prod(need.shape) * np.dtype(need.dtype).itemsize
+        sizes = (rows, rows + 4096)
+        return store.fetch_beside(name, sizes=sizes, sha256=need.sha256, location=location)
+
+    index = read_index(fetched(INDEX), manifest, thorough=to_verify)
+    beside = read_beside(fetched, manifest, thorough=to_verify)
+    return ShardSet(store.folder, manifest, index, store, **beside)
 
 
 def open_named(
@@ -163,6 +175,12 @@ def _open_validation(settings: Settings, train: Manifest) -> ShardSet:
         raise ValueError(
             f"--val_data_dir: got {len(val_shards.manifest.classes)} classes in "
             f"{shown(settings.val_data_dir)}; need the same list as the {len(train.classes)} in "
+            f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
+        )
+    if val_shards.manifest.targets != train.targets:
+        raise ValueError(
+            f"--val_data_dir: got {val_shards.manifest.targets} in "
+            f"{shown(settings.val_data_dir)}; need {train.targets}, as in "
             f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
         )
     ours, theirs = described(train.arrays), described(val_shards.manifest.arrays)

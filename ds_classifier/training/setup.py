@@ -15,6 +15,7 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings
+from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -127,8 +128,10 @@ class Setup:
 def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
     """Return what a checkpoint records about its run, and a resumed run may not change."""
     arrays = shards.manifest.arrays
-    of_arrays = {} if arrays is None else {"arrays": arrays.to_json()}
-    return of_arrays | {
+    of_data = {} if arrays is None else {"arrays": arrays.to_json()}
+    if (targets := shards.manifest.targets) != ONE_CLASS:
+        of_data["targets"] = targets.to_json()
+    return of_data | {
         "settings": resolved.settings.recorded(),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,

@@ -27,6 +27,7 @@ from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved, meant
 from ds_classifier.config.settings import Settings, changed_settings
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.training.run_dir import (
     DONE,
     EVENTS,
@@ -206,6 +207,9 @@ def refuse_changes(state: dict, resolved: Resolved, facts: dict) -> None:
         changes.append(
             f"classes: {len(state['classes'])} in the checkpoint, others in the data now"
         )
+    elif state.get("targets") != facts.get("targets"):
+        was, now = (Targets.from_json(f.get("targets")) for f in (state, facts))
+        changes.append(f"targets: {was} in the checkpoint, {now} in the data now")
     elif state["data"] != facts["data"]:
         changes.append(
             f"data: {shown(settings.data_dir)} is not the data that the checkpoint was trained on"

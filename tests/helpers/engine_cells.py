@@ -179,6 +179,7 @@ def batch_at(positions: list[int]) -> Batch:
         labels=torch.tensor([q % 10 for q in positions]),
         positions=torch.tensor(positions),
         weights=torch.ones(len(positions)),
+        importance=torch.ones(len(positions)),
         bad=[],
     )
 

@@ -66,7 +66,7 @@ def micro_batches_to_measure(micro_batch: int) -> list[int]:
 def resized(batch: Batch, size: int) -> Batch:
     """Return a batch of another size, which repeats the same images."""
     rows = torch.arange(size) % len(batch.labels)
-    return Batch(*(tensor[rows] for tensor in batch[:4]), [])
+    return Batch(*(tensor[rows] for tensor in batch[:-1]), [])
 
 
 class Rehearsal:
