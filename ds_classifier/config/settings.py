@@ -74,6 +74,11 @@ class DataSettings:
     max_bad_samples: int = _setting(
         100, "undecodable samples per epoch above which training stops", fixed=False
     )
+    augment: str = _setting(
+        "",
+        "augmentation of training images after crop and flip: trivialaugment, randaugment, or "
+        "package.module:function of yours, uint8 [C, S, S] -> the same (default: none)",
+    )
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,16 @@ class TrainingSettings:
         "consecutive steps that may be skipped, for non-finite losses or gradients, before "
         "training stops",
         fixed=False,
+    )
+    class_balance: str = _setting(
+        "",
+        "how much an image counts in the loss by the frequency f of its class: equal, in "
+        "proportion to 1 / f, or sqrt, to 1 / sqrt(f) (default: all count the same)",
+    )
+    loss: str = _setting(
+        "",
+        "package.module:function of yours, (logits, targets, t) -> a loss per image, in place of "
+        "cross-entropy; see docs/training.md (default: none)",
     )
 
 
@@ -331,6 +346,7 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
 PROFILED = 4  # steps that --profile records; a trace of many is too large to open
+CLASS_BALANCES = ("sqrt", "equal")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -422,6 +438,10 @@ def _sampling_problems(settings: Settings) -> list[str]:
         problems.append(
             f"--t_range: got {settings.t_range!r} with --noised False, which trains at t = 0 "
             "alone; do: drop one of them"
+        )
+    if settings.class_balance not in ("", *CLASS_BALANCES):
+        problems.append(
+            f"--class_balance: got {settings.class_balance!r}; need {' or '.join(CLASS_BALANCES)}"
         )
     return problems
 

@@ -142,6 +142,8 @@ class Evaluator:
             f"{settings.image_size} px, {settings.num_classes} classes"
         )
         distributed.say(f"{samples:,} images in {shown(location)}")
+        if settings.loss:
+            distributed.say(f"the loss is cross-entropy, and not training's --loss {settings.loss}")
         distributed.say(
             f"at {len(levels)} noise levels and under uniform t, {request.precision}, on "
             f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"

@@ -71,7 +71,7 @@ def class_prior(record: dict[str, Any], in_training: Guessing | None = None) -> 
     """
     images = record["classifier"]["per_class"][0]["samples"]
     prior = Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
-    if in_training is None or in_training.loss <= prior.loss:
+    if in_training is None or (in_training.loss or 0.0) <= prior.loss:
         return prior
     return dataclasses.replace(prior, loss=in_training.loss)
 

@@ -28,7 +28,7 @@ def headline(run: RunData) -> list[dict[str, str]]:
     figures = [
         (percent(accuracy[0]), "top-1, all noise levels", accuracy[1]),
         (percent(clean[0]), clean[1], clean[2]),
-        (_loss(loss), "cross-entropy, nats", _chance(run)),
+        (_loss(loss), *_meaning(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
         (_speed(run), "images per second", _wait(run)),
         best_checkpoint(run),
@@ -80,9 +80,16 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _meaning(run: RunData) -> tuple[str, str]:
+    """Return what the loss of the headline is, and that of guessing."""
+    if evaluation_of_the_end(run) or not run.settings.get("loss"):
+        return "cross-entropy, nats", _chance(run)
+    return "loss", ""
+
+
 def _chance(run: RunData) -> str:
     guessing, classes = run.guessing, run.num_classes
-    if guessing is None:
+    if guessing is None or guessing.loss is None:
         return ""
     if classes and abs(guessing.loss - math.log(classes)) < 0.02:
         return f"guessing: ln {classes:,} = {math.log(classes):.3f}"
@@ -114,12 +121,17 @@ def curves(run: RunData) -> dict[str, Any] | str:
         return "No step is logged yet."
     classes, guessing = run.num_classes, run.guessing
     chance = None if guessing is None else (guessing.accuracy, "chance")
-    guess = None if guessing is None else (guessing.loss, "guessing")
-    nats, share = Axis(0), plots.SHARE
+    guess = None if guessing is None or guessing.loss is None else (guessing.loss, "guessing")
+    share = plots.SHARE
+    own = bool(run.settings.get("loss"))  # the user's, of no known unit
+    nats = Axis() if own else Axis(0)
     charts = [
-        ("Cross-entropy, nats", _train_and_val(run, "loss"), nats, guess),
+        ("Loss" if own else "Cross-entropy, nats", _train_and_val(run, "loss"), nats, guess),
         ("Top-1 accuracy", _train_and_val(run, "acc@1"), share, chance),
-        ("Training loss by quartile of t, nats", _quartiles(train, "train_loss"), nats, None),
+        (
+            "Training loss by quartile of t" + ", nats" * (not own),
+            *(_quartiles(train, "train_loss"), nats, None),
+        ),
         ("Training top-1 by quartile of t", _quartiles(train, "train_acc@1"), share, None),
     ]
     if val.rows:

@@ -12,6 +12,7 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.data.augment import create_augmentation
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import create_schedule_sampler, timestep_range
 from ds_classifier.distributed import failures
@@ -62,6 +63,7 @@ def build(
     resolved = resolved.with_parameters(parameters)
     module = noised_classifier(classifier, settings)
     levels = timestep_range(settings.t_range, module.diffusion)
+    create_augmentation(settings)
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
@@ -191,7 +193,7 @@ def assemble(setup: Setup) -> loop.Run:
         ),
         engine=engine,
         batches=batches,
-        objective=Objective(setup.sampler, settings.seed, settings.noised, recent),
+        objective=Objective(setup.sampler, settings.seed, settings.noised, recent, setup.balance),
         meter=meter,
         log=log,
         lost=lost,

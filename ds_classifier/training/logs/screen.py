@@ -214,6 +214,9 @@ def announce(setup: Setup, command: CommandLine) -> None:
             say(f"{'':12}{line}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
+    if setup.balance is not None:
+        by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
+        say(f"weights     by {by}: {setup.balance}")
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
