@@ -76,8 +76,8 @@ def measure(shards: ShardSet, class_balance: str) -> dict[str, Any]:
     factors *= total / (factors @ sums)
     return {
         "by_class": factors.tolist(),
-        "smallest": float((factors * least)[seen].min()),
-        "largest": float((factors * most)[seen].max()),
+        "smallest": float((factors[seen] * least[seen]).min()),
+        "largest": float((factors[seen] * most[seen]).max()),
         "effective": float(total**2 / (factors**2 @ squares)),
         "images": int(total),
     }

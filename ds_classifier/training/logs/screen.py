@@ -217,6 +217,10 @@ def announce(setup: Setup, command: CommandLine) -> None:
     if setup.balance is not None:
         by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
         say(f"weights     by {by}: {setup.balance}")
+    if settings.augment:
+        say(f"augment     {settings.augment}, of training images alone")
+    if settings.loss:
+        say(f"loss        {settings.loss}, in place of cross-entropy")
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
