@@ -53,7 +53,7 @@ OF_MODEL = ("classifier", "diffusion")  # groups of settings that a bare file do
 # Arguments that decide how samples are drawn, and all that samples.json records by their names.
 OF_DRAWING = ("joint_temperature", "marginal_temperature", "batch_size", "use_ddim",
               "clip_denoised", "seed")  # fmt: skip
-RECORDED = ("classifier_use_fp16", "num_samples", *OF_DRAWING)
+RECORDED = ("classifier_use_fp16", "num_samples", "eta", *OF_DRAWING)
 
 
 def main(argv: list[str] | None = None, prog: str = "sample.py") -> int:
@@ -114,8 +114,11 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
         "--classes",
         default="",
         metavar="K,K",
-        help="classes to sample in turn, as numbers or names (default: all)",
+        help="classes to sample in turn, as numbers or names (default: all); of a classifier of "
+        "several classes per image also K+K, for both in one image",
     )
+    add("--eta", type=_finite, metavar="X", help="of a classifier of values: steer to larger ones "
+        "(above 0) or smaller ones (below 0), in 1 / unit of the value")  # fmt: skip
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time per rank [16]")
     add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="sample by DDIM in place of DDPM [False]")  # fmt: skip
@@ -263,8 +266,8 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         process = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
         trained = timestep_range(source.settings.t_range, process)
         distributed.say(f"the classifier was trained at {range_in_words(trained, process)} alone")
-    classes = guided.classes(arguments.classes)
-    labels = classes[np.arange(arguments.num_samples) % len(classes)]
+    asked = guided.asked(arguments.classes, arguments.eta)
+    labels = asked[np.arange(arguments.num_samples) % len(asked)]
     steps, scales = guided.process.diffusion.num_timesteps, arguments.classifier_scale
     distributed.say(
         f"drawing {count(len(labels), 'sample')} at {count(len(scales), 'scale')}, "
@@ -285,22 +288,28 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         colours = guided.colours(samples[0])
         shown = samples if colours is None else [colours(drawn) for drawn in samples]
         rows = sample_files.write_overview(overview, scales, shown, labels, guided.names)
+        recorded = asked.tolist()  # classes
+        if guided.targets.kind == "classes":
+            recorded = [sample_files.classes_asked(one) for one in asked]
+        elif arguments.eta is not None:
+            recorded = []
         facts = {
             **guided.origin,
             "diffusion": settings.diffusion_kwargs(),
-            "classes": classes.tolist(),
+            "classes": recorded,
             "classifier_scale": scales,
             **{name: getattr(arguments, name) for name in RECORDED},
         }
         files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
         (out / "fidelity.json").unlink(missing_ok=True)  # it is of an earlier run's samples
-        present = len(set(labels.tolist()))
+        present = len(sample_files.groups(labels))
         if colours is not None:
             print(f"the colours of the pictures are {colours.words}", flush=True)
-        which = "class" if rows == present else f"class for the first {rows} of {present:,}"
+        row = "class" if guided.targets.kind in ("class", "soft") else "request"
+        which = row if rows == present else f"{row} for the first {rows} of {present:,}"
         print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
-            print(f"measuring against the exact posterior of {guided.exact}", flush=True)
+            print(f"measuring by {guided.exact}", flush=True)
             with Progress("noise levels") as progress:
                 measures = fidelity.measure(
                     guided, scales, samples, labels, seed=arguments.seed, progress=progress

@@ -45,6 +45,7 @@ class WeightsFile:
     step, classes, data (the training set's fingerprint): None if unknown.
     sha256: hash of the file of weights, in hex.
     arrays: what a manifest records of the arrays that it was trained on; None: on images.
+    targets: what a manifest records of the targets that it was trained on; None: one class.
     inferred: for a "file", the names of the settings that were inferred from its tensors and that
         differ from the flags and defaults.
     """
@@ -57,6 +58,7 @@ class WeightsFile:
     classes: list[str] | None = None
     data: str | None = None
     arrays: dict[str, Any] | None = None
+    targets: dict[str, Any] | None = None
     inferred: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -164,7 +166,7 @@ def find_recorded(path: Path) -> WeightsFile | None:
         "checkpoint",
         manifest["files"][disk.MODEL]["sha256"],
         **{name: state[name] for name in ("step", "classes", "data")},
-        arrays=state.get("arrays"),
+        **{name: state.get(name) for name in ("arrays", "targets")},
     )
 
 
@@ -317,8 +319,9 @@ def _fault_of_description(description: dict[str, Any]) -> str | None:
         create_gaussian_diffusion(**settings.diffusion_kwargs())
     except ValueError as error:
         return str(error)
-    if not isinstance(description.get("arrays"), dict | None):
-        return "arrays: need what a manifest records of them"
+    for name in "arrays", "targets":
+        if not isinstance(description.get(name), dict | None):
+            return f"{name}: need what a manifest records of them"
     classes = description["classes"]
     if classes is None:
         return None
@@ -377,5 +380,5 @@ def _find_export(path: Path) -> WeightsFile | None:
         "export",
         sha256,
         **{name: description[name] for name in ("step", "classes", "data")},
-        arrays=description.get("arrays"),
+        **{name: description.get(name) for name in ("arrays", "targets")},
     )

@@ -207,6 +207,22 @@ class ShardSet:
         """The reader of the shards' bytes."""
         return self.remote_store or ShardStore(self.folder, self.manifest.shards)
 
+    @property
+    def contents(self) -> str:
+        """What the images are labelled with, for the user, such as "of 10 classes"."""
+        targets, classes = self.manifest.targets, self.manifest.classes
+        said = f"of {len(classes)} classes"
+        if targets.kind == "values":
+            least, most = classes[0].split(" to ")[0], classes[-1].split(" to ")[1]
+            said = f"in {len(classes)} bins of {targets.name} ({least} to {most})"
+        elif targets.kind == "soft":
+            said = f"with probabilities of {len(classes)} classes"
+        elif targets.kind == "classes":
+            of_image = self.targets.sum(axis=1)
+            none = int((of_image == 0).sum())
+            said += f" ({of_image.mean():.1f} per image{f', {none:,} of none' if none else ''})"
+        return said + " and with weights" * self.manifest.weighted
+
     def path(self, shard: int) -> Path:
         """Return the path of a shard."""
         return self.folder / self.manifest.shards[shard].name
@@ -263,10 +279,15 @@ def neighbours(index: np.ndarray) -> Neighbours:
     return Neighbours(float(same_class), float((frequency**2).sum()))
 
 
-def images_per_class(folder: Path) -> dict[str, int]:
-    """Return the number of images of each class in a split on this machine, by class name."""
-    split = open_shards(folder)
-    counts = np.bincount(split.index["label"], minlength=len(split.manifest.classes))
+def images_per_class(split: ShardSet) -> dict[str, int]:
+    """Return the number of images of each class in a split, by class name.
+
+    An image of several classes counts for each, one with probabilities for the most probable.
+    """
+    if split.manifest.targets.kind == "classes":
+        counts = split.targets.sum(axis=0, dtype=np.int64)
+    else:
+        counts = np.bincount(split.index["label"], minlength=len(split.manifest.classes))
     return dict(zip(split.manifest.classes, counts.tolist(), strict=True))
 
 

@@ -19,6 +19,7 @@ from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import Settings
+from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import (
     GaussianDiffusion,
@@ -30,6 +31,7 @@ from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation import evaluate
 from ds_classifier.evaluation.data import (
     create_validation_loader,
+    labels_of,
     open_training_set,
     open_validation_data,
 )
@@ -136,7 +138,7 @@ class Evaluator:
         diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
         levels, chosen = _levels(request, diffusion)
         classifier = build_classifier(settings, weights, request.precision, device)
-        samples = shards.manifest.samples
+        samples, targets = shards.manifest.samples, shards.manifest.targets
         distributed.say(
             f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
             f"{settings.image_size} px, {settings.num_classes} classes"
@@ -163,8 +165,9 @@ class Evaluator:
                 "fingerprint": shards.manifest.fingerprint,
                 "samples": samples,
                 "bad_samples": bad,
-                "guessing": scores_of_guessing(shards.index["label"]),
+                "guessing": scores_of_guessing(labels_of(shards), targets),
             },
+            **({} if targets == ONE_CLASS else {"targets": targets.to_json()}),
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
             "noise": f"keyed by ({evaluate.VALIDATION_SEED}, 'validation', position)",
@@ -199,8 +202,8 @@ class Evaluator:
     ) -> tuple[dict[str, Any], int]:
         """Return the measured part of a record, and the number of undecodable images."""
         request, device, settings = self._request, self._device, source.settings
-        samples = shards.manifest.samples
-        posteriors = [evaluate.classifier_posterior(classifier, diffusion)]
+        samples, targets = shards.manifest.samples, shards.manifest.targets
+        posteriors = [evaluate.classifier_posterior(classifier, diffusion, targets.kind)]
         training_set, denoiser = open_training_set(source, request.bayes, shards, device)
         key = json.dumps(
             [
@@ -212,7 +215,7 @@ class Evaluator:
             if key not in self._bayes:
                 posteriors.append(evaluate.bayes_posterior(denoiser, diffusion))
             distributed.say(f"compared with the exact posterior of {denoiser} ({training_set})")
-        confusion = Confusion(samples, device)
+        confusion = None if targets.kind == "classes" else Confusion(samples, device)
         loader = create_validation_loader(
             shards,
             settings,
@@ -229,6 +232,7 @@ class Evaluator:
                 num_classes=settings.num_classes,
                 samples=samples,
                 device=device,
+                targets=targets,
                 confusion=confusion,
                 # All ranks have done about as many positions as this one.
                 progress=lambda done: progress(
@@ -244,7 +248,7 @@ class Evaluator:
             )
         measured = {
             "classifier": evaluate.describe_levels(numbers, diffusion, levels, chosen=chosen),
-            "confusion": {"t": levels[0], **confusion.read()},
+            **({} if confusion is None else {"confusion": {"t": levels[0], **confusion.read()}}),
             "machine": {
                 "world_size": distributed.world_size(),
                 "device": deepspeed_engine.describe_device(device),

@@ -40,6 +40,7 @@ from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.data.arrays import Arrays
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.diffusion import create_gaussian_diffusion, range_in_words, timestep_range
 from ds_classifier.export.measured import find_evaluation
 from ds_classifier.export.model_card import is_model_card, model_card
@@ -66,7 +67,7 @@ class Exported:
     timesteps: the timesteps at which logits and input gradients were compared.
     largest_difference: of logits and input gradients, relative to their largest number.
     evaluated: whether an evaluation of these weights was found and recorded.
-    obstacles: why unmodified guided-diffusion cannot load the classifier; empty if it can.
+    obstacles: why unmodified guided-diffusion cannot use the classifier; empty if it can.
     notes: lines on what a bare file does not record (see WeightsFile.notes).
     """
 
@@ -122,7 +123,7 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
         timesteps,
         difference,
         evaluation is not None,
-        reference_obstacles(source.settings),
+        reference_obstacles(source.settings, Targets.from_json(source.targets).kind),
         source.notes(),
     )
 
@@ -171,7 +172,8 @@ def _write(
     }
     parameters = sum(value.numel() for value in state.values())
     description = describe(source, name, parameters, evaluation) | {"files": of_weights}
-    flags = flags_text(source.settings, f"{name}.pt")
+    kind = Targets.from_json(source.targets).kind
+    flags = flags_text(source.settings, f"{name}.pt", kind)
     texts = {
         f"{name}.json": json.dumps(description, indent=1, ensure_ascii=False) + "\n",
         f"{name}.flags.txt": flags,
@@ -241,6 +243,7 @@ def describe(
         "classes": source.classes,
         "data": source.data,
         **({} if arrays is None else {"arrays": arrays}),
+        **({} if source.targets is None else {"targets": source.targets}),
         "training": training if source.kind != "file" else {},
         "evaluation": evaluation,
     }

@@ -82,9 +82,10 @@ def _validating(run: RunData) -> list[Line]:
     text += f", at step {best_step:,.0f}"
     if last > WORSE * best:
         return [(DOUBTFUL, f"{text}: take checkpoints/best.")]
-    guess = run.guessing.loss if run.guessing else None
-    if guess is not None and last > (1 - KNOWS_LITTLE) * guess:
-        return [(DOUBTFUL, f"{text}, little below guessing, {guess:.3f}: train longer.")]
+    guess = run.guessing
+    known = guess is not None and guess.loss is not None
+    if known and last - guess.least > (1 - KNOWS_LITTLE) * (guess.loss - guess.least):
+        return [(DOUBTFUL, f"{text}, little below guessing, {guess.loss:.3f}: train longer.")]
     return [(GOOD, f"{text}.")]
 
 

@@ -19,7 +19,7 @@ from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import Stopped
 from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
-from ds_classifier.evaluation.metrics import METRICS
+from ds_classifier.evaluation.metrics import measured_of
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.model import create_classifier
 from ds_classifier.training.logs.log import TrainingLog
@@ -59,13 +59,14 @@ class Validation:
             samples=setup.val_samples,
             device=engine.device,
             noised=setup.resolved.settings.noised,
+            targets=setup.targets,
         )
         levels = setup.sampler.levels
         means, bad = evaluation.evaluate(
             engine.module, self._batches("all t"), levels=levels, **keywords
         )
         at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
-        means |= {f"{name}_t0": at_0[name] for name in METRICS}
+        means |= {f"{shown.name}_t0": at_0[shown.name] for shown in measured_of(setup.targets)}
         classifier = self._own_classifier()
         if distributed.rank() == 0:
             failures.tolerate("the grid of images", lambda: self._draw_grid(classifier))

@@ -61,7 +61,7 @@ def build(
     classifier = create_classifier(**settings.model_kwargs())
     parameters = sum(p.numel() for p in classifier.parameters())
     resolved = resolved.with_parameters(parameters)
-    module = noised_classifier(classifier, settings)
+    module = noised_classifier(classifier, settings, shards.manifest.targets.kind)
     levels = timestep_range(settings.t_range, module.diffusion)
     create_augmentation(settings)
     device = preflight.join(resolved, shards, val_shards)
@@ -150,7 +150,7 @@ def assemble(setup: Setup) -> loop.Run:
     recent = setup.recent_images()
     known = setup.steps_to_know(recent)
     loader, val_loader = setup.loaders(engine.global_steps - known)
-    meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
+    meter = Meter(engine.module.diffusion.num_timesteps, engine.device, setup.targets)
     state = setup.start.state
     bad_samples = BadSamples(
         run_dir,
@@ -219,6 +219,7 @@ def open_log(setup: Setup) -> RunLogger:
         host=platform.node(),
         device=deepspeed_engine.describe_device(setup.engine.device),
         guessing=dataclasses.asdict(setup.guessing),
+        targets=setup.targets.to_json(),
         val_samples=setup.val_samples,
     )
     if setup.start.state is None:

@@ -16,7 +16,7 @@ from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings
 from ds_classifier.data.augment import create_augmentation
-from ds_classifier.data.labels.targets import ONE_CLASS
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -29,7 +29,7 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation.data import create_validation_loader
+from ds_classifier.evaluation.data import create_validation_loader, labels_of
 from ds_classifier.loss import RecentImages
 from ds_classifier.training.balance import Balance, measure
 from ds_classifier.training.logs.flops import Arithmetic, forward_flops
@@ -56,6 +56,11 @@ class Setup:
         return Path(self.resolved.settings.run_dir)
 
     @property
+    def targets(self) -> Targets:
+        """The kind of the data's targets."""
+        return self.shards.manifest.targets
+
+    @property
     def val_samples(self) -> int:
         """The number of images to validate on."""
         return self.val_shards.manifest.samples if self.val_shards is not None else 0
@@ -79,12 +84,11 @@ class Setup:
     def guessing(self) -> Guessing:
         """The loss and accuracy of guessing by class frequency.
 
-        Large data sets are sampled down to about a million labels. With a loss of the user's, that
-        of guessing is not known.
+        Large data sets are sampled down to about a million labels, or ten million numbers. With a
+        loss of the user's, that of guessing is not known.
         """
-        every = max(1, len(self.shards.index) // 1_000_000)
-        labels = self.shards.index["label"][::every]
-        guessing = Guessing.of(labels, len(self.shards.manifest.classes))
+        labels = labels_of(self.shards, most=10_000_000 if self.targets.vectors else 1_000_000)
+        guessing = Guessing.of(labels, len(self.shards.manifest.classes), self.targets)
         return dataclasses.replace(guessing, loss=None) if self.resolved.settings.loss else guessing
 
     @cached_property
@@ -112,6 +116,7 @@ class Setup:
             num_classes=settings.num_classes,
             device=self.engine.device,
             dtype=torch.uint8 if pixels else torch.float32,
+            vectors=self.targets.vectors,
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:

@@ -111,7 +111,11 @@ def remember(recent: RecentImages, batches: Sequence[Batch]) -> None:
 
     batches: this rank's micro-batches of the step, on the device.
     """
-    labels = [b.labels.masked_fill(b.weights == 0, EMPTY) for b in batches]
+    labels = [
+        # Of vectors of targets, every number becomes EMPTY.
+        b.labels.masked_fill((b.weights == 0).view(-1, *[1] * (b.labels.dim() - 1)), EMPTY)
+        for b in batches
+    ]
     positions, images, labels = (
         distributed.all_gather(torch.cat(parts)).flatten(0, 1)
         for parts in ([b.positions for b in batches], [b.images for b in batches], labels)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("class", "classes", "soft", "values")
+# What `convert --targets` accepts: logits are stored as the probabilities they stand for.
+ASKED = ("class", "classes", "soft", "logits", "values")
 # Kind -> what a target is, for messages.
 MEANINGS = {
     "class": "one class per image",

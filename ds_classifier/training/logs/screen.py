@@ -12,6 +12,7 @@ from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
 from ds_classifier.data.arrays import Arrays
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.diffusion import range_in_words
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
@@ -48,17 +49,18 @@ class Table:
     screen stands in log.jsonl.
 
     num_classes: metrics that say nothing about so few classes are left out.
-    loss_scale: whether there is a column for it, as in fp16.
+    loss_scale: whether there is a column for it, as in fp16. targets: of the data.
     """
 
-    def __init__(self, *, num_classes: int, loss_scale: bool):
-        self._possible = _columns(num_classes, loss_scale=loss_scale)
+    def __init__(self, *, num_classes: int, loss_scale: bool, targets: Targets = ONE_CLASS):
+        self._accuracy = metrics.accuracy_of(targets)
+        self._possible = _columns(num_classes, loss_scale=loss_scale, targets=targets)
         self._columns, self._width, self._rows = self._possible, LOG_COLUMNS, 0
 
     def begin(self) -> str:
         """Return the first head, and what it means."""
         head = self._head()
-        explained = _QUARTILES in self._columns
+        explained = any(column.head == _QUARTILES for column in self._columns)
         return f"{head}\n{distributed.wrapped(EXPLAINED, indent=8)}" if explained else head
 
     def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
@@ -68,7 +70,7 @@ class Table:
 
     def validation_line(self, row: dict[str, Any]) -> str:
         """Return the line of a validation row: its means in their columns, then what is its own."""
-        metric = metrics.METRICS[metrics.DETAILED]
+        metric = self._accuracy
         line = self._cells(row, "val", [column for column in self._columns if column.metric])
         at_0 = metric.text(row.get(f"val_{metric.name}_t0"))
         rest = f"  at t=0 {at_0} %, {row['val_seconds']:.1f} s"
@@ -100,24 +102,29 @@ class Table:
 
 
 _ALWAYS = 9
-_QUARTILES = Column(
-    head=" ".join(f"{f'q{q}':>3}" for q in range(metrics.QUARTILES)),
-    width=4 * metrics.QUARTILES - 1,
-    cell=lambda row, split: " ".join(_quartile(row, split, q) for q in range(metrics.QUARTILES)),
-    keep=6,
-    metric=True,
-)
+_QUARTILES = " ".join(f"{f'q{q}':>3}" for q in range(metrics.QUARTILES))
 
 
-def _quartile(row: dict[str, Any], split: str, q: int) -> str:
-    """Return the accuracy in a quartile of t in three characters; "-" if it had no images."""
-    metric = metrics.METRICS[metrics.DETAILED]
-    value = row.get(f"{split}_{metric.name}_q{q}")
-    return fitted(None if value is None else metric.factor * value, 3, 0).rjust(3)
+def _quartiles(metric: metrics.Shown) -> Column:
+    """Return the column of a metric by quartile of t, in three characters each."""
+
+    def quartile(row: dict[str, Any], split: str, q: int) -> str:
+        value = row.get(f"{split}_{metric.name}_q{q}")  # None if it had no images
+        return fitted(None if value is None else metric.factor * value, 3, 0).rjust(3)
+
+    return Column(
+        head=_QUARTILES,
+        width=4 * metrics.QUARTILES - 1,
+        cell=lambda row, split: " ".join(quartile(row, split, q) for q in range(metrics.QUARTILES)),
+        keep=6,
+        metric=True,
+    )
 
 
-def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
+def _columns(num_classes: int, *, loss_scale: bool, targets: Targets) -> list[Column]:
     """Return all columns, from left to right."""
+    accuracy = metrics.accuracy_of(targets)
+    always = ("loss", accuracy.name, metrics.headline_of(targets).name)
     columns = [
         Column(
             head="step",
@@ -134,11 +141,11 @@ def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
             metric=True,
         ),
     ]
-    for metric in metrics.METRICS.values():
+    for metric in metrics.measured_of(targets):
         if num_classes >= metric.classes:
-            columns.append(_metric_column(metric))
-        if metric.name == metrics.DETAILED:
-            columns.append(_QUARTILES)
+            columns.append(_metric_column(metric, keep=_ALWAYS if metric.name in always else 1))
+        if metric is accuracy:
+            columns.append(_quartiles(accuracy))
     columns += [
         _number("gnorm", 6, 5, lambda row: fitted(row["grad_norm"], 6, 2)),
         _number("lr", 7, 4, lambda row: scientific(row["lr"])),
@@ -150,7 +157,7 @@ def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
     return [column for column in columns if loss_scale or column.head != "scale"]
 
 
-def _metric_column(metric: metrics.Metric) -> Column:
+def _metric_column(metric: metrics.Shown, *, keep: int) -> Column:
     """Return the column of a metric's mean."""
     width = max(len(metric.name), 5 if metric.unit == "%" else 6)
 
@@ -158,7 +165,6 @@ def _metric_column(metric: metrics.Metric) -> Column:
         value = row.get(f"{split}_{metric.name}")
         return fitted(None if value is None else metric.factor * value, width, metric.digits)
 
-    keep = _ALWAYS if metric.name in ("loss", metrics.DETAILED) else 1
     return Column(head=metric.name, width=width, cell=cell, keep=keep, metric=True)
 
 
@@ -188,7 +194,7 @@ def note(step: int | str, text: str) -> str:
 def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
-    settings, batch = resolved.settings, resolved.batch
+    settings, batch, targets = resolved.settings, resolved.batch, setup.targets
     parameters = deepspeed_state.parameter_count(engine)
 
     say = distributed.say_labelled
@@ -200,6 +206,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(
         f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
         f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
+        f"{'' if targets == ONE_CLASS else f', {targets}'}"
     )
     noise = "none, at t = 0"
     if settings.noised:
@@ -220,7 +227,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
     if settings.augment:
         say(f"augment     {settings.augment}, of training images alone")
     if settings.loss:
-        say(f"loss        {settings.loss}, in place of cross-entropy")
+        say(f"loss        {settings.loss}, a function of yours")
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
