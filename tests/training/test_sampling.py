@@ -23,6 +23,7 @@ from ds_classifier.data.loader import ShardDataset
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
 from ds_classifier.diffusion import create_gaussian_diffusion, stratified
+from ds_classifier.evaluation.evaluate import spread_timesteps
 from ds_classifier.loss import to_x_start
 from ds_classifier.model import create_classifier
 
@@ -50,6 +51,19 @@ def uneven(tmp_path_factory):
     convert(open_source(str(home / "images")), home)
     (home / "my_loss.py").write_text(MODULE)
     return home
+
+
+def test_validation_spreads_t_over_the_range():
+    """The levels of a range get equal numbers of images, as even for neighbours in the set."""
+    t = spread_timesteps(torch.arange(360), range(7, 19))
+    counts = torch.bincount(t, minlength=20)
+    assert counts.sum() == 360
+    assert counts[7:19].sum() == 360
+    assert (counts[7:19] - 30).abs().max() <= 1
+    assert len(set(t[100:112].tolist())) >= 10
+    golden = (np.sqrt(5) - 1) / 2
+    over_all = [int((q + 0.5) * golden % 1 * 1000) for q in range(360)]
+    assert spread_timesteps(torch.arange(360), range(1000)).tolist() == over_all
 
 
 def test_three_steps_equal_those_by_hand(uneven, tmp_path):

@@ -221,13 +221,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
             say(f"{'':12}{line}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
-    if setup.balance is not None:
-        by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
-        say(f"weights     by {by}: {setup.balance}")
-    if settings.augment:
-        say(f"augment     {settings.augment}, of training images alone")
-    if settings.loss:
-        say(f"loss        {settings.loss}, a function of yours")
+    for line in _of_objective(setup):
+        say(line)
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
@@ -248,6 +243,19 @@ def announce(setup: Setup, command: CommandLine) -> None:
         say(f"  NOTE      {note}")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
+
+
+def _of_objective(setup: Setup) -> list[str]:
+    """Return how training images count, vary and are judged, where that is not as usual."""
+    settings, lines = setup.resolved.settings, []
+    if setup.balance is not None:
+        by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
+        lines.append(f"weights     by {by}: {setup.balance}")
+    if settings.augment:
+        lines.append(f"augment     {settings.augment}, of training images alone")
+    if settings.loss:
+        lines.append(f"loss        {settings.loss}, a function of yours")
+    return lines
 
 
 def _of_arrays(arrays: Arrays, *, mirrored: bool) -> list[str]:
