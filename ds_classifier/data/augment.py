@@ -100,7 +100,7 @@ def create_augmentation(settings: Settings) -> Augmentation | None:
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Seed the generators of torch (on the CPU), NumPy and Python, and put them back afterwards.
+    """Put the generators of torch (on the CPU), NumPy and Python into a state, and back at the end.
 
     key: 64 bits.
     """

@@ -1,4 +1,4 @@
-"""How much each image counts in the loss: by the frequency of its class, and by its own weight.
+"""Weights of images in the loss, by the frequency of their class and by their own weight.
 
 An image of class y, whose share of the training set is f_y, with its own weight s (1 unless the
 data have weights) counts

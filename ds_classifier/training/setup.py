@@ -93,7 +93,7 @@ class Setup:
 
     @cached_property
     def balance(self) -> Balance | None:
-        """How much each image counts in the loss; None if all count the same.
+        """The weights of images in the loss; None if all count the same.
 
         Every rank must ask for it.
         """
