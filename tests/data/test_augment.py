@@ -110,6 +110,24 @@ def test_one_image_differs_by_position_and_by_seed():
     assert torch.equal(Augmentation("my_changes:dotted", 4)(image.clone(), 3), at[3])
 
 
+@pytest.mark.parametrize("source", ["random.randrange", "np.random.randint", "torch.randint"])
+def test_each_generator_is_keyed(source, tmp_path):
+    """What a function draws depends on the position, and not on the state that it finds."""
+    name = f"my_fill_{source.split('.')[0]}"
+    drawn = "torch.randint(256, ())" if source == "torch.randint" else f"{source}(256)"
+    text = f"def fill(image):\n    return torch.full_like(image, int({drawn}))\n"
+    (tmp_path / f"{name}.py").write_text(f"import random\nimport numpy as np\nimport torch\n{text}")
+    augmentation = Augmentation(f"{name}:fill", 4)
+    found = []
+    for state in range(2):
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+        found.append([int(augmentation(picture(), q)[0, 0, 0]) for q in range(8)])
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 4
+
+
 def test_the_generators_are_left_as_they_were():
     def state():
         numpys = np.random.get_state()
