@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function as span
 
+from ds_classifier.common.user_code import load_function
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.model import EncoderUNetModel
@@ -32,6 +33,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CHUNK_NUMBERS = 1 << 23  # fp32 numbers of recent images at a time: 32 MiB
 EMPTY = -1  # label of a place without an image
+TRIED = 3  # made-up samples on which a loss of the user's is tried
 
 
 def to_x_start(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,6 +65,41 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, t: Tensor) -> Tensor:
     """
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return losses.mean(dim=1)
+
+
+def users_loss(name: str, num_classes: int, *, vectors: bool) -> Loss:
+    """Return the function that --loss names, once it was tried on made-up logits.
+
+    name: "package.module:function". vectors: its targets are [N, K] fp32, and not labels.
+    Raises ValueError if it cannot be imported, raises an error, or does not return a loss per
+    sample that has a gradient with respect to the logits.
+    """
+    loss = load_function("--loss", name)
+    n = TRIED + (num_classes == TRIED)  # which a loss per class cannot be mistaken for
+    labels = torch.arange(n) % num_classes
+    targets = F.one_hot(labels, num_classes).float() if vectors else labels
+    given = torch.linspace(-1, 1, n * num_classes).view(n, num_classes).requires_grad_()
+    tried = f"logits [{n}, {num_classes}], targets {list(targets.shape)} and t [{n}]"
+    try:
+        found = loss(given, targets, torch.zeros(n, dtype=torch.int64))
+        if torch.is_tensor(found) and found.shape == (n,) and found.requires_grad:
+            found.sum().backward()
+    except Exception as error:  # a function of the user's can raise anything
+        raise ValueError(
+            f"--loss: got {name!r}, which fails for {tried}: {type(error).__name__}: {error}"
+        ) from error
+    if not torch.is_tensor(found):
+        fault = f"returns a {type(found).__name__}"
+    elif found.shape != (n,):
+        fault = f"returns the shape {list(found.shape)}"
+    elif given.grad is None:
+        fault = "returns a loss without a gradient with respect to the logits"
+    else:
+        return loss
+    raise ValueError(
+        f"--loss: got {name!r}, which {fault} for {tried}; need a loss per sample, [{n}], whose "
+        "gradient trains the classifier"
+    )
 
 
 class NoisedClassifier(nn.Module):
@@ -119,6 +156,9 @@ def noised_classifier(
         classifier.compile()  # in place: the parameters keep their names
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
     loss = binary_cross_entropy if kind == "classes" else cross_entropy
+    if settings.loss:
+        vectors = kind in ("classes", "soft") or bool(settings.posterior_images)
+        loss = users_loss(settings.loss, settings.num_classes, vectors=vectors)
     return NoisedClassifier(classifier, diffusion, loss)
 
 

@@ -32,6 +32,7 @@ from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.config.parser import Parser, boolean
 from ds_classifier.config.settings import GROUPS
+from ds_classifier.diffusion import create_gaussian_diffusion, range_in_words, timestep_range
 from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:
@@ -261,6 +262,10 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         arguments.clip_denoised = guided.pixels
     for note in source.notes() if source else []:
         distributed.say(note)
+    if source and source.settings.t_range:
+        process = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
+        trained = timestep_range(source.settings.t_range, process)
+        distributed.say(f"the classifier was trained at {range_in_words(trained, process)} alone")
     asked = guided.asked(arguments.classes, arguments.eta)
     labels = asked[np.arange(arguments.num_samples) % len(asked)]
     steps, scales = guided.process.diffusion.num_timesteps, arguments.classifier_scale

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from small_models import training_set
+from small_models import SMALL, training_set
 from torch import nn
 
+from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.loss import (
@@ -15,8 +16,11 @@ from ds_classifier.loss import (
     binary_cross_entropy,
     cross_entropy,
     from_x_start,
+    noised_classifier,
     to_x_start,
+    users_loss,
 )
+from ds_classifier.model import create_classifier
 
 CLASSES = 7
 
@@ -168,3 +172,75 @@ def test_more_images_than_places_leave_the_last():
     recent.add(images, labels, torch.arange(10))
     assert sorted(recent._labels.tolist()) == sorted(labels[6:].tolist())
     assert {*map(tuple, recent._images.tolist())} == {*map(tuple, images[6:].flatten(1).tolist())}
+
+
+# ------------------------------------------------------------------------- a loss of the user's
+
+MODULE = """
+import torch
+import torch.nn.functional as F
+
+weight = torch.ones(1, requires_grad=True)
+
+def by_hand(logits, targets, t):
+    return F.cross_entropy(logits, targets, reduction="none") * (1 + 0 * t)
+
+def scalar(logits, targets, t):
+    return F.cross_entropy(logits, targets)
+
+def per_class(logits, targets, t):
+    return logits.mean(dim=0)
+
+def detached(logits, targets, t):
+    return F.cross_entropy(logits.detach(), targets, reduction="none") * weight
+
+def listed(logits, targets, t):
+    return list(F.cross_entropy(logits, targets, reduction="none"))
+
+def failing(logits, targets, t):
+    return logits @ targets
+
+def labels_only(logits, targets, t):
+    return F.nll_loss(logits.log_softmax(1), targets, reduction="none")
+"""
+
+
+@pytest.fixture
+def my_losses(tmp_path, monkeypatch):
+    """Write a module of the user's, and return its name."""
+    (tmp_path / "my_losses.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_losses"
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_loss_of_the_users_is_used(my_losses, vectors):
+    loss = users_loss(f"{my_losses}:by_hand", CLASSES, vectors=vectors)
+    logits, labels = torch.randn(5, CLASSES), torch.tensor([0, 6, 3, 3, 1])
+    found = loss(logits, labels, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(found, cross_entropy(logits, labels, labels))
+    settings = Settings(**SMALL, loss=f"{my_losses}:by_hand")
+    module = noised_classifier(create_classifier(**settings.model_kwargs()), settings, "classes")
+    assert module.loss.__name__ == "by_hand"  # it wins over that of the data's targets
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("scalar", r"returns the shape \[\] for logits \[4, 3\], targets \[4\] and t \[4\]; need"),
+        ("per_class", r"returns the shape \[3\] for logits \[4, 3\]"),
+        ("detached", "returns a loss without a gradient with respect to the logits"),
+        ("listed", "returns a list"),
+        ("failing", "fails for .*: RuntimeError: "),
+        ("absent", "no such name"),
+    ],
+)
+def test_a_loss_that_cannot_train_is_refused(my_losses, name, problem):
+    with pytest.raises(ValueError, match=f"--loss: got 'my_losses:{name}'.*{problem}"):
+        users_loss(f"{my_losses}:{name}", 3, vectors=False)
+
+
+def test_a_loss_of_labels_is_refused_for_vectors(my_losses):
+    assert users_loss(f"{my_losses}:labels_only", 3, vectors=False)
+    with pytest.raises(ValueError, match=r"targets \[4, 3\] and t \[4\]: RuntimeError"):
+        users_loss(f"{my_losses}:labels_only", 3, vectors=True)

@@ -74,6 +74,11 @@ class DataSettings:
     max_bad_samples: int = _setting(
         100, "undecodable samples per epoch above which training stops", fixed=False
     )
+    augment: str = _setting(
+        "",
+        "augmentation of training images after crop and flip: trivialaugment, randaugment, or "
+        "package.module:function of yours, uint8 [C, S, S] -> the same (default: none)",
+    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,12 @@ class DiffusionSettings:
         "uniform",
         f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}. noisy draws t in proportion "
         "to t, and guides better",
+    )
+    t_range: str = _setting(
+        "",
+        "noise levels to train and validate on: LOW:HIGH, such as 0.0:0.6, as shares of the "
+        "levels from nearly clean to nearly noise, or snr:LOW:HIGH, such as snr:-4:4, in natural "
+        "log-SNR (default: all)",
     )
 
     def diffusion_kwargs(self) -> dict[str, Any]:
@@ -193,6 +204,16 @@ class TrainingSettings:
         "consecutive steps that may be skipped, for non-finite losses or gradients, before "
         "training stops",
         fixed=False,
+    )
+    class_balance: str = _setting(
+        "",
+        "how much an image counts in the loss by the frequency f of its class: equal, in "
+        "proportion to 1 / f, or sqrt, to 1 / sqrt(f) (default: all count the same)",
+    )
+    loss: str = _setting(
+        "",
+        "package.module:function of yours, (logits, targets, t) -> a loss per image, in place of "
+        "cross-entropy; see docs/training.md (default: none)",
     )
 
 
@@ -325,6 +346,7 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
 PROFILED = 4  # steps that --profile records; a trace of many is too large to open
+CLASS_BALANCES = ("sqrt", "equal")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -369,6 +391,7 @@ def check_settings(settings: Settings) -> list[str]:
             f"--profile: got {settings.profile}; need {PROFILED} steps from there on, and the run "
             f"has {settings.steps}"
         )
+    problems += _sampling_problems(settings)
     if settings.posterior_images and not settings.noised:
         problems.append(
             f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "
@@ -405,6 +428,21 @@ def check_settings(settings: Settings) -> list[str]:
         )
     if settings.microbatch == 0 or settings.microbatch < -1:
         problems.append(f"--microbatch: got {settings.microbatch}; need a positive number, or -1")
+    return problems
+
+
+def _sampling_problems(settings: Settings) -> list[str]:
+    """Return the problems with what is drawn, and how much it counts."""
+    problems = []
+    if settings.t_range and not settings.noised:
+        problems.append(
+            f"--t_range: got {settings.t_range!r} with --noised False, which trains at t = 0 "
+            "alone; do: drop one of them"
+        )
+    if settings.class_balance not in ("", *CLASS_BALANCES):
+        problems.append(
+            f"--class_balance: got {settings.class_balance!r}; need {' or '.join(CLASS_BALANCES)}"
+        )
     return problems
 
 

@@ -31,6 +31,7 @@ from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.keyed_random import Draws, fold, stream_key
 from ds_classifier.data import images
+from ds_classifier.data.augment import Augmentation
 from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed import processes
@@ -82,6 +83,7 @@ class ShardDataset(Dataset):
     image_size: S, pixels. channels: C, 1 to 4; both are those of the data if these are arrays.
     random_crop, random_flip: their random numbers depend on (seed, position) alone.
     fast: resize with torchvision; see `images.resize_and_crop`.
+    augment: changes images after crop and flip; None: nothing does.
     Arrays are not resized or cropped. Raises ValueError if they have another shape.
     """
 
@@ -97,6 +99,7 @@ class ShardDataset(Dataset):
         random_crop: bool = False,
         random_flip: bool = False,
         fast: bool = False,
+        augment: Augmentation | None = None,
     ):
         self.shards, self.order = shards, order
         self.arrays = shards.manifest.arrays
@@ -104,6 +107,7 @@ class ShardDataset(Dataset):
             self.arrays.refuse_other_shape(image_size, channels)
         self.image_size, self.channels = image_size, channels
         self.random_crop, self.random_flip, self.fast = random_crop, random_flip, fast
+        self.augment = augment
         if fast:  # imported before the workers are forked, since it takes 1.5 s and 165 MB
             importlib.import_module("torchvision.transforms.v2.functional")
         self._crop_key = stream_key(seed, "crop")
@@ -148,6 +152,8 @@ class ShardDataset(Dataset):
             else:
                 if flip:
                     _flip(as_tensor[i])
+                if self.augment is not None:
+                    as_tensor[i] = self.augment(as_tensor[i], int(positions[i]))
         return Batch(
             as_tensor,
             torch.from_numpy(labels),

@@ -208,6 +208,12 @@ def settled_by_data(settings: Settings, manifest: Manifest, *, given: Collection
     Raises ValueError for a size, channels or crops that do not suit arrays.
     """
     settings = settings.replace(num_classes=len(manifest.classes))
+    if settings.class_balance and manifest.targets.vectors:
+        raise ValueError(
+            f"--class_balance: got {settings.class_balance} for data with {manifest.targets}; need "
+            "one class per image, whose frequency could decide what the image counts; do: drop the "
+            "flag, or convert the data with weights of your own"
+        )
     if (arrays := manifest.arrays) is None:
         refuse_other_shape(manifest, settings.image_size, settings.in_channels)
         return settings
@@ -219,6 +225,11 @@ def settled_by_data(settings: Settings, manifest: Manifest, *, given: Collection
         raise ValueError(
             f"--random_crop: got True for arrays ({arrays}), which are not resized, as crops are; "
             "need False; do: --random_crop False"
+        )
+    if settings.augment:
+        raise ValueError(
+            f"--augment: got {settings.augment} for arrays ({arrays}), such as latents, to which "
+            "changes of colour and shape mean something else than to an image; do: drop the flag"
         )
     refuse_other_shape(manifest, settings.image_size, settings.in_channels)
     return settings

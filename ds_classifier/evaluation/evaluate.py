@@ -41,14 +41,15 @@ VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs can be 
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def spread_timesteps(positions: Tensor, num_timesteps: int) -> Tensor:
+def spread_timesteps(positions: Tensor, levels: range) -> Tensor:
     """Return a fixed t for each position, [N] int64: multiples of the golden ratio mod 1.
 
-    Consecutive samples, such as those of a class, cover all noise levels evenly (Weyl's sequence).
-    The mean over a few hundred samples varies less than with independent draws.
+    levels: the timesteps that are given, without a gap.
+    Consecutive samples, such as those of a class, cover all of them evenly (Weyl's sequence). The
+    mean over a few hundred samples varies less than with independent draws.
     """
     share = ((positions + 0.5).double() * GOLDEN_RATIO) % 1.0
-    return (share * num_timesteps).long().clamp_max(num_timesteps - 1)
+    return levels[0] + (share * len(levels)).long().clamp_max(len(levels) - 1)
 
 
 @torch.no_grad()
@@ -59,6 +60,7 @@ def evaluate(
     samples: int,
     device: torch.device,
     noised: bool = True,
+    levels: range | None = None,
     t: int | None = None,
     targets: Targets = ONE_CLASS,
 ) -> tuple[dict[str, float], int]:
@@ -68,9 +70,9 @@ def evaluate(
     among them.
 
     loader: this rank's batches at `ValidationPositions`. samples: number in the whole set.
-    noised: False shows clean images at t = 0. t: one noise level, 0 .. T-1, for all samples; None
-    spreads them. targets: of the data. Raises RuntimeError unless every sample was counted once,
-    ValueError if none decodes.
+    noised: False shows clean images at t = 0. levels: the timesteps over which the samples are
+    spread; None: all. t: one noise level, 0 .. T-1, for all samples instead. targets: of the data.
+    Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     num_timesteps = module.diffusion.num_timesteps
     meter, scores = Meter(num_timesteps, device, targets), None
@@ -83,7 +85,7 @@ def evaluate(
         noise = None
         steps = torch.zeros_like(batch.positions)
         if noised:
-            steps = spread_timesteps(batch.positions, num_timesteps)
+            steps = spread_timesteps(batch.positions, levels or range(num_timesteps))
             steps = steps if t is None else torch.full_like(steps, t)
             shape = tuple(batch.images.shape[1:])
             noise = keyed_noise(VALIDATION_SEED, "validation", batch.positions, shape)
@@ -236,7 +238,7 @@ def evaluate_levels(
         x_start = to_x_start(batch.images)  # [N, S, S, C]
         shape = tuple(batch.images.shape[1:])
         noise = keyed_noise(VALIDATION_SEED, "validation", batch.positions, shape)
-        rows = [spread_timesteps(batch.positions, diffusion.num_timesteps)]
+        rows = [spread_timesteps(batch.positions, range(diffusion.num_timesteps))]
         rows += [torch.full_like(batch.positions, t) for t in levels]
         for row, t in enumerate(rows):
             x_t = diffusion.q_sample(x_start, t, noise).permute(0, 3, 1, 2)  # [N, C, S, S]

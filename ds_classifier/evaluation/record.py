@@ -21,7 +21,11 @@ from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import Settings
 from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
+from ds_classifier.diffusion import (
+    GaussianDiffusion,
+    create_gaussian_diffusion,
+    timestep_range,
+)
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation import evaluate
@@ -140,6 +144,8 @@ class Evaluator:
             f"{settings.image_size} px, {settings.num_classes} classes"
         )
         distributed.say(f"{samples:,} images in {shown(location)}")
+        if settings.loss:
+            distributed.say(f"the loss is cross-entropy, and not training's --loss {settings.loss}")
         distributed.say(
             f"at {len(levels)} noise levels and under uniform t, {request.precision}, on "
             f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"
@@ -165,6 +171,7 @@ class Evaluator:
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
             "noise": f"keyed by ({evaluate.VALIDATION_SEED}, 'validation', position)",
+            **_trained(settings, diffusion),
             **numbers,
         }
 
@@ -276,6 +283,14 @@ def compute_reproducibly() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.fp32_precision = "ieee"
+
+
+def _trained(settings: Settings, diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """Return the levels that were trained, as a record has them; nothing if all were."""
+    if not settings.t_range:
+        return {}
+    levels = timestep_range(settings.t_range, diffusion)
+    return {"trained": {"t_range": settings.t_range, "first": levels[0], "last": levels[-1]}}
 
 
 def _levels(request: Request, diffusion: GaussianDiffusion) -> tuple[list[int], list[int]]:

@@ -20,7 +20,8 @@ BAYES_COLUMNS = ("acc@1", "loss", "mae", "grad_norm")
 def level_table(record: Record) -> list[str]:
     """Return a line per noise level, the first under uniform t, with the exact posterior's numbers.
 
-    Lines at the end name the levels with samples whose numbers were not finite.
+    Lines at the end name the levels that were trained, if not all were, and those with samples
+    whose numbers were not finite.
     """
     ours, bayes = record["classifier"], record.get("bayes")
     columns = level_columns(targets_of(record))
@@ -40,12 +41,23 @@ def level_table(record: Record) -> list[str]:
         rows = [
             cells + _cells(row, of_bayes) for cells, row in zip(rows, _rows(bayes), strict=True)
         ]
-    lines = text.table(heads, rows, left=0)
+    lines = [*text.table(heads, rows, left=0), *trained_levels(record)]
     for row in _rows(ours):
         if row["not_finite"]:
             where = f"t = {row['t']}" if "t" in row else "uniform t"
             lines.append(f"{where}: {row['not_finite']} not finite, counted as wrong, in no mean")
     return lines
+
+
+def trained_levels(record: Record) -> list[str]:
+    """Return a sentence on the levels that were trained; none if all were."""
+    if "trained" not in record:
+        return []
+    trained = record["trained"]
+    return [
+        f"Trained at t = {trained['first']} to {trained['last']} alone (--t_range "
+        f"{trained['t_range']})."
+    ]
 
 
 def class_table(record: Record) -> list[str]:

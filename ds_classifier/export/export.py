@@ -41,7 +41,7 @@ from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.labels.targets import Targets
-from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.diffusion import create_gaussian_diffusion, range_in_words, timestep_range
 from ds_classifier.export.measured import find_evaluation
 from ds_classifier.export.model_card import is_model_card, model_card
 from ds_classifier.export.reference_flags import (
@@ -205,6 +205,8 @@ def describe(
     if settings.extend:  # it may change in a run, and shapes the learning rate all the same
         training["extend"] = settings.extend
     diffusion = create_gaussian_diffusion(**process)
+    levels = timestep_range(settings.t_range, diffusion)
+    trained = {"trained_at": range_in_words(levels, diffusion)} if settings.t_range else {}
     shape, arrays = f"[N, {channels}, {size}, {size}]", source.arrays
     shown_images = {
         "shape": shape,
@@ -235,7 +237,8 @@ def describe(
             "log_snr": [diffusion.log_snr[0].item(), diffusion.log_snr[-1].item()],
             "timesteps": f"{diffusion.shown}, for t from 0 (almost clean) to "
             f"{settings.diffusion_steps - 1} (almost noise) of the process before respacing",
-        },
+        }
+        | trained,
         "reference_flags": classifier_flags(settings) | process_flags(settings),
         "classes": source.classes,
         "data": source.data,

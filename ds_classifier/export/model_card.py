@@ -165,6 +165,7 @@ def _input(description: dict[str, Any]) -> str:
         + (f", respaced to {respaced}" if respaced else "")
         + ", log-SNR from {:.2f} to {:.2f}".format(*shown["log_snr"]),
         f"- timesteps: {shown['timesteps']}",
+        *([f"- trained at: {shown['trained_at']} alone"] if "trained_at" in shown else []),
         f"- output: logits [N, {description['classifier']['num_classes']}], fp32{meaning}",
     ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from PIL import Image
 from ds_classifier.common.text import percent, short
 from ds_classifier.evaluation.format import targets_of
 from ds_classifier.evaluation.metrics import Shown, level_columns
+from ds_classifier.evaluation.table import trained_levels
 from ds_classifier.report import plots
 from ds_classifier.report.data import RunData
 
@@ -46,6 +47,7 @@ def noise_levels(run: RunData) -> dict[str, Any] | str:
         f"{newest['name']}: {newest['data']['samples']:,} images, {newest['precision']}. Under "
         f"uniform t: {plots.overall_text(overall, targets_of(newest))}."
     )
+    text += "".join(f" {sentence}" for sentence in trained_levels(newest))
     if older:
         chosen = f", {len(older)} of them" if len(older) < len(run.evaluations) - 1 else ""
         text += f" Earlier evaluations are drawn faintly{chosen}."

@@ -50,6 +50,7 @@ def fitness(run: RunData) -> list[Line]:
     rows = [row for row in record["classifier"]["levels"] if row["loss"] is not None]
     noisy = run.settings.get("schedule_sampler") != "noisy"
     train = "train longer" + ", or with --schedule_sampler noisy" * noisy
+    train += ", or over a wider --t_range" * bool(run.settings.get("t_range"))
     judged = [
         *_recorded(run, record),
         *_not_finite(record["classifier"]["levels"]),
@@ -73,7 +74,7 @@ def class_prior(record: dict[str, Any], in_training: Guessing | None = None) -> 
         prior = Guessing.from_scores(record["data"]["guessing"], len(images), targets)
     else:
         prior = Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
-    if in_training is None or in_training.loss <= prior.loss:
+    if in_training is None or (in_training.loss or 0.0) <= prior.loss:
         return prior
     return dataclasses.replace(prior, loss=in_training.loss)
 

@@ -29,7 +29,7 @@ def headline(run: RunData) -> list[dict[str, str]]:
     figures = [
         (percent(accuracy[0]), f"{accuracy[1]}, all noise levels", accuracy[2]),
         (percent(clean[0]), clean[1], clean[2]),
-        (_loss(loss), f"{metrics_of(run.targets)['loss'].words}, nats", _chance(run)),
+        (_loss(loss), *_meaning(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
         (_speed(run), "images per second", _wait(run)),
         best_checkpoint(run),
@@ -86,9 +86,21 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _meaning(run: RunData) -> tuple[str, str]:
+    """Return what the loss of the headline is, and that of guessing."""
+    if own_loss(run) and not evaluation_of_the_end(run):
+        return "loss", ""
+    return f"{metrics_of(run.targets)['loss'].words}, nats", _chance(run)
+
+
+def own_loss(run: RunData) -> bool:
+    """Return whether a loss of the user's was trained on, which has no known unit."""
+    return bool(run.settings.get("loss"))
+
+
 def _chance(run: RunData) -> str:
     guessing, classes = run.guessing, run.num_classes
-    if guessing is None:
+    if guessing is None or guessing.loss is None:
         return ""
     if classes and abs(guessing.loss - math.log(classes)) < 0.02:
         return f"guessing: ln {classes:,} = {math.log(classes):.3f}"
@@ -120,14 +132,17 @@ def curves(run: RunData) -> dict[str, Any] | str:
         return "No step is logged yet."
     classes, guessing = run.num_classes, run.guessing
     chance = None if guessing is None else (guessing.accuracy, "chance")
-    guess = None if guessing is None else (guessing.loss, "guessing")
-    nats, share = Axis(0), plots.SHARE
+    guess = None if guessing is None or guessing.loss is None else (guessing.loss, "guessing")
+    share, nats = plots.SHARE, Axis() if own_loss(run) else Axis(0)
     metrics, accuracy = metrics_of(run.targets), accuracy_of(run.targets)
     name, what = accuracy.name, accuracy.words
+    titles = metrics["loss"].titled, "Training loss by quartile of t, nats"
+    if own_loss(run):
+        titles = "Loss", "Training loss by quartile of t"
     charts = [
-        (metrics["loss"].titled, _train_and_val(run, "loss"), nats, guess),
+        (titles[0], _train_and_val(run, "loss"), nats, guess),
         (accuracy.title, _train_and_val(run, name), share, chance),
-        ("Training loss by quartile of t, nats", _quartiles(train, "train_loss"), nats, None),
+        (titles[1], _quartiles(train, "train_loss"), nats, None),
         (f"Training {what} by quartile of t", _quartiles(train, f"train_{name}"), share, None),
     ]
     if val.rows:

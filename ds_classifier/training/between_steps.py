@@ -53,7 +53,7 @@ class Validation:
         return None
 
     def _means(self) -> dict[str, float]:
-        """Return the means over all noise levels, those at t = 0 as NAME_t0, and draw the grid."""
+        """Return the means over the trained levels, those at t = 0 as NAME_t0; draw the grid."""
         setup, engine = self._setup, self._setup.engine
         keywords: dict[str, Any] = dict(
             samples=setup.val_samples,
@@ -61,7 +61,10 @@ class Validation:
             noised=setup.resolved.settings.noised,
             targets=setup.targets,
         )
-        means, bad = evaluation.evaluate(engine.module, self._batches("all t"), **keywords)
+        levels = setup.sampler.levels
+        means, bad = evaluation.evaluate(
+            engine.module, self._batches("all t"), levels=levels, **keywords
+        )
         at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
         means |= {f"{shown.name}_t0": at_0[shown.name] for shown in measured_of(setup.targets)}
         classifier = self._own_classifier()

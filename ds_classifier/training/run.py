@@ -12,8 +12,9 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.data.augment import create_augmentation
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import create_schedule_sampler
+from ds_classifier.diffusion import create_schedule_sampler, timestep_range
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
 from ds_classifier.distributed.memory import MemoryAdvice
@@ -61,6 +62,8 @@ def build(
     parameters = sum(p.numel() for p in classifier.parameters())
     resolved = resolved.with_parameters(parameters)
     module = noised_classifier(classifier, settings, shards.manifest.targets.kind)
+    levels = timestep_range(settings.t_range, module.diffusion)
+    create_augmentation(settings)
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
@@ -89,7 +92,7 @@ def build(
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
     sampler = create_schedule_sampler(
-        settings.schedule_sampler, module.diffusion.num_timesteps, device
+        settings.schedule_sampler, module.diffusion.num_timesteps, device, levels=levels
     )
     if start.state is not None:
         disk.load(Path(start.checkpoint), start.state, engine=engine, sampler=sampler)
@@ -190,7 +193,7 @@ def assemble(setup: Setup) -> loop.Run:
         ),
         engine=engine,
         batches=batches,
-        objective=Objective(setup.sampler, settings.seed, settings.noised, recent),
+        objective=Objective(setup.sampler, settings.seed, settings.noised, recent, setup.balance),
         meter=meter,
         log=log,
         lost=lost,

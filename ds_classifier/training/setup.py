@@ -15,6 +15,7 @@ import torch
 from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings
+from ds_classifier.data.augment import create_augmentation
 from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.loader import (
     Loader,
@@ -30,6 +31,7 @@ from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader, labels_of
 from ds_classifier.loss import RecentImages
+from ds_classifier.training.balance import Balance, measure
 from ds_classifier.training.logs.flops import Arithmetic, forward_flops
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start
@@ -82,10 +84,25 @@ class Setup:
     def guessing(self) -> Guessing:
         """The loss and accuracy of guessing by class frequency.
 
-        Large data sets are sampled down to about a million labels, or ten million numbers.
+        Large data sets are sampled down to about a million labels, or ten million numbers. With a
+        loss of the user's, that of guessing is not known.
         """
         labels = labels_of(self.shards, most=10_000_000 if self.targets.vectors else 1_000_000)
-        return Guessing.of(labels, len(self.shards.manifest.classes), self.targets)
+        guessing = Guessing.of(labels, len(self.shards.manifest.classes), self.targets)
+        return dataclasses.replace(guessing, loss=None) if self.resolved.settings.loss else guessing
+
+    @cached_property
+    def balance(self) -> Balance | None:
+        """The weights of images in the loss; None if all count the same.
+
+        Every rank must ask for it.
+        """
+        kind, device = self.resolved.settings.class_balance, self.engine.device
+        if not kind and not self.shards.manifest.weighted:
+            return None
+        found = distributed.on_rank_0(lambda: measure(self.shards, kind), device)
+        by_class = torch.tensor(found["by_class"], device=device)
+        return Balance(**found | {"by_class": by_class})
 
     def recent_images(self) -> RecentImages | None:
         """Return the place for the last images, still empty; None without posterior targets."""
@@ -192,6 +209,7 @@ def create_training_loader(
         random_crop=settings.random_crop,
         random_flip=settings.random_flip,
         fast=settings.resize == "fast",
+        augment=create_augmentation(settings),
         image_size=settings.image_size,
         channels=settings.in_channels,
     )

@@ -35,13 +35,14 @@ QUARTILES = range(4)
 class Guessing:
     """The score of a classifier that knows the class frequencies and does not look at the image.
 
-    loss: the entropy of the labels, nats; ln K if classes are equally frequent. accuracy: the share
-    of the most frequent class. metric: the accuracy's name. least: the least possible loss, which
-    is above 0 for soft vectors.
+    loss: the entropy of the labels, nats; ln K if classes are equally frequent; None if training
+    has a loss of the user's, whose value for guessing is not known. accuracy: the share of the most
+    frequent class. metric: the accuracy's name. least: the least possible loss, which is above 0
+    for soft vectors.
     """
 
     num_classes: int
-    loss: float
+    loss: float | None
     accuracy: float
     metric: str = "acc@1"
     least: float = 0.0
@@ -161,7 +162,9 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
             text += ", but not in q0"
         return FIRST, text
     loss, error = _mean(now, "train_loss"), _mean_and_error(now)[1]
-    if loss is not None and loss > guessing.loss - max(0.01 * guessing.loss, DEVIATIONS * error):
+    if None not in (loss, guessing.loss) and loss > guessing.loss - max(
+        0.01 * guessing.loss, DEVIATIONS * error
+    ):
         relation = "=" if loss < 1.05 * guessing.loss else "above"
         known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
         return NOTHING, f"loss {loss:.2f} {relation} {known}: nothing learnt yet"
@@ -198,7 +201,7 @@ def worse_than_guessing(rows: Sequence[Row], guessing: Guessing) -> str | None:
     """Return a line if the loss has been above that of guessing for long."""
     now = recent(rows)
     loss, error = _mean_and_error(now)
-    if loss is None or loss - DEVIATIONS * error < 1.1 * guessing.loss:
+    if None in (loss, guessing.loss) or loss - DEVIATIONS * error < 1.1 * guessing.loss:
         return None
     return (
         f"loss {loss:.2f} over {len(now)} lines, above {guessing.name()}: worse than guessing; do: "
@@ -211,7 +214,7 @@ def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
     now, *before = windows(rows)
     loss, error = _mean_and_error(now)
     lowest = min(((*_mean_and_error(w), w) for w in before), default=None, key=lambda w: w[0])
-    if loss is None or lowest is None:
+    if None in (loss, lowest, guessing.loss):
         return None
     then, its_error, window = lowest
     if loss - then < 0.1 * guessing.loss + DEVIATIONS * math.hypot(error, its_error):

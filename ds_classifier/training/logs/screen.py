@@ -14,6 +14,7 @@ from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.shards import ShardSet, neighbours
+from ds_classifier.diffusion import range_in_words
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
@@ -211,6 +212,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
         noise += f"; quartiles of t: {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
+    if settings.t_range:
+        say(f"{'':12}trained at {range_in_words(setup.sampler.levels, engine.module.diffusion)}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
     if shards.manifest.beside or shards.manifest.targets != ONE_CLASS:
         say(f"{'':12}{shards.contents}")
@@ -219,6 +222,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
             say(f"{'':12}{line}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
+    for line in _of_objective(setup):
+        say(line)
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
@@ -237,6 +242,19 @@ def announce(setup: Setup, command: CommandLine) -> None:
         say(f"  NOTE      {note}")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
+
+
+def _of_objective(setup: Setup) -> list[str]:
+    """Return how training images count, vary and are judged, where that is not as usual."""
+    settings, lines = setup.resolved.settings, []
+    if setup.balance is not None:
+        by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
+        lines.append(f"weights     by {by}: {setup.balance}")
+    if settings.augment:
+        lines.append(f"augment     {settings.augment}, of training images alone")
+    if settings.loss:
+        lines.append(f"loss        {settings.loss}, a function of yours")
+    return lines
 
 
 def _of_arrays(arrays: Arrays, *, mirrored: bool) -> list[str]:

@@ -87,7 +87,8 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
     targets = setup.targets
     num_timesteps = engine.module.diffusion.num_timesteps
     meter = Meter(num_timesteps, engine.device, targets)
-    objective = Objective(UniformSampler(num_timesteps), settings.seed, settings.noised)
+    sampler = UniformSampler(num_timesteps, levels=setup.sampler.levels)
+    objective = Objective(sampler, settings.seed, settings.noised)
     choices = 2 if targets.kind == "classes" else settings.num_classes
     least = mean_entropy(batches, engine.device) if targets.kind == "soft" else 0.0
     need = least + NEAR_ZERO * math.log(choices)
