@@ -121,6 +121,7 @@ class Checkpoints:
             run_dir / "checkpoints",
             engine=setup.engine,
             sampler=setup.sampler,
+            fixed=setup.fixed,
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
             max_failed=settings.max_failed_saves,

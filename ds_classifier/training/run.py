@@ -10,6 +10,8 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fixed_state import settle_fixed_state
+from ds_classifier.checkpoint.writer import checkpoint_bytes
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.shards import ShardSet
@@ -76,13 +78,16 @@ def build(
         device=device,
     )
     if command.preflight:
-        preflight.look(resolved, shards, device)
+        size = checkpoint_bytes(classifier)
+        preflight.look(resolved, shards, device, checkpoint_size=size)
     if start is None or command.preflight:
         return None
     resolved = resolved.with_part(start.part_steps)
     trained = resolved.with_batch(rehearsed(resolved.batch)) if command.dry_run else resolved
     if trained.kernel:
         deepspeed_engine.load_kernel(trained.kernel, device)
+    checkpoint = None if start.state is None else Path(start.checkpoint)
+    fixed = settle_fixed_state(classifier, checkpoint, device)
     engine = deepspeed_engine.create_engine(
         module, trained.ds_config, lr_factor(settings, start.part_steps)
     )
@@ -91,12 +96,13 @@ def build(
     sampler = create_schedule_sampler(
         settings.schedule_sampler, module.diffusion.num_timesteps, device
     )
-    if start.state is not None:
-        disk.load(Path(start.checkpoint), start.state, engine=engine, sampler=sampler)
+    if checkpoint is not None:
+        disk.load(checkpoint, start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(
         device, micro_batch=trained.batch.micro, image_size=settings.image_size
     )
-    return Setup(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
+    vote = StopVote(requests)
+    return Setup(resolved, shards, val_shards, start, engine, fixed, sampler, vote, watch)
 
 
 def run(command: CommandLine, setup: Setup) -> int:

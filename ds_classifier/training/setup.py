@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
@@ -43,6 +44,7 @@ class Setup:
     val_shards: ShardSet | None
     start: Start  # where the run begins
     engine: Any  # DeepSpeed's
+    fixed: dict[str, Tensor]  # what training does not change, see fixed_state.py
     sampler: Any  # draws timesteps
     stop: StopVote
     watch: Watchdog

@@ -98,6 +98,34 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(rows, cell):
     assert row["rates"][2] == row["rates"][1] < row["rates"][3]
 
 
+def assert_fixed_state_stayed(row):
+    """Check the frozen half and the buffers, which rank 0 made in fp32 and int64."""
+    assert_resumed(row)
+    assert {n.split(".")[0] for n in row["stayed"]} == {"input_blocks", "count", "mask"}
+    assert row["kept"] == 2 * (row["parameters"] - len(row["stayed"]))
+
+
+def test_what_is_frozen_stays_in_full_precision(tmp_path):
+    rows = ask(2, "resume,skip", ["2-bf16-adamw-frozen"], tmp_path)
+    assert_fixed_state_stayed(rows["resume", "2-bf16-adamw-frozen"])
+    assert rows["skip", "2-bf16-adamw-frozen"]["stayed"]
+
+
+@pytest.mark.slow
+def test_what_is_frozen_stays_with_every_stage(tmp_path):
+    """Check the optimizer for bf16 under ZeRO 1, parts of parameters, and offload too."""
+    kinds = ("1-fp32-adamw", "1-bf16-adamw", "2-fp16-adamw", "3-bf16-adamw", "3p-fp32-adamw")
+    cells = [f"{kind}-frozen" for kind in (*kinds, "2o-bf16-adamw", "2-bf16-muon")]
+    rows = ask(2, "resume,skip", cells, tmp_path)
+    rows |= ask(1, "part", cells, tmp_path)
+    rows |= ask(2, "close", cells, tmp_path)
+    for cell in cells:
+        if "muon" not in cell:
+            assert_fixed_state_stayed(rows["resume", cell])
+        assert (rows["skip", cell]["stayed"], rows["skip", cell]["skipped"]) == (True, 1)
+        assert rows["close", cell]["distance"] < 0.15 * rows["resume", cell]["moved"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", SLOW)
 def test_more_kinds_of_engines(cell, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Train, save and load in DeepSpeed engines of several kinds: engine_cells.py FOLDER TASKS CELL...
 
 A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the optimizer to the CPU,
-"p" the parameters too. Every rank runs it. Tasks, joined by commas, each for all cells:
+"p" the parameters too; -frozen at its end freezes half of the classifier, and gives it buffers.
+Every rank runs it. Tasks, joined by commas, each for all cells:
 
 - resume: train 6 steps, saving at steps 2 and 6; load step 2 into a fresh engine and train it to
   step 6. Prints whether all weights, state, losses and rates are the same.
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fixed_state import settle_fixed_state
 from ds_classifier.checkpoint.writer import CheckpointWriter
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
@@ -114,15 +116,25 @@ def ds_config(cell: str) -> dict:
 class Cell:
     """A fresh engine of a cell."""
 
-    def __init__(self, cell: str, device, seed: int = 0):
+    def __init__(self, cell: str, device, seed: int = 0, checkpoint: Path | None = None):
         torch.manual_seed(seed + distributed.rank())  # rank 0's weights must win
         classifier = create_classifier(**SETTINGS.model_kwargs())
+        if cell.endswith("-frozen"):
+            classifier.input_blocks.requires_grad_(False)
+            classifier.register_buffer("count", torch.tensor(seed + distributed.rank()))
+            classifier.register_buffer("mask", torch.tensor([0.1, -torch.inf, torch.randn(())]))
+        self.made = {name: value.clone() for name, value in classifier.state_dict().items()}
+        path = None if distributed.rank() else checkpoint
+        self.fixed = settle_fixed_state(classifier, path, device)
         module = noised_classifier(classifier, SETTINGS)
         factor = deepspeed_engine.linear_anneal(8) if "scheduler" not in ds_config(cell) else None
         self.engine = deepspeed_engine.create_engine(module, ds_config(cell), factor)
         self.sampler = UniformSampler(module.diffusion.num_timesteps)
         self.meter = Meter(module.diffusion.num_timesteps, device)
         self.losses, self.rates = [], []
+        if checkpoint is not None:
+            state = distributed.on_rank_0(lambda: disk.read_state(checkpoint), device)
+            disk.load(checkpoint, state, engine=self.engine, sampler=self.sampler)
 
     def train(self, steps: int, spoil: int = -1) -> None:
         """Train until a number of steps is done. spoil: the step whose gradient is infinite."""
@@ -148,6 +160,7 @@ class Cell:
             folder,
             engine=self.engine,
             sampler=self.sampler,
+            fixed=self.fixed,
             keep_last=9,
             keep_every=0,
             max_failed=0,
@@ -156,15 +169,11 @@ class Cell:
         writer.finish()
         return folder / disk.step_name(self.engine.global_steps)
 
-    def load(self, path: Path) -> None:
-        state = distributed.on_rank_0(lambda: disk.read_state(path), self.engine.device)
-        disk.load(path, state, engine=self.engine, sampler=self.sampler)
-
 
 @contextlib.contextmanager
 def spoiled(engine):
     """Make one gradient infinite, although the loss is finite."""
-    weight = next(iter(engine.module.classifier.parameters()))
+    weight = next(p for p in engine.module.classifier.parameters() if p.requires_grad)
     hook = weight.register_hook(lambda grad: grad * torch.inf)
     yield
     hook.remove()
@@ -194,10 +203,17 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted(names | {n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])})
 
 
+def stayed(cell: Cell, checkpoint: Path) -> list[str]:
+    """Return the tensors of a checkpoint that are those of the classifier as it was made."""
+    saved = load_file(checkpoint / disk.MODEL)
+    return sorted(n for n, value in cell.made.items() if torch.equal(saved[n], value))
+
+
 def distance(one: Path, other: Path) -> float:
     """Return the norm of the difference of the weights of two checkpoints."""
     a, b = (load_file(p / disk.MODEL) for p in (one, other))
-    return sum(float((a[n] - b[n]).double().square().sum()) for n in a) ** 0.5
+    changed = [n for n in a if not torch.equal(a[n], b[n])]
+    return sum(float((a[n] - b[n]).double().square().sum()) for n in changed) ** 0.5
 
 
 def resume(cell: str, folder: Path, device) -> dict:
@@ -206,8 +222,7 @@ def resume(cell: str, folder: Path, device) -> dict:
     saved = whole.save(folder / "whole")
     whole.train(6)
     end = whole.save(folder / "whole")
-    again = Cell(cell, device, seed=5)
-    again.load(saved)
+    again = Cell(cell, device, seed=5, checkpoint=saved)
     same = again.save(folder / "again")
     again.train(6)
     again_end = again.save(folder / "again")
@@ -217,6 +232,7 @@ def resume(cell: str, folder: Path, device) -> dict:
         "loaded": differing(saved, same)[:3],
         "resumed": differing(end, again_end)[:3],
         "moved": distance(saved, end),
+        "stayed": stayed(whole, again_end),
         "first": whole.losses[0],
         "losses": again.losses == whole.losses[2:],
         "rates": again.rates == whole.rates[2:],
@@ -227,16 +243,14 @@ def resume(cell: str, folder: Path, device) -> dict:
 
 
 def part(cell: str, folder: Path, device) -> dict:
-    here = Cell(cell, device, seed=5)
-    here.load(folder / "whole" / disk.step_name(2))
+    here = Cell(cell, device, seed=5, checkpoint=folder / "whole" / disk.step_name(2))
     here.train(4)
     here.save(folder / "part")
     return {}
 
 
 def close(cell: str, folder: Path, device) -> dict:
-    here = Cell(cell, device, seed=5)
-    here.load(folder / "part" / disk.step_name(4))
+    here = Cell(cell, device, seed=5, checkpoint=folder / "part" / disk.step_name(4))
     here.train(6)
     end = here.save(folder / "close")
     if distributed.rank():
@@ -245,8 +259,7 @@ def close(cell: str, folder: Path, device) -> dict:
 
 
 def cross(cell: str, folder: Path, device, first: Path) -> dict:
-    here = Cell(cell, device, seed=5)
-    here.load(first / "whole" / disk.step_name(2))
+    here = Cell(cell, device, seed=5, checkpoint=first / "whole" / disk.step_name(2))
     same = here.save(folder / "cross")
     here.train(3)
     if distributed.rank():

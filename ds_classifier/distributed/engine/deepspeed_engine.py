@@ -157,14 +157,15 @@ def create_engine(
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters, tagged for the Muon optimizer.
+    """Yield the parameters that are trained, tagged for the Muon optimizer.
 
     DeepSpeed reads them after it has tagged them itself, by the names of language models.
     """
     for name, parameter in module.named_parameters():
         if getattr(parameter, "use_muon", False):
             parameter.use_muon = not name.startswith(NOT_HIDDEN)
-        yield parameter
+        if parameter.requires_grad:
+            yield parameter
 
 
 def _forget_gradients_of_skipped_steps(zero) -> None:
@@ -233,7 +234,7 @@ def grad_norm(engine) -> float:
 
 
 def param_norm(engine) -> float:
-    """Return the norm of all fp32 master weights. Every rank must call it.
+    """Return the norm of all trained weights, in fp32. Every rank must call it.
 
     It waits for the device.
     """

@@ -188,7 +188,10 @@ def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
     settings, batch = resolved.settings, resolved.batch
-    parameters = deepspeed_state.parameter_count(engine)
+    trained, frozen = deepspeed_state.parameter_counts(engine)
+    parameters = f"{trained + frozen:,} parameters"
+    if frozen:
+        parameters += f", {trained:,} of them trained"
 
     say = distributed.say_labelled
     held_out = "none"
@@ -197,7 +200,7 @@ def announce(setup: Setup, command: CommandLine) -> None:
         if not command.settings.val_data_dir:
             held_out += ", found beside the training split"
     say(
-        f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
+        f"classifier  {parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
         f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
     )
     noise = "none, at t = 0"
