@@ -151,7 +151,9 @@ class TrainingSettings:
         fixed=False,
     )
     lr: float = _setting(3e-4, "peak learning rate")
-    weight_decay: float = _setting(0.0, "decoupled weight decay, on every parameter")
+    weight_decay: float = _setting(
+        0.0, "decoupled weight decay, on every parameter that --no_decay does not name"
+    )
     anneal_lr: bool | None = _setting(
         None, "True: --lr_schedule linear, from lr to 0; False: constant (default: neither)"
     )
@@ -193,6 +195,21 @@ class TrainingSettings:
         "consecutive steps that may be skipped, for non-finite losses or gradients, before "
         "training stops",
         fixed=False,
+    )
+    freeze: str = _setting(
+        "",
+        "parameters that are not trained: trunk (all but the head), or patterns of their names, "
+        "separated by commas (default: none)",
+    )
+    lr_scale: str = _setting(
+        "",
+        "PATTERN=FACTOR[,PATTERN=FACTOR]: multiply the learning rate of the parameters whose names "
+        "match; the first match counts (default: none)",
+    )
+    no_decay: str = _setting(
+        "",
+        "parameters without weight decay: norms, biases, or patterns of their names, separated by "
+        "commas (default: none)",
     )
 
 
@@ -415,9 +432,9 @@ def changed_settings(
 
     free: names of settings that may differ in this run.
     """
-    saved = {"lr_schedule": "", "posterior_images": 0} | saved  # which version 0.1 did not have
+    saved = dataclasses.asdict(Settings()) | saved  # older versions did not have all of them
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS
-        if name not in free and name in saved and saved[name] != getattr(now, name)
+        if name not in free and saved[name] != getattr(now, name)
     ]

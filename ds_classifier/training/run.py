@@ -31,6 +31,7 @@ from ds_classifier.training.logs.lost import BadSamples, Lost, SkippedSteps, Too
 from ds_classifier.training.logs.profile import Profile
 from ds_classifier.training.logs.sanity import SanityWatch
 from ds_classifier.training.logs.screen import announce
+from ds_classifier.training.parameter_groups import divide_parameters
 from ds_classifier.training.rehearsal import preflight
 from ds_classifier.training.rehearsal.costs import rehearsed
 from ds_classifier.training.rehearsal.dry_run import dry_run
@@ -60,8 +61,10 @@ def build(
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
     torch.manual_seed(settings.seed)
     classifier = create_classifier(**settings.model_kwargs())
-    parameters = sum(p.numel() for p in classifier.parameters())
-    resolved = resolved.with_parameters(parameters)
+    groups = divide_parameters(classifier, settings, resolved.ds_config["optimizer"]["type"])
+    resolved = resolved.with_parameters(
+        sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    )
     module = noised_classifier(classifier, settings)
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
@@ -89,7 +92,7 @@ def build(
     checkpoint = None if start.state is None else Path(start.checkpoint)
     fixed = settle_fixed_state(classifier, checkpoint, device)
     engine = deepspeed_engine.create_engine(
-        module, trained.ds_config, lr_factor(settings, start.part_steps)
+        module, trained.ds_config, lr_factor(settings, start.part_steps), groups
     )
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
@@ -102,7 +105,7 @@ def build(
         device, micro_batch=trained.batch.micro, image_size=settings.image_size
     )
     vote = StopVote(requests)
-    return Setup(resolved, shards, val_shards, start, engine, fixed, sampler, vote, watch)
+    return Setup(resolved, shards, val_shards, start, groups, engine, fixed, sampler, vote, watch)
 
 
 def run(command: CommandLine, setup: Setup) -> int:

@@ -26,6 +26,7 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed.engine import deepspeed_engine
+from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader
@@ -43,6 +44,7 @@ class Setup:
     shards: ShardSet
     val_shards: ShardSet | None
     start: Start  # where the run begins
+    groups: list[Group] | None  # the parameters that are trained; None: all alike
     engine: Any  # DeepSpeed's
     fixed: dict[str, Tensor]  # what training does not change, see fixed_state.py
     sampler: Any  # draws timesteps

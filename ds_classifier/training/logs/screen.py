@@ -16,6 +16,7 @@ from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
+from ds_classifier.training.parameter_groups import describe
 from ds_classifier.training.setup import Setup
 
 REPEAT = 20  # rows between two heads of the table
@@ -222,6 +223,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         f"{deepspeed_engine.describe_device(engine.device)}; "
         f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
     )
+    for line in describe(setup.groups or []):
+        say(f"{'':12}{line}")
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
@@ -232,6 +235,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"start       from {setup.start.origin}; {length}")
     for note in setup.start.notes:
         say(f"  NOTE      {note}")
+    if settings.freeze and setup.start.state is None and not setup.start.initialized:
+        say("  NOTE      what is frozen was never trained; do: give its weights to --init_from")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
 
