@@ -1,8 +1,9 @@
 """Train, save and load in DeepSpeed engines of several kinds: engine_cells.py FOLDER TASKS CELL...
 
 A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the optimizer to the CPU,
-"p" the parameters too; -frozen at its end freezes half of the classifier, and gives it buffers.
-Every rank runs it. Tasks, joined by commas, each for all cells:
+"p" the parameters too; -frozen at its end freezes half of the classifier, and gives it buffers;
+-parts does so too, and trains the rest in groups. Every rank runs it. Tasks, joined by commas, each
+for all cells:
 
 - resume: train 6 steps, saving at steps 2 and 6; load step 2 into a fresh engine and train it to
   step 6. Prints whether all weights, state, losses and rates are the same.
@@ -11,6 +12,8 @@ Every rank runs it. Tasks, joined by commas, each for all cells:
   from those of the uninterrupted run.
 - cross: load step 2 of the first cell into each of the others, and print whether what is saved then
   is the same, and the relative difference of the next loss.
+- by_hand: train 6 steps, and by torch's AdamW with its own groups too. Prints how far the weights
+  are from those, and how far they moved. For one rank.
 - skip: train 4 steps, the second of them with an infinite gradient on one rank. Prints whether the
   weights stayed, the number of skipped steps, the optimizer's count and the rate of each step.
 
@@ -35,13 +38,15 @@ from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.fixed_state import settle_fixed_state
 from ds_classifier.checkpoint.writer import CheckpointWriter
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
-from ds_classifier.diffusion import UniformSampler
+from ds_classifier.diffusion import UniformSampler, stratified
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
+from ds_classifier.training.parameter_groups import divide_parameters
 from ds_classifier.training.step import Objective, train_step
 
 GLOBAL, MICRO = 8, 2
@@ -53,6 +58,11 @@ SETTINGS = Settings().replace(
     classifier_attention_resolutions="4",
     num_classes=10,
     noise_schedule="cosine",
+)
+PARTS = SETTINGS.replace(
+    freeze="input_blocks.*",
+    lr_scale="out.*=0.1,out.0.*=9,*.emb_layers.*=3",
+    no_decay="norms,biases",
 )
 OPTIMIZERS = {
     "adamw": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
@@ -119,7 +129,10 @@ class Cell:
     def __init__(self, cell: str, device, seed: int = 0, checkpoint: Path | None = None):
         torch.manual_seed(seed + distributed.rank())  # rank 0's weights must win
         classifier = create_classifier(**SETTINGS.model_kwargs())
-        if cell.endswith("-frozen"):
+        groups = None
+        if cell.endswith("-parts"):
+            groups = divide_parameters(classifier, PARTS, OPTIMIZERS[cell.split("-")[2]]["type"])
+        if cell.endswith(("-frozen", "-parts")):
             classifier.input_blocks.requires_grad_(False)
             classifier.register_buffer("count", torch.tensor(seed + distributed.rank()))
             classifier.register_buffer("mask", torch.tensor([0.1, -torch.inf, torch.randn(())]))
@@ -128,7 +141,7 @@ class Cell:
         self.fixed = settle_fixed_state(classifier, path, device)
         module = noised_classifier(classifier, SETTINGS)
         factor = deepspeed_engine.linear_anneal(8) if "scheduler" not in ds_config(cell) else None
-        self.engine = deepspeed_engine.create_engine(module, ds_config(cell), factor)
+        self.engine = deepspeed_engine.create_engine(module, ds_config(cell), factor, groups)
         self.sampler = UniformSampler(module.diffusion.num_timesteps)
         self.meter = Meter(module.diffusion.num_timesteps, device)
         self.losses, self.rates = [], []
@@ -140,10 +153,7 @@ class Cell:
         """Train until a number of steps is done. spoil: the step whose gradient is infinite."""
         while self.engine.global_steps < steps:
             step, ranks = self.engine.global_steps, distributed.world_size()
-            first = step * GLOBAL
-            own = [q for q in range(first, first + GLOBAL) if q % ranks == distributed.rank()]
-            micro = [own[i : i + MICRO] for i in range(0, len(own), MICRO)]
-            batches = [batch_at(positions) for positions in micro]
+            batches = batches_of(step)
             spoil_it = step == spoil and distributed.rank() == ranks - 1
             with spoiled(self.engine) if spoil_it else contextlib.nullcontext():
                 trained = train_step(self.engine, iter(batches), self.objective, self.meter)
@@ -177,6 +187,13 @@ def spoiled(engine):
     hook = weight.register_hook(lambda grad: grad * torch.inf)
     yield
     hook.remove()
+
+
+def batches_of(step: int) -> list[Batch]:
+    """Return this rank's micro-batches of a step."""
+    first, ranks = step * GLOBAL, distributed.world_size()
+    own = [q for q in range(first, first + GLOBAL) if q % ranks == distributed.rank()]
+    return [batch_at(own[i : i + MICRO]) for i in range(0, len(own), MICRO)]
 
 
 def batch_at(positions: list[int]) -> Batch:
@@ -265,6 +282,40 @@ def cross(cell: str, folder: Path, device, first: Path) -> dict:
     if distributed.rank():
         return {}
     return {"loaded": differing(first / "whole" / disk.step_name(2), same), "loss": here.losses}
+
+
+def by_hand(cell: str, folder: Path, device) -> dict:
+    here = Cell(cell, device)
+    here.train(6)
+    torch.manual_seed(0)
+    module = noised_classifier(create_classifier(**SETTINGS.model_kwargs()), SETTINGS)
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.GroupNorm)]
+    of_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    groups = []
+    for name, parameter in module.classifier.named_parameters():
+        if name.split(".")[0] == "input_blocks":
+            continue
+        factor = 0.1 if name.split(".")[0] == "out" else 3.0 if ".emb_layers." in name else 1.0
+        decays = parameter not in of_norms and not name.endswith("bias")
+        decay = 0.1 if decays else 0.0
+        groups.append({"params": [parameter], "factor": factor, "weight_decay": decay})
+    adam = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    for step, rate in enumerate(here.rates):
+        adam.zero_grad()
+        for batch in batches_of(step):
+            t, _ = here.sampler.sample(stratified(0, batch.positions, GLOBAL))
+            noise = keyed_noise(0, "noise", batch.positions, tuple(batch.images.shape[1:]))
+            losses, _ = module(batch.images, batch.labels, t, noise)
+            (losses.sum() / GLOBAL).backward()
+        for group in adam.param_groups:
+            group["lr"] = rate * group["factor"]
+        adam.step()
+    saved = load_file(here.save(folder / "whole") / disk.MODEL)
+    rows, moved = {"distance": 0.0}, {}
+    for name, value in module.classifier.state_dict().items():
+        rows["distance"] = max(rows["distance"], float((value - saved[name]).abs().max()))
+        moved[name.split(".")[0]] = float((here.made[name] - saved[name]).abs().max())
+    return rows | {"moved": moved, "rates": here.rates}
 
 
 def skip(cell: str, folder: Path, device) -> dict:
