@@ -17,6 +17,7 @@ from ds_classifier.config import Settings
 from ds_classifier.model import create_classifier, parse_channel_mult
 
 NAMED = 3  # tensors of a kind that an error names, at most
+HEAD = "out."  # how the names of the pool and the last layer begin
 
 
 def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path) -> Settings:
@@ -62,17 +63,31 @@ def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path
     return first
 
 
-def fitting_settings(weights: dict[str, Tensor], near: Settings) -> Settings | None:
-    """Return the settings nearest to `near` that build exactly these tensors; None if none do."""
-    if fits(weights, near):
+def fitting_settings(
+    weights: dict[str, Tensor], near: Settings, *, head: bool = True
+) -> Settings | None:
+    """Return the settings nearest to `near` that build exactly these tensors; None if none do.
+
+    head: False: the weights have none, as those of a diffusion model; it is that of `near`.
+    """
+    if fits(weights, near, head=head):
         return near
-    return min(_fitting(weights, near), key=lambda s: len(differences(s, near)), default=None)
+    fitting = _fitting(weights, near, head=head)
+    return min(fitting, key=lambda s: len(differences(s, near)), default=None)
 
 
-def nearest_tensors(weights: dict[str, Tensor], near: Settings) -> dict[str, Tensor]:
+def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors before the pool: time_embed, input_blocks and middle_block."""
+    return {name: value for name, value in tensors.items() if not name.startswith(HEAD)}
+
+
+def nearest_tensors(
+    weights: dict[str, Tensor], near: Settings, *, head: bool = True
+) -> dict[str, Tensor]:
     """Return the tensors, on the meta device, of the classifier most like these weights.
 
-    Compared are `near` and the settings that can be read off the weights.
+    Compared are `near` and the settings that can be read off the weights. head: False: only those
+    before the pool.
     """
 
     def distance(needed: dict[str, Tensor]) -> int:
@@ -80,9 +95,10 @@ def nearest_tensors(weights: dict[str, Tensor], near: Settings) -> dict[str, Ten
         return len(_names_and_shapes(weights) ^ _names_and_shapes(needed))
 
     built = []
-    for settings in [*_candidates(weights, near), near]:
+    for settings in [*_candidates(weights, near, head=head), near]:
         try:
-            built.append(tensors_of(settings))
+            tensors = tensors_of(settings)
+            built.append(tensors if head else without_head(tensors))
         except ValueError:  # these settings build no classifier
             continue
     return min(built, key=distance, default={})
@@ -132,12 +148,16 @@ def differences(settings: Settings, given: Settings) -> list[str]:
     ]
 
 
-def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
-    """Return whether settings build a classifier of exactly these names and shapes."""
+def fits(weights: dict[str, Tensor], settings: Settings, *, head: bool = True) -> bool:
+    """Return whether settings build a classifier of exactly these names and shapes.
+
+    head: False: without its head.
+    """
     try:
         own = tensors_of(settings)
     except ValueError:
         return False
+    own = own if head else without_head(own)
     return _names_and_shapes(own) == _names_and_shapes(weights)
 
 
@@ -150,20 +170,22 @@ def tensors_of(settings: Settings) -> dict[str, Tensor]:
         return create_classifier(**settings.model_kwargs()).state_dict()
 
 
-def _fitting(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
+def _fitting(weights: dict[str, Tensor], near: Settings, *, head: bool = True) -> list[Settings]:
     """Return all settings that build these tensors, each as near to `near` as it can be."""
     fitting = []
-    for candidate in filter(lambda settings: fits(weights, settings), _candidates(weights, near)):
+    for candidate in _candidates(weights, near, head=head):
+        if not fits(weights, candidate, head=head):
+            continue
         # A setting that the tensors do not decide keeps its value of `near`.
         for name, value in vars(near).items():
             nearer = candidate.replace(**{name: value})
-            if nearer != candidate and fits(weights, nearer):
+            if nearer != candidate and fits(weights, nearer, head=head):
                 candidate = nearer
         fitting.append(candidate)
     return fitting
 
 
-def _candidates(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
+def _candidates(weights: dict[str, Tensor], near: Settings, *, head: bool = True) -> list[Settings]:
     """Return settings read off the tensors, one per number of levels that their names allow.
 
     There are several where residual blocks halve the image: these have the names of other blocks.
@@ -171,7 +193,9 @@ def _candidates(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
     try:
         width = weights["time_embed.0.weight"].shape[1]
         in_channels = weights["input_blocks.0.0.weight"].shape[1]
-        pool, num_classes, side = _head_of(weights)
+        pool, num_classes, side = near.classifier_pool, near.num_classes, None
+        if head:
+            pool, num_classes, side = _head_of(weights)
         first_norm = weights["input_blocks.1.0.out_layers.0.weight"].shape[0]
         first_emb = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     except (KeyError, IndexError):
