@@ -212,6 +212,11 @@ def project(x: Tensor, layer: nn.Conv1d) -> Tensor:
     return F.linear(x, layer.weight[:, :, 0], layer.bias)
 
 
+def needs_gradient(module: nn.Module, *inputs: Tensor) -> bool:
+    """Return whether a module's output depends on anything that is trained."""
+    return any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Compute the sinusoidal embedding of timesteps [N]: [N, dim] fp32.
 
@@ -455,9 +460,10 @@ class EncoderUNetModel(nn.Module):
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.width).to(dtype))  # [N, E]
         h = x.to(dtype).contiguous(memory_format=self.memory_format)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         pooled = []  # for the spatial pools: the mean of each block's feature map, [N, C]
         for module in (*self.input_blocks, self.middle_block):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if recompute and needs_gradient(module, h, emb):
                 h = checkpoint(module, h, emb, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = module(h, emb)

@@ -14,6 +14,8 @@ OTHERS = ("3-fp32-adagrad",)
 SLOW = (
     *("1-fp32-adamw", "1-bf16-adamw", "2-fp32-adam", "3-fp16-adamw", "3p-fp32-adamw"),
     *("2-bf16-muon", "3-bf16-muon", "2o-bf16-muon", "3p-bf16-cpuadam", "2o-fp32-lion"),
+    *("1-fp32-adamw-parts", "1-bf16-adamw-parts", "2-fp16-adamw-parts", "3-bf16-adamw-parts"),
+    *("3p-fp32-adamw-parts", "2o-bf16-cpuadam-parts", "2-bf16-muon-frozen"),
 )
 
 
@@ -122,26 +124,13 @@ def test_groups_of_parameters_are_trained_as_by_torch_by_hand(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_frozen_stays_with_every_stage(tmp_path):
-    """Check the optimizer for bf16 under ZeRO 1, parts of parameters, and offload too."""
-    kinds = ("1-fp32-adamw", "1-bf16-adamw", "2-fp16-adamw", "3-bf16-adamw", "3p-fp32-adamw")
-    cells = [f"{kind}-parts" for kind in (*kinds, "2o-bf16-cpuadam")] + ["2-bf16-muon-frozen"]
-    rows = ask(2, "resume,skip", cells, tmp_path)
-    rows |= ask(1, "part", cells, tmp_path)
-    rows |= ask(2, "close", cells, tmp_path)
-    for cell in cells:
-        if "muon" not in cell:
-            assert_fixed_state_stayed(rows["resume", cell])
-        assert (rows["skip", cell]["stayed"], rows["skip", cell]["skipped"]) == (True, 1)
-        assert rows["close", cell]["distance"] < 0.15 * rows["resume", cell]["moved"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("cell", SLOW)
 def test_more_kinds_of_engines(cell, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # Muon would compile for a minute
     rows = ask(2, "resume,skip", [cell], tmp_path)
     assert_resumed(rows["resume", cell])
+    if cell.endswith("-parts"):
+        assert_fixed_state_stayed(rows["resume", cell])
     assert (rows["skip", cell]["stayed"], rows["skip", cell]["skipped"]) == (True, 1)
     ask(1, "part", [cell], tmp_path)
     rows |= ask(2, "close", [cell], tmp_path)

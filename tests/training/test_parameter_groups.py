@@ -125,7 +125,8 @@ def test_a_frozen_trunk_keeps_nothing_for_a_backward(recompute):
     )
     features = []
     classifier.out.register_forward_pre_hook(lambda head, args: features.append(args[0]))
-    images, labels = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    labels = torch.zeros(2, dtype=torch.int64)
     t, noise = torch.tensor([3, 500]), torch.ones(2, 16, 16, 3)
     with hooks:
         losses, _ = module(images, labels, t, noise)
