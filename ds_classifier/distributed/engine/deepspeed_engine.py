@@ -205,6 +205,12 @@ def _adapt_muon() -> None:
         original_muon.muon_update = update
 
 
+def precision_of(ds_config: dict[str, Any]) -> str:
+    """Return the name in DTYPES of the precision of the weights that a JSON computes with."""
+    enabled = (name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled"))
+    return next(enabled, "fp32")
+
+
 def precision(engine) -> str:
     """Return the name in DTYPES of the precision that the model computes in."""
     return next(name for name, dtype in DTYPES.items() if dtype == engine.get_data_types()[0])
