@@ -168,10 +168,12 @@ def eval_mode_notes(network: nn.Module) -> list[str]:
     random = [m for m in network.modules() if _draws(m)]
     lines = []
     if norms:
-        lines.append(f"{count(len(norms), 'batch norm')} keep their statistics, as in eval mode")
+        keep = "keep their" if len(norms) > 1 else "keeps its"
+        lines.append(f"{count(len(norms), 'batch norm')} {keep} statistics, as in eval mode")
     if random:
         kinds = ", ".join(sorted({type(m).__name__ for m in random}))
-        lines.append(f"{count(len(random), 'layer')} draw nothing, as in eval mode ({kinds})")
+        draw = "draw" if len(random) > 1 else "draws"
+        lines.append(f"{count(len(random), 'layer')} ({kinds}) {draw} nothing, as in eval mode")
     kept = [m for m in norms if m.running_mean is not None]
     if kept and not any(bool(m.running_mean.any()) for m in kept):
         lines.append(

@@ -144,6 +144,9 @@ def create_engine(
         engine, *_ = deepspeed.initialize(
             model=module, model_parameters=_parameters(module), config=ds_config
         )
+    for buffer in module.buffers():  # newer versions of DeepSpeed cast the parameters alone
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(next(module.parameters()).dtype)
     if lr_factor is not None:  # not given to initialize: ZeRO replaces some optimizers
         engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
     if getattr(engine.optimizer, "cpu_offload", False):
