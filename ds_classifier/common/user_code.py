@@ -16,6 +16,7 @@ from typing import Any
 
 from ds_classifier.common.text import first_line
 
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
 FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -71,7 +72,8 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
 def described(error: Exception) -> str:
     """Return an error of the user's code with its place: "TypeError: ... (mine.py, line 3)"."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
+    others = ("site-packages", PACKAGE)
+    own = [frame for frame in frames if not any(other in frame.filename for other in others)]
     place = (own or frames)[-1]
     words = f"{type(error).__name__}: {first_line(error)}"
     return f"{words} ({os.path.basename(place.filename)}, line {place.lineno})"

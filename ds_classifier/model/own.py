@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_classifier.common.text import count
 from ds_classifier.common.user_code import described, load_function
 from ds_classifier.model.torchvision_networks import is_torchvision
 
+aten = torch.ops.aten
 OFFERED = ("num_classes", "image_size", "in_channels")  # keywords of a factory
 FORWARD = "forward(x [N, C, S, S], t [N]) -> logits [N, K]"
 TRIED = 2  # images of the first try
@@ -146,13 +148,16 @@ def _problem(
     def there(value: Tensor) -> Tensor:
         kind = dtype if value.is_floating_point() else value.dtype
         if device == "meta":
-            return torch.empty_like(value, dtype=kind, device=device)
-        return value.detach().to(kind)
+            moved = torch.empty_like(value, dtype=kind, device=device)
+        else:
+            moved = value.detach().to(kind)
+        return moved.requires_grad_(value.requires_grad)
 
     tensors = {n: there(v) for n, v in (*network.named_parameters(), *network.named_buffers())}
     x = torch.zeros(TRIED, in_channels, image_size, image_size, device=device, requires_grad=True)
     t = torch.zeros(TRIED, dtype=torch.int64, device=device)
-    logits = functional_call(network, tensors, (x, t))
+    with _SameTypes():
+        logits = functional_call(network, tensors, (x, t))
     need = "need it for guidance, which follows that gradient"
     if not logits.requires_grad:
         return (
@@ -160,6 +165,18 @@ def _problem(
         )
     (gradient,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
     return "" if gradient is not None else f"whose logits do not depend on x; {need}"
+
+
+class _SameTypes(TorchDispatchMode):
+    """A mode in which products of tensors of two types fail, as they do on every real device."""
+
+    PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        floating = (a for a in args if torch.is_tensor(a) and a.is_floating_point())
+        if func.overloadpacket in self.PRODUCTS and len({a.dtype for a in floating}) > 1:
+            raise RuntimeError("got tensors of two types")
+        return func(*args, **(kwargs or {}))
 
 
 def eval_mode_notes(network: nn.Module) -> list[str]:
