@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_classifier.common import text
 from ds_classifier.config import Settings
-from ds_classifier.model import create_classifier, parse_channel_mult
+from ds_classifier.model import create_without_storage, parse_channel_mult
 
+ENCODER = "guided-diffusion's EncoderUNetModel"  # in errors
 NAMED = 3  # tensors of a kind that an error names, at most
 HEAD = "out."  # how the names of the pool and the last layer begin
 
@@ -34,7 +34,7 @@ def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path
     fitting = _fitting(weights, named)
     if not fitting:
         nearest = nearest_tensors(weights, named)
-        raise ValueError(f"got {path}, {misfit(weights, nearest, 'EncoderUNetModel')}")
+        raise ValueError(f"got {path}, {misfit(weights, nearest, ENCODER)}")
     wrong = [[n for n in differences(s, named) if n in given] for s in fitting]
     agreeing = [s for s, names in zip(fitting, wrong, strict=True) if not names]
     if not agreeing:
@@ -107,13 +107,10 @@ def nearest_tensors(
 def misfit(weights: dict[str, Tensor], needed: dict[str, Tensor], network: str) -> str:
     """Return how the tensors of a file differ from those that a network needs, for an error.
 
-    network: its name in guided-diffusion.
+    network: its name in the error.
     """
     if 2 * len(weights.keys() & needed.keys()) <= len(needed):
-        fault = (
-            f"whose tensors ({', '.join(list(weights)[:2])}, ...) are not those of "
-            f"guided-diffusion's {network}"
-        )
+        fault = f"whose tensors ({', '.join(list(weights)[:2])}, ...) are not those of {network}"
         alike = any(name.startswith("input_blocks.") for name in weights)
         return fault + alike * "; do: give the flags that it was built with, to see what differs"
     misshapen = [
@@ -132,10 +129,10 @@ def misfit(weights: dict[str, Tensor], needed: dict[str, Tensor], network: str) 
         for kind, found in kinds.items()
         if found
     ]
-    return f"with {'; '.join(parts)}; need the {len(needed)} of guided-diffusion's {network}"
+    return f"with {'; '.join(parts)}; need the {len(needed)} of {network}"
 
 
-def _names_and_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+def _names_and_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, value.shape) for name, value in tensors.items()}
 
 
@@ -152,22 +149,24 @@ def fits(weights: dict[str, Tensor], settings: Settings, *, head: bool = True) -
     """Return whether settings build a classifier of exactly these names and shapes.
 
     head: False: without its head.
+    Raises ValueError if a network that is not the encoder cannot be built.
     """
     try:
         own = tensors_of(settings)
     except ValueError:
+        if settings.classifier:
+            raise
         return False
     own = own if head else without_head(own)
     return _names_and_shapes(own) == _names_and_shapes(weights)
 
 
 def tensors_of(settings: Settings) -> dict[str, Tensor]:
-    """Return the state dict of a classifier of these settings, on the meta device (no storage).
+    """Return the state dict of a classifier of these settings, on the meta device where it can be.
 
     Raises ValueError for settings that build no classifier.
     """
-    with torch.device("meta"):
-        return create_classifier(**settings.model_kwargs()).state_dict()
+    return create_without_storage(**settings.model_kwargs()).state_dict()
 
 
 def _fitting(weights: dict[str, Tensor], near: Settings, *, head: bool = True) -> list[Settings]:

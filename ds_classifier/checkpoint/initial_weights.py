@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_classifier.checkpoint.fitting import (
+    ENCODER,
     differences,
     fitting_settings,
     misfit,
@@ -26,7 +27,9 @@ from ds_classifier.checkpoint.fitting import (
     tensors_of,
     without_head,
 )
+from ds_classifier.checkpoint.initial_own import load_own_weights
 from ds_classifier.checkpoint.weights import (
+    WeightsFile,
     find_recorded,
     read_recorded,
     read_weights,
@@ -59,9 +62,11 @@ def load_initial_weights(
     Raises ValueError for weights of another architecture, naming the flags that would fit, and for
     weights that are not finite, with which training would skip every step.
     """
+    if settings.classifier:
+        return _load_own(classifier, path, settings, classes, arrays)
     try:
         recorded = find_recorded(path)
-        weights = read_recorded(recorded) if recorded else read_weights(path)
+        weights = read_recorded(recorded, "") if recorded else read_weights(path)
         refuse_not_finite(weights, path)
     except ValueError as error:
         raise ValueError(f"--init_from: {error}") from None
@@ -81,7 +86,7 @@ def load_initial_weights(
         needed = own if theirs else nearest_tensors(weights, settings)
         raise ValueError(
             _other_settings(path, theirs, settings)
-            or f"--init_from: got {path}, {misfit(weights, needed, 'EncoderUNetModel')}"
+            or f"--init_from: got {path}, {misfit(weights, needed, ENCODER)}"
         )
     classifier.load_state_dict(kept, strict=False)
     if head:
@@ -89,11 +94,7 @@ def load_initial_weights(
             f"another number of classes, {len(weights[head[0]])} there and {len(classes)} here: "
             f"the head starts afresh ({', '.join(head)})"
         )
-    if recorded is not None:
-        there, here = _scaling(recorded.arrays), _scaling(arrays)
-        if there != here:
-            notes.append(f"another x_0: {there} there, {here} here")
-        notes += _training_differences(recorded.settings, recorded.classes, settings, classes)
+    notes += _differences(recorded, settings, classes, arrays)
     origin = f"weights from {path}"
     return [f"{origin}, without its head" if head else origin, *notes]
 
@@ -113,7 +114,7 @@ def _load_first_half(
         raise ValueError(
             _flags_that_fit(f"the UNet in {path}", theirs, settings)
             or f"--init_from: got {path}, a UNet, "
-            + misfit(taken, nearest, "UNetModel, time_embed to middle_block")
+            + misfit(taken, nearest, "guided-diffusion's UNetModel, time_embed to middle_block")
         )
     classifier.load_state_dict(taken, strict=False)
     tops = {name.partition(".")[0] for name in unet}
@@ -126,6 +127,35 @@ def _load_first_half(
         f"assumed: the noise of this run, and {HEAD_CHANNELS} channels a head in the reference's "
         "legacy order (--use_new_attention_order False)",
     ]
+
+
+def _load_own(
+    classifier: nn.Module,
+    path: Path,
+    settings: Settings,
+    classes: list[str],
+    arrays: dict[str, Any] | None,
+) -> list[str]:
+    """Do the same as `load_initial_weights` for a network that is not the encoder."""
+    try:
+        recorded, origin, notes = load_own_weights(classifier, path, settings)
+    except ValueError as error:
+        raise ValueError(f"--init_from: {error}") from None
+    return [origin, *notes, *_differences(recorded, settings, classes, arrays)]
+
+
+def _differences(
+    recorded: WeightsFile | None,
+    settings: Settings,
+    classes: list[str],
+    arrays: dict[str, Any] | None,
+) -> list[str]:
+    """Return lines on how the earlier training differs from this one; none for a bare file."""
+    if recorded is None:
+        return []
+    there, here = _scaling(recorded.arrays), _scaling(arrays)
+    notes = [f"another x_0: {there} there, {here} here"] if there != here else []
+    return notes + _training_differences(recorded.settings, recorded.classes, settings, classes)
 
 
 def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_classifier.common.urls import scheme, without_logins
+from ds_classifier.common.user_code import json_object
 from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 
 NO_VALIDATION = "none"  # in place of shards to validate on
@@ -103,6 +104,15 @@ class ModelSettings:
     )
     classifier_channel_mult: str = _setting(
         "", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
+    )
+    classifier: str = _setting(
+        "",
+        "another network: package.module:factory, a function of yours, or torchvision:NAME, such "
+        "as torchvision:resnet50; see docs/extending.md (default: the encoder that the flags above "
+        "describe)",
+    )
+    classifier_args: str = _setting(
+        "", "keywords of that function, as a JSON object (default: none)"
     )
 
     def model_kwargs(self) -> dict[str, Any]:
@@ -225,7 +235,9 @@ class RunSettings:
     )
     init_from: str = _setting(
         "",
-        "weights to start from: a guided-diffusion .pt file, an export or a run (default: none)",
+        "weights to start from: a guided-diffusion .pt file, an export or a run; for a network of "
+        "torchvision also its file of weights, or torchvision, which downloads them (default: "
+        "none)",
         fixed=False,
     )
     log_interval: int = _setting(10, "steps between log lines", fixed=False)
@@ -386,6 +398,15 @@ def check_settings(settings: Settings) -> list[str]:
             f"--profile: got {settings.profile}; need {PROFILED} steps from there on, and the run "
             f"has {settings.steps}"
         )
+    if settings.classifier_args and not settings.classifier:
+        problems.append(
+            f"--classifier_args: got {settings.classifier_args!r}; need --classifier, the network "
+            "that takes them"
+        )
+    try:
+        json_object("--classifier_args", settings.classifier_args)
+    except ValueError as error:
+        problems.append(str(error))
     if settings.posterior_images and not settings.noised:
         problems.append(
             f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "

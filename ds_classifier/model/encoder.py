@@ -73,7 +73,7 @@ def parse_channel_mult(text: str, image_size: int) -> tuple[float, ...]:
     return mult
 
 
-def create_classifier(
+def create_encoder(
     *,
     image_size: int,
     classifier_width: int,
@@ -86,7 +86,7 @@ def create_classifier(
     in_channels: int = 3,
     classifier_channel_mult: str = "",
 ) -> EncoderUNetModel:
-    """Build a classifier from the reference's flags of the same names.
+    """Build the encoder from the reference's flags of the same names.
 
     image_size: side in pixels; a multiple of 2^(levels-1).
     classifier_width: channels at multiplier 1.

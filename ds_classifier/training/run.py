@@ -22,8 +22,9 @@ from ds_classifier.distributed.memory import MemoryAdvice
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.meter import Meter
-from ds_classifier.loss import noised_classifier
+from ds_classifier.loss import NoisedClassifier, noised_classifier
 from ds_classifier.model import create_classifier
+from ds_classifier.model.own import try_once
 from ds_classifier.training import loop
 from ds_classifier.training.between_steps import Checkpoints, Validation
 from ds_classifier.training.logs.log import RunLogger, TrainingLog, read_rows
@@ -59,13 +60,12 @@ def build(
     """
     settings = resolved.settings
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
-    torch.manual_seed(settings.seed)
-    classifier = create_classifier(**settings.model_kwargs())
+    module = build_module(resolved)
+    classifier = module.classifier
     groups = divide_parameters(classifier, settings, resolved.ds_config["optimizer"]["type"])
     resolved = resolved.with_parameters(
         sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     )
-    module = noised_classifier(classifier, settings)
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
@@ -75,7 +75,7 @@ def build(
         command,
         resolved,
         facts_of(resolved, shards),
-        classifier=classifier,
+        classifier=module.classifier,
         shell_lines=shell_lines,
         release_at_end=watch.release_at_end,
         device=device,
@@ -106,6 +106,31 @@ def build(
     )
     vote = StopVote(requests)
     return Setup(resolved, shards, val_shards, start, groups, engine, fixed, sampler, vote, watch)
+
+
+def build_module(resolved: Resolved) -> NoisedClassifier:
+    """Return the classifier and its loss, with the weights of the seed; a problem ends all ranks.
+
+    A network that is not the encoder is tried once.
+    """
+    settings = resolved.settings
+    torch.manual_seed(settings.seed)
+    try:
+        classifier = create_classifier(**settings.model_kwargs())
+        if settings.classifier:
+            precision = deepspeed_engine.precision_of(resolved.ds_config)
+            try_once(
+                classifier,
+                settings.classifier,
+                image_size=settings.image_size,
+                in_channels=settings.in_channels,
+                dtype=deepspeed_engine.DTYPES[precision],
+            )
+        return noised_classifier(classifier, settings)
+    except ValueError as error:
+        if distributed.world_size() > 1:  # a module of the user's may be missing on one node only
+            distributed.refuse(failures.summary(error))
+        raise
 
 
 def run(command: CommandLine, setup: Setup) -> int:

@@ -163,6 +163,9 @@ def create_engine(
     trained = _parameters(module) if groups is None else [g.of_optimizer() for g in groups]
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=ds_config)
+    for buffer in module.buffers():  # newer versions of DeepSpeed cast the parameters alone
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(next(module.parameters()).dtype)
     if lr_factor is not None:  # not given to initialize: ZeRO replaces some optimizers
         engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
     if groups is not None:
@@ -250,6 +253,12 @@ def _adapt_muon() -> None:
     if not hasattr(of_matrix, "takes_convolutions"):
         update.takes_convolutions = True
         original_muon.muon_update = update
+
+
+def precision_of(ds_config: dict[str, Any]) -> str:
+    """Return the name in DTYPES of the precision of the weights that a JSON computes with."""
+    enabled = (name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled"))
+    return next(enabled, "fp32")
 
 
 def precision(engine) -> str:

@@ -10,9 +10,10 @@ import re
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_classifier.model import create_classifier
+from ds_classifier.model import create_classifier, create_without_storage
 
 BACKWARD = 2  # a backward costs two forwards: gradients of the inputs and of the weights
 
@@ -42,12 +43,22 @@ PEAK_TFLOPS = {
 def forward_flops(model_kwargs: dict[str, Any]) -> int:
     """Return the operations of one image's forward through the classifier of these keywords.
 
-    Only shapes go through it; nothing is computed.
+    Only shapes go through it, and nothing is computed, unless a network needs numbers.
     """
-    with torch.device("meta"):
-        classifier = create_classifier(**model_kwargs)
-        size = classifier.image_size
-        x, timesteps = torch.empty(1, classifier.in_channels, size, size), torch.empty(1)
+    classifier = create_without_storage(**model_kwargs)
+    try:
+        return _counted(classifier, model_kwargs)
+    except Exception:
+        if not model_kwargs.get("classifier"):
+            raise
+    return _counted(create_classifier(**model_kwargs), model_kwargs)
+
+
+def _counted(classifier: nn.Module, model_kwargs: dict[str, Any]) -> int:
+    """Return the operations of one image's forward, on the device of the classifier."""
+    size, device = model_kwargs["image_size"], next(classifier.parameters()).device
+    x = torch.zeros(1, model_kwargs["in_channels"], size, size, device=device)
+    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         classifier(x, timesteps)
     return counter.get_total_flops()

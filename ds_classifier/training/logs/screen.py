@@ -16,6 +16,7 @@ from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
+from ds_classifier.model.own import eval_mode_notes
 from ds_classifier.training.parameter_groups import describe
 from ds_classifier.training.setup import Setup
 
@@ -200,10 +201,13 @@ def announce(setup: Setup, command: CommandLine) -> None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
         if not command.settings.val_data_dir:
             held_out += ", found beside the training split"
+    name = f"{settings.classifier}, " if settings.classifier else ""
     say(
-        f"classifier  {parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
+        f"classifier  {name}{parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
         f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
     )
+    for line in eval_mode_notes(engine.module.classifier):
+        say(f"{'':12}{line}")
     noise = "none, at t = 0"
     if settings.noised:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
