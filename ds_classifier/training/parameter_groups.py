@@ -15,8 +15,9 @@ from ds_classifier.config import Settings
 from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.engine.deepspeed_state import whole_shape
 from ds_classifier.model import EncoderUNetModel
+from ds_classifier.model.torchvision_networks import TimedNetwork
 
-TRUNK = "trunk"  # all but the head, for --freeze
+TRUNK = "trunk"  # for --freeze: all but the head, and, in torchvision's networks, the time layers
 NORMS, BIASES = "norms", "biases"  # for --no_decay
 
 
@@ -155,4 +156,8 @@ def _head(classifier: nn.Module) -> tuple[str, ...] | None:
     """Return how the names of the head's parameters begin; None if that is not known."""
     if isinstance(classifier, EncoderUNetModel):
         return ("out.",)
+    if isinstance(classifier, TimedNetwork):
+        layers = (nn.Linear, nn.Conv2d)
+        last = [n for n, m in classifier.network.named_modules() if isinstance(m, layers)][-1]
+        return f"network.{last}.", "time_embed.", "scale_shift."
     return None

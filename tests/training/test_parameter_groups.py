@@ -73,6 +73,17 @@ def test_the_trunk_is_all_but_the_head(pool):
         assert parameter.requires_grad == name.startswith("out.")
 
 
+def test_the_trunk_of_a_torchvision_network_is_all_but_its_last_layer_and_the_timesteps():
+    settings = Settings(classifier="torchvision:resnet18", num_classes=5, freeze="trunk")
+    classifier = create_classifier(**settings.model_kwargs())
+    divide_parameters(classifier, settings, "AdamW")
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    tops = {name.partition(".")[0] for name in trained}
+    assert tops == {"network", "time_embed", "scale_shift"}
+    of_network = {name for name in trained if name.startswith("network.")}
+    assert of_network == {"network.fc.weight", "network.fc.bias"}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

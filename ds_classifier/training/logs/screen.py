@@ -16,7 +16,7 @@ from ds_classifier.data.shards import ShardSet, neighbours
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
-from ds_classifier.model.own import eval_mode_notes
+from ds_classifier.model.own import eval_mode_notes, names_own_code
 from ds_classifier.training.parameter_groups import describe
 from ds_classifier.training.setup import Setup
 
@@ -239,7 +239,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"start       from {setup.start.origin}; {length}")
     for note in setup.start.notes:
         say(f"  NOTE      {note}")
-    if settings.freeze and setup.start.state is None and not setup.start.initialized:
+    fresh = setup.start.state is None and not setup.start.initialized
+    if settings.freeze and fresh and not names_own_code(settings.classifier):
         say("  NOTE      what is frozen was never trained; do: give its weights to --init_from")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
