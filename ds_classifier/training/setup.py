@@ -31,7 +31,12 @@ from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader
 from ds_classifier.loss import RecentImages
-from ds_classifier.training.logs.flops import Arithmetic, forward_flops
+from ds_classifier.training.logs.flops import (
+    Arithmetic,
+    forward_flops,
+    training_flops,
+    training_flops_with,
+)
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start
 
@@ -69,9 +74,13 @@ class Setup:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of a step, and what the device could do."""
-        device = self.engine.device
+        device, kwargs = self.engine.device, self.resolved.settings.model_kwargs()
+        named = self.engine.module.classifier.named_parameters()
+        frozen = [name for name, parameter in named if not parameter.requires_grad]
+        forward = forward_flops(kwargs)
         return Arithmetic(
-            forward_flops(self.resolved.settings.model_kwargs()),
+            forward,
+            training_flops_with(frozen, kwargs) if frozen else training_flops(forward),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             precision=deepspeed_engine.precision(self.engine),
         )

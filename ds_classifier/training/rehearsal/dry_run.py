@@ -32,7 +32,6 @@ from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter
-from ds_classifier.training.logs.flops import training_flops
 from ds_classifier.training.logs.log import RunLogger
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
@@ -321,7 +320,7 @@ def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_s
         validations=times_done(first_step, last, settings.eval_interval),
         save=save,
         saves=times_done(first_step, last, settings.save_interval),
-        gflops_per_image=training_flops(setup.arithmetic.forward) / 1e9,
+        gflops_per_image=setup.arithmetic.training / 1e9,
     ):
         say(line)
     say(save_line(save))
