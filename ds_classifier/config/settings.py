@@ -235,7 +235,8 @@ class RunSettings:
     )
     init_from: str = _setting(
         "",
-        "weights to start from: a guided-diffusion .pt file, an export or a run; for a network of "
+        "weights to start from: a guided-diffusion .pt file, of a classifier or a UNet, an "
+        "export or a run; for a network of "
         "torchvision also its file of weights, or torchvision, which downloads them (default: "
         "none)",
         fixed=False,
