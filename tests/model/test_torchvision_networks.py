@@ -205,3 +205,11 @@ def test_the_word_torchvision_downloads_the_weights(monkeypatch):
     monkeypatch.setattr(models.WeightsEnum, "get_state_dict", refuse)
     with pytest.raises(ValueError, match=r"no network here.*bring https://.*resnet18.*\.pth here"):
         download("torchvision:resnet18")
+
+
+def test_it_compiles_without_a_break_and_to_the_same_numbers():
+    timed, x, t = build("resnet18"), torch.rand(2, 3, 32, 32), torch.tensor([1, 600])
+    nn.init.normal_(timed.scale_shift[2].weight, std=0.1)
+    expected = timed(x, t)
+    timed.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(timed(x, t), expected)
