@@ -23,6 +23,11 @@ def fixed_tensors(classifier: nn.Module) -> dict[str, Tensor]:
     return {n: value for n, value in classifier.state_dict().items() if n not in trained}
 
 
+def trained_count(classifier: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+
+
 def settle_fixed_state(
     classifier: nn.Module, checkpoint: Path | None, device: torch.device
 ) -> dict[str, Tensor]:

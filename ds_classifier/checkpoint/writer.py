@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fixed_state import fixed_tensors
+from ds_classifier.checkpoint.fixed_state import fixed_tensors, trained_count
 from ds_classifier.checkpoint.replicas import check_replicas
 from ds_classifier.common import files
 from ds_classifier.common.text import count, first_line
@@ -39,9 +39,8 @@ BYTES_A_PARAMETER = 12  # fp32 weight and two moments of a parameter that is tra
 
 def checkpoint_bytes(classifier: nn.Module) -> int:
     """Return the size of a checkpoint of a classifier, in bytes."""
-    changing = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     fixed = sum(value.nbytes for value in fixed_tensors(classifier).values())
-    return BYTES_A_PARAMETER * changing + fixed
+    return BYTES_A_PARAMETER * trained_count(classifier) + fixed
 
 
 def check_room(checkpoints: Path, size: int) -> None:

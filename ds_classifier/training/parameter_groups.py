@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how: --freeze, --lr_scale and --no_decay.
+"""Decide which parameters are trained, and how: --freeze, --lr_scale and --no_decay.
 
 All three name parameters by patterns of their names in the classifier's state dict, as fnmatch
 reads them: `out.*` is the head of the reference's encoder.

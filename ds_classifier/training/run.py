@@ -10,7 +10,7 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fixed_state import settle_fixed_state
+from ds_classifier.checkpoint.fixed_state import settle_fixed_state, trained_count
 from ds_classifier.checkpoint.writer import checkpoint_bytes
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
@@ -18,6 +18,7 @@ from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import create_schedule_sampler
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
+from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.memory import MemoryAdvice
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
@@ -60,12 +61,9 @@ def build(
     """
     settings = resolved.settings
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
-    module = build_module(resolved)
+    module, groups = build_module(resolved)
     classifier = module.classifier
-    groups = divide_parameters(classifier, settings, resolved.ds_config["optimizer"]["type"])
-    resolved = resolved.with_parameters(
-        sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    )
+    resolved = resolved.with_parameters(trained_count(classifier))
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
@@ -75,14 +73,13 @@ def build(
         command,
         resolved,
         facts_of(resolved, shards),
-        classifier=module.classifier,
+        classifier=classifier,
         shell_lines=shell_lines,
         release_at_end=watch.release_at_end,
         device=device,
     )
     if command.preflight:
-        size = checkpoint_bytes(classifier)
-        preflight.look(resolved, shards, device, checkpoint_size=size)
+        preflight.look(resolved, shards, device, checkpoint_size=checkpoint_bytes(classifier))
     if start is None or command.preflight:
         return None
     resolved = resolved.with_part(start.part_steps)
@@ -108,8 +105,10 @@ def build(
     return Setup(resolved, shards, val_shards, start, groups, engine, fixed, sampler, vote, watch)
 
 
-def build_module(resolved: Resolved) -> NoisedClassifier:
+def build_module(resolved: Resolved) -> tuple[NoisedClassifier, list[Group] | None]:
     """Return the classifier and its loss, with the weights of the seed; a problem ends all ranks.
+
+    Returns also the groups of its parameters, see `divide_parameters`.
 
     A network that is not the encoder is tried once.
     """
@@ -126,7 +125,8 @@ def build_module(resolved: Resolved) -> NoisedClassifier:
                 in_channels=settings.in_channels,
                 dtype=deepspeed_engine.DTYPES[precision],
             )
-        return noised_classifier(classifier, settings)
+        groups = divide_parameters(classifier, settings, resolved.ds_config["optimizer"]["type"])
+        return noised_classifier(classifier, settings), groups
     except ValueError as error:
         if distributed.world_size() > 1:  # a module of the user's may be missing on one node only
             distributed.refuse(failures.summary(error))

@@ -123,7 +123,7 @@ def load_kernel(builder: str, device: torch.device) -> None:
 
 
 class Group(NamedTuple):
-    """Parameters that are trained alike.
+    """A group of parameters that are trained alike.
 
     lr_scale: what their learning rate is multiplied by. decayed: False: without weight decay.
     """
