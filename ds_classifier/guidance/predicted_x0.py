@@ -74,7 +74,7 @@ def differentiable(
 
 
 class _ExactXStart(torch.autograd.Function):
-    """E[x_0 | x_t] of an exact denoiser, and the product of a vector and its Jacobian."""
+    """The E[x_0 | x_t] of an exact denoiser, and the product of a vector and its Jacobian."""
 
     @staticmethod
     def forward(ctx, x_t: Tensor, exact: Any, alpha_bar: Tensor) -> Tensor:
