@@ -74,6 +74,5 @@ def described(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     others = ("site-packages", PACKAGE)
     own = [frame for frame in frames if not any(other in frame.filename for other in others)]
-    place = (own or frames)[-1]
-    words = f"{type(error).__name__}: {first_line(error)}"
-    return f"{words} ({os.path.basename(place.filename)}, line {place.lineno})"
+    place = f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {first_line(error)}{place}"

@@ -7,6 +7,8 @@ from itertools import count
 import pytest
 import torch
 from own_networks import SMALL, write_module
+from pages import python_blocks
+from running import ROOT
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -264,3 +266,22 @@ def test_init_from_takes_the_same_network_with_another_head(exported):
     wide = six | {"classifier_args": '{"width": 8}'}
     with pytest.raises(ValueError, match=r"--init_from: got .*conv.weight: got \[4, 3, 3, 3\]"):
         load_initial_weights(create_classifier(**wide, in_channels=3), path, Settings(**wide), [])
+
+
+@pytest.mark.parametrize("file", ["mynet.py", "mytimm.py"])
+def test_the_networks_of_the_page_work(file, module):
+    """Build each from the text of docs/extending.md; timm's with random weights."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    codes = [code for code in python_blocks(page) if "nn.Module" in code]
+    code = codes[["mynet.py", "mytimm.py"].index(file)]
+    name = module(code)
+    arguments = "{}"
+    if file == "mytimm.py":
+        pytest.importorskip("timm")
+        name = name.replace(":build", ":timed")
+        arguments = '{"name": "resnet10t", "pretrained": false}'
+    net = create_classifier(classifier=name, classifier_args=arguments, **SIZES)
+    for dtype in (torch.float32, torch.bfloat16):
+        try_once(net, name, image_size=8, in_channels=3, dtype=dtype)
+    logits = net(torch.rand(2, 3, 8, 8), torch.tensor([3, 800]))
+    assert logits.shape == (2, 5)

@@ -29,12 +29,12 @@ def test_a_killed_run_continues_bit_equal_and_its_export_loads(digits, tmp_path,
     assert "checkpoints/step-00000006, step 6" in done.output
     assert_same_state(*(r / "checkpoints" / "step-00000012" for r in (golden, killed)))
     assert without_clocks(read_log(killed)) == without_clocks(read_log(golden))
-    refused = train(2, "zero2_bf16", digits, killed, *FLAGS, "--extend", 20, expect=1)
+    refused = train(2, "zero2_bf16", digits, killed, *FLAGS, "--extend", 20, expect=2)
     assert f"classifier: '{name}' in the checkpoint, '' now" in refused.output
 
     program = ROOT / "launch" / "export.py"
     refused = run_python(program, killed, cwd=tmp_path)
-    assert refused.code == 1
+    assert refused.code == 2
     assert f"--classifier: got none; need {name}" in refused.output
     done = run_python(program, killed, "--classifier", name, cwd=tmp_path)
     assert done.code == 0, done.output
@@ -77,7 +77,7 @@ def test_a_network_that_does_not_work_ends_both_ranks_before_the_first_step(digi
     name = write_module(tmp_path, "own_run_module", text)
     for flags in (FLAGS, [*FLAGS, "--preflight"]):
         done = train(
-            2, "zero1_fp32", digits, tmp_path / "run", *flags, "--classifier", name, expect=1
+            2, "zero1_fp32", digits, tmp_path / "run", *flags, "--classifier", name, expect=2
         )
         assert done.output.count("error: ") == 1, done.output
         assert f"--classifier: got {name}, whose forward raised TypeError" in done.output
