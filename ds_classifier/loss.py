@@ -26,7 +26,6 @@ from torch.profiler import record_function as span
 from ds_classifier.common.user_code import load_function
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
-from ds_classifier.model import EncoderUNetModel
 
 # (logits [N, K] fp32, targets [N] int64 or [N, K] fp32, timesteps [N]) -> losses [N] fp32.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,6 +114,13 @@ class NoisedClassifier(nn.Module):
         self.classifier = classifier
         self.diffusion = diffusion
         self.loss = loss
+        self.train()
+
+    def train(self, mode: bool = True) -> NoisedClassifier:
+        """Set the mode of this module; the classifier stays in eval mode (see model/own.py)."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
 
     def forward(
         self,
@@ -145,13 +151,21 @@ class NoisedClassifier(nn.Module):
 
 
 def noised_classifier(
-    classifier: EncoderUNetModel, settings: Settings, kind: str = "class"
+    classifier: nn.Module, settings: Settings, kind: str = "class"
 ) -> NoisedClassifier:
     """Return the classifier with the settings' diffusion, compilation and checkpointing.
 
     kind: of the data's targets, one of KINDS, which decides the loss.
+    Raises ValueError if the network has no activation checkpointing.
     """
-    classifier.activation_checkpointing = settings.activation_checkpointing
+    if hasattr(classifier, "activation_checkpointing"):
+        classifier.activation_checkpointing = settings.activation_checkpointing
+    elif settings.activation_checkpointing:
+        raise ValueError(
+            f"--activation_checkpointing: got True with --classifier {settings.classifier}; need a "
+            "network with the attribute activation_checkpointing, which its forward obeys; do: "
+            "drop the flag"
+        )
     if settings.compile:
         classifier.compile()  # in place: the parameters keep their names
     diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())

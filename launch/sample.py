@@ -51,8 +51,8 @@ UNET = dict(
 WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a bare file does not record
 # Arguments that decide how samples are drawn, and all that samples.json records by their names.
-OF_DRAWING = ("joint_temperature", "marginal_temperature", "batch_size", "use_ddim",
-              "clip_denoised", "seed")  # fmt: skip
+OF_DRAWING = ("joint_temperature", "marginal_temperature", "classifier_on", "batch_size",
+              "use_ddim", "clip_denoised", "seed")  # fmt: skip
 RECORDED = ("classifier_use_fp16", "num_samples", "eta", *OF_DRAWING)
 
 
@@ -103,6 +103,9 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
     )
     add("--marginal_temperature", type=_finite, default=1.0, metavar="X", help="temperature "
         "of the sum over all classes [1]")  # fmt: skip
+    add("--classifier_on", default="x_t", choices=("x_t", "predicted_x0"), help="what the "
+        "classifier is shown: the noisy x_t, or, at t = 0, the denoiser's prediction of x_0, for "
+        "a classifier of clean images [x_t]")  # fmt: skip
     add(
         "--num_samples",
         type=int,
@@ -185,6 +188,8 @@ def _problem(arguments: argparse.Namespace) -> str:
                 f"--{name}: got {value:g}; need 1 for --classifier_path bayes, which has "
                 "probabilities and no logits"
             )
+    if bayes and arguments.classifier_on != "x_t":
+        return "--classifier_on: got predicted_x0; need x_t for --classifier_path bayes"
     shown = [f"{scale:g}" for scale in arguments.classifier_scale]
     if twice := [scale for scale in shown if shown.count(scale) > 1]:
         return (

@@ -6,12 +6,17 @@ Such a function is code, and runs: only what the user typed may name it, never a
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+from ds_classifier.common.text import first_line
+
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
 FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
@@ -46,3 +51,28 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
             f"{flag}: got {name!r}, but {module_name} {fault}; need a function or a class"
         )
     return function
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """Return the object in a flag's JSON, by name; {} for "".
+
+    Raises ValueError for text that is no JSON, or none of an object.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"""{flag}: got {text!r}; need a JSON object of keywords; do: write '{{"depth": 2}}'"""
+        )
+    return value
+
+
+def described(error: Exception) -> str:
+    """Return an error of the user's code with its place: "TypeError: ... (mine.py, line 3)"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = ("site-packages", PACKAGE)
+    own = [frame for frame in frames if not any(other in frame.filename for other in others)]
+    place = f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {first_line(error)}{place}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_classifier.common.urls import scheme, without_logins
+from ds_classifier.common.user_code import json_object
 from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 
 NO_VALIDATION = "none"  # in place of shards to validate on
@@ -109,6 +110,15 @@ class ModelSettings:
     classifier_channel_mult: str = _setting(
         "", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
     )
+    classifier: str = _setting(
+        "",
+        "another network: package.module:factory, a function of yours, or torchvision:NAME, such "
+        "as torchvision:resnet50; see docs/extending.md (default: the encoder that the flags above "
+        "describe)",
+    )
+    classifier_args: str = _setting(
+        "", "keywords of that function, as a JSON object (default: none)"
+    )
 
     def model_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `model.create_classifier`."""
@@ -162,7 +172,9 @@ class TrainingSettings:
         fixed=False,
     )
     lr: float = _setting(3e-4, "peak learning rate")
-    weight_decay: float = _setting(0.0, "decoupled weight decay, on every parameter")
+    weight_decay: float = _setting(
+        0.0, "decoupled weight decay, on every parameter that --no_decay does not name"
+    )
     anneal_lr: bool | None = _setting(
         None, "True: --lr_schedule linear, from lr to 0; False: constant (default: neither)"
     )
@@ -215,6 +227,21 @@ class TrainingSettings:
         "package.module:function of yours, (logits, targets, t) -> a loss per image, in place of "
         "cross-entropy; see docs/training.md (default: none)",
     )
+    freeze: str = _setting(
+        "",
+        "parameters that are not trained: trunk (all but the head), or patterns of their names, "
+        "separated by commas (default: none)",
+    )
+    lr_scale: str = _setting(
+        "",
+        "PATTERN=FACTOR[,PATTERN=FACTOR]: multiply the learning rate of the parameters whose names "
+        "match; the first match counts (default: none)",
+    )
+    no_decay: str = _setting(
+        "",
+        "parameters without weight decay: norms, biases, or patterns of their names, separated by "
+        "commas (default: none)",
+    )
 
 
 @dataclass(frozen=True)
@@ -229,7 +256,10 @@ class RunSettings:
     )
     init_from: str = _setting(
         "",
-        "weights to start from: a guided-diffusion .pt file, an export or a run (default: none)",
+        "weights to start from: a guided-diffusion .pt file, of a classifier or a UNet, an "
+        "export or a run; for a network of "
+        "torchvision also its file of weights, or torchvision, which downloads them (default: "
+        "none)",
         fixed=False,
     )
     log_interval: int = _setting(10, "steps between log lines", fixed=False)
@@ -392,6 +422,15 @@ def check_settings(settings: Settings) -> list[str]:
             f"has {settings.steps}"
         )
     problems += _sampling_problems(settings)
+    if settings.classifier_args and not settings.classifier:
+        problems.append(
+            f"--classifier_args: got {settings.classifier_args!r}; need --classifier, the network "
+            "that takes them"
+        )
+    try:
+        json_object("--classifier_args", settings.classifier_args)
+    except ValueError as error:
+        problems.append(str(error))
     if settings.posterior_images and not settings.noised:
         problems.append(
             f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "
@@ -453,9 +492,9 @@ def changed_settings(
 
     free: names of settings that may differ in this run.
     """
-    saved = {"lr_schedule": "", "posterior_images": 0} | saved  # which version 0.1 did not have
+    saved = dataclasses.asdict(Settings()) | saved  # older versions did not have all of them
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS
-        if name not in free and name in saved and saved[name] != getattr(now, name)
+        if name not in free and saved[name] != getattr(now, name)
     ]

@@ -108,8 +108,9 @@ def _read(source: WeightsFile, path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
+    recorded = {"classifier": "", "classifier_args": ""} | record.settings  # not in older ones
     kind = (record.format, record.version) == (EVALUATION_FORMAT, EVALUATION_VERSION)
-    if not kind or (record.weights_sha256, record.settings) != (source.sha256, settings):
+    if not kind or (record.weights_sha256, recorded) != (source.sha256, settings):
         return None
     rows = json.loads(text)["classifier"]  # with the fields that only a reader of the export uses
     return {

@@ -60,7 +60,8 @@ MEASURED = {
 def model_card(description: dict[str, Any], flags: str) -> str:
     """Return the text of the card.
 
-    description: an export's JSON. flags: the text of its flags file.
+    description: an export's JSON. flags: the text of its flags file; "" for another network than
+    the reference's.
     """
     name = description["name"]
     classifier, classes = description["classifier"], description["classes"]
@@ -79,7 +80,7 @@ def model_card(description: dict[str, Any], flags: str) -> str:
         + ("." if step is None else f" and was trained for {step:,} steps."),
         _files(description),
         _input(description),
-        _use(name, flags, targets, number),
+        _use(name, flags, targets, number) if flags else _use_own(description, targets, number),
         _evaluation(description["evaluation"]),
         _training(description),
         _classes(classes, number, targets),
@@ -142,10 +143,15 @@ def _front_matter(description: dict[str, Any]) -> str:
 def _files(description: dict[str, Any]) -> str:
     """Return the section on the files."""
     name = description["name"]
-    return (
+    files = (
         "## Files\n\n"
         f"- `{name}.safetensors`: the weights\n"
-        f"- `{name}.json`: all settings, class names and measured accuracies\n"
+        f"- `{name}.json`: all settings, class names and measured accuracies"
+    )
+    if "reference_flags" not in description:
+        return files
+    return (
+        f"{files}\n"
         f"- `{name}.pt`: the same weights in guided-diffusion's format, a plain state dict\n"
         f"- `{name}.flags.txt`: the flags for guided-diffusion's `classifier_sample.py`"
     )
@@ -176,8 +182,6 @@ def _use(name: str, flags: str, targets: Targets, number: int) -> str:
 
     number: of classes.
     """
-    given = "" if targets.kind == "class" else ", targets=model.targets"
-    width = 1.0 if targets.values is None else targets.values[-1] - targets.values[0]
     own = [line for line in flags.splitlines() if not line.startswith("#")]
     notes = [line.removeprefix("#").removeprefix(" ") for line in flags.splitlines()
              if line.startswith("#")]  # fmt: skip
@@ -197,11 +201,50 @@ def _use(name: str, flags: str, targets: Targets, number: int) -> str:
         + "\n\nWith `ds_classifier`, as a `cond_fn(x, t, y)` in samplers of the same process, or "
         "as a guide of any sampler of x = alpha x_0 + sigma noise, the schedulers of diffusers "
         "among them (`ds_classifier.guidance.guide_scheduler_output`):\n\n"
+        + _in_python(name, targets, number)
+    )
+
+
+def _use_own(description: dict[str, Any], targets: Targets, number: int) -> str:
+    """Return the section on the use of a network that is not the reference's.
+
+    number: of classes.
+    """
+    name, network = description["name"], description["classifier"]["classifier"]
+    arguments = description["classifier"]["classifier_args"]
+    if network.startswith("torchvision:"):
+        what = f"The network is torchvision's {network.removeprefix('torchvision:')}, whose norms "
+        what += "the timestep scales and shifts; it needs `torchvision`."
+        named = ""
+    else:
+        module, _, function = network.partition(":")
+        what = f"The network is built by the function `{function}` of the Python module `{module}`"
+        what += ", which is not among these files. It must be importable, and is named in the call,"
+        what += " since a file of weights does not choose which code runs."
+        named = f", classifier={json.dumps(network)}"
+    what += f" Its keywords: `{arguments}`." if arguments else ""
+    return (
+        f"## Use\n\n{what}\n\n"
+        "With `ds_classifier`, as a `cond_fn(x, t, y)` in samplers of the same process, or as a "
+        "guide of any sampler of x = alpha x_0 + sigma noise, the schedulers of diffusers among "
+        "them (`ds_classifier.guidance.guide_scheduler_output`):\n\n"
+        + _in_python(name, targets, number, named)
+    )
+
+
+def _in_python(name: str, targets: Targets, number: int, named: str = "") -> str:
+    """Return the code that loads and uses an export.
+
+    number: of classes. named: more arguments of load.
+    """
+    given = "" if targets.kind == "class" else ", targets=model.targets"
+    width = 1.0 if targets.values is None else targets.values[-1] - targets.values[0]
+    return (
         "```python\n"
         "import ds_classifier\n"
         "from ds_classifier.guidance import Guide, classifier_gradient\n"
         "\n"
-        f'model = ds_classifier.load("{name}.safetensors")  # device="cuda" for a GPU\n'
+        f'model = ds_classifier.load("{name}.safetensors"{named})  # device="cuda" for a GPU\n'
         f"cond_fn = classifier_gradient(model.classifier, scale=1.0{given})\n"
         f"guide = Guide(model.classifier, model.diffusion, scale=1.0{given})"
         "  # guide(x, alpha, sigma, y)\n"

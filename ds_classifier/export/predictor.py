@@ -323,6 +323,8 @@ def load(
     recipe, settings: settings of a bare file, by the names of the flags (noise_schedule="cosine").
         Its architecture is inferred from its tensors, its noise process is not. A run, a checkpoint
         and an export record their settings, which these may not contradict.
+    A network that is built by a function of yours (--classifier) is loaded only if it is named
+    here: load(path, classifier="package.module:factory").
     Raises ValueError if there is no classifier at path, if its weights are not finite, if settings
     contradict it, or if torch cannot use the device.
     """

@@ -27,6 +27,7 @@ from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser, read_images
 from ds_classifier.guidance.gradient import CondFn, bayes_gradient, classifier_gradient
 from ds_classifier.guidance.known_distribution import KnownDistribution, open_exact
+from ds_classifier.guidance.predicted_x0 import differentiable, predicted_x0_gradient
 from ds_classifier.guidance.sampling import (
     Denoiser,
     ReverseProcess,
@@ -38,6 +39,7 @@ from ds_classifier.guidance.sampling import (
 )
 from ds_classifier.guidance.unet import UNetModel, load_unet
 
+ON = ("x_t", "predicted_x0")  # what the classifier is shown
 MOST_COLOURED = 1000  # training arrays that the colours of samples are chosen by
 
 
@@ -97,23 +99,35 @@ class GuidedSampling:
         return exact_denoiser(self.exact, self.process)
 
     def cond_fn(
-        self, scale: float, *, joint_temperature: float = 1.0, marginal_temperature: float = 1.0
+        self,
+        scale: float,
+        *,
+        joint_temperature: float = 1.0,
+        marginal_temperature: float = 1.0,
+        classifier_on: str = ON[0],
     ) -> CondFn | None:
         """Return the guidance gradient at a scale, or None at scale 0.
 
-        The temperatures (see `classifier_gradient`) do not apply to the exact posterior.
+        classifier_on: one of ON, what the classifier is shown. It and the temperatures (see
+        `classifier_gradient`) do not apply to the exact posterior.
         """
         if scale == 0:
             return None
         if self.classifier is None:
             return bayes_gradient(self.exact, self.original, scale=scale)
-        return classifier_gradient(
-            self.classifier,
+        how = dict(
             scale=scale,
             joint_temperature=joint_temperature,
             marginal_temperature=marginal_temperature,
             targets=self.targets,
         )
+        if classifier_on == ON[0]:
+            return classifier_gradient(self.classifier, **how)
+        denoiser = self.denoiser
+        if self.unet is None:
+            denoiser = differentiable(self.exact, self.process.diffusion)
+        clean = self.original.model_timesteps(torch.zeros(1, dtype=torch.int64))
+        return predicted_x0_gradient(self.classifier, denoiser, self.process, clean, **how)
 
     def asked(self, classes: str, eta: float | None) -> np.ndarray:
         """Return what samples are asked to show, one after the other and again from the first.
@@ -171,12 +185,14 @@ class GuidedSampling:
         clip_denoised: bool,
         seed: int,
         progress: Callable[[int, int], None],
+        classifier_on: str = ON[0],
     ) -> np.ndarray:
         """Draw a sample per label, guided at a scale, on all ranks together: uint8 [N, S, S, C].
 
         Of arrays that are no pixels: x_0, fp32 [N, S, S, C].
 
-        labels: what is asked for, [N] or [N, K], see `asked`. scale, temperatures: see `cond_fn`.
+        labels: what is asked for, [N] or [N, K], see `asked`. scale, temperatures, classifier_on:
+            see `cond_fn`.
         batch_size: samples at a time, per rank. The others: see `sample_classes`.
         Raises FloatingPointError if there are samples that are not finite.
         """
@@ -188,6 +204,7 @@ class GuidedSampling:
                 scale,
                 joint_temperature=joint_temperature,
                 marginal_temperature=marginal_temperature,
+                classifier_on=classifier_on,
             ),
             labels,
             shape=(settings.in_channels, settings.image_size, settings.image_size),

@@ -88,10 +88,12 @@ class Validation:
         engine, settings = self._setup.engine, self._setup.resolved.settings
         if not deepspeed_state.is_sharded(engine):
             return engine.module.classifier
-        weights = deepspeed_state.whole_copies(engine)
+        weights = engine.module.classifier.state_dict()  # whole are its buffers alone
+        for name, weight in deepspeed_state.whole_copies(engine).items():
+            weights[name.removeprefix(PREFIX)] = weight
         classifier = create_classifier(**settings.model_kwargs())
         classifier.to(device=engine.device, dtype=engine.get_data_types()[0])
-        classifier.load_state_dict({n.removeprefix(PREFIX): v for n, v in weights.items()})
+        classifier.load_state_dict(weights)
         return classifier
 
     def _draw_grid(self, classifier: nn.Module) -> None:
@@ -125,6 +127,7 @@ class Checkpoints:
             run_dir / "checkpoints",
             engine=setup.engine,
             sampler=setup.sampler,
+            fixed=setup.fixed,
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
             max_failed=settings.max_failed_saves,

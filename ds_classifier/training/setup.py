@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
@@ -27,12 +28,18 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed.engine import deepspeed_engine
+from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.data import create_validation_loader, labels_of
 from ds_classifier.loss import RecentImages
 from ds_classifier.training.balance import Balance, measure
-from ds_classifier.training.logs.flops import Arithmetic, forward_flops
+from ds_classifier.training.logs.flops import (
+    Arithmetic,
+    forward_flops,
+    training_flops,
+    training_flops_with,
+)
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start
 
@@ -45,7 +52,9 @@ class Setup:
     shards: ShardSet
     val_shards: ShardSet | None
     start: Start  # where the run begins
+    groups: list[Group] | None  # the parameters that are trained; None: all alike
     engine: Any  # DeepSpeed's
+    fixed: dict[str, Tensor]  # what training does not change, see fixed_state.py
     sampler: Any  # draws timesteps
     stop: StopVote
     watch: Watchdog
@@ -73,9 +82,13 @@ class Setup:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of a step, and what the device could do."""
-        device = self.engine.device
+        device, kwargs = self.engine.device, self.resolved.settings.model_kwargs()
+        named = self.engine.module.classifier.named_parameters()
+        frozen = [name for name, parameter in named if not parameter.requires_grad]
+        forward = forward_flops(kwargs)
         return Arithmetic(
-            forward_flops(self.resolved.settings.model_kwargs()),
+            forward,
+            training_flops_with(frozen, kwargs) if frozen else training_flops(forward),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             precision=deepspeed_engine.precision(self.engine),
         )

@@ -21,7 +21,7 @@ from torch import nn
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.initial_weights import load_initial_weights
-from ds_classifier.checkpoint.writer import check_room
+from ds_classifier.checkpoint.writer import check_room, checkpoint_bytes
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
@@ -117,7 +117,7 @@ def open_run(
         else:
             start = Start(f"seed {settings.seed}", parts)
         if not command.skips_training:
-            check_room(run_dir / "checkpoints", sum(p.numel() for p in classifier.parameters()))
+            check_room(run_dir / "checkpoints", checkpoint_bytes(classifier))
             write_run_files(run_dir, resolved.with_part(start.part_steps), shell_lines)
             (run_dir / DONE).unlink(missing_ok=True)  # of the part before, if it is extended
         return asdict(start)

@@ -221,6 +221,7 @@ class Saves:
             folder,
             engine=bench.engine,
             sampler=UniformSampler(bench.engine.module.diffusion.num_timesteps),
+            fixed={},
             keep_last=1,
             keep_every=0,
             max_failed=0,

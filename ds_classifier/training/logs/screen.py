@@ -18,6 +18,8 @@ from ds_classifier.diffusion import range_in_words
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
+from ds_classifier.model.own import eval_mode_notes, names_own_code
+from ds_classifier.training.parameter_groups import describe
 from ds_classifier.training.setup import Setup
 
 REPEAT = 20  # rows between two heads of the table
@@ -195,7 +197,10 @@ def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
     settings, batch = resolved.settings, resolved.batch
-    parameters = deepspeed_state.parameter_count(engine)
+    trained, frozen = deepspeed_state.parameter_counts(engine)
+    parameters = f"{trained + frozen:,} parameters"
+    if frozen:
+        parameters += f", {trained:,} of them trained"
 
     say = distributed.say_labelled
     held_out = "none"
@@ -203,10 +208,13 @@ def announce(setup: Setup, command: CommandLine) -> None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
         if not command.settings.val_data_dir:
             held_out += ", found beside the training split"
+    name = f"{settings.classifier}, " if settings.classifier else ""
     say(
-        f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
+        f"classifier  {name}{parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
         f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
     )
+    for line in eval_mode_notes(engine.module.classifier):
+        say(f"{'':12}{line}")
     noise = "none, at t = 0"
     if settings.noised:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
@@ -230,6 +238,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}; "
         f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
     )
+    for line in describe(setup.groups or []):
+        say(f"{'':12}{line}")
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
@@ -240,6 +250,9 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"start       from {setup.start.origin}; {length}")
     for note in setup.start.notes:
         say(f"  NOTE      {note}")
+    fresh = setup.start.state is None and not setup.start.initialized
+    if settings.freeze and fresh and not names_own_code(settings.classifier):
+        say("  NOTE      what is frozen was never trained; do: give its weights to --init_from")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
 
