@@ -94,11 +94,9 @@ def build(
     )
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
+    levels = timestep_range(settings.t_range, module.diffusion)
     sampler = create_schedule_sampler(
-        settings.schedule_sampler,
-        module.diffusion.num_timesteps,
-        device,
-        levels=timestep_range(settings.t_range, module.diffusion),
+        settings.schedule_sampler, module.diffusion.num_timesteps, device, levels=levels
     )
     if checkpoint is not None:
         disk.load(checkpoint, start.state, engine=engine, sampler=sampler)

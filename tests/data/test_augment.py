@@ -112,7 +112,7 @@ def test_one_image_differs_by_position_and_by_seed():
 
 @pytest.mark.parametrize("source", ["random.randrange", "np.random.randint", "torch.randint"])
 def test_each_generator_is_keyed(source, tmp_path):
-    """What a function draws depends on the position, and not on the state that it finds."""
+    """The draws of a function depend on the position, and not on the state that it finds."""
     name = f"my_fill_{source.split('.')[0]}"
     drawn = "torch.randint(256, ())" if source == "torch.randint" else f"{source}(256)"
     text = f"def fill(image):\n    return torch.full_like(image, int({drawn}))\n"

@@ -197,24 +197,14 @@ def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
     settings, batch = resolved.settings, resolved.batch
-    trained, frozen = deepspeed_state.parameter_counts(engine)
-    parameters = f"{trained + frozen:,} parameters"
-    if frozen:
-        parameters += f", {trained:,} of them trained"
-
     say = distributed.say_labelled
     held_out = "none"
     if setup.val_shards is not None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
         if not command.settings.val_data_dir:
             held_out += ", found beside the training split"
-    name = f"{settings.classifier}, " if settings.classifier else ""
-    say(
-        f"classifier  {name}{parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
-        f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
-    )
-    for line in eval_mode_notes(engine.module.classifier):
-        say(f"{'':12}{line}")
+    for line in _of_classifier(setup):
+        say(line)
     noise = "none, at t = 0"
     if settings.noised:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
@@ -255,6 +245,21 @@ def announce(setup: Setup, command: CommandLine) -> None:
         say("  NOTE      what is frozen was never trained; do: give its weights to --init_from")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
+
+
+def _of_classifier(setup: Setup) -> list[str]:
+    """Return what the network is, and what it does not do in training."""
+    settings = setup.resolved.settings
+    trained, frozen = deepspeed_state.parameter_counts(setup.engine)
+    name = f"{settings.classifier}, " if settings.classifier else ""
+    parameters = f"{trained + frozen:,} parameters"
+    if frozen:
+        parameters += f", {trained:,} of them trained"
+    line = (
+        f"classifier  {name}{parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
+        f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
+    )
+    return [line, *(f"{'':12}{note}" for note in eval_mode_notes(setup.engine.module.classifier))]
 
 
 def _of_objective(setup: Setup) -> list[str]:
