@@ -104,7 +104,7 @@ class Answers:
 
     @cached_property
     def yes(self) -> Tensor:
-        """The answer for each class, True with a probability above 0.5, [N, K] bool."""
+        """The classes that are found, with a probability above 0.5, [N, K] bool."""
         return self.logits > 0
 
     @cached_property
