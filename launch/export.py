@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None, prog: str = "export.py") -> int:
         f"{exported.largest_difference:.1g} at most"
     )
     print("loads in: ds_classifier.load, sample.py, diffusers' schedulers (docs/guidance.md)")
-    if exported.obstacles:
+    if exported.obstacles is None:
+        print("not in guided-diffusion, which has no such network")
+    elif exported.obstacles:
         flags = next(path for path in exported.paths if path.suffix == ".txt")
         print(f"and in guided-diffusion after the edits to its code that {flags.name} lists, for:")
         for obstacle in exported.obstacles:

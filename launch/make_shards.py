@@ -24,6 +24,7 @@ from ds_classifier.common.progress import Progress
 from ds_classifier.common.text import count, percent
 from ds_classifier.common.urls import scheme, shown
 from ds_classifier.config.parser import Parser
+from ds_classifier.data.labels.targets import ASKED
 
 if TYPE_CHECKING:
     from ds_classifier.data.remote.mirror import Mirror
@@ -125,7 +126,19 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         type=_columns,
         metavar="COLUMNS",
         help="names of the columns: path=file,label=class in a list, image=img,label=fine_label in "
-        "parquet and .npz [found if that is clear]",
+        "parquet and .npz [found if that is clear]; label=a,b,c or label=p_* for targets with a "
+        "column for each class; weight=NAME for the weights of images in the loss",
+    )
+    command.add_argument(
+        "--targets",
+        choices=ASKED,
+        default="class",
+        help="what the labels of a list, parquet or arrays are: one class; several classes, as a "
+        "list or columns of 0 and 1; soft, probabilities that sum to 1; a teacher's logits, stored "
+        "as probabilities; values, numbers that are put into bins [class]",
+    )
+    command.add_argument(
+        "--bins", type=int, metavar="K", help="of --targets values, with about equal counts [20]"
     )
     command.add_argument(
         "--image_size",
@@ -264,10 +277,11 @@ def _opened_output(out: Path | str) -> Iterator[tuple[Path, Mirror | None]]:
 
 
 def _columns(text: str) -> dict[str, str]:
-    pairs = [pair.split("=", 1) for pair in text.split(",")]
-    if any(len(pair) != 2 or pair[0] not in ("image", "path", "label") for pair in pairs):
+    pairs = [pair.split("=", 1) for pair in re.split(r",(?=[^,]*=)", text)]
+    if any(len(pair) != 2 or pair[0] not in ("image", "path", "label", "weight") for pair in pairs):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; need path=NAME,label=NAME for a list, image=NAME,label=NAME for parquet"
+            f"got {text!r}; need path=NAME,label=NAME for a list, image=NAME,label=NAME for "
+            "parquet; both with weight=NAME or without"
         )
     return dict(pairs)
 
@@ -295,6 +309,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             f"--form: got {arguments.form} without --image_size; need the size that images are "
             "halved for, because images that are not halved are copied untouched"
         )
+    from ds_classifier.data.convert.bins import BINS, with_bins
     from ds_classifier.data.convert.convert import Encoding, convert
     from ds_classifier.data.convert.hold_out import hold_out, parse_share
     from ds_classifier.data.convert.sources import open_source
@@ -304,6 +319,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--val_labels: got {arguments.val_labels} with --val {arguments.val}, a share of the "
             "labelled images; do: drop it"
+        )
+    if arguments.bins is not None and (arguments.targets != "values" or arguments.bins < 2):
+        raise ValueError(
+            f"--bins: got {arguments.bins} with --targets {arguments.targets}; need 2 or more, "
+            "with --targets values"
         )
     _refuse_inside(arguments.source, arguments.out)
     with _opened_output(arguments.out) as (out, mirror):
@@ -317,12 +337,17 @@ def _convert(arguments: argparse.Namespace) -> int:
             labels=arguments.labels,
             scale=arguments.scale,
             shift=arguments.shift,
+            targets=arguments.targets,
         )
         for remark in source.remarks:
             print(remark)
         with Progress() as progress:
             if share:
                 source = hold_out(source, share, workers=arguments.workers, progress=progress)
+            if source.values_of:
+                source, remarks = with_bins(source, arguments.bins or BINS)
+                for remark in remarks:
+                    print(remark)
             manifests = convert(
                 source,
                 out,
@@ -378,16 +403,17 @@ def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
     place: OUT, which `out` stands for if it is a URL.
     """
     from ds_classifier.data.convert.convert import Encoding
-    from ds_classifier.data.shards import images_per_class
+    from ds_classifier.data.shards import images_per_class, open_shards
 
     for split, manifest in manifests.items():
-        images = images_per_class(out / split)
+        shards = open_shards(out / split)
+        images = images_per_class(shards)
         held = ""
         if split == "val" and manifest.held_out:
             fewest, most = min(images.values()), max(images.values())
             held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per class"
         stored = manifest.arrays or Encoding(manifest.image_size, manifest.form)
-        print(f"{_contents(f'{place}/{split}', manifest)}, {stored}{held}")
+        print(f"{_contents(f'{place}/{split}', manifest, shards.contents)}, {stored}{held}")
         _describe_arrays(split, manifest)
         if manifest.undecodable:
             print(
@@ -415,12 +441,12 @@ def _describe_arrays(split: str, manifest: Manifest) -> None:
             print(f"  {line}")
 
 
-def _contents(folder: str, manifest: Manifest) -> str:
+def _contents(folder: str, manifest: Manifest, labels: str = "") -> str:
     kind = "images" if manifest.arrays is None else "arrays"
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     return (
-        f"{folder}: {manifest.samples:,} {kind} of {len(manifest.classes)} classes in "
-        f"{count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB"
+        f"{folder}: {manifest.samples:,} {kind} {labels or f'of {len(manifest.classes)} classes'} "
+        f"in {count(len(manifest.shards), 'shard')}, {megabytes:.1f} MB"
     )
 
 

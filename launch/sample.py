@@ -32,6 +32,7 @@ from ds_classifier.config import RECIPES
 from ds_classifier.config.command_line import add_setting_flags
 from ds_classifier.config.parser import Parser, boolean
 from ds_classifier.config.settings import GROUPS
+from ds_classifier.diffusion import create_gaussian_diffusion, range_in_words, timestep_range
 from ds_classifier.distributed import failures
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ UNET = dict(
 WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 OF_MODEL = ("classifier", "diffusion")  # groups of settings that a bare file does not record
 # Arguments that decide how samples are drawn, and all that samples.json records by their names.
-OF_DRAWING = ("joint_temperature", "marginal_temperature", "batch_size", "use_ddim",
-              "clip_denoised", "seed")  # fmt: skip
-RECORDED = ("classifier_use_fp16", "num_samples", *OF_DRAWING)
+OF_DRAWING = ("joint_temperature", "marginal_temperature", "classifier_on", "batch_size",
+              "use_ddim", "clip_denoised", "seed")  # fmt: skip
+RECORDED = ("classifier_use_fp16", "num_samples", "eta", *OF_DRAWING)
 
 
 def main(argv: list[str] | None = None, prog: str = "sample.py") -> int:
@@ -102,6 +103,9 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
     )
     add("--marginal_temperature", type=_finite, default=1.0, metavar="X", help="temperature "
         "of the sum over all classes [1]")  # fmt: skip
+    add("--classifier_on", default="x_t", choices=("x_t", "predicted_x0"), help="what the "
+        "classifier is shown: the noisy x_t, or, at t = 0, the denoiser's prediction of x_0, for "
+        "a classifier of clean images [x_t]")  # fmt: skip
     add(
         "--num_samples",
         type=int,
@@ -113,8 +117,11 @@ def parse(argv: list[str], prog: str = "sample.py") -> tuple[argparse.Namespace,
         "--classes",
         default="",
         metavar="K,K",
-        help="classes to sample in turn, as numbers or names (default: all)",
+        help="classes to sample in turn, as numbers or names (default: all); of a classifier of "
+        "several classes per image also K+K, for both in one image",
     )
+    add("--eta", type=_finite, metavar="X", help="of a classifier of values: steer to larger ones "
+        "(above 0) or smaller ones (below 0), in 1 / unit of the value")  # fmt: skip
     add("--batch_size", type=int, default=16, metavar="N", help="samples at a time per rank [16]")
     add("--use_ddim", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="sample by DDIM in place of DDPM [False]")  # fmt: skip
@@ -181,6 +188,8 @@ def _problem(arguments: argparse.Namespace) -> str:
                 f"--{name}: got {value:g}; need 1 for --classifier_path bayes, which has "
                 "probabilities and no logits"
             )
+    if bayes and arguments.classifier_on != "x_t":
+        return "--classifier_on: got predicted_x0; need x_t for --classifier_path bayes"
     shown = [f"{scale:g}" for scale in arguments.classifier_scale]
     if twice := [scale for scale in shown if shown.count(scale) > 1]:
         return (
@@ -258,8 +267,12 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         arguments.clip_denoised = guided.pixels
     for note in source.notes() if source else []:
         distributed.say(note)
-    classes = guided.classes(arguments.classes)
-    labels = classes[np.arange(arguments.num_samples) % len(classes)]
+    if source and source.settings.t_range:
+        process = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
+        trained = timestep_range(source.settings.t_range, process)
+        distributed.say(f"the classifier was trained at {range_in_words(trained, process)} alone")
+    asked = guided.asked(arguments.classes, arguments.eta)
+    labels = asked[np.arange(arguments.num_samples) % len(asked)]
     steps, scales = guided.process.diffusion.num_timesteps, arguments.classifier_scale
     distributed.say(
         f"drawing {count(len(labels), 'sample')} at {count(len(scales), 'scale')}, "
@@ -280,22 +293,28 @@ def run(arguments: argparse.Namespace, given: dict) -> int:
         colours = guided.colours(samples[0])
         shown = samples if colours is None else [colours(drawn) for drawn in samples]
         rows = sample_files.write_overview(overview, scales, shown, labels, guided.names)
+        recorded = asked.tolist()  # classes
+        if guided.targets.kind == "classes":
+            recorded = [sample_files.classes_asked(one) for one in asked]
+        elif arguments.eta is not None:
+            recorded = []
         facts = {
             **guided.origin,
             "diffusion": settings.diffusion_kwargs(),
-            "classes": classes.tolist(),
+            "classes": recorded,
             "classifier_scale": scales,
             **{name: getattr(arguments, name) for name in RECORDED},
         }
         files.replace_text(out / "samples.json", json.dumps(facts, indent=1))
         (out / "fidelity.json").unlink(missing_ok=True)  # it is of an earlier run's samples
-        present = len(set(labels.tolist()))
+        present = len(sample_files.groups(labels))
         if colours is not None:
             print(f"the colours of the pictures are {colours.words}", flush=True)
-        which = "class" if rows == present else f"class for the first {rows} of {present:,}"
+        row = "class" if guided.targets.kind in ("class", "soft") else "request"
+        which = row if rows == present else f"{row} for the first {rows} of {present:,}"
         print(f"a row per {which}: {overview}", flush=True)
         if arguments.measure:
-            print(f"measuring against the exact posterior of {guided.exact}", flush=True)
+            print(f"measuring by {guided.exact}", flush=True)
             with Progress("noise levels") as progress:
                 measures = fidelity.measure(
                     guided, scales, samples, labels, seed=arguments.seed, progress=progress

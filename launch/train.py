@@ -129,6 +129,11 @@ def open_all(command: CommandLine) -> tuple[Resolved, ShardSet, ShardSet | None]
     settings = with_validation(command.settings)
     found_beside = settings != command.settings
     if command.overfit_steps:
+        if settings.loss:
+            raise ValueError(
+                f"--overfit_batch: got --loss {settings.loss}; need cross-entropy, whose least "
+                "value is 0; do: leave --loss out"
+            )
         # The schedule is that of the whole run; a few hundred steps may not leave its warm-up.
         settings = settings.replace(anneal_lr=False, lr_schedule="", warmup_steps=-1)
     command = dataclasses.replace(command, settings=settings)

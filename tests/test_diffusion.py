@@ -9,11 +9,13 @@ from running import GOLDEN
 
 from ds_classifier.common.keyed_noise import keyed_noise, keyed_uniform
 from ds_classifier.diffusion import (
+    SCHEDULE_SAMPLERS,
     LossSecondMomentSampler,
     UniformSampler,
     create_gaussian_diffusion,
     create_schedule_sampler,
     stratified,
+    timestep_range,
 )
 
 
@@ -326,3 +328,93 @@ def test_sampler_state_round_trip_and_names():
     assert all(torch.equal(copy.state()[k], v) for k, v in sampler.state().items())
     with pytest.raises(ValueError, match="schedule_sampler: got 'best'"):
         create_schedule_sampler("best", 10, "cpu")
+
+
+# ------------------------------------------------------------------------- a range of levels
+
+
+def cosine(steps=50):
+    return create_gaussian_diffusion(diffusion_steps=steps, noise_schedule="cosine")
+
+
+def test_a_range_names_the_levels_that_a_count_by_hand_finds():
+    diffusion = cosine(100)
+    for low, high in ((0, 60), (7, 29), (50, 100), (0, 1), (99, 100)):  # hundredths
+        by_hand = [t for t in range(100) if low <= t < high]
+        assert list(timestep_range(f"{low / 100}:{high / 100}", diffusion)) == by_hand
+    assert timestep_range("0.055:0.065", diffusion) == range(6, 7)
+    by_hand = [t for t in range(100) if -4 <= diffusion.log_snr[t] <= 2.5]
+    assert 0 < len(by_hand) < 100
+    assert list(timestep_range("snr:-4:2.5", diffusion)) == by_hand
+    assert timestep_range("", diffusion) == timestep_range("0:1", diffusion) == range(100)
+    respaced = create_gaussian_diffusion(diffusion_steps=1000, timestep_respacing="10")
+    assert timestep_range("0.0:0.6", respaced) == range(6)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("0.5", "need LOW:HIGH"),
+        ("0:0.5:1", "need LOW:HIGH"),
+        ("a:b", "need LOW:HIGH"),
+        ("nan:1", "need LOW:HIGH"),
+        ("log:0:1", "need LOW:HIGH"),
+        ("0.5:0.5", "need LOW below HIGH"),
+        ("snr:4:-4", "need LOW below HIGH"),
+        ("-0.1:0.5", "from 0 to 1"),
+        ("0.5:600", "from 0 to 1"),
+        ("0.501:0.509", "no noise level lies"),
+        ("snr:50:60", "no noise level lies"),
+    ],
+)
+def test_a_range_that_names_no_levels_is_refused(text, problem):
+    with pytest.raises(ValueError, match=f"--t_range: got '{text}'.*{problem}"):
+        timestep_range(text, cosine())
+
+
+@pytest.mark.parametrize("name", list(SCHEDULE_SAMPLERS))
+def test_a_range_restricts_a_samplers_own_distribution(name):
+    """The histogram inside the range is that of the draws over all levels that fall into it."""
+    levels, numbers = range(13, 31), keyed_uniform(0, "t", torch.arange(200_000))
+
+    def counts(levels):
+        sampler = create_schedule_sampler(name, 50, "cpu", levels=levels)
+        if sampler.needs_losses:
+            t = torch.arange(levels.start, levels.stop).repeat(10)
+            sampler.update(t, (t + 1).float())
+        t, _ = sampler.sample(numbers)
+        return torch.bincount(t, minlength=50).double()
+
+    inside, everywhere = counts(levels), counts(range(50))
+    assert inside.shape == (50,)
+    assert inside[13:31].sum() == 200_000
+    expected = everywhere[13:31] / everywhere[13:31].sum() * 200_000
+    assert ((inside[13:31] - expected) / expected.sqrt()).abs().max() < 5
+
+
+@pytest.mark.parametrize("name", list(SCHEDULE_SAMPLERS))
+def test_stratified_numbers_stay_stratified_in_a_range(name):
+    """Uniform t trains each of 18 levels about once in 18 samples; any sampler is monotone."""
+    sampler = create_schedule_sampler(name, 50, "cpu", levels=range(13, 31))
+    numbers = stratified(3, torch.arange(18 * 40), 18).view(40, 18)
+    t = torch.stack([sampler.sample(row)[0] for row in numbers])
+    assert ((t >= 13) & (t <= 30)).all()
+    if name != "noisy":  # the loss-second-moment sampler begins uniformly
+        assert (t.sort(dim=1).values.diff(dim=1) <= 2).all()
+    by_number = t.flatten()[numbers.flatten().argsort()]
+    assert (by_number.diff() >= 0).all()
+    again, _ = sampler.sample(numbers[7, 3:5])  # a pure function of the numbers
+    assert torch.equal(again, t[7, 3:5])
+    edges = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert sampler.sample(edges)[0].tolist() == [13, 30]
+
+
+def test_loss_second_moment_in_a_range_keeps_the_mean_over_it():
+    """E_p[w L] is the mean loss over the range; levels outside have no history to wait for."""
+    sampler = create_schedule_sampler("loss-second-moment", 50, "cpu", levels=range(20, 40))
+    loss_of_t = (torch.arange(50.0) - 15) ** 2
+    for _ in range(10):
+        sampler.update(torch.arange(20, 40), loss_of_t[20:40])
+    t, weights = sampler.sample(keyed_uniform(0, "t", torch.arange(200_000)))
+    assert (t > 30).float().mean() > 0.7
+    assert abs((weights * loss_of_t[t]).mean() / loss_of_t[20:40].mean() - 1) < 0.01

@@ -1,13 +1,26 @@
-"""The meaning of a pixel; posterior targets against the exact denoiser in float64."""
+"""The meaning of a pixel; losses by hand; posterior targets against the exact denoiser."""
 
+import numpy as np
 import pytest
 import torch
-from small_models import training_set
+from small_models import SMALL, training_set
 from torch import nn
 
+from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
-from ds_classifier.loss import EMPTY, NoisedClassifier, RecentImages, from_x_start, to_x_start
+from ds_classifier.loss import (
+    EMPTY,
+    NoisedClassifier,
+    RecentImages,
+    binary_cross_entropy,
+    cross_entropy,
+    from_x_start,
+    noised_classifier,
+    to_x_start,
+    users_loss,
+)
+from ds_classifier.model import create_classifier
 
 CLASSES = 7
 
@@ -28,6 +41,52 @@ def test_floating_values_are_x_start_already():
     latents = torch.tensor([-3.0, 0.25])
     assert torch.equal(to_x_start(latents), latents)
     assert to_x_start(latents, torch.float64).dtype == torch.float64
+
+
+def test_the_losses_of_several_classes_and_of_soft_vectors_are_those_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(9, 5, generator=generator)
+    several = (torch.rand(9, 5, generator=generator) < 0.3).float()
+    soft = torch.rand(9, 5, generator=generator).softmax(dim=1)
+    t, f = torch.zeros(9, dtype=torch.int64), logits.double().numpy()
+    p = 1 / (1 + np.exp(-f))
+    found = binary_cross_entropy(logits, several, t)
+    y = several.numpy()
+    np.testing.assert_allclose(found, -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(1), rtol=1e-5)
+    log_p = f - np.log(np.exp(f).sum(axis=1, keepdims=True))
+    found = cross_entropy(logits, soft, t)
+    np.testing.assert_allclose(found, -(soft.double().numpy() * log_p).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 500, 900])
+def test_the_expectation_of_vectors_is_the_mean_over_images(t):
+    """Vectors with one 1 have the posterior of classes; others the sum of w_i times theirs."""
+    images, labels = images_and_labels(30)
+    shape = tuple(images.shape[1:])
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine")
+    level, x_start = torch.full((5,), t), to_x_start(images[25:])
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(t))
+    x_t = diffusion.q_sample(x_start, level, noise)
+    alpha, sigma = diffusion.scales(level)
+    several = (torch.rand(30, CLASSES, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    one = nn.functional.one_hot(labels, CLASSES).float()
+    found = []
+    for targets in (labels, one, several):
+        recent = RecentImages(
+            32, image_shape=shape, num_classes=CLASSES, device="cpu", vectors=targets.dim() == 2
+        )
+        told = targets[:25].clone()
+        told[3] = EMPTY  # an image that did not decode
+        recent.add(images[:25], told, torch.arange(25))
+        found.append(recent.class_posterior(x_t, x_start, targets[25:], alpha, sigma))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+    known = [i for i in range(25) if i != 3]
+    for i in range(5):
+        others = torch.cat([x_start[i : i + 1], to_x_start(images[known])]).double().flatten(1)
+        far = (x_t[i].double().flatten() - alpha[i].double() * others).square().sum(dim=1)
+        w = (-far / (2 * sigma[i].double() ** 2)).softmax(dim=0)
+        expected = w @ torch.cat([several[25 + i : 26 + i], several[known]]).double()
+        torch.testing.assert_close(found[2][i].double(), expected, atol=2e-5, rtol=0)
 
 
 def images_and_labels(count):
@@ -113,3 +172,75 @@ def test_more_images_than_places_leave_the_last():
     recent.add(images, labels, torch.arange(10))
     assert sorted(recent._labels.tolist()) == sorted(labels[6:].tolist())
     assert {*map(tuple, recent._images.tolist())} == {*map(tuple, images[6:].flatten(1).tolist())}
+
+
+# ------------------------------------------------------------------------- a loss of the user's
+
+MODULE = """
+import torch
+import torch.nn.functional as F
+
+weight = torch.ones(1, requires_grad=True)
+
+def by_hand(logits, targets, t):
+    return F.cross_entropy(logits, targets, reduction="none") * (1 + 0 * t)
+
+def scalar(logits, targets, t):
+    return F.cross_entropy(logits, targets)
+
+def per_class(logits, targets, t):
+    return logits.mean(dim=0)
+
+def detached(logits, targets, t):
+    return F.cross_entropy(logits.detach(), targets, reduction="none") * weight
+
+def listed(logits, targets, t):
+    return list(F.cross_entropy(logits, targets, reduction="none"))
+
+def failing(logits, targets, t):
+    return logits @ targets
+
+def labels_only(logits, targets, t):
+    return F.nll_loss(logits.log_softmax(1), targets, reduction="none")
+"""
+
+
+@pytest.fixture
+def my_losses(tmp_path, monkeypatch):
+    """Write a module of the user's, and return its name."""
+    (tmp_path / "my_losses.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_losses"
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_loss_of_the_users_is_used(my_losses, vectors):
+    loss = users_loss(f"{my_losses}:by_hand", CLASSES, vectors=vectors)
+    logits, labels = torch.randn(5, CLASSES), torch.tensor([0, 6, 3, 3, 1])
+    found = loss(logits, labels, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(found, cross_entropy(logits, labels, labels))
+    settings = Settings(**SMALL, loss=f"{my_losses}:by_hand")
+    module = noised_classifier(create_classifier(**settings.model_kwargs()), settings, "classes")
+    assert module.loss.__name__ == "by_hand"  # it wins over that of the data's targets
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("scalar", r"returns the shape \[\] for logits \[4, 3\], targets \[4\] and t \[4\]; need"),
+        ("per_class", r"returns the shape \[3\] for logits \[4, 3\]"),
+        ("detached", "returns a loss without a gradient with respect to the logits"),
+        ("listed", "returns a list"),
+        ("failing", "fails for .*: RuntimeError: "),
+        ("absent", "no such name"),
+    ],
+)
+def test_a_loss_that_cannot_train_is_refused(my_losses, name, problem):
+    with pytest.raises(ValueError, match=f"--loss: got 'my_losses:{name}'.*{problem}"):
+        users_loss(f"{my_losses}:{name}", 3, vectors=False)
+
+
+def test_a_loss_of_labels_is_refused_for_vectors(my_losses):
+    assert users_loss(f"{my_losses}:labels_only", 3, vectors=False)
+    with pytest.raises(ValueError, match=r"targets \[4, 3\] and t \[4\]: RuntimeError"):
+        users_loss(f"{my_losses}:labels_only", 3, vectors=True)

@@ -16,6 +16,7 @@ from pages import GUIDES, commands, flags_of, is_python, parser_of, python_block
 from running import ROOT
 from small_models import SMALL
 
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.export.export import export
 
 TRAIN = ROOT / "launch" / "train.py"
@@ -26,9 +27,12 @@ OF_OTHERS = {"--user", "--format", "--nodes", "--gpus-per-node", "--gpus-per-tas
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A directory with the files that the pages name: a run, its export, images."""
+    """A directory with the files that the pages name: runs, an export, images."""
     run = make_run(tmp_path / "runs" / "digits32", step=150000)
     export(run, out=tmp_path)
+    make_run(tmp_path / "runs" / "tags", targets={"kind": "classes"})
+    ages = Targets("values", (3.0, 9.0, 20.0, 40.0, 70.0), (6.0, 12.0, 30.0, 60.0), "age")
+    make_run(tmp_path / "runs" / "ages", targets=ages.to_json())
     make_images(tmp_path, ["three.png", "seven.png"])
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,7 +1,9 @@
 """Write, verify, find, prune and load checkpoints.
 
     checkpoints/step-00010000/
-      model.safetensors      fp32 master weights under the reference's parameter names
+      model.safetensors      fp32 master weights, and what training does not change in its own
+                             dtypes (see fixed_state.py), by the names of the state dict, which
+                             are the reference's
       optimizer.safetensors  what the optimizer keeps of each weight, STATE.NAME, fp32, such as
                              Adam's exp_avg.NAME; schedule_sampler.NAME
       state.json             step, skipped steps, loss scaler, settings, classes, data; optimizer:
@@ -48,7 +50,18 @@ STATE, MANIFEST = "state.json", "manifest.json"
 PREFIX = "classifier."  # the engine's module is the NoisedClassifier
 NAME = re.compile(r"step-\d{8,}")  # the name of a checkpoint's directory
 SAMPLER = "schedule_sampler."
-SAFETENSORS_DTYPE = {torch.float32: "F32", torch.int64: "I64"}
+SAFETENSORS_DTYPE = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def step_name(step: int) -> str:
@@ -64,7 +77,7 @@ def commit(
 ) -> None:
     """Write a checkpoint and give it its name, `final`, by one rename; then name it in `latest`.
 
-    model, optimizer: contiguous CPU tensors, fp32 or int64. state: the content of state.json.
+    model, optimizer: contiguous CPU tensors of SAFETENSORS_DTYPE. state: the content of state.json.
     Raises OSError, which names the file, if something cannot be written. The checkpoints before it
     are then unchanged.
     """
@@ -121,7 +134,7 @@ def _tensor_file(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for value in tensors.values():
-        yield memoryview(value.reshape(-1).numpy()).cast("B")
+        yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
 
 
 def _set_later_aside(final: Path) -> None:
@@ -345,7 +358,7 @@ def _applied_in_part(state: dict[str, Any]) -> int:
 
 
 def read_model(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the classifier's fp32 weights, under the reference's names."""
+    """Read the classifier's state dict: fp32 weights, and fixed tensors in their dtypes."""
     return load_file(checkpoint / MODEL)
 
 
@@ -369,6 +382,7 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
     state: its `read_state`, on all ranks.
     On the same number of ranks, the following steps are bit-equal to those of the run that wrote
     it; if not, a note says so.
+    What training does not change is not read here: see fixed_state.py.
     Raises ValueError on all ranks if tensors are missing or have other shapes.
     """
     optimizer = deepspeed_state.OptimizerState(engine)
@@ -387,7 +401,7 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
             full.copy_(opened[file].get_tensor(name))
         return distributed.broadcast(full)
 
-    parameters = {n.removeprefix(PREFIX): p for n, p in engine.module.named_parameters()}
+    parameters = {n.removeprefix(PREFIX): p for n, p in deepspeed_state.trained(engine).items()}
     if saved["kind"] == optimizer.kind:
         optimizer.begin({parameters[name]: kept[name] for name in kept}, saved["scalars"])
     else:
@@ -427,8 +441,8 @@ def _check_tensors(checkpoint: Path, engine, sampler) -> dict[str, list[str]]:
     """
     model, optimizer = _names(checkpoint)
     shapes = {
-        name.removeprefix(PREFIX): list(deepspeed_state.whole_shape(parameter))
-        for name, parameter in engine.module.named_parameters()
+        name.removeprefix(PREFIX): deepspeed_state.whole_shape(parameter)
+        for name, parameter in deepspeed_state.trained(engine).items()
     }
     kept: dict[str, list[str]] = {name: [] for name in shapes}
     for full in optimizer:
@@ -441,12 +455,17 @@ def _check_tensors(checkpoint: Path, engine, sampler) -> dict[str, list[str]]:
         for name, parts in kept.items()
         for part in (parts if parts == ["momentum_buffer"] else usual)
     }
-    wanted |= {SAMPLER + name: list(v.shape) for name, v in sampler.state().items()}
-    for file, need, got in ((MODEL, shapes, model), (OPTIMIZER, wanted, optimizer)):
-        for name, shape in need.items():
-            if got.get(name) != shape:
-                raise ValueError(
-                    f"{checkpoint / file}: got {got.get(name, 'nothing')} for {name}; need the "
-                    f"shape {shape}; do: continue from a checkpoint of this classifier"
-                )
+    wanted |= {SAMPLER + name: v.shape for name, v in sampler.state().items()}
+    check_shapes(checkpoint / MODEL, shapes, model)
+    check_shapes(checkpoint / OPTIMIZER, wanted, optimizer)
     return kept
+
+
+def check_shapes(file: Path, need: dict[str, torch.Size], got: dict[str, list[int]]) -> None:
+    """Raise ValueError if a file lacks a tensor, or has it in another shape."""
+    for name, shape in need.items():
+        if got.get(name) != list(shape):
+            raise ValueError(
+                f"{file}: got {got.get(name, 'nothing')} for {name}; need the shape {list(shape)}; "
+                "do: continue from a checkpoint of this classifier"
+            )

@@ -9,14 +9,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_classifier.common import text
 from ds_classifier.config import Settings
-from ds_classifier.model import create_classifier, parse_channel_mult
+from ds_classifier.model import create_without_storage, parse_channel_mult
 
+ENCODER = "guided-diffusion's EncoderUNetModel"  # in errors
 NAMED = 3  # tensors of a kind that an error names, at most
+HEAD = "out."  # how the names of the pool and the last layer begin
 
 
 def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path) -> Settings:
@@ -33,7 +34,7 @@ def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path
     fitting = _fitting(weights, named)
     if not fitting:
         nearest = nearest_tensors(weights, named)
-        raise ValueError(f"got {path}, {misfit(weights, nearest, 'EncoderUNetModel')}")
+        raise ValueError(f"got {path}, {misfit(weights, nearest, ENCODER)}")
     wrong = [[n for n in differences(s, named) if n in given] for s in fitting]
     agreeing = [s for s, names in zip(fitting, wrong, strict=True) if not names]
     if not agreeing:
@@ -62,17 +63,31 @@ def infer_settings(weights: dict[str, Tensor], given: dict[str, Any], path: Path
     return first
 
 
-def fitting_settings(weights: dict[str, Tensor], near: Settings) -> Settings | None:
-    """Return the settings nearest to `near` that build exactly these tensors; None if none do."""
-    if fits(weights, near):
+def fitting_settings(
+    weights: dict[str, Tensor], near: Settings, *, head: bool = True
+) -> Settings | None:
+    """Return the settings nearest to `near` that build exactly these tensors; None if none do.
+
+    head: False: the weights have none, as those of a diffusion model; it is that of `near`.
+    """
+    if fits(weights, near, head=head):
         return near
-    return min(_fitting(weights, near), key=lambda s: len(differences(s, near)), default=None)
+    fitting = _fitting(weights, near, head=head)
+    return min(fitting, key=lambda s: len(differences(s, near)), default=None)
 
 
-def nearest_tensors(weights: dict[str, Tensor], near: Settings) -> dict[str, Tensor]:
+def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors before the pool: time_embed, input_blocks and middle_block."""
+    return {name: value for name, value in tensors.items() if not name.startswith(HEAD)}
+
+
+def nearest_tensors(
+    weights: dict[str, Tensor], near: Settings, *, head: bool = True
+) -> dict[str, Tensor]:
     """Return the tensors, on the meta device, of the classifier most like these weights.
 
-    Compared are `near` and the settings that can be read off the weights.
+    Compared are `near` and the settings that can be read off the weights. head: False: only those
+    before the pool.
     """
 
     def distance(needed: dict[str, Tensor]) -> int:
@@ -80,9 +95,10 @@ def nearest_tensors(weights: dict[str, Tensor], near: Settings) -> dict[str, Ten
         return len(_names_and_shapes(weights) ^ _names_and_shapes(needed))
 
     built = []
-    for settings in [*_candidates(weights, near), near]:
+    for settings in [*_candidates(weights, near, head=head), near]:
         try:
-            built.append(tensors_of(settings))
+            tensors = tensors_of(settings)
+            built.append(tensors if head else without_head(tensors))
         except ValueError:  # these settings build no classifier
             continue
     return min(built, key=distance, default={})
@@ -91,13 +107,10 @@ def nearest_tensors(weights: dict[str, Tensor], near: Settings) -> dict[str, Ten
 def misfit(weights: dict[str, Tensor], needed: dict[str, Tensor], network: str) -> str:
     """Return how the tensors of a file differ from those that a network needs, for an error.
 
-    network: its name in guided-diffusion.
+    network: its name in the error.
     """
     if 2 * len(weights.keys() & needed.keys()) <= len(needed):
-        fault = (
-            f"whose tensors ({', '.join(list(weights)[:2])}, ...) are not those of "
-            f"guided-diffusion's {network}"
-        )
+        fault = f"whose tensors ({', '.join(list(weights)[:2])}, ...) are not those of {network}"
         alike = any(name.startswith("input_blocks.") for name in weights)
         return fault + alike * "; do: give the flags that it was built with, to see what differs"
     misshapen = [
@@ -116,10 +129,10 @@ def misfit(weights: dict[str, Tensor], needed: dict[str, Tensor], network: str) 
         for kind, found in kinds.items()
         if found
     ]
-    return f"with {'; '.join(parts)}; need the {len(needed)} of guided-diffusion's {network}"
+    return f"with {'; '.join(parts)}; need the {len(needed)} of {network}"
 
 
-def _names_and_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+def _names_and_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, value.shape) for name, value in tensors.items()}
 
 
@@ -132,38 +145,46 @@ def differences(settings: Settings, given: Settings) -> list[str]:
     ]
 
 
-def fits(weights: dict[str, Tensor], settings: Settings) -> bool:
-    """Return whether settings build a classifier of exactly these names and shapes."""
+def fits(weights: dict[str, Tensor], settings: Settings, *, head: bool = True) -> bool:
+    """Return whether settings build a classifier of exactly these names and shapes.
+
+    head: False: without its head.
+    Raises ValueError if a network that is not the encoder cannot be built.
+    """
     try:
         own = tensors_of(settings)
     except ValueError:
+        if settings.classifier:
+            raise
         return False
+    own = own if head else without_head(own)
     return _names_and_shapes(own) == _names_and_shapes(weights)
 
 
 def tensors_of(settings: Settings) -> dict[str, Tensor]:
-    """Return the state dict of a classifier of these settings, on the meta device (no storage).
+    """Return the state dict of a classifier of these settings, on the meta device where it can be.
 
     Raises ValueError for settings that build no classifier.
     """
-    with torch.device("meta"):
-        return create_classifier(**settings.model_kwargs()).state_dict()
+    return create_without_storage(**settings.model_kwargs()).state_dict()
 
 
-def _fitting(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
+def _fitting(weights: dict[str, Tensor], near: Settings, *, head: bool = True) -> list[Settings]:
     """Return all settings that build these tensors, each as near to `near` as it can be."""
     fitting = []
-    for candidate in filter(lambda settings: fits(weights, settings), _candidates(weights, near)):
+    for candidate in _candidates(weights, near, head=head):
+        if not fits(weights, candidate, head=head):
+            continue
         # A setting that the tensors do not decide keeps its value of `near`.
         for name, value in vars(near).items():
             nearer = candidate.replace(**{name: value})
-            if nearer != candidate and fits(weights, nearer):
+            if nearer != candidate and fits(weights, nearer, head=head):
                 candidate = nearer
         fitting.append(candidate)
     return fitting
 
 
-def _candidates(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
+def _candidates(weights: dict[str, Tensor], near: Settings, *, head: bool = True) -> list[Settings]:
     """Return settings read off the tensors, one per number of levels that their names allow.
 
     There are several where residual blocks halve the image: these have the names of other blocks.
@@ -171,7 +192,9 @@ def _candidates(weights: dict[str, Tensor], near: Settings) -> list[Settings]:
     try:
         width = weights["time_embed.0.weight"].shape[1]
         in_channels = weights["input_blocks.0.0.weight"].shape[1]
-        pool, num_classes, side = _head_of(weights)
+        pool, num_classes, side = near.classifier_pool, near.num_classes, None
+        if head:
+            pool, num_classes, side = _head_of(weights)
         first_norm = weights["input_blocks.1.0.out_layers.0.weight"].shape[0]
         first_emb = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     except (KeyError, IndexError):

@@ -1,7 +1,8 @@
 """Start a training from other weights (--init_from): guided-diffusion's file, an export or a run.
 
 All weights are taken, with two exceptions: a head for another number of classes starts afresh, and
-the positional embedding for another image size is interpolated.
+the positional embedding for another image size is interpolated. Of a diffusion model, a UNet, the
+first half is taken, whose names are those of the classifier.
 
 The architecture is never taken from the weights: training's settings are fixed before the ranks
 meet and compared at every resume, and only rank 0 reads these weights.
@@ -18,13 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_classifier.checkpoint.fitting import (
+    ENCODER,
     differences,
     fitting_settings,
     misfit,
     nearest_tensors,
     tensors_of,
+    without_head,
 )
+from ds_classifier.checkpoint.initial_own import load_own_weights
 from ds_classifier.checkpoint.weights import (
+    WeightsFile,
     find_recorded,
     read_recorded,
     read_weights,
@@ -32,7 +37,10 @@ from ds_classifier.checkpoint.weights import (
 )
 from ds_classifier.config import Settings
 from ds_classifier.model import parse_channel_mult
+from ds_classifier.model.encoder import HEAD_CHANNELS
 
+SECOND_HALF = "output_blocks."  # of a UNet
+NOT_TAKEN = ("output_blocks", "out", "label_emb")  # of a UNet
 POSITIONAL_EMBEDDING = "out.2.positional_embedding"  # in the attention pool
 
 
@@ -45,7 +53,8 @@ def load_initial_weights(
 ) -> list[str]:
     """Load other weights into a classifier; return lines for the screen.
 
-    path: a guided-diffusion .pt, an export, a checkpoint or a run.
+    path: a guided-diffusion .pt, of a classifier or a diffusion model, an export, a checkpoint or a
+        run.
     settings, classes: the settings of `classifier` and the class names of its training data.
     arrays: what the manifest of these data records of arrays; None: images.
     The first line names the origin of the weights. The others say which weights were left out or
@@ -53,12 +62,16 @@ def load_initial_weights(
     Raises ValueError for weights of another architecture, naming the flags that would fit, and for
     weights that are not finite, with which training would skip every step.
     """
+    if settings.classifier:
+        return _load_own(classifier, path, settings, classes, arrays)
     try:
         recorded = find_recorded(path)
-        weights = read_recorded(recorded) if recorded else read_weights(path)
+        weights = read_recorded(recorded, "") if recorded else read_weights(path)
         refuse_not_finite(weights, path)
     except ValueError as error:
         raise ValueError(f"--init_from: {error}") from None
+    if any(name.startswith(SECOND_HALF) for name in weights):
+        return _load_first_half(classifier, weights, path, settings)
     theirs = recorded.settings if recorded else fitting_settings(weights, settings)
     own = classifier.state_dict()
     notes = []
@@ -73,7 +86,7 @@ def load_initial_weights(
         needed = own if theirs else nearest_tensors(weights, settings)
         raise ValueError(
             _other_settings(path, theirs, settings)
-            or f"--init_from: got {path}, {misfit(weights, needed, 'EncoderUNetModel')}"
+            or f"--init_from: got {path}, {misfit(weights, needed, ENCODER)}"
         )
     classifier.load_state_dict(kept, strict=False)
     if head:
@@ -81,13 +94,68 @@ def load_initial_weights(
             f"another number of classes, {len(weights[head[0]])} there and {len(classes)} here: "
             f"the head starts afresh ({', '.join(head)})"
         )
-    if recorded is not None:
-        there, here = _scaling(recorded.arrays), _scaling(arrays)
-        if there != here:
-            notes.append(f"another x_0: {there} there, {here} here")
-        notes += _training_differences(recorded.settings, recorded.classes, settings, classes)
+    notes += _differences(recorded, settings, classes, arrays)
     origin = f"weights from {path}"
     return [f"{origin}, without its head" if head else origin, *notes]
+
+
+def _load_first_half(
+    classifier: nn.Module, unet: dict[str, Tensor], path: Path, settings: Settings
+) -> list[str]:
+    """Load what a diffusion model's UNet has in common with a classifier; return lines.
+
+    Raises ValueError as `load_initial_weights` does.
+    """
+    taken = {name: v for name, v in unet.items() if name.partition(".")[0] not in NOT_TAKEN}
+    own = without_head(classifier.state_dict())
+    if taken.keys() != own.keys() or any(own[n].shape != v.shape for n, v in taken.items()):
+        theirs = fitting_settings(taken, settings, head=False)
+        nearest = nearest_tensors(taken, settings, head=False)
+        raise ValueError(
+            _flags_that_fit(f"the UNet in {path}", theirs, settings)
+            or f"--init_from: got {path}, a UNet, "
+            + misfit(taken, nearest, "guided-diffusion's UNetModel, time_embed to middle_block")
+        )
+    classifier.load_state_dict(taken, strict=False)
+    tops = {name.partition(".")[0] for name in unet}
+    left = [top for top in NOT_TAKEN if top in tops]
+    return [
+        f"the first half of the diffusion model {path}",
+        f"taken: {len(taken)} tensors of time_embed, input_blocks and middle_block; left out: "
+        f"{len(unet) - len(taken)} of {', '.join(left)}; the pool (out.*) starts afresh",
+        f"{path.name} does not record its noise process, nor how its attention is divided; "
+        f"assumed: the noise of this run, and {HEAD_CHANNELS} channels a head in the reference's "
+        "legacy order (--use_new_attention_order False)",
+    ]
+
+
+def _load_own(
+    classifier: nn.Module,
+    path: Path,
+    settings: Settings,
+    classes: list[str],
+    arrays: dict[str, Any] | None,
+) -> list[str]:
+    """Do the same as `load_initial_weights` for a network that is not the encoder."""
+    try:
+        recorded, origin, notes = load_own_weights(classifier, path, settings)
+    except ValueError as error:
+        raise ValueError(f"--init_from: {error}") from None
+    return [origin, *notes, *_differences(recorded, settings, classes, arrays)]
+
+
+def _differences(
+    recorded: WeightsFile | None,
+    settings: Settings,
+    classes: list[str],
+    arrays: dict[str, Any] | None,
+) -> list[str]:
+    """Return lines on how the earlier training differs from this one; none for a bare file."""
+    if recorded is None:
+        return []
+    there, here = _scaling(recorded.arrays), _scaling(arrays)
+    notes = [f"another x_0: {there} there, {here} here"] if there != here else []
+    return notes + _training_differences(recorded.settings, recorded.classes, settings, classes)
 
 
 def interpolate_positional_embedding(embedding: Tensor, side: int) -> Tensor:
@@ -180,12 +248,17 @@ def _other_settings(path: Path, theirs: Settings | None, settings: Settings) -> 
             needed = fitting_settings(tensors_of(_at_size_of(theirs, settings)), settings)
         except ValueError:
             needed = None
+    return _flags_that_fit(f"the classifier in {path}", needed, settings)
+
+
+def _flags_that_fit(what: str, needed: Settings | None, settings: Settings) -> str:
+    """Return the error for weights that need other settings; "" if that is not why."""
     flags = differences(needed, settings) if needed else []
     if not flags:
         return ""
     lines = [f"--{n}: got {getattr(settings, n)!r}; need {getattr(needed, n)!r}" for n in flags]
     return (
-        f"--init_from: the classifier in {path} was built with other settings:\n  "
+        f"--init_from: {what} was built with other settings:\n  "
         + "\n  ".join(lines)
         + "\ndo: give these flags"
     )

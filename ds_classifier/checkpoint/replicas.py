@@ -37,24 +37,25 @@ def not_finite(value: Tensor) -> Tensor:
     return (~(lowest.isfinite() & highest.isfinite())).long()
 
 
-def check_replicas(engine, tensors: dict[str, Tensor]) -> None:
+def check_replicas(engine, tensors: dict[str, Tensor], fixed: dict[str, Tensor]) -> None:
     """Compare tensors that must be equal on all ranks, by their bit sums; every rank must call it.
 
-    tensors: by name, the same names on all ranks. This rank's share of the master weights and
-        of the optimizer's state must be finite too.
+    tensors: by name, the same names on all ranks. They must be finite, and so must this rank's
+        share of the master weights and of the optimizer's state.
+    fixed: more of them, which may be infinite, such as a mask.
     Reads each number once, sends two per tensor, and waits for the device.
     Raises FloatingPointError on all ranks if tensors differ or are not finite.
     """
     infinite = [not_finite(value) for value in tensors.values()]
     share = sum(not_finite(value).to(engine.device) for value in optimizer_share(engine))
-    sums = [bit_sum(value) for value in tensors.values()]
-    everyone = distributed.all_gather(torch.stack([*sums, *infinite, share])).cpu()  # [W, 2n + 1]
+    sums = [bit_sum(value) for value in (*tensors.values(), *fixed.values())]
+    everyone = distributed.all_gather(torch.stack([*sums, *infinite, share])).cpu()  # [W, ...]
     rows, infinite_rows = everyone[:, : len(sums)], everyone[:, len(sums) :]
     again = (
         "nothing is saved at this step; do: run the same command again, it continues from the last "
         "good checkpoint"
     )
-    step, names = engine.global_steps, list(tensors)
+    step, names = engine.global_steps, [*tensors, *fixed]
     bad = infinite_rows.sum(dim=0).tolist()
     if any(bad):
         named = [name for name, count in zip(names, bad, strict=False) if count]

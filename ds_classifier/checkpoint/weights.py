@@ -20,21 +20,28 @@ import torch
 from torch import Tensor, nn
 
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fitting import differences, fits, infer_settings
+from ds_classifier.checkpoint.fitting import (
+    differences,
+    fits,
+    infer_settings,
+    misfit,
+    tensors_of,
+)
 from ds_classifier.checkpoint.wrapping import unwrap
 from ds_classifier.common import files
 from ds_classifier.common.text import first_line
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier
+from ds_classifier.model.own import OFFERED, names_own_code
 
 EXPORT_FORMAT, EXPORT_VERSION = "ds_classifier export", 1
 # The sections of an export's JSON that hold settings, under the names of `Settings`.
 SETTINGS_SECTIONS = ("classifier", "diffusion", "training")
 DESCRIPTION = {"files": dict, "step": int | None, "classes": list | None, "data": str | None}
 DESCRIPTION |= dict.fromkeys(SETTINGS_SECTIONS, dict)
-# Settings that the tensors do not show, or not fully: a default could build another classifier.
-NEEDED_SETTINGS = (*Settings().model_kwargs(), *Settings().diffusion_kwargs())
+# What a network that is not the encoder is built with.
+OF_OWN_NETWORK = (*OFFERED, "classifier", "classifier_args")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class WeightsFile:
     step, classes, data (the training set's fingerprint): None if unknown.
     sha256: hash of the file of weights, in hex.
     arrays: what a manifest records of the arrays that it was trained on; None: on images.
+    targets: what a manifest records of the targets that it was trained on; None: one class.
     inferred: for a "file", the names of the settings that were inferred from its tensors and that
         differ from the flags and defaults.
     """
@@ -57,6 +65,7 @@ class WeightsFile:
     classes: list[str] | None = None
     data: str | None = None
     arrays: dict[str, Any] | None = None
+    targets: dict[str, Any] | None = None
     inferred: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -102,6 +111,16 @@ class WeightsFile:
             )
 
 
+def architecture(classifier: str) -> list[str]:
+    """Return the names of the settings that build a network, which an export records.
+
+    classifier: "" for the encoder, whose exports do not name it.
+    """
+    if classifier:
+        return list(OF_OWN_NETWORK)
+    return [n for n in Settings().model_kwargs() if n not in ("classifier", "classifier_args")]
+
+
 def load_classifier(
     path: Path, given: dict[str, Any] | None = None
 ) -> tuple[WeightsFile, nn.Module]:
@@ -127,11 +146,18 @@ def open_weights(
     Raises ValueError if there are no weights at path, if recorded settings do not build them, or if
     a bare file's settings cannot be inferred or contradict `given`.
     """
+    given = given or {}
+    named = given.get("classifier", "")
     source = find_recorded(path)
     if source is not None:
-        return source, read_recorded(source)
-    given = given or {}
-    weights = read_weights(path)
+        return source, read_recorded(source, named)
+    weights = read_weights(path, own_network=bool(named))
+    if named:
+        settings = Settings(**given)
+        if not fits(weights, settings):
+            fault = misfit(weights, tensors_of(settings), f"--classifier {named}")
+            raise ValueError(f"got {path}, {fault}")
+        return WeightsFile(path.resolve(), settings, "file", files.sha256(path)), weights
     settings = infer_settings(weights, given, path)
     inferred = differences(settings, Settings(**given))
     digest = files.sha256(path)
@@ -164,7 +190,7 @@ def find_recorded(path: Path) -> WeightsFile | None:
         "checkpoint",
         manifest["files"][disk.MODEL]["sha256"],
         **{name: state[name] for name in ("step", "classes", "data")},
-        arrays=state.get("arrays"),
+        **{name: state.get(name) for name in ("arrays", "targets")},
     )
 
 
@@ -177,13 +203,25 @@ def home_of(path: Path) -> Path:
     return path.resolve().parent if source is None else source.home
 
 
-def read_recorded(source: WeightsFile) -> dict[str, Tensor]:
+def read_recorded(source: WeightsFile, named: str) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint or an export.
 
-    Raises ValueError if the settings recorded with it build another classifier.
+    named: the --classifier that the user named; "" if none. Only then is a function of the user's
+        called that is recorded with the weights.
+    Raises ValueError if another one is recorded, or if the settings recorded build another
+    classifier.
     """
-    path = source.path
-    weights = disk.read_model(path) if source.kind == "checkpoint" else read_weights(path)
+    path, recorded = source.path, source.settings.classifier
+    if names_own_code(recorded) and named != recorded:
+        raise ValueError(
+            f"--classifier: got {named or 'none'}; need {recorded}, the function that builds the "
+            f"network in {path}: no file chooses which code runs; do: give --classifier {recorded} "
+            "if you know it"
+        )
+    if source.kind == "checkpoint":
+        weights = disk.read_model(path)
+    else:
+        weights = read_weights(path, own_network=bool(recorded))
     if not fits(weights, source.settings):
         record = path if source.kind == "checkpoint" else path.with_suffix(".json")
         raise ValueError(
@@ -193,11 +231,12 @@ def read_recorded(source: WeightsFile) -> dict[str, Tensor]:
     return weights
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, *, own_network: bool = False) -> dict[str, Tensor]:
     """Read the state dict in a .pt or .safetensors file, without running any code in it.
 
     What other trainers save around it is left out (see `wrapping.unwrap`).
-    Raises ValueError for anything but names and dense, non-empty floating tensors.
+    own_network: it is of another network than the encoder, whose buffers may hold whole numbers.
+    Raises ValueError for anything but names and dense, non-empty tensors, floating ones if not.
     """
     try:
         if path.suffix == ".safetensors":
@@ -219,9 +258,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = unwrap(weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    fault = _fault_of_state_dict(weights)
+    fault = _fault_of_state_dict(weights, own_network=own_network)
     if fault is not None:
-        raise ValueError(f"{path}: got {fault}; need a state dict of dense floating tensors")
+        floating = "" if own_network else "floating "
+        raise ValueError(f"{path}: got {fault}; need a state dict of dense {floating}tensors")
     return weights
 
 
@@ -234,7 +274,7 @@ def refuse_not_finite(weights: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _fault_of_state_dict(weights: Any) -> str | None:
+def _fault_of_state_dict(weights: Any, *, own_network: bool) -> str | None:
     """Return why no settings can build these tensors, or None if nothing speaks against it."""
     if not isinstance(weights, dict) or not weights:
         return "nothing" if isinstance(weights, dict) else f"a {type(weights).__name__}"
@@ -245,7 +285,7 @@ def _fault_of_state_dict(weights: Any) -> str | None:
             return f"a {type(value).__name__} called {name!r}"
         if value.layout != torch.strided or value.is_nested or value.is_meta:
             return f"{name!r} as a sparse tensor, or one without storage"
-        if not value.is_floating_point():
+        if not value.is_floating_point() and not own_network:
             return f"{name!r} of {value.dtype}"
         if value.numel() == 0:
             return f"{name!r} of the shape {list(value.shape)}"
@@ -307,9 +347,9 @@ def _fault_of_description(description: dict[str, Any]) -> str | None:
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             return f"files: got {facts!r:.60} for {name}; need its sha256"
     recorded, kinds = _settings_in(description), get_type_hints(Settings)
-    fault = _fault_of_values(
-        recorded, {name: kinds[name] for name in (*NEEDED_SETTINGS, *recorded)}
-    )
+    # The tensors do not show all of these: a default could build another classifier.
+    needed = [*architecture(recorded.get("classifier", "")), *Settings().diffusion_kwargs()]
+    fault = _fault_of_values(recorded, {name: kinds[name] for name in (*needed, *recorded)})
     if fault is not None:
         return fault
     settings = Settings(**recorded)
@@ -317,8 +357,9 @@ def _fault_of_description(description: dict[str, Any]) -> str | None:
         create_gaussian_diffusion(**settings.diffusion_kwargs())
     except ValueError as error:
         return str(error)
-    if not isinstance(description.get("arrays"), dict | None):
-        return "arrays: need what a manifest records of them"
+    for name in "arrays", "targets":
+        if not isinstance(description.get(name), dict | None):
+            return f"{name}: need what a manifest records of them"
     classes = description["classes"]
     if classes is None:
         return None
@@ -377,5 +418,5 @@ def _find_export(path: Path) -> WeightsFile | None:
         "export",
         sha256,
         **{name: description[name] for name in ("step", "classes", "data")},
-        arrays=description.get("arrays"),
+        **{name: description.get(name) for name in ("arrays", "targets")},
     )

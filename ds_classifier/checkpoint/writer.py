@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fixed_state import fixed_tensors, trained_count
 from ds_classifier.checkpoint.replicas import check_replicas
 from ds_classifier.common import files
 from ds_classifier.common.text import count, first_line
@@ -33,13 +34,19 @@ from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 # Errors of a network file system or a failing-over disk that may not occur again.
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOLCK)
 RETRY_SECONDS = (1.0, 3.0, 9.0)  # pauses between tries
-BYTES_A_PARAMETER = 12  # fp32 weight and two moments
+BYTES_A_PARAMETER = 12  # fp32 weight and two moments of a parameter that is trained
 
 
-def check_room(checkpoints: Path, parameters: int) -> None:
+def checkpoint_bytes(classifier: nn.Module) -> int:
+    """Return the size of a checkpoint of a classifier, in bytes."""
+    fixed = sum(value.nbytes for value in fixed_tensors(classifier).values())
+    return BYTES_A_PARAMETER * trained_count(classifier) + fixed
+
+
+def check_room(checkpoints: Path, size: int) -> None:
     """Try to save a checkpoint, of nothing; raise ValueError if that fails.
 
-    Raises ValueError also if there is no room for two checkpoints.
+    size: see `check_free`. Raises ValueError also if there is no room for two checkpoints.
     """
     probe = checkpoints / ".probe"
     try:
@@ -59,15 +66,14 @@ def check_room(checkpoints: Path, parameters: int) -> None:
             f"note: the file system of {checkpoints} does not sync directories ({unsynced}): if "
             "its host fails, the newest checkpoint may be lost"
         )
-    check_free(checkpoints, parameters)
+    check_free(checkpoints, size)
 
 
-def check_free(checkpoints: Path, parameters: int) -> None:
+def check_free(checkpoints: Path, size: int) -> None:
     """Raise ValueError if the disk of a directory, existing or not, lacks room for two checkpoints.
 
-    parameters: the number of the classifier's parameters.
+    size: of a checkpoint, in bytes.
     """
-    size = BYTES_A_PARAMETER * parameters
     free = shutil.disk_usage(files.nearest_directory(checkpoints)).free
     if free < 2 * size:
         raise ValueError(
@@ -79,11 +85,13 @@ def check_free(checkpoints: Path, parameters: int) -> None:
 class CheckpointWriter:
     """Writes checkpoints of one engine into one directory; every rank must create one.
 
+    fixed: the state that training does not change, see fixed_state.py; {} on ranks but 0.
     keep_last, keep_every: see disk.prune.
     max_failed: the number of writes in a row that may fail. At one more, check() raises OSError on
         all ranks. The last write of a run may not fail.
     on_failure: called in rank 0's thread with the step and the message of a failed write.
-    Rank 0 keeps the snapshot, 12 bytes per parameter, in host memory (pinned if there is a GPU).
+    Rank 0 keeps the snapshot, 12 bytes per trained parameter, in host memory (pinned if there is a
+    GPU).
     """
 
     def __init__(
@@ -92,6 +100,7 @@ class CheckpointWriter:
         *,
         engine,
         sampler,
+        fixed: dict[str, Tensor],
         keep_last: int,
         keep_every: int,
         max_failed: int,
@@ -107,7 +116,7 @@ class CheckpointWriter:
         # On rank 0 only:
         self._thread: threading.Thread | None = None
         self._outcome: dict[str, str] = {}  # empty: written; else the error, and its kind
-        self._model: dict[str, Tensor] = {}
+        self._model: dict[str, Tensor] = dict(fixed)
         self._optimizer: dict[str, Tensor] = {}
         self._state: dict[str, Any] = {}
         self._warned_of_pruning = False
@@ -128,8 +137,11 @@ class CheckpointWriter:
                 )
             self._settle()
         sampled = {disk.SAMPLER + name: v for name, v in sampler.state().items()}
-        copies = deepspeed_state.copies(engine).items()
-        check_replicas(engine, {n.removeprefix(disk.PREFIX): p for n, p in copies} | sampled)
+        changing, fixed = (
+            {name.removeprefix(disk.PREFIX): value for name, value in copies.items()}
+            for copies in (deepspeed_state.copies(engine), deepspeed_state.fixed_copies(engine))
+        )
+        check_replicas(engine, changing | sampled, fixed)
         optimizer = deepspeed_state.OptimizerState(engine)
         self._snapshot(optimizer, sampled)
         finite = val_loss is not None and math.isfinite(val_loss)
@@ -188,7 +200,7 @@ class CheckpointWriter:
     ) -> None:
         """Copy whole fp32 weights and optimizer state into rank 0's buffers, which are reused."""
         kept = optimizer.names()
-        for name, parameter in self._engine.module.named_parameters():
+        for name, parameter in deepspeed_state.trained(self._engine).items():
             name = name.removeprefix(disk.PREFIX)
             self._keep_copy(self._model, name, deepspeed_state.whole_weight(parameter))
             for state in kept[parameter]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_classifier.common.urls import scheme, without_logins
+from ds_classifier.common.user_code import json_object
 from ds_classifier.diffusion import NOISE_SCHEDULES, SCHEDULE_SAMPLERS
 
 NO_VALIDATION = "none"  # in place of shards to validate on
@@ -74,6 +75,11 @@ class DataSettings:
     max_bad_samples: int = _setting(
         100, "undecodable samples per epoch above which training stops", fixed=False
     )
+    augment: str = _setting(
+        "",
+        "augmentation of training images after crop and flip: trivialaugment, randaugment, or "
+        "package.module:function of yours, uint8 [C, S, S] -> the same (default: none)",
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,15 @@ class ModelSettings:
     classifier_channel_mult: str = _setting(
         "", "channel multipliers of the levels, like 1,2,4 (default: by image_size)"
     )
+    classifier: str = _setting(
+        "",
+        "another network: package.module:factory, a function of yours, or torchvision:NAME, such "
+        "as torchvision:resnet50; see docs/extending.md (default: the encoder that the flags above "
+        "describe)",
+    )
+    classifier_args: str = _setting(
+        "", "keywords of that function, as a JSON object (default: none)"
+    )
 
     def model_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `model.create_classifier`."""
@@ -128,6 +143,12 @@ class DiffusionSettings:
         f"how timesteps are drawn: {', '.join(SCHEDULE_SAMPLERS)}. noisy draws t in proportion "
         "to t, and guides better",
     )
+    t_range: str = _setting(
+        "",
+        "noise levels to train and validate on: LOW:HIGH, such as 0.0:0.6, as shares of the "
+        "levels from nearly clean to nearly noise, or snr:LOW:HIGH, such as snr:-4:4, in natural "
+        "log-SNR (default: all)",
+    )
 
     def diffusion_kwargs(self) -> dict[str, Any]:
         """Return the keywords of `diffusion.create_gaussian_diffusion`."""
@@ -151,7 +172,9 @@ class TrainingSettings:
         fixed=False,
     )
     lr: float = _setting(3e-4, "peak learning rate")
-    weight_decay: float = _setting(0.0, "decoupled weight decay, on every parameter")
+    weight_decay: float = _setting(
+        0.0, "decoupled weight decay, on every parameter that --no_decay does not name"
+    )
     anneal_lr: bool | None = _setting(
         None, "True: --lr_schedule linear, from lr to 0; False: constant (default: neither)"
     )
@@ -194,6 +217,31 @@ class TrainingSettings:
         "training stops",
         fixed=False,
     )
+    class_balance: str = _setting(
+        "",
+        "how much an image counts in the loss by the frequency f of its class: equal, in "
+        "proportion to 1 / f, or sqrt, to 1 / sqrt(f) (default: all count the same)",
+    )
+    loss: str = _setting(
+        "",
+        "package.module:function of yours, (logits, targets, t) -> a loss per image, in place of "
+        "cross-entropy; see docs/training.md (default: none)",
+    )
+    freeze: str = _setting(
+        "",
+        "parameters that are not trained: trunk (all but the head), or patterns of their names, "
+        "separated by commas (default: none)",
+    )
+    lr_scale: str = _setting(
+        "",
+        "PATTERN=FACTOR[,PATTERN=FACTOR]: multiply the learning rate of the parameters whose names "
+        "match; the first match counts (default: none)",
+    )
+    no_decay: str = _setting(
+        "",
+        "parameters without weight decay: norms, biases, or patterns of their names, separated by "
+        "commas (default: none)",
+    )
 
 
 @dataclass(frozen=True)
@@ -208,7 +256,10 @@ class RunSettings:
     )
     init_from: str = _setting(
         "",
-        "weights to start from: a guided-diffusion .pt file, an export or a run (default: none)",
+        "weights to start from: a guided-diffusion .pt file, of a classifier or a UNet, an "
+        "export or a run; for a network of "
+        "torchvision also its file of weights, or torchvision, which downloads them (default: "
+        "none)",
         fixed=False,
     )
     log_interval: int = _setting(10, "steps between log lines", fixed=False)
@@ -325,6 +376,7 @@ FIXED_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings) if f.metadat
 PER_NODE_SETTINGS = ("data_dir", "val_data_dir", "cache_dir", "cache_gb", "workers")
 RESIZES = ("exact", "fast")
 PROFILED = 4  # steps that --profile records; a trace of many is too large to open
+CLASS_BALANCES = ("sqrt", "equal")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -369,6 +421,16 @@ def check_settings(settings: Settings) -> list[str]:
             f"--profile: got {settings.profile}; need {PROFILED} steps from there on, and the run "
             f"has {settings.steps}"
         )
+    problems += _sampling_problems(settings)
+    if settings.classifier_args and not settings.classifier:
+        problems.append(
+            f"--classifier_args: got {settings.classifier_args!r}; need --classifier, the network "
+            "that takes them"
+        )
+    try:
+        json_object("--classifier_args", settings.classifier_args)
+    except ValueError as error:
+        problems.append(str(error))
     if settings.posterior_images and not settings.noised:
         problems.append(
             f"--posterior_images: got {settings.posterior_images} with --noised False; need noise, "
@@ -408,6 +470,21 @@ def check_settings(settings: Settings) -> list[str]:
     return problems
 
 
+def _sampling_problems(settings: Settings) -> list[str]:
+    """Return the problems with what is drawn, and how much it counts."""
+    problems = []
+    if settings.t_range and not settings.noised:
+        problems.append(
+            f"--t_range: got {settings.t_range!r} with --noised False, which trains at t = 0 "
+            "alone; do: drop one of them"
+        )
+    if settings.class_balance not in ("", *CLASS_BALANCES):
+        problems.append(
+            f"--class_balance: got {settings.class_balance!r}; need {' or '.join(CLASS_BALANCES)}"
+        )
+    return problems
+
+
 def changed_settings(
     saved: dict[str, Any], now: Settings, *, free: Collection[str] = ()
 ) -> list[str]:
@@ -415,9 +492,9 @@ def changed_settings(
 
     free: names of settings that may differ in this run.
     """
-    saved = {"lr_schedule": "", "posterior_images": 0} | saved  # which version 0.1 did not have
+    saved = dataclasses.asdict(Settings()) | saved  # older versions did not have all of them
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {getattr(now, name)!r} now"
         for name in FIXED_SETTINGS
-        if name not in free and name in saved and saved[name] != getattr(now, name)
+        if name not in free and saved[name] != getattr(now, name)
     ]

@@ -1,8 +1,9 @@
 """Positions -> batches: read, decode and crop images in worker processes without state.
 
-A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights [n] fp32, and the
-bad samples, which could not be decoded: they keep their place in the batch with weight 0. Images of
-arrays (arrays.py) that are no pixels are x_0, fp32.
+A batch: images [n, S, S, C] uint8, labels [n] int64, positions [n] int64, weights and importance
+[n] fp32, and the bad samples, which could not be decoded: they keep their place in the batch with
+weight 0. Images of arrays (arrays.py) that are no pixels are x_0, fp32. Labels of several classes,
+or of probabilities, are [n, K] fp32 (labels/targets.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ds_classifier import distributed
 from ds_classifier.common import files
 from ds_classifier.common.keyed_random import Draws, fold, stream_key
 from ds_classifier.data import images
+from ds_classifier.data.augment import Augmentation
 from ds_classifier.data.order import SampleOrder, share_of_rank
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed import processes
@@ -61,14 +63,15 @@ class Batch(NamedTuple):
     """A micro-batch of samples."""
 
     images: Tensor  # [n, S, S, C] uint8; of arrays that are no pixels, x_0 in fp32
-    labels: Tensor  # [n] int64
+    labels: Tensor  # [n] int64; of several classes, or of probabilities, [n, K] fp32
     positions: Tensor  # [n] int64, in the training stream
     weights: Tensor  # [n] fp32: 1, or 0 for a bad sample or padding
+    importance: Tensor  # [n] fp32: the data's own weights of samples in the loss; 1 without them
     bad: list[BadSample]
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device, without waiting if its memory is pinned."""
-        moved = [tensor.to(device, non_blocking=True) for tensor in self[:4]]
+        moved = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
         return Batch(*moved, self.bad)
 
 
@@ -80,6 +83,7 @@ class ShardDataset(Dataset):
     image_size: S, pixels. channels: C, 1 to 4; both are those of the data if these are arrays.
     random_crop, random_flip: their random numbers depend on (seed, position) alone.
     fast: resize with torchvision; see `images.resize_and_crop`.
+    augment: changes images after crop and flip; None: nothing does.
     Arrays are not resized or cropped. Raises ValueError if they have another shape.
     """
 
@@ -95,6 +99,7 @@ class ShardDataset(Dataset):
         random_crop: bool = False,
         random_flip: bool = False,
         fast: bool = False,
+        augment: Augmentation | None = None,
     ):
         self.shards, self.order = shards, order
         self.arrays = shards.manifest.arrays
@@ -102,6 +107,7 @@ class ShardDataset(Dataset):
             self.arrays.refuse_other_shape(image_size, channels)
         self.image_size, self.channels = image_size, channels
         self.random_crop, self.random_flip, self.fast = random_crop, random_flip, fast
+        self.augment = augment
         if fast:  # imported before the workers are forked, since it takes 1.5 s and 165 MB
             importlib.import_module("torchvision.transforms.v2.functional")
         self._crop_key = stream_key(seed, "crop")
@@ -127,6 +133,12 @@ class ShardDataset(Dataset):
         )
         as_tensor = torch.from_numpy(pixels)
         weights = inside.astype(np.float32)
+        importance = np.ones(len(positions), np.float32)
+        if self.shards.sample_weights is not None:
+            importance = self.shards.sample_weights[samples]
+        labels = rows["label"].astype(np.int64)
+        if self.shards.targets is not None:
+            labels = self.shards.targets[samples].astype(np.float32)
         bad = []
         places = [rows[name].tolist() for name in ("shard", "offset", "length")]
         for i in np.flatnonzero(inside).tolist():
@@ -140,11 +152,14 @@ class ShardDataset(Dataset):
             else:
                 if flip:
                     _flip(as_tensor[i])
+                if self.augment is not None:
+                    as_tensor[i] = self.augment(as_tensor[i], int(positions[i]))
         return Batch(
             as_tensor,
-            torch.from_numpy(rows["label"].astype(np.int64)),
+            torch.from_numpy(labels),
             torch.from_numpy(positions),
             torch.from_numpy(weights),
+            torch.from_numpy(importance),
             bad,
         )
 
@@ -335,7 +350,7 @@ class Loader:
         """Return the batch in memory from which a GPU can copy, if there is one."""
         if not torch.cuda.is_available():
             return batch
-        return Batch(*(tensor.pin_memory() for tensor in batch[:4]), batch.bad)
+        return Batch(*(tensor.pin_memory() for tensor in batch[:-1]), batch.bad)
 
 
 class _Slots(Dataset):
@@ -360,9 +375,14 @@ class _Slots(Dataset):
         self._images = _inherited(
             (count, batch, side, side, dataset.channels), dataset.shards.manifest.batch_dtype
         )
-        self._labels = _inherited((count, batch), np.int64)
+        manifest = dataset.shards.manifest
+        if manifest.targets.vectors:
+            self._labels = _inherited((count, batch, len(manifest.classes)), np.float32)
+        else:
+            self._labels = _inherited((count, batch), np.int64)
         self._positions = _inherited((count, batch), np.int64)
         self._weights = _inherited((count, batch), np.float32)
+        self._importance = _inherited((count, batch), np.float32)
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[int, list[BadSample]]:
         """Read a batch into its slot; return its number and its bad samples."""
@@ -377,7 +397,7 @@ class _Slots(Dataset):
         return Batch(*(torch.from_numpy(slot.copy()) for slot in self._slot(number)), bad)
 
     def _slot(self, number: int) -> list[np.ndarray]:
-        fields = (self._images, self._labels, self._positions, self._weights)
+        fields = (self._images, self._labels, self._positions, self._weights, self._importance)
         return [field[number % self._count] for field in fields]
 
 

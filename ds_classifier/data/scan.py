@@ -253,6 +253,11 @@ def _label_in(content: bytes, labels: str, numbers: Mapping[str, int] | None) ->
     if numbers is not None and text in numbers:
         return numbers[text]
     need = "a class index in digits" if numbers is None else "a class index or a listed class name"
+    if text.startswith("["):
+        need = (
+            "one class, which is all that an index has; do: unpack the images and list them with "
+            "their classes (.csv, .jsonl), then convert the list with --targets classes"
+        )
     raise ValueError(f"got {text[:40]!r}; need {need}")
 
 

@@ -5,6 +5,8 @@ A split is a directory:
     train-000000.tar ...  members KEY.jpg (or .png ..., or .npy: see arrays.py) and KEY.cls (class
                           index in ASCII), mtime 0
     index.npy             [N] INDEX_DTYPE: place and label of each image; memory-mapped
+    targets.npy           [N, K] uint8 (several classes) or fp32 (probabilities), of such targets
+    weights.npy           [N] fp32: the weight of each image in the loss, if the source had some
     manifest.json         class names, counts, how images are stored; per shard: name, samples,
                           bytes, sha256; and a fingerprint of all of it
 
@@ -20,10 +22,11 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,11 +34,15 @@ from ds_classifier.common import files
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.data.arrays import Arrays
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.store import Shard, ShardStore, is_url
 from ds_classifier.data.tars import IMAGE_SUFFIXES, NAME_REACH, is_tar_name, key_of, member_name
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
+TARGETS = "targets.npy"
+WEIGHTS = "weights.npy"
+BESIDE = (TARGETS, WEIGHTS)  # the arrays that a split may have beside its index
 VERSION = 1
 
 # URLs that a manifest may name as the location of its tars: some of gopen's schemes run a shell.
@@ -47,6 +54,15 @@ PLAIN_URL = re.compile(
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("shard", "<u4")])
 INDEX_ROWS = 1 << 20  # rows of an index that are checked together
 CHECKED_ROWS = 1 << 24  # an index with more rows, 336 MB, is not checked at every start
+CHECKED_BYTES = CHECKED_ROWS * INDEX_DTYPE.itemsize  # of an array beside it
+
+
+class Beside(NamedTuple):
+    """An array beside the index, with a row for each sample."""
+
+    dtype: type
+    shape: tuple[int, ...]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class Manifest:
     held_out: the share of the images that `convert --val 10%` held out for validation, such as
         "10%"; "" if the splits were given.
     arrays: what the samples have in common if they are arrays; None for images.
+    targets: the kind of the targets. Where these are vectors, the label in the index is the lowest
+        class of an image (0 if it has none), or the most probable one.
+    targets_sha256, weights_sha256: of targets.npy and weights.npy; "" without such a file.
     """
 
     split: str
@@ -82,6 +101,9 @@ class Manifest:
     shard_keys: bool = False
     held_out: str = ""
     arrays: Arrays | None = None
+    targets: Targets = ONE_CLASS
+    targets_sha256: str = ""
+    weights_sha256: str = ""
 
     def key(self, shard: int, key: str) -> str:
         """Return the key of a sample in the split. key: as its shard has it."""
@@ -94,17 +116,44 @@ class Manifest:
         return np.uint8 if self.arrays is None else self.arrays.batch_dtype
 
     @property
+    def weighted(self) -> bool:
+        """The samples have weights of their own in the loss."""
+        return bool(self.weights_sha256)
+
+    @property
+    def beside(self) -> dict[str, Beside]:
+        """The arrays beside the index by the names of their files."""
+        kind = np.uint8 if self.targets.kind == "classes" else np.float32
+        shape = (self.samples, len(self.classes))
+        found = {}
+        if self.targets.vectors:
+            found[TARGETS] = Beside(kind, shape, self.targets_sha256)
+        if self.weighted:
+            found[WEIGHTS] = Beside(np.float32, shape[:1], self.weights_sha256)
+        return found
+
+    @property
     def fingerprint(self) -> str:
         """The SHA-256 of everything that training sees; equal for equal data."""
         facts = [self.classes, self.image_size, [s.sha256 for s in self.shards], self.index_sha256]
         if self.arrays is not None:  # image sets have the fingerprints that they always had
             facts.append(self.arrays.facts)
+        facts += self._own_targets.values()
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def _own_targets(self) -> dict[str, Any]:
+        """The stored facts of targets and weights; empty for one class per image without any."""
+        stored = {"targets": self.targets.to_json()} if self.targets != ONE_CLASS else {}
+        hashes = {"targets_sha256": self.targets_sha256, "weights_sha256": self.weights_sha256}
+        return stored | {name: sha256 for name, sha256 in hashes.items() if sha256}
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""
         fields = dict(vars(self), shards=[vars(shard) for shard in self.shards])
-        del fields["arrays"]
+        for name in ("arrays", "targets", "targets_sha256", "weights_sha256"):
+            del fields[name]
+        fields |= self._own_targets
         if self.arrays is not None:  # earlier versions read the manifests of images
             fields["arrays"] = self.arrays.to_json()
         return json.dumps(
@@ -127,6 +176,7 @@ class Manifest:
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
         if "arrays" in fields:
             fields["arrays"] = Arrays.from_json(fields["arrays"])
+        fields["targets"] = Targets.from_json(fields.get("targets"))
         manifest = cls(**fields)
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint does not match its content")
@@ -141,17 +191,37 @@ class ShardSet:
         are added and removed.
     index: [N] INDEX_DTYPE, memory-mapped.
     remote_store: the store of a split at a URL; None for a local split.
+    targets: [N, K] uint8 or fp32, memory-mapped; None if the label in the index is all.
+    sample_weights: [N] fp32, memory-mapped, 0 or more; None if all samples count the same.
     """
 
     folder: Path
     manifest: Manifest
     index: np.ndarray
     remote_store: ShardStore | None = None
+    targets: np.ndarray | None = None
+    sample_weights: np.ndarray | None = None
 
     @cached_property
     def store(self) -> ShardStore:
         """The reader of the shards' bytes."""
         return self.remote_store or ShardStore(self.folder, self.manifest.shards)
+
+    @property
+    def contents(self) -> str:
+        """The words for what the images are labelled with, such as "of 10 classes"."""
+        targets, classes = self.manifest.targets, self.manifest.classes
+        said = f"of {len(classes)} classes"
+        if targets.kind == "values":
+            least, most = classes[0].split(" to ")[0], classes[-1].split(" to ")[1]
+            said = f"in {len(classes)} bins of {targets.name} ({least} to {most})"
+        elif targets.kind == "soft":
+            said = f"with probabilities of {len(classes)} classes"
+        elif targets.kind == "classes":
+            of_image = self.targets.sum(axis=1)
+            none = int((of_image == 0).sum())
+            said += f" ({of_image.mean():.1f} per image{f', {none:,} of none' if none else ''})"
+        return said + " and with weights" * self.manifest.weighted
 
     def path(self, shard: int) -> Path:
         """Return the path of a shard."""
@@ -209,10 +279,15 @@ def neighbours(index: np.ndarray) -> Neighbours:
     return Neighbours(float(same_class), float((frequency**2).sum()))
 
 
-def images_per_class(folder: Path) -> dict[str, int]:
-    """Return the number of images of each class in a split on this machine, by class name."""
-    split = open_shards(folder)
-    counts = np.bincount(split.index["label"], minlength=len(split.manifest.classes))
+def images_per_class(split: ShardSet) -> dict[str, int]:
+    """Return the number of images of each class in a split, by class name.
+
+    An image of several classes counts for each, one with probabilities for the most probable.
+    """
+    if split.manifest.targets.kind == "classes":
+        counts = split.targets.sum(axis=0, dtype=np.int64)
+    else:
+        counts = np.bincount(split.index["label"], minlength=len(split.manifest.classes))
     return dict(zip(split.manifest.classes, counts.tolist(), strict=True))
 
 
@@ -246,7 +321,10 @@ def open_shards(folder: Path | str, *, to_verify: bool = False) -> ShardSet:
                 f"{path}: got {found}; need {shard.bytes} bytes with {shard.samples} samples, as "
                 f"the manifest says; do: restore the shard, or {make_again(folder / MANIFEST)}"
             )
-    return ShardSet(tars, manifest, read_index(folder / INDEX, manifest, thorough=to_verify))
+    index = read_index(folder / INDEX, manifest, thorough=to_verify)
+    return ShardSet(
+        tars, manifest, index, **read_beside(folder.joinpath, manifest, thorough=to_verify)
+    )
 
 
 def parse_manifest(text: bytes, where: Path | str) -> Manifest:
@@ -260,6 +338,7 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
         sizes = [manifest.samples, *(n for s in manifest.shards for n in (s.samples, s.bytes))]
         names = [manifest.index_sha256, *(n for s in manifest.shards for n in (s.name, s.sha256))]
         names += [manifest.labels, manifest.held_out]
+        names += [manifest.targets_sha256, manifest.weights_sha256]
         if any(type(n) is not int or n < 0 for n in sizes) or any(
             type(n) is not str for n in names
         ):
@@ -275,6 +354,9 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest:
             raise ValueError("got shard_keys that are neither true nor false")
         if type(manifest.image_size) not in (int, type(None)):
             raise ValueError("got an image size that is not an integer")
+        bins = manifest.targets.values
+        if bins is not None and len(bins) != len(manifest.classes):
+            raise ValueError(f"got {len(bins)} bins for {len(manifest.classes)} classes")
         if not manifest.shards:
             raise ValueError("got no shards")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -299,17 +381,7 @@ def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.
     Raises ValueError if it is damaged, belongs to another manifest, or points outside the shards
     or classes.
     """
-    try:
-        try:
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            if error.errno != errno.ENODEV:
-                raise
-            index = np.load(path, allow_pickle=False)  # a file system that maps no files
-    except FileNotFoundError:
-        raise ValueError(f"{path}: got no such file; do: {make_again(path)}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not an index: {error}; do: {make_again(path)}") from None
+    index = _mapped(path, "an index")
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
         raise ValueError(
             f"{path}: got {len(index)} samples; need the manifest's {manifest.samples}; "
@@ -320,13 +392,57 @@ def read_index(path: Path, manifest: Manifest, *, thorough: bool = False) -> np.
     return index
 
 
-def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
-    """Raise ValueError if the hash or a row of the index does not fit the manifest."""
-    if (found := files.sha256(path)) != manifest.index_sha256:
+def read_beside(
+    path_of: Callable[[str], Path], manifest: Manifest, *, thorough: bool = False
+) -> dict[str, np.ndarray]:
+    """Open the arrays beside an index, by the names of the fields of ShardSet.
+
+    path_of: returns the path of one by its name, such as TARGETS.
+    Their hashes are compared with the manifest's, as that of an index is: see `read_index`.
+    Raises ValueError for one that is damaged, or belongs to another manifest.
+    """
+    fields = {}
+    for name, need in manifest.beside.items():
+        path = path_of(name)
+        found = _mapped(path, "an array")
+        if (found.dtype, found.shape) != (need.dtype, need.shape):
+            raise ValueError(
+                f"{path}: got {found.dtype} of shape {list(found.shape)}; need "
+                f"{np.dtype(need.dtype)} of shape {list(need.shape)}, as the manifest says; do: "
+                f"{make_again(path)}"
+            )
+        if thorough or found.nbytes <= CHECKED_BYTES:
+            _check_hash(path, need.sha256)
+        fields["targets" if name == TARGETS else "sample_weights"] = found
+    return fields
+
+
+def _mapped(path: Path, what: str) -> np.ndarray:
+    """Open an array, memory-mapped if its file system can. what: it should be, for messages."""
+    try:
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return np.load(path, allow_pickle=False)  # a file system that maps no files
+    except FileNotFoundError:
+        raise ValueError(f"{path}: got no such file; do: {make_again(path)}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not {what}: {error}; do: {make_again(path)}") from None
+
+
+def _check_hash(path: Path, sha256: str) -> None:
+    if (found := files.sha256(path)) != sha256:
         raise ValueError(
-            f"{path}: got sha256 {found}; need {manifest.index_sha256}, as the manifest next to it "
+            f"{path}: got sha256 {found}; need {sha256}, as the manifest next to it "
             f"says; do: bring both from the same conversion, or {make_again(path)}"
         )
+
+
+def _check_index(path: Path, index: np.ndarray, manifest: Manifest) -> None:
+    """Raise ValueError if the hash or a row of the index does not fit the manifest."""
+    _check_hash(path, manifest.index_sha256)
     sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
     counts = np.zeros(len(sizes), dtype=np.int64)
     for first in range(0, len(index), INDEX_ROWS):

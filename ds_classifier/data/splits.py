@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ds_classifier.common.urls import refuse_hidden_login, refuse_pipe, scheme, shown
 from ds_classifier.config import Settings
@@ -15,10 +18,12 @@ from ds_classifier.data.shards import (
     INDEX,
     INDEX_DTYPE,
     MANIFEST,
+    Beside,
     Manifest,
     ShardSet,
     open_shards,
     parse_manifest,
+    read_beside,
     read_index,
     refuse_shared_shards,
 )
@@ -62,7 +67,8 @@ def open_split(
             return open_shards(folder, to_verify=to_verify)
         store = ShardStore(manifest.location, manifest.shards, **options)
         index = read_index(folder / INDEX, manifest, thorough=to_verify)
-        return ShardSet(store.folder, manifest, index, store)
+        beside = read_beside(folder.joinpath, manifest, thorough=to_verify)
+        return ShardSet(store.folder, manifest, index, store, **beside)
     patience = Patience(stall_timeout_s, retries, pause_s)
     refuse_pipe(location, allow_pipe)
     refuse_hidden_login(location)
@@ -79,11 +85,17 @@ def open_split(
         )
     place = manifest.location or location
     store = ShardStore(place, manifest.shards, allow_pipe=allow_pipe, **options)
-    rows = manifest.samples * INDEX_DTYPE.itemsize
-    sizes = (rows, rows + 4096)
-    path = store.fetch_beside(INDEX, sizes=sizes, sha256=manifest.index_sha256, location=location)
-    index = read_index(path, manifest, thorough=to_verify)
-    return ShardSet(store.folder, manifest, index, store)
+    needed = {INDEX: Beside(INDEX_DTYPE, (manifest.samples,), manifest.index_sha256)}
+
+    def fetched(name: str) -> Path:
+        need = (needed | manifest.beside)[name]
+        rows = math.prod(need.shape) * np.dtype(need.dtype).itemsize
+        sizes = (rows, rows + 4096)
+        return store.fetch_beside(name, sizes=sizes, sha256=need.sha256, location=location)
+
+    index = read_index(fetched(INDEX), manifest, thorough=to_verify)
+    beside = read_beside(fetched, manifest, thorough=to_verify)
+    return ShardSet(store.folder, manifest, index, store, **beside)
 
 
 def open_named(
@@ -165,6 +177,12 @@ def _open_validation(settings: Settings, train: Manifest) -> ShardSet:
             f"{shown(settings.val_data_dir)}; need the same list as the {len(train.classes)} in "
             f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
         )
+    if val_shards.manifest.targets != train.targets:
+        raise ValueError(
+            f"--val_data_dir: got {val_shards.manifest.targets} in "
+            f"{shown(settings.val_data_dir)}; need {train.targets}, as in "
+            f"{shown(settings.data_dir)}; do: convert both in one call, with --val"
+        )
     ours, theirs = described(train.arrays), described(val_shards.manifest.arrays)
     if ours != theirs:
         raise ValueError(
@@ -190,6 +208,12 @@ def settled_by_data(settings: Settings, manifest: Manifest, *, given: Collection
     Raises ValueError for a size, channels or crops that do not suit arrays.
     """
     settings = settings.replace(num_classes=len(manifest.classes))
+    if settings.class_balance and manifest.targets.vectors:
+        raise ValueError(
+            f"--class_balance: got {settings.class_balance} for data with {manifest.targets}; need "
+            "one class per image, whose frequency could decide what the image counts; do: drop the "
+            "flag, or convert the data with weights of your own"
+        )
     if (arrays := manifest.arrays) is None:
         refuse_other_shape(manifest, settings.image_size, settings.in_channels)
         return settings
@@ -201,6 +225,11 @@ def settled_by_data(settings: Settings, manifest: Manifest, *, given: Collection
         raise ValueError(
             f"--random_crop: got True for arrays ({arrays}), which are not resized, as crops are; "
             "need False; do: --random_crop False"
+        )
+    if settings.augment:
+        raise ValueError(
+            f"--augment: got {settings.augment} for arrays ({arrays}), such as latents, to which "
+            "changes of colour and shape mean something else than to an image; do: drop the flag"
         )
     refuse_other_shape(manifest, settings.image_size, settings.in_channels)
     return settings

@@ -12,7 +12,9 @@ from ds_classifier.diffusion.timesteps import (
     NoisySampler,
     UniformSampler,
     create_schedule_sampler,
+    range_in_words,
     stratified,
+    timestep_range,
 )
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "UniformSampler",
     "create_gaussian_diffusion",
     "create_schedule_sampler",
+    "range_in_words",
     "space_timesteps",
     "stratified",
+    "timestep_range",
 ]

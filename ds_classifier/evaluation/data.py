@@ -6,12 +6,14 @@ import os
 import shlex
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint.weights import WeightsFile
 from ds_classifier.common.urls import shown
 from ds_classifier.config import Settings
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -68,8 +70,8 @@ def open_validation_data(
 
     location: a directory or URL; "": as the run names it.
     cache_dir, cache_gb: of remote shards; None: as in training.
-    Raises ValueError if they do not exist, differ between ranks, or have other classes than the
-    classifier.
+    Raises ValueError if they do not exist, differ between ranks, or have other classes or targets
+    than the classifier.
     """
     settings = source.settings
     named = settings.validation if source.kind == "checkpoint" else ""
@@ -90,6 +92,12 @@ def open_validation_data(
             raise ValueError(f"--val_data_dir: {error}") from None
 
     location, shards = distributed.together(open_it, device)
+    targets = Targets.from_json(source.targets)
+    if source.kind != "file" and shards.manifest.targets != targets:
+        raise ValueError(
+            f"--val_data_dir: got {shards.manifest.targets} in {shown(location)}; need {targets}, "
+            f"as {source.path} was trained on; do: convert both splits in one call, with --val"
+        )
     classes = shards.manifest.classes
     if source.classes not in (None, classes) or len(classes) != settings.num_classes:
         raise ValueError(
@@ -128,6 +136,15 @@ def create_validation_loader(
     return create_loader(dataset, positions, workers=min(worker_count(workers), len(positions)))
 
 
+def labels_of(shards: ShardSet, *, most: int = 1 << 62) -> np.ndarray:
+    """Return labels [N] int of a set, or targets [N, K] for several classes and soft vectors.
+
+    most: numbers; of a larger set every so many samples are taken, evenly spaced.
+    """
+    labels = shards.index["label"] if shards.targets is None else shards.targets
+    return labels[:: max(1, labels.size // most)]
+
+
 def open_training_set(
     source: WeightsFile, asked: str, val_shards: ShardSet, device: torch.device
 ) -> tuple[str, ExactDenoiser | KnownDistribution | None]:
@@ -135,7 +152,15 @@ def open_training_set(
 
     asked: shards. Raises ValueError if they do not fit the validation set. "": the run's training
     set, if it is small; None unless every rank finds the same data there that the run trained on.
+    None too unless each image has one class.
     """
+    if val_shards.targets is not None:
+        if asked:
+            raise ValueError(
+                f"--bayes: got {asked}; need images of one class each, of which alone the exact "
+                "posterior is known; do: drop it"
+            )
+        return "", None
     settings, problem, opened = source.settings, None, None
     location = asked or (settings.data_dir if source.kind == "checkpoint" else "")
     try:

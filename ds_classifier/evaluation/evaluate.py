@@ -15,13 +15,22 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_classifier import distributed
 from ds_classifier.common.keyed_noise import keyed_noise
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.loader import Loader
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.evaluation.levels import Confusion, LevelNumbers, LevelSums
+from ds_classifier.evaluation.average_precision import ScoreHistograms, mean_over_classes
+from ds_classifier.evaluation.levels import (
+    AnswerNumbers,
+    AnswerSums,
+    Confusion,
+    LevelNumbers,
+    LevelSums,
+)
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.guidance.exact_denoiser import ExactDenoiser
 from ds_classifier.guidance.gradient import exact_posterior
@@ -32,14 +41,15 @@ VALIDATION_SEED = 0  # of the noise; the same in every run, so that runs can be 
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def spread_timesteps(positions: Tensor, num_timesteps: int) -> Tensor:
+def spread_timesteps(positions: Tensor, levels: range) -> Tensor:
     """Return a fixed t for each position, [N] int64: multiples of the golden ratio mod 1.
 
-    Consecutive samples, such as those of a class, cover all noise levels evenly (Weyl's sequence).
-    The mean over a few hundred samples varies less than with independent draws.
+    levels: the timesteps that are given, without a gap.
+    Consecutive samples, such as those of a class, cover all of them evenly (Weyl's sequence). The
+    mean over a few hundred samples varies less than with independent draws.
     """
     share = ((positions + 0.5).double() * GOLDEN_RATIO) % 1.0
-    return (share * num_timesteps).long().clamp_max(num_timesteps - 1)
+    return levels[0] + (share * len(levels)).long().clamp_max(len(levels) - 1)
 
 
 @torch.no_grad()
@@ -50,19 +60,22 @@ def evaluate(
     samples: int,
     device: torch.device,
     noised: bool = True,
+    levels: range | None = None,
     t: int | None = None,
+    targets: Targets = ONE_CLASS,
 ) -> tuple[dict[str, float], int]:
-    """Return the means of METRICS over a validation set, and the number of undecodable images.
+    """Return the means of the metrics over a validation set, and the number of undecodable images.
 
-    The means are also given by quartile of t, see Meter.read.
+    The means are also given by quartile of t, see Meter.read. For several classes per image, mAP is
+    among them.
 
     loader: this rank's batches at `ValidationPositions`. samples: number in the whole set.
-    noised: False shows clean images at t = 0. t: one noise level, 0 .. T-1, for all samples; None
-    spreads them. Raises RuntimeError unless every sample was counted once, ValueError if none
-    decodes.
+    noised: False shows clean images at t = 0. levels: the timesteps over which the samples are
+    spread; None: all. t: one noise level, 0 .. T-1, for all samples instead. targets: of the data.
+    Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
     num_timesteps = module.diffusion.num_timesteps
-    meter = Meter(num_timesteps, device)
+    meter, scores = Meter(num_timesteps, device, targets), None
     bad = 0
     training = module.training
     module.eval()
@@ -72,14 +85,20 @@ def evaluate(
         noise = None
         steps = torch.zeros_like(batch.positions)
         if noised:
-            steps = spread_timesteps(batch.positions, num_timesteps)
+            steps = spread_timesteps(batch.positions, levels or range(num_timesteps))
             steps = steps if t is None else torch.full_like(steps, t)
             shape = tuple(batch.images.shape[1:])
             noise = keyed_noise(VALIDATION_SEED, "validation", batch.positions, shape)
         losses, logits = module(batch.images, batch.labels, steps, noise)
         meter.add(losses=losses, logits=logits, labels=batch.labels, t=steps, weights=batch.weights)
+        if targets.kind == "classes":
+            scores = scores or ScoreHistograms(1, logits.shape[1], device)
+            counted = batch.weights > 0
+            scores.add(0, logits=logits.float(), labels=batch.labels, counted=counted)
     module.train(training)
     means, weight, _ = meter.read()
+    if scores is not None:
+        means["mAP"] = mean_over_classes(scores.read()[0])
     bad_samples = int(distributed.all_reduce_sum(torch.tensor(bad, device=device)))
     _check_counted(int(weight), bad_samples, samples)
     return means, bad_samples
@@ -130,19 +149,32 @@ class Posterior(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(y | x_t), [N, K], and the norm of the gradient of log p(label | x_t), [N].
 
-        x_t: [N, C, S, S]. t, labels: [N].
+        x_t: [N, C, S, S]. t: [N]. labels: [N], or targets [N, K]. The label of a soft vector is its
+        most probable class. For several classes, logits take the place of log p, and the gradient
+        is that of the sum of log p(class | x_t) over the image's classes.
         """
 
 
-def classifier_posterior(classifier: nn.Module, diffusion: GaussianDiffusion) -> Posterior:
-    """Return the classifier's posterior; its gradient is the one that guidance follows."""
+def classifier_posterior(
+    classifier: nn.Module, diffusion: GaussianDiffusion, kind: str = "class"
+) -> Posterior:
+    """Return the classifier's posterior; its gradient is the one that guidance follows.
+
+    kind: of the targets, one of KINDS.
+    """
 
     def evaluate_at(x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
-            log_p = classifier(x_t, diffusion.model_timesteps(t)).log_softmax(dim=1)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, labels[:, None]).sum(), x_t)
-        return log_p.detach(), gradient.flatten(1).norm(dim=1)
+            scores = classifier(x_t, diffusion.model_timesteps(t))
+            if kind == "classes":
+                asked = F.logsigmoid(scores) * labels
+            else:
+                scores = scores.log_softmax(dim=1)
+                label = labels if labels.dim() == 1 else labels.argmax(dim=1)
+                asked = scores.gather(1, label[:, None])
+            (gradient,) = torch.autograd.grad(asked.sum(), x_t)
+        return scores.detach(), gradient.flatten(1).norm(dim=1)
 
     return evaluate_at
 
@@ -173,13 +205,15 @@ def evaluate_levels(
     num_classes: int,
     samples: int,
     device: torch.device,
+    targets: Targets = ONE_CLASS,
     confusion: Confusion | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[LevelNumbers], int]:
+) -> tuple[list[LevelNumbers | AnswerNumbers], int]:
     """Evaluate each posterior on the whole set: under uniform t, then at each of `levels`.
 
     loader: this rank's batches at `ValidationPositions`, of a fixed size. samples: number in the
-    set. confusion: filled with the predictions of the first posterior at levels[0].
+    set. targets: of the data. confusion: filled with the predictions of the first posterior at
+    levels[0]; None where an image has several classes.
     progress: called on each rank after each batch, with the number of positions it has done.
 
     Returns the numbers of each posterior, and the number of undecodable images. Row 0 of the
@@ -187,7 +221,13 @@ def evaluate_levels(
     number of ranks.
     Raises RuntimeError unless every sample was counted once, ValueError if none decodes.
     """
-    sums = [LevelSums(1 + len(levels), num_classes, device) for _ in posteriors]
+
+    def empty_sums() -> LevelSums | AnswerSums:
+        if targets.kind == "classes":
+            return AnswerSums(1 + len(levels), num_classes, device)
+        return LevelSums(1 + len(levels), num_classes, device, targets)
+
+    sums = [empty_sums() for _ in posteriors]
     bad = done = 0
     for batch in loader:
         bad += len(batch.bad)
@@ -198,7 +238,7 @@ def evaluate_levels(
         x_start = to_x_start(batch.images)  # [N, S, S, C]
         shape = tuple(batch.images.shape[1:])
         noise = keyed_noise(VALIDATION_SEED, "validation", batch.positions, shape)
-        rows = [spread_timesteps(batch.positions, diffusion.num_timesteps)]
+        rows = [spread_timesteps(batch.positions, range(diffusion.num_timesteps))]
         rows += [torch.full_like(batch.positions, t) for t in levels]
         for row, t in enumerate(rows):
             x_t = diffusion.q_sample(x_start, t, noise).permute(0, 3, 1, 2)  # [N, C, S, S]
@@ -206,7 +246,7 @@ def evaluate_levels(
                 log_p, grad_norms = posterior(x_t, t, batch.labels)
                 level_sums.add(
                     row,
-                    log_p=log_p,
+                    log_p,
                     labels=batch.labels,
                     grad_norms=grad_norms,
                     weights=batch.weights,
@@ -229,7 +269,7 @@ def evaluate_levels(
 
 
 def describe_levels(
-    numbers: LevelNumbers,
+    numbers: LevelNumbers | AnswerNumbers,
     diffusion: GaussianDiffusion,
     levels: Sequence[int],
     *,

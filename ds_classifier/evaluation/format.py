@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ds_classifier.data.labels.targets import Targets
+
 EVALUATION_FORMAT, EVALUATION_VERSION = "ds_classifier evaluation", 1
 PRECISIONS = ("fp32", "bf16", "fp16")  # the first one is the default
+
+
+def targets_of(record: dict[str, Any]) -> Targets:
+    """Return the kind of the evaluated data's targets; the record has none for one class."""
+    return Targets.from_json(record.get("targets"))
 
 
 def evaluation_name(weights: str, precision: str) -> str:

@@ -30,10 +30,16 @@ class Predictions:
     log_snr: list[float]  # [L]
     shrunk: int  # the factor by which a tile is smaller than the classified image
     positions: list[int]  # [R], in the validation set
-    labels: list[int]  # [R]
-    predicted: list[list[int]]  # [R][L] classes
+    labels: list[int]  # [R]; of several classes the lowest, of a soft vector the likeliest one
+    predicted: list[list[int]]  # [R][L], the likeliest classes
     confidence: list[list[float | None]]  # [R][L], their probabilities; None: not finite
     colours: str = ""  # what the colours of arrays are; "" for images
+    several: list[list[int]] | None = None  # [R], all classes of an image; None: each has one
+
+    def right(self, row: int, level: int) -> bool:
+        """Return whether the predicted class is one of the image's."""
+        classes = self.several[row] if self.several is not None else [self.labels[row]]
+        return self.predicted[row][level] in classes
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,11 @@ def marked_sheet(grid: ImageGrid, classes: Sequence[str]) -> np.ndarray:
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     for j, t in enumerate(grid.predictions.t):
         draw.text((j * cell[0] + frame, 0), f"t = {t}", fill="black", font=font)
-    for i, label in enumerate(grid.predictions.labels):
+    for i in range(rows):
         for j in range(levels):
             left, top = j * cell[0], CAPTION + i * cell[1]
             predicted = grid.predictions.predicted[i][j]
-            color = RIGHT if predicted == label else WRONG
+            color = RIGHT if grid.predictions.right(i, j) else WRONG
             draw.rectangle(
                 (left, top, left + side + 2 * frame - 1, top + side + 2 * frame - 1), fill=color
             )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ds_classifier import distributed
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.diffusion import GaussianDiffusion
-from ds_classifier.evaluation.metrics import METRICS, QUARTILES, Answers
+from ds_classifier.evaluation.metrics import QUARTILES, Answers, metrics_of
 
 # Edges of the bins of a sample's loss, nats: half octaves. The first bin lies below the first edge,
 # the last one above the last edge.
@@ -27,7 +28,7 @@ def describe_quartiles(diffusion: GaussianDiffusion) -> str:
 class Reading(NamedTuple):
     """The means of all ranks since the last reading.
 
-    means: by METRICS' name, and by NAME_q0 .. NAME_q3; quartiles without samples are left out.
+    means: by the metric's name, and by NAME_q0 .. NAME_q3; quartiles without samples are left out.
     weight: number of samples behind them.
     losses: number of samples per quartile and bin of the loss,
         [QUARTILES, len(LOSS_EDGES) + 1] fp64, on the CPU.
@@ -39,12 +40,19 @@ class Reading(NamedTuple):
 
 
 class Meter:
-    """The weighted sums of METRICS over batches, of this rank until they are read."""
+    """The weighted sums of the metrics over batches, of this rank until they are read.
 
-    def __init__(self, num_timesteps: int, device: torch.device | str):
-        self.num_timesteps = num_timesteps
+    targets: of the data; they decide which metrics there are.
+    """
+
+    def __init__(
+        self, num_timesteps: int, device: torch.device | str, targets: Targets = ONE_CLASS
+    ):
+        self.num_timesteps, self.targets = num_timesteps, targets
+        self._metrics = metrics_of(targets)
+        self._values = bin_values(targets, device)
         # [quartile, (the metrics, weight, weight per bin of the loss)] fp64: counts stay exact.
-        columns = len(METRICS) + 1 + len(LOSS_EDGES) + 1
+        columns = len(self._metrics) + 1 + len(LOSS_EDGES) + 1
         self._sums = torch.zeros(QUARTILES, columns, dtype=torch.float64, device=device)
         self._edges = torch.tensor(LOSS_EDGES, device=device)
         self._bins = torch.arange(len(LOSS_EDGES) + 1, device=device)
@@ -55,10 +63,11 @@ class Meter:
     ) -> None:
         """Add a batch.
 
-        losses, t, weights, labels: [N]. logits: [N, K]. A sample of weight 0 is not counted.
+        losses, t, weights: [N]. logits: [N, K]. labels: see Answers. A sample of weight 0 is not
+        counted.
         """
-        answers = Answers(losses, logits, labels)
-        columns = [metric.per_sample(answers) for metric in METRICS.values()]
+        answers = Answers(losses, logits, labels, self._values)
+        columns = [metric.per_sample(answers) for metric in self._metrics.values()]
         columns.append(torch.ones_like(losses))
         values = torch.stack([column.to(losses.dtype) for column in columns], dim=1)
         bins = torch.bucketize(losses, self._edges)[:, None] == self._bins  # [N, bins]
@@ -72,17 +81,23 @@ class Meter:
         """Return the means over all ranks, and set the sums to zero. Waits for the device."""
         sums = distributed.all_reduce_sum(self._sums.clone()).cpu()
         self._sums.zero_()
-        sums, losses = sums[:, : len(METRICS) + 1], sums[:, len(METRICS) + 1 :]
+        metrics = len(self._metrics)
+        sums, losses = sums[:, : metrics + 1], sums[:, metrics + 1 :]
         total = sums.sum(dim=0)
         weight = float(total[-1])
         means: dict[str, float] = {}
-        for i, name in enumerate(METRICS):
+        for i, name in enumerate(self._metrics):
             if weight > 0:
                 means[name] = float(total[i] / weight)
             for q in range(QUARTILES):
                 if sums[q, -1] > 0:
                     means[f"{name}_q{q}"] = float(sums[q, i] / sums[q, -1])
         return Reading(means, weight, losses)
+
+
+def bin_values(targets: Targets, device: torch.device | str) -> Tensor | None:
+    """Return the values of the bins on a device, [K] fp32; None for targets that are no bins."""
+    return None if targets.values is None else torch.tensor(targets.values, device=device)
 
 
 def by_position(trained: Tensor) -> Tensor:

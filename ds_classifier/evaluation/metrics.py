@@ -1,8 +1,9 @@
 """The table of metrics: the function that computes each per sample, and how its mean is shown.
 
-To add a metric that is a mean over samples, add an entry to METRICS. The meter, the validation, the
-evaluation at noise levels, the screen, the log, the tables and the report walk this table; a model
-card has fixed columns.
+To add a metric that is a mean over samples, add an entry to METRICS, or to ANSWER_METRICS if images
+have several classes. The meter, the validation, the evaluation at noise levels, the screen, the
+log, the tables and the report walk the table of the data's targets, `metrics_of`; a model card has
+fixed columns.
 
 The keys of the means are the reference's: train_NAME and val_NAME. NAME_q0 .. NAME_q3 are over a
 quarter of the timesteps, from nearly clean (q0) to nearly pure noise (q3). val_NAME_t0 is at t = 0.
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 QUARTILES = 4
 TOP = 5
 ECE_BINS = 15  # of the calibration error, as in Guo et al. 2017
-DETAILED = "acc@1"  # the metric whose quartiles and t = 0 the screen of a training shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class Shown:
     title: heads its chart. label: heads its column; "": its name.
     unit: of its axis; "%" is for shares in [0, 1], which are shown as percentages.
     digits: decimals on the screen.
+    word: names it in a sentence; "": the title in small letters.
+    classes: the least number of classes for which it says anything.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Shown:
     label: str = ""
     unit: str = ""
     digits: int = 3
+    word: str = ""
+    classes: int = 2
 
     @property
     def factor(self) -> int:
@@ -52,6 +58,16 @@ class Shown:
     def head(self) -> str:
         """The head of its column, with the unit if that is "%"."""
         return (self.label or self.name) + " %" * (self.unit == "%")
+
+    @property
+    def words(self) -> str:
+        """The name in a sentence."""
+        return self.word or self.title.lower()
+
+    @property
+    def titled(self) -> str:
+        """The title of a chart, with the unit unless its axis shows per cents."""
+        return self.title + f", {self.unit}" * (self.unit not in ("", "%"))
 
     def text(self, value: float | None) -> str:
         """Return a mean as it is shown, without its unit; "-" for None."""
@@ -71,12 +87,25 @@ def likeliest(logits: Tensor) -> Tensor:
 class Answers:
     """A batch that was classified, from which the metrics are computed.
 
-    losses: [N]. logits: logits or log-probabilities [N, K]. labels: [N] int64.
+    losses: [N]. logits: logits or log-probabilities [N, K]. labels: [N] int64; [N, K] fp32, 0 or 1
+    for several classes and probabilities for soft vectors. values: of the bins, [K] fp32; None
+    unless the classes are bins of a value.
     """
 
     losses: Tensor
     logits: Tensor
     labels: Tensor
+    values: Tensor | None = None
+
+    @cached_property
+    def classes(self) -> Tensor:
+        """The class of each sample, [N] int64; of a soft vector the most probable one."""
+        return self.labels if self.labels.dim() == 1 else self.labels.argmax(dim=1)
+
+    @cached_property
+    def yes(self) -> Tensor:
+        """The classes that are found, with a probability above 0.5, [N, K] bool."""
+        return self.logits > 0
 
     @cached_property
     def top(self) -> Tensor:
@@ -91,12 +120,10 @@ class Metric(Shown):
     per_sample: takes the Answers for N samples; returns [N].
     count: only where values are 0 or 1: the key of their sum in an evaluation. A sample without
     finite numbers counts as 0 there; metrics without a count leave it out of their mean.
-    classes: the least number of classes for which the metric says anything.
     """
 
     per_sample: Callable[[Answers], Tensor]
     count: str = ""
-    classes: int = 2
 
 
 _METRICS = (
@@ -111,35 +138,128 @@ _METRICS = (
         title="Top-1 accuracy",
         unit="%",
         digits=1,
+        word="top-1",
         count="correct@1",
-        per_sample=lambda answers: answers.top[:, 0] == answers.labels,
+        per_sample=lambda answers: answers.top[:, 0] == answers.classes,
     ),
     Metric(
         name="acc@5",
         title="Top-5 accuracy",
         unit="%",
         digits=1,
+        word="top-5",
         count="correct@5",
         classes=TOP + 1,
-        per_sample=lambda answers: (answers.top == answers.labels[:, None]).any(dim=1),
+        per_sample=lambda answers: (answers.top == answers.classes[:, None]).any(dim=1),
     ),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
 
-# The columns of an evaluation at noise levels: shares first; then the numbers that are no means of
-# a metric, which levels.py computes.
-LEVEL_COLUMNS: tuple[Shown, ...] = (
-    *sorted(METRICS.values(), key=lambda metric: metric.unit != "%"),
-    Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
-    Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
+# For several classes per image: each class is a yes/no question, answered by a probability.
+_ANSWER_METRICS = (
+    Metric(
+        name="loss",
+        title="Binary cross-entropy",
+        unit="nats",
+        per_sample=lambda answers: answers.losses,
+    ),
+    Metric(
+        name="acc",
+        title="Accuracy of the yes/no answers",
+        unit="%",
+        digits=1,
+        word="right answers",
+        per_sample=lambda answers: (answers.yes == (answers.labels > 0.5)).float().mean(dim=1),
+    ),
 )
+ANSWER_METRICS = {metric.name: metric for metric in _ANSWER_METRICS}
+# No mean over samples; average_precision.py computes it over a validation set.
+MEAN_AP = Shown(name="mAP", title="Mean average precision", unit="%", digits=1)
 
 
-def scores_of_guessing(labels: np.ndarray) -> dict[str, float]:
+def metrics_of(targets: Targets) -> dict[str, Metric]:
+    """Return the metrics of data with these targets, by name."""
+    if targets.kind == "classes":
+        return ANSWER_METRICS
+    if targets.kind == "values":
+        return METRICS | {"mae": _value_error(targets.name)}
+    return METRICS
+
+
+def _value_error(name: str) -> Metric:
+    """Return the metric |sum_k p_k v_k - v_y|, in the unit of the value of this name."""
+    return Metric(
+        name="mae",
+        title=f"Mean absolute error of {name}",
+        per_sample=lambda answers: (
+            (answers.logits.softmax(dim=1) * answers.values).sum(dim=1)
+            - answers.values[answers.labels]
+        ).abs(),
+    )
+
+
+def accuracy_of(targets: Targets) -> Metric:
+    """Return the accuracy, whose quartiles and t = 0 the screen and the report show."""
+    metrics = metrics_of(targets)
+    return metrics.get("acc@1") or metrics["acc"]
+
+
+def headline_of(targets: Targets) -> Shown:
+    """Return the number that says best how good a classifier is."""
+    return MEAN_AP if targets.kind == "classes" else accuracy_of(targets)
+
+
+def measured_of(targets: Targets) -> tuple[Shown, ...]:
+    """Return what a validation measures: the metrics, and what is no mean over samples."""
+    return (*metrics_of(targets).values(), *([MEAN_AP] if targets.kind == "classes" else []))
+
+
+def level_columns(targets: Targets = ONE_CLASS) -> tuple[Shown, ...]:
+    """Return the columns of an evaluation at noise levels: shares first.
+
+    The last two are no means of a metric; levels.py computes them.
+    """
+    return (
+        *sorted(measured_of(targets), key=lambda shown: shown.unit != "%"),
+        Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
+        Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
+    )
+
+
+def scores_of_guessing(labels: np.ndarray, targets: Targets = ONE_CLASS) -> dict[str, float]:
     """Return the scores of guessing by the class frequencies in a set, without looking at images.
 
-    labels: [N] int. Classes without images in the set are left out of it: the accuracy is the share
-    of the most frequent class, the loss the entropy of the labels in nats.
+    labels: [N] int, or [N, K] for several classes and soft vectors. Classes without images in the
+    set are left out of it: the accuracy is the share of the most frequent class, the loss the
+    entropy of the labels in nats. For soft vectors the loss is the entropy of their mean, and
+    "least" the mean of their entropies, below which no loss lies. For several classes both are
+    means over the yes/no answers, and the average precision of a class is its frequency.
     """
-    share = np.unique(labels, return_counts=True)[1] / len(labels)
-    return {"acc@1": float(share.max()), "loss": float(-(share * np.log(share)).sum())}
+    if targets.kind == "classes":
+        share = labels.mean(axis=0, dtype=np.float64)  # [K]
+        entropies = _entropy(np.stack([share, 1 - share], axis=1))
+        return {
+            "acc": float(np.maximum(share, 1 - share).mean()),
+            "loss": float(entropies.mean()),
+            "mAP": float(share[share > 0].mean()) if share.any() else 0.0,
+        }
+    if targets.kind == "soft":
+        mean = labels.mean(axis=0, dtype=np.float64)
+        likeliest_classes = np.bincount(labels.argmax(axis=1))
+        return {
+            "acc@1": float(likeliest_classes.max() / len(labels)),
+            "loss": float(_entropy(mean / mean.sum())),
+            "least": float(_entropy(labels.astype(np.float64)).mean()),
+        }
+    classes, counts = np.unique(labels, return_counts=True)
+    share = counts / len(labels)
+    scores = {"acc@1": float(share.max()), "loss": float(-(share * np.log(share)).sum())}
+    if targets.kind == "values":
+        values = np.asarray(targets.values)[classes]
+        scores["mae"] = float(share @ np.abs(values - share @ values))
+    return scores
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    """Return the entropy over the last axis, nats; 0 log 0 is 0."""
+    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)

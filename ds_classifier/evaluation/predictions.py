@@ -57,7 +57,10 @@ def predict_grid(
     decoded = batch.weights > 0
     if not decoded.any():
         return None
-    images, positions = batch.images[decoded], batch.positions[decoded]
+    images, positions, labels = (
+        tensor[decoded] for tensor in (batch.images, batch.positions, batch.labels)
+    )
+    several = shards.manifest.targets.kind == "classes"
     noise = keyed_noise(
         VALIDATION_SEED, "validation", positions.to(device), tuple(images.shape[1:])
     )
@@ -75,7 +78,8 @@ def predict_grid(
         x_t = diffusion.q_sample(x_start, t, noise)
         rows = []
         for part, part_t in zip(x_t.permute(0, 3, 1, 2).split(4), t.split(4), strict=True):
-            rows.append(classifier(part, diffusion.model_timesteps(part_t)).float().softmax(dim=1))
+            logits = classifier(part, diffusion.model_timesteps(part_t)).float()
+            rows.append(logits.sigmoid() if several else logits.softmax(dim=1))
         best = torch.cat(rows).max(dim=1)
         tiles.append(_as_pixels(x_t, factor, colours))
         predicted.append(best.indices.tolist())
@@ -89,10 +93,11 @@ def predict_grid(
             log_snr=[float(diffusion.log_snr[t]) for t in levels],
             shrunk=factor,
             positions=positions.tolist(),
-            labels=batch.labels[decoded].tolist(),
+            labels=shards.index["label"][positions.numpy()].tolist(),
             predicted=[list(row) for row in zip(*predicted, strict=True)],
             confidence=[list(row) for row in zip(*confidence, strict=True)],
             colours="" if colours is None else colours.words,
+            several=[row.nonzero()[:, 0].tolist() for row in labels] if several else None,
         ),
     )
 

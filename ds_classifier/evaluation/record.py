@@ -19,13 +19,19 @@ from ds_classifier.common import files
 from ds_classifier.common.progress import Progress
 from ds_classifier.common.urls import shown, without_logins
 from ds_classifier.config import Settings
+from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
+from ds_classifier.diffusion import (
+    GaussianDiffusion,
+    create_gaussian_diffusion,
+    timestep_range,
+)
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation import evaluate
 from ds_classifier.evaluation.data import (
     create_validation_loader,
+    labels_of,
     open_training_set,
     open_validation_data,
 )
@@ -132,12 +138,14 @@ class Evaluator:
         diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
         levels, chosen = _levels(request, diffusion)
         classifier = build_classifier(settings, weights, request.precision, device)
-        samples = shards.manifest.samples
+        samples, targets = shards.manifest.samples, shards.manifest.targets
         distributed.say(
             f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
             f"{settings.image_size} px, {settings.num_classes} classes"
         )
         distributed.say(f"{samples:,} images in {shown(location)}")
+        if settings.loss:
+            distributed.say(f"the loss is cross-entropy, and not training's --loss {settings.loss}")
         distributed.say(
             f"at {len(levels)} noise levels and under uniform t, {request.precision}, on "
             f"{distributed.world_size()} x {deepspeed_engine.describe_device(device)}"
@@ -157,11 +165,13 @@ class Evaluator:
                 "fingerprint": shards.manifest.fingerprint,
                 "samples": samples,
                 "bad_samples": bad,
-                "guessing": scores_of_guessing(shards.index["label"]),
+                "guessing": scores_of_guessing(labels_of(shards), targets),
             },
+            **({} if targets == ONE_CLASS else {"targets": targets.to_json()}),
             "precision": request.precision,
             "batch_size": self._batch_size(settings, samples),
             "noise": f"keyed by ({evaluate.VALIDATION_SEED}, 'validation', position)",
+            **_trained(settings, diffusion),
             **numbers,
         }
 
@@ -192,8 +202,8 @@ class Evaluator:
     ) -> tuple[dict[str, Any], int]:
         """Return the measured part of a record, and the number of undecodable images."""
         request, device, settings = self._request, self._device, source.settings
-        samples = shards.manifest.samples
-        posteriors = [evaluate.classifier_posterior(classifier, diffusion)]
+        samples, targets = shards.manifest.samples, shards.manifest.targets
+        posteriors = [evaluate.classifier_posterior(classifier, diffusion, targets.kind)]
         training_set, denoiser = open_training_set(source, request.bayes, shards, device)
         key = json.dumps(
             [
@@ -205,7 +215,7 @@ class Evaluator:
             if key not in self._bayes:
                 posteriors.append(evaluate.bayes_posterior(denoiser, diffusion))
             distributed.say(f"compared with the exact posterior of {denoiser} ({training_set})")
-        confusion = Confusion(samples, device)
+        confusion = None if targets.kind == "classes" else Confusion(samples, device)
         loader = create_validation_loader(
             shards,
             settings,
@@ -222,6 +232,7 @@ class Evaluator:
                 num_classes=settings.num_classes,
                 samples=samples,
                 device=device,
+                targets=targets,
                 confusion=confusion,
                 # All ranks have done about as many positions as this one.
                 progress=lambda done: progress(
@@ -237,7 +248,7 @@ class Evaluator:
             )
         measured = {
             "classifier": evaluate.describe_levels(numbers, diffusion, levels, chosen=chosen),
-            "confusion": {"t": levels[0], **confusion.read()},
+            **({} if confusion is None else {"confusion": {"t": levels[0], **confusion.read()}}),
             "machine": {
                 "world_size": distributed.world_size(),
                 "device": deepspeed_engine.describe_device(device),
@@ -272,6 +283,14 @@ def compute_reproducibly() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.fp32_precision = "ieee"
+
+
+def _trained(settings: Settings, diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """Return the levels that were trained, as a record has them; nothing if all were."""
+    if not settings.t_range:
+        return {}
+    levels = timestep_range(settings.t_range, diffusion)
+    return {"trained": {"t_range": settings.t_range, "first": levels[0], "last": levels[-1]}}
 
 
 def _levels(request: Request, diffusion: GaussianDiffusion) -> tuple[list[int], list[int]]:

@@ -6,41 +6,42 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_classifier.common import text
-from ds_classifier.evaluation.metrics import LEVEL_COLUMNS, Shown
+from ds_classifier.evaluation.format import targets_of
+from ds_classifier.evaluation.metrics import Shown, headline_of, level_columns
 
 Record = dict[str, Any]
 
 CLASSES_SHOWN = 12  # with more classes, the worst ones
 NAME_WIDTH = 40
 LEVELS_SHOWN = 4  # columns of class_table, as many as fit
-BAYES_COLUMNS = [
-    column for column in LEVEL_COLUMNS if column.name in ("acc@1", "loss", "grad_norm")
-]
+BAYES_COLUMNS = ("acc@1", "loss", "mae", "grad_norm")
 
 
 def level_table(record: Record) -> list[str]:
     """Return a line per noise level, the first under uniform t, with the exact posterior's numbers.
 
-    Lines at the end name the levels with samples whose numbers were not finite.
+    Lines at the end name the levels that were trained, if not all were, and those with samples
+    whose numbers were not finite.
     """
     ours, bayes = record["classifier"], record.get("bayes")
-    heads = ["t", "log-SNR", *(column.head for column in LEVEL_COLUMNS)]
+    columns = level_columns(targets_of(record))
+    heads = ["t", "log-SNR", *(column.head for column in columns)]
     rows = [
         [
             str(row.get("t", "uniform")),
             f"{row['log_snr']:.2f}" if "log_snr" in row else "",
-            *_cells(row, LEVEL_COLUMNS),
+            *_cells(row, columns),
         ]
         for row in _rows(ours)
     ]
     if bayes:
-        first, *others = (column.head for column in BAYES_COLUMNS)
+        of_bayes = [column for column in columns if column.name in BAYES_COLUMNS]
+        first, *others = (column.head for column in of_bayes)
         heads += [f"Bayes {first}", *others]
         rows = [
-            cells + _cells(row, BAYES_COLUMNS)
-            for cells, row in zip(rows, _rows(bayes), strict=True)
+            cells + _cells(row, of_bayes) for cells, row in zip(rows, _rows(bayes), strict=True)
         ]
-    lines = text.table(heads, rows, left=0)
+    lines = [*text.table(heads, rows, left=0), *trained_levels(record)]
     for row in _rows(ours):
         if row["not_finite"]:
             where = f"t = {row['t']}" if "t" in row else "uniform t"
@@ -48,37 +49,60 @@ def level_table(record: Record) -> list[str]:
     return lines
 
 
+def trained_levels(record: Record) -> list[str]:
+    """Return a sentence on the levels that were trained; none if all were."""
+    if "trained" not in record:
+        return []
+    trained = record["trained"]
+    return [
+        f"Trained at t = {trained['first']} to {trained['last']} alone (--t_range "
+        f"{trained['t_range']})."
+    ]
+
+
 def class_table(record: Record) -> list[str]:
     """Return a line per class that has samples: its accuracy at the chosen levels.
 
-    With more than CLASSES_SHOWN classes, only those with the lowest accuracy under uniform t.
+    Where images have several classes, it is the average precision, and beside it the accuracy of
+    the yes/no answers under uniform t. With more than CLASSES_SHOWN classes, only those with the
+    lowest value under uniform t.
     """
     chosen = record["classifier"]["per_class"][:LEVELS_SHOWN]
+    several = "ap" in chosen[0]
     samples = chosen[0]["samples"]
     seen = [k for k, count in enumerate(samples) if count]
+
+    def value(level: dict[str, Any], k: int) -> float:
+        return (level["ap"][k] or 0.0) if several else level["correct@1"][k] / samples[k]
+
     title = "class"
     if len(seen) > CLASSES_SHOWN:
-        seen = sorted(seen, key=lambda k: chosen[0]["correct@1"][k] / samples[k])[:CLASSES_SHOWN]
+        seen = sorted(seen, key=lambda k: value(chosen[0], k))[:CLASSES_SHOWN]
         title = f"class (the worst {CLASSES_SHOWN} under uniform t)"
     levels = ["uniform t" if level["t"] is None else f"t = {level['t']}" for level in chosen]
+    heads = [title, "samples", "AP %:" if several else "acc@1 %:", *levels, *["acc %"] * several]
     rows = []
     for k in seen:
-        accuracies = [f"{100 * level['correct@1'][k] / samples[k]:.1f}" for level in chosen]
+        cells = [f"{100 * value(level, k):.1f}" for level in chosen]
+        if several:
+            cells.append(f"{100 * chosen[0]['correct'][k] / chosen[0]['answers'][k]:.1f}")
         name = record["classes"][k]
         name = name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "..."
-        rows.append([name, str(samples[k]), "", *accuracies])
-    return text.table([title, "samples", "acc@1 %:", *levels], rows)
+        rows.append([name, str(samples[k]), "", *cells])
+    return text.table(heads, rows)
 
 
 def series_table(records: Sequence[Record]) -> list[str]:
     """Return a line per checkpoint: under uniform t, and its accuracy at the chosen levels."""
     chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]][:3]
-    heads = ["weights", *(column.head for column in LEVEL_COLUMNS)]
-    heads += [f"acc@1 t={t}" for t in chosen]
+    targets = targets_of(records[0])
+    columns, key = level_columns(targets), headline_of(targets).name
+    heads = ["weights", *(column.head for column in columns)]
+    heads += [f"{key} t={t}" for t in chosen]
     rows = []
     for record in records:
-        at = {level["t"]: level["acc@1"] for level in record["classifier"]["levels"]}
-        cells = _cells(record["classifier"]["uniform_t"], LEVEL_COLUMNS)
+        at = {level["t"]: level[key] for level in record["classifier"]["levels"]}
+        cells = _cells(record["classifier"]["uniform_t"], columns)
         accuracies = (at.get(t) for t in chosen)
         cells += ["-" if value is None else f"{100 * value:.1f}" for value in accuracies]
         rows.append([record["name"], *cells])

@@ -1,10 +1,11 @@
 """Export a classifier as files that guided-diffusion, this package and people can read.
 
     modelNNNNNN.pt           a plain fp32 state dict that loads strictly, with weights_only, into
-                             guided-diffusion's `create_classifier`
+                             guided-diffusion's `create_classifier`; not of another network
     modelNNNNNN.safetensors  the same tensors
     modelNNNNNN.json         all settings, class names, accuracy by noise level, the files' hashes
-    modelNNNNNN.flags.txt    guided-diffusion's flags, and what would have to change in its code
+    modelNNNNNN.flags.txt    guided-diffusion's flags, and what would have to change in its code;
+                             not of another network
     README.md                a model card
 
 The files are written to a staging directory, read back, rebuilt and compared with the live
@@ -30,6 +31,7 @@ from ds_classifier.checkpoint.weights import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
     WeightsFile,
+    architecture,
     home_of,
     open_weights,
     own_json,
@@ -40,7 +42,8 @@ from ds_classifier.common.version import __version__
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import FIXED_SETTINGS
 from ds_classifier.data.arrays import Arrays
-from ds_classifier.diffusion import create_gaussian_diffusion
+from ds_classifier.data.labels.targets import Targets
+from ds_classifier.diffusion import create_gaussian_diffusion, range_in_words, timestep_range
 from ds_classifier.export.measured import find_evaluation
 from ds_classifier.export.model_card import is_model_card, model_card
 from ds_classifier.export.reference_flags import (
@@ -66,7 +69,8 @@ class Exported:
     timesteps: the timesteps at which logits and input gradients were compared.
     largest_difference: of logits and input gradients, relative to their largest number.
     evaluated: whether an evaluation of these weights was found and recorded.
-    obstacles: why unmodified guided-diffusion cannot load the classifier; empty if it can.
+    obstacles: why unmodified guided-diffusion cannot use the classifier; empty if it can, None if
+        it is another network.
     notes: lines on what a bare file does not record (see WeightsFile.notes).
     """
 
@@ -74,7 +78,7 @@ class Exported:
     timesteps: list[int]
     largest_difference: float
     evaluated: bool
-    obstacles: list[Obstacle]
+    obstacles: list[Obstacle] | None
     notes: list[str]
 
 
@@ -122,9 +126,16 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
         timesteps,
         difference,
         evaluation is not None,
-        reference_obstacles(source.settings),
+        _obstacles(source),
         source.notes(),
     )
+
+
+def _obstacles(source: WeightsFile) -> list[Obstacle] | None:
+    """Return why unmodified guided-diffusion cannot use it; None for another network."""
+    if source.settings.classifier:
+        return None
+    return reference_obstacles(source.settings, Targets.from_json(source.targets).kind)
 
 
 # ----------------------------------------------------------------------------------- the files
@@ -157,29 +168,37 @@ def _write(
 ) -> list[str]:
     """Write all files into a directory, and return their names."""
     state = {key: value.clone() for key, value in live.state_dict().items()}
-    # Given an open file instead of a path, torch.save puts no file name into the archive.
-    with open(folder / f"{name}.pt", "wb") as file:
-        torch.save(state, file)
+    reference = not source.settings.classifier
+    if reference:
+        # Given an open file instead of a path, torch.save puts no file name into the archive.
+        with open(folder / f"{name}.pt", "wb") as file:
+            torch.save(state, file)
     # Only one key: safetensors writes several metadata keys in any order.
     save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    # safetensors makes its file readable for the owner only, whatever the umask.
-    with suppress(OSError):  # exFAT and the like have no modes of their own
-        shutil.copymode(folder / f"{name}.pt", folder / f"{name}.safetensors")
     of_weights = {
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-        for path in (folder / f"{name}.pt", folder / f"{name}.safetensors")
+        for path in _files_of_weights(folder, name)
     }
-    parameters = sum(value.numel() for value in state.values())
+    parameters = sum(value.numel() for value in live.parameters())
     description = describe(source, name, parameters, evaluation) | {"files": of_weights}
-    flags = flags_text(source.settings, f"{name}.pt")
+    kind = Targets.from_json(source.targets).kind
+    flags = flags_text(source.settings, f"{name}.pt", kind) if reference else ""
     texts = {
         f"{name}.json": json.dumps(description, indent=1, ensure_ascii=False) + "\n",
-        f"{name}.flags.txt": flags,
+        **({f"{name}.flags.txt": flags} if reference else {}),
         CARD: model_card(description, flags),
     }
     for key, text in texts.items():
         (folder / key).write_text(text, encoding="utf-8")
+    # safetensors makes its file readable for the owner only, whatever the umask.
+    with suppress(OSError):  # exFAT and the like have no modes of their own
+        shutil.copymode(folder / CARD, folder / f"{name}.safetensors")
     return [*of_weights, *texts]
+
+
+def _files_of_weights(folder: Path, name: str) -> list[Path]:
+    """Return the files of weights that an export of this name has written."""
+    return [f for s in (".pt", ".safetensors") if (f := folder / f"{name}{s}").exists()]
 
 
 def describe(
@@ -188,21 +207,27 @@ def describe(
     """Return an export's JSON without its files' hashes; it holds no path and no time."""
     settings = source.settings
     size, channels = settings.image_size, settings.in_channels
-    mult = parse_channel_mult(settings.classifier_channel_mult, size)
-    classifier = classifier_flags(settings) | {
-        "num_classes": settings.num_classes,
-        "in_channels": channels,
-        "classifier_channel_mult": ",".join(f"{m:g}" for m in mult),
-    }
-    process = settings.diffusion_kwargs()
+    process, reference_flags = settings.diffusion_kwargs(), {}
+    if settings.classifier:
+        classifier = {key: getattr(settings, key) for key in architecture(settings.classifier)}
+    else:
+        mult = parse_channel_mult(settings.classifier_channel_mult, size)
+        classifier = classifier_flags(settings) | {
+            "num_classes": settings.num_classes,
+            "in_channels": channels,
+            "classifier_channel_mult": ",".join(f"{m:g}" for m in mult),
+        }
+        reference_flags = {"reference_flags": classifier_flags(settings) | process_flags(settings)}
     training = {
         key: getattr(settings, key)
         for key in FIXED_SETTINGS
-        if key not in classifier and key not in process
+        if key not in settings.model_kwargs() and key not in process
     }
     if settings.extend:  # it may change in a run, and shapes the learning rate all the same
         training["extend"] = settings.extend
     diffusion = create_gaussian_diffusion(**process)
+    levels = timestep_range(settings.t_range, diffusion)
+    trained = {"trained_at": range_in_words(levels, diffusion)} if settings.t_range else {}
     shape, arrays = f"[N, {channels}, {size}, {size}]", source.arrays
     shown_images = {
         "shape": shape,
@@ -233,11 +258,13 @@ def describe(
             "log_snr": [diffusion.log_snr[0].item(), diffusion.log_snr[-1].item()],
             "timesteps": f"{diffusion.shown}, for t from 0 (almost clean) to "
             f"{settings.diffusion_steps - 1} (almost noise) of the process before respacing",
-        },
-        "reference_flags": classifier_flags(settings) | process_flags(settings),
+        }
+        | trained,
+        **reference_flags,
         "classes": source.classes,
         "data": source.data,
         **({} if arrays is None else {"arrays": arrays}),
+        **({} if source.targets is None else {"targets": source.targets}),
         "training": training if source.kind != "file" else {},
         "evaluation": evaluation,
     }
@@ -262,9 +289,9 @@ def _compare(
             f"got {name}, whose logits or input gradients are not finite for images in [-1, 1]; "
             "need weights of another step"
         )
-    for path in (folder / f"{name}.safetensors", folder / f"{name}.pt"):
-        try:
-            source, weights = open_weights(path)  # reads the settings and hashes in the JSON
+    for path in _files_of_weights(folder, name):
+        try:  # reads the settings and hashes in the JSON
+            source, weights = open_weights(path, {"classifier": settings.classifier})
         except ValueError as error:
             raise RuntimeError(f"{path.name}: cannot be read back: {error}") from None
         if path.suffix == ".pt" and list(weights) != list(state):

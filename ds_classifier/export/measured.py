@@ -27,25 +27,45 @@ class _Strict(BaseModel, strict=True, allow_inf_nan=False):
 class Means(_Strict):
     """The means over a validation set; null where the number is not finite."""
 
-    accuracy: float = Field(alias="acc@1")
-    top_5: float | None = Field(alias="acc@5")
     loss: float | None
     ece: float | None
     grad_norm: float | None
 
 
-class Level(Means):
-    """The means at one noise level."""
+class ClassMeans(Means):
+    """The means of one class per image, which may be a bin."""
+
+    accuracy: float = Field(alias="acc@1")
+    top_5: float | None = Field(alias="acc@5")
+
+
+class AnswerMeans(Means):
+    """The means of several classes per image: of yes or no for each."""
+
+    accuracy: float = Field(alias="acc")
+    average_precision: float = Field(alias="mAP")
+
+
+class Level(_Strict):
+    """A noise level."""
 
     t: int
     log_snr: float
 
 
+class ClassLevel(ClassMeans, Level):
+    """The means at one noise level."""
+
+
+class AnswerLevel(AnswerMeans, Level):
+    """The means at one noise level."""
+
+
 class Levels(_Strict):
     """The means under uniform t, and at single noise levels."""
 
-    uniform_t: Means
-    levels: list[Level]
+    uniform_t: ClassMeans | AnswerMeans
+    levels: list[ClassLevel | AnswerLevel]
 
 
 class Data(_Strict):
@@ -88,8 +108,9 @@ def _read(source: WeightsFile, path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     settings = source.settings.model_kwargs() | source.settings.diffusion_kwargs()
+    recorded = {"classifier": "", "classifier_args": ""} | record.settings  # not in older ones
     kind = (record.format, record.version) == (EVALUATION_FORMAT, EVALUATION_VERSION)
-    if not kind or (record.weights_sha256, record.settings) != (source.sha256, settings):
+    if not kind or (record.weights_sha256, recorded) != (source.sha256, settings):
         return None
     rows = json.loads(text)["classifier"]  # with the fields that only a reader of the export uses
     return {

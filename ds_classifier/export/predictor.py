@@ -25,6 +25,7 @@ from ds_classifier.common.text import first_line
 from ds_classifier.config import RECIPES, Settings
 from ds_classifier.data.arrays import Arrays, channels_first, described, values_of
 from ds_classifier.data.images import center_crop, decode, with_channels
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.guidance.gradient import classifier_gradient
@@ -45,6 +46,7 @@ class Predictor:
     step: the training step of the weights; None for a bare file.
     path: the checkpoint or file that the weights were read from.
     arrays: what it was trained on, with the scale and shift of x_0; None: images.
+    targets: the kind of its labels: one class, several classes, soft, or values in bins.
     """
 
     classifier: nn.Module
@@ -54,6 +56,7 @@ class Predictor:
     step: int | None
     path: Path
     arrays: Arrays | None = None
+    targets: Targets = ONE_CLASS
 
     def __repr__(self) -> str:
         """Return the facts that a user of the classifier needs, one per line."""
@@ -71,6 +74,7 @@ class Predictor:
         return (
             f"Predictor from {self.path}{step}\n"
             f"  classes  {self.settings.num_classes:,}: {names}\n"
+            f"  targets  {self.targets}\n"
             f"  {shown}\n"
             f"  noise    {self.settings.noise_schedule}, t from 0 to "
             f"{self.diffusion.num_timesteps - 1}, log-SNR from {self.diffusion.log_snr[0]:.1f} to "
@@ -167,7 +171,9 @@ class Predictor:
         t: whole, 0 (almost clean) to T - 1 (almost noise); one for all images, or [N].
         noise: standard normal, of the shape of images. None draws the noise of evaluation's
             positions 0 .. N - 1, which is the same at each call and level.
-        Returns [N, K] fp32, on the classifier's device; nan where the logits are not finite.
+        Returns [N, K] fp32, on the classifier's device; nan where the logits are not finite. They
+        are softmax probabilities, of bins if the targets are values; of the kind "classes", each
+        is the probability of a class by itself (sigmoid).
         Raises ValueError for other shapes, types or levels.
         """
         shape = (self.settings.image_size, self.settings.image_size, self.settings.in_channels)
@@ -201,13 +207,14 @@ class Predictor:
             images, noise = images.permute(0, 2, 3, 1), noise.permute(0, 2, 3, 1)
         x_t = self.diffusion.q_sample(self._x_start(images), levels, noise)
         timesteps = self.diffusion.model_timesteps(levels)
-        return self.classifier(x_t.permute(0, 3, 1, 2), timesteps).softmax(dim=1)
+        logits = self.classifier(x_t.permute(0, 3, 1, 2), timesteps)
+        return logits.sigmoid() if self.targets.kind == "classes" else logits.softmax(dim=1)
 
     def gradient(
         self,
         x_t: Tensor | np.ndarray,
         t: int | Tensor | np.ndarray,
-        y: int | Tensor | np.ndarray,
+        y: float | Tensor | np.ndarray,
     ) -> Tensor:
         """Return the gradient of log p(y | x_t) with respect to x_t, which guidance adds.
 
@@ -215,7 +222,10 @@ class Predictor:
             [-1, 1], or arrays that are scaled and shifted. For a sampler of another process, see
             `guidance.Guide`.
         t: the noise level of x_t, 0 to T - 1; one for all images, or [N].
-        y: the classes to steer to, 0 to K - 1; one for all images, or [N].
+        y: the classes to steer to, 0 to K - 1; one for all images, or [N]. Of the kind "classes"
+            also several, [N, K]: 1 for those to steer to, 0 for those not asked for. Of values it
+            is eta, in 1 / unit of the value: above 0 to larger values, below 0 to smaller ones
+            (see `guidance.gradient`).
         Returns [N, C, S, S] fp32, on the classifier's device. It is guidance's classifier_gradient
         at scale 1, which also takes 16-bit classifiers and temperatures.
         Raises ValueError for other shapes, types, levels or classes.
@@ -229,12 +239,31 @@ class Predictor:
             )
         count, x_t = len(x_t), x_t.to(self.device).float()
         levels = self._levels(t, count)
-        of_y = "the classes' numbers"
-        classes = _whole_numbers("y", y, count, self.settings.num_classes, of_y).to(self.device)
+        asked = self._asked(y, count).to(self.device)
         if count == 0:  # see predict
             return torch.zeros_like(x_t)
-        cond_fn = classifier_gradient(self.classifier)
-        return cond_fn(x_t, self.diffusion.model_timesteps(levels), y=classes)
+        cond_fn = classifier_gradient(self.classifier, targets=self.targets)
+        return cond_fn(x_t, self.diffusion.model_timesteps(levels), y=asked)
+
+    def _asked(self, y: Any, count: int) -> Tensor:
+        """Return what `gradient` is asked to steer `count` images to; [count] or [count, K]."""
+        shape = (count, self.settings.num_classes)
+        if self.targets.kind == "values":
+            eta = _tensor_of(np.array(y) if isinstance(y, (int, float, list, tuple)) else y)[1]
+            if eta is None or eta.shape not in ((), (count,)) or not eta.isfinite().all():
+                raise ValueError(
+                    f"y: got {_shown(y)}; need eta, a finite number, or one for each of {count} "
+                    "images"
+                )
+            return eta.float().expand(count)
+        if self.targets.kind == "classes" and np.ndim(y) == 2:
+            several = y if torch.is_tensor(y) else torch.from_numpy(np.array(y, np.float32))
+            if several.shape != shape or not ((several == 0) | (several == 1)).all():
+                raise ValueError(
+                    f"y: got {_shown(y)}; need a class, [N] classes, or {list(shape)} of 0 and 1"
+                )
+            return several
+        return _whole_numbers("y", y, *shape, "the classes' numbers")
 
     def _levels(self, t: Any, count: int) -> Tensor:
         """Return the noise levels of `count` images, [count] int64, on the classifier's device."""
@@ -262,12 +291,16 @@ def _whole_numbers(name: str, value: Any, count: int, limit: int, what: str) -> 
         or numbers.shape not in ((), (count,))
         or bool(((numbers.long() < 0) | (numbers.long() >= limit)).any())
     ):
-        got = " ".join(repr(value).split())  # a tensor's repr may have several lines
         raise ValueError(
-            f"{name}: got {got}; need 0 to {limit - 1}, {what}, a whole number or one for each of "
-            f"{count} images"
+            f"{name}: got {_shown(value)}; need 0 to {limit - 1}, {what}, a whole number or one "
+            f"for each of {count} images"
         )
     return numbers.long().expand(count)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; a tensor's repr may have several lines."""
+    return " ".join(repr(value).split())
 
 
 def _tensor_of(value: Any) -> tuple[str, Tensor | None]:
@@ -290,6 +323,8 @@ def load(
     recipe, settings: settings of a bare file, by the names of the flags (noise_schedule="cosine").
         Its architecture is inferred from its tensors, its noise process is not. A run, a checkpoint
         and an export record their settings, which these may not contradict.
+    A network that is built by a function of yours (--classifier) is loaded only if it is named
+    here: load(path, classifier="package.module:factory").
     Raises ValueError if there is no classifier at path, if its weights are not finite, if settings
     contradict it, or if torch cannot use the device.
     """
@@ -328,6 +363,7 @@ def load(
         source.step,
         source.path,
         None if source.arrays is None else Arrays.from_json(source.arrays),
+        Targets.from_json(source.targets),
     )
 
 

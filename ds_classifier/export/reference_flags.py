@@ -63,15 +63,26 @@ class Edit:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A reason why unmodified guided-diffusion cannot load a classifier, and edits that fix it."""
+    """A reason why unmodified guided-diffusion cannot use a classifier, and edits that fix it."""
 
     reason: str
     edits: tuple[Edit, ...]
 
 
-def reference_obstacles(settings: Settings) -> list[Obstacle]:
-    """Return why unmodified guided-diffusion cannot load a classifier; empty if it can."""
+def reference_obstacles(settings: Settings, kind: str = "class") -> list[Obstacle]:
+    """Return why unmodified guided-diffusion cannot use a classifier; empty if it can.
+
+    kind: of its targets. Of values it takes the bins as classes, and guides to one of them.
+    """
     obstacles = []
+    if kind == "classes":
+        obstacles.append(
+            Obstacle(
+                "several classes per image: the classifier's probabilities are sigmoids; cond_fn "
+                "takes a softmax",
+                (Edit(SAMPLE, "main", "F.log_softmax(logits, dim=-1)", "F.logsigmoid(logits)"),),
+            )
+        )
     if settings.num_classes != REFERENCE_CLASSES:
         obstacles.append(_other_classes(settings.num_classes))
     if settings.in_channels != REFERENCE_CHANNELS:
@@ -136,12 +147,13 @@ def _other_levels(size: int, mult: tuple[float, ...]) -> Obstacle:
     )
 
 
-def flags_text(settings: Settings, name: str) -> str:
+def flags_text(settings: Settings, name: str, kind: str = "class") -> str:
     """Return the text of a flags file for classifier_sample.py.
 
-    Each line is a comment (#) or a flag with its value. name: the file name of the .pt.
+    Each line is a comment (#) or a flag with its value. name: the file name of the .pt. kind: of
+    the targets.
     """
-    obstacles = reference_obstacles(settings)
+    obstacles = reference_obstacles(settings, kind)
     lines = [
         f"# Flags of guided-diffusion's scripts/classifier_sample.py for {name}:",
         f"#   python scripts/classifier_sample.py --classifier_path {name} \\",
@@ -152,7 +164,7 @@ def flags_text(settings: Settings, name: str) -> str:
         lines.append("# This classifier was trained on clean images only, with t = 0.")
     if obstacles:
         lines.append("#")
-        lines.append("# Unmodified guided-diffusion cannot load this classifier. It needs changes:")
+        lines.append("# Unmodified guided-diffusion cannot use this classifier. It needs changes:")
     for obstacle in obstacles:
         lines.append(f"# {obstacle.reason}{':' if obstacle.edits else '.'}")
         lines += [f"#   {line}" for edit in obstacle.edits for line in edit_lines(edit)]

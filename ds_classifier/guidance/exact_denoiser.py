@@ -180,7 +180,8 @@ class _Average:
 
 
 def read_images(shards: ShardSet, *, image_size: int, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Read a whole split, centre-cropped: images [M, C, S, S] uint8 and labels [M] int64.
+    """Read a whole split, centre-cropped: images [M, C, S, S] uint8 and labels [M] int64, or [M, K]
+    fp32 where targets are several classes or soft.
 
     Of arrays that are no pixels: x_0, fp32. Images that do not decode are left out, as in training.
     Raises ValueError if none decodes.

@@ -8,6 +8,9 @@ drawn from (`known_distribution.py`), to which a classifier that generalises com
 - at each noise level, how far the classifier's p(y | x_t) and its gradient are from the best ones;
 - the share of guided samples that show the class asked for, as another classifier sees it;
 - for a known distribution, the Frechet distance of the samples to the classes asked for.
+
+All of that is of one class per image. Of other targets (`data/labels/targets.py`), what the labels
+of the samples' nearest training images say is measured alone; see `NEAREST`.
 """
 
 from __future__ import annotations
@@ -154,6 +157,31 @@ class Judge:
         return float((self._svc.predict(self._features(samples)) == asked).mean())
 
 
+# What is measured of samples whose targets are not one class, by kind.
+NEAREST = {
+    "classes": "share whose nearest training image has all classes asked for",
+    "soft": "mean probability of the class asked for, in the label of the nearest training image",
+    "values": "mean value of the nearest training images",
+}
+
+
+def nearest_mean(guided: GuidedSampling, samples: np.ndarray, asked: np.ndarray) -> float:
+    """Return what `NEAREST` names, of samples of a classifier of other targets than one class.
+
+    guided: with a training set. samples: [N, S, S, C], uint8 or x_0. asked: [N], or [N, K] uint8.
+    """
+    clean = to_x_start(guided.images).flatten(1).to(guided.device)
+    x = to_x_start(torch.from_numpy(samples)).permute(0, 3, 1, 2).flatten(1).to(guided.device)
+    nearest = [torch.cdist(part, clean).argmin(dim=1).cpu() for part in x.split(LEVEL_IMAGES)]
+    labels = guided.labels[torch.cat(nearest)]
+    if guided.targets.kind == "values":
+        return float(torch.tensor(guided.targets.values)[labels].mean())
+    wanted = torch.from_numpy(asked)
+    if guided.targets.kind == "classes":
+        return float((labels >= wanted).all(dim=1).float().mean())
+    return float(labels.gather(1, wanted[:, None]).mean())
+
+
 def judge_of(guided: GuidedSampling) -> Judge | KnownDistribution:
     """Return what says which class a sample shows: the distribution if it is known, else an SVM.
 
@@ -170,12 +198,14 @@ class Guidance:
 
     truth: "distribution" if that of the images is known, else "training set".
     samples: the number of samples at each scale.
-    shares: by scale ("0", "2.5", ...), the share of samples assigned to the class asked for.
+    shares: by scale ("0", "2.5", ...), the share of samples assigned to the class asked for; of
+        other targets than one class, what `NEAREST` names.
     levels: per noise level, a comparison with the best classifier by that truth; empty if that one
         guided.
     training_levels: the same by the training set, where the truth is the distribution.
     frechet: by scale, and "exact" for as many exact samples, the distance to the distribution;
         empty where that is not known.
+    kind: of the targets.
     """
 
     truth: str
@@ -184,6 +214,7 @@ class Guidance:
     levels: list[LevelFidelity]
     training_levels: list[LevelFidelity] = field(default_factory=list)
     frechet: dict[str, float] = field(default_factory=dict)
+    kind: str = "class"
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of fidelity.json."""
@@ -191,6 +222,13 @@ class Guidance:
 
     def lines(self) -> list[str]:
         """Return the measures as tables for the screen."""
+        if self.kind != "class":
+            rows = [[scale, measured(self.kind, mean)] for scale, mean in self.shares.items()]
+            return [
+                f"{NEAREST[self.kind]}, of {text.count(self.samples, 'sample')}:",
+                *text.table(["scale", "mean"], rows),
+                "Not compared with the best possible classifier, which is of one class per image.",
+            ]
         judge = "an SVM, trained on the clean images,"
         heads, rows = ["scale", "share"], [[s, text.percent(v)] for s, v in self.shares.items()]
         if self.frechet:
@@ -209,6 +247,11 @@ class Guidance:
         return lines
 
 
+def measured(kind: str, mean: float, digits: int = 1) -> str:
+    """Return a number of `Guidance.shares` as text, a share with this number of digits."""
+    return f"{mean:.5g}" if kind == "values" else text.percent(mean, digits)
+
+
 def measure(
     guided: GuidedSampling,
     scales: Sequence[float],
@@ -220,12 +263,16 @@ def measure(
 ) -> Guidance:
     """Measure samples and the classifier that guided them.
 
-    guided: with a training set. samples: per scale, uint8 [N, S, S, C]. asked: [N], the classes
-    asked for. seed: of the noise. progress: called with the levels done and their number.
+    guided: with a training set. samples: per scale, uint8 [N, S, S, C]. asked: [N] or [N, K], what
+    was asked for. seed: of the noise. progress: called with the levels done and their number.
     Raises ValueError without scikit-learn, which judges samples of an unknown distribution.
     """
     exact, images, labels = guided.exact, guided.images, guided.labels
-    names = [f"{scale:g}" for scale in scales]
+    names, kind = [f"{scale:g}" for scale in scales], guided.targets.kind
+    if kind != "class":
+        means = [nearest_mean(guided, drawn, asked) for drawn in samples]
+        shares = dict(zip(names, means, strict=True))
+        return Guidance("training set", len(asked), shares, [], kind=kind)
     comparisons = {"training set": (exact, images, labels)}
     if isinstance(exact, KnownDistribution):
         truth = "distribution"

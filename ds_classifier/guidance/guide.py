@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.diffusion import GaussianDiffusion
 from ds_classifier.guidance.gradient import classifier_gradient
 
@@ -39,6 +40,9 @@ SHIFTS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 Level = float | np.ndarray | Tensor  # alpha or sigma: a number for all images, or [N]
+Asked = (
+    Tensor | float
+)  # what `gradient.py` takes as y; a number stands for [N] of it, int for int64
 
 
 class Guide:
@@ -46,7 +50,7 @@ class Guide:
 
     classifier: forward(x_t [N, C, S, S], times [N]) -> logits [N, K].
     diffusion: the process that it was trained on.
-    scale, joint_temperature, marginal_temperature: see `classifier_gradient`.
+    scale, joint_temperature, marginal_temperature, targets: see `classifier_gradient`.
 
     Between the levels of the process, the network gets a time between theirs. At less noise than
     its cleanest level, it gets the time of that level. At more noise than its noisiest level it
@@ -62,22 +66,25 @@ class Guide:
         scale: float = 1.0,
         joint_temperature: float = 1.0,
         marginal_temperature: float = 1.0,
+        targets: Targets = ONE_CLASS,
     ):
         self._cond_fn = classifier_gradient(
             classifier,
             scale=scale,
             joint_temperature=joint_temperature,
             marginal_temperature=marginal_temperature,
+            targets=targets,
         )
         self._diffusion = diffusion
 
-    def __call__(self, x: Tensor, alpha: Level, sigma: Level, y: Tensor | int) -> Tensor:
+    def __call__(self, x: Tensor, alpha: Level, sigma: Level, y: Asked) -> Tensor:
         """Return scale * grad_x log p(y | x), [N, C, S, S], fp32.
 
         x: [N, C, S, S], alpha x_0 + sigma noise. alpha, sigma: not negative; one for all images, or
-        [N]. Numbers on a GPU are waited for. y: one class for all images, or [N] int64.
+        [N]. Numbers on a GPU are waited for. y: what is asked for, see `gradient.py`: one class or
+        eta for all images, [N], or [N, K].
         """
-        if isinstance(y, int):
+        if isinstance(y, (int, float)):
             y = torch.full((len(x),), y, device=x.device)
         alpha, sigma = _numbers(alpha), _numbers(sigma)
         with np.errstate(divide="ignore"):
@@ -90,9 +97,7 @@ class Guide:
         times = torch.from_numpy(np.broadcast_to(time, len(x)).astype(np.float32)).to(x.device)
         return _like(factor, x) * self._cond_fn(_like(shown, x) * x, times, y=y)
 
-    def shift(
-        self, prediction: str, x: Tensor, alpha: Level, sigma: Level, y: Tensor | int
-    ) -> Tensor:
+    def shift(self, prediction: str, x: Tensor, alpha: Level, sigma: Level, y: Asked) -> Tensor:
         """Return what guidance adds to a network's prediction at x, [N, C, S, S].
 
         prediction: epsilon (the noise), sample (x_0), v_prediction or flow_prediction (noise -
@@ -120,8 +125,8 @@ def _like(numbers: np.ndarray, x: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(numbers)).to(x.device, dtype)[..., None, None, None]
 
 
-def guide_denoiser(denoiser: Callable[..., Tensor], guide: Guide, y: Tensor | int) -> Callable:
-    """Return a denoiser, (x, sigma) -> E[x_0 | x], guided to y, one class or [N] int64.
+def guide_denoiser(denoiser: Callable[..., Tensor], guide: Guide, y: Asked) -> Callable:
+    """Return a denoiser, (x, sigma) -> E[x_0 | x], guided to y, see `Guide`.
 
     denoiser: takes x [N, C, S, S] = x_0 + sigma noise, sigma (one for all images, or [N]) and more
         that it may need, as the networks of k-diffusion and EDM do (Karras et al. 2022).
@@ -141,7 +146,7 @@ def guide_scheduler_output(
     model_output: Tensor,
     timestep: Tensor | float,
     model_input: Tensor,
-    y: Tensor | int,
+    y: Asked,
 ) -> Tensor:
     """Return the guided output to give to a diffusers scheduler's `step` (Beat GANs Alg. 2).
 
@@ -156,7 +161,7 @@ def guide_scheduler_output(
     model_output: [N, C or 2C, S, S]; a learned variance is returned unchanged.
     timestep: one of scheduler.timesteps, for all images.
     model_input: [N, C, S, S], the model's input.
-    y: the class asked for, one for all images, or [N] int64.
+    y: what is asked for, see `Guide`.
     At a level without signal, model_output is returned unchanged.
     Raises ValueError for another scheduler or prediction_type, or a timestep that it does not have.
     """

@@ -7,6 +7,9 @@ scale_3/class_0007.png        the samples of a class
 overview.png                  a row per class, with its name; a block of columns per scale
 samples.json                  how they were drawn: classifier, denoiser, scales, seed, process
 
+Where an image may show several classes, arr_1 is uint8 [N, K], 1 for those asked for, and a sheet
+is class_0003+0007.png. Of values, arr_1 is eta, fp32 [N], and a sheet eta_0.5.png.
+
 Writing the samples of a scale deletes those that an earlier run left in its folder.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,24 +42,56 @@ def write_samples(
 ) -> Path:
     """Write the npz and a sheet per class in place of older ones; return the path of the npz.
 
-    pixels: uint8 [N, H, W, C]; labels: int64 [N]. values: arrays, [N, C, H, W], of which the pixels
-    are a picture.
+    pixels: uint8 [N, H, W, C]. labels: what was asked for, see the head of this file. values:
+    arrays, [N, C, H, W], of which the pixels are a picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = pixels if values is None else values
     path = folder / f"samples_{'x'.join(map(str, values.shape))}.npz"
     staging = path.with_suffix(".staging.npz")
     np.savez(staging, values, labels)  # numpy names the arrays arr_0, arr_1
-    for old in [*folder.glob("samples_*.npz"), *folder.glob("class_*.png")]:
+    sheets = [path for kind in ("class", "eta") for path in folder.glob(f"{kind}_*.png")]
+    for old in [*folder.glob("samples_*.npz"), *sheets]:
         if old != staging:
             old.unlink()
     os.replace(staging, path)
-    for label in np.unique(labels):
-        shown = pixels[labels == label][:CLASS_IMAGES]
+    for asked, places in groups(labels):
+        shown = pixels[places[:CLASS_IMAGES]]
         columns = min(8, len(shown))
         rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-        _save(sheet(rows), folder / f"class_{label:04d}.png")
+        _save(sheet(rows), folder / f"{_sheet_name(asked)}.png")
     return path
+
+
+def groups(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return each thing that was asked for, with the places of its samples, in order.
+
+    labels: [N] or [N, K], see the head of this file.
+    """
+    asked, firsts, group = np.unique(labels, axis=0, return_index=True, return_inverse=True)
+    return [(asked[k], np.flatnonzero(group.ravel() == k)) for k in np.argsort(firsts)]
+
+
+def title(asked: np.ndarray, name: Callable[[int], str]) -> str:
+    """Return words for what a sample was asked to show.
+
+    asked: a number or [K], of labels. name: returns the name of a class.
+    """
+    if asked.dtype.kind == "f":
+        return f"eta {asked:g}"
+    return " + ".join(name(k) for k in classes_asked(asked))
+
+
+def _sheet_name(asked: np.ndarray) -> str:
+    """Return the name of a sheet's file without its suffix; asked: see `title`."""
+    if asked.dtype.kind == "f":
+        return f"eta_{asked:g}"
+    return "class_" + "+".join(f"{k:04d}" for k in classes_asked(asked))
+
+
+def classes_asked(asked: np.ndarray) -> list[int]:
+    """Return the classes that a sample was asked to show; asked: see `title`."""
+    return np.flatnonzero(asked).tolist() if asked.ndim else [int(asked)]
 
 
 def write_overview(
@@ -68,20 +103,20 @@ def write_overview(
 ) -> int:
     """Write a sheet with a row for each of the first classes, and a block of columns per scale.
 
-    samples: per scale, uint8 [N, H, W, C]; labels: int64 [N], the same at all scales.
+    samples: per scale, uint8 [N, H, W, C]; labels: what was asked for, the same at all scales.
     names: of all classes. A long one is broken into lines, and cut at the height of its row.
     Returns the number of rows.
     """
-    classes = np.unique(labels)[:OVERVIEW_CLASSES]
+    asked = groups(labels)[:OVERVIEW_CLASSES]
     blocks = [
-        sheet([pixels[labels == label][:OVERVIEW_IMAGES] for label in classes])
-        for pixels in samples
+        sheet([pixels[places[:OVERVIEW_IMAGES]] for _, places in asked]) for pixels in samples
     ]
     height = blocks[0].shape[0]
     font = ImageFont.load_default(size=TEXT_SIZE)
-    most = dict(max_lines=height // len(classes) // LINE, placeholder="…")
+    most = dict(max_lines=height // len(asked) // LINE, placeholder="…")
     # Pillow's font has no letters but ASCII's; where boxes stand for others, the number helps.
-    names = [names[k] if names[k].isascii() else f"{k} {names[k]}" for k in classes]
+    letters = [name if name.isascii() else f"{k} {name}" for k, name in enumerate(names)]
+    names = [title(label, letters.__getitem__) for label, _ in asked]
     names = ["\n".join(textwrap.wrap(name, NAME_WIDTH, **most)) for name in names]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = 3 * GAP + math.ceil(max(draw.textbbox((0, 0), n, font=font)[2] for n in names))
@@ -89,14 +124,14 @@ def write_overview(
     canvas = Image.new("RGB", (width, HEADER + height), "white")
     draw, left = ImageDraw.Draw(canvas), margin
     for row, name in enumerate(names):
-        middle = HEADER + height * (2 * row + 1) // (2 * len(classes))
+        middle = HEADER + height * (2 * row + 1) // (2 * len(asked))
         draw.text((GAP, middle), name, fill="black", font=font, anchor="lm", spacing=1)
     for scale, block in zip(scales, blocks, strict=True):
         draw.text((left + GAP, GAP), f"scale {scale:g}", fill="black", font=font)
         canvas.paste(_image(block), (left, HEADER))
         left += block.shape[1] + 4 * GAP
     canvas.save(path)
-    return len(classes)
+    return len(asked)
 
 
 def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -133,9 +133,10 @@ def load_unet(
     try:
         unet.load_state_dict(weights)
     except RuntimeError:
+        fault = misfit(weights, unet.state_dict(), "guided-diffusion's UNetModel")
         raise ValueError(
-            f"--model_path: got {path}, {misfit(weights, unet.state_dict(), 'UNetModel')}; if it "
-            "was built with other flags, do: give its MODEL_FLAGS"
+            f"--model_path: got {path}, {fault}; if it was built with other flags, do: give its "
+            "MODEL_FLAGS"
         ) from None
     refuse_not_finite(weights, path)
     unet.to(device).eval().requires_grad_(False)

@@ -73,7 +73,7 @@ def parse_channel_mult(text: str, image_size: int) -> tuple[float, ...]:
     return mult
 
 
-def create_classifier(
+def create_encoder(
     *,
     image_size: int,
     classifier_width: int,
@@ -86,7 +86,7 @@ def create_classifier(
     in_channels: int = 3,
     classifier_channel_mult: str = "",
 ) -> EncoderUNetModel:
-    """Build a classifier from the reference's flags of the same names.
+    """Build the encoder from the reference's flags of the same names.
 
     image_size: side in pixels; a multiple of 2^(levels-1).
     classifier_width: channels at multiplier 1.
@@ -210,6 +210,11 @@ def tokens(x: Tensor) -> Tensor:
 def project(x: Tensor, layer: nn.Conv1d) -> Tensor:
     """Apply the reference's 1x1 Conv1d to tokens [..., C] -> [..., C'] as a matrix product."""
     return F.linear(x, layer.weight[:, :, 0], layer.bias)
+
+
+def needs_gradient(module: nn.Module, *inputs: Tensor) -> bool:
+    """Return whether a module's output depends on anything that is trained."""
+    return any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -455,9 +460,10 @@ class EncoderUNetModel(nn.Module):
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.width).to(dtype))  # [N, E]
         h = x.to(dtype).contiguous(memory_format=self.memory_format)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         pooled = []  # for the spatial pools: the mean of each block's feature map, [N, C]
         for module in (*self.input_blocks, self.middle_block):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if recompute and needs_gradient(module, h, emb):
                 h = checkpoint(module, h, emb, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = module(h, emb)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_classifier.common import files
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.evaluation.format import EVALUATION_FORMAT, PRECISIONS
 from ds_classifier.evaluation.image_grid import ImageGrid, load_grid
 from ds_classifier.training.logs.sanity import Guessing, RecentRows
@@ -73,19 +74,21 @@ class Fault:
 class GuidedSamples:
     """The facts of samples/, which sample.py draws, see guidance/sample_files.py.
 
-    shares: by scale, the share of samples of the class asked for; empty if it was not measured.
+    shares: by scale, the share of samples of the class asked for, or what is measured of other
+        targets, see guidance/fidelity.py; empty if it was not measured.
     judge: what decided which class a sample shows.
     levels: the comparison with the best possible classifier, see guidance/fidelity.py.
     """
 
     scales: list[float]
     number: int  # of samples at each scale
-    asked: list[int]  # the classes
+    asked: int  # number of classes, or of other requests
     step: int | None  # of the classifier
     source: str  # the training set or the diffusion model that they were drawn from
     shares: dict[float, float]
     levels: list[dict[str, Any]]
     judge: str = "a support vector machine, trained on the clean images,"
+    kind: str = "class"  # of the classifier's targets
 
 
 @dataclass(frozen=True)
@@ -137,17 +140,25 @@ class RunData:
         return self.settings.get("num_classes") or len(self.classes or [])
 
     @property
+    def targets(self) -> Targets:
+        """The kind of the data's targets, as the last start or the newest evaluation has it."""
+        noted = [record.get("targets") for record in self.evaluations[-1:]]
+        noted += [event["targets"] for event in self.events if "targets" in event]
+        return Targets.from_json(noted[-1] if noted else None)
+
+    @property
     def guessing(self) -> Guessing | None:
         """The loss and accuracy of guessing, as the last start recorded them.
 
-        If none did, those for equally frequent classes; None if their number is not known.
+        If none did, those for equally frequent classes; None if their number is not known, or if
+        the targets are vectors.
         """
         for event in reversed(self.events):
             try:
                 return Guessing(**event["guessing"])
             except (KeyError, TypeError):
                 continue
-        classes = self.num_classes
+        classes = 0 if self.targets.vectors else self.num_classes
         return Guessing(classes, math.log(classes), 1 / classes) if classes else None
 
     @property
@@ -242,11 +253,12 @@ def _samples(folder: Path) -> GuidedSamples | None:
         return GuidedSamples(
             scales=[float(scale) for scale in facts["classifier_scale"]],
             number=int(facts["num_samples"]),
-            asked=[int(label) for label in facts["classes"]],
+            asked=len(facts["classes"]) or 1,
             step=step if isinstance(step, int) else None,
             source=str(denoiser.get("data_dir") or denoiser.get("model_path") or ""),
             shares={float(scale): float(share) for scale, share in shares.items()},
             levels=[level for level in measured.get("levels", []) if isinstance(level, dict)],
+            kind=str(measured.get("kind", "class")),
             **judge,
         )
     except (LookupError, TypeError, ValueError, AttributeError):

@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ds_classifier.common.text import percent, short
-from ds_classifier.evaluation.metrics import LEVEL_COLUMNS
+from ds_classifier.evaluation.format import targets_of
+from ds_classifier.evaluation.metrics import Shown, level_columns
+from ds_classifier.evaluation.table import trained_levels
 from ds_classifier.report import plots
 from ds_classifier.report.data import RunData
 
@@ -43,9 +45,9 @@ def noise_levels(run: RunData) -> dict[str, Any] | str:
     overall = ours["uniform_t"]
     text = (
         f"{newest['name']}: {newest['data']['samples']:,} images, {newest['precision']}. Under "
-        f"uniform t: top-1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
-        f"calibration error {percent(overall['ece'])}."
+        f"uniform t: {plots.overall_text(overall, targets_of(newest))}."
     )
+    text += "".join(f" {sentence}" for sentence in trained_levels(newest))
     if older:
         chosen = f", {len(older)} of them" if len(older) < len(run.evaluations) - 1 else ""
         text += f" Earlier evaluations are drawn faintly{chosen}."
@@ -62,7 +64,7 @@ def noise_levels(run: RunData) -> dict[str, Any] | str:
         "text": text,
         "charts": plots.evaluation_svgs(newest, older),
         "summary": f"{plots.weights_name(newest)}, all {len(ours['levels'])} levels in numbers",
-        "table": _level_table(ours, bayes),
+        "table": _level_table(ours, bayes, level_columns(targets_of(newest))),
     }
 
 
@@ -78,16 +80,18 @@ def _older(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [before[i] for i in places]
 
 
-def _level_table(ours: dict[str, Any], bayes: dict[str, Any] | None) -> dict[str, Any]:
+def _level_table(
+    ours: dict[str, Any], bayes: dict[str, Any] | None, columns: Sequence[Shown]
+) -> dict[str, Any]:
     """Return one row per noise level, after one for uniform t."""
-    heads = ["t", "log-SNR", *(column.label or column.name for column in LEVEL_COLUMNS)]
+    heads = ["t", "log-SNR", *(column.label or column.name for column in columns)]
     heads += ["Bayes acc@1", "Bayes loss"] * bool(bayes)
     pairs = [(ours["uniform_t"], bayes and bayes["uniform_t"])]
     pairs += zip(ours["levels"], bayes["levels"] if bayes else ours["levels"], strict=True)
     rows = []
     for row, optimum in pairs:
         cells = [row.get("t", "uniform"), f"{row['log_snr']:.2f}" if "log_snr" in row else ""]
-        for column in LEVEL_COLUMNS:
+        for column in columns:
             value = row.get(column.name)
             cells.append(percent(value) if column.unit == "%" else short(value))
         if bayes:
@@ -111,14 +115,16 @@ def image_grid(run: RunData) -> dict[str, Any] | str:
     for i, label in enumerate(shown.labels):
         tiles = [
             {
-                "right": predicted == label,
+                "right": shown.right(i, j),
                 "source": data_uri(run.grid.tiles[i, j]),
                 "name": class_name(names, predicted),
                 "confidence": percent(shown.confidence[i][j], 0),
             }
             for j, predicted in enumerate(shown.predicted[i])
         ]
-        rows.append({"name": class_name(names, label), "tiles": tiles})
+        classes = [label] if shown.several is None else shown.several[i]
+        name = ", ".join(class_name(names, k) for k in classes) or "no class"
+        rows.append({"name": name, "tiles": tiles})
     levels = [
         {
             "t": t,
@@ -157,7 +163,12 @@ def data_uri(tile: np.ndarray) -> str:
 
 
 def confusion(run: RunData) -> dict[str, Any] | str:
-    """Return the confusion matrix of few classes, or the pairs of many most often confused."""
+    """Return the confusion matrix of few classes, or the pairs of many most often confused.
+
+    Where images have several classes, none is confused: the worst recognized ones are returned.
+    """
+    if run.targets.kind == "classes":
+        return _worst_recognized(run)
     evaluated = [record for record in run.evaluations if record.get("confusion")]
     if not evaluated:
         return _no_evaluation(run)
@@ -196,6 +207,29 @@ def confusion(run: RunData) -> dict[str, Any] | str:
         {"heads": ["class", "images", "right"], "rows": worst},
     ]
     return {"text": text, "layout": "two", "matrix": None, "tables": tables}
+
+
+def _worst_recognized(run: RunData) -> dict[str, Any] | str:
+    """Return the classes of the lowest average precision, at the lowest t, and their numbers."""
+    if not run.evaluations:
+        return _no_evaluation(run)
+    record = run.evaluations[-1]
+    level, names = record["classifier"]["per_class"][:2][-1], record["classes"]
+    seen = sorted((ap, k) for k, ap in enumerate(level["ap"]) if ap is not None)[:PAIRS_SHOWN]
+    rows = [
+        [
+            *(names[k], f"{level['samples'][k]:,}", percent(ap, 0)),
+            percent(level["correct"][k] / level["answers"][k], 0),
+        ]
+        for ap, k in seen
+    ]
+    place = "Under uniform t" if level["t"] is None else f"At t = {level['t']}"
+    text = (
+        f"{place} ({plots.weights_name(record)}), the {len(rows)} of {len(names):,} "
+        "classes with the lowest average precision, and their right yes/no answers:"
+    )
+    table = {"heads": ["class", "images with it", "average precision", "right"], "rows": rows}
+    return {"text": text, "layout": "", "matrix": None, "tables": [table]}
 
 
 def _worst_classes(

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ds_classifier.common.text import count, percent, short
-from ds_classifier.evaluation.format import PRECISIONS
-from ds_classifier.evaluation.metrics import ECE_BINS
+from ds_classifier.evaluation.format import PRECISIONS, targets_of
+from ds_classifier.evaluation.metrics import ECE_BINS, accuracy_of, metrics_of
 from ds_classifier.report.data import RunData
 from ds_classifier.training.logs.sanity import EVIDENCE, Guessing, above_chance
 
@@ -50,6 +50,7 @@ def fitness(run: RunData) -> list[Line]:
     rows = [row for row in record["classifier"]["levels"] if row["loss"] is not None]
     noisy = run.settings.get("schedule_sampler") != "noisy"
     train = "train longer" + ", or with --schedule_sampler noisy" * noisy
+    train += ", or over a wider --t_range" * bool(run.settings.get("t_range"))
     judged = [
         *_recorded(run, record),
         *_not_finite(record["classifier"]["levels"]),
@@ -68,9 +69,12 @@ def class_prior(record: dict[str, Any], in_training: Guessing | None = None) -> 
     evenly spread over the classes than these; then the loss is that in training. It is exact if the
     classes of the training images are equally frequent, or as frequent as in the held-out ones.
     """
-    images = record["classifier"]["per_class"][0]["samples"]
-    prior = Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
-    if in_training is None or in_training.loss <= prior.loss:
+    images, targets = record["classifier"]["per_class"][0]["samples"], targets_of(record)
+    if targets.vectors:
+        prior = Guessing.from_scores(record["data"]["guessing"], len(images), targets)
+    else:
+        prior = Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
+    if in_training is None or (in_training.loss or 0.0) <= prior.loss:
         return prior
     return dataclasses.replace(prior, loss=in_training.loss)
 
@@ -80,9 +84,15 @@ def is_better(row: Row, guessing: Guessing) -> bool:
 
     If x_t said nothing about the class, the product over the n images of p(y | x_t) / p(y) would
     have the mean 1, so that P(product >= exp(a)) <= exp(-a) (Markov). Its logarithm is
-    n (loss of guessing - loss).
+    n (loss of guessing - loss). Of soft vectors and of yes/no answers the loss is a mean of such
+    logarithms, to which the same bound applies (Jensen).
     """
-    return _gain(row, guessing) > EVIDENCE and (row["acc@1"] or 0.0) > guessing.accuracy
+    return _gain(row, guessing) > EVIDENCE and _accuracy(row) > guessing.accuracy
+
+
+def _accuracy(row: Row) -> float:
+    """Return the accuracy at a noise level, of the class or of yes/no answers."""
+    return row.get("acc@1", row.get("acc")) or 0.0
 
 
 def _gain(row: Row, guessing: Guessing) -> float:
@@ -127,15 +137,21 @@ def _clean(record: dict[str, Any], rows: Sequence[Row], guessing: Guessing) -> I
     if not rows:
         return
     row = rows[0]
-    share = 1 - row["loss"] / guessing.loss if guessing.loss else 0.0
+    share = 0.0
+    if guessing.loss > guessing.least:
+        share = 1 - (row["loss"] - guessing.least) / (guessing.loss - guessing.least)
+    accuracy, loss = accuracy_of(targets_of(record)), metrics_of(targets_of(record))["loss"]
     labels = "evaluated" if guessing.loss == class_prior(record).loss else "training"
     text = (
-        f"At t = {row['t']} its cross-entropy is {row['loss']:.3f}, where guessing by the class "
-        f"frequencies of the {labels} images has {guessing.loss:.3f}; top-1 "
-        f"{percent(row['acc@1'])}, chance among the evaluated images {percent(guessing.accuracy)}"
+        f"At t = {row['t']} its {loss.words} is {row['loss']:.3f}, where guessing by the class "
+        f"frequencies of the {labels} images has {guessing.loss:.3f}; {accuracy.words} "
+        f"{percent(row[accuracy.name])}, chance among the evaluated images "
+        f"{percent(guessing.accuracy)}"
     )
+    if guessing.least:
+        text += f"; the labels themselves leave {guessing.least:.3f}"
     images = row["samples"] - row["not_finite"]
-    if share < KNOWS_LITTLE and above_chance(row["acc@1"] or 0.0, guessing.accuracy, images):
+    if share < KNOWS_LITTLE and above_chance(_accuracy(row), guessing.accuracy, images):
         yield (
             BAD,
             f"{text}: it tells classes apart, but its probabilities are hardly better than none; "
@@ -198,9 +214,9 @@ def _worse(
         yield from _too_long(record, rows, train)
         return
     worse = [row for group in groups for row in group]
-    worst = max(worse, key=lambda row: row["loss"])
+    worst, loss = max(worse, key=lambda row: row["loss"]), metrics_of(targets_of(record))["loss"]
     text = (
-        f"At {_ranges(rows, worse)} it is worse than guessing by class frequency: cross-entropy "
+        f"At {_ranges(rows, worse)} it is worse than guessing by class frequency: {loss.words} "
         f"{worst['loss']:.3f} at t = {worst['t']}, guessing {guessing.loss:.3f}"
     )
     best = _exact_gradients(record).get(worst["t"])
@@ -297,7 +313,7 @@ def luck_of_calibration(row: Row) -> float:
     number of images n, is at most sqrt(2 / pi) sqrt(B v / n), where v, the mean of c (1 - c), is
     at most that of the mean confidence: the accuracy.
     """
-    accuracy = row["acc@1"] or 0.0
+    accuracy = _accuracy(row)
     variance = accuracy * (1 - accuracy) / max(1, row["samples"] - row["not_finite"])
     return math.sqrt(2 / math.pi * ECE_BINS * variance)
 

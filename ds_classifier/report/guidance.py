@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zipfile
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from PIL import Image
 
 from ds_classifier.common.false_colours import FalseColours
 from ds_classifier.common.text import count, percent
+from ds_classifier.guidance.fidelity import NEAREST, measured
+from ds_classifier.guidance.sample_files import groups, title
 from ds_classifier.report.data import GuidedSamples, RunData
 from ds_classifier.report.evaluation import class_name, data_uri
 
@@ -43,22 +46,22 @@ def guides(run: RunData) -> dict[str, Any] | str:
         pixels, labels = drawn[scale]
         if not _are_images(pixels):
             pixels = colours(pixels.transpose(0, 2, 3, 1))
-        asked = np.unique(labels)[:CLASSES_SHOWN]
-        share = samples.shares.get(scale)
-        measured = f"{percent(share, 0)} of the class asked for" if share is not None else ""
+        shown = ""
+        if (share := samples.shares.get(scale)) is not None:
+            of = " of the class asked for" if samples.kind == "class" else ""
+            shown = measured(samples.kind, share, 0) + of
         blocks.append(
             {
                 "name": f"scale {scale:g}" if scale else "unguided",
-                "measured": measured,
+                "measured": shown,
                 "rows": [
                     {
-                        "name": class_name(names, int(label)),
+                        "name": title(asked, functools.partial(class_name, names)),
                         "sources": [
-                            data_uri(_tile(image))
-                            for image in pixels[labels == label][:IMAGES_SHOWN]
+                            data_uri(_tile(image)) for image in pixels[places[:IMAGES_SHOWN]]
                         ],
                     }
-                    for label in asked
+                    for asked, places in groups(labels)[:CLASSES_SHOWN]
                 ],
             }
         )
@@ -72,7 +75,7 @@ def guides(run: RunData) -> dict[str, Any] | str:
 
 
 def read_samples(folder: Path, scale: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a scale's samples and their classes, [N]; None if damaged.
+    """Return a scale's samples and what they were asked to show, [N] or [N, K]; None if damaged.
 
     Samples are uint8 [N, H, W, C], or of arrays [N, C, S, S], fp32 or uint8, as
     guidance/sample_files.py writes them.
@@ -87,7 +90,7 @@ def read_samples(folder: Path, scale: float) -> tuple[np.ndarray, np.ndarray] | 
             continue
         whole = pixels.ndim == 4 and pixels.dtype in (np.uint8, np.float32)
         whole = whole and (_are_images(pixels) or pixels.shape[2] == pixels.shape[3])
-        if whole and len(pixels) and labels.shape == pixels.shape[:1]:
+        if whole and len(pixels) and labels.shape[:1] == pixels.shape[:1] and labels.ndim <= 2:
             return pixels, labels
     return None
 
@@ -114,19 +117,21 @@ def _text(run: RunData, samples: GuidedSamples, scales: Sequence[float]) -> str:
     if samples.source:
         drawn += f", from {samples.source}"
     parts = [f"{drawn}."]
-    rows = max(1, min(CLASSES_SHOWN, len(samples.asked)))
-    if len(samples.asked) > rows:
-        parts.append(f"The first {rows} of {len(samples.asked):,} classes are shown.")
+    if samples.asked > CLASSES_SHOWN:
+        parts.append(f"The first {CLASSES_SHOWN} of {samples.asked:,} classes are shown.")
     if len(scales) > SCALES_SHOWN:
         parts.append(f"{SCALES_SHOWN} of {len(scales)} scales are shown.")
     if samples.shares:
         shares = ", ".join(
-            f"{percent(share, 0)} at scale {scale:g}" for scale, share in samples.shares.items()
+            f"{measured(samples.kind, share, 0)} at scale {scale:g}"
+            for scale, share in samples.shares.items()
         )
-        parts.append(f"Share that {samples.judge} assigns to the class asked for: {shares}.")
+        what = NEAREST.get(samples.kind)
+        what = what or f"share that {samples.judge} assigns to the class asked for"
+        parts.append(f"{what[0].upper()}{what[1:]}: {shares}.")
     else:
         parts.append(
-            "How many show the class asked for was not measured: ds-classifier sample --measure."
+            "How many show what was asked for was not measured: ds-classifier sample --measure."
         )
     if samples.step is not None and samples.step < run.step:
         parts.append(f"The run has reached step {run.step:,} since.")

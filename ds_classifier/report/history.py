@@ -108,8 +108,10 @@ def _starts_and_kills(attempts: Sequence[Attempt]) -> Iterator[tuple[float, str,
         lost = int(facts.get("reached") or 0) - attempt.first
         if resumed and lost > 0:
             what += f" ({count(lost, 'step')} repeated)"
-        what += f" on {count(facts.get('world_size', 1), 'rank')}, "
-        what += f"{facts.get('device', '')}, {facts.get('host', '')}"
+        what += f" on {count(facts.get('world_size', 1), 'rank')}"
+        # Version 0.1 did not record the way.
+        known = (facts[name] for name in ("way", "device", "host") if name in facts)
+        what = ", ".join([what, *known])
         yield attempt.time, _time(attempt.time), attempt.first, what
         if attempt.end == "killed":
             yield next_start - 1e-3, "", attempt.last, "ended without a message: killed or crashed"

@@ -71,10 +71,16 @@ def page(run: RunData) -> str:
         state=run.state,
         state_text=STATES[run.state],
         style=(folder / "report.css").read_text(encoding="utf-8"),
-        titles={key: title for key, (title, _) in SECTIONS.items()},
+        titles=_titles(run),
         headline=_computed(headline, run),
         parts={key: _computed(compute, run) for key, (_, compute) in SECTIONS.items()},
     )
+
+
+def _titles(run: RunData) -> dict[str, str]:
+    """Return the titles of the sections; classes are confused only where each image has one."""
+    titles = {key: title for key, (title, _) in SECTIONS.items()}
+    return titles | ({"confusion": "Classes"} if run.targets.kind == "classes" else {})
 
 
 def _computed(compute: Callable[[RunData], Any], run: RunData) -> Any:

@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 
 from ds_classifier.common.text import percent, short
-from ds_classifier.evaluation.metrics import METRICS
+from ds_classifier.data.labels.targets import Targets
+from ds_classifier.evaluation.format import targets_of
+from ds_classifier.evaluation.metrics import (
+    accuracy_of,
+    headline_of,
+    measured_of,
+    metrics_of,
+)
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#aa4499"
 INK, GRAY, SLATE = "#1d2430", "#8a919c", "#4a5568"
@@ -212,15 +219,14 @@ class Panel:
             self.axes.set_position(self._place(math.ceil(len(labels) / columns)))
 
 
-def other_metrics() -> list[tuple[str, str, Axis]]:
-    """Return title, key and y axis of the metrics in METRICS that have no chart of their own."""
-    charts = []
-    for key, metric in METRICS.items():
-        if key not in ("loss", "acc@1", "acc@5"):
-            unit = f", {metric.unit}" if metric.unit not in ("", "%") else ""
-            y = Axis(text=percent if metric.unit == "%" else short)
-            charts.append((metric.title + unit, key, y))
-    return charts
+def other_metrics(targets: Targets) -> list[tuple[str, str, Axis]]:
+    """Return title, key and y axis of what is measured and has no chart of its own."""
+    own = ("loss", accuracy_of(targets).name, "acc@5")
+    return [
+        (shown.titled, shown.name, Axis(text=percent if shown.unit == "%" else short))
+        for shown in measured_of(targets)
+        if shown.name not in own
+    ]
 
 
 def _slanted(names: Sequence[str]) -> bool:
@@ -328,12 +334,18 @@ def _write_png(draws: Sequence[Draw], path: Path, *, columns: int, title: str = 
 def plot_evaluation(record: dict[str, Any], path: Path) -> None:
     """Write one evaluation's panels as a PNG file. record: the content of eval/NAME.json."""
     overall = record["classifier"]["uniform_t"]
-    title = (
-        f"{record['name']}: {record['data']['samples']:,} images, uniform t: "
-        f"top-1 {percent(overall['acc@1'])}, cross-entropy {short(overall['loss'])}, "
+    title = f"{record['name']}: {record['data']['samples']:,} images, uniform t: "
+    title += overall_text(overall, targets_of(record))
+    _write_png(_evaluation_panels(record), path, columns=3, title=title)
+
+
+def overall_text(overall: dict[str, Any], targets: Targets) -> str:
+    """Return the accuracy, the loss and the calibration error of an evaluation, in words."""
+    best, loss = headline_of(targets), metrics_of(targets)["loss"]
+    return (
+        f"{best.words} {percent(overall[best.name])}, {loss.words} {short(overall['loss'])}, "
         f"calibration error {percent(overall['ece'])}"
     )
-    _write_png(_evaluation_panels(record), path, columns=3, title=title)
 
 
 def evaluation_svgs(record: dict[str, Any], older: Sequence[dict[str, Any]]) -> list[str]:
@@ -344,17 +356,19 @@ def evaluation_svgs(record: dict[str, Any], older: Sequence[dict[str, Any]]) -> 
 def _evaluation_panels(record: dict[str, Any], older: Sequence[dict[str, Any]] = ()) -> list[Draw]:
     classes = len(record["classes"])
     equal = {"acc@1": 1 / classes, "loss": math.log(classes)}  # earlier records do not have it
-    guessing = record["data"].get("guessing", equal)
+    guessing, targets = record["data"].get("guessing", equal), targets_of(record)
+    accuracy, cross_entropy = accuracy_of(targets), metrics_of(targets)["loss"]
     # The Bayes posterior of few images is overconfident: its loss may leave the axes.
     loss = Axis(0, 1.15 * max([guessing["loss"], *_known(record["classifier"], "loss")]))
     norm = Axis(log=all(value > 0 for value in _known(record["classifier"], "grad_norm")))
     noise = [
-        ("Top-1 accuracy", "acc@1", SHARE, (guessing["acc@1"], "chance")),
-        ("Cross-entropy, nats", "loss", loss, (guessing["loss"], "guessing")),
+        (accuracy.title, accuracy.name, SHARE, (guessing[accuracy.name], "chance")),
+        (cross_entropy.titled, "loss", loss, (guessing["loss"], "guessing")),
         ("Expected calibration error", "ece", Axis(0, text=percent), None),
         ("Mean norm of ∇ log p(y|x_t)", "grad_norm", norm, None),
-        *((title, key, y, None) for title, key, y in other_metrics()),
     ]
+    for title, key, y in other_metrics(targets):
+        noise.append((title, key, y, (guessing[key], "guessing") if key in guessing else None))
 
     def draw(figure, title: str, key: str, y: Axis, level: tuple[float, str] | None) -> None:
         panel = _against_noise(figure, title, record["classifier"])
@@ -432,16 +446,24 @@ def _reliability(figure, record: dict[str, Any]) -> None:
 
 
 def _per_class(figure, record: dict[str, Any]) -> None:
-    """Draw the accuracy of each class at the chosen levels; many classes are sorted by it."""
+    """Draw the accuracy of each class at the chosen levels; many classes are sorted by it.
+
+    Where images have several classes, it is the average precision.
+    """
     names = record["classes"]
     sort = len(names) > CLASSES_NAMED
     label = "classes, from the worst to the best of a level" if sort else ""
     bottom = SLANTED_NAMES if not sort and _slanted(names) else BOTTOM
-    panel = Panel(figure, "Top-1 accuracy by class", label, bottom=bottom)
+    several = targets_of(record).kind == "classes"
+    title = "Average precision by class" if several else "Top-1 accuracy by class"
+    panel = Panel(figure, title, label, bottom=bottom)
     lines = []
     for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
-        counts = zip(level["correct@1"], level["samples"], strict=True)
-        values = [hit / count if count else math.nan for hit, count in counts]
+        if several:
+            values = [math.nan if value is None else value for value in level["ap"]]
+        else:
+            counts = zip(level["correct@1"], level["samples"], strict=True)
+            values = [hit / count if count else math.nan for hit, count in counts]
         if sort:
             values = sorted(filter(math.isfinite, values))
         every = max(1, len(values) // 300)
@@ -485,18 +507,20 @@ def _over_training(figure, records: Sequence[dict[str, Any]], title: str):
 
 
 def _series_accuracy(figure, records: Sequence[dict[str, Any]]) -> None:
-    panel, places = _over_training(figure, records, "Top-1 accuracy")
+    best = headline_of(targets_of(records[-1]))
+    panel, places = _over_training(figure, records, best.title)
     rows = [record["classifier"]["uniform_t"] for record in records]
-    lines = [_series_line("uniform t", places, [row["acc@1"] for row in rows], LEVEL_COLORS[0])]
+    lines = [_series_line("uniform t", places, [row[best.name] for row in rows], LEVEL_COLORS[0])]
     chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]]
     for t, color in zip(chosen, LEVEL_COLORS[1:], strict=False):
-        at = [{row["t"]: row["acc@1"] for row in r["classifier"]["levels"]} for r in records]
+        at = [{row["t"]: row[best.name] for row in r["classifier"]["levels"]} for r in records]
         lines.append(_series_line(f"t = {t}", places, [row.get(t) for row in at], color))
     panel.draw(lines, Axis(text=percent))
 
 
 def _series_loss(figure, records: Sequence[dict[str, Any]]) -> None:
-    panel, places = _over_training(figure, records, "Cross-entropy under uniform t, nats")
+    title = metrics_of(targets_of(records[-1]))["loss"].title
+    panel, places = _over_training(figure, records, f"{title} under uniform t, nats")
     losses = [record["classifier"]["uniform_t"]["loss"] for record in records]
     panel.draw([_series_line("", places, losses, BLUE)], Axis())
 
@@ -511,14 +535,14 @@ def _series_line(
 def _series_noise(figure, records: Sequence[dict[str, Any]]) -> None:
     import matplotlib
 
-    shades = matplotlib.colormaps["viridis_r"]
+    shades, best = matplotlib.colormaps["viridis_r"], headline_of(targets_of(records[-1]))
     lines = []
     for i, record in enumerate(records):
         color = shades(0.1 + 0.9 * i / max(1, len(records) - 1))
         named = i in (0, len(records) - 1) or len(records) <= 6
-        points = _points(record["classifier"], "acc@1")
+        points = _points(record["classifier"], best.name)
         lines.append(Line(record["name"] if named else "", points, color, dots=True))
-    panel = _against_noise(figure, "Top-1 accuracy", records[-1]["classifier"])
+    panel = _against_noise(figure, best.title, records[-1]["classifier"])
     panel.draw(lines, SHARE)
 
 

@@ -9,6 +9,7 @@ from ds_classifier.common.text import percent, short
 from ds_classifier.config.settings import DiffusionSettings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.evaluation.meter import describe_quartiles
+from ds_classifier.evaluation.metrics import accuracy_of, headline_of, metrics_of
 from ds_classifier.report import plots
 from ds_classifier.report.data import Columns, RunData, thin
 from ds_classifier.report.plots import Axis, Line
@@ -26,9 +27,9 @@ def headline(run: RunData) -> list[dict[str, str]]:
     """
     loss, accuracy, clean = _held_out(run)
     figures = [
-        (percent(accuracy[0]), "top-1, all noise levels", accuracy[1]),
+        (percent(accuracy[0]), f"{accuracy[1]}, all noise levels", accuracy[2]),
         (percent(clean[0]), clean[1], clean[2]),
-        (_loss(loss), "cross-entropy, nats", _chance(run)),
+        (_loss(loss), *_meaning(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
         (_speed(run), "images per second", _wait(run)),
         best_checkpoint(run),
@@ -44,21 +45,26 @@ def evaluation_of_the_end(run: RunData) -> dict[str, Any] | None:
 
 
 def _held_out(run: RunData) -> tuple[float | None, tuple, tuple]:
-    """Return the loss; accuracy and where it is measured; that at the least noise, and what."""
+    """Return the loss; then accuracy, what it is and where it is measured, for all noise levels and
+    for the least noise. Of several classes it is the mean average precision, if that is measured.
+    """
     record, validated = evaluation_of_the_end(run), run.validation
+    best, accuracy = headline_of(run.targets), accuracy_of(run.targets)
+    key, what = best.name, best.words
     if record:
         numbers = record["classifier"]
         overall, first = numbers["uniform_t"], numbers["levels"][0]
         where = f"held out, evaluated in {record['precision']}"
-        clean = first["acc@1"], f"top-1 at t = {first['t']}", where
-        return overall["loss"], (overall["acc@1"], where), clean
+        clean = first[key], f"{what} at t = {first['t']}", where
+        return overall["loss"], (overall[key], what, where), clean
     if validated.rows:
         where = f"held out, while training{_in_precision(run)}"
-        clean = validated.last("val_acc@1_t0"), "top-1 at t = 0", where
-        return validated.last("val_loss"), (validated.last("val_acc@1"), where), clean
+        clean = validated.last(f"val_{key}_t0"), f"{what} at t = 0", where
+        return validated.last("val_loss"), (validated.last(f"val_{key}"), what, where), clean
     trained, where = run.training, "training, no validation"
-    clean = trained.last("train_acc@1_q0"), "top-1, least noise", "first quarter of t"
-    return trained.last("train_loss"), (trained.last("train_acc@1"), where), clean
+    key, what = f"train_{accuracy.name}", accuracy.words
+    clean = trained.last(f"{key}_q0"), f"{what}, least noise", "first quarter of t"
+    return trained.last("train_loss"), (trained.last(key), what, where), clean
 
 
 def _in_precision(run: RunData) -> str:
@@ -80,9 +86,21 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _meaning(run: RunData) -> tuple[str, str]:
+    """Return what the loss of the headline is, and that of guessing."""
+    if own_loss(run) and not evaluation_of_the_end(run):
+        return "loss", ""
+    return f"{metrics_of(run.targets)['loss'].words}, nats", _chance(run)
+
+
+def own_loss(run: RunData) -> bool:
+    """Return whether a loss of the user's was trained on, which has no known unit."""
+    return bool(run.settings.get("loss"))
+
+
 def _chance(run: RunData) -> str:
     guessing, classes = run.guessing, run.num_classes
-    if guessing is None:
+    if guessing is None or guessing.loss is None:
         return ""
     if classes and abs(guessing.loss - math.log(classes)) < 0.02:
         return f"guessing: ln {classes:,} = {math.log(classes):.3f}"
@@ -114,22 +132,32 @@ def curves(run: RunData) -> dict[str, Any] | str:
         return "No step is logged yet."
     classes, guessing = run.num_classes, run.guessing
     chance = None if guessing is None else (guessing.accuracy, "chance")
-    guess = None if guessing is None else (guessing.loss, "guessing")
-    nats, share = Axis(0), plots.SHARE
+    guess = None if guessing is None or guessing.loss is None else (guessing.loss, "guessing")
+    share, nats = plots.SHARE, Axis() if own_loss(run) else Axis(0)
+    metrics, accuracy = metrics_of(run.targets), accuracy_of(run.targets)
+    name, what = accuracy.name, accuracy.words
+    titles = metrics["loss"].titled, "Training loss by quartile of t, nats"
+    if own_loss(run):
+        titles = "Loss", "Training loss by quartile of t"
     charts = [
-        ("Cross-entropy, nats", _train_and_val(run, "loss"), nats, guess),
-        ("Top-1 accuracy", _train_and_val(run, "acc@1"), share, chance),
-        ("Training loss by quartile of t, nats", _quartiles(train, "train_loss"), nats, None),
-        ("Training top-1 by quartile of t", _quartiles(train, "train_acc@1"), share, None),
+        (titles[0], _train_and_val(run, "loss"), nats, guess),
+        (accuracy.title, _train_and_val(run, name), share, chance),
+        (titles[1], _quartiles(train, "train_loss"), nats, None),
+        (f"Training {what} by quartile of t", _quartiles(train, f"train_{name}"), share, None),
     ]
     if val.rows:
-        lines = _quartiles(val, "val_acc@1")
-        charts.append(("Validation top-1 by quartile of t", lines, share, None))
-    if classes > TOP_5_FROM:
-        charts.append(("Top-5 accuracy", _train_and_val(run, "acc@5"), share, None))
-    for title, key, axis in plots.other_metrics():
-        charts.append((title, _train_and_val(run, key), axis, None))
-        charts.append((f"{title}, by quartile of t", _quartiles(train, f"train_{key}"), axis, None))
+        lines = _quartiles(val, f"val_{name}")
+        charts.append((f"Validation {what} by quartile of t", lines, share, None))
+    if classes > TOP_5_FROM and "acc@5" in metrics:
+        charts.append((metrics["acc@5"].title, _train_and_val(run, "acc@5"), share, None))
+    for title, key, axis in plots.other_metrics(run.targets):
+        lines = _train_and_val(run, key)
+        if key in metrics:
+            charts.append((title, lines, axis, None))
+            lines = _quartiles(train, f"train_{key}")
+            charts.append((f"{title}, by quartile of t", lines, axis, None))
+        elif val.rows:  # no mean over samples: training does not measure it
+            charts.append((title, lines[1:], axis, None))
     of_machine = [
         ("Gradient norm", "grad_norm", Axis(0)),
         ("Learning rate", "lr", Axis(0)),

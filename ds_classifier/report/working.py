@@ -51,7 +51,9 @@ def _learning(run: RunData) -> list[Line]:
     if guessing is None:
         return [(DOUBTFUL, f"Training loss {loss:.3f}; the number of classes is not known.")]
     reached, text = sanity.phase(run.recent, guessing)
-    losses = f"Training loss {loss:.3f}, that of guessing {guessing.loss:.3f}"
+    losses = f"Training loss {loss:.3f}"
+    if guessing.loss is not None:
+        losses += f", that of guessing {guessing.loss:.3f}"
     if reached == sanity.UNKNOWN:
         found = [(DOUBTFUL, f"{losses}: not enough images yet to say whether it learns.")]
     elif reached == sanity.NOTHING:
@@ -80,10 +82,10 @@ def _validating(run: RunData) -> list[Line]:
     text += f", at step {best_step:,.0f}"
     if last > WORSE * best:
         return [(DOUBTFUL, f"{text}: take checkpoints/best.")]
-    if run.guessing and last > (1 - KNOWS_LITTLE) * run.guessing.loss:
-        return [
-            (DOUBTFUL, f"{text}, little below guessing, {run.guessing.loss:.3f}: train longer.")
-        ]
+    guess = run.guessing
+    known = guess is not None and guess.loss is not None
+    if known and last - guess.least > (1 - KNOWS_LITTLE) * (guess.loss - guess.least):
+        return [(DOUBTFUL, f"{text}, little below guessing, {guess.loss:.3f}: train longer.")]
     return [(GOOD, f"{text}.")]
 
 

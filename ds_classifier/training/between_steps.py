@@ -19,7 +19,7 @@ from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import Stopped
 from ds_classifier.evaluation import evaluate as evaluation
 from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
-from ds_classifier.evaluation.metrics import METRICS
+from ds_classifier.evaluation.metrics import measured_of
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.model import create_classifier
 from ds_classifier.training.logs.log import TrainingLog
@@ -53,16 +53,20 @@ class Validation:
         return None
 
     def _means(self) -> dict[str, float]:
-        """Return the means over all noise levels, those at t = 0 as NAME_t0, and draw the grid."""
+        """Return the means over the trained levels, those at t = 0 as NAME_t0; draw the grid."""
         setup, engine = self._setup, self._setup.engine
         keywords: dict[str, Any] = dict(
             samples=setup.val_samples,
             device=engine.device,
             noised=setup.resolved.settings.noised,
+            targets=setup.targets,
         )
-        means, bad = evaluation.evaluate(engine.module, self._batches("all t"), **keywords)
+        levels = setup.sampler.levels
+        means, bad = evaluation.evaluate(
+            engine.module, self._batches("all t"), levels=levels, **keywords
+        )
         at_0, _ = evaluation.evaluate(engine.module, self._batches("t = 0"), t=0, **keywords)
-        means |= {f"{name}_t0": at_0[name] for name in METRICS}
+        means |= {f"{shown.name}_t0": at_0[shown.name] for shown in measured_of(setup.targets)}
         classifier = self._own_classifier()
         if distributed.rank() == 0:
             failures.tolerate("the grid of images", lambda: self._draw_grid(classifier))
@@ -84,10 +88,12 @@ class Validation:
         engine, settings = self._setup.engine, self._setup.resolved.settings
         if not deepspeed_state.is_sharded(engine):
             return engine.module.classifier
-        weights = deepspeed_state.whole_copies(engine)
+        weights = engine.module.classifier.state_dict()  # whole are its buffers alone
+        for name, weight in deepspeed_state.whole_copies(engine).items():
+            weights[name.removeprefix(PREFIX)] = weight
         classifier = create_classifier(**settings.model_kwargs())
         classifier.to(device=engine.device, dtype=engine.get_data_types()[0])
-        classifier.load_state_dict({n.removeprefix(PREFIX): v for n, v in weights.items()})
+        classifier.load_state_dict(weights)
         return classifier
 
     def _draw_grid(self, classifier: nn.Module) -> None:
@@ -121,6 +127,7 @@ class Checkpoints:
             run_dir / "checkpoints",
             engine=setup.engine,
             sampler=setup.sampler,
+            fixed=setup.fixed,
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
             max_failed=settings.max_failed_saves,

@@ -10,25 +10,31 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fixed_state import settle_fixed_state, trained_count
+from ds_classifier.checkpoint.writer import checkpoint_bytes
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
+from ds_classifier.data.augment import create_augmentation
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import create_schedule_sampler
+from ds_classifier.diffusion import create_schedule_sampler, timestep_range
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
+from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.memory import MemoryAdvice
 from ds_classifier.distributed.stopping import STOPPED, StopRequests, StopVote
 from ds_classifier.distributed.watchdog import Watchdog
 from ds_classifier.evaluation.meter import Meter
-from ds_classifier.loss import noised_classifier
+from ds_classifier.loss import NoisedClassifier, noised_classifier
 from ds_classifier.model import create_classifier
+from ds_classifier.model.own import try_once
 from ds_classifier.training import loop
 from ds_classifier.training.between_steps import Checkpoints, Validation
 from ds_classifier.training.logs.log import RunLogger, TrainingLog, read_rows
 from ds_classifier.training.logs.lost import BadSamples, Lost, SkippedSteps, TooManyBadSamples
 from ds_classifier.training.logs.profile import Profile
 from ds_classifier.training.logs.sanity import SanityWatch
-from ds_classifier.training.logs.screen import announce
+from ds_classifier.training.logs.screen import announce, way
+from ds_classifier.training.parameter_groups import divide_parameters
 from ds_classifier.training.rehearsal import preflight
 from ds_classifier.training.rehearsal.costs import rehearsed
 from ds_classifier.training.rehearsal.dry_run import dry_run
@@ -56,11 +62,9 @@ def build(
     """
     settings = resolved.settings
     # Everything that can be wrong is built before the ranks meet, so that errors come at once.
-    torch.manual_seed(settings.seed)
-    classifier = create_classifier(**settings.model_kwargs())
-    parameters = sum(p.numel() for p in classifier.parameters())
-    resolved = resolved.with_parameters(parameters)
-    module = noised_classifier(classifier, settings)
+    module, groups = build_module(resolved, shards.manifest.targets.kind)
+    classifier = module.classifier
+    resolved = resolved.with_parameters(trained_count(classifier))
     device = preflight.join(resolved, shards, val_shards)
     if not command.preflight:
         requests.defer()
@@ -76,27 +80,63 @@ def build(
         device=device,
     )
     if command.preflight:
-        preflight.look(resolved, shards, device)
+        preflight.look(resolved, shards, device, checkpoint_size=checkpoint_bytes(classifier))
     if start is None or command.preflight:
         return None
     resolved = resolved.with_part(start.part_steps)
     trained = resolved.with_batch(rehearsed(resolved.batch)) if command.dry_run else resolved
     if trained.kernel:
         deepspeed_engine.load_kernel(trained.kernel, device)
+    checkpoint = None if start.state is None else Path(start.checkpoint)
+    fixed = settle_fixed_state(classifier, checkpoint, device)
     engine = deepspeed_engine.create_engine(
-        module, trained.ds_config, lr_factor(settings, start.part_steps)
+        module, trained.ds_config, lr_factor(settings, start.part_steps), groups
     )
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
+    levels = timestep_range(settings.t_range, module.diffusion)
     sampler = create_schedule_sampler(
-        settings.schedule_sampler, module.diffusion.num_timesteps, device
+        settings.schedule_sampler, module.diffusion.num_timesteps, device, levels=levels
     )
-    if start.state is not None:
-        disk.load(Path(start.checkpoint), start.state, engine=engine, sampler=sampler)
+    if checkpoint is not None:
+        disk.load(checkpoint, start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(
         device, micro_batch=trained.batch.micro, image_size=settings.image_size
     )
-    return Setup(resolved, shards, val_shards, start, engine, sampler, StopVote(requests), watch)
+    vote = StopVote(requests)
+    return Setup(resolved, shards, val_shards, start, groups, engine, fixed, sampler, vote, watch)
+
+
+def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[Group] | None]:
+    """Return the classifier and its loss, with the weights of the seed; a problem ends all ranks.
+
+    Returns also the groups of its parameters, see `divide_parameters`.
+
+    kind: of the data's targets. What is the user's is tried once: a network that is not the
+    encoder, a loss, an augmentation.
+    """
+    settings = resolved.settings
+    torch.manual_seed(settings.seed)
+    try:
+        classifier = create_classifier(**settings.model_kwargs())
+        if settings.classifier:
+            precision = deepspeed_engine.precision_of(resolved.ds_config)
+            try_once(
+                classifier,
+                settings.classifier,
+                image_size=settings.image_size,
+                in_channels=settings.in_channels,
+                dtype=deepspeed_engine.DTYPES[precision],
+            )
+        groups = divide_parameters(classifier, settings, resolved.ds_config["optimizer"]["type"])
+        module = noised_classifier(classifier, settings, kind)
+        timestep_range(settings.t_range, module.diffusion)
+        create_augmentation(settings)
+        return module, groups
+    except ValueError as error:
+        if distributed.world_size() > 1:  # a module of the user's may be missing on one node only
+            distributed.refuse(failures.summary(error))
+        raise
 
 
 def run(command: CommandLine, setup: Setup) -> int:
@@ -147,7 +187,7 @@ def assemble(setup: Setup) -> loop.Run:
     recent = setup.recent_images()
     known = setup.steps_to_know(recent)
     loader, val_loader = setup.loaders(engine.global_steps - known)
-    meter = Meter(engine.module.diffusion.num_timesteps, engine.device)
+    meter = Meter(engine.module.diffusion.num_timesteps, engine.device, setup.targets)
     state = setup.start.state
     bad_samples = BadSamples(
         run_dir,
@@ -190,7 +230,7 @@ def assemble(setup: Setup) -> loop.Run:
         ),
         engine=engine,
         batches=batches,
-        objective=Objective(setup.sampler, settings.seed, settings.noised, recent),
+        objective=Objective(setup.sampler, settings.seed, settings.noised, recent, setup.balance),
         meter=meter,
         log=log,
         lost=lost,
@@ -214,8 +254,10 @@ def open_log(setup: Setup) -> RunLogger:
         iterations=settings.steps,
         world_size=setup.resolved.batch.world_size,
         host=platform.node(),
+        way=way(setup),
         device=deepspeed_engine.describe_device(setup.engine.device),
         guessing=dataclasses.asdict(setup.guessing),
+        targets=setup.targets.to_json(),
         val_samples=setup.val_samples,
     )
     if setup.start.state is None:

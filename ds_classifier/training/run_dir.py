@@ -4,8 +4,8 @@ events.jsonl records what happened to the run; rank 0 alone appends to it, one l
 {"time": seconds since 1970, "event": NAME, ...}:
 
     start, resume   a job began: step, iterations, world_size, host, device; guessing, the fields of
-                    sanity.Guessing; val_samples; resume also: reached, the last step that the job
-                    before it had logged
+                    sanity.Guessing; targets, as the manifest has them; val_samples; resume also:
+                    reached, the last step that the job before it had logged
     extend          the run, finished at this step, trains on: step, iterations: the new number of
                     steps in all
     save failed     a checkpoint could not be written: step, message

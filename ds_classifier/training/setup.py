@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ds_classifier import distributed
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.config.settings import Settings
+from ds_classifier.data.augment import create_augmentation
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.loader import (
     Loader,
     ShardDataset,
@@ -25,11 +28,18 @@ from ds_classifier.data.loader import (
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.distributed.engine import deepspeed_engine
+from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.stopping import StopVote
 from ds_classifier.distributed.watchdog import Watchdog
-from ds_classifier.evaluation.data import create_validation_loader
+from ds_classifier.evaluation.data import create_validation_loader, labels_of
 from ds_classifier.loss import RecentImages
-from ds_classifier.training.logs.flops import Arithmetic, forward_flops
+from ds_classifier.training.balance import Balance, measure
+from ds_classifier.training.logs.flops import (
+    Arithmetic,
+    forward_flops,
+    training_flops,
+    training_flops_with,
+)
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start
 
@@ -42,7 +52,9 @@ class Setup:
     shards: ShardSet
     val_shards: ShardSet | None
     start: Start  # where the run begins
+    groups: list[Group] | None  # the parameters that are trained; None: all alike
     engine: Any  # DeepSpeed's
+    fixed: dict[str, Tensor]  # what training does not change, see fixed_state.py
     sampler: Any  # draws timesteps
     stop: StopVote
     watch: Watchdog
@@ -51,6 +63,11 @@ class Setup:
     def run_dir(self) -> Path:
         """The directory of the run."""
         return Path(self.resolved.settings.run_dir)
+
+    @property
+    def targets(self) -> Targets:
+        """The kind of the data's targets."""
+        return self.shards.manifest.targets
 
     @property
     def val_samples(self) -> int:
@@ -65,9 +82,13 @@ class Setup:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of a step, and what the device could do."""
-        device = self.engine.device
+        device, kwargs = self.engine.device, self.resolved.settings.model_kwargs()
+        named = self.engine.module.classifier.named_parameters()
+        frozen = [name for name, parameter in named if not parameter.requires_grad]
+        forward = forward_flops(kwargs)
         return Arithmetic(
-            forward_flops(self.resolved.settings.model_kwargs()),
+            forward,
+            training_flops_with(frozen, kwargs) if frozen else training_flops(forward),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             precision=deepspeed_engine.precision(self.engine),
         )
@@ -76,11 +97,25 @@ class Setup:
     def guessing(self) -> Guessing:
         """The loss and accuracy of guessing by class frequency.
 
-        Large data sets are sampled down to about a million labels.
+        Large data sets are sampled down to about a million labels, or ten million numbers. With a
+        loss of the user's, that of guessing is not known.
         """
-        every = max(1, len(self.shards.index) // 1_000_000)
-        labels = self.shards.index["label"][::every]
-        return Guessing.of(labels, len(self.shards.manifest.classes))
+        labels = labels_of(self.shards, most=10_000_000 if self.targets.vectors else 1_000_000)
+        guessing = Guessing.of(labels, len(self.shards.manifest.classes), self.targets)
+        return dataclasses.replace(guessing, loss=None) if self.resolved.settings.loss else guessing
+
+    @cached_property
+    def balance(self) -> Balance | None:
+        """The weights of images in the loss; None if all count the same.
+
+        Every rank must ask for it.
+        """
+        kind, device = self.resolved.settings.class_balance, self.engine.device
+        if not kind and not self.shards.manifest.weighted:
+            return None
+        found = distributed.on_rank_0(lambda: measure(self.shards, kind), device)
+        by_class = torch.tensor(found["by_class"], device=device)
+        return Balance(**found | {"by_class": by_class})
 
     def recent_images(self) -> RecentImages | None:
         """Return the place for the last images, still empty; None without posterior targets."""
@@ -94,6 +129,7 @@ class Setup:
             num_classes=settings.num_classes,
             device=self.engine.device,
             dtype=torch.uint8 if pixels else torch.float32,
+            vectors=self.targets.vectors,
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:
@@ -127,8 +163,10 @@ class Setup:
 def facts_of(resolved: Resolved, shards: ShardSet) -> dict[str, Any]:
     """Return what a checkpoint records about its run, and a resumed run may not change."""
     arrays = shards.manifest.arrays
-    of_arrays = {} if arrays is None else {"arrays": arrays.to_json()}
-    return of_arrays | {
+    of_data = {} if arrays is None else {"arrays": arrays.to_json()}
+    if (targets := shards.manifest.targets) != ONE_CLASS:
+        of_data["targets"] = targets.to_json()
+    return of_data | {
         "settings": resolved.settings.recorded(),
         "classes": shards.manifest.classes,
         "data": shards.manifest.fingerprint,
@@ -184,6 +222,7 @@ def create_training_loader(
         random_crop=settings.random_crop,
         random_flip=settings.random_flip,
         fast=settings.resize == "fast",
+        augment=create_augmentation(settings),
         image_size=settings.image_size,
         channels=settings.in_channels,
     )

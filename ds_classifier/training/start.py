@@ -21,12 +21,13 @@ from torch import nn
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
 from ds_classifier.checkpoint.initial_weights import load_initial_weights
-from ds_classifier.checkpoint.writer import check_room
+from ds_classifier.checkpoint.writer import check_room, checkpoint_bytes
 from ds_classifier.common.text import count
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved, meant
 from ds_classifier.config.settings import Settings, changed_settings
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.training.run_dir import (
     DONE,
     EVENTS,
@@ -116,7 +117,7 @@ def open_run(
         else:
             start = Start(f"seed {settings.seed}", parts)
         if not command.skips_training:
-            check_room(run_dir / "checkpoints", sum(p.numel() for p in classifier.parameters()))
+            check_room(run_dir / "checkpoints", checkpoint_bytes(classifier))
             write_run_files(run_dir, resolved.with_part(start.part_steps), shell_lines)
             (run_dir / DONE).unlink(missing_ok=True)  # of the part before, if it is extended
         return asdict(start)
@@ -206,6 +207,9 @@ def refuse_changes(state: dict, resolved: Resolved, facts: dict) -> None:
         changes.append(
             f"classes: {len(state['classes'])} in the checkpoint, others in the data now"
         )
+    elif state.get("targets") != facts.get("targets"):
+        was, now = (Targets.from_json(f.get("targets")) for f in (state, facts))
+        changes.append(f"targets: {was} in the checkpoint, {now} in the data now")
     elif state["data"] != facts["data"]:
         changes.append(
             f"data: {shown(settings.data_dir)} is not the data that the checkpoint was trained on"

@@ -22,6 +22,7 @@ from ds_classifier.diffusion import stratified
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter, by_position
 from ds_classifier.loss import EMPTY, RecentImages
+from ds_classifier.training.balance import Balance
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Objective:
     seed: keys the timesteps and the noise, together with the position of a sample.
     noised: False trains on clean images, which the network sees at t = 0.
     recent: the images over which targets are posteriors; None: the labels are the targets.
+    balance: how much each image counts; None: all count the same.
     """
 
     sampler: Any
     seed: int
     noised: bool
     recent: RecentImages | None = None
+    balance: Balance | None = None
 
 
 class Trained(NamedTuple):
@@ -77,6 +80,8 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
                 noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
         with span("step: forward"):
             losses, logits = engine(batch.images, batch.labels, t, noise, objective.recent)
+        if objective.balance is not None:
+            importance = importance * objective.balance.weights(batch)
         # A bad sample adds nothing; dividing by all keeps the step the same on any number of ranks.
         loss = torch.where(batch.weights > 0, importance * losses, 0.0).mean()
         # A non-finite loss can have finite gradients. Multiplying by nan makes them nan too, so
@@ -106,7 +111,11 @@ def remember(recent: RecentImages, batches: Sequence[Batch]) -> None:
 
     batches: this rank's micro-batches of the step, on the device.
     """
-    labels = [b.labels.masked_fill(b.weights == 0, EMPTY) for b in batches]
+    labels = [
+        # Of vectors of targets, every number becomes EMPTY.
+        b.labels.masked_fill((b.weights == 0).view(-1, *[1] * (b.labels.dim() - 1)), EMPTY)
+        for b in batches
+    ]
     positions, images, labels = (
         distributed.all_gather(torch.cat(parts)).flatten(0, 1)
         for parts in ([b.positions for b in batches], [b.images for b in batches], labels)

@@ -82,10 +82,11 @@ class Bench:
             labels=torch.randint(0, settings.num_classes, (count,)),
             positions=torch.arange(count),
             weights=torch.ones(count),
+            importance=torch.ones(count),
             bad=[],
         )
         if device.type == "cuda":  # as the loader's batches are
-            batch = Batch(*(tensor.pin_memory() for tensor in batch[:4]), [])
+            batch = Batch(*(tensor.pin_memory() for tensor in batch[:-1]), [])
         return cls(resolved, engine, batch)
 
     @property
@@ -220,6 +221,7 @@ class Saves:
             folder,
             engine=bench.engine,
             sampler=UniformSampler(bench.engine.module.diffusion.num_timesteps),
+            fixed={},
             keep_last=1,
             keep_every=0,
             max_failed=0,

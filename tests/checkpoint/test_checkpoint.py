@@ -54,6 +54,18 @@ def test_stock_safetensors_reads_what_is_written(tmp_path):
         assert all(read[key].dtype == value.dtype for key, value in tensors.items())
 
 
+def test_every_dtype_of_a_buffer_is_read_back(tmp_path):
+    kinds = disk.SAFETENSORS_DTYPE
+    model = {str(kind): torch.tensor([[0, 1], [3, 7]]).to(kind) for kind in kinds}
+    model |= {"number": torch.tensor(5), "none": torch.zeros(0), "mask": torch.tensor([-torch.inf])}
+    disk.commit(tmp_path / "step-00000001", model=model, optimizer={}, state={})
+    read = load_file(tmp_path / "step-00000001" / "model.safetensors")
+    assert read.keys() == model.keys()
+    for name, value in model.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+
+
 def test_a_pickle_under_a_good_hash_is_refused_and_never_run(tmp_path):
     """Check that nothing is unpickled even if the manifest was changed to agree."""
 

@@ -55,6 +55,7 @@ def writer(tmp_path, monkeypatch):
         tmp_path,
         engine=engine,
         sampler=SimpleNamespace(state=dict),
+        fixed={},
         keep_last=2,
         keep_every=0,
         max_failed=1,
@@ -208,21 +209,21 @@ def test_pruning_that_fails_is_one_warning(writer, tmp_path, monkeypatch, capsys
 
 
 def test_room_for_two_checkpoints(tmp_path, monkeypatch):
-    checkpoint_writer.check_room(tmp_path / "run" / "checkpoints", 1000)
+    checkpoint_writer.check_room(tmp_path / "run" / "checkpoints", 12_000)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     usage = SimpleNamespace(free=23_999)
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"23,999 bytes free; need 24,000 for two.*of 12,000"):
-        checkpoint_writer.check_room(tmp_path / "run" / "checkpoints", 1000)
+        checkpoint_writer.check_room(tmp_path / "run" / "checkpoints", 12_000)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--run_dir.*file.*Not a directory"):
-        checkpoint_writer.check_room(tmp_path / "file" / "checkpoints", 1000)
+        checkpoint_writer.check_room(tmp_path / "file" / "checkpoints", 12_000)
 
 
 def test_a_disk_that_syncs_no_directories_gets_checkpoints_and_a_note(
     writer, tmp_path, poor_disk, capsys
 ):
-    checkpoint_writer.check_room(tmp_path, 1000)
+    checkpoint_writer.check_room(tmp_path, 12_000)
     assert "does not sync directories (Invalid argument)" in capsys.readouterr().out
     save(writer, 1)
     writer.finish()
@@ -236,4 +237,4 @@ def test_the_check_makes_the_calls_of_a_save(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.os, call, refuse)
     with pytest.raises(ValueError, match=r"no checkpoint can be saved.*made up.*choose another"):
-        checkpoint_writer.check_room(tmp_path / "checkpoints", 1000)
+        checkpoint_writer.check_room(tmp_path / "checkpoints", 12_000)

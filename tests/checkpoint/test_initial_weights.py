@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from made import CLASS_NAMES, make_run
-from small_models import SMALL, filled
+from safetensors.torch import save_file
+from small_models import SMALL, SMALL_UNET, filled
 
 from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.initial_weights import (
@@ -15,6 +16,7 @@ from ds_classifier.checkpoint.initial_weights import (
 from ds_classifier.config import Settings
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.export.export import export
+from ds_classifier.guidance.unet import create_unet
 from ds_classifier.model import create_classifier
 
 HEAD = "out.2.c_proj.weight", "out.2.c_proj.bias"
@@ -216,3 +218,66 @@ def test_another_scale_of_arrays_is_said(tmp_path):
     assert len(start(run, arrays=arrays | {"dtype": "float32", "mean": [9.0] * 3})[0]) == 1
     pixels = Arrays(3, 32, "uint8", None, None).to_json()
     assert len(start(make_run(tmp_path / "other"), arrays=pixels)[0]) == 1
+
+
+# ------------------------------------------------------------------------- diffusion models
+
+UNET = SMALL_UNET | dict(num_head_channels=64, resblock_updown=True, learn_sigma=True)
+
+
+def unet_at(path, **changes):
+    """Save a UNet, its weights computed from their names, and return its state dict."""
+    state = filled(create_unet(**UNET | changes).state_dict())
+    torch.save(state, path) if path.suffix == ".pt" else save_file(state, path)
+    return state
+
+
+@pytest.mark.parametrize("file", ["model000100.pt", "ema_0.9999_000100.safetensors"])
+@pytest.mark.parametrize("pool", ["attention", "spatial_v2"])
+def test_the_first_half_of_a_diffusion_model_is_taken(tmp_path, file, pool):
+    path = tmp_path / file
+    unet = unet_at(path, class_cond=True)
+    lines, state, before = start(path, classifier_pool=pool)
+    taken = [name for name in state if not name.startswith("out.")]
+    for name in state:
+        expected = unet[name] if name in taken else before[name]
+        assert torch.equal(state[name], expected), name
+    left = [n for n in unet if n.split(".")[0] in ("output_blocks", "out", "label_emb")]
+    assert lines[0] == f"the first half of the diffusion model {path}"
+    assert lines[1].startswith(f"taken: {len(taken)} tensors of time_embed, input_blocks and ")
+    assert f"left out: {len(left)} of output_blocks, out, label_emb; the pool (out.*)" in lines[1]
+    assert "64 channels a head in the reference's legacy order" in lines[2]
+    assert len(taken) + len(left) == len(unet)
+
+
+def test_flags_that_would_fit_a_diffusion_model_are_named(tmp_path):
+    unet_at(tmp_path / "unet.pt", num_channels=64, channel_mult="1,1,2", num_res_blocks=2,
+            attention_resolutions="4", resblock_updown=False)  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        start(tmp_path / "unet.pt")
+    error = str(caught.value)
+    assert error.startswith("--init_from: the UNet in")
+    for line in (
+        "--classifier_width: got 32; need 64",
+        "--classifier_depth: got 1; need 2",
+        "--classifier_attention_resolutions: got '8'; need '4'",
+        "--classifier_resblock_updown: got True; need False",
+        "--classifier_channel_mult: got '1,2'; need '1,1,2'",
+    ):
+        assert line in error
+    fitting = dict(
+        classifier_width=64,
+        classifier_depth=2,
+        classifier_attention_resolutions="4",
+        classifier_resblock_updown=False,
+        classifier_channel_mult="1,1,2",
+    )
+    start(tmp_path / "unet.pt", **fitting)
+
+
+def test_a_diffusion_model_of_another_kind_is_refused(tmp_path):
+    state = unet_at(tmp_path / "unet.pt")
+    del state["middle_block.1.norm.weight"]
+    torch.save(state, tmp_path / "unet.pt")
+    with pytest.raises(ValueError, match=r"a UNet, with 1 tensor missing \(middle_block\.1\.norm"):
+        start(tmp_path / "unet.pt")

@@ -266,6 +266,8 @@ def test_only_slips_of_the_keyboard_get_a_suggestion(key, near):
 def test_keys_that_deepspeed_ignores_are_noted_and_pass():
     raw = changed(cuda_visible_devices=0, fp16__dynamic_loss_scale=True)
     assert "has no cuda_visible_devices, fp16.dynamic_loss_scale: ignored" in notes(raw=raw)
+    assert "optimizer.params" not in notes(raw=raw)
+    assert "reads lr, betas in optimizer.params alone" in notes(raw=changed(lr=1e-3, betas=[0, 0]))
     assert "dynamic_loss_scale" not in resolved(raw=raw).ds_config["fp16"]
 
 

@@ -14,6 +14,8 @@ OTHERS = ("3-fp32-adagrad",)
 SLOW = (
     *("1-fp32-adamw", "1-bf16-adamw", "2-fp32-adam", "3-fp16-adamw", "3p-fp32-adamw"),
     *("2-bf16-muon", "3-bf16-muon", "2o-bf16-muon", "3p-bf16-cpuadam", "2o-fp32-lion"),
+    *("1-fp32-adamw-parts", "1-bf16-adamw-parts", "2-fp16-adamw-parts", "3-bf16-adamw-parts"),
+    *("3p-fp32-adamw-parts", "2o-bf16-cpuadam-parts", "2-bf16-muon-frozen"),
 )
 
 
@@ -98,12 +100,37 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(rows, cell):
     assert row["rates"][2] == row["rates"][1] < row["rates"][3]
 
 
+def assert_fixed_state_stayed(row):
+    """Check the frozen half and the buffers, which rank 0 made in fp32 and int64."""
+    assert_resumed(row)
+    assert {n.split(".")[0] for n in row["stayed"]} == {"input_blocks", "count", "mask"}
+    assert row["kept"] == 2 * (row["parameters"] - len(row["stayed"]))
+
+
+def test_what_is_frozen_stays_in_full_precision(tmp_path):
+    rows = ask(2, "resume,skip", ["2-bf16-adamw-parts"], tmp_path)
+    assert_fixed_state_stayed(rows["resume", "2-bf16-adamw-parts"])
+    assert rows["skip", "2-bf16-adamw-parts"]["stayed"]
+
+
+def test_groups_of_parameters_are_trained_as_by_torch_by_hand(tmp_path):
+    """Compare 6 steps with decay; the head has a tenth of the rate."""
+    row = ask(1, "by_hand", ["2-fp32-adamw-parts"], tmp_path)["by_hand", "2-fp32-adamw-parts"]
+    assert len({rate for rate in row["rates"] if rate > 0}) > 2
+    assert row["distance"] < 1e-6
+    assert row["moved"]["input_blocks"] == 0
+    assert row["moved"]["middle_block"] > 1e-3
+    assert 1e-5 < row["moved"]["out"] < row["moved"]["time_embed"] / 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", SLOW)
 def test_more_kinds_of_engines(cell, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # Muon would compile for a minute
     rows = ask(2, "resume,skip", [cell], tmp_path)
     assert_resumed(rows["resume", cell])
+    if cell.endswith("-parts"):
+        assert_fixed_state_stayed(rows["resume", cell])
     assert (rows["skip", cell]["stayed"], rows["skip", cell]["skipped"]) == (True, 1)
     ask(1, "part", [cell], tmp_path)
     rows |= ask(2, "close", [cell], tmp_path)

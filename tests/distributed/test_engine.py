@@ -104,6 +104,40 @@ def test_a_resumed_run_has_the_rates_of_the_uninterrupted_one(name):
     assert len(set(rates)) > (5 if name == "LRRangeTest" else 90)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_group_has_its_share_of_the_rate(name):
+    """Compare each of 300 steps, and those after a resume, with a schedule without groups."""
+    from deepspeed.runtime import lr_schedules
+
+    def fresh(*groups):
+        parameters = [{"params": [torch.nn.Parameter(torch.ones(1))]} | group for group in groups]
+        optimizer = torch.optim.AdamW(parameters, lr=5e-4)
+        kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+        scheduler = kind(optimizer, **SCHEDULES[name])
+        return SimpleNamespace(
+            optimizer=SimpleNamespace(optimizer=optimizer), lr_scheduler=scheduler
+        )
+
+    def rates(engine):
+        return [group["lr"] for group in engine.optimizer.optimizer.param_groups]
+
+    def scaled():
+        engine = fresh({"lr_scale": 0.3}, {"lr_scale": 1.0})
+        deepspeed_engine._scale_after_each_step(engine)
+        return engine
+
+    plain, engine = fresh({}), scaled()
+    for applied in range(300):
+        resumed = scaled()
+        deepspeed_engine.set_schedule(resumed, applied)
+        (rate,) = rates(plain)
+        assert rates(engine) == rates(resumed) == [rate * 0.3, rate]
+        assert deepspeed_engine.learning_rate(engine) == rate
+        for one in (plain, engine):
+            one.optimizer.optimizer.step()
+            one.lr_scheduler.step()
+
+
 @pytest.mark.parametrize("config", ["zero1_fp32", "zero1_bf16", "zero2_bf16"])
 def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     """DeepSpeed waits for the gradient's norm: for a constant to compare with, and the answer.

@@ -184,7 +184,7 @@ def batches(count, size, classes, batch):
         if start == 0:
             weights[1], bad = 0.0, [BadSample(1, "key", "no image")]
         positions = positions.where(inside, -1)
-        made.append(Batch(pixels[rows], labels[rows], positions, weights, bad))
+        made.append(Batch(pixels[rows], labels[rows], positions, weights, weights, bad))
     return made
 
 

@@ -1,5 +1,6 @@
 """The data of an evaluation: found from any directory; the score of guessing on it."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -70,18 +71,32 @@ def test_all_places_are_named_if_it_is_in_none(started, tmp_path):
     assert recorded_place(run, "data/test") == "data/test"
 
 
+def trained(run: Path, classes: list[str], **facts):
+    """Return what a run records of its weights, if it was trained on these classes."""
+    source = find_recorded(run)
+    settings = source.settings.replace(val_data_dir="data/train", num_classes=len(classes))
+    return dataclasses.replace(source, settings=settings, classes=classes, **facts)
+
+
+def test_images_of_one_class_do_not_measure_a_classifier_of_several(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "together", lambda task, device: task())
+    convert(image_folder(folder), tmp_path / "data")
+    run = write_run(tmp_path / "run")
+    source = trained(run, ["furry", "tall"], targets={"kind": "classes"})
+    options = dict(cache_dir=None, cache_gb=None, device=torch.device("cpu"))
+    with pytest.raises(ValueError) as error:
+        open_validation_data(source, str(tmp_path / "data/train"), **options)
+    message = str(error.value)
+    assert message.startswith("--val_data_dir: got one class per image in ")
+    assert "; need several classes per image, as " in message
+    assert message.endswith("; do: convert both splits in one call, with --val")
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_an_evaluation_from_elsewhere_opens_the_run_s_shards(folder, tmp_path, monkeypatch, moved):
     monkeypatch.setattr(distributed, "together", lambda task, device: task())
     run = write_run(tmp_path / "work/run")
-    source = find_recorded(run)
-    source = type(source)(
-        **vars(source)
-        | {
-            "settings": source.settings.replace(val_data_dir="data/train", num_classes=3),
-            "classes": ["cat", "dog", "emu"],
-        }
-    )
+    source = trained(run, ["cat", "dog", "emu"])
     convert(image_folder(folder), tmp_path / "work/data")
     monkeypatch.chdir(tmp_path / "work")
     (run / "command.sh").write_text(launch_lines(["train.py"], 1))

@@ -27,7 +27,7 @@ def test_top_5_says_nothing_about_five_classes():
 
 
 def test_columns_of_an_evaluation():
-    heads = [column.head for column in metrics.LEVEL_COLUMNS]
+    heads = [column.head for column in metrics.level_columns()]
     assert heads == ["acc@1 %", "acc@5 %", "loss", "ECE %", "|grad|"]
 
 

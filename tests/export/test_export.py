@@ -75,14 +75,14 @@ def test_stock_tools_read_it(tmp_path):
 def test_the_command_says_what_loads_the_export(tmp_path, monkeypatch, capsys, obstacles):
     """The digits' classifier needs edits there; that must not read as if the export had failed."""
     if not obstacles:
-        monkeypatch.setattr(export, "reference_obstacles", lambda settings: [])
+        monkeypatch.setattr(export, "reference_obstacles", lambda *_: [])
     assert program.main([str(make_run(tmp_path / "run"))]) == 0
     printed = capsys.readouterr().out
     assert "loads in: ds_classifier.load, sample.py, diffusers' schedulers" in printed
     assert ("and in guided-diffusion as it is" in printed) == (not obstacles)
     edits = "and in guided-diffusion after the edits to its code that model000007.flags.txt lists"
     assert (edits in printed) == obstacles
-    assert "cannot load" not in printed
+    assert "cannot use" not in printed
 
 
 def test_the_best_checkpoint_goes_by_its_name(tmp_path):
@@ -512,7 +512,7 @@ def test_flags_are_words_of_a_command_line():
     assert "clean images" in text
     respaced = flags_text(Settings(num_classes=1000, timestep_respacing="250"), "model.pt")
     assert "--timestep_respacing 250" in respaced
-    assert "cannot load" not in respaced
+    assert "cannot use" not in respaced
 
 
 def test_a_new_noise_schedule_is_an_obstacle(monkeypatch):
@@ -521,5 +521,5 @@ def test_a_new_noise_schedule_is_an_obstacle(monkeypatch):
     settings = Settings(num_classes=1000, noise_schedule="quadratic")
     (obstacle,) = reference_obstacles(settings)
     assert "quadratic" in obstacle.reason
-    assert "cannot load" in flags_text(settings, "model.pt")
+    assert "cannot use" in flags_text(settings, "model.pt")
     assert reference_obstacles(settings.replace(noise_schedule="cosine")) == []

@@ -396,10 +396,10 @@ def test_a_unet_is_sampled_without_a_classifier(class_cond, tmp_path, monkeypatc
         unet_fp16=False,
         device=torch.device("cpu"),
     )
-    assert len(guided.classes("")) == (1000 if class_cond else 1)
+    assert len(guided.asked("", None)) == (1000 if class_cond else 1)
     drawing = dict(joint_temperature=1, marginal_temperature=1, batch_size=2, seed=0)
     drawn = guided.draw(
-        guided.classes("")[:1].repeat(2),
+        guided.asked("", None)[:1].repeat(2),
         0.0,
         **drawing,
         use_ddim=False,
@@ -419,12 +419,12 @@ def test_the_largest_seed_is_accepted():
 @pytest.mark.parametrize("text", ["10", "-1", "\u00b2", "\u0663", "1,,2", "1.0", "9" * 5000])
 def test_classes_are_numbers_of_classes(digits, classifier_file, text):
     guided = guided_digits(digits, classifier_file)
-    assert guided.classes("3, 7").tolist() == [3, 7]
+    assert guided.asked("3, 7", None).tolist() == [3, 7]
     named = dataclasses.replace(guided, names=[*"abcdefgh", "cat", "9"])
-    assert named.classes("cat,1,9").tolist() == [8, 1, 9]
-    assert guided.classes("").tolist() == list(range(10))
+    assert named.asked("cat,1,9", None).tolist() == [8, 1, 9]
+    assert guided.asked("", None).tolist() == list(range(10))
     with pytest.raises(ValueError, match=r"--classes: got .*; need numbers from 0 to 9"):
-        guided.classes(text)
+        guided.asked(text, None)
 
 
 def test_the_process_of_a_run_cannot_be_contradicted(tmp_path):

@@ -1,7 +1,9 @@
 """Train, save and load in DeepSpeed engines of several kinds: engine_cells.py FOLDER TASKS CELL...
 
 A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the optimizer to the CPU,
-"p" the parameters too. Every rank runs it. Tasks, joined by commas, each for all cells:
+"p" the parameters too; -frozen at its end freezes half of the classifier, and gives it buffers;
+-parts does so too, and trains the rest in groups. Every rank runs it. Tasks, joined by commas, each
+for all cells:
 
 - resume: train 6 steps, saving at steps 2 and 6; load step 2 into a fresh engine and train it to
   step 6. Prints whether all weights, state, losses and rates are the same.
@@ -10,6 +12,8 @@ A cell is STAGE-PRECISION-OPTIMIZER, such as 3o-bf16-lion: "o" offloads the opti
   from those of the uninterrupted run.
 - cross: load step 2 of the first cell into each of the others, and print whether what is saved then
   is the same, and the relative difference of the next loss.
+- by_hand: train 6 steps, and by torch's AdamW with its own groups too. Prints how far the weights
+  are from those, and how far they moved. For one rank.
 - skip: train 4 steps, the second of them with an infinite gradient on one rank. Prints whether the
   weights stayed, the number of skipped steps, the optimizer's count and the rate of each step.
 
@@ -32,14 +36,17 @@ from safetensors.torch import load_file
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
+from ds_classifier.checkpoint.fixed_state import settle_fixed_state
 from ds_classifier.checkpoint.writer import CheckpointWriter
+from ds_classifier.common.keyed_noise import keyed_noise
 from ds_classifier.config import Settings
 from ds_classifier.data.loader import Batch
-from ds_classifier.diffusion import UniformSampler
+from ds_classifier.diffusion import UniformSampler, stratified
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
+from ds_classifier.training.parameter_groups import divide_parameters
 from ds_classifier.training.step import Objective, train_step
 
 GLOBAL, MICRO = 8, 2
@@ -51,6 +58,11 @@ SETTINGS = Settings().replace(
     classifier_attention_resolutions="4",
     num_classes=10,
     noise_schedule="cosine",
+)
+PARTS = SETTINGS.replace(
+    freeze="input_blocks.*",
+    lr_scale="out.*=0.1,out.0.*=9,*.emb_layers.*=3",
+    no_decay="norms,biases",
 )
 OPTIMIZERS = {
     "adamw": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
@@ -114,24 +126,34 @@ def ds_config(cell: str) -> dict:
 class Cell:
     """A fresh engine of a cell."""
 
-    def __init__(self, cell: str, device, seed: int = 0):
+    def __init__(self, cell: str, device, seed: int = 0, checkpoint: Path | None = None):
         torch.manual_seed(seed + distributed.rank())  # rank 0's weights must win
         classifier = create_classifier(**SETTINGS.model_kwargs())
+        groups = None
+        if cell.endswith("-parts"):
+            groups = divide_parameters(classifier, PARTS, OPTIMIZERS[cell.split("-")[2]]["type"])
+        if cell.endswith(("-frozen", "-parts")):
+            classifier.input_blocks.requires_grad_(False)
+            classifier.register_buffer("count", torch.tensor(seed + distributed.rank()))
+            classifier.register_buffer("mask", torch.tensor([0.1, -torch.inf, torch.randn(())]))
+        self.made = {name: value.clone() for name, value in classifier.state_dict().items()}
+        path = None if distributed.rank() else checkpoint
+        self.fixed = settle_fixed_state(classifier, path, device)
         module = noised_classifier(classifier, SETTINGS)
         factor = deepspeed_engine.linear_anneal(8) if "scheduler" not in ds_config(cell) else None
-        self.engine = deepspeed_engine.create_engine(module, ds_config(cell), factor)
+        self.engine = deepspeed_engine.create_engine(module, ds_config(cell), factor, groups)
         self.sampler = UniformSampler(module.diffusion.num_timesteps)
         self.meter = Meter(module.diffusion.num_timesteps, device)
         self.losses, self.rates = [], []
+        if checkpoint is not None:
+            state = distributed.on_rank_0(lambda: disk.read_state(checkpoint), device)
+            disk.load(checkpoint, state, engine=self.engine, sampler=self.sampler)
 
     def train(self, steps: int, spoil: int = -1) -> None:
         """Train until a number of steps is done. spoil: the step whose gradient is infinite."""
         while self.engine.global_steps < steps:
             step, ranks = self.engine.global_steps, distributed.world_size()
-            first = step * GLOBAL
-            own = [q for q in range(first, first + GLOBAL) if q % ranks == distributed.rank()]
-            micro = [own[i : i + MICRO] for i in range(0, len(own), MICRO)]
-            batches = [batch_at(positions) for positions in micro]
+            batches = batches_of(step)
             spoil_it = step == spoil and distributed.rank() == ranks - 1
             with spoiled(self.engine) if spoil_it else contextlib.nullcontext():
                 trained = train_step(self.engine, iter(batches), self.objective, self.meter)
@@ -148,6 +170,7 @@ class Cell:
             folder,
             engine=self.engine,
             sampler=self.sampler,
+            fixed=self.fixed,
             keep_last=9,
             keep_every=0,
             max_failed=0,
@@ -156,18 +179,21 @@ class Cell:
         writer.finish()
         return folder / disk.step_name(self.engine.global_steps)
 
-    def load(self, path: Path) -> None:
-        state = distributed.on_rank_0(lambda: disk.read_state(path), self.engine.device)
-        disk.load(path, state, engine=self.engine, sampler=self.sampler)
-
 
 @contextlib.contextmanager
 def spoiled(engine):
     """Make one gradient infinite, although the loss is finite."""
-    weight = next(iter(engine.module.classifier.parameters()))
+    weight = next(p for p in engine.module.classifier.parameters() if p.requires_grad)
     hook = weight.register_hook(lambda grad: grad * torch.inf)
     yield
     hook.remove()
+
+
+def batches_of(step: int) -> list[Batch]:
+    """Return this rank's micro-batches of a step."""
+    first, ranks = step * GLOBAL, distributed.world_size()
+    own = [q for q in range(first, first + GLOBAL) if q % ranks == distributed.rank()]
+    return [batch_at(own[i : i + MICRO]) for i in range(0, len(own), MICRO)]
 
 
 def batch_at(positions: list[int]) -> Batch:
@@ -179,6 +205,7 @@ def batch_at(positions: list[int]) -> Batch:
         labels=torch.tensor([q % 10 for q in positions]),
         positions=torch.tensor(positions),
         weights=torch.ones(len(positions)),
+        importance=torch.ones(len(positions)),
         bad=[],
     )
 
@@ -194,10 +221,17 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted(names | {n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])})
 
 
+def stayed(cell: Cell, checkpoint: Path) -> list[str]:
+    """Return the tensors of a checkpoint that are those of the classifier as it was made."""
+    saved = load_file(checkpoint / disk.MODEL)
+    return sorted(n for n, value in cell.made.items() if torch.equal(saved[n], value))
+
+
 def distance(one: Path, other: Path) -> float:
     """Return the norm of the difference of the weights of two checkpoints."""
     a, b = (load_file(p / disk.MODEL) for p in (one, other))
-    return sum(float((a[n] - b[n]).double().square().sum()) for n in a) ** 0.5
+    changed = [n for n in a if not torch.equal(a[n], b[n])]
+    return sum(float((a[n] - b[n]).double().square().sum()) for n in changed) ** 0.5
 
 
 def resume(cell: str, folder: Path, device) -> dict:
@@ -206,8 +240,7 @@ def resume(cell: str, folder: Path, device) -> dict:
     saved = whole.save(folder / "whole")
     whole.train(6)
     end = whole.save(folder / "whole")
-    again = Cell(cell, device, seed=5)
-    again.load(saved)
+    again = Cell(cell, device, seed=5, checkpoint=saved)
     same = again.save(folder / "again")
     again.train(6)
     again_end = again.save(folder / "again")
@@ -217,6 +250,7 @@ def resume(cell: str, folder: Path, device) -> dict:
         "loaded": differing(saved, same)[:3],
         "resumed": differing(end, again_end)[:3],
         "moved": distance(saved, end),
+        "stayed": stayed(whole, again_end),
         "first": whole.losses[0],
         "losses": again.losses == whole.losses[2:],
         "rates": again.rates == whole.rates[2:],
@@ -227,16 +261,14 @@ def resume(cell: str, folder: Path, device) -> dict:
 
 
 def part(cell: str, folder: Path, device) -> dict:
-    here = Cell(cell, device, seed=5)
-    here.load(folder / "whole" / disk.step_name(2))
+    here = Cell(cell, device, seed=5, checkpoint=folder / "whole" / disk.step_name(2))
     here.train(4)
     here.save(folder / "part")
     return {}
 
 
 def close(cell: str, folder: Path, device) -> dict:
-    here = Cell(cell, device, seed=5)
-    here.load(folder / "part" / disk.step_name(4))
+    here = Cell(cell, device, seed=5, checkpoint=folder / "part" / disk.step_name(4))
     here.train(6)
     end = here.save(folder / "close")
     if distributed.rank():
@@ -245,13 +277,46 @@ def close(cell: str, folder: Path, device) -> dict:
 
 
 def cross(cell: str, folder: Path, device, first: Path) -> dict:
-    here = Cell(cell, device, seed=5)
-    here.load(first / "whole" / disk.step_name(2))
+    here = Cell(cell, device, seed=5, checkpoint=first / "whole" / disk.step_name(2))
     same = here.save(folder / "cross")
     here.train(3)
     if distributed.rank():
         return {}
     return {"loaded": differing(first / "whole" / disk.step_name(2), same), "loss": here.losses}
+
+
+def by_hand(cell: str, folder: Path, device) -> dict:
+    here = Cell(cell, device)
+    here.train(6)
+    torch.manual_seed(0)
+    module = noised_classifier(create_classifier(**SETTINGS.model_kwargs()), SETTINGS)
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.GroupNorm)]
+    of_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    groups = []
+    for name, parameter in module.classifier.named_parameters():
+        if name.split(".")[0] == "input_blocks":
+            continue
+        factor = 0.1 if name.split(".")[0] == "out" else 3.0 if ".emb_layers." in name else 1.0
+        decays = parameter not in of_norms and not name.endswith("bias")
+        decay = 0.1 if decays else 0.0
+        groups.append({"params": [parameter], "factor": factor, "weight_decay": decay})
+    adam = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    for step, rate in enumerate(here.rates):
+        adam.zero_grad()
+        for batch in batches_of(step):
+            t, _ = here.sampler.sample(stratified(0, batch.positions, GLOBAL))
+            noise = keyed_noise(0, "noise", batch.positions, tuple(batch.images.shape[1:]))
+            losses, _ = module(batch.images, batch.labels, t, noise)
+            (losses.sum() / GLOBAL).backward()
+        for group in adam.param_groups:
+            group["lr"] = rate * group["factor"]
+        adam.step()
+    saved = load_file(here.save(folder / "whole") / disk.MODEL)
+    rows, moved = {"distance": 0.0}, {}
+    for name, value in module.classifier.state_dict().items():
+        rows["distance"] = max(rows["distance"], float((value - saved[name]).abs().max()))
+        moved[name.split(".")[0]] = float((here.made[name] - saved[name]).abs().max())
+    return rows | {"moved": moved, "rates": here.rates}
 
 
 def skip(cell: str, folder: Path, device) -> dict:

@@ -30,7 +30,9 @@ PREDICTOR_SETTINGS = Settings(
 )
 
 
-def make_run(run: Path, *, step: int = 7, arrays: dict | None = None, **own) -> Path:
+def make_run(
+    run: Path, *, step: int = 7, arrays: dict | None = None, targets: dict | None = None, **own
+) -> Path:
     """Write a run with one checkpoint, whose weights are computed from their names; return it."""
     settings = Settings(**SMALL | dict(noise_schedule="cosine", lr=1e-3) | own)
     more = map(str, range(len(CLASS_NAMES), settings.num_classes))
@@ -41,7 +43,8 @@ def make_run(run: Path, *, step: int = 7, arrays: dict | None = None, **own) -> 
         "settings": asdict(settings),
         "classes": [*CLASS_NAMES, *more][: settings.num_classes],
         "data": "f" * 64,
-    } | ({} if arrays is None else {"arrays": arrays})
+    }
+    state |= {k: v for k, v in {"arrays": arrays, "targets": targets}.items() if v is not None}
     model = filled(tensors_of(settings))
     disk.commit(run / "checkpoints" / disk.step_name(step), model=model, optimizer={}, state=state)
     return run

@@ -4,7 +4,8 @@ TRACE: a directory. Each rank appends one row per sample of every micro-batch: s
     label, t, and hashes of its pixels and noise.
 EMULATE_FP16: let DeepSpeed run fp16 on a CPU that has no instructions for it.
 KILL_AT, TERM_AT "STEP:RANK": when the step begins, that rank gets SIGKILL, or SIGTERM twice, as
-    from a scheduler and a launcher. KILL_WORKERS_AT: its loader workers get SIGKILL.
+    from a scheduler and a launcher; a checkpoint that is being written is waited for before a
+    SIGKILL. KILL_WORKERS_AT: its loader workers get SIGKILL.
 NAN_AT, INF_AT "STEP:RANK", or "STEP+:RANK" from that step on: that rank's loss is multiplied by
     nan; or infinity is added to it, which leaves the gradient as it is.
 SNAPSHOT_AT "STEP:RANK:DO": when the step's checkpoint is due, that rank is killed (DO: kill), waits
@@ -28,6 +29,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -89,6 +91,11 @@ def trace(step, positions, labels, t, pixels, noise) -> None:
 def traced_step(engine, batches, objective, meter):
     """Train one step, with the faults and the trace that are asked for."""
     step = engine.global_steps + 1
+    if os.environ.get("KILL_AT", "").startswith(f"{step}:"):
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint writer":
+                thread.join()
+        distributed.gather_json(None, engine.device)  # until rank 0 has written it
     if due("KILL_AT", step):
         os.kill(os.getpid(), signal.SIGKILL)
     if due("KILL_WORKERS_AT", step):

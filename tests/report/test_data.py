@@ -48,7 +48,8 @@ def test_attempts_of_a_run_that_was_killed_and_resumed(run, monkeypatch):
     append_event(run, "resume", step=50, reached=70, world_size=2, host="a", device="CPU")
     append_event(run, "save failed", step=60, message="disk full")
     append_event(run, "stop", step=80, reason="SIGTERM")
-    append_event(run, "resume", step=80, reached=80, world_size=4, host="b", device="CPU")
+    of_last = dict(world_size=4, way="bf16, ZeRO 2, Lion", host="b", device="CPU")
+    append_event(run, "resume", step=80, reached=80, **of_last)
     monkeypatch.undo()
     with open(run / EVENTS, "a") as file:
         file.write('{"time": 600, "eve')  # cut by a kill
@@ -63,6 +64,7 @@ def test_attempts_of_a_run_that_was_killed_and_resumed(run, monkeypatch):
     ]
     text = opened(run).sections["history"]
     assert "resumed from step 50 (20 steps repeated) on 2 ranks" in text
+    assert "resumed from step 80 on 4 ranks, bf16, ZeRO 2, Lion, CPU, b" in text
     assert "ended without a message" in text
     assert "checkpoint not written: disk full" in text
     assert "stopped by SIGTERM" in text

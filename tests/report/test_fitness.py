@@ -82,6 +82,32 @@ def test_digits_that_are_worse_than_guessing_at_high_noise(run):
     opened(run)
 
 
+def test_several_classes_are_judged_by_their_yes_no_answers(run):
+    """A binary cross-entropy of 0.2 explains 60 % of 0.5, a tenth of it 10 %."""
+    made = evaluated([(0, 10.1, 0, 0.2, 0.02, 0.1), (999, -19.8, 0, 0.45, 0.02, 0.1)])
+    made["targets"] = {"kind": "classes"}
+    made["data"]["guessing"] = {"loss": 0.5, "acc": 0.8, "mAP": 0.2}
+    for row, accuracy in zip(made["classifier"]["levels"], (0.95, 0.82), strict=True):
+        del row["acc@1"]
+        row["acc"] = accuracy
+    lines = judged(run, made)
+    sign, text = sign_of(lines, "At t = 0 its binary cross-entropy is 0.200")
+    assert sign == GOOD
+    assert "frequencies of the evaluated images has 0.500; right answers 95.0 %, chance" in text
+    assert sign_of(lines, "is better than guessing by class frequency at t = 0 to 999")[0] == GOOD
+
+
+@pytest.mark.parametrize(("loss", "sign"), [(1.2, GOOD), (1.3, DOUBTFUL), (1.95, BAD)])
+def test_soft_vectors_are_explained_down_to_their_own_entropy(run, loss, sign):
+    """The share is of the 1.5 nats from the entropy of the vectors, 0.5, to guessing, 2.0."""
+    made = evaluated([(0, 10.1, 0.9, loss, 0.02, 0.1)])
+    made["targets"] = {"kind": "soft"}
+    made["data"]["guessing"] = {"loss": 2.0, "acc@1": 0.1, "least": 0.5}
+    found, text = sign_of(judged(run, made), "At t = 0 its cross-entropy")
+    assert found == sign
+    assert "the labels themselves leave 0.500" in text
+
+
 def test_a_toy_gets_no_tick_for_its_fitness(run):
     """36 % of five classes, 15 to 20 % calibration error, 100 images."""
     toy = [

@@ -257,6 +257,18 @@ def test_more_iterations_are_answered_with_the_flag(state, words):
     )
 
 
+def test_other_targets_are_another_training():
+    facts = dict(deepspeed={}, classes=["a", "b"], data="1")
+    several = facts | {"data": "2", "targets": {"kind": "classes"}}
+    state = at(300, 600)
+    run = resolved("--iterations", "600")
+    with pytest.raises(ValueError, match="targets: one class per image in the checkpoint, several"):
+        refuse_changes(state | facts, run, several)
+    with pytest.raises(ValueError, match="several classes per image in the checkpoint, one class"):
+        refuse_changes(state | several, run, facts)
+    refuse_changes(state | several, run, several)
+
+
 def test_done_counts_for_the_steps_that_were_done(tmp_path):
     settings = resolved("--iterations", "600").settings
     assert finished(settings, tmp_path) is None

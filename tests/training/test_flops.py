@@ -1,9 +1,16 @@
 """FLOPs against known counts and a count by hand, MFU against arithmetic on paper."""
 
 import pytest
+import torch
 
 from ds_classifier.config import RECIPES, Settings
-from ds_classifier.training.logs.flops import Arithmetic, forward_flops, peak_flops
+from ds_classifier.model import create_classifier
+from ds_classifier.training.logs.flops import (
+    Arithmetic,
+    forward_flops,
+    peak_flops,
+    training_flops_with,
+)
 
 # Forward GFLOP an image of guided-diffusion's classifiers, 1,000 classes, counted on its code.
 KNOWN = {
@@ -49,6 +56,14 @@ def test_a_tiny_classifier_by_hand():
     attention = c * 3 * c * pixels + 2 * pixels * pixels * c + c * c * pixels
     multiply_adds = embedding + first + 3 * block + attention + c * 10
     assert forward_flops(settings.model_kwargs()) == 2 * multiply_adds
+    # A frozen trunk has no backward; the head's last layer has gradients of weights and inputs.
+    with torch.device("meta"):
+        names = [n for n, _ in create_classifier(**settings.model_kwargs()).named_parameters()]
+    trunk = [name for name in names if not name.startswith("out.")]
+    kwargs = settings.model_kwargs()
+    assert training_flops_with(trunk, kwargs) == 2 * (multiply_adds + 2 * c * 10)
+    # Neither pixels nor timesteps need a gradient.
+    assert training_flops_with([], kwargs) == 2 * (3 * multiply_adds - first - 64 * emb)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +91,10 @@ def test_a_peak_is_known_or_not_guessed(name, precision, tflops):
 
 def test_what_a_rank_achieves():
     """1,000 images a second of 38.2 GFLOP forward: 114.6 TFLOP/s, 36.7 % of an A100."""
-    on_a100 = Arithmetic(38_200_000_000, device_name="NVIDIA A100-SXM4-80GB", precision="bf16")
+    forward = 38_200_000_000
+    on_a100 = Arithmetic(
+        forward, 3 * forward, device_name="NVIDIA A100-SXM4-80GB", precision="bf16"
+    )
     assert on_a100.achieved(1000) == pytest.approx({"gflops_per_sec": 114_600, "mfu": 0.3673}, 1e-3)
-    on_cpu = Arithmetic(38_200_000_000, device_name=None, precision="bf16")
+    on_cpu = Arithmetic(forward, 3 * forward, device_name=None, precision="bf16")
     assert on_cpu.achieved(1) == pytest.approx({"gflops_per_sec": 114.6})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from running import GOLDEN
 
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.training.logs.sanity import Guessing, SanityWatch, above_chance
 
 TEN = Guessing(10, math.log(10), 0.1)
@@ -34,6 +35,27 @@ def drawn(
         **{f"train_acc@1_q{q}": count / (images // 4) for q, count in enumerate(counts)},
         **more,
     }
+
+
+def test_several_classes_are_judged_by_the_accuracy_of_their_answers():
+    """One class on half of the images, three on a tenth: 0.5 and 0.9 right without looking."""
+    labels = np.zeros((1000, 4))
+    labels[::2, 0] = labels[::10, 1:] = 1
+    guessing = Guessing.of(labels, 4, Targets("classes"))
+    loss = (math.log(2) + 3 * 0.325083) / 4
+    assert (guessing.metric, guessing.accuracy) == ("acc", pytest.approx(0.8))
+    assert guessing.loss == pytest.approx(loss, abs=1e-5)
+    rows = [
+        {"step": step, "window_samples": 640, "train_loss": loss, "train_acc": accuracy}
+        | {f"train_acc_q{q}": accuracy for q in range(4)}
+        | {f"window_samples_q{q}": 160 for q in range(4)}
+        for step, accuracy in enumerate([0.8] * 20 + [0.95] * 20)
+    ]
+    first, *_, last = watched(rows, guessing)
+    assert first.endswith("that of guessing by class frequency: nothing learnt yet")
+    assert last.endswith(
+        "by quartile of t over 7 lines, chance 80 %: learning at every noise level"
+    )
 
 
 def sequence(steps, seed=0, **by_step):

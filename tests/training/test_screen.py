@@ -9,6 +9,7 @@ from running import ROOT
 from ds_classifier import distributed
 from ds_classifier.config import parse_training_command
 from ds_classifier.config.deepspeed_json import read_ds_config, resolve
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.distributed import console
 from ds_classifier.evaluation import metrics
 from ds_classifier.training.logs.screen import (
@@ -109,6 +110,25 @@ def test_80_columns_hold_all_but_the_memory_in_bf16_and_all_for_few_classes(term
     assert head.split()[-6:] == ["q3", "gnorm", "lr", "img/s", "wait", "mem"]
     assert "50.0" not in validation
     assert "at t=0 12.5 %" in validation
+
+
+def test_several_classes_have_columns_of_their_own(terminal):
+    """The mean average precision is of validations; the quartiles are of the right answers."""
+    terminal(None)
+    table = Table(num_classes=10, loss_scale=False, targets=Targets("classes"))
+    head, explained = table.begin().splitlines()
+    assert head.split()[2:9] == ["loss", "acc", "q0", "q1", "q2", "q3", "mAP"]
+    assert "acc" in explained
+    quartiles = {f"train_acc_q{q}": 0.9 - q / 10 for q in range(4)}
+    row = ROW | {"train_loss": 0.5, "train_acc": 0.75} | quartiles
+    assert table.training_line(row, eta_seconds=10).split()[2:9] == [
+        *("0.500", "75.0", "90", "80", "70", "60", "-")
+    ]
+    validated = {"step": 5, "val_loss": 0.5, "val_acc": 0.7, "val_mAP": 0.6, "val_seconds": 1.0}
+    validated |= {f"val_acc_q{q}": 0.7 for q in range(4)} | {"val_acc_t0": 0.8, "val_mAP_t0": 0.9}
+    line = table.validation_line(validated)
+    assert line.split()[2:9] == ["0.500", "70.0", "70", "70", "70", "70", "60.0"]
+    assert "at t=0 80.0 %" in line
 
 
 def test_a_new_metric_has_a_column_and_negative_values_do_not_touch_it(terminal, monkeypatch):

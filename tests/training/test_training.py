@@ -408,7 +408,7 @@ def test_a_world_that_does_not_divide_the_batch_is_told_once(digits, tmp_path):
     reason="this device has fp16",
 )
 def test_fp16_where_there_is_none(digits, tmp_path):
-    """It is emulated, and one line says so."""
+    """Trains with fp16 emulated, which one line says."""
     flags = ["--iterations", "2", "--batch_size", "2"]
     done = train(1, "zero2_fp16", digits, tmp_path / "run", *flags, script=TRAIN)
     (line,) = [line for line in done.lines if "fp16 is emulated" in line]

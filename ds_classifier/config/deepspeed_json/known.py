@@ -33,6 +33,7 @@ ELSEWHERE = {
     "max_grad_norm": "gradient_clipping",
     "learning_rate": "lr",
 }
+COMMON = ("lr", "betas", "eps", "weight_decay")  # what most optimizers take, in optimizer.params
 # Sections whose parameters go to an optimizer or a scheduler, which are asked elsewhere.
 _WITH_PARAMS = ("optimizer", "scheduler")
 SECTION = "a section {...}"
@@ -142,6 +143,8 @@ def check_keys(draft: Draft) -> None:
             _check_section(draft, key, ignored)
     if ignored:
         draft.notes.append(f"DeepSpeed {version()} has no {', '.join(ignored)}: ignored")
+    if misplaced := [key for key in ignored if key in COMMON]:
+        draft.notes.append(f"DeepSpeed reads {', '.join(misplaced)} in optimizer.params alone")
 
 
 def _check_section(draft: Draft, key: str, ignored: list[str]) -> None:

@@ -16,7 +16,7 @@ from ds_classifier.config.deepspeed_json.draft import (
     shown,
     type_of,
 )
-from ds_classifier.config.deepspeed_json.known import nearest, refuse_name, version
+from ds_classifier.config.deepspeed_json.known import COMMON, nearest, refuse_name, version
 
 SECTION = ("optimizer", "params")
 # Of DeepSpeed's own optimizers, those that need something that this program has not -> what.
@@ -35,7 +35,6 @@ _NOT_FLAT = {
     "SparseAdam": "it needs sparse gradients",
     "Adafactor": "it needs whole matrices, of which ZeRO keeps flat shares",
 }
-COMMON = ("lr", "betas", "eps", "weight_decay")
 ADVICE = f"do: use AdamW, with {', '.join(COMMON)} alone"
 # Parameters that DeepSpeed takes out itself before it makes an optimizer.
 _OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}

@@ -52,12 +52,16 @@ from ds_classifier.data.convert.plan import (
 )
 from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.convert.spool import spool_groups
+from ds_classifier.data.labels.targets import Targets
 from ds_classifier.data.remote.mirror import Mirror
 from ds_classifier.data.scan import scan_shard
 from ds_classifier.data.shards import (
+    BESIDE,
     INDEX,
     INDEX_DTYPE,
     MANIFEST,
+    TARGETS,
+    WEIGHTS,
     Manifest,
     Shard,
     open_shards,
@@ -164,8 +168,9 @@ def merge(out: Path, mirror: Mirror | None = None) -> list[str]:
     # The facts go last: a kill at any point leaves a split that is complete, or can be continued.
     for plan in plans.values():
         for number in range(len(plan.shard_samples)):
-            for suffix in (".json", ".index.npy"):
-                (out / plan.split / plan.shard_name(number)).with_suffix(suffix).unlink()
+            for suffix in (".json", *(f".{name}" for name in (INDEX, *BESIDE))):
+                path = (out / plan.split / plan.shard_name(number)).with_suffix(suffix)
+                path.unlink(missing_ok=suffix[1:] in BESIDE)
         (out / plan.split / PLAN).unlink()
     files.fsync(out)
     return [plan.split for plan in plans.values()]
@@ -276,6 +281,10 @@ def _write_shard(number: int) -> tuple[int, list[BadFile]]:
     rows = np.array([scanned.entry for scanned in scan_shard(staging)], dtype=INDEX_DTYPE)
     rows["shard"] = number
     np.save(path.with_suffix(".index.npy"), rows)
+    if plan.targets is not None and samples[0].target is not None:
+        np.save(path.with_suffix(f".{TARGETS}"), np.stack([s.target for s in samples]))
+    if plan.weighted:
+        np.save(path.with_suffix(f".{WEIGHTS}"), np.array([s.weight for s in samples], np.float32))
     shard = Shard(path.name, len(samples), staging.stat().st_size, files.sha256(staging))
     facts = asdict(shard) | {"undecodable": undecodable, "began_ns": began_ns}
     if arrays is not None:
@@ -315,8 +324,29 @@ def _finish(partial: Path, plan: Plan) -> None:
         index_sha256=files.sha256(partial / INDEX),
         held_out=plan.held_out,
         arrays=None if plan.arrays is None else tally.finish(Arrays(**plan.arrays)),
+        targets=Targets.from_json(plan.targets),
+        targets_sha256=_joined(partial, plan, TARGETS),
+        weights_sha256=_joined(partial, plan, WEIGHTS),
     )
     files.replace_text(partial / MANIFEST, manifest.to_json())
+
+
+def _joined(partial: Path, plan: Plan, name: str) -> str:
+    """Write the rows of all shards to the array `name`; return its SHA-256, or "" without rows."""
+    names = [plan.shard_name(number) for number in range(len(plan.shard_samples))]
+    paths = [(partial / shard).with_suffix(f".{name}") for shard in names]
+    if not paths[0].exists():
+        return ""
+    first = np.load(paths[0], mmap_mode="r")
+    shape = (plan.samples, *first.shape[1:])
+    joined = np.lib.format.open_memmap(partial / name, "w+", first.dtype, shape)
+    at = 0
+    for path in paths:
+        rows = np.load(path)
+        joined[at : at + len(rows)] = rows
+        at += len(rows)
+    joined.flush()
+    return files.sha256(partial / name)
 
 
 def _key(number: int, name: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ds_classifier.data.convert.samples import DataSource, Sample
 from ds_classifier.data.labels.classes import in_order
+from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.data.shards import MANIFEST, open_shards, parse_manifest
 
 PLAN = "plan.json"
@@ -51,6 +52,7 @@ class Plan:
     digest: sha256 of all other fields but `source`, and of the names, labels, sizes and marks of
         images.
     held_out: see `DataSource`. arrays: what its arrays have in common, in JSON; None for images.
+    targets: their kind, in JSON; None for one class per image. weighted: samples have weights.
     """
 
     split: str
@@ -63,6 +65,8 @@ class Plan:
     digest: str
     held_out: str = ""
     arrays: dict[str, Any] | None = None
+    targets: dict[str, Any] | None = None
+    weighted: bool = False
 
     def shard_name(self, number: int) -> str:
         return f"{self.split}-{number:06d}.tar"
@@ -105,7 +109,7 @@ def in_order_of_version_0_1(source: DataSource, out: Path) -> DataSource:
     as_text = sorted(source.classes)
     if source.classes == as_text or source.classes != in_order(as_text):
         return source
-    if as_text not in class_lists(out).values():
+    if source.targets != ONE_CLASS or as_text not in class_lists(out).values():
         return source
     label = {class_name: i for i, class_name in enumerate(as_text)}
     new_label = [label[class_name] for class_name in source.classes]
@@ -163,12 +167,20 @@ def make_plan(
         facts["held_out"] = source.held_out
     if source.arrays is not None:
         facts["arrays"] = source.arrays.to_json()
+    if source.targets != ONE_CLASS:
+        facts["targets"] = source.targets.to_json()
+    if any(sample.weight is not None for sample in samples[:1]):
+        facts["weighted"] = True
     digest = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "source"}).encode())
     for sample in samples:
         size = sample.size()
         name = os.path.basename(sample.name)  # the same for any path to the source
         mark = getattr(sample.content, "mark", "")
         digest.update(f"{name}\0{sample.label}\0{size}{mark}\n".encode(errors="surrogateescape"))
+        if sample.target is not None:
+            digest.update(sample.target.tobytes())
+        if sample.weight is not None:
+            digest.update(f"weight {sample.weight!r}\n".encode())
     return Plan(digest=digest.hexdigest(), **facts)
 
 
@@ -211,7 +223,7 @@ def open_partial(out: Path, plan: Plan) -> Path:
         raise ValueError(f"OUT: got {partial} without {PLAN}; need a new directory; do: remove it")
     if json.loads((partial / PLAN).read_text(encoding="utf-8"))["digest"] != plan.digest:
         raise ValueError(
-            f"OUT: got {partial}, the unfinished conversion of another source, encoding or share; "
-            "need one in OUT; do: finish it, remove it, or choose another OUT"
+            f"OUT: got {partial}, the unfinished conversion of another source, encoding, share or "
+            "targets; need one in OUT; do: finish it, remove it, or choose another OUT"
         )
     return partial

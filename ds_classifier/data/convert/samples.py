@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from ds_classifier.common.files import size_of_file
 from ds_classifier.common.text import count
 from ds_classifier.data.arrays import Arrays
 from ds_classifier.data.labels.classes import class_list, refuse_not_utf8
+from ds_classifier.data.labels.reading import Label
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.tars import printable
 
 # Folders of file servers, archive programs and Python. What begins with a dot is hidden anyway.
@@ -108,11 +113,17 @@ class Sample:
 
     name: its path in the source. label: its class index.
     content: its file, its bytes, or their location.
+    target: what it is labelled with if that is more than a class, [K] (`Targets.vectors`).
+    value: a number that is not in a bin yet: see `with_bins`.
+    weight: in the loss; None if no sample of the source has one.
     """
 
     name: str
     label: int
     content: Path | bytes | Content
+    target: np.ndarray | None = field(default=None, compare=False)
+    value: float | None = None
+    weight: float | None = None
 
     def read(self) -> bytes:
         """Return the encoded image, as it is in the source."""
@@ -164,6 +175,8 @@ class DataSource:
         was given.
     remarks: lines for the user, such as which files were taken for which split.
     arrays: what the samples have in common if they are stored as arrays; None for images.
+    targets: their kind. values_of: the column of values that are not in bins yet, and so have no
+        classes: see `with_bins`; "" otherwise.
     Raises ValueError for a class name that is not UTF-8, and for an image that is in both splits.
     """
 
@@ -174,6 +187,8 @@ class DataSource:
     held_out: str = ""
     remarks: tuple[str, ...] = ()
     arrays: Arrays | None = None
+    targets: Targets = ONE_CLASS
+    values_of: str = ""
 
     def __post_init__(self):
         refuse_not_utf8(self.name, self.classes)
@@ -237,12 +252,15 @@ def _identity(path: str, real: Callable[[str], str] = os.path.realpath) -> str |
 class NamedSample(NamedTuple):
     """A sample before the classes are numbered.
 
-    class_name: a name, or an integer that the user chose.
+    class_name: a name, or an integer that the user chose; or several, probabilities, or a value:
+        see `labels.reading.Label`.
+    weight: in the loss; None if no sample of the source has one.
     """
 
     name: str
-    class_name: str | int
+    class_name: Label
     content: Path | bytes | Content
+    weight: float | None = None
 
 
 def share_classes(
@@ -251,15 +269,35 @@ def share_classes(
     val: Sequence[NamedSample] | None = None,
     classes: list[str] | None = None,
     remarks: Iterable[str] = (),
+    targets: str = "class",
+    column: str = "",
 ) -> DataSource:
     """Return a source whose classes are numbered by the training split alone.
 
     classes: the names in order; None: see `class_list`. remarks: see `DataSource`.
+    targets: what the samples are labelled with, one of `labels.targets.ASKED`. column: the name of
+    the values.
     Raises ValueError for a validation class without training images, for a gap in integers, and
     for a single class.
     """
+    given = {"train": train} | ({} if val is None else {"val": val})
+    if targets == "values":
+        splits = {
+            split: [
+                Sample(s.name, 0, s.content, value=s.class_name, weight=s.weight) for s in named
+            ]
+            for split, named in given.items()
+        }
+        return DataSource(name, [], splits, remarks=tuple(remarks), values_of=column)
+    if isinstance(train[0].class_name, np.ndarray):
+        return _with_vectors(name, given, classes, remarks, targets)
+    several = targets == "classes"
     if classes is None:
-        classes = class_list(name, {sample.class_name for sample in train})
+        found = [s.class_name if several else (s.class_name,) for s in train]
+        names = set(itertools.chain.from_iterable(found))
+        if not names:
+            raise ValueError(f"source: got {name}, in which no image has a class; need some")
+        classes = class_list(name, names)
     if len(classes) == 1:
         raise ValueError(
             f"source: got {name} with one class, {printable(classes[0])}; need at least two; do: "
@@ -267,18 +305,61 @@ def share_classes(
         )
     label = {class_name: i for i, class_name in enumerate(classes)}
     if val is not None:
-        unknown = sorted({str(sample.class_name) for sample in val} - set(label))
+        held_out = [s.class_name if several else (s.class_name,) for s in val]
+        unknown = sorted(set(map(str, itertools.chain.from_iterable(held_out))) - set(label))
         if unknown:
             raise ValueError(
                 f"--val: got {len(unknown)} classes that {name} lacks, such as {unknown[0]!r}; "
                 "need validation images of training classes only; do: rename or move them"
             )
+    if several:
+        given = {
+            split: [s._replace(class_name=_hot(s.class_name, label)) for s in named]
+            for split, named in given.items()
+        }
+        return _with_vectors(name, given, classes, remarks, targets)
     splits = {
-        split: [Sample(s.name, label[str(s.class_name)], s.content) for s in named]
-        for split, named in (("train", train), ("val", val))
-        if named is not None
+        split: [Sample(s.name, label[str(s.class_name)], s.content, weight=s.weight) for s in named]
+        for split, named in given.items()
     }
     return DataSource(name, classes, splits, remarks=tuple(remarks))
+
+
+def _hot(classes: Iterable[str | int], label: Mapping[str, int]) -> np.ndarray:
+    """Return a vector with 1 for each class and 0 for the others, [K] uint8."""
+    vector = np.zeros(len(label), np.uint8)
+    vector[[label[str(name)] for name in classes]] = 1
+    return vector
+
+
+def _with_vectors(
+    name: str,
+    given: Mapping[str, Sequence[NamedSample]],
+    classes: list[str] | None,
+    remarks: Iterable[str],
+    targets: str,
+) -> DataSource:
+    """Return a source whose samples have vectors: several classes, or probabilities.
+
+    given: the samples of each split. classes: the names; None: numbers. The others are those of
+    `share_classes`.
+    """
+    width = len(given["train"][0].class_name)
+    classes = [str(i) for i in range(width)] if classes is None else classes
+    splits = {}
+    for split, named in given.items():
+        other = next((s for s in named if len(s.class_name) != len(classes)), None)
+        if other is not None:
+            raise ValueError(
+                f"{'source' if split == 'train' else '--val'}: got {len(other.class_name)} numbers "
+                f"for {other.name}; need {len(classes)}, one for each class; do: correct them"
+            )
+        splits[split] = [
+            Sample(s.name, int(s.class_name.argmax()), s.content, s.class_name, weight=s.weight)
+            for s in named
+        ]
+    kind = Targets("classes" if targets == "classes" else "soft")
+    return DataSource(name, classes, splits, remarks=tuple(remarks), targets=kind)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ds_classifier.common.text import count
@@ -69,6 +70,7 @@ def open_source(
     labels: str | None = None,
     scale: Sequence[float] | None = None,
     shift: Sequence[float] | None = None,
+    targets: str = "class",
 ) -> DataSource:
     """Open a data source, without reading images. Its kind follows from its suffix and content.
 
@@ -84,13 +86,15 @@ def open_source(
     - torchvision:NAME, a class of torchvision.datasets; see `torchvision_set`
 
     The first three can be combined; the others need val of the same kind, or bring their own.
-    columns: the columns of a list ("path", "label") or of parquet or .npz ("image", "label"), by
-        name.
+    columns: the columns of a list ("path", "label", "weight") or of parquet or .npz ("image" in
+        place of "path"), by name.
     root, download: for torchvision: the directory of its data, and whether it may download them.
     labels: a file with the labels of an .npy or .npz. scale, shift: see `arrays.as_arrays`.
+    targets: what the labels of a list, parquet or arrays in a file are, one of
+        `labels.targets.ASKED`; shards say it themselves. Values are put into bins by `with_bins`.
     Raises ValueError if there is nothing to convert, or if the classes of the splits do not match.
     """
-    opened = _open(source, val, val_labels, columns or {}, root, download, labels)
+    opened = _open(source, val, val_labels, columns or {}, root, download, labels, targets)
     return as_arrays(opened, scale, shift)
 
 
@@ -102,6 +106,7 @@ def _open(
     root: Path | None,
     download: bool,
     labels: str | None,
+    targets: str,
 ) -> DataSource:
     """Open a source; the arguments are those of `open_source`."""
     if val_labels is not None and val is None:
@@ -119,7 +124,7 @@ def _open(
                 f"--val: got {val} with {source}; need a share such as 10%, or the validation "
                 "split that the data set has; do: drop it"
             )
-        _refuse_columns(source, columns)
+        _refuse_columns(source, columns, targets)
         return torchvision_set(source, root, download)
     if root is not None or download:
         flag = "--download" if root is None else "--root"
@@ -129,12 +134,12 @@ def _open(
             raise ValueError(
                 f"--val: got {val!r} with digits, which has its own validation split; do: drop it"
             )
-        _refuse_columns(source, columns)
+        _refuse_columns(source, columns, targets)
         return digits()
     if source.partition(":")[0] == GAUSSIANS and not Path(source).exists():
         if val is not None:
             raise ValueError(f"--val: got {val!r} with {source}, which has a split; do: drop it")
-        _refuse_columns(source, columns)
+        _refuse_columns(source, columns, targets)
         return gaussians(source)
     train = Path(source)
     places = (("--val", val), ("--val_labels", val_labels), ("--labels", labels))
@@ -146,7 +151,7 @@ def _open(
             )
     kind = _kind(train)
     if kind not in ("list", "parquet", ARRAY_FILE):
-        _refuse_columns(source, columns)
+        _refuse_columns(source, columns, targets)
     val_kind = None if val is None else _kind(Path(val))
     tars = ("tar", "tars")
     if kind in tars or val_kind in tars:
@@ -167,13 +172,24 @@ def _open(
     if kind == "shards":
         return shards(train, None if val is None else Path(val))
     if kind == "parquet":
-        return parquet(train, None if val is None else Path(val), columns)
+        return parquet(train, None if val is None else Path(val), columns, targets)
     if kind == ARRAY_FILE:
-        return array_files(source, val, columns, labels, val_labels)
-    return _files(source, kind, val, val_kind, val_labels, columns)
+        return array_files(source, val, columns, labels, val_labels, targets)
+    if targets != "class" and val_kind not in (None, "list"):
+        raise ValueError(
+            f"--val: got {val} with --targets {targets}; need a list, whose labels say as much; "
+            "do: give a list of its images"
+        )
+    return _files(source, kind, val, val_kind, val_labels, columns, targets)
 
 
-def _refuse_columns(source: str, columns: Mapping[str, str]) -> None:
+def _refuse_columns(source: str, columns: Mapping[str, str], targets: str) -> None:
+    if targets != "class":
+        raise ValueError(
+            f"--targets: got {targets} with {source}, whose images have one class or say it "
+            "themselves; need a list (.csv, .jsonl), parquet files or arrays with labels; do: "
+            "list its images with their labels, or drop it"
+        )
     if columns:
         raise ValueError(
             f"--columns: got {dict(columns)} with {source}; need a list or parquet files, which "
@@ -188,6 +204,7 @@ def _files(
     val_kind: str | None,
     val_labels: str | None,
     columns: Mapping[str, str],
+    targets: str = "class",
 ) -> DataSource:
     """Open folders, tars of ImageNet and lists. The arguments are those of `open_source`."""
     wanted = is_array_file if kind == ARRAY_FOLDER else is_image_file
@@ -209,16 +226,24 @@ def _files(
                 refuse_loose_images(given, taken, wanted)
     try:
         splits = BOTH if val is None else ("train",)
-        images = _images(places["train"], kind, columns, splits, passed, remarks)
+        images, labels = _images(places["train"], kind, columns, splits, passed, remarks, targets)
+        named = labels if len(labels) > 1 else None
         if "val" in places:
-            images["val"] = _val_images(
-                places["val"], val_kind or kind, val_labels, columns, passed, remarks
+            images["val"], own = _val_images(
+                places["val"], val_kind or kind, val_labels, columns, passed, remarks, targets
             )
+            if named and named != own:
+                raise ValueError(
+                    f"--val: got the columns {own} for the classes; need {named}, as in {source}; "
+                    "do: name them in this order, as in --columns label=A,B,C"
+                )
         if kind in FOLDERS:
             remarks += _remark_on_classes(places["train"], images["train"])
             _refuse_one_class(places["train"], images["train"])
         remarks += passed.remarks
-        return share_classes(source, images["train"], images.get("val"), remarks=remarks)
+        return share_classes(
+            source, images["train"], images.get("val"), named, remarks, targets, "".join(labels[:1])
+        )
     except ValueError as error:
         if not remarks:
             raise
@@ -273,18 +298,22 @@ def _images(
     splits: Sequence[str],
     passed: PassedOver,
     remarks: list[str],
-) -> dict[str, list[NamedSample]]:
-    """Return the images of a place by split: of the first one, unless a list has several."""
+    targets: str,
+) -> tuple[dict[str, list[NamedSample]], list[str]]:
+    """Return the images of a place by split: of the first one, unless a list has several.
+
+    The columns of a list that hold the labels come second.
+    """
     if kind == "list":
-        images, more = listed_files(place, columns, splits)
+        images, named, more = listed_files(place, columns, splits, targets)
         remarks += more
-        return images
+        return images, named
     if kind == "tar":
         from ds_classifier.data.convert.readers import imagenet
 
-        return {splits[0]: imagenet.train_images(place)}
+        return {splits[0]: imagenet.train_images(place)}, []
     wanted = is_array_file if kind == ARRAY_FOLDER else is_image_file
-    return {splits[0]: _labelled_files(place, passed, wanted)}
+    return {splits[0]: _labelled_files(place, passed, wanted)}, []
 
 
 def _val_images(
@@ -294,7 +323,8 @@ def _val_images(
     columns: Mapping[str, str],
     passed: PassedOver,
     remarks: list[str],
-) -> list[NamedSample]:
+    targets: str,
+) -> tuple[list[NamedSample], list[str]]:
     if labels is not None:
         if kind == "list":
             raise ValueError(
@@ -302,13 +332,14 @@ def _val_images(
             )
         from ds_classifier.data.convert.readers import imagenet
 
-        return imagenet.val_images(place, Path(labels), passed)
+        return imagenet.val_images(place, Path(labels), passed), []
     if kind == "tar":
         raise ValueError(
             f"--val: got {place} without labels; do: add --val_labels, with the devkit "
             "ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv"
         )
-    return _images(place, kind, columns, ("val",), passed, remarks)["val"]
+    images, named = _images(place, kind, columns, ("val",), passed, remarks, targets)
+    return images["val"], named
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -488,7 +519,9 @@ def _class_folders(root: Path) -> set[str]:
 # --------------------------------------------------------------- sources with their own class lists
 
 
-def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSource:
+def parquet(
+    train: Path, val: Path | None, columns: Mapping[str, str], targets: str = "class"
+) -> DataSource:
     """Return a source of Hugging Face's parquet files. A folder may hold a validation split too.
 
     The files of a folder without words for splits in their names are those of one split.
@@ -510,19 +543,20 @@ def parquet(train: Path, val: Path | None, columns: Mapping[str, str]) -> DataSo
             f"--val: got {val} without validation-*.parquet; do: give the file of that split"
         )
     remarks += passed.remarks
-    images, classes, label = read_parquet(files["train"], columns)
+    images, classes, label = read_parquet(files["train"], columns, targets)
     if label:
         remarks.append(f"labels: the column {printable(label)}")
         columns = {**columns, "label": label}  # of both splits
     held_out = None
     if "val" in files:
         try:
-            held_out = read_parquet(files["val"], columns)[0]
+            held_out = read_parquet(files["val"], columns, targets)[0]
         except HiddenLabels as error:
             alone = files["train"][0] if len(files["train"]) == 1 else train
             move = f"move it out of {train}, then " * (alone == train and val is None)
             raise ValueError(f"{error}: {move}convert {alone} OUT --val 10%") from None
-    source = share_classes(str(train), images, held_out, classes, remarks)
+    column = columns.get("label", "label")  # `label` is that of both by now
+    source = share_classes(str(train), images, held_out, classes, remarks, targets, column)
     refuse_copies(files["train"], files.get("val", []))
     return source
 
@@ -533,16 +567,21 @@ def array_files(
     columns: Mapping[str, str],
     labels: str | None,
     val_labels: str | None,
+    targets: str = "class",
 ) -> DataSource:
     """Return a source of arrays that lie together in files. The arguments are `open_source`'s."""
     own = None if labels is None else Path(labels)
-    samples, remarks = whole_set(Path(source), columns, own, BOTH if val is None else ("train",))
+    splits = BOTH if val is None else ("train",)
+    samples, remarks = whole_set(Path(source), columns, own, splits, targets)
     if val is not None:
         own = None if val_labels is None else Path(val_labels)
-        held_out, more = whole_set(Path(val), columns, own, ("val",))
+        held_out, more = whole_set(Path(val), columns, own, ("val",), targets)
         samples |= held_out
         remarks += more
-    return share_classes(source, samples["train"], samples.get("val"), remarks=remarks)
+    column = columns.get("label", "label")
+    return share_classes(
+        source, samples["train"], samples.get("val"), None, remarks, targets, column
+    )
 
 
 def shards(train: Path, val: Path | None = None) -> DataSource:
@@ -571,6 +610,12 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
             "--val: got splits of different arrays, or with another scale; need the same; do: "
             "convert both from their source in one call"
         )
+    targets = opened["train"].manifest.targets
+    if any(part.manifest.targets != targets for part in opened.values()):
+        raise ValueError(
+            "--val: got splits with other targets, or other bins; need the same; do: convert both "
+            "from their source in one call"
+        )
     splits = {}
     for split, part in opened.items():
         if part.manifest.classes != classes:
@@ -584,10 +629,17 @@ def shards(train: Path, val: Path | None = None) -> DataSource:
             name = f"{part.path(shard)}/{part.key(i)}"
             if not 0 <= label < len(classes):
                 raise ValueError(f"{name}: got label {label}; need one of {len(classes)} classes")
-            samples.append(Sample(name, label, Slice(part.path(shard), offset, length)))
+            sample = Sample(name, label, Slice(part.path(shard), offset, length))
+            if part.targets is not None:
+                sample = replace(sample, target=part.targets[i])
+            if part.sample_weights is not None:
+                sample = replace(sample, weight=float(part.sample_weights[i]))
+            samples.append(sample)
     held_out = opened["train"].manifest.held_out
     halved = next(iter(stored), None)
-    source = DataSource(str(train), classes, splits, halved, held_out, arrays=arrays)
+    source = DataSource(
+        str(train), classes, splits, halved, held_out, arrays=arrays, targets=targets
+    )
     if "val" in opened:
         train_part, val_part = (part.manifest for part in opened.values())
         refuse_shared_shards(train_part, val_part, "--val", "name the shards of another split")

@@ -1,9 +1,11 @@
 """Write splits to object storage: a directory here stands for OUT there.
 
     OUT/SPLIT.partial/plan.json        what is being written
-    OUT/SPLIT.partial/NAME.json, NAME.index.npy   the facts of a shard that is complete
+    OUT/SPLIT.partial/NAME.json, NAME.index.npy   the facts of a shard that is complete; with
+                                       NAME.targets.npy and NAME.weights.npy if it has them
     OUT/SPLIT/NAME.tar                 its shard
-    OUT/SPLIT/index.npy, manifest.json written last, in this order; then SPLIT.partial is removed
+    OUT/SPLIT/targets.npy, weights.npy (where there are some), index.npy, manifest.json
+                                       written last, in this order; then SPLIT.partial is removed
 
 Nothing can be renamed in object storage, so shards are uploaded under their final names as soon as
 they are complete. A split without a manifest is not finished, and no program here reads it. In the
@@ -21,7 +23,7 @@ from pathlib import Path
 from ds_classifier.common import files
 from ds_classifier.data.remote.fetch import PATIENCE, insist
 from ds_classifier.data.remote.objects import Request, refuse_unusable
-from ds_classifier.data.shards import INDEX, MANIFEST
+from ds_classifier.data.shards import BESIDE, INDEX, MANIFEST
 
 SPLITS = ("train", "val")
 UPLOAD_S = 600.0  # seconds that a request which sends or lists much may take
@@ -30,6 +32,7 @@ FAILED = {
     "delete": "could not be cleared",
 }  # fmt: skip
 PLAN = "plan.json"
+WRITTEN_LAST = (*BESIDE, INDEX, MANIFEST)
 
 
 class Mirror:
@@ -52,11 +55,11 @@ class Mirror:
         if MANIFEST in objects or (objects and PLAN not in facts):
             here = self.folder / split
             here.mkdir()
-            _ask("download", whole, names=[n for n in (INDEX, MANIFEST) if n in objects],
+            _ask("download", whole, names=[n for n in WRITTEN_LAST if n in objects],
                       path=str(here))  # fmt: skip
             if MANIFEST in objects and facts:  # left by a run that was killed at its very end
                 _ask("delete", partial, names=list(facts))
-            for name in objects.keys() - {INDEX, MANIFEST}:
+            for name in objects.keys() - set(WRITTEN_LAST):
                 if "/" not in name:
                     _hollow(here / name, objects[name])
         elif facts:
@@ -76,14 +79,16 @@ class Mirror:
         """Upload a shard that is complete, then its facts, and free its space here."""
         split, partial = path.parent.stem, path.parent.name
         self._upload(path, f"{split}/{path.name}")
-        for suffix in (".index.npy", ".json"):
-            self._upload(path.with_suffix(suffix), f"{partial}/{path.stem}{suffix}")
+        for suffix in (*(f".{name}" for name in (INDEX, *BESIDE)), ".json"):
+            if path.with_suffix(suffix).exists():
+                self._upload(path.with_suffix(suffix), f"{partial}/{path.stem}{suffix}")
         _hollow(path, path.stat().st_size)
 
     def finish(self, folder: Path) -> None:
         """Upload index and manifest from the directory of a split, and remove its facts there."""
-        for name in (INDEX, MANIFEST):
-            self._upload(folder / name, f"{folder.stem}/{name}")
+        for name in WRITTEN_LAST:
+            if (folder / name).exists():
+                self._upload(folder / name, f"{folder.stem}/{name}")
         partial = f"{self.url}/{folder.stem}.partial"
         facts = names_in(partial)
         _ask("delete", partial, names=list(facts))

@@ -7,10 +7,10 @@ used in this directory only.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -122,8 +122,27 @@ def load_kernel(builder: str, device: torch.device) -> None:
     distributed.together(load, device)
 
 
+class Group(NamedTuple):
+    """A group of parameters that are trained alike.
+
+    lr_scale: what their learning rate is multiplied by. decayed: False: without weight decay.
+    """
+
+    parameters: list[nn.Parameter]
+    lr_scale: float = 1.0
+    decayed: bool = True
+
+    def of_optimizer(self) -> dict[str, Any]:
+        """Return the group as an optimizer takes it."""
+        decay = {} if self.decayed else {"weight_decay": 0.0}
+        return {"params": self.parameters, "lr_scale": self.lr_scale} | decay
+
+
 def create_engine(
-    module: nn.Module, ds_config: dict[str, Any], lr_factor: Callable[[int], float] | None
+    module: nn.Module,
+    ds_config: dict[str, Any],
+    lr_factor: Callable[[int], float] | None,
+    groups: Sequence[Group] | None = None,
 ):
     """Wrap the module in a DeepSpeed engine. Every rank must call it.
 
@@ -131,6 +150,7 @@ def create_engine(
     ds_config: the JSON, final: `Resolved.ds_config` after `with_parameters`.
     lr_factor: returns the learning rate of step k as a share of the peak; None: the JSON's
     scheduler sets it.
+    groups: the parameters that are trained; None: all that have requires_grad, alike.
     """
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
@@ -140,12 +160,16 @@ def create_engine(
     )
     if ds_config["optimizer"]["type"].lower() == "muon":
         _adapt_muon()
+    trained = _parameters(module) if groups is None else [g.of_optimizer() for g in groups]
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
-        engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=_parameters(module), config=ds_config
-        )
+        engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=ds_config)
+    for buffer in module.buffers():  # newer versions of DeepSpeed cast the parameters alone
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(next(module.parameters()).dtype)
     if lr_factor is not None:  # not given to initialize: ZeRO replaces some optimizers
         engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
+    if groups is not None:
+        _scale_after_each_step(engine)
     if getattr(engine.optimizer, "cpu_offload", False):
         _forget_gradients_of_skipped_steps(engine.optimizer)
     skip_steps_that_are_not_finite(engine)
@@ -157,14 +181,40 @@ def create_engine(
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters, tagged for the Muon optimizer.
+    """Yield the parameters that are trained, tagged for the Muon optimizer.
 
     DeepSpeed reads them after it has tagged them itself, by the names of language models.
     """
     for name, parameter in module.named_parameters():
         if getattr(parameter, "use_muon", False):
             parameter.use_muon = not name.startswith(NOT_HIDDEN)
-        yield parameter
+        if parameter.requires_grad:
+            yield parameter
+
+
+def _scale_after_each_step(engine) -> None:
+    """Multiply the rate of each group by its factor, now and after each step of the scheduler.
+
+    All of DeepSpeed's schedulers, and LambdaLR, set rates that do not depend on those before.
+    """
+    _scale_rates(engine)
+    if (scheduler := engine.lr_scheduler) is None:
+        return
+    step = scheduler.step
+
+    def step_and_scale(*args, **kwargs) -> None:
+        step(*args, **kwargs)
+        _scale_rates(engine)
+
+    scheduler.step = step_and_scale
+
+
+def _scale_rates(engine) -> None:
+    """Multiply the rates that the scheduler has just set by the factors of the groups."""
+    for group in engine.optimizer.optimizer.param_groups:
+        if "lr_scale" in group:
+            group["unscaled_lr"] = group["lr"]
+            group["lr"] *= group["lr_scale"]
 
 
 def _forget_gradients_of_skipped_steps(zero) -> None:
@@ -205,6 +255,12 @@ def _adapt_muon() -> None:
         original_muon.muon_update = update
 
 
+def precision_of(ds_config: dict[str, Any]) -> str:
+    """Return the name in DTYPES of the precision of the weights that a JSON computes with."""
+    enabled = (name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled"))
+    return next(enabled, "fp32")
+
+
 def precision(engine) -> str:
     """Return the name in DTYPES of the precision that the model computes in."""
     return next(name for name, dtype in DTYPES.items() if dtype == engine.get_data_types()[0])
@@ -233,7 +289,7 @@ def grad_norm(engine) -> float:
 
 
 def param_norm(engine) -> float:
-    """Return the norm of all fp32 master weights. Every rank must call it.
+    """Return the norm of all trained weights, in fp32. Every rank must call it.
 
     It waits for the device.
     """
@@ -248,8 +304,9 @@ def param_norm(engine) -> float:
 
 
 def learning_rate(engine) -> float:
-    """Return the learning rate of the next step."""
-    return float(engine.optimizer.optimizer.param_groups[0]["lr"])
+    """Return the learning rate of the next step, before the factors of groups of parameters."""
+    group = engine.optimizer.optimizer.param_groups[0]
+    return float(group.get("unscaled_lr", group["lr"]))
 
 
 def set_schedule(engine, applied_steps: int) -> None:
@@ -266,6 +323,7 @@ def set_schedule(engine, applied_steps: int) -> None:
         for group, rate in zip(engine.optimizer.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         scheduler._last_lr = rates
+        _scale_rates(engine)
     else:
         scheduler.step(applied_steps - 1)  # DeepSpeed's schedulers start at -1
 

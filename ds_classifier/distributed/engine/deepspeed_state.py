@@ -47,9 +47,16 @@ def resumes_exactly(engine) -> bool:
     return not (is_sharded(engine) and autocast())
 
 
-def parameter_count(engine) -> int:
-    """Return the number of the model's parameters."""
-    return sum(whole_shape(p).numel() for p in engine.module.parameters())
+def trained(engine) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name; the others are frozen."""
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def parameter_counts(engine) -> tuple[int, int]:
+    """Return the numbers of the model's trained and of its frozen parameters."""
+    everything = sum(whole_shape(p).numel() for p in engine.module.parameters())
+    changing = sum(whole_shape(p).numel() for p in trained(engine).values())
+    return changing, everything - changing
 
 
 # ------------------------------------------------------------------------- weights
@@ -89,26 +96,32 @@ def update_copies(engine) -> None:
 
 
 def whole_copies(engine) -> dict[str, Tensor]:
-    """Return the weights that the model computes with, by name; every rank must call it.
+    """Return the state dict that the model computes with; every rank must call it.
 
-    Under ZeRO 3 they are gathered and copied, so that a rank can use them alone.
+    Under ZeRO 3 it is gathered and copied, so that a rank can use it alone.
     """
-    parameters = dict(engine.module.named_parameters())
     if not is_sharded(engine):
-        return {name: p.detach() for name, p in parameters.items()}
+        return engine.module.state_dict()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: p.detach().clone() for name, p in parameters.items()}
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: value.clone() for name, value in engine.module.state_dict().items()}
 
 
 def copies(engine) -> dict[str, Tensor]:
-    """Return the parameters of which every rank holds a copy, by name.
+    """Return the trained parameters of which every rank holds a copy, by name.
 
-    Without ZeRO 3 these are all parameters.
+    Without ZeRO 3 these are all of them.
     """
-    named = engine.module.named_parameters()
+    named = trained(engine).items()
     return {name: p for name, p in named if p.numel() == whole_shape(p).numel()}
+
+
+def fixed_copies(engine) -> dict[str, Tensor]:
+    """Return the buffers, and the frozen parameters of which every rank holds a copy, by name."""
+    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    whole = {name: p for name, p in frozen.items() if p.numel() == whole_shape(p).numel()}
+    return whole | dict(engine.module.named_buffers())
 
 
 def weight_share(engine) -> Iterator[Tensor]:
@@ -118,7 +131,7 @@ def weight_share(engine) -> Iterator[Tensor]:
         return
     from deepspeed.utils import safe_get_local_fp32_param
 
-    for parameter in engine.module.parameters():
+    for parameter in trained(engine).values():
         # What fills the last rank's part up to the length of the others is not initialised.
         yield safe_get_local_fp32_param(parameter).detach()[: _own_range(parameter)[1]]
 

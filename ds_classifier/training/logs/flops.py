@@ -7,12 +7,14 @@ products and attention are counted; norms and activations are not, as is usual (
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_classifier.model import create_classifier
+from ds_classifier.model import create_classifier, create_without_storage
 
 BACKWARD = 2  # a backward costs two forwards: gradients of the inputs and of the weights
 
@@ -42,14 +44,42 @@ PEAK_TFLOPS = {
 def forward_flops(model_kwargs: dict[str, Any]) -> int:
     """Return the operations of one image's forward through the classifier of these keywords.
 
-    Only shapes go through it; nothing is computed.
+    Only shapes go through it, and nothing is computed, unless a network needs numbers.
     """
-    with torch.device("meta"):
-        classifier = create_classifier(**model_kwargs)
-        size = classifier.image_size
-        x, timesteps = torch.empty(1, classifier.in_channels, size, size), torch.empty(1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        classifier(x, timesteps)
+    return _count(model_kwargs, None)
+
+
+def training_flops_with(frozen: Collection[str], model_kwargs: dict[str, Any]) -> int:
+    """Return the operations of one image's forward and backward with frozen parameters.
+
+    frozen: their names. Only what leads to a trained parameter has a backward.
+    """
+    return _count(model_kwargs, frozen)
+
+
+def _count(model_kwargs: dict[str, Any], frozen: Collection[str] | None) -> int:
+    """Return the operations of a forward, and, unless `frozen` is None, of a backward."""
+    try:
+        return _counted(create_without_storage(**model_kwargs), model_kwargs, frozen)
+    except Exception:
+        if not model_kwargs.get("classifier"):
+            raise
+    return _counted(create_classifier(**model_kwargs), model_kwargs, frozen)
+
+
+def _counted(
+    classifier: nn.Module, model_kwargs: dict[str, Any], frozen: Collection[str] | None
+) -> int:
+    """Do the same as `_count` on the device of the classifier."""
+    for name, parameter in classifier.named_parameters():
+        parameter.requires_grad_(frozen is not None and name not in frozen)
+    size, device = model_kwargs["image_size"], next(classifier.parameters()).device
+    x = torch.zeros(1, model_kwargs["in_channels"], size, size, device=device)
+    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
+    with FlopCounterMode(display=False) as counter:
+        logits = classifier(x, timesteps)
+        if frozen is not None:
+            logits.sum().backward()
     return counter.get_total_flops()
 
 
@@ -76,11 +106,12 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 class Arithmetic:
     """The FLOP/s that a rank achieves, and their share of the device's peak (MFU).
 
-    forward: the operations of one image. device_name: None for a CPU.
+    forward, training: the operations of one image's forward, and of its forward and backward.
+    device_name: None for a CPU.
     """
 
-    def __init__(self, forward: int, *, device_name: str | None, precision: str):
-        self.forward = forward
+    def __init__(self, forward: int, training: int, *, device_name: str | None, precision: str):
+        self.forward, self.training = forward, training
         self._peak = None if device_name is None else peak_flops(device_name, precision)
 
     def achieved(self, images_per_sec: float) -> dict[str, float]:
@@ -88,6 +119,6 @@ class Arithmetic:
 
         mfu: model FLOPs utilization (PaLM, appendix B).
         """
-        flops = images_per_sec * training_flops(self.forward)
+        flops = images_per_sec * self.training
         row = {"gflops_per_sec": flops / 1e9}
         return row if self._peak is None else row | {"mfu": flops / self._peak}

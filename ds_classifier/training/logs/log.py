@@ -335,7 +335,9 @@ class TrainingLog:
         self._arithmetic, self._sanity = arithmetic, sanity
         self._iterations, self._compiled = iterations, compiled
         self._reported = (0, 0)  # bad samples and skipped steps; a resumed run reports earlier ones
-        self._table = screen.Table(num_classes=num_classes, loss_scale=engine.fp16_enabled())
+        self._table = screen.Table(
+            num_classes=num_classes, loss_scale=engine.fp16_enabled(), targets=meter.targets
+        )
         self._clock, self._window = Clock(), Window(0.0, 0, 0.0)
 
     def begin(self) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ds_classifier.evaluation.metrics import scores_of_guessing
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
+from ds_classifier.evaluation.metrics import accuracy_of, scores_of_guessing
 
 Row = dict[str, Any]
 
@@ -34,19 +35,34 @@ QUARTILES = range(4)
 class Guessing:
     """The score of a classifier that knows the class frequencies and does not look at the image.
 
-    loss: the entropy of the labels, nats; ln K if classes are equally frequent. accuracy: the share
-    of the most frequent class.
+    loss: the entropy of the labels, nats; ln K if classes are equally frequent; None if training
+    has a loss of the user's, whose value for guessing is not known. accuracy: the share of the most
+    frequent class. metric: the accuracy's name. least: the least possible loss, which is above 0
+    for soft vectors.
     """
 
     num_classes: int
-    loss: float
+    loss: float | None
     accuracy: float
+    metric: str = "acc@1"
+    least: float = 0.0
 
     @classmethod
-    def of(cls, labels: np.ndarray, num_classes: int) -> Guessing:
-        """Return the score for labels [N] int of the training set, or of enough of it."""
-        scores = scores_of_guessing(labels)
-        return cls(num_classes, scores["loss"], scores["acc@1"])
+    def of(cls, labels: np.ndarray, num_classes: int, targets: Targets = ONE_CLASS) -> Guessing:
+        """Return the score for labels of the training set, or of enough of it.
+
+        labels, targets: see scores_of_guessing.
+        """
+        return cls.from_scores(scores_of_guessing(labels, targets), num_classes, targets)
+
+    @classmethod
+    def from_scores(
+        cls, scores: dict[str, float], num_classes: int, targets: Targets = ONE_CLASS
+    ) -> Guessing:
+        """Return what scores_of_guessing returned for these targets, or an evaluation recorded."""
+        metric = accuracy_of(targets).name
+        least = scores.get("least", 0.0)
+        return cls(num_classes, scores["loss"], scores[metric], metric, least)
 
     def name(self) -> str:
         """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""
@@ -126,7 +142,7 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
     if images < LEAST_IMAGES:
         return UNKNOWN, ""
     chance = guessing.accuracy
-    accuracy = {q: _mean(now, _of(q)) for q in QUARTILES}
+    accuracy = {q: _mean(now, _of(q, guessing)) for q in QUARTILES}
     accuracy = {q: value for q, value in accuracy.items() if value is not None}
     resting = {q: _images(now, q) for q in accuracy}
     learnt = [q for q, value in accuracy.items() if above_chance(value, chance, resting[q])]
@@ -146,7 +162,9 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
             text += ", but not in q0"
         return FIRST, text
     loss, error = _mean(now, "train_loss"), _mean_and_error(now)[1]
-    if loss is not None and loss > guessing.loss - max(0.01 * guessing.loss, DEVIATIONS * error):
+    if None not in (loss, guessing.loss) and loss > guessing.loss - max(
+        0.01 * guessing.loss, DEVIATIONS * error
+    ):
         relation = "=" if loss < 1.05 * guessing.loss else "above"
         known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
         return NOTHING, f"loss {loss:.2f} {relation} {known}: nothing learnt yet"
@@ -172,9 +190,9 @@ def alarms(rows: Sequence[Row], guessing: Guessing, *, val_samples: int) -> dict
     found = {
         "worse than guessing": worse_than_guessing(rows, guessing),
         "diverging": diverging(rows, guessing),
-        "overfitting": overfitting(rows, val_samples),
+        "overfitting": overfitting(rows, guessing, val_samples),
         "loss scale": falling_loss_scale(rows),
-        "upside down": noisier_is_easier(rows),
+        "upside down": noisier_is_easier(rows, guessing),
     }
     return {kind: text for kind, text in found.items() if text}
 
@@ -183,7 +201,7 @@ def worse_than_guessing(rows: Sequence[Row], guessing: Guessing) -> str | None:
     """Return a line if the loss has been above that of guessing for long."""
     now = recent(rows)
     loss, error = _mean_and_error(now)
-    if loss is None or loss - DEVIATIONS * error < 1.1 * guessing.loss:
+    if None in (loss, guessing.loss) or loss - DEVIATIONS * error < 1.1 * guessing.loss:
         return None
     return (
         f"loss {loss:.2f} over {len(now)} lines, above {guessing.name()}: worse than guessing; do: "
@@ -196,7 +214,7 @@ def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
     now, *before = windows(rows)
     loss, error = _mean_and_error(now)
     lowest = min(((*_mean_and_error(w), w) for w in before), default=None, key=lambda w: w[0])
-    if loss is None or lowest is None:
+    if None in (loss, lowest, guessing.loss):
         return None
     then, its_error, window = lowest
     if loss - then < 0.1 * guessing.loss + DEVIATIONS * math.hypot(error, its_error):
@@ -207,20 +225,21 @@ def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
     )
 
 
-def overfitting(rows: Sequence[Row], val_samples: int) -> str | None:
+def overfitting(rows: Sequence[Row], guessing: Guessing, val_samples: int) -> str | None:
     """Return a line if training accuracy is far above validation accuracy, or above it while the
     validation loss rises."""
-    needed = ("val_loss", "val_acc@1")
+    key = f"val_{guessing.metric}"
+    needed = ("val_loss", key)
     validations = [row for row in rows if all(_is_number(row.get(name)) for name in needed)]
     trained = recent(
         [row for row in rows if validations and row["step"] <= validations[-1]["step"]]
     )
-    accuracy, error = _uniform_accuracy(trained)
+    accuracy, error = _uniform_accuracy(trained, guessing)
     if accuracy is None or not val_samples:
         return None
     last = validations[-1]
     best = min(validations, key=lambda row: row["val_loss"])
-    held_out = last["val_acc@1"]
+    held_out = last[key]
     gap = accuracy - held_out - DEVIATIONS * math.hypot(error, _error(held_out, val_samples))
     rising = last["val_loss"] > 1.05 * best["val_loss"]
     if gap < (0.05 if rising else 0.2):
@@ -257,10 +276,10 @@ def falling_loss_scale(rows: Sequence[Row]) -> str | None:
     )
 
 
-def noisier_is_easier(rows: Sequence[Row]) -> str | None:
+def noisier_is_easier(rows: Sequence[Row], guessing: Guessing) -> str | None:
     """Return a line if accuracy is higher at more noise: then something is mixed up."""
     now = recent(rows)
-    clean, noisy = _mean(now, _of(0)), _mean(now, _of(3))
+    clean, noisy = _mean(now, _of(0, guessing)), _mean(now, _of(3, guessing))
     if clean is None or noisy is None or len(now) < MIN_ROWS:
         return None
     if not _apart(clean, _images(now, 0), noisy, _images(now, 3)):
@@ -297,8 +316,8 @@ def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield part
 
 
-def _of(quartile: int) -> str:
-    return f"train_acc@1_q{quartile}"
+def _of(quartile: int, guessing: Guessing) -> str:
+    return f"train_{guessing.metric}_q{quartile}"
 
 
 def _images(rows: Sequence[Row], quartile: int | None = None) -> float:
@@ -309,7 +328,8 @@ def _images(rows: Sequence[Row], quartile: int | None = None) -> float:
     counts = (row.get(f"window_samples_q{quartile}") for row in rows)
     counted = [count for count in counts if count is not None]
     if len(counted) < len(rows):
-        return _images([row for row in rows if row.get(_of(quartile)) is not None]) / 4
+        # Rows of earlier versions, which knew only one class per image.
+        return _images([row for row in rows if row.get(f"train_acc@1_q{quartile}") is not None]) / 4
     return sum(counted)
 
 
@@ -323,14 +343,14 @@ def _mean(rows: Sequence[Row], key: str) -> float | None:
     return sum(n * row[key] for n, row in zip(counts, having, strict=True)) / sum(counts)
 
 
-def _uniform_accuracy(rows: Sequence[Row]) -> tuple[float | None, float]:
+def _uniform_accuracy(rows: Sequence[Row], guessing: Guessing) -> tuple[float | None, float]:
     """Return the training accuracy under uniform t, as validation's is, and its standard error.
 
     Every quartile has the same weight, however often a schedule sampler draws it.
     """
-    means = [_mean(rows, _of(q)) for q in QUARTILES]
+    means = [_mean(rows, _of(q, guessing)) for q in QUARTILES]
     if None in means:
-        accuracy = _mean(rows, "train_acc@1")
+        accuracy = _mean(rows, f"train_{guessing.metric}")
         return accuracy, 0.0 if accuracy is None else _error(accuracy, _images(rows))
     errors = [_error(mean, _images(rows, q)) for q, mean in enumerate(means)]
     return sum(means) / len(means), math.hypot(*errors) / len(means)

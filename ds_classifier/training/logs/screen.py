@@ -12,10 +12,14 @@ from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
 from ds_classifier.data.arrays import Arrays
+from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.data.shards import ShardSet, neighbours
+from ds_classifier.diffusion import range_in_words
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_state
 from ds_classifier.evaluation import metrics
 from ds_classifier.evaluation.meter import describe_quartiles
+from ds_classifier.model.own import eval_mode_notes, names_own_code
+from ds_classifier.training.parameter_groups import describe
 from ds_classifier.training.setup import Setup
 
 REPEAT = 20  # rows between two heads of the table
@@ -47,17 +51,18 @@ class Table:
     screen stands in log.jsonl.
 
     num_classes: metrics that say nothing about so few classes are left out.
-    loss_scale: whether there is a column for it, as in fp16.
+    loss_scale: whether there is a column for it, as in fp16. targets: of the data.
     """
 
-    def __init__(self, *, num_classes: int, loss_scale: bool):
-        self._possible = _columns(num_classes, loss_scale=loss_scale)
+    def __init__(self, *, num_classes: int, loss_scale: bool, targets: Targets = ONE_CLASS):
+        self._accuracy = metrics.accuracy_of(targets)
+        self._possible = _columns(num_classes, loss_scale=loss_scale, targets=targets)
         self._columns, self._width, self._rows = self._possible, LOG_COLUMNS, 0
 
     def begin(self) -> str:
         """Return the first head, and what it means."""
         head = self._head()
-        explained = _QUARTILES in self._columns
+        explained = any(column.head == _QUARTILES for column in self._columns)
         return f"{head}\n{distributed.wrapped(EXPLAINED, indent=8)}" if explained else head
 
     def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
@@ -67,7 +72,7 @@ class Table:
 
     def validation_line(self, row: dict[str, Any]) -> str:
         """Return the line of a validation row: its means in their columns, then what is its own."""
-        metric = metrics.METRICS[metrics.DETAILED]
+        metric = self._accuracy
         line = self._cells(row, "val", [column for column in self._columns if column.metric])
         at_0 = metric.text(row.get(f"val_{metric.name}_t0"))
         rest = f"  at t=0 {at_0} %, {row['val_seconds']:.1f} s"
@@ -99,24 +104,29 @@ class Table:
 
 
 _ALWAYS = 9
-_QUARTILES = Column(
-    head=" ".join(f"{f'q{q}':>3}" for q in range(metrics.QUARTILES)),
-    width=4 * metrics.QUARTILES - 1,
-    cell=lambda row, split: " ".join(_quartile(row, split, q) for q in range(metrics.QUARTILES)),
-    keep=6,
-    metric=True,
-)
+_QUARTILES = " ".join(f"{f'q{q}':>3}" for q in range(metrics.QUARTILES))
 
 
-def _quartile(row: dict[str, Any], split: str, q: int) -> str:
-    """Return the accuracy in a quartile of t in three characters; "-" if it had no images."""
-    metric = metrics.METRICS[metrics.DETAILED]
-    value = row.get(f"{split}_{metric.name}_q{q}")
-    return fitted(None if value is None else metric.factor * value, 3, 0).rjust(3)
+def _quartiles(metric: metrics.Shown) -> Column:
+    """Return the column of a metric by quartile of t, in three characters each."""
+
+    def quartile(row: dict[str, Any], split: str, q: int) -> str:
+        value = row.get(f"{split}_{metric.name}_q{q}")  # None if it had no images
+        return fitted(None if value is None else metric.factor * value, 3, 0).rjust(3)
+
+    return Column(
+        head=_QUARTILES,
+        width=4 * metrics.QUARTILES - 1,
+        cell=lambda row, split: " ".join(quartile(row, split, q) for q in range(metrics.QUARTILES)),
+        keep=6,
+        metric=True,
+    )
 
 
-def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
+def _columns(num_classes: int, *, loss_scale: bool, targets: Targets) -> list[Column]:
     """Return all columns, from left to right."""
+    accuracy = metrics.accuracy_of(targets)
+    always = ("loss", accuracy.name, metrics.headline_of(targets).name)
     columns = [
         Column(
             head="step",
@@ -133,11 +143,11 @@ def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
             metric=True,
         ),
     ]
-    for metric in metrics.METRICS.values():
+    for metric in metrics.measured_of(targets):
         if num_classes >= metric.classes:
-            columns.append(_metric_column(metric))
-        if metric.name == metrics.DETAILED:
-            columns.append(_QUARTILES)
+            columns.append(_metric_column(metric, keep=_ALWAYS if metric.name in always else 1))
+        if metric is accuracy:
+            columns.append(_quartiles(accuracy))
     columns += [
         _number("gnorm", 6, 5, lambda row: fitted(row["grad_norm"], 6, 2)),
         _number("lr", 7, 4, lambda row: scientific(row["lr"])),
@@ -149,7 +159,7 @@ def _columns(num_classes: int, *, loss_scale: bool) -> list[Column]:
     return [column for column in columns if loss_scale or column.head != "scale"]
 
 
-def _metric_column(metric: metrics.Metric) -> Column:
+def _metric_column(metric: metrics.Shown, *, keep: int) -> Column:
     """Return the column of a metric's mean."""
     width = max(len(metric.name), 5 if metric.unit == "%" else 6)
 
@@ -157,7 +167,6 @@ def _metric_column(metric: metrics.Metric) -> Column:
         value = row.get(f"{split}_{metric.name}")
         return fitted(None if value is None else metric.factor * value, width, metric.digits)
 
-    keep = _ALWAYS if metric.name in ("loss", metrics.DETAILED) else 1
     return Column(head=metric.name, width=width, cell=cell, keep=keep, metric=True)
 
 
@@ -188,37 +197,39 @@ def announce(setup: Setup, command: CommandLine) -> None:
     """Print the header of a run: what is trained on what, and how the numbers came about."""
     resolved, engine, shards = setup.resolved, setup.engine, setup.shards
     settings, batch = resolved.settings, resolved.batch
-    parameters = deepspeed_state.parameter_count(engine)
-
     say = distributed.say_labelled
     held_out = "none"
     if setup.val_shards is not None:
         held_out = f"{_split(setup.val_shards)} in {shown(settings.val_data_dir)}"
         if not command.settings.val_data_dir:
             held_out += ", found beside the training split"
-    say(
-        f"classifier  {parameters:,} parameters, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
-        f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
-    )
+    for line in _of_classifier(setup):
+        say(line)
     noise = "none, at t = 0"
     if settings.noised:
         noise = f"{settings.noise_schedule}, {settings.diffusion_steps} steps"
         noise += f"; quartiles of t: {describe_quartiles(engine.module.diffusion)}"
     say(f"noise       {noise}")
+    if settings.t_range:
+        say(f"{'':12}trained at {range_in_words(setup.sampler.levels, engine.module.diffusion)}")
     say(f"data        {_split(shards)} in {shown(settings.data_dir)}")
+    if shards.manifest.beside or shards.manifest.targets != ONE_CLASS:
+        say(f"{'':12}{shards.contents}")
     if shards.manifest.arrays is not None:
         for line in _of_arrays(shards.manifest.arrays, mirrored=settings.random_flip):
             say(f"{'':12}{line}")
     if neighbours(shards.index).sorted_by_class and settings.shuffle_shards != "lane":
         say(f"{'':12}its shards are sorted by class: --shuffle_shards lane would mix them better")
+    for line in _of_objective(setup):
+        say(line)
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(
-        f"engine      {deepspeed_engine.precision(engine)}, "
-        f"ZeRO {engine.zero_optimization_stage()}{offloaded(resolved.ds_config)}, on "
-        f"{deepspeed_engine.describe_device(engine.device)}; "
+        f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}; "
         f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
     )
+    for line in describe(setup.groups or []):
+        say(f"{'':12}{line}")
     length = f"{count(settings.steps, 'step')} in all"
     if setup.start.part_begin:
         length = f"extended from {setup.start.part_begin:,} to {count(settings.steps, 'step')}"
@@ -229,8 +240,39 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"start       from {setup.start.origin}; {length}")
     for note in setup.start.notes:
         say(f"  NOTE      {note}")
+    fresh = setup.start.state is None and not setup.start.initialized
+    if settings.freeze and fresh and not names_own_code(settings.classifier):
+        say("  NOTE      what is frozen was never trained; do: give its weights to --init_from")
     where = "(log.jsonl, progress.csv, tb/, checkpoints/; report.html at the end)"
     say(f"run         {setup.run_dir}/ {'is not touched' if command.skips_training else where}")
+
+
+def _of_classifier(setup: Setup) -> list[str]:
+    """Return what the network is, and what it does not do in training."""
+    settings = setup.resolved.settings
+    trained, frozen = deepspeed_state.parameter_counts(setup.engine)
+    name = f"{settings.classifier}, " if settings.classifier else ""
+    parameters = f"{trained + frozen:,} parameters"
+    if frozen:
+        parameters += f", {trained:,} of them trained"
+    line = (
+        f"classifier  {name}{parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
+        f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
+    )
+    return [line, *(f"{'':12}{note}" for note in eval_mode_notes(setup.engine.module.classifier))]
+
+
+def _of_objective(setup: Setup) -> list[str]:
+    """Return how training images count, vary and are judged, where that is not as usual."""
+    settings, lines = setup.resolved.settings, []
+    if setup.balance is not None:
+        by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
+        lines.append(f"weights     by {by}: {setup.balance}")
+    if settings.augment:
+        lines.append(f"augment     {settings.augment}, of training images alone")
+    if settings.loss:
+        lines.append(f"loss        {settings.loss}, a function of yours")
+    return lines
 
 
 def _of_arrays(arrays: Arrays, *, mirrored: bool) -> list[str]:
@@ -248,6 +290,13 @@ def _split(shards: ShardSet) -> str:
     return (
         f"{count(shards.manifest.samples, 'image')} ({count(len(shards.manifest.shards), 'shard')})"
     )
+
+
+def way(setup: Setup) -> str:
+    """Return how the engine trains: precision, ZeRO stage and optimizer."""
+    engine, ds_config = setup.engine, setup.resolved.ds_config
+    stage = f"ZeRO {engine.zero_optimization_stage()}{offloaded(ds_config)}"
+    return f"{deepspeed_engine.precision(engine)}, {stage}, {ds_config['optimizer']['type']}"
 
 
 def offloaded(ds_config: dict[str, Any]) -> str:

@@ -32,7 +32,6 @@ from ds_classifier.distributed.engine import deepspeed_state
 from ds_classifier.distributed.stopping import STOPPED, Stopped
 from ds_classifier.evaluation.evaluate import evaluate
 from ds_classifier.evaluation.meter import Meter
-from ds_classifier.training.logs.flops import training_flops
 from ds_classifier.training.logs.log import RunLogger
 from ds_classifier.training.rehearsal.costs import (
     MemoryLine,
@@ -66,7 +65,7 @@ def micro_batches_to_measure(micro_batch: int) -> list[int]:
 def resized(batch: Batch, size: int) -> Batch:
     """Return a batch of another size, which repeats the same images."""
     rows = torch.arange(size) % len(batch.labels)
-    return Batch(*(tensor[rows] for tensor in batch[:4]), [])
+    return Batch(*(tensor[rows] for tensor in batch[:-1]), [])
 
 
 class Rehearsal:
@@ -118,8 +117,8 @@ class Rehearsal:
             peaks[size] = memory.peak_memory(device)
         capacity = memory.memory_for_rank(device, ranks_here=ranks_here)
         if device.type == "cpu":  # from the first save on it holds rank 0's snapshot too
-            parameters = deepspeed_state.parameter_count(self._engine)
-            capacity -= BYTES_A_PARAMETER * parameters // ranks_here
+            trained, _ = deepspeed_state.parameter_counts(self._engine)
+            capacity -= BYTES_A_PARAMETER * trained // ranks_here
         mine = torch.tensor([capacity, *peaks.values()], dtype=torch.float64, device=device)
         lines = [
             MemoryLine.through(dict(zip(sizes, peaks, strict=True)), capacity)
@@ -203,7 +202,13 @@ class Rehearsal:
         engine, sampler = self._engine, self._setup.sampler
         free = shutil.disk_usage(folder).free if distributed.rank() == 0 else 0
         writer = CheckpointWriter(
-            folder, engine=engine, sampler=sampler, keep_last=1, keep_every=0, max_failed=0
+            folder,
+            engine=engine,
+            sampler=sampler,
+            fixed=self._setup.fixed,
+            keep_last=1,
+            keep_every=0,
+            max_failed=0,
         )
         began = time.perf_counter()
         writer.save(self._setup.facts)
@@ -254,7 +259,7 @@ def scratch_beside(
             lock = RunLock(Path(scratch))
             lock.acquire(distributed.say)
             lock.release()
-            check_room(Path(scratch), parameters=0)
+            check_room(Path(scratch), size=0)
             RunLogger(Path(scratch), first_step=0).close()
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -315,7 +320,7 @@ def rehearse(setup: Setup, loader: Loader, val_loader: Loader | None, *, first_s
         validations=times_done(first_step, last, settings.eval_interval),
         save=save,
         saves=times_done(first_step, last, settings.save_interval),
-        gflops_per_image=training_flops(setup.arithmetic.forward) / 1e9,
+        gflops_per_image=setup.arithmetic.training / 1e9,
     ):
         say(line)
     say(save_line(save))

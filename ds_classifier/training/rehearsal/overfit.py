@@ -15,39 +15,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
+
 from ds_classifier import distributed
 from ds_classifier.data.loader import Batch
 from ds_classifier.diffusion import UniformSampler
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.stopping import STOPPED
 from ds_classifier.evaluation.meter import Meter
+from ds_classifier.evaluation.metrics import accuracy_of
 from ds_classifier.training.setup import Setup
 from ds_classifier.training.step import Objective, train_step
 
-NEAR_ZERO = 0.01  # as a share of the loss of guessing, ln K
+NEAR_ZERO = 0.01  # as a share of the loss of guessing: ln K, or ln 2 for a yes/no answer
 
 
 @dataclass(frozen=True)
 class Overfit:
     """The outcome: the batch's loss and accuracy before the last of `steps` steps.
 
-    need: the loss that counts as near 0. stopped: whether a request to stop ended it first.
+    need: the loss that counts as near `least`, the least possible one. stopped: whether a request
+    to stop ended it first.
     """
 
     loss: float
     accuracy: float
     steps: int
     need: float
+    least: float = 0.0
     stopped: bool = False
 
     @property
     def learnt(self) -> bool:
-        """The verdict: whether the loss is near 0."""
+        """The verdict: whether the loss is near the least possible one."""
         return self.loss <= self.need
 
     def __str__(self) -> str:
         got = (
-            f"loss {self.loss:.4f} after {self.steps} steps, near 0 is {self.need:.4f} or less; "
+            f"loss {self.loss:.4f} after {self.steps} steps, near {self.least:.4g} is "
+            f"{self.need:.4f} or less; "
             f"accuracy {100 * self.accuracy:.1f} %"
         )
         if self.learnt:
@@ -71,17 +77,22 @@ def overfit(setup: Setup, *, steps: int) -> int:
 
 
 def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Overfit:
-    """Train on the same global batch until its loss is at most NEAR_ZERO * ln K.
+    """Train on the same global batch until its loss is near the least possible one.
 
+    That is 0, or the mean entropy of soft vectors; near is NEAR_ZERO * ln K above it.
     batches: this rank's micro-batches of one step. steps: the most to take. A loss that is not
     finite ends it too. Every rank must call it; all return the same.
     """
     settings, engine = setup.resolved.settings, setup.engine
+    targets = setup.targets
     num_timesteps = engine.module.diffusion.num_timesteps
-    meter = Meter(num_timesteps, engine.device)
-    objective = Objective(UniformSampler(num_timesteps), settings.seed, settings.noised)
-    need = NEAR_ZERO * math.log(settings.num_classes)
-    result = Overfit(math.nan, 0.0, 0, need)
+    meter = Meter(num_timesteps, engine.device, targets)
+    sampler = UniformSampler(num_timesteps, levels=setup.sampler.levels)
+    objective = Objective(sampler, settings.seed, settings.noised)
+    choices = 2 if targets.kind == "classes" else settings.num_classes
+    least = mean_entropy(batches, engine.device) if targets.kind == "soft" else 0.0
+    need = least + NEAR_ZERO * math.log(choices)
+    result = Overfit(math.nan, 0.0, 0, need, least)
     for step in range(1, steps + 1):
         setup.watch.stepping(step)
         train_step(engine, setup.watch.batches(batches), objective, meter)
@@ -91,7 +102,7 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
                 "--overfit_batch: none of the batch's images decodes; do: ds-classifier verify "
                 "--decode names them"
             )
-        result = Overfit(means["loss"], means["acc@1"], step, need)
+        result = Overfit(means["loss"], means[accuracy_of(targets).name], step, need, least)
         done = result.learnt or not math.isfinite(result.loss) or step == steps
         if done or step == 1 or step % settings.log_interval == 0:
             distributed.say(
@@ -100,5 +111,17 @@ def overfit_batch(setup: Setup, batches: Sequence[Batch], *, steps: int) -> Over
         if done:
             break
         if setup.stop.decide(now=True):
-            return Overfit(result.loss, result.accuracy, step, need, stopped=True)
+            return Overfit(result.loss, result.accuracy, step, need, least, stopped=True)
     return result
+
+
+def mean_entropy(batches: Sequence[Batch], device: torch.device) -> float:
+    """Return the mean entropy of the soft vectors of all ranks' batches, nats.
+
+    Samples that did not decode are left out. batches: this rank's. Every rank must call it.
+    """
+    targets = torch.cat([batch.labels[batch.weights > 0] for batch in batches]).double()
+    entropies = torch.special.entr(targets).sum(dim=1)
+    sums = torch.stack([entropies.sum(), torch.ones_like(entropies).sum()]).to(device)
+    entropy, samples = distributed.all_reduce_sum(sums).tolist()
+    return entropy / max(samples, 1)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ds_classifier import distributed
-from ds_classifier.checkpoint.fitting import tensors_of
 from ds_classifier.checkpoint.writer import check_free
 from ds_classifier.common import files, limits, text
 from ds_classifier.common.text import count
@@ -79,15 +78,16 @@ def same_on_all_ranks(
     return same
 
 
-def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
+def look(
+    resolved: Resolved, shards: ShardSet, device: torch.device, *, checkpoint_size: int
+) -> None:
     """Print a table of the nodes and the network's speed; check the run directory's disk.
 
-    Every rank calls it, after `join`.
+    Every rank calls it, after `join`. checkpoint_size: in bytes.
     """
     began = time.monotonic()
-    settings, run_dir = resolved.settings, Path(resolved.settings.run_dir)
-    parameters = sum(tensor.numel() for tensor in tensors_of(settings).values())
-    distributed.on_rank_0(lambda: look_at_run_dir(run_dir, parameters), device)
+    run_dir = Path(resolved.settings.run_dir)
+    distributed.on_rank_0(lambda: look_at_run_dir(run_dir, checkpoint_size), device)
     folders = [run_dir] if distributed.rank() == 0 else []
     if shards.store.remote:
         folders.append(shards.store.folder.parent)
@@ -109,17 +109,17 @@ def look(resolved: Resolved, shards: ShardSet, device: torch.device) -> None:
     say(distributed.wrapped(equal, indent=2))
 
 
-def look_at_run_dir(run_dir: Path, parameters: int) -> None:
+def look_at_run_dir(run_dir: Path, checkpoint_size: int) -> None:
     """Raise ValueError if nothing can be written there, or there is no room for checkpoints.
 
-    It only looks, since a job may be at work there.
+    checkpoint_size: in bytes. It only looks, since a job may be at work there.
     """
     place = files.nearest_directory(run_dir)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(
             f"--run_dir: got {run_dir}, where nothing can be written; do: choose another"
         )
-    check_free(run_dir / "checkpoints", parameters)
+    check_free(run_dir / "checkpoints", checkpoint_size)
 
 
 def look_at_rank(description: str, folders: list[Path]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_columns_that_are_not_clear_are_asked_for(tmp_path):
     source = open_source(str(path), columns={"path": "file", "label": "class"})
     assert content(source) == EXPECTED
     assert "has the columns ['file', 'class', 'by']" in refused(path, columns={"label": "x"})
-    assert "need path and label" in refused(path, columns={"image": "file"})
+    assert "need path, label and weight" in refused(path, columns={"image": "file"})
     numbers = write(tmp_path / "b.csv", {"class": [4, 3, 2, 1, 0], "id": IDS})  # both name files
     assert "class, id could hold the paths" in refused(numbers)
     source = open_source(str(numbers), columns={"label": "class"})
@@ -383,7 +383,7 @@ def test_two_labels_in_parquet_are_asked_for(tmp_path, capsys):
     expected = Counter((b, COARSE[label == "eel"]) for (b, label) in EXPECTED)
     assert content(source) == expected
     assert "has the columns" in refused(path, columns={"label": "x"})
-    assert "need image and label" in refused(path, columns={"path": "img"})
+    assert "need image, label and weight" in refused(path, columns={"path": "img"})
     assert "img of type struct" in refused(path, columns={"label": "img"})
     with pytest.raises(SystemExit):
         main(["convert", str(path), str(out), "--columns", "img"])

@@ -156,7 +156,7 @@ def test_the_command_records_the_share_and_refuses_another(plain, tmp_path, caps
     for i in range(2):
         assert main(["convert", train, str(out), "--val", "20%", "--part", f"{i}/2", *parts]) == 0
         assert main(["convert", train, str(out), "--val", "30%", "--part", "1/2", *parts]) == 2
-        assert "conversion of another source, encoding or share" in capsys.readouterr().err
+        assert "conversion of another source, encoding, share or targets" in capsys.readouterr().err
     assert main(["merge", str(out)]) == 0
     split = open_shards(out / "val")
     counts = np.unique(split.index["label"], return_counts=True)[1]

@@ -28,6 +28,7 @@ from ds_classifier.data.arrays import (
 )
 from ds_classifier.data.convert.samples import DataSource, NamedSample, Sample
 from ds_classifier.data.convert.split_names import WORDS
+from ds_classifier.data.labels.reading import Label, read_labels, read_weights
 from ds_classifier.data.tars import printable
 
 NPZ = ".npz"
@@ -81,12 +82,18 @@ def refuse_whole_set(folder: Path) -> None:
 
 
 def whole_set(
-    path: Path, columns: Mapping[str, str], labels: Path | None, splits: Sequence[str]
+    path: Path,
+    columns: Mapping[str, str],
+    labels: Path | None,
+    splits: Sequence[str],
+    targets: str = "class",
 ) -> tuple[dict[str, list[NamedSample]], list[str]]:
     """Return the arrays in an .npz or .npy by their split, and remarks for the user.
 
-    columns: names of members for "image" and "label"; those not given are found if that is clear.
+    columns: names of members for "image", "label" and "weight"; those not given are found if that
+        is clear.
     labels: another file with the labels, .npy or text with one in each line.
+    targets: what the labels are, one of `labels.targets.ASKED`.
     splits: those to take, "train", "val" or both. A file without splits is of the first; one that
         has them names its members for them: x_train, test_labels.
     Raises ValueError for a file that cannot be read, without labels, or with others in number.
@@ -94,7 +101,7 @@ def whole_set(
     if path.suffix.lower() == SUFFIX:
         found = labels or _labels_beside(path)
         remarks = [f"labels: {found}"] if labels is None else []
-        return {splits[0]: _samples(path, "", _labels_in(found))}, remarks
+        return {splits[0]: _samples(path, "", _labels_in(found, targets))}, remarks
     members = _members(path)
     chosen = _choose(path, members, columns, labels)
     val = "val" if "val" in chosen else "test"
@@ -111,8 +118,13 @@ def whole_set(
         if kind not in chosen:
             continue
         values, own = chosen[kind]
-        named = _labels_in(labels) if labels is not None else _as_labels(_mapped(path, own), own)
+        if labels is not None:
+            named = _labels_in(labels, targets)
+        else:
+            named = _as_labels(_mapped(path, own), own, targets)
         taken[split] = _samples(path, values, named)
+        if weight := columns.get("weight"):
+            taken[split] = _weighted(taken[split], _mapped(path, weight), f"{path}: {weight}")
         remarks.append(f"{split} is '{values}' with labels '{own if labels is None else labels}'")
     unused = sorted(members - {name for kind in kinds.values() for name in chosen.get(kind, ())})
     more = f"; not taken: {', '.join(map(printable, unused))}" if unused else ""
@@ -124,6 +136,11 @@ def _choose(
 ) -> dict[str, tuple[str, str]]:
     """Return the members with arrays and labels, by split; "" for a file without splits."""
     roles = {"image": VALUE_NAMES, "label": LABEL_NAMES}
+    if columns.get("weight", next(iter(members), "")) not in members:
+        raise ValueError(
+            f"--columns: got weight={columns['weight']}; {path} has {_listed(members)}"
+        )
+    columns = {role: name for role, name in columns.items() if role != "weight"}
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"image": [], "label": []})
     for role, name in columns.items():
         if role not in roles or name not in members:
@@ -165,7 +182,7 @@ def _listed(members: set[str]) -> str:
     return ", ".join(printable(name) for name in sorted(members)) or "nothing"
 
 
-def _samples(path: Path, member: str, labels: list[str | int]) -> list[NamedSample]:
+def _samples(path: Path, member: str, labels: list[Label]) -> list[NamedSample]:
     values = _mapped(path, member)
     if values.ndim not in (3, 4):
         raise ValueError(
@@ -204,24 +221,56 @@ def _labels_beside(path: Path) -> Path:
     return found[0]
 
 
-def _labels_in(path: Path) -> list[str | int]:
+def _weighted(samples: list[NamedSample], values: np.ndarray, place: str) -> list[NamedSample]:
+    """Return samples with weights, [N]. place: of these, for messages."""
+    if values.shape != (len(samples),):
+        raise ValueError(
+            f"{place}: got weights of {described(values)}; need one for each of "
+            f"{count(len(samples), 'array')}"
+        )
+    weights = read_weights(values.tolist(), lambda row: f"{place}[{row}]")
+    pairs = zip(samples, weights, strict=True)
+    return [sample._replace(weight=weight) for sample, weight in pairs]
+
+
+def _labels_in(path: Path, targets: str) -> list[Label]:
     """Return the labels in an .npy, or in a text with one in each line."""
     if path.suffix.lower() == SUFFIX:
-        return _as_labels(_mapped(path, ""), str(path))
+        return _as_labels(_mapped(path, ""), str(path), targets)
     lines = path.read_text(encoding="utf-8").splitlines()
+    if targets != "class":
+        return read_labels(targets, lines, lambda row: f"{path}:{row + 1}", columns=False)
     if all(line.strip().isdigit() for line in lines):
         return [int(line) for line in lines]
     return [line.strip() for line in lines]
 
 
-def _as_labels(values: np.ndarray, name: str) -> list[str | int]:
-    """Return an array of labels as a list: names, or whole numbers from 0."""
+def _as_labels(values: np.ndarray, name: str, targets: str) -> list[Label]:
+    """Return an array of labels as a list: names, or whole numbers from 0; or other targets.
+
+    Several classes, probabilities and logits are [N, K], values are [N].
+    """
+    if targets != "class":
+        dimensions = 1 if targets == "values" else 2
+        if values.ndim != dimensions or values.dtype.kind not in "biuf":
+            need = "[N]" if dimensions == 1 else "[N, K], with a number for each class"
+            raise ValueError(
+                f"{name}: got labels of {described(values)}; need numbers of shape {need}, for "
+                f"--targets {targets}; do: save them so, or drop --targets"
+            )
+        return read_labels(
+            targets, list(values), lambda row: f"{name}[{row}]", columns=dimensions == 2
+        )
     column = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     whole = column.dtype.kind in "uib" or (
         column.dtype.kind == "f" and bool((column == np.floor(column)).all())
     )
     if column.ndim != 1 or not (whole or column.dtype.kind == "U"):
-        one_hot = "; do: save labels.argmax(axis=1)" if column.ndim == 2 else ""
+        one_hot = ""
+        if column.ndim == 2:
+            one_hot = "; do: --targets classes, soft or logits, or save labels.argmax(axis=1)"
+        elif column.ndim == 1 and column.dtype.kind == "f":
+            one_hot = "; do: --targets values, to learn bins of the number"
         raise ValueError(
             f"{name}: got labels of {described(values)}; need one whole number or name for each "
             f"array{one_hot}"

@@ -21,6 +21,15 @@ from ds_classifier.common.text import count
 from ds_classifier.data.convert.formats import ALL_SUFFIXES, image_files, is_image_file
 from ds_classifier.data.convert.samples import NamedSample, files_under, is_passed_over
 from ds_classifier.data.convert.split_names import kinds_in
+from ds_classifier.data.labels.reading import (
+    HOT,
+    named_columns,
+    read_labels,
+    read_weights,
+    refuse_numbers,
+    refuse_other_kind,
+    several_for_one,
+)
 from ds_classifier.data.tars import printable
 
 LISTS = (".csv", ".tsv", ".jsonl", ".txt")
@@ -47,20 +56,26 @@ Row = tuple[int, Mapping[str, object]]  # line number, and the values by column
 
 
 class _Columns(NamedTuple):
-    """The columns that are read, and the place that finds the files."""
+    """The columns that are read, and the place that finds the files.
+
+    labels: several for targets with a column for each class. weight: "" without weights.
+    """
 
     path: str
-    label: str
+    labels: list[str]
+    weight: str
     files: _Files | _FilesBelow
 
 
 def listed_files(
-    path: Path, columns: Mapping[str, str], splits: Sequence[str]
-) -> tuple[dict[str, list[NamedSample]], list[str]]:
-    """Return the images in a list by their split, and remarks for the user.
+    path: Path, columns: Mapping[str, str], splits: Sequence[str], targets: str = "class"
+) -> tuple[dict[str, list[NamedSample]], list[str], list[str]]:
+    """Return the images in a list by their split, the columns of labels, and remarks for the user.
 
     Classes are integers if all labels are.
-    columns: names of columns for "path" and "label"; those not given are found if that is clear.
+    columns: names of columns for "path", "label" and "weight"; those not given are found if that is
+    clear. "label" may name several, with commas or a pattern, for targets that have many.
+    targets: what the labels are, one of `labels.targets.ASKED`.
     splits: those to take, "train", "val" or both. A list without a column of splits is of the
     first. Otherwise rows of "test" are those for validation, if none has "val".
     Raises ValueError for columns that are not clear, and for a line without image, file or label.
@@ -68,24 +83,37 @@ def listed_files(
     rows = list(_rows(path))
     if not rows:
         raise ValueError(f"{path}: got no images; need a path and a label in every line")
-    by_split, remarks = _by_split(path, rows, columns, splits)
+    by_split, remarks = _by_split(path, rows, columns, splits, targets)
     taken = [row for rows in by_split.values() for row in rows]
-    images = iter(_images(path, taken, columns))
-    return {split: list(islice(images, len(rows))) for split, rows in by_split.items()}, remarks
+    chosen = _choose(path, taken, columns, targets)
+    images = iter(_images(path, taken, chosen, targets))
+    of_split = {split: list(islice(images, len(rows))) for split, rows in by_split.items()}
+    if len(chosen.labels) > 1:
+        remarks.append(f"classes: the {len(chosen.labels)} columns {_some(chosen.labels)}")
+    return of_split, chosen.labels, remarks
 
 
-def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[NamedSample]:
+def _some(names: Sequence[str]) -> str:
+    """Return the first names for a message."""
+    return ", ".join(map(printable, names[:MAX_NAMED])) + ", ..." * (len(names) > MAX_NAMED)
+
+
+def _images(path: Path, rows: list[Row], chosen: _Columns, targets: str) -> list[NamedSample]:
     """Return the images of rows."""
-    chosen = _choose(path, rows, columns)
     files = chosen.files
     images = []
-    first: dict[str, tuple[int, str | int]] = {}  # path as written -> its line and label
+    first: dict[str, tuple[int, object]] = {}  # path as written -> its line and label
     for line, row in rows:
-        image, label = row.get(chosen.path), row.get(chosen.label)
+        image, label = row.get(chosen.path), row.get(chosen.labels[0])
         if isinstance(image, bool) or not isinstance(image, str | int) or image == "":
             raise ValueError(f"{path}:{line}: got no path; need the path of an image")
         image = str(image)
-        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        if len(chosen.labels) > 1:
+            label = [row.get(name) for name in chosen.labels]
+        if targets == "class":
+            refuse_other_kind(f"{path}:{line}", label)
+        text = isinstance(label, str | int) and not isinstance(label, bool) and str(label).strip()
+        if targets == "class" and not text:
             raise ValueError(
                 f"{path}:{line}: got label {label!r} for {image}; need a class name or an "
                 "integer; do: label the image, or remove its line"
@@ -100,13 +128,28 @@ def _images(path: Path, rows: list[Row], columns: Mapping[str, str]) -> list[Nam
         if other != label:
             raise ValueError(
                 f"{path}:{line}: got label {label!r} for {image}, and {other!r} in line "
-                f"{earlier}; need one class per image; do: remove one of the lines"
+                f"{earlier}; need one line per image; do: remove one of them"
             )
         images.append(NamedSample(image, label, file))
-    labels = [str(image.class_name).strip() for image in images]
-    if all(_INTEGER.fullmatch(label) for label in labels):
-        labels = [int(label) for label in labels]
-    return [image._replace(class_name=label) for image, label in zip(images, labels, strict=True)]
+    labels = [image.class_name for image in images]
+
+    def where(row: int) -> str:
+        return f"{path}:{rows[row][0]}"
+
+    if targets != "class":
+        labels = read_labels(targets, labels, where, columns=len(chosen.labels) > 1)
+    else:
+        refuse_numbers(str(path), chosen.labels[0], labels)
+        labels = [str(label).strip() for label in labels]
+        if all(_INTEGER.fullmatch(label) for label in labels):
+            labels = [int(label) for label in labels]
+    weights: list[float] | list[None] = [None] * len(rows)
+    if chosen.weight:
+        weights = read_weights([row.get(chosen.weight) for _, row in rows], where)
+    return [
+        image._replace(class_name=label, weight=weight)
+        for image, label, weight in zip(images, labels, weights, strict=True)
+    ]
 
 
 def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> None:
@@ -144,7 +187,7 @@ def refuse_list_beside(folder: Path, above: Path, train: Path | None = None) -> 
             continue  # the list and the folders say the same
         try:
             chosen = _choose(place, [row], {})
-            columns, flag = f"{chosen.path} and {chosen.label}", ""
+            columns, flag = f"{chosen.path} and {chosen.labels[0]}", ""
         except ValueError:
             image = next(iter(inside))
             _refuse_one_hot(place, [row for row, _ in rows], [n for n in row[1] if n != image])
@@ -232,18 +275,28 @@ def _other_labels(path: Path, rows: list[tuple[Row, dict[str, Path]]]) -> bool:
 # --------------------------------------------------------------------------------------- columns
 
 
-def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns:
+def _choose(
+    path: Path, rows: list[Row], columns: Mapping[str, str], targets: str = "class"
+) -> _Columns:
     """Return the columns to read, by their names or by what the first row holds."""
     names = list(dict.fromkeys(name for _, row in rows[:100] for name in row))
+    labels = []
     for role, name in columns.items():
-        if role not in ("path", "label"):
-            raise ValueError(f"--columns: got {role} with the list {path}; need path and label")
-        if name not in names:
+        if role not in ("path", "label", "weight"):
+            raise ValueError(
+                f"--columns: got {role} with the list {path}; need path, label and weight"
+            )
+        if role == "label":
+            labels = named_columns(name, names, str(path))
+            if len(labels) > 1 and targets in ("class", "values"):
+                raise several_for_one(labels)
+        elif name not in names:
             raise ValueError(f"--columns: got {role}={name}; {path} has the columns {names}")
     first, places = rows[0][1], _places(path)
     image = columns.get("path") or ("path" if "path" in names else None)
     if image is None:
-        found = [name for name in _image_columns(places, first) if name != columns.get("label")]
+        others = {*labels, columns.get("weight")}
+        found = [name for name in _image_columns(places, first) if name not in others]
         if any(place.find(name) for place in places for name in found[:1]):
             raise ValueError(
                 f"{path}: got the image {found[0]} in the first line; need the names of columns "
@@ -258,31 +311,44 @@ def _choose(path: Path, rows: list[Row], columns: Mapping[str, str]) -> _Columns
         if len(found) > 1 and found[0] != "file_name":
             raise _unclear(path, names, "paths", found, f"path={found[0]},label=NAME")
         image = found[0]
-    label = columns.get("label") or ("label" if "label" in names else None)
-    if label is None:
+    weight = columns.get("weight", "")
+    if not labels and "label" in names:
+        labels = ["label"]
+    if not labels:
         split, kinds = _split_column(rows)
-        others = [name for name in names if name not in (image, split if kinds else None)]
-        if len(others) != 1:
+        others = [name for name in names if name not in (image, weight, split if kinds else None)]
+        labels = others
+        if targets == "classes" and len(others) > 1:
+            labels = _hot_columns(rows, others)
+        if not labels or (targets != "classes" and len(labels) > 1):
             _refuse_one_hot(path, rows, others)
             example = next(iter(_likely_labels(rows, others) or others), "NAME")
+            if targets in ("soft", "logits"):
+                example = ",".join([*others[:2], "..."])
             raise _unclear(path, names, "labels", others, f"path={image},label={example}")
-        label = others[0]
     files = next((p for p in places if p.find(str(first.get(image)))), places[0])
-    return _Columns(image, label, files)
+    return _Columns(image, labels, weight, files)
+
+
+def _hot_columns(rows: list[Row], names: list[str]) -> list[str]:
+    """Return the columns that have 0 or 1, or -1 or 1, in every row; none if there is only one."""
+    values = {name: {str(row.get(name)).strip().lower() for _, row in rows} for name in names}
+    hot = [name for name in names if values[name] <= HOT.keys()]
+    return hot if len(hot) > 1 else []
 
 
 def _refuse_one_hot(path: Path, rows: list[Row], names: list[str]) -> None:
     """Raise ValueError if each row has 0 or 1 in several columns, which stand for classes."""
-    values = {name: {str(row.get(name)).strip() for _, row in rows} for name in names}
-    hot = [name for name in names if values[name] <= {"0", "1", "0.0", "1.0", "False", "True"}]
-    if len(hot) < 2:
+    hot = _hot_columns(rows, names)
+    if not hot:
         return
-    shown = ", ".join(map(printable, hot[:MAX_NAMED])) + ", ..." * (len(hot) > MAX_NAMED)
+    shown = _some(hot)
     of_pandas = f"t['label'] = t[{hot[:MAX_NAMED]}{' + [...]' * (len(hot) > MAX_NAMED)}]"
     raise ValueError(
         f"{path}: got a column of 0 and 1 for each class ({shown}); need one column with the name "
-        "of the class, and one class per image; do: write the name of the column that has the 1 "
-        f"into a column label, with pandas: {of_pandas}.idxmax(axis=1)"
+        "of the class, and one class per image; do: --targets classes, if an image may have "
+        "several; or write the name of the column that has the 1 into a column label, with pandas: "
+        f"{of_pandas}.idxmax(axis=1)"
     )
 
 
@@ -425,14 +491,19 @@ def _split_column(rows: list[Row]) -> tuple[str | None, dict[str, str]]:
 
 
 def _by_split(
-    path: Path, rows: list[Row], columns: Mapping[str, str], splits: Sequence[str]
+    path: Path,
+    rows: list[Row],
+    columns: Mapping[str, str],
+    splits: Sequence[str],
+    targets: str,
 ) -> tuple[dict[str, list[Row]], list[str]]:
     """Return the rows of each split by the column that is named for splits, and remarks."""
     column, kinds = _split_column(rows)
     if column is None or column in columns.values():
         return {splits[0]: rows}, []
     if not kinds:
-        if column not in _choose(path, rows, columns):
+        chosen = _choose(path, rows, columns, targets)
+        if column not in (chosen.path, *chosen.labels, chosen.weight):
             values = sorted({str(row.get(column)) for _, row in rows})
             shown = ", ".join(values[:3]) + ", ..." * (len(values) > 3)
             remark = f"{path.name}: the column {printable(column)} is not used ({printable(shown)})"

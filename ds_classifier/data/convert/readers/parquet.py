@@ -13,10 +13,13 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from ds_classifier.common.files import sha256, size_of_file
 from ds_classifier.data.arrays import to_npy
@@ -24,6 +27,12 @@ from ds_classifier.data.convert.formats import is_image_file
 from ds_classifier.data.convert.other_kinds import refuse_pointer
 from ds_classifier.data.convert.samples import NamedSample, PassedOver, files_under
 from ds_classifier.data.convert.split_names import split_in
+from ds_classifier.data.labels.reading import (
+    named_columns,
+    read_labels,
+    read_weights,
+    several_for_one,
+)
 
 PARQUET = ".parquet"
 _TYPES = {
@@ -36,6 +45,17 @@ _ID = re.compile(  # a column that numbers or names the rows
     re.IGNORECASE,
 )
 _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(.*)")
+
+
+class _Columns(NamedTuple):
+    """The columns that are read: several of labels for targets with a column for each class.
+
+    weight: "" without weights.
+    """
+
+    image: str
+    labels: list[str]
+    weight: str
 
 
 class HiddenLabels(ValueError):
@@ -89,14 +109,16 @@ class ParquetArray(ParquetCell):
 
 
 def read_parquet(
-    files: list[Path], columns: Mapping[str, str]
+    files: list[Path], columns: Mapping[str, str], targets: str = "class"
 ) -> tuple[list[NamedSample], list[str] | None, str]:
     """Return the rows of the files of a split, the class names if they have them, and the column.
 
     The column of the labels is "" if it was given, or is called label.
 
     The class of a row is its class name, or an integer if the file has no class names.
-    columns: names of columns for "image" and "label"; those not given are found if that is clear.
+    columns: names of columns for "image", "label" and "weight"; those not given are found if that
+    is clear. "label" may name several, with commas or a pattern, for targets that have many.
+    targets: what the labels are, one of `labels.targets.ASKED`.
     Raises ValueError for files that are damaged or differ in their class names, and for labels that
     are null or out of range, or that are all different in a column that is only taken for labels;
     HiddenLabels for a file whose labels are all null, or all -1.
@@ -104,7 +126,7 @@ def read_parquet(
     images: list[NamedSample] = []
     classes = None
     for i, file in enumerate(files):
-        rows, own_classes, label = _read_file(file, columns)
+        rows, own_classes, label = _read_file(file, columns, targets)
         if i and own_classes != classes:
             raise ValueError(
                 f"{file}: got other class names than {files[0]}; need the same in all files; do: "
@@ -115,9 +137,13 @@ def read_parquet(
     if not images:
         raise ValueError(f"{files[0]}: got no rows; need images; do: download it again")
     taken = "" if "label" in columns or label == "label" else label
-    if taken and not classes and len({image.class_name for image in images}) == len(images) > 1:
+    if targets == "class" and taken and not classes and _all_different(images):
         raise _no_label(files[0], taken, "whose values are all different")
     return images, classes, taken
+
+
+def _all_different(images: Sequence[NamedSample]) -> bool:
+    return len({image.class_name for image in images}) == len(images) > 1
 
 
 def _no_label(path: Path, column: str, why: str) -> ValueError:
@@ -201,7 +227,7 @@ def _pyarrow_parquet():
 
 
 def _read_file(
-    path: Path, columns: Mapping[str, str]
+    path: Path, columns: Mapping[str, str], targets: str
 ) -> tuple[list[NamedSample], list[str] | None, str]:
     """Return the names and classes of the rows, the class names, and the column of the labels.
 
@@ -216,10 +242,12 @@ def _read_file(
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             features = _features(path, schema.metadata or {})
-            image, label = _choose(path, schema, features, columns)
+            chosen = _choose(path, schema, features, columns, targets)
+            image, (label, *more) = chosen.image, chosen.labels
             has_paths = "path" in _fields(schema.field(image).type)
-            read = [label, f"{image}.path"] if has_paths else [label]
-            classes = _class_names(path, features.get(label))
+            read = [*chosen.labels, *filter(None, [chosen.weight]), *[f"{image}.path"] * has_paths]
+            classes = chosen.labels if more else _class_names(path, features.get(label))
+            vectors = targets in ("soft", "logits") and not more
             length = None
             if _depth(schema.field(image).type) and file.num_row_groups:
                 length = _array_group(path, image, 0)[0].nbytes
@@ -227,22 +255,64 @@ def _read_file(
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=read, use_threads=False)
                 names = [cell["path"] for cell in table[image].to_pylist()] if has_paths else []
-                values = table[label].to_pylist()
-                if not group and set(values) in ({-1}, {None}) and len(values) > 1:
+                values = _array_group(path, label, group) if vectors else table[label].to_pylist()
+                if more:
+                    found = (table[name].to_pylist() for name in chosen.labels)
+                    values = list(zip(*found, strict=True))
+                elif not (group or vectors) and len(values) > 1 and _hidden(values):
                     raise HiddenLabels(
                         f"{path}: got label {values[0]} in all rows, as the hub has it for hidden "
                         "labels; need labels; do: leave this file out"
                     )
-                for i, value in enumerate(values):
+                weights = (
+                    table[chosen.weight].to_pylist() if chosen.weight else [None] * len(values)
+                )
+                for i, (value, weight) in enumerate(zip(values, weights, strict=True)):
                     name = f"{path}/{len(rows)}" + (f"_{names[i]}" if names and names[i] else "")
-                    class_name = _class_of(value, classes, name)
+                    if targets == "class":
+                        value = _class_of(value, classes, name)
                     cell = ParquetCell(path, image, group, i)
                     if length is not None:
                         cell = ParquetArray(path, image, group, i, length)
-                    rows.append(NamedSample(name, class_name, cell))
+                    rows.append(NamedSample(name, value, cell, weight))
     except pyarrow.ArrowException as error:
         raise _damaged(path, error) from None
-    return rows, classes, label
+    return _labelled(rows, targets, chosen, classes), classes, label
+
+
+def _labelled(
+    rows: list[NamedSample], targets: str, chosen: _Columns, classes: list[str] | None
+) -> list[NamedSample]:
+    """Return rows with their labels and weights read, which so far are as the file has them."""
+
+    def where(row: int) -> str:
+        return rows[row].name
+
+    labels = [row.class_name for row in rows]
+    several = len(chosen.labels) > 1
+    if targets != "class":
+        labels = read_labels(targets, labels, where, columns=several)
+    if targets == "classes" and classes and not several:
+        labels = [
+            label if isinstance(label, np.ndarray) else _named(label, classes, where(i))
+            for i, label in enumerate(labels)
+        ]
+    weights: list[float] | list[None] = [None] * len(rows)
+    if chosen.weight:
+        weights = read_weights([row.weight for row in rows], where)
+    return [
+        row._replace(class_name=label, weight=weight)
+        for row, label, weight in zip(rows, labels, weights, strict=True)
+    ]
+
+
+def _hidden(values: Sequence[object]) -> bool:
+    """Return whether all labels are null, or all -1."""
+    return all(value is None for value in values) or all(value == -1 for value in values)
+
+
+def _named(numbers: Sequence[int], classes: list[str], name: str) -> tuple[str, ...]:
+    return tuple(str(_class_of(number, classes, name)) for number in numbers)
 
 
 def _class_of(label: str | int | None, classes: list[str] | None, name: str) -> str | int:
@@ -260,32 +330,40 @@ def _class_of(label: str | int | None, classes: list[str] | None, name: str) -> 
     return classes[label] if classes else label
 
 
-def _choose(path: Path, schema, features: dict, columns: Mapping[str, str]) -> tuple[str, str]:
+def _choose(
+    path: Path, schema, features: dict, columns: Mapping[str, str], targets: str
+) -> _Columns:
     """Return the columns of images and labels: by the given names, by image and label, or by type.
 
     Raises ValueError if no column or several could be meant, and for columns of another type.
     """
-    import pyarrow
+    labels: list[str] = []
 
     def holds_label(kind) -> bool:
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_integer)
-        return any(is_kind(kind) for is_kind in texts)
+        return _holds_label(kind, targets, several=len(labels) > 1)
 
     def holds_image(kind) -> bool:
         flat = _is_bytes(kind) or _depth(kind) >= 2
         return flat or (bool(_fields(kind)) and _is_bytes(_fields(kind)["bytes"]))
 
     for role, name in columns.items():
-        if role not in ("image", "label"):
-            raise ValueError(f"--columns: got {role} with parquet ({path}); need image and label")
-        if name not in schema.names:
+        if role not in ("image", "label", "weight"):
+            raise ValueError(
+                f"--columns: got {role} with parquet ({path}); need image, label and weight"
+            )
+        if role == "label":
+            labels = named_columns(name, schema.names, str(path))
+        elif name not in schema.names:
             raise ValueError(f"--columns: got {role}={name}; {path} has the columns {schema.names}")
+    if len(labels) > 1 and targets in ("class", "values"):
+        raise several_for_one(labels)
     chosen = []
     for role, holds in (("image", holds_image), ("label", holds_label)):
-        name = columns.get(role) or (role if role in schema.names else None)
+        given = labels[0] if role == "label" and labels else columns.get(role)
+        name = given or (role if role in schema.names else None)
         if name is None:
-            fitting = [n for n in schema.names if holds(schema.field(n).type)]
+            taken = {*chosen, columns.get("weight")}
+            fitting = [n for n in schema.names if n not in taken and holds(schema.field(n).type)]
             names = [n for n in fitting if _is_class_label(features.get(n))]
             names = names if role == "label" and names else fitting
             if not names:
@@ -299,10 +377,63 @@ def _choose(path: Path, schema, features: dict, columns: Mapping[str, str]) -> t
             name = names[0]
             if role == "label" and _ID.fullmatch(name) and not _is_class_label(features.get(name)):
                 raise _no_label(path, name, "which seems to name the images")
-        if not holds(schema.field(name).type):
-            raise _wrong_schema(path, f"{name} of type {schema.field(name).type}")
+        for each in labels if role == "label" and labels else [name]:
+            if not holds(schema.field(each).type):
+                raise _wrong_type(path, each, schema.field(each).type, role, targets)
         chosen.append(name)
-    return chosen[0], chosen[1]
+    return _Columns(chosen[0], labels or chosen[1:], columns.get("weight", ""))
+
+
+def _holds_label(kind, targets: str, *, several: bool) -> bool:
+    """Return whether a column of this type may hold labels. several: it is one of several."""
+    import pyarrow
+
+    types = pyarrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    text, whole = types.is_string(kind) or types.is_large_string(kind), types.is_integer(kind)
+    number = whole or types.is_floating(kind)
+    if targets == "class":
+        return text or whole
+    if targets == "values":
+        return number
+    if several:
+        return number or types.is_boolean(kind)
+    if targets == "classes":
+        return text or _is_list(kind)
+    return _depth(kind) == 1
+
+
+def _wrong_type(path: Path, name: str, kind, role: str, targets: str) -> ValueError:
+    """Return the error for a column of another type, which says what it could be."""
+    import pyarrow
+
+    error = _wrong_schema(path, f"{name} of type {kind}")
+    if role == "image":
+        return error
+    could = ""
+    if pyarrow.types.is_floating(kind) and targets != "values":
+        could = "--targets values, to learn bins of the number"
+    elif _is_list(kind) and targets in ("class", "values"):
+        could = (
+            "--targets classes, for several classes, or --targets soft or logits, if it has a "
+            "number for each class"
+        )
+    elif targets != "class":
+        need = {"classes": "a list of classes", "values": "a number"}.get(
+            targets, "a list of numbers"
+        )
+        return ValueError(
+            f"{path}: got {name} of type {kind}; need {need} for --targets {targets}; do: name "
+            "another column, as in --columns label=NAME, or drop --targets"
+        )
+    return ValueError(f"{error}; or {could}") if could else error
+
+
+def _is_list(kind) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _is_bytes(kind) -> bool:
@@ -317,7 +448,7 @@ def _depth(kind) -> int:
 
     kind = getattr(kind, "storage_type", kind)  # of an extension type, such as Array3D
     depth, types = 0, pyarrow.types
-    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    while _is_list(kind):
         kind, depth = kind.value_type, depth + 1
     return depth if types.is_floating(kind) or types.is_integer(kind) else 0
 
@@ -344,7 +475,9 @@ def _is_class_label(feature: object) -> bool:
 
 
 def _class_names(path: Path, feature: object) -> list[str] | None:
-    """Return the names of a ClassLabel, or None if the column is none."""
+    """Return the names of a ClassLabel, or of a list of them, or None if the column is none."""
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]
     if not _is_class_label(feature):
         return None
     names = feature["names"]

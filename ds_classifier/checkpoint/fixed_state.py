@@ -1,0 +1,61 @@
+"""The state of a classifier that training does not change: buffers, and frozen parameters.
+
+A frozen parameter has requires_grad False. Neither is in the optimizer. The engine casts both to
+the precision that the model computes in, so a copy in their own dtypes is taken before it is
+created, and goes into model.safetensors of each checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ds_classifier import distributed
+from ds_classifier.checkpoint import disk
+
+
+def fixed_tensors(classifier: nn.Module) -> dict[str, Tensor]:
+    """Return the fixed tensors of a state dict, by name; they share the classifier's memory."""
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    return {n: value for n, value in classifier.state_dict().items() if n not in trained}
+
+
+def trained_count(classifier: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+
+
+def settle_fixed_state(
+    classifier: nn.Module, checkpoint: Path | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Give all ranks the same fixed state, and return a copy of it on rank 0; {} elsewhere.
+
+    Every rank must call it, before the engine is created.
+    classifier: on the CPU. Its fixed tensors are set to rank 0's.
+    checkpoint: where rank 0 reads them; None, as on other ranks: it has them already.
+    The copy is on the CPU, by the names of the classifier's state dict, in its dtypes.
+    Raises ValueError on all ranks if the checkpoint lacks tensors, or has other shapes.
+    """
+    fixed = fixed_tensors(classifier)
+    distributed.on_rank_0(lambda: _read(fixed, checkpoint) if checkpoint else None, device)
+    for value in fixed.values():
+        # As bytes, since not every backend sends every dtype.
+        sent = value.to(device).reshape(-1).view(torch.uint8)
+        value.copy_(distributed.broadcast(sent).view(value.dtype).view(value.shape))
+    if distributed.rank() != 0:
+        return {}
+    return {name: value.clone() for name, value in fixed.items()}
+
+
+def _read(fixed: dict[str, Tensor], checkpoint: Path) -> None:
+    """Set tensors to those of the same names in a checkpoint."""
+    with safe_open(checkpoint / disk.MODEL, framework="pt") as opened:
+        names = list(opened.keys())
+        shapes = {name: opened.get_slice(name).get_shape() for name in names}
+        needed = {name: value.shape for name, value in fixed.items()}
+        disk.check_shapes(checkpoint / disk.MODEL, needed, shapes)
+        for name, value in fixed.items():
+            value.copy_(opened.get_tensor(name))
