@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function as span
 
-from ds_classifier.common.user_code import load_function
+from ds_classifier.common.user_code import described, load_function
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 
@@ -86,7 +86,7 @@ def users_loss(name: str, num_classes: int, *, vectors: bool) -> Loss:
             found.sum().backward()
     except Exception as error:  # a function of the user's can raise anything
         raise ValueError(
-            f"--loss: got {name!r}, which fails for {tried}: {type(error).__name__}: {error}"
+            f"--loss: got {name!r}, which fails for {tried}: {described(error)}"
         ) from error
     if not torch.is_tensor(found):
         fault = f"returns a {type(found).__name__}"
