@@ -88,8 +88,8 @@ class Answers:
     """A batch that was classified, from which the metrics are computed.
 
     losses: [N]. logits: logits or log-probabilities [N, K]. labels: [N] int64; [N, K] fp32, 0 or 1
-    for several classes and probabilities for soft vectors. values: of the bins, [K] fp32; None
-    unless the classes are bins of a value.
+    for several classes and probabilities for soft vectors. values: of the bins, less any constant,
+    [K] fp32; None unless the classes are bins of a value.
     """
 
     losses: Tensor
