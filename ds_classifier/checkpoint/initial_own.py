@@ -43,9 +43,9 @@ def load_own_weights(
             weights = read_recorded(recorded, name)
         else:
             weights = read_weights(path, own_network=True)
-        refuse_not_finite(weights, path)
     if is_torchvision(name):
         weights = torchvision_networks.as_timed(weights, own, settings.image_size)
+    refuse_not_finite(weights, path, classifier)
     head = _head_of_other_classes(weights, own, settings.num_classes)
     kept = {key: value for key, value in weights.items() if key not in head}
     if weights.keys() != own.keys() or any(own[k].shape != v.shape for k, v in kept.items()):

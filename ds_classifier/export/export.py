@@ -99,8 +99,8 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     files.refuse_unwritable("--out", out)
     source, weights = open_weights(path, given)
     source.refuse_contradicting_flags(given)
-    refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
+    refuse_not_finite(weights, source.path, live)
     live.load_state_dict(weights)
     live.eval().requires_grad_(False)
     name = source.name if source.step is None else f"model{source.step:06d}"

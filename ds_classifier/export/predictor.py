@@ -338,8 +338,8 @@ def load(
     given = {name: value for name, value in of_recipe.items() if name in used} | settings
     try:
         source, weights = open_weights(Path(path), given)
-        refuse_not_finite(weights, source.path)
         classifier = create_classifier(**source.settings.model_kwargs())
+        refuse_not_finite(weights, source.path, classifier)
         diffusion = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
     except ValueError as error:
         if "--" not in str(error):

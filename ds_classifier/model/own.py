@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_classifier.common.text import count
@@ -80,8 +81,21 @@ def _check_parameters(network: nn.Module, name: str) -> None:
     shared = dict(network.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
     if shared:
         fault = f"has {min(shared)}, which is another parameter too; need one name for each"
+    if lazy := [n for n, v in parameters.items() if is_lazy(v)]:
+        fault = f"has {lazy[0]} without a shape; need layers that are not lazy"
+    elif empty := [n for n, v in parameters.items() if not v.numel()]:
+        shape = list(parameters[empty[0]].shape)
+        fault = f"has {empty[0]} of the shape {shape}; need numbers in it"
     if fault:
         raise ValueError(f"--classifier: got {name}, which {fault}")
+
+
+def cast_floating(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the floating parameters and buffers of a network, in place, and return it.
+
+    nn.Module.to casts complex buffers as well, and so drops their imaginary parts.
+    """
+    return network._apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
 
 
 def as_classifier(network: nn.Module, name: str, num_classes: int) -> nn.Module:
@@ -104,6 +118,8 @@ def as_classifier(network: nn.Module, name: str, num_classes: int) -> nn.Module:
             )
         return logits.float()
 
+    for buffer in network.buffers():
+        buffer.data = buffer.data.contiguous()  # an expanded one cannot be written to
     network.register_forward_pre_hook(cast)
     network.register_forward_hook(check)
     return network.eval()

@@ -10,7 +10,11 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fixed_state import settle_fixed_state, trained_count
+from ds_classifier.checkpoint.fixed_state import (
+    refuse_unstorable,
+    settle_fixed_state,
+    trained_count,
+)
 from ds_classifier.checkpoint.writer import checkpoint_bytes
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
@@ -120,6 +124,7 @@ def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[
     try:
         classifier = create_classifier(**settings.model_kwargs())
         if settings.classifier:
+            refuse_unstorable(classifier, settings.classifier)
             precision = deepspeed_engine.precision_of(resolved.ds_config)
             try_once(
                 classifier,
