@@ -118,8 +118,9 @@ def as_classifier(network: nn.Module, name: str, num_classes: int) -> nn.Module:
             )
         return logits.float()
 
-    for buffer in network.buffers():
-        buffer.data = buffer.data.contiguous()  # an expanded one cannot be written to
+    for value in (*network.parameters(), *network.buffers()):
+        # An expanded buffer cannot be written to, and DeepSpeed cannot send channels_last.
+        value.data = value.data.contiguous()
     network.register_forward_pre_hook(cast)
     network.register_forward_hook(check)
     return network.eval()

@@ -125,7 +125,9 @@ def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[
         classifier = create_classifier(**settings.model_kwargs())
         if settings.classifier:
             refuse_unstorable(classifier, settings.classifier)
-            precision = deepspeed_engine.precision_of(resolved.ds_config)
+            config = resolved.ds_config
+            deepspeed_engine.refuse_single_numbers(classifier, settings.classifier, config)
+            precision = deepspeed_engine.precision_of(config)
             try_once(
                 classifier,
                 settings.classifier,

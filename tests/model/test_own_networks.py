@@ -20,6 +20,7 @@ from ds_classifier.checkpoint.initial_weights import load_initial_weights
 from ds_classifier.checkpoint.weights import load_classifier
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import changed_settings, check_settings
+from ds_classifier.distributed.engine.deepspeed_engine import refuse_single_numbers
 from ds_classifier.evaluation.sources import build_classifier
 from ds_classifier.export.export import export
 from ds_classifier.loss import noised_classifier
@@ -344,3 +345,10 @@ def test_the_networks_of_the_page_work(file, module):
         try_once(net, name, image_size=8, in_channels=3, dtype=dtype)
     logits = net(torch.rand(2, 3, 8, 8), torch.tensor([3, 800]))
     assert logits.shape == (2, 5)
+
+
+def test_a_single_number_is_refused_for_zero_3_alone():
+    net = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(1.0))})
+    refuse_single_numbers(net, "mine:f", {"zero_optimization": {"stage": 2}})
+    with pytest.raises(ValueError, match=r"whose scale has the shape \[\], with ZeRO 3"):
+        refuse_single_numbers(net, "mine:f", {"zero_optimization": {"stage": 3}})

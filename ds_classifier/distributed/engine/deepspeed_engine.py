@@ -181,11 +181,25 @@ def create_engine(
     return engine
 
 
+def refuse_single_numbers(classifier: nn.Module, name: str, ds_config: dict[str, Any]) -> None:
+    """Raise ValueError if ZeRO 3 is to cut a parameter of the shape [], which it cannot.
+
+    name: the --classifier.
+    """
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return
+    for key, parameter in classifier.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(
+                f"--classifier: got {name}, whose {key} has the shape [], with ZeRO 3, which cuts "
+                "parameters; need [1], or another stage of ZeRO"
+            )
+
+
 def _broadcast_model(engine) -> None:
     """Give all ranks rank 0's parameters, as DeepSpeed does when it creates an engine.
 
-    DeepSpeed 0.19.8 fails for a single number, [], and for channels_last. What ZeRO 3 has cut into
-    parts already is left out.
+    DeepSpeed 0.19.8 fails for a single number, []. What ZeRO 3 has cut into parts is left out.
     """
     for parameter in engine.module.parameters():
         if parameter.shape == whole_shape(parameter):
