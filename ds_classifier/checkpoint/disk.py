@@ -458,7 +458,7 @@ def _check_tensors(checkpoint: Path, engine, sampler) -> dict[str, list[str]]:
     if others:
         raise ValueError(
             f"{checkpoint}: got {others[0]}; need a checkpoint of this classifier; do: undo the "
-            "change of its code, or start from these weights in another --run_dir (--init_from)"
+            "change of its code, or choose another --run_dir"
         )
     usual = max(kept.values(), key=len)  # all the same, but for Muon's matrices
     wanted = {

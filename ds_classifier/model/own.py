@@ -173,8 +173,15 @@ def _problem(
     tensors = {n: there(v) for n, v in (*network.named_parameters(), *network.named_buffers())}
     x = torch.zeros(TRIED, in_channels, image_size, image_size, device=device, requires_grad=True)
     t = torch.zeros(TRIED, dtype=torch.int64, device=device)
+    versions = {name: tensors[name]._version for name, _ in network.named_buffers()}
     with _SameTypes():
         logits = functional_call(network, tensors, (x, t))
+    for name, version in versions.items():
+        if tensors[name]._version != version:
+            return (
+                f"whose forward changes the buffer {name} in eval mode; need buffers that stay, as "
+                "ranks and checkpoints have them; do: change it only if self.training"
+            )
     need = "need it for guidance, which follows that gradient"
     if not logits.requires_grad:
         return (

@@ -125,6 +125,13 @@ def test_it_stays_in_eval_mode_under_a_training_engine(module):
         (network("return self.a(x.flatten(1))[:, :4]"), r"got \[2, 4\] from .*\[2, 5\] here"),
         (network("return [self.a(x.flatten(1))]"), "got a list from .*need logits"),
         (network("return self.a(x.detach().flatten(1))"), "do not depend on x"),
+        (
+            network(
+                "self.n += 1; return self.a(x.flatten(1))",
+                "self.a = nn.Linear(192, 5); self.register_buffer('n', torch.zeros(()))",
+            ),
+            "whose forward changes the buffer n in eval mode",
+        ),
         (network("return self.a(x.flatten(1)).detach()"), "have no gradient; need it for guidance"),
     ],
 )
