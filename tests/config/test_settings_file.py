@@ -178,7 +178,7 @@ def test_a_file_of_ones_own_may_name_a_run(write):
 
 
 def test_no_file_chooses_which_code_runs(write, capsys):
-    """Not even one that was written by hand, since the record of a run can be cut to look so."""
+    """Refuse it in every file, since the record of a run can be cut to look written by hand."""
     for name in ("classifier", "loss", "augment"):
         path = write({name: "os:system"}, "config.json")
         with pytest.raises(SystemExit):
