@@ -33,7 +33,7 @@ from ds_classifier.common.text import first_line
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier
-from ds_classifier.model.own import OFFERED, names_own_code
+from ds_classifier.model.own import OFFERED, load_weights, names_own_code
 
 EXPORT_FORMAT, EXPORT_VERSION = "ds_classifier export", 1
 # The sections of an export's JSON that hold settings, under the names of `Settings`.
@@ -130,7 +130,7 @@ def load_classifier(
     """
     source, weights = open_weights(path, given)
     classifier = create_classifier(**source.settings.model_kwargs())
-    classifier.load_state_dict(weights)
+    load_weights(classifier, weights)
     return source, classifier.eval().requires_grad_(False)
 
 

@@ -90,6 +90,20 @@ def _check_parameters(network: nn.Module, name: str) -> None:
         raise ValueError(f"--classifier: got {name}, which {fault}")
 
 
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Set a network's state to tensors by name, which files hold without the versions of layers.
+
+    strict: refuse missing and further names. Some layers, as those of torchvision's MNASNet, refuse
+    a state without a version. It is that of the network, whose code wrote the weights.
+    """
+    state = network.state_dict()
+    versions = state._metadata
+    state.clear()
+    state.update(weights)
+    state._metadata = versions
+    network.load_state_dict(state, strict=strict)
+
+
 def cast_floating(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the floating parameters and buffers of a network, in place, and return it.
 
