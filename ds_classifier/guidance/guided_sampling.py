@@ -38,6 +38,7 @@ from ds_classifier.guidance.sampling import (
     unet_denoiser,
 )
 from ds_classifier.guidance.unet import UNetModel, load_unet
+from ds_classifier.model.own import cast_floating
 
 ON = ("x_t", "predicted_x0")  # what the classifier is shown
 MOST_COLOURED = 1000  # training arrays that the colours of samples are chosen by
@@ -358,7 +359,7 @@ def load_guide(
     # The process is the one of the classifier's training; only its respacing may differ.
     respacing = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load_classifier(path, given)
-    refuse_not_finite(classifier.state_dict(), path)
+    refuse_not_finite(classifier.state_dict(), path, classifier)
     source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respacing})
-    classifier.to(device, torch.float16 if fp16 else None)
+    cast_floating(classifier.to(device), torch.float16 if fp16 else torch.float32)
     return source.settings.replace(**respacing), classifier, source

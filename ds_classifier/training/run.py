@@ -12,7 +12,11 @@ import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fixed_state import settle_fixed_state, trained_count
+from ds_classifier.checkpoint.fixed_state import (
+    refuse_unstorable,
+    settle_fixed_state,
+    trained_count,
+)
 from ds_classifier.checkpoint.writer import checkpoint_bytes
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
@@ -139,7 +143,10 @@ def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[
     try:
         classifier = create_classifier(**settings.model_kwargs())
         if settings.classifier:
-            precision = deepspeed_engine.precision_of(resolved.ds_config)
+            refuse_unstorable(classifier, settings.classifier)
+            config = resolved.ds_config
+            deepspeed_engine.refuse_single_numbers(classifier, settings.classifier, config)
+            precision = deepspeed_engine.precision_of(config)
             try_once(
                 classifier,
                 settings.classifier,
