@@ -233,8 +233,8 @@ def eval_mode_notes(network: nn.Module) -> list[str]:
     if kept and not any(bool(m.running_mean.any()) for m in kept):
         lines.append(
             "these statistics are those of a new network, mean 0 and variance 1, so that its norms "
-            "do not normalise; do: start it from weights with --init_from, or build it with group "
-            "norms"
+            "do not normalise; do: start it from trained weights with --init_from, or build it "
+            "with group norms"
         )
     return lines
 

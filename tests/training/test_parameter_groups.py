@@ -117,8 +117,8 @@ def test_groups_are_described():
     two, three = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1000, 3))
     groups = [Group([two]), Group([three], 0.1), Group([two, three], 2.0, False)]
     assert describe(groups) == [
-        "3,000 parameters at 0.1 of that rate",
-        "3,002 parameters at 2 of that rate, without weight decay",
+        "3,000 parameters at 0.1 times that rate",
+        "3,002 parameters at 2 times that rate, without weight decay",
     ]
 
 
