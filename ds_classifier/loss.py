@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function as span
 
-from ds_classifier.common.user_code import load_function
+from ds_classifier.common.user_code import described, load_function
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import GaussianDiffusion, create_gaussian_diffusion
 
@@ -70,8 +70,8 @@ def users_loss(name: str, num_classes: int, *, vectors: bool) -> Loss:
     """Return the function that --loss names, once it was tried on made-up logits.
 
     name: "package.module:function". vectors: its targets are [N, K] fp32, and not labels.
-    Raises ValueError if it cannot be imported, raises an error, or does not return a loss per
-    sample that has a gradient with respect to the logits.
+    Raises ValueError if it cannot be imported, raises an error, changes its targets, or does not
+    return a finite loss per sample that has a finite gradient with respect to the logits.
     """
     loss = load_function("--loss", name)
     n = TRIED + (num_classes == TRIED)  # which a loss per class cannot be mistaken for
@@ -79,13 +79,14 @@ def users_loss(name: str, num_classes: int, *, vectors: bool) -> Loss:
     targets = F.one_hot(labels, num_classes).float() if vectors else labels
     given = torch.linspace(-1, 1, n * num_classes).view(n, num_classes).requires_grad_()
     tried = f"logits [{n}, {num_classes}], targets {list(targets.shape)} and t [{n}]"
+    t = torch.zeros(n, dtype=torch.int64)
     try:
-        found = loss(given, targets, torch.zeros(n, dtype=torch.int64))
+        found = loss(given, own := targets.clone(), own_t := t.clone())
         if torch.is_tensor(found) and found.shape == (n,) and found.requires_grad:
             found.sum().backward()
     except Exception as error:  # a function of the user's can raise anything
         raise ValueError(
-            f"--loss: got {name!r}, which fails for {tried}: {type(error).__name__}: {error}"
+            f"--loss: got {name!r}, which fails for {tried}: {described(error)}"
         ) from error
     if not torch.is_tensor(found):
         fault = f"returns a {type(found).__name__}"
@@ -93,6 +94,10 @@ def users_loss(name: str, num_classes: int, *, vectors: bool) -> Loss:
         fault = f"returns the shape {list(found.shape)}"
     elif given.grad is None:
         fault = "returns a loss without a gradient with respect to the logits"
+    elif not (found.isfinite().all() and given.grad.isfinite().all()):
+        fault = f"returns {found.tolist()} or a gradient that is not finite"
+    elif not (torch.equal(own, targets) and torch.equal(own_t, t)):
+        fault = "changes its targets or t in place"
     else:
         return loss
     raise ValueError(
@@ -147,7 +152,7 @@ class NoisedClassifier(nn.Module):
                 targets = recent.class_posterior(x_t, x_start, labels, *scales)
             x_t = x_t.permute(0, 3, 1, 2)  # [N, C, S, S]; in memory this is channels_last already
             logits = self.classifier(x_t, self.diffusion.model_timesteps(t))
-            return self.loss(logits, targets, t), logits
+            return self.loss(logits, targets, t).float(), logits
 
 
 def noised_classifier(

@@ -411,7 +411,8 @@ def _describe(out: Path, manifests: dict, *, place: Path | str) -> None:
         held = ""
         if split == "val" and manifest.held_out:
             fewest, most = min(images.values()), max(images.values())
-            held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per class"
+            each = manifest.targets.noun
+            held = f", {manifest.held_out} held out, {fewest:,} to {most:,} per {each}"
         stored = manifest.arrays or Encoding(manifest.image_size, manifest.form)
         print(f"{_contents(f'{place}/{split}', manifest, shards.contents)}, {stored}{held}")
         _describe_arrays(split, manifest)

@@ -202,6 +202,17 @@ def failing(logits, targets, t):
 
 def labels_only(logits, targets, t):
     return F.nll_loss(logits.log_softmax(1), targets, reduction="none")
+
+def not_finite(logits, targets, t):
+    return by_hand(logits, targets, t) * (t / t)
+
+def bent(logits, targets, t):
+    return ((logits - logits.detach()) ** 2).sum(dim=1).sqrt()
+
+def writing(logits, targets, t):
+    loss = by_hand(logits, targets.clone(), t)
+    targets.zero_()
+    return loss
 """
 
 
@@ -231,8 +242,11 @@ def test_a_loss_of_the_users_is_used(my_losses, vectors):
         ("per_class", r"returns the shape \[3\] for logits \[4, 3\]"),
         ("detached", "returns a loss without a gradient with respect to the logits"),
         ("listed", "returns a list"),
-        ("failing", "fails for .*: RuntimeError: "),
+        ("failing", r"fails for .*: RuntimeError: .*\(my_losses.py, line 23\)"),
         ("absent", "no such name"),
+        ("not_finite", r"returns \[nan, nan, nan, nan\] or a gradient that is not finite"),
+        ("bent", r"returns \[0.0, 0.0, 0.0, 0.0\] or a gradient that is not finite"),
+        ("writing", "changes its targets or t in place"),
     ],
 )
 def test_a_loss_that_cannot_train_is_refused(my_losses, name, problem):

@@ -445,10 +445,21 @@ def _check_tensors(checkpoint: Path, engine, sampler) -> dict[str, list[str]]:
         for name, parameter in deepspeed_state.trained(engine).items()
     }
     kept: dict[str, list[str]] = {name: [] for name in shapes}
+    own = {name.removeprefix(PREFIX) for name in engine.module.state_dict()}
+    others = [f"{name}, which the classifier lacks" for name in model if name not in own]
     for full in optimizer:
         part, _, name = full.partition(".")
-        if name in shapes and not full.startswith(SAMPLER):
+        if full.startswith(SAMPLER):
+            continue
+        if name in shapes:
             kept[name].append(part)
+        elif name in own:
+            others.append(f"{full}, of a parameter that is frozen now")
+    if others:
+        raise ValueError(
+            f"{checkpoint}: got {others[0]}; need a checkpoint of this classifier; do: undo the "
+            "change of its code, or choose another --run_dir"
+        )
     usual = max(kept.values(), key=len)  # all the same, but for Muon's matrices
     wanted = {
         f"{part}.{name}": shapes[name]
@@ -467,5 +478,5 @@ def check_shapes(file: Path, need: dict[str, torch.Size], got: dict[str, list[in
         if got.get(name) != list(shape):
             raise ValueError(
                 f"{file}: got {got.get(name, 'nothing')} for {name}; need the shape {list(shape)}; "
-                "do: continue from a checkpoint of this classifier"
+                "do: continue from a checkpoint of this classifier, whose code did not change"
             )

@@ -23,6 +23,21 @@ def fixed_tensors(classifier: nn.Module) -> dict[str, Tensor]:
     return {n: value for n, value in classifier.state_dict().items() if n not in trained}
 
 
+def refuse_unstorable(classifier: nn.Module, name: str) -> None:
+    """Raise ValueError if a checkpoint cannot store all of a network's state dict.
+
+    name: its --classifier.
+    """
+    for key, value in classifier.state_dict().items():
+        kind = value.dtype if torch.is_tensor(value) else type(value).__name__
+        if kind not in disk.SAFETENSORS_DTYPE:
+            raise ValueError(
+                f"--classifier: got {name}, whose state dict has {key}, a {kind}, which "
+                "checkpoints do not store; need tensors of real numbers; do: make it a buffer with "
+                "persistent=False that the network computes itself"
+            )
+
+
 def trained_count(classifier: nn.Module) -> int:
     """Return the number of parameters that are trained."""
     return sum(p.numel() for p in classifier.parameters() if p.requires_grad)
@@ -42,9 +57,7 @@ def settle_fixed_state(
     fixed = fixed_tensors(classifier)
     distributed.on_rank_0(lambda: _read(fixed, checkpoint) if checkpoint else None, device)
     for value in fixed.values():
-        # As bytes, since not every backend sends every dtype.
-        sent = value.to(device).reshape(-1).view(torch.uint8)
-        value.copy_(distributed.broadcast(sent).view(value.dtype).view(value.shape))
+        distributed.broadcast_bytes(value, device)
     if distributed.rank() != 0:
         return {}
     return {name: value.clone() for name, value in fixed.items()}

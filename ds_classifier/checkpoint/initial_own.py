@@ -20,6 +20,7 @@ from ds_classifier.checkpoint.weights import (
 )
 from ds_classifier.config import Settings
 from ds_classifier.model import torchvision_networks
+from ds_classifier.model.own import load_weights
 from ds_classifier.model.torchvision_networks import is_torchvision
 
 
@@ -43,14 +44,14 @@ def load_own_weights(
             weights = read_recorded(recorded, name)
         else:
             weights = read_weights(path, own_network=True)
-        refuse_not_finite(weights, path)
     if is_torchvision(name):
         weights = torchvision_networks.as_timed(weights, own, settings.image_size)
+    refuse_not_finite(weights, path, classifier)
     head = _head_of_other_classes(weights, own, settings.num_classes)
     kept = {key: value for key, value in weights.items() if key not in head}
     if weights.keys() != own.keys() or any(own[k].shape != v.shape for k, v in kept.items()):
         raise ValueError(f"got {path}, {misfit(weights, own, f'--classifier {name}')}")
-    classifier.load_state_dict(kept, strict=False)
+    load_weights(classifier, kept, strict=False)
     if not head:
         return recorded, origin, []
     note = (

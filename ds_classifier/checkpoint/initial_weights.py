@@ -50,6 +50,7 @@ def load_initial_weights(
     settings: Settings,
     classes: list[str],
     arrays: dict[str, Any] | None = None,
+    targets: dict[str, Any] | None = None,
 ) -> list[str]:
     """Load other weights into a classifier; return lines for the screen.
 
@@ -57,13 +58,14 @@ def load_initial_weights(
         run.
     settings, classes: the settings of `classifier` and the class names of its training data.
     arrays: what the manifest of these data records of arrays; None: images.
+    targets: what it records of the targets; None: one class per image.
     The first line names the origin of the weights. The others say which weights were left out or
     changed, and how the earlier training differs from this one.
     Raises ValueError for weights of another architecture, naming the flags that would fit, and for
     weights that are not finite, with which training would skip every step.
     """
     if settings.classifier:
-        return _load_own(classifier, path, settings, classes, arrays)
+        return _load_own(classifier, path, settings, classes, arrays, targets)
     try:
         recorded = find_recorded(path)
         weights = read_recorded(recorded, "") if recorded else read_weights(path)
@@ -94,7 +96,7 @@ def load_initial_weights(
             f"another number of classes, {len(weights[head[0]])} there and {len(classes)} here: "
             f"the head starts afresh ({', '.join(head)})"
         )
-    notes += _differences(recorded, settings, classes, arrays)
+    notes += _differences(recorded, settings, classes, arrays, targets)
     origin = f"weights from {path}"
     return [f"{origin}, without its head" if head else origin, *notes]
 
@@ -135,13 +137,14 @@ def _load_own(
     settings: Settings,
     classes: list[str],
     arrays: dict[str, Any] | None,
+    targets: dict[str, Any] | None,
 ) -> list[str]:
     """Do the same as `load_initial_weights` for a network that is not the encoder."""
     try:
         recorded, origin, notes = load_own_weights(classifier, path, settings)
     except ValueError as error:
         raise ValueError(f"--init_from: {error}") from None
-    return [origin, *notes, *_differences(recorded, settings, classes, arrays)]
+    return [origin, *notes, *_differences(recorded, settings, classes, arrays, targets)]
 
 
 def _differences(
@@ -149,12 +152,18 @@ def _differences(
     settings: Settings,
     classes: list[str],
     arrays: dict[str, Any] | None,
+    targets: dict[str, Any] | None,
 ) -> list[str]:
     """Return lines on how the earlier training differs from this one; none for a bare file."""
     if recorded is None:
         return []
     there, here = _scaling(recorded.arrays), _scaling(arrays)
     notes = [f"another x_0: {there} there, {here} here"] if there != here else []
+    theirs, own = (given or {"kind": "class"} for given in (recorded.targets, targets))
+    if theirs["kind"] != own["kind"]:
+        notes.append(f"other targets: {theirs['kind']} there, {own['kind']} here")
+    elif theirs != own:
+        notes.append(f"other bins of {own['name']}")
     return notes + _training_differences(recorded.settings, recorded.classes, settings, classes)
 
 

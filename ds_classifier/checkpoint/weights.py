@@ -33,7 +33,7 @@ from ds_classifier.common.text import first_line
 from ds_classifier.config import Settings
 from ds_classifier.diffusion import create_gaussian_diffusion
 from ds_classifier.model import create_classifier
-from ds_classifier.model.own import OFFERED, names_own_code
+from ds_classifier.model.own import OFFERED, load_weights, names_own_code
 
 EXPORT_FORMAT, EXPORT_VERSION = "ds_classifier export", 1
 # The sections of an export's JSON that hold settings, under the names of `Settings`.
@@ -130,7 +130,7 @@ def load_classifier(
     """
     source, weights = open_weights(path, given)
     classifier = create_classifier(**source.settings.model_kwargs())
-    classifier.load_state_dict(weights)
+    load_weights(classifier, weights)
     return source, classifier.eval().requires_grad_(False)
 
 
@@ -265,10 +265,17 @@ def read_weights(path: Path, *, own_network: bool = False) -> dict[str, Tensor]:
     return weights
 
 
-def refuse_not_finite(weights: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError if these weights, read from path, have NaN or infinity in fp32."""
+def refuse_not_finite(
+    weights: dict[str, Tensor], path: Path, network: nn.Module | None = None
+) -> None:
+    """Raise ValueError if these weights, read from path, have NaN or infinity in fp32.
+
+    network: what they are for; its buffers may hold infinities, as masks of attention do.
+    """
+    buffers = set() if network is None else {name for name, _ in network.named_buffers()}
     for name, value in weights.items():
-        if not value.float().isfinite().all():
+        numbers = value if value.is_complex() else value.float()
+        if (numbers.isnan() if name in buffers else ~numbers.isfinite()).any():
             raise ValueError(
                 f"got {path}, whose weights are not all finite ({name}); need those of another step"
             )
@@ -287,7 +294,7 @@ def _fault_of_state_dict(weights: Any, *, own_network: bool) -> str | None:
             return f"{name!r} as a sparse tensor, or one without storage"
         if not value.is_floating_point() and not own_network:
             return f"{name!r} of {value.dtype}"
-        if value.numel() == 0:
+        if value.numel() == 0 and not own_network:
             return f"{name!r} of the shape {list(value.shape)}"
     return None
 

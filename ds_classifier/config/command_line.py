@@ -25,6 +25,8 @@ OVERFIT_STEPS = 500  # default limit of --overfit_batch
 
 # Flags of guided-diffusion's script that have no effect on a classifier's training, there or here.
 WITHOUT_EFFECT = ("learn_sigma", "use_kl", "predict_xstart", "rescale_learned_sigmas")
+OF_CODE = ("classifier", "loss", "augment")  # settings that may name a function of the user's
+TORCHVISION = "torchvision:"  # a classifier of its name is no function of theirs
 BATCHES = {"batch_size", "global_batch"}  # settings that say the same in two ways
 
 
@@ -79,6 +81,7 @@ def parse_training_command(argv: list[str], prog: str = "train.py") -> CommandLi
             file = read_settings_file(config)
         except ValueError as error:
             parser.error(f"--config: {error}")
+    _refuse_code_of_file(parser, file, flags)
     if file.recorded and "data_dir" in flags:
         file.values.pop("val_data_dir", None)  # of other data
     recipe, config_path = recipe or file.recipe, config_path or file.deepspeed_config
@@ -105,6 +108,21 @@ def parse_training_command(argv: list[str], prog: str = "train.py") -> CommandLi
         recorded=file.recorded,
         unknown=file.unknown,
     )
+
+
+def _refuse_code_of_file(parser: Parser, file: SettingsFile, flags: dict[str, Any]) -> None:
+    """End the process if a settings file names a function that no flag names.
+
+    Such a file may be the config.json of someone else's run.
+    """
+    for name in OF_CODE:
+        value = file.values.get(name, "")
+        code = ":" in value and not value.startswith(TORCHVISION)
+        if code and name not in flags:
+            parser.error(
+                f"--config: got {name} {value}, a function; need its flag too, since no file "
+                f"chooses which code runs; do: add --{name} {value} if you know it"
+            )
 
 
 def _training_parser(prog: str) -> Parser:

@@ -76,5 +76,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "flow32": _small(iterations=500, save_interval=250) | dict(noise_schedule="flow"),
     # Made-up images of a known distribution (`convert gaussians`), to measure choices on. They are
     # not cropped or mirrored, which would change the distribution.
-    "gaussians32": _small(random_crop=False, iterations=1000, save_interval=500),
+    "gaussians32": _small(random_crop=False, iterations=1000, save_interval=500)
+    | dict(schedule_sampler="uniform"),
 }

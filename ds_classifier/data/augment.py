@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_classifier.common.keyed_random import fold, stream_key
-from ds_classifier.common.user_code import load_function
+from ds_classifier.common.user_code import described, load_function
 from ds_classifier.config import Settings
 
 TORCHVISION = {"trivialaugment": "TrivialAugmentWide", "randaugment": "RandAugment"}
@@ -63,7 +63,7 @@ class Augmentation:
             except Exception as error:  # a function of the user's can raise anything
                 raise RuntimeError(
                     f"--augment: {self._name} fails for an image {list(given.shape)}: "
-                    f"{type(error).__name__}: {error}"
+                    f"{described(error)}"
                 ) from error
         if not torch.is_tensor(found) or (found.dtype, found.shape) != (torch.uint8, given.shape):
             got = type(found).__name__

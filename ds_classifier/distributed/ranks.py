@@ -200,6 +200,17 @@ def broadcast(tensor):
     return tensor
 
 
+def broadcast_bytes(tensor, device=None):
+    """Do the same as `broadcast` for a tensor of any dtype, since no backend sends all of them.
+
+    device: to send it from; None: its own.
+    """
+    import torch
+
+    sent = tensor.to(device or tensor.device).reshape(-1).view(torch.uint8)
+    return tensor.copy_(broadcast(sent).view(tensor.dtype).view(tensor.shape))
+
+
 def broadcast_json(value: Any, device) -> Any:
     """Return rank 0's value on every rank.
 

@@ -96,8 +96,14 @@ class Meter:
 
 
 def bin_values(targets: Targets, device: torch.device | str) -> Tensor | None:
-    """Return the values of the bins on a device, [K] fp32; None for targets that are no bins."""
-    return None if targets.values is None else torch.tensor(targets.values, device=device)
+    """Return the values of the bins less their mean, [K] fp32; None for targets that are no bins.
+
+    Errors are differences of values, which fp32 would lose in values such as 1e9 to 1e9 + 1.
+    """
+    if targets.values is None:
+        return None
+    values = torch.tensor(targets.values, dtype=torch.float64)
+    return (values - values.mean()).to(device, torch.float32)
 
 
 def by_position(trained: Tensor) -> Tensor:

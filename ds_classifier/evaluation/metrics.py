@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ds_classifier.common.text import percent, short
 from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class Shown:
         """The name in a sentence."""
         return self.word or self.title.lower()
 
+    def said(self, value: float | None) -> str:
+        """Return a mean in a sentence: "18.9 %", or the number alone."""
+        return percent(value) if self.unit == "%" else short(value)
+
     @property
     def titled(self) -> str:
         """The title of a chart, with the unit unless its axis shows per cents."""
@@ -88,8 +93,8 @@ class Answers:
     """A batch that was classified, from which the metrics are computed.
 
     losses: [N]. logits: logits or log-probabilities [N, K]. labels: [N] int64; [N, K] fp32, 0 or 1
-    for several classes and probabilities for soft vectors. values: of the bins, [K] fp32; None
-    unless the classes are bins of a value.
+    for several classes and probabilities for soft vectors. values: of the bins, less any constant,
+    [K] fp32; None unless the classes are bins of a value.
     """
 
     losses: Tensor
@@ -206,7 +211,9 @@ def accuracy_of(targets: Targets) -> Metric:
 
 def headline_of(targets: Targets) -> Shown:
     """Return the number that says best how good a classifier is."""
-    return MEAN_AP if targets.kind == "classes" else accuracy_of(targets)
+    if targets.kind == "classes":
+        return MEAN_AP
+    return metrics_of(targets).get("mae") or accuracy_of(targets)
 
 
 def measured_of(targets: Targets) -> tuple[Shown, ...]:

@@ -141,7 +141,7 @@ class Evaluator:
         samples, targets = shards.manifest.samples, shards.manifest.targets
         distributed.say(
             f"{source.path}: {sum(p.numel() for p in classifier.parameters()):,} parameters, "
-            f"{settings.image_size} px, {settings.num_classes} classes"
+            f"{settings.image_size} px, {settings.num_classes} {targets.nouns}"
         )
         distributed.say(f"{samples:,} images in {shown(location)}")
         if settings.loss:

@@ -14,6 +14,7 @@ from ds_classifier.checkpoint.weights import WeightsFile, find_recorded, open_we
 from ds_classifier.config import Settings
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.model import create_classifier
+from ds_classifier.model.own import cast_floating, load_weights
 
 
 def find_sources(source: Path | None, checkpoints: list[str]) -> list[str]:
@@ -67,8 +68,8 @@ def build_classifier(
     """Return the classifier in eval mode, with rank 0's weights on every rank."""
     classifier = create_classifier(**settings.model_kwargs())
     if weights:
-        classifier.load_state_dict(weights)
+        load_weights(classifier, weights)
     classifier.to(device).eval().requires_grad_(False)
     for tensor in classifier.state_dict().values():
-        distributed.broadcast(tensor)
-    return classifier.to(deepspeed_engine.DTYPES[precision])
+        distributed.broadcast_bytes(tensor)
+    return cast_floating(classifier, deepspeed_engine.DTYPES[precision])

@@ -75,10 +75,10 @@ def class_table(record: Record) -> list[str]:
     def value(level: dict[str, Any], k: int) -> float:
         return (level["ap"][k] or 0.0) if several else level["correct@1"][k] / samples[k]
 
-    title = "class"
+    title = targets_of(record).noun
     if len(seen) > CLASSES_SHOWN:
         seen = sorted(seen, key=lambda k: value(chosen[0], k))[:CLASSES_SHOWN]
-        title = f"class (the worst {CLASSES_SHOWN} under uniform t)"
+        title += f" (the worst {CLASSES_SHOWN} under uniform t)"
     levels = ["uniform t" if level["t"] is None else f"t = {level['t']}" for level in chosen]
     heads = [title, "samples", "AP %:" if several else "acc@1 %:", *levels, *["acc %"] * several]
     rows = []
@@ -96,15 +96,14 @@ def series_table(records: Sequence[Record]) -> list[str]:
     """Return a line per checkpoint: under uniform t, and its accuracy at the chosen levels."""
     chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]][:3]
     targets = targets_of(records[0])
-    columns, key = level_columns(targets), headline_of(targets).name
+    columns, best = level_columns(targets), headline_of(targets)
     heads = ["weights", *(column.head for column in columns)]
-    heads += [f"{key} t={t}" for t in chosen]
+    heads += [f"{best.name} t={t}" for t in chosen]
     rows = []
     for record in records:
-        at = {level["t"]: level[key] for level in record["classifier"]["levels"]}
+        at = {level["t"]: level[best.name] for level in record["classifier"]["levels"]}
         cells = _cells(record["classifier"]["uniform_t"], columns)
-        accuracies = (at.get(t) for t in chosen)
-        cells += ["-" if value is None else f"{100 * value:.1f}" for value in accuracies]
+        cells += [best.text(at.get(t)) for t in chosen]
         rows.append([record["name"], *cells])
     return text.table(heads, rows)
 

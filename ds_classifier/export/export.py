@@ -54,6 +54,7 @@ from ds_classifier.export.reference_flags import (
     reference_obstacles,
 )
 from ds_classifier.model import create_classifier, parse_channel_mult
+from ds_classifier.model.own import load_weights
 
 SUFFIXES = (".pt", ".safetensors", ".json", ".flags.txt")
 CARD = "README.md"
@@ -99,9 +100,9 @@ def export(path: Path, given: dict[str, Any] | None = None, out: Path | None = N
     files.refuse_unwritable("--out", out)
     source, weights = open_weights(path, given)
     source.refuse_contradicting_flags(given)
-    refuse_not_finite(weights, source.path)
     live = create_classifier(**source.settings.model_kwargs())
-    live.load_state_dict(weights)
+    refuse_not_finite(weights, source.path, live)
+    load_weights(live, weights)
     live.eval().requires_grad_(False)
     name = source.name if source.step is None else f"model{source.step:06d}"
     _refuse_others_files(out, name, source)
@@ -300,7 +301,7 @@ def _compare(
         if wrong:
             raise RuntimeError(f"{path.name}: reads back other numbers in {', '.join(wrong[:3])}")
         rebuilt = create_classifier(**source.settings.model_kwargs())
-        rebuilt.load_state_dict(weights)
+        load_weights(rebuilt, weights)
         rebuilt.eval().requires_grad_(False)
         _, *got = logits_and_gradients(rebuilt, source.settings)
         for what, a, b in zip(("logits", "input gradients"), got, expected, strict=True):

@@ -31,6 +31,7 @@ from ds_classifier.evaluation.evaluate import VALIDATION_SEED
 from ds_classifier.guidance.gradient import classifier_gradient
 from ds_classifier.loss import to_x_start
 from ds_classifier.model import create_classifier
+from ds_classifier.model.own import load_weights
 
 SHOWN = 60  # characters of class names in the description of a Predictor
 
@@ -338,8 +339,8 @@ def load(
     given = {name: value for name, value in of_recipe.items() if name in used} | settings
     try:
         source, weights = open_weights(Path(path), given)
-        refuse_not_finite(weights, source.path)
         classifier = create_classifier(**source.settings.model_kwargs())
+        refuse_not_finite(weights, source.path, classifier)
         diffusion = create_gaussian_diffusion(**source.settings.diffusion_kwargs())
     except ValueError as error:
         if "--" not in str(error):
@@ -354,7 +355,7 @@ def load(
             f"got {name} {given[name]!r}{of}; need none for {path}, in which it is "
             f"{getattr(source.settings, name)!r}; do: drop it"
         )
-    classifier.load_state_dict(weights)
+    load_weights(classifier, weights)
     return Predictor(
         classifier.eval().requires_grad_(False).to(device),
         diffusion,

@@ -38,6 +38,7 @@ from ds_classifier.guidance.sampling import (
     unet_denoiser,
 )
 from ds_classifier.guidance.unet import UNetModel, load_unet
+from ds_classifier.model.own import cast_floating
 
 ON = ("x_t", "predicted_x0")  # what the classifier is shown
 MOST_COLOURED = 1000  # training arrays that the colours of samples are chosen by
@@ -139,9 +140,11 @@ class GuidedSampling:
         """
         if self.targets.kind == "values":
             if eta is None or classes:
+                spread = float(np.std(self.targets.values))
                 raise ValueError(
                     f"got {'--classes' if classes else 'no --eta'}; need --eta for {self.targets}: "
-                    "above 0 for larger values, below 0 for smaller ones, in 1 / unit of the value"
+                    "above 0 for larger values, below 0 for smaller ones, in 1 / unit of the "
+                    f"value; do: --eta {1 / spread:.2g}, which moves the mean by about one spread"
                 )
             return np.array([eta], np.float32)
         if eta is not None:
@@ -358,7 +361,7 @@ def load_guide(
     # The process is the one of the classifier's training; only its respacing may differ.
     respacing = {name: value for name, value in given.items() if name == "timestep_respacing"}
     source, classifier = load_classifier(path, given)
-    refuse_not_finite(classifier.state_dict(), path)
+    refuse_not_finite(classifier.state_dict(), path, classifier)
     source.refuse_contradicting_flags({n: v for n, v in given.items() if n not in respacing})
-    classifier.to(device, torch.float16 if fp16 else None)
+    cast_floating(classifier.to(device), torch.float16 if fp16 else torch.float32)
     return source.settings.replace(**respacing), classifier, source

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_classifier.common.text import count
@@ -80,8 +81,35 @@ def _check_parameters(network: nn.Module, name: str) -> None:
     shared = dict(network.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
     if shared:
         fault = f"has {min(shared)}, which is another parameter too; need one name for each"
+    if lazy := [n for n, v in parameters.items() if is_lazy(v)]:
+        fault = f"has {lazy[0]} without a shape; need layers that are not lazy"
+    elif empty := [n for n, v in parameters.items() if not v.numel()]:
+        shape = list(parameters[empty[0]].shape)
+        fault = f"has {empty[0]} of the shape {shape}; need numbers in it"
     if fault:
         raise ValueError(f"--classifier: got {name}, which {fault}")
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Set a network's state to tensors by name, which files hold without the versions of layers.
+
+    strict: refuse missing and further names. Some layers, as those of torchvision's MNASNet, refuse
+    a state without a version. It is that of the network, whose code wrote the weights.
+    """
+    state = network.state_dict()
+    versions = state._metadata
+    state.clear()
+    state.update(weights)
+    state._metadata = versions
+    network.load_state_dict(state, strict=strict)
+
+
+def cast_floating(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the floating parameters and buffers of a network, in place, and return it.
+
+    nn.Module.to casts complex buffers as well, and so drops their imaginary parts.
+    """
+    return network._apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
 
 
 def as_classifier(network: nn.Module, name: str, num_classes: int) -> nn.Module:
@@ -104,6 +132,9 @@ def as_classifier(network: nn.Module, name: str, num_classes: int) -> nn.Module:
             )
         return logits.float()
 
+    for value in (*network.parameters(), *network.buffers()):
+        # An expanded buffer cannot be written to, and DeepSpeed cannot send channels_last.
+        value.data = value.data.contiguous()
     network.register_forward_pre_hook(cast)
     network.register_forward_hook(check)
     return network.eval()
@@ -156,8 +187,15 @@ def _problem(
     tensors = {n: there(v) for n, v in (*network.named_parameters(), *network.named_buffers())}
     x = torch.zeros(TRIED, in_channels, image_size, image_size, device=device, requires_grad=True)
     t = torch.zeros(TRIED, dtype=torch.int64, device=device)
+    versions = {name: tensors[name]._version for name, _ in network.named_buffers()}
     with _SameTypes():
         logits = functional_call(network, tensors, (x, t))
+    for name, version in versions.items():
+        if tensors[name]._version != version:
+            return (
+                f"whose forward changes the buffer {name} in eval mode; need buffers that stay, as "
+                "ranks and checkpoints have them; do: change it only if self.training"
+            )
     need = "need it for guidance, which follows that gradient"
     if not logits.requires_grad:
         return (
@@ -195,8 +233,8 @@ def eval_mode_notes(network: nn.Module) -> list[str]:
     if kept and not any(bool(m.running_mean.any()) for m in kept):
         lines.append(
             "these statistics are those of a new network, mean 0 and variance 1, so that its norms "
-            "do not normalise; do: start it from weights with --init_from, or build it with group "
-            "norms"
+            "do not normalise; do: start it from trained weights with --init_from, or build it "
+            "with group norms"
         )
     return lines
 

@@ -140,6 +140,13 @@ class RunData:
         return self.settings.get("num_classes") or len(self.classes or [])
 
     @property
+    def named(self) -> str:
+        """The run in a command, and the flag without which no program calls the user's network."""
+        network = self.settings.get("classifier") or ""
+        own = ":" in network and not network.startswith("torchvision:")
+        return f"{self.path} --classifier {network}" if own else str(self.path)
+
+    @property
     def targets(self) -> Targets:
         """The kind of the data's targets, as the last start or the newest evaluation has it."""
         noted = [record.get("targets") for record in self.evaluations[-1:]]

@@ -29,7 +29,7 @@ JPEG_SIDE = 32  # pixels; larger tiles are embedded as JPEG, since noise makes l
 def _no_evaluation(run: RunData) -> str:
     return (
         f"No evaluation yet. To measure the newest checkpoint at every noise level and update this "
-        f"page, run: ds-classifier evaluate {run.path}"
+        f"page, run: ds-classifier evaluate {run.named}"
     )
 
 
@@ -108,7 +108,7 @@ def image_grid(run: RunData) -> dict[str, Any] | str:
     if run.grid is None:
         return (
             "No images yet. A validation during training makes them, and so does: "
-            f"ds-classifier evaluate {run.path}"
+            f"ds-classifier evaluate {run.named}"
         )
     shown, names = run.grid.predictions, run.classes or []
     rows = []
@@ -140,7 +140,7 @@ def image_grid(run: RunData) -> dict[str, Any] | str:
         kind, colours = "arrays", f" Their colours are {shown.colours}."
     text = (
         f"Held-out {kind}{step}, from nearly clean to nearly noise. Under each one is the "
-        f"predicted class, and how confident the classifier is.{colours}{shrunk}"
+        f"predicted {run.targets.noun}, and how confident the classifier is.{colours}{shrunk}"
     )
     return {"text": text, "levels": levels, "rows": rows}
 
@@ -174,6 +174,7 @@ def confusion(run: RunData) -> dict[str, Any] | str:
         return _no_evaluation(run)
     record = evaluated[-1]
     counted, names = record["confusion"], record["classes"]
+    noun, nouns = run.targets.noun, run.targets.nouns
     triples = list(zip(counted["label"], counted["predicted"], counted["samples"], strict=True))
     totals = [0] * len(names)
     for label, _, images in triples:
@@ -181,30 +182,30 @@ def confusion(run: RunData) -> dict[str, Any] | str:
     wrong = sum(images for label, predicted, images in triples if label != predicted)
     text = (
         f"At t = {counted['t']}, nearly clean, {wrong:,} of {sum(totals):,} images are taken for "
-        f"another class ({plots.weights_name(record)})."
+        f"another {noun} ({plots.weights_name(record)})."
     )
     pairs = sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[0], t[1]))
     rows = [
         [names[label], names[predicted], f"{images:,}", percent(images / totals[label], 0)]
         for label, predicted, images in pairs[:PAIRS_SHOWN]
     ]
-    heads = ["class", "predicted", "images", "of the class"]
+    heads = [noun, "predicted", "images", f"of the {noun}"]
     if len(names) <= CLASSES_IN_MATRIX:
         beside = len(names) <= CLASSES_BESIDE and bool(rows)
         return {
             "text": text,
             "layout": "beside" if beside else "",
-            "matrix": _matrix(triples, totals, names),
+            "matrix": _matrix(triples, totals, names) | {"noun": noun},
             "tables": [{"heads": heads, "rows": rows[:PAIRS_BESIDE]}] * beside,
         }
     worst = _worst_classes(triples, totals, names)
     text += (
-        f" Of {len(names):,} classes, the {len(rows)} pairs most often confused and the "
-        f"{len(worst)} classes least often recognized:"
+        f" Of {len(names):,} {nouns}, the {len(rows)} pairs most often confused and the "
+        f"{len(worst)} {nouns} least often recognized:"
     )
     tables = [
         {"heads": heads, "rows": rows},
-        {"heads": ["class", "images", "right"], "rows": worst},
+        {"heads": [noun, "images", "right"], "rows": worst},
     ]
     return {"text": text, "layout": "two", "matrix": None, "tables": tables}
 

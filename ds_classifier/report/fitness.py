@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ds_classifier.common.text import count, percent, short
+from ds_classifier.data.labels.targets import ONE_CLASS
 from ds_classifier.evaluation.format import PRECISIONS, targets_of
 from ds_classifier.evaluation.metrics import ECE_BINS, accuracy_of, metrics_of
 from ds_classifier.report.data import RunData
@@ -42,7 +43,7 @@ def fitness(run: RunData) -> list[Line]:
     if not run.evaluations:
         text = (
             "It is not measured yet whether the classifier is fit to guide; do: "
-            f"ds-classifier evaluate {run.path}"
+            f"ds-classifier evaluate {run.named}"
         )
         return [*measured, (DOUBTFUL, text)]
     record = run.evaluations[-1]
@@ -70,7 +71,7 @@ def class_prior(record: dict[str, Any], in_training: Guessing | None = None) -> 
     classes of the training images are equally frequent, or as frequent as in the held-out ones.
     """
     images, targets = record["classifier"]["per_class"][0]["samples"], targets_of(record)
-    if targets.vectors:
+    if targets != ONE_CLASS:
         prior = Guessing.from_scores(record["data"]["guessing"], len(images), targets)
     else:
         prior = Guessing.of(np.repeat(np.arange(len(images)), images), len(images))
@@ -87,7 +88,11 @@ def is_better(row: Row, guessing: Guessing) -> bool:
     n (loss of guessing - loss). Of soft vectors and of yes/no answers the loss is a mean of such
     logarithms, to which the same bound applies (Jensen).
     """
-    return _gain(row, guessing) > EVIDENCE and _accuracy(row) > guessing.accuracy
+    if guessing.mae is not None:  # of a value in bins; the likeliest bin may be right by luck alone
+        right = row["mae"] < guessing.mae
+    else:
+        right = _accuracy(row) > guessing.accuracy
+    return right and _gain(row, guessing) > EVIDENCE
 
 
 def _accuracy(row: Row) -> float:
@@ -106,7 +111,7 @@ def _gain(row: Row, guessing: Guessing) -> float:
 def _recorded(run: RunData, record: dict[str, Any]) -> Iterator[Line]:
     """Yield lines if the evaluation is not of the newest checkpoint, or in 16 bits."""
     newest = run.latest.removeprefix("step-").lstrip("0")
-    again = f"do: ds-classifier evaluate {run.path}"
+    again = f"do: ds-classifier evaluate {run.named}"
     if newest.isdigit() and record["step"] is not None and record["step"] < int(newest):
         yield (
             DOUBTFUL,
@@ -140,18 +145,29 @@ def _clean(record: dict[str, Any], rows: Sequence[Row], guessing: Guessing) -> I
     share = 0.0
     if guessing.loss > guessing.least:
         share = 1 - (row["loss"] - guessing.least) / (guessing.loss - guessing.least)
-    accuracy, loss = accuracy_of(targets_of(record)), metrics_of(targets_of(record))["loss"]
+    targets = targets_of(record)
+    accuracy, loss = accuracy_of(targets), metrics_of(targets)["loss"]
     labels = "evaluated" if guessing.loss == class_prior(record).loss else "training"
     text = (
-        f"At t = {row['t']} its {loss.words} is {row['loss']:.3f}, where guessing by the class "
-        f"frequencies of the {labels} images has {guessing.loss:.3f}; {accuracy.words} "
-        f"{percent(row[accuracy.name])}, chance among the evaluated images "
-        f"{percent(guessing.accuracy)}"
+        f"At t = {row['t']} its {loss.words} is {row['loss']:.3f}, where guessing by the "
+        f"{targets.noun} frequencies of the {labels} images has {guessing.loss:.3f}; "
     )
+    if guessing.mae is None:
+        text += (
+            f"{accuracy.words} {percent(row[accuracy.name])}, chance among the evaluated images "
+            f"{percent(guessing.accuracy)}"
+        )
+    else:
+        text += (
+            f"mean absolute error of {targets.name} {short(row['mae'])}, that of guessing the mean "
+            f"of the evaluated images {short(guessing.mae)}"
+        )
     if guessing.least:
         text += f"; the labels themselves leave {guessing.least:.3f}"
     images = row["samples"] - row["not_finite"]
-    if share < KNOWS_LITTLE and above_chance(_accuracy(row), guessing.accuracy, images):
+    if share < KNOWS_LITTLE and guessing.mae is not None and is_better(row, guessing):
+        yield BAD, f"{text}: it knows little of the answer; do: train longer."
+    elif share < KNOWS_LITTLE and above_chance(_accuracy(row), guessing.accuracy, images):
         yield (
             BAD,
             f"{text}: it tells classes apart, but its probabilities are hardly better than none; "
@@ -169,15 +185,16 @@ def _reach(
     record: dict[str, Any], rows: Sequence[Row], guessing: Guessing, train: str
 ) -> Iterator[Line]:
     """Yield a line on the noise levels at which the classifier is better than guessing."""
+    noun = targets_of(record).noun
     better = [row for row in rows if is_better(row, guessing)]
     if not better:
         yield (
             BAD,
-            f"At no noise level is it better than guessing by class frequency; do: {train}, and do "
-            "not guide with it yet.",
+            f"At no noise level is it better than guessing by {noun} frequency, by more than luck; "
+            f"do: {train}, and do not guide with it yet.",
         )
         return
-    text = f"It is better than guessing by class frequency at {_ranges(rows, better)}"
+    text = f"It is better than guessing by {noun} frequency at {_ranges(rows, better)}"
     bayes = record.get("bayes")
     known = [row for row in bayes["levels"] if row["loss"] is not None] if bayes else []
     known = [row["t"] for row in known if is_better(row, guessing)]
@@ -214,10 +231,11 @@ def _worse(
         yield from _too_long(record, rows, train)
         return
     worse = [row for group in groups for row in group]
-    worst, loss = max(worse, key=lambda row: row["loss"]), metrics_of(targets_of(record))["loss"]
+    worst, targets = max(worse, key=lambda row: row["loss"]), targets_of(record)
+    loss = metrics_of(targets)["loss"]
     text = (
-        f"At {_ranges(rows, worse)} it is worse than guessing by class frequency: {loss.words} "
-        f"{worst['loss']:.3f} at t = {worst['t']}, guessing {guessing.loss:.3f}"
+        f"At {_ranges(rows, worse)} it is worse than guessing by {targets.noun} frequency: "
+        f"{loss.words} {worst['loss']:.3f} at t = {worst['t']}, guessing {guessing.loss:.3f}"
     )
     best = _exact_gradients(record).get(worst["t"])
     if best is not None and worst["grad_norm"] is not None:

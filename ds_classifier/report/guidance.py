@@ -28,9 +28,10 @@ def guides(run: RunData) -> dict[str, Any] | str:
     samples = run.samples
     if samples is None:
         data = run.settings.get("data_dir") or "SHARDS"
+        eta = f" --eta {1 / np.std(run.targets.values):.2g}" if run.targets.kind == "values" else ""
         return (
             "No samples yet. To draw and measure some on a small training set and update this "
-            f"page, run: ds-classifier sample --classifier_path {run.path} --data_dir {data} "
+            f"page, run: ds-classifier sample --classifier_path {run.named} --data_dir {data}{eta} "
             "--classifier_scale 0 1 10 --num_samples 100 --timestep_respacing 50 --measure. With "
             "the diffusion model to be guided: --model_path FILE.pt and its flags in place of "
             "--data_dir and --measure."

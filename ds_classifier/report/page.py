@@ -80,7 +80,8 @@ def page(run: RunData) -> str:
 def _titles(run: RunData) -> dict[str, str]:
     """Return the titles of the sections; classes are confused only where each image has one."""
     titles = {key: title for key, (title, _) in SECTIONS.items()}
-    return titles | ({"confusion": "Classes"} if run.targets.kind == "classes" else {})
+    confused = {"classes": "Classes", "values": "Confused bins"}
+    return titles | {"confusion": confused.get(run.targets.kind, titles["confusion"])}
 
 
 def _computed(compute: Callable[[RunData], Any], run: RunData) -> Any:

@@ -343,7 +343,7 @@ def overall_text(overall: dict[str, Any], targets: Targets) -> str:
     """Return the accuracy, the loss and the calibration error of an evaluation, in words."""
     best, loss = headline_of(targets), metrics_of(targets)["loss"]
     return (
-        f"{best.words} {percent(overall[best.name])}, {loss.words} {short(overall['loss'])}, "
+        f"{best.words} {best.said(overall[best.name])}, {loss.words} {short(overall['loss'])}, "
         f"calibration error {percent(overall['ece'])}"
     )
 
@@ -450,12 +450,12 @@ def _per_class(figure, record: dict[str, Any]) -> None:
 
     Where images have several classes, it is the average precision.
     """
-    names = record["classes"]
+    names, targets = record["classes"], targets_of(record)
     sort = len(names) > CLASSES_NAMED
-    label = "classes, from the worst to the best of a level" if sort else ""
+    label = f"{targets.nouns}, from the worst to the best of a level" if sort else ""
     bottom = SLANTED_NAMES if not sort and _slanted(names) else BOTTOM
-    several = targets_of(record).kind == "classes"
-    title = "Average precision by class" if several else "Top-1 accuracy by class"
+    several = targets.kind == "classes"
+    title = f"{'Average precision' if several else 'Top-1 accuracy'} by {targets.noun}"
     panel = Panel(figure, title, label, bottom=bottom)
     lines = []
     for level, color in zip(record["classifier"]["per_class"], LEVEL_COLORS, strict=False):
@@ -515,7 +515,7 @@ def _series_accuracy(figure, records: Sequence[dict[str, Any]]) -> None:
     for t, color in zip(chosen, LEVEL_COLORS[1:], strict=False):
         at = [{row["t"]: row[best.name] for row in r["classifier"]["levels"]} for r in records]
         lines.append(_series_line(f"t = {t}", places, [row.get(t) for row in at], color))
-    panel.draw(lines, Axis(text=percent))
+    panel.draw(lines, Axis(text=percent) if best.unit == "%" else Axis())
 
 
 def _series_loss(figure, records: Sequence[dict[str, Any]]) -> None:
@@ -543,7 +543,7 @@ def _series_noise(figure, records: Sequence[dict[str, Any]]) -> None:
         points = _points(record["classifier"], best.name)
         lines.append(Line(record["name"] if named else "", points, color, dots=True))
     panel = _against_noise(figure, best.title, records[-1]["classifier"])
-    panel.draw(lines, SHARE)
+    panel.draw(lines, SHARE if best.unit == "%" else Axis())
 
 
 # ------------------------------------------------------------------------------ over steps

@@ -27,8 +27,8 @@ def headline(run: RunData) -> list[dict[str, str]]:
     """
     loss, accuracy, clean = _held_out(run)
     figures = [
-        (percent(accuracy[0]), f"{accuracy[1]}, all noise levels", accuracy[2]),
-        (percent(clean[0]), clean[1], clean[2]),
+        (accuracy[0], f"{accuracy[1]}, all noise levels", accuracy[2]),
+        clean,
         (_loss(loss), *_meaning(run)),
         (f"{run.step:,}", f"of {run.iterations:,} steps", _samples(run)),
         (_speed(run), "images per second", _wait(run)),
@@ -46,7 +46,7 @@ def evaluation_of_the_end(run: RunData) -> dict[str, Any] | None:
 
 def _held_out(run: RunData) -> tuple[float | None, tuple, tuple]:
     """Return the loss; then accuracy, what it is and where it is measured, for all noise levels and
-    for the least noise. Of several classes it is the mean average precision, if that is measured.
+    for the least noise. It is what headline_of names, if that is measured.
     """
     record, validated = evaluation_of_the_end(run), run.validation
     best, accuracy = headline_of(run.targets), accuracy_of(run.targets)
@@ -55,16 +55,18 @@ def _held_out(run: RunData) -> tuple[float | None, tuple, tuple]:
         numbers = record["classifier"]
         overall, first = numbers["uniform_t"], numbers["levels"][0]
         where = f"held out, evaluated in {record['precision']}"
-        clean = first[key], f"{what} at t = {first['t']}", where
-        return overall["loss"], (overall[key], what, where), clean
+        clean = best.said(first[key]), f"{what} at t = {first['t']}", where
+        return overall["loss"], (best.said(overall[key]), what, where), clean
     if validated.rows:
         where = f"held out, while training{_in_precision(run)}"
-        clean = validated.last(f"val_{key}_t0"), f"{what} at t = 0", where
-        return validated.last("val_loss"), (validated.last(f"val_{key}"), what, where), clean
+        clean = best.said(validated.last(f"val_{key}_t0")), f"{what} at t = 0", where
+        overall = best.said(validated.last(f"val_{key}"))
+        return validated.last("val_loss"), (overall, what, where), clean
     trained, where = run.training, "training, no validation"
     key, what = f"train_{accuracy.name}", accuracy.words
-    clean = trained.last(f"{key}_q0"), f"{what}, least noise", "first quarter of t"
-    return trained.last("train_loss"), (trained.last(key), what, where), clean
+    clean = accuracy.said(trained.last(f"{key}_q0")), f"{what}, least noise", "first quarter of t"
+    overall = accuracy.said(trained.last(key))
+    return trained.last("train_loss"), (overall, what, where), clean
 
 
 def _in_precision(run: RunData) -> str:

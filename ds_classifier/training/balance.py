@@ -58,6 +58,7 @@ def measure(shards: ShardSet, class_balance: str) -> dict[str, Any]:
     """Return the fields of Balance as JSON, for a value of --class_balance; reads the whole index.
 
     A class without an image, which no batch holds, gets the weight 0.
+    Raises ValueError if all weights are 0, or some are not finite.
     """
     classes, own = len(shards.manifest.classes), shards.sample_weights
     images, sums, squares = np.zeros((3, classes))  # of each class, and of its images' own weights
@@ -70,6 +71,11 @@ def measure(shards: ShardSet, class_balance: str) -> dict[str, Any]:
         squares += np.bincount(labels, s**2, minlength=classes)
         np.minimum.at(least, labels, s)
         np.maximum.at(most, labels, s)
+    if not 0 < sums.sum() < np.inf or least.min() < 0:
+        raise ValueError(
+            f"weights of the data: got a sum of {sums.sum():g}, the least {least.min():g}; need 0 "
+            "or more, and some above 0; do: convert the data again, with other weights"
+        )
     seen, total = images > 0, images.sum()
     factors = np.zeros(classes)
     factors[seen] = (images[seen] / total) ** -POWERS[class_balance]

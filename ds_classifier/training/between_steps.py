@@ -22,6 +22,7 @@ from ds_classifier.evaluation.image_grid import marked_sheet, save_grid
 from ds_classifier.evaluation.metrics import measured_of
 from ds_classifier.evaluation.predictions import predict_grid
 from ds_classifier.model import create_classifier
+from ds_classifier.model.own import cast_floating
 from ds_classifier.training.logs.log import TrainingLog
 from ds_classifier.training.logs.lost import BadSamples
 from ds_classifier.training.run_dir import append_event
@@ -92,7 +93,7 @@ class Validation:
         for name, weight in deepspeed_state.whole_copies(engine).items():
             weights[name.removeprefix(PREFIX)] = weight
         classifier = create_classifier(**settings.model_kwargs())
-        classifier.to(device=engine.device, dtype=engine.get_data_types()[0])
+        cast_floating(classifier.to(engine.device), engine.get_data_types()[0])
         classifier.load_state_dict(weights)
         return classifier
 

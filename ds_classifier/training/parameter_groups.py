@@ -74,7 +74,7 @@ def describe(groups: list[Group]) -> list[str]:
     """Return a line on each group that is not trained like most parameters."""
     lines = []
     for group in groups:
-        parts = [f"at {group.lr_scale:g} of that rate"] * (group.lr_scale != 1)
+        parts = [f"at {group.lr_scale:g} times that rate"] * (group.lr_scale != 1)
         parts += ["without weight decay"] * (not group.decayed)
         if parts:
             weights = sum(whole_shape(parameter).numel() for parameter in group.parameters)

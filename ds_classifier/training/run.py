@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
-from ds_classifier.checkpoint.fixed_state import settle_fixed_state, trained_count
+from ds_classifier.checkpoint.fixed_state import (
+    refuse_unstorable,
+    settle_fixed_state,
+    trained_count,
+)
 from ds_classifier.checkpoint.writer import checkpoint_bytes
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.augment import create_augmentation
 from ds_classifier.data.shards import ShardSet
-from ds_classifier.diffusion import create_schedule_sampler, timestep_range
+from ds_classifier.diffusion import (
+    create_gaussian_diffusion,
+    create_schedule_sampler,
+    timestep_range,
+)
 from ds_classifier.distributed import failures
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_reports
 from ds_classifier.distributed.engine.deepspeed_engine import Group
@@ -107,6 +117,19 @@ def build(
     return Setup(resolved, shards, val_shards, start, groups, engine, fixed, sampler, vote, watch)
 
 
+def all_of(*parts: Callable[[], Any]) -> list[Any]:
+    """Return what each function returns. Raise ValueError with the problems of all of them."""
+    found, problems = [], []
+    for part in parts:
+        try:
+            found.append(part())
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return found
+
+
 def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[Group] | None]:
     """Return the classifier and its loss, with the weights of the seed; a problem ends all ranks.
 
@@ -120,7 +143,10 @@ def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[
     try:
         classifier = create_classifier(**settings.model_kwargs())
         if settings.classifier:
-            precision = deepspeed_engine.precision_of(resolved.ds_config)
+            refuse_unstorable(classifier, settings.classifier)
+            config = resolved.ds_config
+            deepspeed_engine.refuse_single_numbers(classifier, settings.classifier, config)
+            precision = deepspeed_engine.precision_of(config)
             try_once(
                 classifier,
                 settings.classifier,
@@ -128,10 +154,14 @@ def build_module(resolved: Resolved, kind: str) -> tuple[NoisedClassifier, list[
                 in_channels=settings.in_channels,
                 dtype=deepspeed_engine.DTYPES[precision],
             )
-        groups = divide_parameters(classifier, settings, resolved.ds_config["optimizer"]["type"])
-        module = noised_classifier(classifier, settings, kind)
-        timestep_range(settings.t_range, module.diffusion)
-        create_augmentation(settings)
+        optimizer = resolved.ds_config["optimizer"]["type"]
+        diffusion = create_gaussian_diffusion(**settings.diffusion_kwargs())
+        groups, module, *_ = all_of(
+            lambda: divide_parameters(classifier, settings, optimizer),
+            lambda: noised_classifier(classifier, settings, kind),
+            lambda: timestep_range(settings.t_range, diffusion),
+            lambda: create_augmentation(settings),
+        )
         return module, groups
     except ValueError as error:
         if distributed.world_size() > 1:  # a module of the user's may be missing on one node only

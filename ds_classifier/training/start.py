@@ -110,8 +110,9 @@ def open_run(
             start = Start(origin, parts, str(found), state | parts)
         elif settings.init_from and not command.preflight:
             source = Path(settings.init_from)
+            of_data = {name: facts.get(name) for name in ("arrays", "targets")}
             origin, *notes = load_initial_weights(
-                classifier, source, settings, facts["classes"], facts.get("arrays")
+                classifier, source, settings, facts["classes"], **of_data
             )
             start = Start(origin, parts, initialized=True, notes=notes)
         else:

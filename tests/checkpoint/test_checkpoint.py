@@ -318,3 +318,23 @@ def test_paths_that_a_user_may_give(tmp_path):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match="holds no checkpoint"):
         disk.resolve_checkpoint(run)
+
+
+def test_a_classifier_whose_code_changed_is_refused(tmp_path):
+    """A layer was added, or taken away, or its parameter frozen, since the checkpoint."""
+    final = commit(tmp_path, 3)
+
+    def check(**parameters):
+        classifier = torch.nn.ParameterDict(parameters)
+        engine = SimpleNamespace(module=torch.nn.ModuleDict({"classifier": classifier}))
+        return disk._check_tensors(final, engine, SimpleNamespace(state=dict))
+
+    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(2, 3), False)
+    assert check(a=a, b=b) == {"a": ["exp_avg"]}
+    with pytest.raises(ValueError, match="got nothing for c; need the shape"):
+        check(a=a, b=b, c=torch.nn.Parameter(torch.ones(4)))
+    with pytest.raises(ValueError, match="got b, which the classifier lacks; need a checkpoint"):
+        check(a=a)
+    a.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got exp_avg.a, of a parameter that is frozen now"):
+        check(a=a, b=torch.nn.Parameter(torch.ones(2, 3)))

@@ -23,13 +23,13 @@ HEAD = "out.2.c_proj.weight", "out.2.c_proj.bias"
 POSITIONAL = "out.2.positional_embedding"
 
 
-def start(path, classes=CLASS_NAMES, arrays=None, **own):
+def start(path, classes=CLASS_NAMES, arrays=None, targets=None, **own):
     """Start a classifier from path; return the lines, its state, and the state before."""
     settings = Settings(**SMALL | dict(num_classes=len(classes), noise_schedule="cosine") | own)
     torch.manual_seed(0)
     classifier = create_classifier(**settings.model_kwargs())
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    lines = load_initial_weights(classifier, path, settings, classes, arrays)
+    lines = load_initial_weights(classifier, path, settings, classes, arrays, targets)
     return lines, classifier.state_dict(), before
 
 
@@ -52,6 +52,12 @@ def test_all_weights_from_each_kind_of_path(tmp_path, bare, weights):
         lines, state, _ = start(path)
         assert lines == [f"weights from {path}"]
         assert all(torch.equal(state[name], value) for name, value in weights.items())
+
+
+def test_other_targets_are_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = start(run, targets={"kind": "classes"})[0]
+    assert lines[1:] == ["other targets: class there, classes here"]
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])

@@ -175,3 +175,16 @@ def test_a_file_of_ones_own_may_name_a_run(write):
     command = parsed(write("run_dir: runs/mine\nexpect_world: 8\n"))
     assert not command.recorded
     assert (command.settings.run_dir, command.settings.expect_world) == ("runs/mine", 8)
+
+
+def test_no_file_chooses_which_code_runs(write, capsys):
+    """Refuse it in every file, since the record of a run can be cut to look written by hand."""
+    for name in ("classifier", "loss", "augment"):
+        path = write({name: "os:system"}, "config.json")
+        with pytest.raises(SystemExit):
+            parsed(path)
+        words = f"--config: got {name} os:system, a function; need its flag too"
+        assert words in capsys.readouterr().err
+        assert getattr(parsed(path, f"--{name}", "mine:f").settings, name) == "mine:f"
+    of_theirs = write("classifier: torchvision:resnet18\naugment: randaugment\n")
+    assert parsed(of_theirs).settings.classifier == "torchvision:resnet18"

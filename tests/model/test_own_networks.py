@@ -14,10 +14,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ds_classifier
+from ds_classifier import distributed
+from ds_classifier.checkpoint.fixed_state import refuse_unstorable
 from ds_classifier.checkpoint.initial_weights import load_initial_weights
 from ds_classifier.checkpoint.weights import load_classifier
 from ds_classifier.config import Settings
 from ds_classifier.config.settings import changed_settings, check_settings
+from ds_classifier.distributed.engine.deepspeed_engine import refuse_single_numbers
+from ds_classifier.evaluation.sources import build_classifier
 from ds_classifier.export.export import export
 from ds_classifier.loss import noised_classifier
 from ds_classifier.model import create_classifier
@@ -112,10 +116,22 @@ def test_it_stays_in_eval_mode_under_a_training_engine(module):
             network("return self.a(x.flatten(1))", "self.a = self.b = nn.Linear(192, 5)"),
             "has b.bias, which is another parameter too",
         ),
+        (network("return self.a(x)", "self.a = nn.LazyLinear(5)"), "has a.weight without a shape"),
+        (
+            network("return self.a(x)", "self.e = nn.Parameter(torch.zeros(0))"),
+            r"has e of the shape \[0\]",
+        ),
         (network("return self.a(x)"), "whose forward raised RuntimeError: .*line 8"),
         (network("return self.a(x.flatten(1))[:, :4]"), r"got \[2, 4\] from .*\[2, 5\] here"),
         (network("return [self.a(x.flatten(1))]"), "got a list from .*need logits"),
         (network("return self.a(x.detach().flatten(1))"), "do not depend on x"),
+        (
+            network(
+                "self.n += 1; return self.a(x.flatten(1))",
+                "self.a = nn.Linear(192, 5); self.register_buffer('n', torch.zeros(()))",
+            ),
+            "whose forward changes the buffer n in eval mode",
+        ),
         (network("return self.a(x.flatten(1)).detach()"), "have no gradient; need it for guidance"),
     ],
 )
@@ -253,6 +269,57 @@ def test_whole_numbers_in_buffers_are_kept(module, tmp_path):
     assert torch.equal(model.classifier.norm.running_mean, torch.full((8,), 0.5))
 
 
+def test_buffers_of_masks_and_expanded_ones_are_kept(module, tmp_path):
+    """-inf is no fault of a mask; an expanded tensor cannot be written to in place."""
+    layers = (
+        "self.a = nn.Linear(192, 5); self.register_buffer('e', torch.rand(1, 3).expand(4, 3)); "
+        "self.register_buffer('m', torch.full((2, 2), -torch.inf).triu(1)); "
+        "self.register_buffer('none', torch.zeros(0))"
+    )
+    name = module(network("return self.a(x.flatten(1))", layers))
+    given = {"classifier": name, **SIZES}
+    net = create_classifier(**given)
+    torch.save(net.state_dict(), tmp_path / "mask.pt")
+    done = export(tmp_path / "mask.pt", given, tmp_path / "out")
+    model = ds_classifier.load(done.paths[0], classifier=name)
+    assert torch.equal(model.classifier.m, net.m)
+    assert torch.equal(model.classifier.e, net.e)
+    load_initial_weights(create_classifier(**given), done.paths[0], Settings(**given), [])
+    state = net.state_dict()
+    state["a.weight"][0] = torch.inf
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"not all finite \(a.weight\)"):
+        ds_classifier.load(tmp_path / "bad.pt", **given)
+
+
+def test_evaluation_keeps_complex_buffers(module, monkeypatch):
+    """nn.Module.to casts these as well, and drops the imaginary parts."""
+    monkeypatch.setattr(distributed, "broadcast_bytes", lambda tensor: tensor)
+    layers = (
+        "self.a = nn.Linear(192, 5); turn = torch.polar(torch.ones(192), torch.arange(192.)); "
+        "self.register_buffer('turn', turn, persistent=False)"
+    )
+    name = module(network("return self.a((x.flatten(1) * self.turn).imag)", layers))
+    settings = Settings(classifier=name, **SIZES)
+    net = create_classifier(**settings.model_kwargs())
+    built = build_classifier(settings, net.state_dict(), "fp32", torch.device("cpu"))
+    x, t = torch.rand(2, 3, 8, 8), torch.tensor([3, 700])
+    assert torch.equal(built(x, t), net(x, t))
+
+
+def test_what_a_checkpoint_cannot_store_is_found_before_the_first_step(module):
+    layers = "self.a = nn.Linear(192, 5); self.register_buffer('c', torch.zeros(2).cfloat())"
+    complex_one = network("return self.a(x.flatten(1))", layers)
+    extra = network("return self.a(x.flatten(1))").replace(
+        "def build", "Net.get_extra_state = lambda self: {}\ndef build"
+    )
+    for text, kind in ((complex_one, "c, a torch.complex64"), (extra, "_extra_state, a dict")):
+        name = module(text)
+        net = create_classifier(classifier=name, **SIZES)
+        with pytest.raises(ValueError, match=f"whose state dict has {kind}, which checkpoints"):
+            refuse_unstorable(net, name)
+
+
 def test_init_from_takes_the_same_network_with_another_head(exported):
     path, name, net = exported
     six = dict(classifier=name, classifier_args='{"width": 4}', image_size=8, num_classes=6)
@@ -285,3 +352,10 @@ def test_the_networks_of_the_page_work(file, module):
         try_once(net, name, image_size=8, in_channels=3, dtype=dtype)
     logits = net(torch.rand(2, 3, 8, 8), torch.tensor([3, 800]))
     assert logits.shape == (2, 5)
+
+
+def test_a_single_number_is_refused_for_zero_3_alone():
+    net = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(1.0))})
+    refuse_single_numbers(net, "mine:f", {"zero_optimization": {"stage": 2}})
+    with pytest.raises(ValueError, match=r"whose scale has the shape \[\], with ZeRO 3"):
+        refuse_single_numbers(net, "mine:f", {"zero_optimization": {"stage": 3}})

@@ -7,6 +7,7 @@ from torchvision import models
 
 from ds_classifier.checkpoint.initial_weights import load_initial_weights
 from ds_classifier.config import Settings
+from ds_classifier.export.export import export
 from ds_classifier.model import create_classifier
 from ds_classifier.model.own import try_once
 from ds_classifier.model.torchvision_networks import download
@@ -213,3 +214,15 @@ def test_it_compiles_without_a_break_and_to_the_same_numbers():
     expected = timed(x, t)
     timed.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(timed(x, t), expected)
+
+
+def test_layers_that_ask_for_the_version_of_their_weights_are_loaded(tmp_path):
+    """torchvision's MNASNet refuses a state without one, which no file of weights holds."""
+    given = dict(classifier="torchvision:mnasnet0_5", num_classes=4, image_size=32, in_channels=3)
+    network = create_classifier(**given)
+    torch.save(dict(network.state_dict()), tmp_path / "mnasnet.pt")
+    done = export(tmp_path / "mnasnet.pt", given, tmp_path / "out")
+    x, t = torch.rand(2, 3, 32, 32), torch.tensor([3, 700])
+    again = create_classifier(**given)
+    load_initial_weights(again, done.paths[0], Settings(**given), [])
+    assert torch.equal(again(x, t), network(x, t))

@@ -18,6 +18,7 @@ from ds_classifier.report.fitness import (
     is_better,
     luck_of_calibration,
 )
+from ds_classifier.report.guidance import guides
 from ds_classifier.report.training import headline
 from ds_classifier.report.working import checks
 from ds_classifier.training.logs.sanity import Guessing
@@ -95,6 +96,61 @@ def test_several_classes_are_judged_by_their_yes_no_answers(run):
     assert sign == GOOD
     assert "frequencies of the evaluated images has 0.500; right answers 95.0 %, chance" in text
     assert sign_of(lines, "is better than guessing by class frequency at t = 0 to 999")[0] == GOOD
+
+
+def test_a_value_in_bins_is_judged_by_its_error(run):
+    """The likeliest bin is right less often than the commonest one, yet the value is known better.
+
+    360 images gain 360 (2.3 - 2.0) = 108 nats, far more than luck.
+    """
+    made = evaluated([(0, 10.1, 0.15, 2.0, 0.02, 0.1), (999, -19.8, 0.15, 2.3, 0.02, 0.1)])
+    made["targets"] = {
+        "kind": "values",
+        "name": "age",
+        "values": [*range(10)],
+        "edges": [*range(9)],
+    }
+    made["data"]["guessing"] = {"loss": 2.3, "acc@1": 0.16, "mae": 2.5}
+    for row, error in zip(made["classifier"]["levels"], (1.5, 2.6), strict=True):
+        row["mae"] = error
+    made["classifier"]["uniform_t"]["mae"] = 2.0
+    lines = judged(run, made)
+    assert sign_of(lines, "is better than guessing by bin frequency at t = 0, but")[0] == DOUBTFUL
+    sign, text = sign_of(lines, "At t = 0 its cross-entropy")
+    assert sign == BAD
+    assert "error of age 1.5, that of guessing the mean of the evaluated images 2.5: it" in text
+    assert "it knows little of the answer" in text
+    assert not any("class" in text for _, text in lines)
+    page = opened(run).text
+    assert "taken for another bin" in page
+    assert "bin ↓ predicted" in page
+    figures = headline(read_run(run))
+    assert [f["value"] for f in figures[:2]] == ["2", "1.5"]
+    assert figures[0]["text"] == "mean absolute error of age, all noise levels"
+
+
+def test_a_loss_that_luck_may_lower_is_not_called_no_better(run):
+    lines = judged(run, evaluated([(0, 10.1, 0.2, 2.29, 0.02, 0.1)]))
+    assert "by class frequency, by more than luck" in sign_of(lines, "At no noise level")[1]
+
+
+def test_commands_name_the_network_of_the_user_and_eta(run):
+    """Copied as they are printed, they run."""
+    changed = json.loads((run / "config.json").read_text())
+    (changed.get("settings") or changed)["classifier"] = "mynet:build"
+    (run / "config.json").write_text(json.dumps(changed))
+    assert f"evaluate {run} --classifier mynet:build" in fitness(read_run(run))[0][1]
+    made = evaluated([(0, 10.1, 0.15, 2.0, 0.02, 0.1)])
+    made["targets"] = {
+        "kind": "values",
+        "name": "age",
+        "values": [*range(10)],
+        "edges": [*range(9)],
+    }
+    write_record(run, made)
+    said = guides(read_run(run))
+    assert f"--classifier_path {run} --classifier mynet:build --data_dir" in said
+    assert " --eta 0.35 --classifier_scale" in said  # 1 / the standard deviation of 0 .. 9
 
 
 @pytest.mark.parametrize(("loss", "sign"), [(1.2, GOOD), (1.3, DOUBTFUL), (1.95, BAD)])

@@ -143,3 +143,9 @@ def test_the_loss_is_weighted_and_the_log_is_not(monkeypatch):
         sum(w * x for w, x in zip(expected[:9], losses[:9], strict=True)) / 10
     )
     assert meter.read().means["loss"] == pytest.approx(sum(losses[:9]) / 9)
+
+
+@pytest.mark.parametrize("own", [[0.0] * 10, [1.0] * 9 + [np.inf]])
+def test_weights_that_have_no_mean_are_refused(own):
+    with pytest.raises(ValueError, match=r"weights of the data: got a sum of (0|inf), the"):
+        measure(shards(LABELS, own), "")

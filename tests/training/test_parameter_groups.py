@@ -117,8 +117,8 @@ def test_groups_are_described():
     two, three = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1000, 3))
     groups = [Group([two]), Group([three], 0.1), Group([two, three], 2.0, False)]
     assert describe(groups) == [
-        "3,000 parameters at 0.1 of that rate",
-        "3,002 parameters at 2 of that rate, without weight decay",
+        "3,000 parameters at 0.1 times that rate",
+        "3,002 parameters at 2 times that rate, without weight decay",
     ]
 
 
@@ -156,9 +156,12 @@ FLAGS += ["--no_decay", "norms,biases", "--weight_decay", "0.1"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["zero1_fp32", "zero1_bf16", "zero2_bf16"])
-def test_a_killed_run_with_groups_continues_bit_equal(digits, tmp_path, config):
-    """Start from a UNet, whose frozen half is the same at the end, also when one rank goes on."""
+def test_a_killed_run_with_groups_continues_bit_equal(digits, tmp_path):
+    """Start from a UNet, whose frozen half is the same at the end.
+
+    tests/distributed/test_deepspeed_state.py resumes groups in engines of all kinds.
+    """
+    config = "zero1_bf16"
     unet = SMALL_UNET | dict(image_size=8, attention_resolutions="4", resblock_updown=True)
     weights = filled(create_unet(**unet | dict(num_head_channels=64)).state_dict())
     torch.save(weights, tmp_path / "unet.pt")

@@ -6,6 +6,7 @@ They train on three classes of 48, 24 and 8 images.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from running import ROOT, read_log, run_python
 from tiny_run import TINY, assert_same_state, losses, train, without_clocks
 
 from ds_classifier.common.keyed_noise import keyed_noise
-from ds_classifier.config import parse_training_command
+from ds_classifier.config import Settings, parse_training_command
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.loader import ShardDataset
@@ -26,6 +27,7 @@ from ds_classifier.diffusion import create_gaussian_diffusion, stratified
 from ds_classifier.evaluation.evaluate import spread_timesteps
 from ds_classifier.loss import to_x_start
 from ds_classifier.model import create_classifier
+from ds_classifier.training.run import build_module
 
 COUNTS = (48, 24, 8)
 MODULE = """
@@ -176,3 +178,12 @@ def test_what_comes_after_knows_what_was_trained(uneven, tmp_path):
         cwd=tmp_path,
     )
     assert sampled.output.count("the classifier was trained at t = 0 to 11 of 0 to 19") == 1
+
+
+def test_what_is_wrong_with_loss_levels_and_augmentation_is_said_at_once():
+    small = dict(image_size=8, num_classes=3, classifier_width=32, classifier_depth=1)
+    small |= dict(classifier_channel_mult="1,2", classifier_attention_resolutions="4")
+    wrong = Settings(**small, loss="math:sqrt", t_range="0.5:0.5", augment="paint")
+    resolved = SimpleNamespace(settings=wrong, ds_config={"optimizer": {"type": "AdamW"}})
+    with pytest.raises(ValueError, match=r"--loss: got .*\n  --t_range: got .*\n  --augment: got "):
+        build_module(resolved, "class")

@@ -151,7 +151,12 @@ def make_plan(
     encoding: Encoding,
     samples_per_shard: int,
 ) -> Plan:
-    """Return the plan of a split: shards whose sizes differ by one sample at most."""
+    """Return the plan of a split: shards whose sizes differ by one sample at most.
+
+    Raises ValueError for a training split in which no image counts, or none has a class.
+    """
+    if split == "train":
+        _refuse_nothing_to_learn(source, samples)
     count = -(-len(samples) // samples_per_shard)
     ends = [len(samples) * (n + 1) // count for n in range(count)]
     facts = dict(
@@ -182,6 +187,20 @@ def make_plan(
         if sample.weight is not None:
             digest.update(f"weight {sample.weight!r}\n".encode())
     return Plan(digest=digest.hexdigest(), **facts)
+
+
+def _refuse_nothing_to_learn(source: DataSource, samples: list[Sample]) -> None:
+    """Raise ValueError if all training images have the weight 0, or none shows a class."""
+    if all(sample.weight == 0 for sample in samples):
+        raise ValueError(
+            f"{source.name}: got weight 0 for all training images; need one above 0; do: correct "
+            "the weights, or the splits"
+        )
+    if source.targets.kind == "classes" and not any(sample.target.any() for sample in samples):
+        raise ValueError(
+            f"{source.name}: got training images without any class; need some with one; do: "
+            "correct the labels, or the splits"
+        )
 
 
 def is_written(folder: Path, plan: Plan) -> bool:

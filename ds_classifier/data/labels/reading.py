@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 SUM_TOLERANCE = 1e-3  # of the sum of probabilities, which are then scaled to the sum 1
+LARGEST = 1e30  # value or weight, so that fp32 holds it and its reciprocal
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WHOLE = re.compile("[0-9]{1,18}")
 HOT = {"0": 0, "1": 1, "-1": -1, "0.0": 0, "1.0": 1, "-1.0": -1, "false": 0, "true": 1}
@@ -63,6 +65,11 @@ def read_weights(rows: Sequence[object], where: Where) -> list[float]:
     for i, weight in enumerate(weights):
         if weight < 0:
             raise ValueError(f"{where(i)}: got weight {weight:g}; need 0 or more; do: correct it")
+        if 0 < weight < 1 / LARGEST:
+            raise ValueError(
+                f"{where(i)}: got weight {weight:g}; need 0, or {1 / LARGEST:g} or more; do: "
+                "multiply all weights by one number, which changes nothing else"
+            )
     if weights and not any(weights):
         raise ValueError(f"{where(0)}: got weight 0 in all rows; need one above 0; do: drop them")
     return weights
@@ -77,6 +84,11 @@ def _number(value: object, where: str, what: str = "value") -> float:
         raise ValueError(
             f"{where}: got {what} {_short(value)}; need a finite number; do: correct it, or remove "
             "the image"
+        )
+    if abs(number) > LARGEST:
+        raise ValueError(
+            f"{where}: got {what} {_short(value)}; need {LARGEST:g} at most; do: give it in "
+            "another unit"
         )
     return number
 
@@ -97,8 +109,9 @@ def _class_sets(rows: Sequence[object], where: Where) -> list[Label]:
     if whole and any(isinstance(item, str) for items in sets for item in items):
         sets = [tuple(map(int, items)) for items in sets]
     lengths = {len(items) for items in sets}
-    if len(lengths) == 1 and max(lengths) > 2 and {i for items in sets for i in items} <= {0, 1}:
-        return _hot_rows(sets, where)  # no list of class numbers has one of two of them three times
+    # As lists of class numbers, each would say that its image is of both classes.
+    if len(lengths) == 1 and max(lengths) > 1 and {*itertools.chain(*sets)} <= {0, 1, -1}:
+        return _hot_rows(sets, where)
     return sets
 
 
@@ -176,7 +189,8 @@ def _probabilities(rows: Sequence[object], where: Where, *, logits: bool) -> lis
                     "correct them, or --targets logits, if they are logits"
                 )
         else:
-            vector = np.exp(vector - vector.max())
+            with np.errstate(over="ignore"):  # of a difference, whose exponential is 0
+                vector = np.exp(vector - vector.max())
         vectors.append((vector / vector.sum()).astype(np.float32))
     return vectors
 

@@ -58,6 +58,16 @@ class Targets:
         """The label of an image is a vector with a number for each class, [K]."""
         return self.kind in ("classes", "soft")
 
+    @property
+    def noun(self) -> str:
+        """What one of the classes is called: "bin" of a value, or "class"."""
+        return "bin" if self.kind == "values" else "class"
+
+    @property
+    def nouns(self) -> str:
+        """The plural of `noun`."""
+        return "bins" if self.kind == "values" else "classes"
+
     def __str__(self) -> str:
         of = f" of {self.name}" if self.kind == "values" else ""
         return MEANINGS[self.kind] + of

@@ -17,7 +17,7 @@ from torch import nn
 
 from ds_classifier import distributed
 from ds_classifier.common.text import count
-from ds_classifier.distributed.engine.deepspeed_state import weight_share
+from ds_classifier.distributed.engine.deepspeed_state import weight_share, whole_shape
 from ds_classifier.distributed.engine.deepspeed_versions import (
     skip_steps_that_are_not_finite,
     version_problem,
@@ -160,6 +160,7 @@ def create_engine(
     )
     if ds_config["optimizer"]["type"].lower() == "muon":
         _adapt_muon()
+    deepspeed.DeepSpeedEngine._broadcast_model = _broadcast_model
     trained = _parameters(module) if groups is None else [g.of_optimizer() for g in groups]
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use
         engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=ds_config)
@@ -178,6 +179,31 @@ def create_engine(
         # them instead.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def refuse_single_numbers(classifier: nn.Module, name: str, ds_config: dict[str, Any]) -> None:
+    """Raise ValueError if ZeRO 3 is to cut a parameter of the shape [], which it cannot.
+
+    name: the --classifier.
+    """
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return
+    for key, parameter in classifier.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(
+                f"--classifier: got {name}, whose {key} has the shape [], with ZeRO 3, which cuts "
+                "parameters; need [1], or another stage of ZeRO"
+            )
+
+
+def _broadcast_model(engine) -> None:
+    """Give all ranks rank 0's parameters, as DeepSpeed does when it creates an engine.
+
+    DeepSpeed 0.19.8 fails for a single number, []. What ZeRO 3 has cut into parts is left out.
+    """
+    for parameter in engine.module.parameters():
+        if parameter.shape == whole_shape(parameter):
+            distributed.broadcast_bytes(parameter.data)
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -38,7 +38,7 @@ class Guessing:
     loss: the entropy of the labels, nats; ln K if classes are equally frequent; None if training
     has a loss of the user's, whose value for guessing is not known. accuracy: the share of the most
     frequent class. metric: the accuracy's name. least: the least possible loss, which is above 0
-    for soft vectors.
+    for soft vectors. mae: of values in bins, the mean absolute error of guessing their mean.
     """
 
     num_classes: int
@@ -46,6 +46,7 @@ class Guessing:
     accuracy: float
     metric: str = "acc@1"
     least: float = 0.0
+    mae: float | None = None
 
     @classmethod
     def of(cls, labels: np.ndarray, num_classes: int, targets: Targets = ONE_CLASS) -> Guessing:
@@ -62,7 +63,7 @@ class Guessing:
         """Return what scores_of_guessing returned for these targets, or an evaluation recorded."""
         metric = accuracy_of(targets).name
         least = scores.get("least", 0.0)
-        return cls(num_classes, scores["loss"], scores[metric], metric, least)
+        return cls(num_classes, scores["loss"], scores[metric], metric, least, scores.get("mae"))
 
     def name(self) -> str:
         """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""

@@ -257,7 +257,8 @@ def _of_classifier(setup: Setup) -> list[str]:
         parameters += f", {trained:,} of them trained"
     line = (
         f"classifier  {name}{parameters}, {setup.arithmetic.forward / 1e9:.3g} GFLOP "
-        f"forward per image; {settings.image_size} px, {settings.num_classes} classes"
+        f"forward per image; {settings.image_size} px, {settings.num_classes} "
+        f"{setup.targets.nouns}"
     )
     return [line, *(f"{'':12}{note}" for note in eval_mode_notes(setup.engine.module.classifier))]
 

@@ -325,6 +325,33 @@ def test_weights_reach_the_batch(place, form, workers):
     assert split.sample_weights.dtype == np.float32
 
 
+def test_weights_of_npz_are_not_said_to_be_left_out(place, capsys):
+    images = np.stack([pixels(i) for i in range(COUNT)])
+    np.savez("a.npz", images=images, labels=np.arange(COUNT) % 3, w=WEIGHTS)
+    run("a.npz", "out", "--columns", "weight=w")
+    assert "not taken" not in capsys.readouterr().out
+
+
+def test_weights_with_npy_are_refused(place, capsys):
+    np.save("a.npy", np.stack([pixels(i) for i in range(COUNT)]))
+    np.save("labels.npy", np.arange(COUNT) % 3)
+    message = refused(capsys, "a.npy", "out", "--columns", "weight=w")
+    assert "need an .npz, whose arrays have names" in message
+
+
+@pytest.mark.parametrize("no", [0, -1])
+def test_lists_of_0_and_1_of_two_classes_are_no_class_numbers(place, no):
+    hot = np.array([[i % 2, i // 2 % 2] for i in range(COUNT)])
+    lines = [
+        {"path": path, "labels": np.where(row, 1, no).tolist()}
+        for path, row in zip(PATHS, hot, strict=True)
+    ]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run("a.jsonl", "out", "--targets", "classes")
+    split = open_shards("out/train")
+    assert sorted(split.targets.tolist()) == sorted(hot.tolist())
+
+
 # ------------------------------------------------------------------------------------- on disk
 
 
@@ -483,6 +510,15 @@ REFUSED = {
     "two values": (table(a=[0, 1], b=[1, 0]), ["values", "label=a,b"], "2 columns for label"),
     "weight": (table(c=["x", "y"], w=[1, -1]), ["class", "weight=w"], "a.csv:3: got weight -1"),
     "weights": (table(c=["x", "y"], w=[0, 0]), ["class", "weight=w"], "got weight 0 in all rows"),
+    "large": (table(c=["x", "y"], w=[1, 1e39]), ["class", "weight=w"], "a.csv:3: got weight '1e+"),
+    "tiny": (table(c=["x", "y"], w=[1, 1e-60]), ["class", "weight=w"], "a.csv:3: got weight 1e-60"),
+    "huge": (table(age=[-1e308, 1e308]), ["values"], "a.csv:2: got value '-1e+308'; need 1e+30 at"),
+    "all 0": (table(a=[0, 0], b=[0, 0]), ["classes", "label=a,b"], "images without any class"),
+    "weights of train": (
+        table(a=[1, 1], b=[1, 0], w=[0, 1], split=["train", "val"]),
+        ["classes", "label=a,b,weight=w"],
+        "weight 0 for all training images",
+    ),
 }
 
 

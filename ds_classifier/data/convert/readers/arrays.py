@@ -99,6 +99,11 @@ def whole_set(
     Raises ValueError for a file that cannot be read, without labels, or with others in number.
     """
     if path.suffix.lower() == SUFFIX:
+        if columns:
+            raise ValueError(
+                f"--columns: got {dict(columns)} with {path}; need an .npz, whose arrays have "
+                "names; do: np.savez(FILE, images=x, labels=y, weight=w), or drop it"
+            )
         found = labels or _labels_beside(path)
         remarks = [f"labels: {found}"] if labels is None else []
         return {splits[0]: _samples(path, "", _labels_in(found, targets))}, remarks
@@ -113,7 +118,7 @@ def whole_set(
             f"{path}: got the splits {', '.join(sorted(chosen))}; need {kinds[splits[0]]}; do: "
             "--columns image=NAME,label=NAME"
         )
-    taken, remarks = {}, []
+    taken, remarks, weight = {}, [], columns.get("weight")
     for split, kind in kinds.items():
         if kind not in chosen:
             continue
@@ -123,10 +128,11 @@ def whole_set(
         else:
             named = _as_labels(_mapped(path, own), own, targets)
         taken[split] = _samples(path, values, named)
-        if weight := columns.get("weight"):
+        if weight:
             taken[split] = _weighted(taken[split], _mapped(path, weight), f"{path}: {weight}")
         remarks.append(f"{split} is '{values}' with labels '{own if labels is None else labels}'")
-    unused = sorted(members - {name for kind in kinds.values() for name in chosen.get(kind, ())})
+    used = {weight, *(name for kind in kinds.values() for name in chosen.get(kind, ()))}
+    unused = sorted(members - used)
     more = f"; not taken: {', '.join(map(printable, unused))}" if unused else ""
     return taken, [f"by the names in {path.name}: {', '.join(remarks)}{more}"]
 
