@@ -60,7 +60,7 @@ class Targets:
 
     @property
     def noun(self) -> str:
-        """What one of the classes is called: "bin" of a value, or "class"."""
+        """The word for one of the classes: "bin" of a value, or "class"."""
         return "bin" if self.kind == "values" else "class"
 
     @property
