@@ -139,6 +139,7 @@ def test_the_description_is_short(run, tmp_path):
     assert first.endswith("runs/digits32/checkpoints/step-00000007, step 7")
     assert [" ".join(line.split()) for line in facts] == [
         "classes 10: the 0, the 1, the 2, the 3, the 4, the 5, the 6, the 7, ...",
+        "targets one class per image",
         "images 8 x 8 pixels, 3 channels",
         "noise cosine, t from 0 to 249, log-SNR from 10.1 to -19.8",
         f"network {sum(p.numel() for p in model.classifier.parameters()) / 1e6:.2f} M parameters, "

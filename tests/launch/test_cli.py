@@ -64,6 +64,7 @@ def test_every_program_for_users_has_a_command():
     assert programs <= {program for program, _ in cli.COMMANDS.values()}
 
 
+@pytest.mark.slow
 def test_train_without_a_json_and_its_own_record_again(digits, tmp_path):
     """The JSON of the machine and the validation split are found, and the screen says so."""
     words = ["--data_dir", digits / "train", *TINY]

@@ -55,6 +55,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 # ------------------------------------------------------------------------- whole programs
 
 
+@pytest.mark.slow
 def test_a_dry_run_through_the_launcher(digits, tmp_path):
     """Two ranks, two of four micro-batches; nothing is left, nothing is made."""
     flags = ["--microbatch", "2", "--keep_every", "50", "--save_interval", "25"]

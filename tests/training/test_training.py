@@ -46,12 +46,9 @@ def test_ranks_and_accumulation_do_not_change_the_run(digits, tmp_path):
 # ------------------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "extra"),
-    [
-        ("zero1_bf16", {}),
-        pytest.param("zero2_fp16", {"EMULATE_FP16": "1"}, marks=pytest.mark.slow),
-    ],
+    ("config", "extra"), [("zero1_bf16", {}), ("zero2_fp16", {"EMULATE_FP16": "1"})]
 )
 def test_a_killed_run_continues_bit_equal(digits, tmp_path, config, extra):
     flags = ["--global_batch", "16", "--iterations", "30", "--save_interval", "15"]
@@ -170,6 +167,7 @@ def label_in_shards(split: Path, key: str) -> int:
     raise AssertionError(f"no {key}")
 
 
+@pytest.mark.slow
 def test_a_step_without_a_finite_gradient_is_skipped_on_all_ranks(digits, tmp_path):
     for config, fault in (("zero1_fp32", "NAN_AT"), ("zero2_bf16", "INF_AT")):
         run, trace = tmp_path / config, tmp_path / f"trace_{config}"
@@ -419,6 +417,7 @@ def test_fp16_where_there_is_none(digits, tmp_path):
 # ------------------------------------------------------------------------- shards by URL
 
 
+@pytest.mark.slow
 def test_shards_by_url_train_as_local_ones(digits, tmp_path):
     """Two ranks of a node share one download of each shard, and see the same samples."""
     import functools

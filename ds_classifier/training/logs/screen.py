@@ -224,10 +224,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
         say(line)
     say(f"validation  {held_out}")
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
-    say(
-        f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}; "
-        f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
-    )
+    say(f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}")
+    say(f"{'':12}lr {resolved.peak_lr:g}, {schedule(resolved)}")
     for line in describe(setup.groups or []):
         say(f"{'':12}{line}")
     length = f"{count(settings.steps, 'step')} in all"
