@@ -213,7 +213,7 @@ class ShardSet:
         targets, classes = self.manifest.targets, self.manifest.classes
         said = f"of {len(classes)} classes"
         if targets.kind == "values":
-            least, most = classes[0].split(" to ")[0], classes[-1].split(" to ")[1]
+            least, most = classes[0].partition(" to ")[0], classes[-1].rpartition(" to ")[2]
             said = f"in {len(classes)} bins of {targets.name} ({least} to {most})"
         elif targets.kind == "soft":
             said = f"with probabilities of {len(classes)} classes"
