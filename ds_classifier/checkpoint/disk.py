@@ -401,7 +401,8 @@ def load(checkpoint: Path | None, state: dict[str, Any], *, engine, sampler) -> 
             full.copy_(opened[file].get_tensor(name))
         return distributed.broadcast(full)
 
-    parameters = {n.removeprefix(PREFIX): p for n, p in deepspeed_state.trained(engine).items()}
+    trained = deepspeed_state.trained(engine.module)
+    parameters = {name.removeprefix(PREFIX): p for name, p in trained.items()}
     if saved["kind"] == optimizer.kind:
         optimizer.begin({parameters[name]: kept[name] for name in kept}, saved["scalars"])
     else:
@@ -442,7 +443,7 @@ def _check_tensors(checkpoint: Path, engine, sampler) -> dict[str, list[str]]:
     model, optimizer = _names(checkpoint)
     shapes = {
         name.removeprefix(PREFIX): deepspeed_state.whole_shape(parameter)
-        for name, parameter in deepspeed_state.trained(engine).items()
+        for name, parameter in deepspeed_state.trained(engine.module).items()
     }
     kept: dict[str, list[str]] = {name: [] for name in shapes}
     own = {name.removeprefix(PREFIX) for name in engine.module.state_dict()}

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ds_classifier import distributed
 from ds_classifier.checkpoint import disk
+from ds_classifier.distributed.engine.deepspeed_state import trained
 
 
 def fixed_tensors(classifier: nn.Module) -> dict[str, Tensor]:
     """Return the fixed tensors of a state dict, by name; they share the classifier's memory."""
-    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
-    return {n: value for n, value in classifier.state_dict().items() if n not in trained}
+    changing = trained(classifier)
+    return {n: value for n, value in classifier.state_dict().items() if n not in changing}
 
 
 def refuse_unstorable(classifier: nn.Module, name: str) -> None:
@@ -40,7 +41,7 @@ def refuse_unstorable(classifier: nn.Module, name: str) -> None:
 
 def trained_count(classifier: nn.Module) -> int:
     """Return the number of parameters that are trained."""
-    return sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    return sum(p.numel() for p in trained(classifier).values())
 
 
 def settle_fixed_state(

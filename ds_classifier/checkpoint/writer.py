@@ -200,7 +200,7 @@ class CheckpointWriter:
     ) -> None:
         """Copy whole fp32 weights and optimizer state into rank 0's buffers, which are reused."""
         kept = optimizer.names()
-        for name, parameter in deepspeed_state.trained(self._engine).items():
+        for name, parameter in deepspeed_state.trained(self._engine.module).items():
             name = name.removeprefix(disk.PREFIX)
             self._keep_copy(self._model, name, deepspeed_state.whole_weight(parameter))
             for state in kept[parameter]:

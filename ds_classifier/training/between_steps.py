@@ -89,12 +89,10 @@ class Validation:
         engine, settings = self._setup.engine, self._setup.resolved.settings
         if not deepspeed_state.is_sharded(engine):
             return engine.module.classifier
-        weights = engine.module.classifier.state_dict()  # whole are its buffers alone
-        for name, weight in deepspeed_state.whole_copies(engine).items():
-            weights[name.removeprefix(PREFIX)] = weight
+        weights = deepspeed_state.whole_copies(engine)
         classifier = create_classifier(**settings.model_kwargs())
         cast_floating(classifier.to(engine.device), engine.get_data_types()[0])
-        classifier.load_state_dict(weights)
+        classifier.load_state_dict({n.removeprefix(PREFIX): v for n, v in weights.items()})
         return classifier
 
     def _draw_grid(self, classifier: nn.Module) -> None:

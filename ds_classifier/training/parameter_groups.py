@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_classifier.config import Settings
 from ds_classifier.distributed.engine.deepspeed_engine import Group
-from ds_classifier.distributed.engine.deepspeed_state import whole_shape
+from ds_classifier.distributed.engine.deepspeed_state import trained, whole_shape
 from ds_classifier.model import EncoderUNetModel
 from ds_classifier.model.torchvision_networks import TimedNetwork
 
@@ -34,7 +34,7 @@ def divide_parameters(
     for pattern in _words(settings.freeze):
         for name in _matching(classifier, "freeze", pattern, problems):
             classifier.get_parameter(name).requires_grad_(False)
-    if not _trained(classifier):
+    if not trained(classifier):
         problems.append(
             f"--freeze: got {settings.freeze or 'none'}, with which no parameter is trained; need "
             "some that are"
@@ -64,7 +64,7 @@ def divide_parameters(
     if not factors and not undecayed:
         return None
     groups: dict[tuple[float, bool], Group] = {}
-    for name, parameter in _trained(classifier).items():
+    for name, parameter in trained(classifier).items():
         kind = factors.get(name, 1.0), name not in undecayed
         groups.setdefault(kind, Group([], *kind)).parameters.append(parameter)
     return list(groups.values())
@@ -95,16 +95,12 @@ def _number(text: str) -> float:
     return number if number < float("inf") else 0.0
 
 
-def _trained(classifier: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in classifier.named_parameters() if p.requires_grad}
-
-
 def _matching(classifier: nn.Module, flag: str, pattern: str, problems: list[str]) -> list[str]:
     """Return the names of the parameters that a pattern means, of those that are trained.
 
     If there are none, `problems` gets a message.
     """
-    names = list(_trained(classifier)) if flag != "freeze" else _names(classifier)
+    names = list(trained(classifier)) if flag != "freeze" else _names(classifier)
     if (flag, pattern) == ("freeze", TRUNK):
         head = _head(classifier)
         if head is None:
@@ -120,9 +116,9 @@ def _matching(classifier: nn.Module, flag: str, pattern: str, problems: list[str
     else:
         found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        trained = "" if flag == "freeze" else " that is trained"
+        of_these = "" if flag == "freeze" else " that is trained"
         problems.append(
-            f"--{flag}: got {pattern!r}, which matches no parameter{trained}; need a pattern of "
+            f"--{flag}: got {pattern!r}, which matches no parameter{of_these}; need a pattern of "
             f"their names; do: give one like {_tops(names)}"
         )
     return found

@@ -47,15 +47,15 @@ def resumes_exactly(engine) -> bool:
     return not (is_sharded(engine) and autocast())
 
 
-def trained(engine) -> dict[str, nn.Parameter]:
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name; the others are frozen."""
-    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def parameter_counts(engine) -> tuple[int, int]:
     """Return the numbers of the model's trained and of its frozen parameters."""
     everything = sum(whole_shape(p).numel() for p in engine.module.parameters())
-    changing = sum(whole_shape(p).numel() for p in trained(engine).values())
+    changing = sum(whole_shape(p).numel() for p in trained(engine.module).values())
     return changing, everything - changing
 
 
@@ -113,7 +113,7 @@ def copies(engine) -> dict[str, Tensor]:
 
     Without ZeRO 3 these are all of them.
     """
-    named = trained(engine).items()
+    named = trained(engine.module).items()
     return {name: p for name, p in named if p.numel() == whole_shape(p).numel()}
 
 
@@ -131,7 +131,7 @@ def weight_share(engine) -> Iterator[Tensor]:
         return
     from deepspeed.utils import safe_get_local_fp32_param
 
-    for parameter in trained(engine).values():
+    for parameter in trained(engine.module).values():
         # What fills the last rank's part up to the length of the others is not initialised.
         yield safe_get_local_fp32_param(parameter).detach()[: _own_range(parameter)[1]]
 
