@@ -80,3 +80,9 @@ def assert_same_state(one: Path, other: Path) -> None:
     a, b = (json.loads((c / "state.json").read_text()) for c in (one, other))
     for key in ("step", "skipped_steps", "optimizer", "loss_scaler", "samples", "classes", "data"):
         assert a[key] == b[key], key
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Check that two runs have the same checkpoint of a step, and the same log but its clocks."""
+    assert_same_state(*(run / "checkpoints" / f"step-{step:08d}" for run in (one, other)))
+    assert without_clocks(read_log(one)) == without_clocks(read_log(other))
