@@ -246,8 +246,8 @@ def test_the_screen_of_a_run(digits, tmp_path):
     """Nothing is printed that a user cannot act on, and every row fits 100 columns."""
     flags = ["--global_batch", "16", "--iterations", "4", "--val_data_dir", digits / "val"]
     done = train(2, "zero2_bf16", digits, tmp_path / "run", *flags, script=TRAIN, launcher=True)
-    kinds = ["classifier", "noise", "data", "validation", "batch", "engine", "start", "run"]
-    kinds += ["step", "q0..q3:"]
+    kinds = ["classifier", "noise", "data", "validation", "batch", "engine", "lr", "start"]
+    kinds += ["run", "step", "q0..q3:"]
     lines = done.lines
     if not quiet_flag():  # an older launcher, whose own log comes in between
         lines = [
