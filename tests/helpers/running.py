@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -30,9 +34,12 @@ class Finished:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return the environment for a program on the CPU, without an outer launcher's rank."""
+    """Return the environment for a program on the CPU, without an outer launcher's rank.
+
+    A program that is ended by SIGABRT, or crashes, prints where its threads stand.
+    """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"DS_ACCELERATOR": "cpu", **extra}
+    return kept | {"DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1", **extra}
 
 
 def free_port() -> int:
@@ -98,11 +105,16 @@ def launch(
         ]
         code = _first_failure(processes, time.monotonic() + timeout)
         output.seek(0)
-        return Finished(code % 256, output.read())
+        text = output.read()
+    assert code is not None, f"not ended after {timeout:.0f} s:\n{text}"
+    return Finished(code % 256, text)
 
 
-def _first_failure(processes: list[subprocess.Popen], deadline: float) -> int:
-    """Wait for all, ending the others 5 s after a failure; return the first code that is not 0."""
+def _first_failure(processes: list[subprocess.Popen], deadline: float) -> int | None:
+    """Wait for all, ending the others 5 s after a failure; return the first code that is not 0.
+
+    Returns None at the deadline, when each has printed where its threads stand, and was ended.
+    """
     failed = 0
     while any(process.poll() is None for process in processes):
         failed = failed or next((p.returncode for p in processes if p.returncode), 0)
@@ -110,10 +122,23 @@ def _first_failure(processes: list[subprocess.Popen], deadline: float) -> int:
             deadline = min(deadline, time.monotonic() + 5)
         if time.monotonic() > deadline:
             for process in processes:
-                process.kill()
-            assert failed, "timed out"
+                _end(process.pid, signal.SIGKILL if failed else signal.SIGABRT)
+            if not failed:
+                return None
         time.sleep(0.05)
     return failed or next((p.returncode for p in processes if p.returncode), 0)
+
+
+def _end(pid: int, number: int) -> None:
+    """Send a signal to a process and to those that it started, and see to it that they end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        family = [*first.children(recursive=True), first]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        for process in psutil.wait_procs(family, timeout=5)[1]:
+            process.kill()
 
 
 def read_log(run: Path) -> list[dict]:
