@@ -212,7 +212,9 @@ def test_workers_hold_one_index_and_do_not_grow(tmp_path):
             own.append(private)
             assert copied == 0
     assert 0 < own[0] < 100e6
-    assert own[1] - own[0] < 15e6  # the images read by then are 60 MB
+    # The images read by then are 60 MB. Python's garbage collection in the worker copies pages that
+    # it shares with this process, which are more after other tests.
+    assert own[1] - own[0] < 30e6
 
 
 @pytest.mark.parametrize(("workers", "fast"), [(0, False), (2, False), (0, True)])
