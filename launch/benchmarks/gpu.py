@@ -8,7 +8,6 @@ rehearsal, whose figures say nothing.
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from ds_classifier.guidance.unet import create_unet
 from ds_classifier.model import EncoderUNetModel, create_classifier
 from ds_classifier.training.logs.flops import forward_flops, peak_flops, training_flops
 
+from .measuring import seconds_of
 from .parts import Part, Row, rows_of
 from .programs import run_program, shards_for, trainer_row
 from .step import Bench
@@ -276,20 +276,6 @@ def step_row(
     if on_gpu:
         torch.cuda.empty_cache()
     return row
-
-
-def seconds_of(call: Callable[[], object], device: torch.device, at_least: float) -> float:
-    """Return the seconds of a call, the mean of as many as take `at_least` seconds."""
-    call()
-    began = time.perf_counter()
-    for calls in itertools.count(1):
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-        if seconds >= at_least:
-            return seconds / calls
-    raise AssertionError
 
 
 def kernel_seconds(step: Callable[[], object]) -> float:
