@@ -1,4 +1,4 @@
-"""Interleaved repeats, and the table of the results."""
+"""Interleaved repeats, seconds of a call, and the table of the results."""
 
 from __future__ import annotations
 
