@@ -98,7 +98,7 @@ def test_uniform_t_draws_sigma_as_edm_does():
     from scipy import stats
 
     diffusion = create_gaussian_diffusion(noise_schedule="edm")
-    t, _ = UniformSampler(1000).sample(keyed_uniform(0, "t", torch.arange(5000)))
+    t, _ = UniformSampler(1000).sample(keyed_uniform(0, {"t": torch.arange(5000)})[0])
     log_sigma = 4 * diffusion.model_timesteps(t).numpy()
     drawn = np.random.RandomState(0).standard_normal(5000) * 1.2 - 1.2
     assert stats.ks_2samp(log_sigma, drawn).pvalue > 0.01
@@ -229,7 +229,7 @@ def test_noise_is_standard_normal():
 
 
 def test_uniform_timesteps_cover_all_levels_evenly():
-    t, weights = UniformSampler(50).sample(keyed_uniform(0, "t", torch.arange(100_000)))
+    t, weights = UniformSampler(50).sample(keyed_uniform(0, {"t": torch.arange(100_000)})[0])
     counts = torch.bincount(t, minlength=50)
     assert counts.shape == (50,)
     assert (counts.double() / 2000 - 1).abs().max() < 0.1
@@ -259,7 +259,7 @@ def test_stratified_numbers_depend_on_the_position_alone():
 
 def test_noisy_timesteps_are_drawn_in_proportion_to_their_noise():
     t, weights = create_schedule_sampler("noisy", 50, "cpu").sample(
-        keyed_uniform(0, "t", torch.arange(100_000))
+        keyed_uniform(0, {"t": torch.arange(100_000)})[0]
     )
     counts = torch.bincount(t, minlength=50).double()
     assert counts.shape == (50,)
@@ -315,7 +315,7 @@ def test_loss_second_moment_leaves_the_mean_loss_unchanged():
     loss_of_t = torch.arange(20.0) ** 2 + 1
     for _ in range(2):
         sampler.update(torch.arange(20), loss_of_t)
-    t, weights = sampler.sample(keyed_uniform(0, "t", torch.arange(200_000)))
+    t, weights = sampler.sample(keyed_uniform(0, {"t": torch.arange(200_000)})[0])
     assert (t > 10).float().mean() > 0.7  # it prefers large losses
     assert abs((weights * loss_of_t[t]).mean() / loss_of_t.mean() - 1) < 0.01
 
@@ -375,7 +375,7 @@ def test_a_range_that_names_no_levels_is_refused(text, problem):
 @pytest.mark.parametrize("name", list(SCHEDULE_SAMPLERS))
 def test_a_range_restricts_a_samplers_own_distribution(name):
     """The histogram inside the range is that of the draws over all levels that fall into it."""
-    levels, numbers = range(13, 31), keyed_uniform(0, "t", torch.arange(200_000))
+    levels, numbers = range(13, 31), keyed_uniform(0, {"t": torch.arange(200_000)})[0]
 
     def counts(levels):
         sampler = create_schedule_sampler(name, 50, "cpu", levels=levels)
@@ -415,6 +415,6 @@ def test_loss_second_moment_in_a_range_keeps_the_mean_over_it():
     loss_of_t = (torch.arange(50.0) - 15) ** 2
     for _ in range(10):
         sampler.update(torch.arange(20, 40), loss_of_t[20:40])
-    t, weights = sampler.sample(keyed_uniform(0, "t", torch.arange(200_000)))
+    t, weights = sampler.sample(keyed_uniform(0, {"t": torch.arange(200_000)})[0])
     assert (t > 30).float().mean() > 0.7
     assert abs((weights * loss_of_t[t]).mean() / loss_of_t[20:40].mean() - 1) < 0.01

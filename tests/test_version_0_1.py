@@ -24,7 +24,7 @@ DRAWN_AS_BEFORE = f"""
 import runpy
 from ds_classifier.common.keyed_noise import keyed_uniform
 from ds_classifier.training import step
-step.stratified = lambda seed, positions, global_batch: keyed_uniform(seed, "t", positions)
+step.stratified = lambda seed, positions, batch: keyed_uniform(seed, {{"t": positions}})[0]
 runpy.run_path({str(ROOT / "launch" / "train.py")!r}, run_name="__main__")
 """
 

@@ -84,8 +84,10 @@ def stratified(seed: int, positions: Tensor, global_batch: int) -> Tensor:
     """
     from ds_classifier.common.keyed_noise import keyed_uniform
 
-    within = (positions % global_batch + keyed_uniform(seed, "t", positions)) / global_batch
-    return (within + keyed_uniform(seed, "t of batch", positions // global_batch)) % 1.0
+    of_sample, of_batch = keyed_uniform(
+        seed, {"t": positions, "t of batch": positions // global_batch}
+    )
+    return ((positions % global_batch + of_sample) / global_batch + of_batch) % 1.0
 
 
 class UniformSampler:

@@ -71,13 +71,14 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
         bad += batch.bad
         with span("step: noise"):
             batch = batch.to(engine.device)
-            t, noise = torch.zeros_like(batch.positions), None
-            importance = torch.ones_like(batch.weights)
             if objective.noised:
                 t, importance = sampler.sample(
                     stratified(seed, batch.positions, engine.train_batch_size())
                 )
                 noise = keyed_noise(seed, "noise", batch.positions, tuple(batch.images.shape[1:]))
+            else:
+                t, noise = torch.zeros_like(batch.positions), None
+                importance = torch.ones_like(batch.weights)
         with span("step: forward"):
             losses, logits = engine(batch.images, batch.labels, t, noise, objective.recent)
         if objective.balance is not None:

@@ -1,4 +1,4 @@
-"""Measure a GPU within a few minutes, without data: speed, memory, precision, loading, resuming.
+"""Measure a GPU within a few minutes, without data: speed, memory, precision, inputs, resuming.
 
 Each part runs in a process of its own, hands over its rows one by one, and is ended when its time
 is up, so that there is a table whatever happens. Without a GPU the same parts run at tiny sizes: a
@@ -8,7 +8,6 @@ rehearsal, whose figures say nothing.
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch._inductor import config as inductor
 
 from ds_classifier.checkpoint import disk
 from ds_classifier.config import Settings, parse_training_command
@@ -32,11 +32,14 @@ from ds_classifier.guidance.unet import create_unet
 from ds_classifier.model import EncoderUNetModel, create_classifier
 from ds_classifier.training.logs.flops import forward_flops, peak_flops, training_flops
 
+from .inputs import decoding_rows, noise_rows
+from .measuring import seconds_of
 from .parts import Part, Row, rows_of
 from .programs import run_program, shards_for, trainer_row
 from .step import Bench
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+GRAPHS = "CUDA graphs"
 CLASSES = 1000
 PROFILED = 3  # steps recorded for the share of the time that the GPU idles
 ENOUGH = 1.03  # a larger micro-batch must be faster by this factor to be looked beyond
@@ -50,6 +53,7 @@ class Plan:
     model: flags of launch/train.py that all measurements share. seconds: timed per figure.
     images: the number of made-up training images. steps: those timed of a whole trainer.
     unet: keywords of create_unet, for the first of image_sizes.
+    decoded_sizes: image sizes at which originals are decoded. decoded: images of a batch of these.
     """
 
     model: tuple[str, ...]
@@ -59,6 +63,8 @@ class Plan:
     images: int
     steps: int
     unet: dict[str, Any]
+    decoded_sizes: tuple[int, ...]
+    decoded: int
 
     def words(self, px: int, micro: int, precision: str, compiled: bool = False) -> list[str]:
         """Return flags of launch/train.py."""
@@ -87,12 +93,14 @@ _UNET = dict(  # guided-diffusion's 64 px UNet, without classes
     use_new_attention_order=True,
     learn_sigma=True,
 )
-ON_GPU = Plan((), (64, 128, 256), (16, 64, 128, 256, 512, 1024), 1.5, 2000, 30, _UNET)
+ON_GPU = Plan(
+    (), (64, 128, 256), (16, 64, 128, 256, 512, 1024), 1.5, 2000, 30, _UNET, (256, 512), 64
+)
 _TINY = "--classifier_width 32 --classifier_channel_mult 1,2 --classifier_depth 1"
 _TINY += " --classifier_attention_resolutions 4 --workers 0"
 _TINY_UNET = dict(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,2")
 _TINY_UNET |= dict(num_head_channels=32, attention_resolutions="4")
-REHEARSAL = Plan(tuple(_TINY.split()), (8,), (2, 4), 0.02, 16, 2, _UNET | _TINY_UNET)
+REHEARSAL = Plan(tuple(_TINY.split()), (8,), (2, 4), 0.02, 16, 2, _UNET | _TINY_UNET, (8,), 2)
 
 
 # ---------------------------------------------------------------------------------------- parts
@@ -160,6 +168,11 @@ def compiled(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
     for layout, bare in (("contiguous", False), ("contiguous", True), ("channels_last", False)):
         torch.compiler.reset()
         yield step_row(plan, px, micro, layout=layout, compiled=True, bare=bare)
+    if torch.cuda.is_available():  # on a CPU this would be the first of them again
+        torch.compiler.reset()
+        inductor.triton.cudagraphs = True  # as TORCHINDUCTOR_CUDAGRAPHS=1 sets it
+        row = step_row(plan, px, micro, compiled=True)
+        yield row | {"way": f"{row['way']}, {GRAPHS}"}
 
 
 def trainer(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
@@ -231,6 +244,23 @@ def inference(plan: Plan, known: list[Row]) -> Iterator[Row]:
     yield {"px": px, "way": what, "micro-batch": micro, "images/s": rate}
 
 
+def noise(plan: Plan, known: list[Row]) -> Iterator[Row]:
+    """Measure drawing timesteps and noise at the best micro-batches, and its share of a step."""
+    for px in plan.image_sizes:
+        best = fastest(known, px) or _last_resort(plan)
+        for row in noise_rows(px, best["micro-batch"], _device(), plan.seconds):
+            if "images/s" in best:
+                step = 1e3 * best["micro-batch"] / best["images/s"]  # ms
+                row["of the step, %"] = 100 * row["ms"] / step
+            yield row
+
+
+def decoding(plan: Plan, known: list[Row]) -> Iterator[Row]:
+    """Measure decoding JPEGs on a loader's worker, and on the GPU."""
+    for px in plan.decoded_sizes:
+        yield from decoding_rows(px, plan.decoded, _device(), plan.seconds)
+
+
 # -------------------------------------------------------------------------------- measurements
 
 
@@ -278,20 +308,6 @@ def step_row(
     return row
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, at_least: float) -> float:
-    """Return the seconds of a call, the mean of as many as take `at_least` seconds."""
-    call()
-    began = time.perf_counter()
-    for calls in itertools.count(1):
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-        if seconds >= at_least:
-            return seconds / calls
-    raise AssertionError
-
-
 def kernel_seconds(step: Callable[[], object]) -> float:
     """Return the seconds of a step for which kernels ran on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -317,7 +333,7 @@ def fastest(rows: list[Row], px: int, layout: str = "") -> Row | None:
         for row in rows
         if row["part"] in ("eager", "compiled")
         and (row["px"], row.get("precision")) == (px, "bf16")
-        and not row["way"].endswith("bare")
+        and not row["way"].endswith(("bare", GRAPHS))
         and layout in row["way"]
     ]
     return max(steps, key=lambda row: row["images/s"], default=None)
@@ -358,9 +374,10 @@ def schedule(image_sizes: Sequence[int]) -> list[tuple[Part, tuple[int, ...], in
     first, *more = image_sizes
     return [
         (fidelity, (), 40),
-        *((eager, (first,), 60), (compiled, (first,), 120), (trainer, (first,), 90)),
+        *((eager, (first,), 60), (compiled, (first,), 150), (trainer, (first,), 90)),
         *((resume, (), 90), (inference, (), 60)),
         *((eager, (px,), 60) for px in more),
+        *((noise, (), 45), (decoding, (), 30)),
         *((part, (px,), share) for px in more for part, share in ((compiled, 100), (trainer, 60))),
     ]
 

@@ -1,12 +1,15 @@
-"""Interleaved repeats, and the table of the results."""
+"""Interleaved repeats, seconds of a call, and the table of the results."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from ds_classifier.common import text
 
@@ -47,6 +50,20 @@ def interleaved(
     ways = {name: partial(rate, run) for name, run in runs.items()}
     in_turn(ways, 1)
     return {name: statistics.median(rates) for name, rates in in_turn(ways, repeats).items()}
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, at_least: float) -> float:
+    """Return the seconds of a call, the mean of as many as take `at_least` seconds."""
+    call()
+    began = time.perf_counter()
+    for calls in itertools.count(1):
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+        if seconds >= at_least:
+            return seconds / calls
+    raise AssertionError
 
 
 def spread(values: list[float]) -> float:

@@ -143,8 +143,9 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
     """DeepSpeed waits for the gradient's norm: for a constant to compare with, and the answer.
 
     A CPU shows waits for numbers and masks, and calls that copy. The update must not launch work
-    for each of the 75 parameters: a GPU would idle meanwhile. With accumulation in fp32, bf16 has
-    an optimizer of its own in DeepSpeed, which does so once for each of them.
+    for each of the 75 parameters, nor drawing noise more than it does: a GPU would idle. With
+    accumulation in fp32, bf16 has an optimizer of its own in DeepSpeed, which does so once for each
+    of them.
     """
     flags = "--image_size 8 --classifier_width 32 --classifier_channel_mult 1,2 --batch_size 4"
     flags += " --classifier_depth 1 --classifier_attention_resolutions 4 --microbatch 2"
@@ -161,6 +162,7 @@ def test_only_deepspeed_waits_for_the_device_in_a_step(config, tmp_path):
         "ds_classifier/distributed/engine/deepspeed_versions.py",
     )
     assert [w for w in seen["waits"] if not w[0].startswith(theirs)] == []
+    assert seen["launches"]["step: noise"] <= 2 * 83  # micro-batches
     if deepspeed_versions._installed() >= deepspeed_versions.COMPLETE_SINCE:
         assert len(seen["waits"]) == 2
         assert config == "zero1_bf16" or seen["launches"]["step: update"] < 75

@@ -229,7 +229,8 @@ def _running(pid: int) -> list[psutil.Process]:
 def test_a_gpu_that_has_no_time_has_a_table(tmp_path):
     rows = benchmark("gpu", "--minutes", 0, tmp_path / "json")
     assert {row["part"] for row in rows} == {
-        *("fidelity", "eager", "compiled", "trainer", "resume", "inference")
+        *("fidelity", "eager", "compiled", "trainer", "resume", "inference"),
+        *("noise", "decoding"),
     }
     assert {row["note"] for row in rows} == {"not measured: the time is up"}
 
@@ -255,6 +256,12 @@ def test_a_gpu_is_measured_in_every_part(tmp_path):
     assert {row["precision"] for row in steps} == {"bf16", "fp16"}
     assert 0 <= parts["trainer"][0]["waits for data, %"] <= 100
     assert [row["note"] for row in parts["resume"]] == ["bit-equal", "bit-equal"]
+    eager, compiled = parts["noise"]
+    assert eager["of the step, %"] > 0
+    assert compiled["timesteps"] == "bit-equal"
+    assert compiled["noise differs by"] < 1e-5
+    (worker,) = parts["decoding"]
+    assert worker["images/s"] > 0
     (choice,) = parts["choice"]
     flags = choice["note"].partition(",")[0]
     assert training_command(flags.split()).settings.compile == ("compiled" in choice["way"])
