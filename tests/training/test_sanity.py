@@ -109,6 +109,19 @@ def test_several_classes_are_overfitted_when_the_losses_part(held_out, said_so):
     assert any(line.startswith(text) for line in said) == said_so, said
 
 
+def test_values_are_overfitted_when_the_errors_part():
+    """An error of 30 is no share; guessing misses by 15.6, and training by 5."""
+    guessing = Guessing(3, 1.1, 0.4, mae=15.6)
+    trained = [
+        {"step": step, "window_samples": 640, "train_loss": 0.4, "train_mae": 5.0}
+        | {f"train_mae_q{q}": 5.0 for q in range(4)}
+        for step in range(1, 26)
+    ]
+    validated = {"step": 25, "val_loss": 2.0, "val_acc@1": 0.3, "val_mae": 30.0}
+    *_, said = watched([*trained, validated], guessing)
+    assert said == "25 training mae 5.00, validation 30.0: overfitting; take checkpoints/best"
+
+
 def test_several_classes_under_a_loss_of_the_users_are_not_judged():
     guessing = Guessing(20, None, 0.95, "acc")
     assert judged("loss", dataclasses.replace(guessing, loss=1.0), [[0.1] * 4] * 20)

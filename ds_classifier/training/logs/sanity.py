@@ -305,10 +305,10 @@ def overfitting(rows: Sequence[Row], guessing: Guessing, val_samples: int) -> st
     last = validations[-1]
     best = min(validations, key=lambda row: row["val_loss"])
     held_out = last[key]
-    # The scatter of an error among images is about as large as the error of guessing.
-    scatter = _error(held_out, val_samples)
-    if guessing.falls:
+    if guessing.falls:  # its scatter among images is about as large as the error of guessing
         scatter = guessing.chance / math.sqrt(val_samples)
+    else:
+        scatter = _error(held_out, val_samples)
     gap = abs(score.mean - held_out) - DEVIATIONS * math.hypot(score.error, scatter)
     ahead = score.mean < held_out if guessing.falls else score.mean > held_out
     rising = last["val_loss"] > 1.05 * best["val_loss"]
