@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -44,6 +45,22 @@ def fitted(value: float | None, width: int, digits: int) -> str:
         return "-"
     fixed = [f"{value:.{n}f}" for n in range(digits, -1, -1)]
     brief = [scientific(value, n) for n in (1, 0)]
+    return next((text for text in fixed + brief if len(text) <= width), brief[-1])
+
+
+def significant(value: float | None, width: int) -> str:
+    """Return a number in `width` characters with three digits that count, or with two, or in
+    scientific form: 0.0123, 12.3, 12345, 1.2e-5.
+
+    Four characters hold the scientific form of any number above 0. None is "-".
+    """
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    first = math.floor(math.log10(abs(value)))
+    fixed = [f"{value:.{max(0, digits - first)}f}" for digits in (2, 1)]
+    brief = [scientific(value, n) for n in (2, 1, 0)]
     return next((text for text in fixed + brief if len(text) <= width), brief[-1])
 
 

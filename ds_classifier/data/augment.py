@@ -54,14 +54,14 @@ class Augmentation:
     def __call__(self, image: Tensor, position: int) -> Tensor:
         """Return the image at a position, [S, S, C] uint8, as it is trained on.
 
-        Raises RuntimeError if the function fails, or returns another shape or type.
+        Raises ValueError if the function fails, or returns another shape or type.
         """
         given = image.permute(2, 0, 1)  # [C, S, S]
         with seeded(fold(self._key, position)):
             try:
                 found = self._change(given.contiguous())
             except Exception as error:  # a function of the user's can raise anything
-                raise RuntimeError(
+                raise ValueError(
                     f"--augment: {self._name} fails for an image {list(given.shape)}: "
                     f"{described(error)}"
                 ) from error
@@ -69,7 +69,7 @@ class Augmentation:
             got = type(found).__name__
             if torch.is_tensor(found):
                 got = f"{list(found.shape)} {str(found.dtype).removeprefix('torch.')}"
-            raise RuntimeError(
+            raise ValueError(
                 f"--augment: {self._name} returns {got} for an image {list(given.shape)} uint8; "
                 "need the same shape and type"
             )
@@ -91,10 +91,7 @@ def create_augmentation(settings: Settings) -> Augmentation | None:
         )
     augmentation = Augmentation(settings.augment, settings.seed)
     pixels = torch.arange(size * size * channels) % 256
-    try:
-        augmentation(pixels.view(size, size, channels).to(torch.uint8), 0)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    augmentation(pixels.view(size, size, channels).to(torch.uint8), 0)
     return augmentation
 
 

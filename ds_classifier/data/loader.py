@@ -118,7 +118,7 @@ class ShardDataset(Dataset):
     def __getitem__(self, positions: np.ndarray) -> Batch:
         """Read, decode and crop the samples at the positions; -1 is padding, with weight 0.
 
-        Raises OSError if a shard cannot be read.
+        Raises OSError if a shard cannot be read, and ValueError if the augmentation fails.
         """
         positions = np.asarray(positions, dtype=np.int64)
         inside = positions >= 0
@@ -153,7 +153,7 @@ class ShardDataset(Dataset):
                 if flip:
                     _flip(as_tensor[i])
                 if self.augment is not None:
-                    as_tensor[i] = self.augment(as_tensor[i], int(positions[i]))
+                    as_tensor[i] = self._augmented(as_tensor[i], int(positions[i]))
         return Batch(
             as_tensor,
             torch.from_numpy(labels),
@@ -177,8 +177,27 @@ class ShardDataset(Dataset):
 
     def key(self, position: int) -> str:
         """Return the key of the sample at a position."""
+        return self.shards.key(self._sample(position))
+
+    def _sample(self, position: int) -> int:
+        """Return the number of the sample at a position."""
         at = np.array([position])
-        return self.shards.key(int((at if self.order is None else self.order.samples(at))[0]))
+        return int((at if self.order is None else self.order.samples(at))[0])
+
+    def _augmented(self, image: Tensor, position: int) -> Tensor:
+        """Return the image at a position, [S, S, C], as it is trained on.
+
+        Raises ValueError that names the sample if the augmentation fails.
+        """
+        try:
+            return self.augment(image, position)
+        except ValueError as error:
+            sample = self._sample(position)
+            shard = self.shards.manifest.shards[self.shards.index["shard"][sample]]
+            raise ValueError(
+                f"{error}; the image is {self.shards.key(sample)} in {shard.name}; do: correct the "
+                "function, and run the same command again, which continues from the last checkpoint"
+            ) from error
 
     def _crop(self, data: bytes, position: int) -> tuple[np.ndarray, bool]:
         """Return the crop, [S, S, C], and whether to flip it."""

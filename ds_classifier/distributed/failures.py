@@ -32,11 +32,12 @@ _VOTE = ("ds_classifier/distributed/stopping.py", "_count")
 def summary(error: BaseException) -> str:
     """Return the line that says what is wrong.
 
-    The text of a loader worker's error contains its traceback, whose last line counts.
+    The text of a loader worker's error contains its traceback, whose last line counts: the type of
+    the error, and what is wrong.
     """
     text = files.problem(error).strip()
     if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1]
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
     return f"{type(error).__name__}: {text}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ds_classifier.common.text import percent, short
+from ds_classifier.common.text import percent, short, significant
 from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 QUARTILES = 4
 TOP = 5
+ANY_WIDTH = 6  # characters of a number of any size
 ECE_BINS = 15  # of the calibration error, as in Guo et al. 2017
 
 
@@ -37,7 +38,7 @@ class Shown:
 
     title: heads its chart. label: heads its column; "": its name.
     unit: of its axis; "%" is for shares in [0, 1], which are shown as percentages.
-    digits: decimals on the screen.
+    digits: decimals on the screen; None: three digits that count, of a number of any size.
     word: names it in a sentence; "": the title in small letters.
     classes: the least number of classes for which it says anything.
     """
@@ -46,7 +47,7 @@ class Shown:
     title: str
     label: str = ""
     unit: str = ""
-    digits: int = 3
+    digits: int | None = 3
     word: str = ""
     classes: int = 2
 
@@ -76,7 +77,9 @@ class Shown:
 
     def text(self, value: float | None) -> str:
         """Return a mean as it is shown, without its unit; "-" for None."""
-        return "-" if value is None else f"{self.factor * value:.{self.digits}f}"
+        if value is None or self.digits is None:
+            return significant(value, ANY_WIDTH)
+        return f"{self.factor * value:.{self.digits}f}"
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -196,6 +199,7 @@ def _value_error(name: str) -> Metric:
     return Metric(
         name="mae",
         title=f"Mean absolute error of {name}",
+        digits=None,
         per_sample=lambda answers: (
             (answers.logits.softmax(dim=1) * answers.values).sum(dim=1)
             - answers.values[answers.labels]
@@ -204,9 +208,15 @@ def _value_error(name: str) -> Metric:
 
 
 def accuracy_of(targets: Targets) -> Metric:
-    """Return the accuracy, whose quartiles and t = 0 the screen and the report show."""
+    """Return the accuracy: top-1, or that of the yes/no answers."""
     metrics = metrics_of(targets)
     return metrics.get("acc@1") or metrics["acc"]
+
+
+def judged_of(targets: Targets) -> Metric:
+    """Return the mean of training that tells learning from guessing; see logs/sanity.py."""
+    metrics = metrics_of(targets)
+    return metrics.get("mae") or metrics.get("acc@1") or metrics["loss"]
 
 
 def headline_of(targets: Targets) -> Shown:
@@ -221,13 +231,15 @@ def measured_of(targets: Targets) -> tuple[Shown, ...]:
     return (*metrics_of(targets).values(), *([MEAN_AP] if targets.kind == "classes" else []))
 
 
-def level_columns(targets: Targets = ONE_CLASS) -> tuple[Shown, ...]:
+def level_columns(num_classes: int, targets: Targets = ONE_CLASS) -> tuple[Shown, ...]:
     """Return the columns of an evaluation at noise levels: shares first.
 
-    The last two are no means of a metric; levels.py computes them.
+    Metrics that say nothing about so few classes are left out. The last two columns are no means of
+    a metric; levels.py computes them.
     """
+    measured = [shown for shown in measured_of(targets) if num_classes >= shown.classes]
     return (
-        *sorted(measured_of(targets), key=lambda shown: shown.unit != "%"),
+        *sorted(measured, key=lambda shown: shown.unit != "%"),
         Shown(name="ece", title="Calibration error", label="ECE", unit="%", digits=1),
         Shown(name="grad_norm", title="Gradient norm", label="|grad|"),
     )

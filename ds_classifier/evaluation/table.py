@@ -24,7 +24,7 @@ def level_table(record: Record) -> list[str]:
     whose numbers were not finite.
     """
     ours, bayes = record["classifier"], record.get("bayes")
-    columns = level_columns(targets_of(record))
+    columns = level_columns(len(record["classes"]), targets_of(record))
     heads = ["t", "log-SNR", *(column.head for column in columns)]
     rows = [
         [
@@ -96,7 +96,7 @@ def series_table(records: Sequence[Record]) -> list[str]:
     """Return a line per checkpoint: under uniform t, and its accuracy at the chosen levels."""
     chosen = [level["t"] for level in records[0]["classifier"]["per_class"][1:]][:3]
     targets = targets_of(records[0])
-    columns, best = level_columns(targets), headline_of(targets)
+    columns, best = level_columns(len(records[0]["classes"]), targets), headline_of(targets)
     heads = ["weights", *(column.head for column in columns)]
     heads += [f"{best.name} t={t}" for t in chosen]
     rows = []
@@ -118,6 +118,7 @@ def _cells(row: dict[str, Any], columns: Sequence[Shown]) -> list[str]:
 
 def _cell(column: Shown, value: float | None) -> str:
     """Return a number as its column shows it; very small and large ones with an exponent."""
-    if value is None or column.unit == "%" or value == 0 or 0.01 <= abs(value) < 1000:
+    own = column.unit == "%" or column.digits is None
+    if value is None or own or value == 0 or 0.01 <= abs(value) < 1000:
         return column.text(value)
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")

@@ -18,7 +18,7 @@ PREDICTS = {
     "class": "the class of an image",
     "classes": "which classes an image shows, any number of them,",
     "soft": "the probability of each class of an image",
-    "values": "a value of an image, as the probability of each of its bins,",
+    "values": "{column} of an image, as the probability of each of its bins,",
 }
 LOGITS = {
     "class": "",
@@ -38,8 +38,9 @@ y[:, [0, 1]] = 1  # the classes asked for together; 0: not asked for, either way
     "soft": "",
     "values": """
 import torch
-y = torch.full((1,), 2 / {width:.3g})  # eta, one for each image: below 0 for smaller values
+y = torch.full((1,), {eta:.2g})  # eta, one for each image: below 0 for smaller values
 # Guidance follows the gradient of log sum_k p_k exp(eta v_k); eta is in 1 / unit of the value.
+# This eta moves the mean by about one spread of the bins.
 """,
 }
 
@@ -67,13 +68,17 @@ def model_card(description: dict[str, Any], flags: str) -> str:
     classifier, classes = description["classifier"], description["classes"]
     size, number = classifier["image_size"], classifier["num_classes"]
     step, targets = description["step"], Targets.from_json(description.get("targets"))
-    units, towards = "classes", "a class"
+    units, towards, column = "classes", "a class", ""
     if targets.kind == "values":
-        units, towards = "bins of a value", "larger or smaller values"
+        # The inside of a JSON string, as code without another mark of code, cannot break the page.
+        inside = json.dumps(targets.name, ensure_ascii=False)[1:-1]
+        column = f"`{inside.replace('`', chr(39))}`"
+        units, towards = f"bins of {column}", "larger or smaller values"
     sections = [
         _front_matter(description),
         f"# Noise-aware classifier, {size} px, {number} {units}\n\n"
-        f"`{name}` predicts {PREDICTS[targets.kind]} at every noise level of a diffusion process. "
+        f"`{name}` predicts {PREDICTS[targets.kind].format(column=column)} at every noise level of "
+        "a diffusion process. "
         f"Its gradient steers a diffusion model towards {towards} (classifier guidance, "
         "[Dhariwal & Nichol 2021](https://arxiv.org/abs/2105.05233), Alg. 1 and 2). "
         f"It has {description['parameters']:,} parameters in fp32"
@@ -238,7 +243,7 @@ def _in_python(name: str, targets: Targets, number: int, named: str = "") -> str
     number: of classes. named: more arguments of load.
     """
     given = "" if targets.kind == "class" else ", targets=model.targets"
-    width = 1.0 if targets.values is None else targets.values[-1] - targets.values[0]
+    eta = 1.0 if targets.values is None else targets.moving_eta
     return (
         "```python\n"
         "import ds_classifier\n"
@@ -248,7 +253,7 @@ def _in_python(name: str, targets: Targets, number: int, named: str = "") -> str
         f"cond_fn = classifier_gradient(model.classifier, scale=1.0{given})\n"
         f"guide = Guide(model.classifier, model.diffusion, scale=1.0{given})"
         "  # guide(x, alpha, sigma, y)\n"
-        + GUIDED[targets.kind].format(number=number, width=width)
+        + GUIDED[targets.kind].format(number=number, eta=eta)
         + "```"
     )
 

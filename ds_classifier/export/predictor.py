@@ -74,7 +74,7 @@ class Predictor:
             shown = f"arrays   {self.arrays}, x_0 = {self.arrays.scaling}"
         return (
             f"Predictor from {self.path}{step}\n"
-            f"  classes  {self.settings.num_classes:,}: {names}\n"
+            f"  {self.targets.nouns:7}  {self.settings.num_classes:,}: {names}\n"
             f"  targets  {self.targets}\n"
             f"  {shown}\n"
             f"  noise    {self.settings.noise_schedule}, t from 0 to "

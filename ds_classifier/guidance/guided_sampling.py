@@ -140,11 +140,11 @@ class GuidedSampling:
         """
         if self.targets.kind == "values":
             if eta is None or classes:
-                spread = float(np.std(self.targets.values))
                 raise ValueError(
                     f"got {'--classes' if classes else 'no --eta'}; need --eta for {self.targets}: "
                     "above 0 for larger values, below 0 for smaller ones, in 1 / unit of the "
-                    f"value; do: --eta {1 / spread:.2g}, which moves the mean by about one spread"
+                    f"value; do: --eta {self.targets.moving_eta:.2g}, which moves the mean by "
+                    "about one spread"
                 )
             return np.array([eta], np.float32)
         if eta is not None:

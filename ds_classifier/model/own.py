@@ -28,6 +28,7 @@ aten = torch.ops.aten
 OFFERED = ("num_classes", "image_size", "in_channels")  # keywords of a factory
 FORWARD = "forward(x [N, C, S, S], t [N]) -> logits [N, K]"
 TRIED = 2  # images of the first try
+SHORT = (torch.float16, torch.bfloat16)
 # Layers of torchvision and timm that leave out a path at random, by their class.
 STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")
 
@@ -38,7 +39,7 @@ def names_own_code(classifier: str) -> bool:
 
 
 def create(name: str, arguments: dict[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    """Return the network that a factory of the user's builds.
+    """Return the network that a factory of the user's builds, with 16-bit weights as fp32.
 
     name: "package.module:factory". arguments: its keywords. sizes: the values of OFFERED, of which
         it gets those that its signature names, or all if it takes any keyword.
@@ -68,7 +69,8 @@ def create(name: str, arguments: dict[str, Any], sizes: Mapping[str, int]) -> nn
             f"nn.Module with {FORWARD}"
         )
     _check_parameters(network, name)
-    return network
+    # Weights in 16 bits would round those of a checkpoint, which are fp32, when it is loaded.
+    return network._apply(lambda value: value.float() if value.dtype in SHORT else value)
 
 
 def _check_parameters(network: nn.Module, name: str) -> None:

@@ -64,7 +64,9 @@ def noise_levels(run: RunData) -> dict[str, Any] | str:
         "text": text,
         "charts": plots.evaluation_svgs(newest, older),
         "summary": f"{plots.weights_name(newest)}, all {len(ours['levels'])} levels in numbers",
-        "table": _level_table(ours, bayes, level_columns(targets_of(newest))),
+        "table": _level_table(
+            ours, bayes, level_columns(len(newest["classes"]), targets_of(newest))
+        ),
     }
 
 

@@ -28,7 +28,7 @@ def guides(run: RunData) -> dict[str, Any] | str:
     samples = run.samples
     if samples is None:
         data = run.settings.get("data_dir") or "SHARDS"
-        eta = f" --eta {1 / np.std(run.targets.values):.2g}" if run.targets.kind == "values" else ""
+        eta = f" --eta {run.targets.moving_eta:.2g}" if run.targets.kind == "values" else ""
         return (
             "No samples yet. To draw and measure some on a small training set and update this "
             f"page, run: ds-classifier sample --classifier_path {run.named} --data_dir {data}{eta} "

@@ -429,8 +429,13 @@ def _known(numbers: dict[str, Any], key: str) -> list[float]:
 
 
 def _reliability(figure, record: dict[str, Any]) -> None:
-    """Draw accuracy against confidence; the area of a dot is its share of the images."""
-    panel = Panel(figure, "Reliability: accuracy by confidence", "confidence")
+    """Draw accuracy against confidence; the area of a dot is its share of the images.
+
+    Of soft vectors it is the probability that these give to the predicted class.
+    """
+    right = {"soft": "probability of the labels", "classes": "right answers"}
+    what = right.get(targets_of(record).kind, "accuracy")
+    panel = Panel(figure, f"Reliability: {what} by confidence", "confidence")
     panel.axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")
     for level, color in zip(record["classifier"]["reliability"], LEVEL_COLORS, strict=False):
         total = sum(row["samples"] for row in level["bins"])

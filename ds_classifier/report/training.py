@@ -152,14 +152,16 @@ def curves(run: RunData) -> dict[str, Any] | str:
         charts.append((f"Validation {what} by quartile of t", lines, share, None))
     if classes > TOP_5_FROM and "acc@5" in metrics:
         charts.append((metrics["acc@5"].title, _train_and_val(run, "acc@5"), share, None))
+    guessed = {} if guessing is None else {"mae": guessing.mae, "mAP": guessing.mean_ap}
     for title, key, axis in plots.other_metrics(run.targets):
         lines = _train_and_val(run, key)
+        level = None if guessed.get(key) is None else (guessed[key], "guessing")
         if key in metrics:
-            charts.append((title, lines, axis, None))
+            charts.append((title, lines, axis, level))
             lines = _quartiles(train, f"train_{key}")
             charts.append((f"{title}, by quartile of t", lines, axis, None))
         elif val.rows:  # no mean over samples: training does not measure it
-            charts.append((title, lines[1:], axis, None))
+            charts.append((title, lines[1:], axis, level))
     of_machine = [
         ("Gradient norm", "grad_norm", Axis(0)),
         ("Learning rate", "lr", Axis(0)),

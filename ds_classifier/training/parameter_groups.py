@@ -35,9 +35,12 @@ def divide_parameters(
         for name in _matching(classifier, "freeze", pattern, problems):
             classifier.get_parameter(name).requires_grad_(False)
     if not trained(classifier):
+        what_to_do = f"give patterns that leave some of {_tops(_names(classifier))}"
+        if not settings.freeze:
+            what_to_do = "build the network with requires_grad True where it is to learn"
         problems.append(
             f"--freeze: got {settings.freeze or 'none'}, with which no parameter is trained; need "
-            "some that are"
+            f"some that are; do: {what_to_do}"
         )
         raise ValueError("\n".join(problems))
     if (settings.lr_scale or settings.no_decay) and optimizer.lower() == "muon":

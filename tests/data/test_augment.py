@@ -15,6 +15,7 @@ from ds_classifier.data.loader import ShardDataset, TrainingPositions, create_lo
 from ds_classifier.data.order import SampleOrder
 from ds_classifier.data.shards import open_shards
 from ds_classifier.data.splits import settled_by_data
+from ds_classifier.distributed import failures
 from ds_classifier.evaluation.data import create_validation_loader
 
 MODULE = """
@@ -38,6 +39,11 @@ def listed(image):
 
 def failing(image):
     raise KeyError("no such image")
+
+def of_dark_images(image):
+    if image.float().mean() > BRIGHT:
+        raise KeyError("too bright")
+    return image
 """
 
 
@@ -163,6 +169,31 @@ def test_validation_is_not_augmented(digits):
 def test_what_cannot_change_images_is_refused(changes, problem):
     with pytest.raises(ValueError, match=f"--augment: .*{problem}"):
         create_augmentation(Settings(image_size=16, **changes))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_function_that_fails_on_one_image_names_it_and_not_its_traceback(
+    digits, tmp_path, monkeypatch, workers
+):
+    """The brightest of 24 images; a worker's error holds its traceback, which is not shown."""
+    plain = dataset(digits, None)
+    means = plain[np.arange(24)].images.float().mean(dim=(1, 2, 3))
+    two = means.topk(2).values.mean()
+    (tmp_path / "my_bright.py").write_text(MODULE.replace("BRIGHT", f"{two}"))
+    data = dataset(digits, Augmentation("my_bright:of_dark_images", 4))
+    order = dict(first_step=0, steps=2, global_batch=12, rank=0, world_size=1)
+    positions = TrainingPositions(data.order, micro_batch=4, **order)
+    with pytest.raises(ValueError) as failed:
+        list(create_loader(data, positions, workers=workers))
+    key = data.key(int(means.argmax()))
+    sample = data.order.samples(means.argmax().numpy()[None])[0]
+    shard = data.shards.manifest.shards[data.shards.index["shard"][sample]].name
+    assert failures.summary(failed.value) == (
+        "--augment: my_bright:of_dark_images fails for an image [3, 16, 16]: KeyError: 'too "
+        f"bright' (my_bright.py, line 25); the image is {key} in {shard}; do: correct the "
+        "function, and run the same command again, which continues from the last checkpoint"
+    )
+    assert failures.exit_code(failed.value) == failures.WRONG_USE
 
 
 def test_arrays_are_refused(digits):

@@ -27,8 +27,9 @@ def test_top_5_says_nothing_about_five_classes():
 
 
 def test_columns_of_an_evaluation():
-    heads = [column.head for column in metrics.level_columns()]
+    heads = [column.head for column in metrics.level_columns(6)]
     assert heads == ["acc@1 %", "acc@5 %", "loss", "ECE %", "|grad|"]
+    assert "acc@5 %" not in {column.head for column in metrics.level_columns(4)}
 
 
 def test_an_entry_is_all_a_metric_needs(entropy, monkeypatch):

@@ -71,6 +71,7 @@ def test_a_predictor_of_a_run_and_of_its_export(tmp_path, kind):
         model = ds_classifier.load(path)
         assert model.targets == targets
         assert f"targets  {targets}\n" in repr(model)
+        assert f"\n  {'bins     ' if kind == 'values' else 'classes  '}5: " in repr(model)
         torch.testing.assert_close(model.gradient(x, t, ASKED[kind]), expected)
         x_t = model.diffusion.q_sample(
             images / 127.5 - 1, torch.tensor([5, 5]), torch.zeros(images.shape)
@@ -140,6 +141,9 @@ def test_the_card_says_what_logits_mean_and_its_python_runs(tmp_path, monkeypatc
         assert f"    column: {json.dumps(VALUES.name)}\n" in card
         assert '    1: "dog: a | b", mean value 2.5\n' in card
         assert card.count("`weight`") == 1  # in a block of code alone, where it breaks nothing
+        assert "# Noise-aware classifier, 16 px, 5 bins of `a 'weight' |`\n" in card
+        assert "predicts `a 'weight' |` of an image, as the probability of each of its bins" in card
+        assert f"torch.full((1,), {1 / np.std(VALUES.values):.2g})" in card  # as sample.py advises
     monkeypatch.chdir(run / "export")
     names: dict = {}
     exec(re.search("```python\n(.*?)```", card, re.DOTALL).group(1), names)

@@ -269,6 +269,18 @@ def test_whole_numbers_in_buffers_are_kept(module, tmp_path):
     assert torch.equal(model.classifier.norm.running_mean, torch.full((8,), 0.5))
 
 
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_weights_of_16_bits_take_those_of_a_file_without_rounding(module, tmp_path, kind):
+    built = "return Net(num_classes, image_size, width)"
+    name = module(SMALL.replace(built, f"{built}.{kind}()"))
+    state = create_classifier(classifier=module(), **SIZES).state_dict()
+    weights = {n: torch.rand_like(value) for n, value in state.items()}
+    torch.save(weights, tmp_path / "mine.pt")
+    _, read = load_classifier(tmp_path / "mine.pt", {"classifier": name, **SIZES})
+    for n, value in read.state_dict().items():
+        assert torch.equal(value, weights[n]), n
+
+
 def test_buffers_of_masks_and_expanded_ones_are_kept(module, tmp_path):
     """-inf is no fault of a mask; an expanded tensor cannot be written to in place."""
     layers = (

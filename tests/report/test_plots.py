@@ -1,24 +1,33 @@
 """The figures: points are at the right places, gaps stay gaps, no screen is needed."""
 
+import json
 import math
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 from PIL import Image
 from report_page import HOSTILE, Page, record
 from running import ROOT, run_python
 
+from ds_classifier.data.labels.targets import Targets
+from ds_classifier.report.data import read_run
 from ds_classifier.report.plots import (
     NAMED,
     Axis,
     Bar,
     Line,
+    _reliability,
     _write_png,
     curves_svg,
     plot_evaluation,
     plot_series,
     timeline_svg,
+    to_svg,
 )
+from ds_classifier.report.training import curves
+from ds_classifier.training.logs.sanity import Guessing
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [1e-9, 5e9], [-3.0, 2.0], [math.nan, 1.0]])
@@ -114,6 +123,47 @@ def test_png_files_of_any_class_names(run):
     for name in ("one", "series", "names"):
         with Image.open(run / f"{name}.png") as image:
             assert image.size[0] > 1500
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("class", "accuracy"),
+        ("soft", "probability of the labels"),
+        ("classes", "right answers"),
+    ],
+)
+def test_the_chart_of_reliability_says_what_is_set_against_confidence(kind, words):
+    made = record(10, ["a", "b", "c"], {(0, 0): 3}) | {"targets": {"kind": kind}}
+    svg = to_svg(partial(_reliability, record=made))
+    assert f'aria-label="Reliability: {words} by confidence"' in svg
+
+
+@pytest.mark.parametrize(
+    ("targets", "labels", "title", "numbers"),
+    [
+        (
+            Targets("values", (0.0, 4.0), (2.0,), "age"),
+            np.array([0, 1]),
+            "Mean absolute error of age",
+            {"train_mae": 1.0},
+        ),
+        (
+            Targets("classes"),
+            np.array([[1, 0], [0, 0]]),
+            "Mean average precision",
+            {"val_loss": 0.5, "val_mAP": 0.7},
+        ),
+    ],
+)
+def test_curves_of_other_targets_show_what_guessing_reaches(run, targets, labels, title, numbers):
+    guessing = vars(Guessing.of(labels, 2, targets))
+    started = {"time": 1.0, "event": "start", "guessing": guessing, "targets": targets.to_json()}
+    (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+    (run / "log.jsonl").write_text(json.dumps({"step": 10, **numbers}) + "\n")
+    charts = curves(read_run(run))["charts"]
+    (chart,) = [svg for svg in charts if f'aria-label="{title}"' in svg]
+    assert ">guessing<" in chart
 
 
 def test_a_sheet_need_not_be_full(tmp_path):

@@ -1,5 +1,6 @@
 """The lines said about made-up and real rows; noise alone must make none."""
 
+import dataclasses
 import json
 import math
 
@@ -37,7 +38,101 @@ def drawn(
     }
 
 
-def test_several_classes_are_judged_by_the_accuracy_of_their_answers():
+def judged(name, guessing, means, **more) -> list[str]:
+    """Return the lines about rows with these means by quartile of t, which scatter by 1 %."""
+    random = np.random.RandomState(0)
+    rows = []
+    for step, of_row in enumerate(means, 1):
+        values = np.multiply(of_row, random.normal(1, 0.01, 4))
+        rows.append(
+            {"step": step, "window_samples": 640}
+            | {f"train_{name}_q{q}": value for q, value in enumerate(values)}
+            | {f"window_samples_q{q}": 160 for q in range(4)}
+            | {"train_loss": guessing.loss, f"train_{name}": values.mean()}
+            | {key: of(step) for key, of in more.items()}
+        )
+    return watched(rows, guessing)
+
+
+def test_rare_classes_are_learnt_when_their_loss_falls_though_no_answer_changes():
+    """Each of 20 classes is on 1 image of 50, so 98 % of the answers are right without looking."""
+    labels = np.zeros((1000, 20))
+    labels[::50] = 1
+    guessing = Guessing.of(labels, 20, Targets("classes"))
+    entropy = -0.02 * math.log(0.02) - 0.98 * math.log(0.98)
+    assert guessing.loss == pytest.approx(entropy)
+    assert guessing.mean_ap == pytest.approx(0.02)
+    answers = {"train_acc": lambda step: 0.98}
+    answers |= {f"train_acc_q{q}": lambda step: 0.98 for q in range(4)}
+    (said,) = judged("loss", guessing, [[entropy] * 4] * 60, **answers)
+    assert said == "1 loss 0.099 = 0.098, that of guessing by class frequency: nothing learnt yet"
+    rates = [1.0] * 20 + [0.8] * 40
+    rows = [[entropy * rate, entropy, entropy, entropy] for rate in rates]
+    first, second = judged("loss", guessing, rows, **answers)
+    assert "nothing learnt yet" in first
+    assert ": learning, nearly clean images first" in second
+    assert "guessing 0.0980" in second
+    last = judged("loss", guessing, [[entropy * 0.5] * 4] * 20, **answers)[-1]
+    assert last.startswith("5 loss 0.0496 0.0490 0.0493 ")
+    assert last.endswith("by quartile of t over 5 lines, guessing 0.0980: learning at every noise "
+                         "level")  # fmt: skip
+
+
+def test_values_are_judged_by_their_error():
+    """Values of 0, 10 and 40; guessing their mean misses by 15.6. Top-1 says nothing of it."""
+    targets = Targets("values", values=(0.0, 10.0, 40.0), edges=(5.0, 25.0), name="age")
+    guessing = Guessing.of(np.repeat([0, 1, 2], 100), 3, targets)
+    mae = (50 / 3 + 20 / 3 + 70 / 3) / 3
+    assert guessing.mae == pytest.approx(mae)
+    hits = {f"train_acc@1_q{q}": lambda step: 0.9 for q in range(4)}
+    (said,) = judged("mae", guessing, [[mae] * 4] * 40, **hits)
+    assert said.endswith("= ln 3: nothing learnt yet")
+    *_, said = judged("mae", guessing, [[3, 5, 8, 12]] * 40)
+    assert said.startswith("5 mae 3.03 5.00 8.05 12.1 by quartile")
+    assert "guessing 15.6: learning at every noise level" in said
+    (said,) = [line for line in judged("mae", guessing, [[9, 8, 7, 4]] * 40) if "odd" in line]
+    assert "in q3, most noise, below " in said
+
+
+@pytest.mark.parametrize(("held_out", "said_so"), [(0.24, True), (0.11, False)])
+def test_several_classes_are_overfitted_when_the_losses_part(held_out, said_so):
+    guessing = Guessing(20, 0.2, 0.95, "acc", 0.0, None, 0.05)
+    losses = {2: 0.15, 25: held_out}
+    rows = [{"step": step, "val_loss": loss, "val_acc": 0.95} for step, loss in losses.items()]
+    trained = [
+        {"step": step, "window_samples": 640, "train_loss": 0.1}
+        | {f"train_loss_q{q}": 0.1 for q in range(4)}
+        for step in range(1, 26)
+    ]
+    said = watched(sorted(trained + rows, key=lambda row: row["step"]), guessing, val_samples=2000)
+    text = "25 training loss 0.100, validation 0.240, loss up from 0.15 at step 2: overfitting"
+    assert any(line.startswith(text) for line in said) == said_so, said
+
+
+def test_values_are_overfitted_when_the_errors_part():
+    """An error of 30 is no share; guessing misses by 15.6, and training by 5."""
+    guessing = Guessing(3, 1.1, 0.4, mae=15.6)
+    trained = [
+        {"step": step, "window_samples": 640, "train_loss": 0.4, "train_mae": 5.0}
+        | {f"train_mae_q{q}": 5.0 for q in range(4)}
+        for step in range(1, 26)
+    ]
+    validated = {"step": 25, "val_loss": 2.0, "val_acc@1": 0.3, "val_mae": 30.0}
+    *_, said = watched([*trained, validated], guessing)
+    assert said == "25 training mae 5.00, validation 30.0: overfitting; take checkpoints/best"
+
+
+def test_several_classes_under_a_loss_of_the_users_are_not_judged():
+    guessing = Guessing(20, None, 0.95, "acc")
+    assert judged("loss", dataclasses.replace(guessing, loss=1.0), [[0.1] * 4] * 20)
+    rows = [
+        {"step": step, "window_samples": 640, "train_loss": 0.1, "train_loss_q0": 0.1}
+        for step in range(20)
+    ]
+    assert watched(rows, guessing) == []
+
+
+def test_several_classes_have_the_accuracy_of_their_answers_too():
     """One class on half of the images, three on a tenth: 0.5 and 0.9 right without looking."""
     labels = np.zeros((1000, 4))
     labels[::2, 0] = labels[::10, 1:] = 1
@@ -45,17 +140,6 @@ def test_several_classes_are_judged_by_the_accuracy_of_their_answers():
     loss = (math.log(2) + 3 * 0.325083) / 4
     assert (guessing.metric, guessing.accuracy) == ("acc", pytest.approx(0.8))
     assert guessing.loss == pytest.approx(loss, abs=1e-5)
-    rows = [
-        {"step": step, "window_samples": 640, "train_loss": loss, "train_acc": accuracy}
-        | {f"train_acc_q{q}": accuracy for q in range(4)}
-        | {f"window_samples_q{q}": 160 for q in range(4)}
-        for step, accuracy in enumerate([0.8] * 20 + [0.95] * 20)
-    ]
-    first, *_, last = watched(rows, guessing)
-    assert first.endswith("that of guessing by class frequency: nothing learnt yet")
-    assert last.endswith(
-        "by quartile of t over 7 lines, chance 80 %: learning at every noise level"
-    )
 
 
 def sequence(steps, seed=0, **by_step):

@@ -44,9 +44,10 @@ VALIDATED = {
     **{"val_acc@1_q0": 0.09, "val_acc@1_q1": 0.11, "val_acc@1_q2": None, "val_acc@1_q3": 0.0},
     "val_seconds": 8.83,
 }
+OF_ACCURACY = EXPLAINED.format("accuracy")
 LOG = f"""\
    step       eta   loss acc@1  q0  q1  q2  q3 acc@5  gnorm      lr scale  img/s wait   mem
-{EXPLAINED}
+{OF_ACCURACY}
      50   0:03:31  2.088  24.8  28  28  26  22  69.5   1.95  9.2e-4  2^16    136   2%  0.8G
 1000000 1000 days 329.18 100.0 100   -   - nan 100.0  1.2e6 1.0e-10  2^-3 100000 100%  139G
     250       val  2.303  10.0   9  11   -   0  50.0  at t=0 12.5 %, 8.8 s"""
@@ -113,22 +114,43 @@ def test_80_columns_hold_all_but_the_memory_in_bf16_and_all_for_few_classes(term
 
 
 def test_several_classes_have_columns_of_their_own(terminal):
-    """The mean average precision is of validations; the quartiles are of the right answers."""
+    """The mean average precision is of validations; the quartiles are of the loss."""
     terminal(None)
     table = Table(num_classes=10, loss_scale=False, targets=Targets("classes"))
     head, explained = table.begin().splitlines()
-    assert head.split()[2:9] == ["loss", "acc", "q0", "q1", "q2", "q3", "mAP"]
-    assert "acc" in explained
-    quartiles = {f"train_acc_q{q}": 0.9 - q / 10 for q in range(4)}
+    assert head.split()[2:9] == ["loss", "q0", "q1", "q2", "q3", "acc", "mAP"]
+    assert explained.startswith("q0..q3: loss by quarter")
+    quartiles = {f"train_loss_q{q}": loss for q, loss in enumerate((0.0312, 0.5, 12.34, 1e-5))}
     row = ROW | {"train_loss": 0.5, "train_acc": 0.75} | quartiles
     assert table.training_line(row, eta_seconds=10).split()[2:9] == [
-        *("0.500", "75.0", "90", "80", "70", "60", "-")
+        *("0.500", "0.031", "0.500", "12.3", "1e-5", "75.0", "-")
     ]
     validated = {"step": 5, "val_loss": 0.5, "val_acc": 0.7, "val_mAP": 0.6, "val_seconds": 1.0}
-    validated |= {f"val_acc_q{q}": 0.7 for q in range(4)} | {"val_acc_t0": 0.8, "val_mAP_t0": 0.9}
+    validated |= {f"val_loss_q{q}": 0.7 for q in range(4)} | {"val_acc_t0": 0.8, "val_mAP_t0": 0.9}
     line = table.validation_line(validated)
-    assert line.split()[2:9] == ["0.500", "70.0", "70", "70", "70", "70", "60.0"]
-    assert "at t=0 80.0 %" in line
+    assert line.split()[2:9] == ["0.500", *["0.700"] * 4, "70.0", "60.0"]
+    assert "at t=0 mAP % 90.0" in line
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(1.0, "0.123"), (1e4, "1230"), (1e-4, "1.2e-5"), (1e9, "1.23e8")]
+)
+def test_errors_of_values_of_any_size_can_be_read(terminal, size, shown):
+    """The quartiles are of the error, in whatever unit."""
+    terminal(None)
+    targets = Targets("values", values=(0.0, size), edges=(size / 2,), name="age")
+    table = Table(num_classes=2, loss_scale=False, targets=targets)
+    head, explained = table.begin().splitlines()
+    assert head.split()[2:9] == ["loss", "acc@1", "mae", "q0", "q1", "q2", "q3"]
+    assert explained.startswith("q0..q3: mae by quarter")
+    row = ROW | {"train_mae": 0.12300001 * size}
+    row |= {f"train_mae_q{q}": 0.123 * size for q in range(4)}
+    cells = table.training_line(row, eta_seconds=10).split()
+    assert cells[4] == shown
+    assert {len(cell) for cell in cells[5:9]} <= {4, 5}
+    assert [float(cell) for cell in cells[5:9]] == pytest.approx([0.123 * size] * 4, rel=0.2)
+    validated = VALIDATED | {"val_mae": 0.2 * size, "val_mae_t0": 0.123 * size}
+    assert f"at t=0 mae {shown}, 8.8 s" in table.validation_line(validated)
 
 
 def test_a_new_metric_has_a_column_and_negative_values_do_not_touch_it(terminal, monkeypatch):

@@ -23,14 +23,18 @@ Label = str | int | tuple[str | int, ...] | np.ndarray | float
 Where = Callable[[int], str]  # the place of a row, for messages
 
 
-def named_columns(given: str, names: Sequence[str], place: str) -> list[str]:
+def named_columns(
+    given: str, names: Sequence[str], place: str, *, others: Sequence[str | None] = ()
+) -> list[str]:
     """Return the columns that --columns label=a,b,c names; a pattern such as p_* stands for many.
 
+    others: columns of something else, which a pattern does not mean.
     Raises ValueError for a name that fits no column.
     """
     found: dict[str, None] = {}
     for name in given.split(","):
-        fitting = [name] if name in names else fnmatch.filter(names, name)
+        fitting = [n for n in fnmatch.filter(names, name) if n not in others]
+        fitting = [name] if name in names else fitting
         if not fitting:
             raise ValueError(f"--columns: got label={name}; {place} has the columns {list(names)}")
         found |= dict.fromkeys(fitting)

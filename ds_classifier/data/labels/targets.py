@@ -12,6 +12,7 @@ What a batch holds of each, for n images and K classes:
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,11 @@ class Targets:
     def nouns(self) -> str:
         """The plural of `noun`."""
         return "bins" if self.kind == "values" else "classes"
+
+    @property
+    def moving_eta(self) -> float:
+        """An eta that moves the mean of the guided values by about one spread of the bins."""
+        return 1 / statistics.pstdev(self.values)
 
     def __str__(self) -> str:
         of = f" of {self.name}" if self.kind == "values" else ""

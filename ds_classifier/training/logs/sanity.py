@@ -2,6 +2,10 @@
 
 Accuracies are compared with chance, by the number of images that they rest on, and losses with
 their own scatter. Nothing is said that a few noisy rows cannot show.
+
+Images of one class, or soft vectors, are judged by the top-1 accuracy. Of several classes, most
+answers to rare ones are right whatever is learnt, so the loss is compared with that of guessing.
+Of values it is the mean absolute error.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ds_classifier.common.text import significant
 from ds_classifier.data.labels.targets import ONE_CLASS, Targets
 from ds_classifier.evaluation.metrics import accuracy_of, scores_of_guessing
 
@@ -28,6 +33,7 @@ KEPT = 500  # training rows that are remembered; of validation rows, the same nu
 # exp(-12) = 6e-6 (Chernoff's bound), whatever the number of images.
 EVIDENCE = 12.0
 DEVIATIONS = 4.0  # the standard errors that a difference must have
+LITTLE = 0.01  # of the loss or the error of guessing: a smaller gain is none
 QUARTILES = range(4)
 
 
@@ -39,6 +45,7 @@ class Guessing:
     has a loss of the user's, whose value for guessing is not known. accuracy: the share of the most
     frequent class. metric: the accuracy's name. least: the least possible loss, which is above 0
     for soft vectors. mae: of values in bins, the mean absolute error of guessing their mean.
+    mean_ap: of several classes, the mean average precision.
     """
 
     num_classes: int
@@ -47,6 +54,7 @@ class Guessing:
     metric: str = "acc@1"
     least: float = 0.0
     mae: float | None = None
+    mean_ap: float | None = None
 
     @classmethod
     def of(cls, labels: np.ndarray, num_classes: int, targets: Targets = ONE_CLASS) -> Guessing:
@@ -62,14 +70,35 @@ class Guessing:
     ) -> Guessing:
         """Return what scores_of_guessing returned for these targets, or an evaluation recorded."""
         metric = accuracy_of(targets).name
-        least = scores.get("least", 0.0)
-        return cls(num_classes, scores["loss"], scores[metric], metric, least, scores.get("mae"))
+        more = scores.get("least", 0.0), scores.get("mae"), scores.get("mAP")
+        return cls(num_classes, scores["loss"], scores[metric], metric, *more)
+
+    @property
+    def judged(self) -> str:
+        """The name of the mean by which learning is told from guessing."""
+        if self.mae is not None:
+            return "mae"
+        return "loss" if self.metric == "acc" else self.metric
+
+    @property
+    def chance(self) -> float | None:
+        """The value of that mean; None if it is not known."""
+        return {"mae": self.mae, "loss": self.loss}.get(self.judged, self.accuracy)
+
+    @property
+    def falls(self) -> bool:
+        """The direction: True if that mean falls while the classifier learns; an accuracy rises."""
+        return self.judged != self.metric
+
+    def said(self, value: float) -> str:
+        """Return a value of that mean in a sentence."""
+        return significant(value, 6) if self.falls else _percent(value)
 
     def name(self) -> str:
         """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""
         if abs(self.loss - math.log(self.num_classes)) < 0.02:
             return f"ln {self.num_classes} = {math.log(self.num_classes):.2f}"
-        return f"{self.loss:.2f}, that of guessing by class frequency"
+        return f"{_nats(self.loss)}, that of guessing by class frequency"
 
 
 class RecentRows:
@@ -142,34 +171,67 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
     images = _images(now)
     if images < LEAST_IMAGES:
         return UNKNOWN, ""
-    chance = guessing.accuracy
-    accuracy = {q: _mean(now, _of(q, guessing)) for q in QUARTILES}
-    accuracy = {q: value for q, value in accuracy.items() if value is not None}
-    resting = {q: _images(now, q) for q in accuracy}
-    learnt = [q for q, value in accuracy.items() if above_chance(value, chance, resting[q])]
+    scores = _scores(now, guessing)
+    learnt = [q for q, score in scores.items() if score.learnt]
+    name, floor = ("accuracy", "chance") if not guessing.falls else (guessing.judged, "guessing")
     window = f" over {len(now)} lines" if len(now) > 1 else ""
-    known = f"{window}, chance {_percent(chance)}: learning"
-    shown = " ".join(f"{100 * value:.0f}" for value in accuracy.values())
-    if learnt and len(learnt) == len(accuracy):
-        if len(accuracy) == 1:
-            return EVERYWHERE, f"accuracy {shown} %{known}"
-        return EVERYWHERE, f"accuracy {shown} % by quartile of t{known} at every noise level"
+    if learnt:
+        known = f"{window}, {floor} {guessing.said(guessing.chance)}: learning"
+    if learnt and len(learnt) == len(scores):
+        shown = " ".join(f"{100 * mean:.0f}" for mean, *_ in scores.values()) + " %"
+        if guessing.falls:
+            shown = " ".join(guessing.said(mean) for mean, *_ in scores.values())
+        if len(scores) == 1:
+            return EVERYWHERE, f"{name} {shown}{known}"
+        return EVERYWHERE, f"{name} {shown} by quartile of t{known} at every noise level"
     if learnt:
         first = learnt[0]
-        text = f"q{first} accuracy {_percent(accuracy[first])}{known}"
+        text = f"q{first} {name} {guessing.said(scores[first].mean)}{known}"
         if first == 0:
             text += ", nearly clean images first, as it should be"
-        elif 0 in accuracy and _apart(accuracy[0], resting[0], accuracy[first], resting[first]):
+        elif 0 in scores and _apart(scores[first], scores[0], guessing):
             text += ", but not in q0"
         return FIRST, text
     loss, error = _mean(now, "train_loss"), _mean_and_error(now)[1]
     if None not in (loss, guessing.loss) and loss > guessing.loss - max(
-        0.01 * guessing.loss, DEVIATIONS * error
+        LITTLE * (guessing.loss - guessing.least), DEVIATIONS * error
     ):
         relation = "=" if loss < 1.05 * guessing.loss else "above"
         known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
-        return NOTHING, f"loss {loss:.2f} {relation} {known}: nothing learnt yet"
+        return NOTHING, f"loss {_nats(loss)} {relation} {known}: nothing learnt yet"
     return UNKNOWN, ""
+
+
+class Score(NamedTuple):
+    """The mean that is judged, in a quartile of t, its standard error, and whether it is learnt."""
+
+    mean: float
+    error: float
+    learnt: bool
+
+
+def _scores(rows: Sequence[Row], guessing: Guessing) -> dict[int, Score]:
+    """Return what is judged, by quartile of t; quartiles without images are left out.
+
+    Empty if it is not known for guessing. Of a loss or an error, whose scatter among images is not
+    known, it takes MIN_ROWS rows with the quartile.
+    """
+    scores: dict[int, Score] = {}
+    if guessing.chance is None:
+        return scores
+    for q in QUARTILES:
+        key = f"train_{guessing.judged}_q{q}"
+        if not guessing.falls:
+            mean, images = _mean(rows, key), _images(rows, q)
+            if mean is not None:
+                learnt = above_chance(mean, guessing.chance, images)
+                scores[q] = Score(mean, _error(mean, images), learnt)
+            continue
+        mean, error = _mean_and_error(rows, key)
+        if mean is not None:
+            margin = max(LITTLE * guessing.chance, DEVIATIONS * error)
+            scores[q] = Score(mean, error, mean < guessing.chance - margin)
+    return scores
 
 
 def above_chance(accuracy: float, chance: float, images: float) -> bool:
@@ -205,8 +267,8 @@ def worse_than_guessing(rows: Sequence[Row], guessing: Guessing) -> str | None:
     if None in (loss, guessing.loss) or loss - DEVIATIONS * error < 1.1 * guessing.loss:
         return None
     return (
-        f"loss {loss:.2f} over {len(now)} lines, above {guessing.name()}: worse than guessing; do: "
-        "lower --lr"
+        f"loss {_nats(loss)} over {len(now)} lines, above {guessing.name()}: worse than guessing; "
+        "do: lower --lr"
     )
 
 
@@ -221,33 +283,42 @@ def diverging(rows: Sequence[Row], guessing: Guessing) -> str | None:
     if loss - then < 0.1 * guessing.loss + DEVIATIONS * math.hypot(error, its_error):
         return None
     return (
-        f"loss {loss:.2f}, up from {then:.2f} at step {window[-1]['step']}: diverging; do: if it "
-        "continues, lower --lr"
+        f"loss {_nats(loss)}, up from {_nats(then)} at step {window[-1]['step']}: diverging; do: "
+        "if it continues, lower --lr"
     )
 
 
 def overfitting(rows: Sequence[Row], guessing: Guessing, val_samples: int) -> str | None:
-    """Return a line if training accuracy is far above validation accuracy, or above it while the
-    validation loss rises."""
-    key = f"val_{guessing.metric}"
+    """Return a line if training is far ahead of validation, or ahead while its loss rises.
+
+    Of a loss or an error, the distance is a share of that of guessing.
+    """
+    key = f"val_{guessing.judged}"
     needed = ("val_loss", key)
     validations = [row for row in rows if all(_is_number(row.get(name)) for name in needed)]
     trained = recent(
         [row for row in rows if validations and row["step"] <= validations[-1]["step"]]
     )
-    accuracy, error = _uniform_accuracy(trained, guessing)
-    if accuracy is None or not val_samples:
+    score = _uniform_score(trained, guessing)
+    if score is None or not val_samples:
         return None
     last = validations[-1]
     best = min(validations, key=lambda row: row["val_loss"])
     held_out = last[key]
-    gap = accuracy - held_out - DEVIATIONS * math.hypot(error, _error(held_out, val_samples))
+    if guessing.falls:  # its scatter among images is about as large as the error of guessing
+        scatter = guessing.chance / math.sqrt(val_samples)
+    else:
+        scatter = _error(held_out, val_samples)
+    gap = abs(score.mean - held_out) - DEVIATIONS * math.hypot(score.error, scatter)
+    ahead = score.mean < held_out if guessing.falls else score.mean > held_out
     rising = last["val_loss"] > 1.05 * best["val_loss"]
-    if gap < (0.05 if rising else 0.2):
+    unit = guessing.chance if guessing.falls else 1.0
+    if not ahead or gap < (0.05 if rising else 0.2) * unit:
         return None
-    text = f"training accuracy {_percent(accuracy)}, validation {_percent(held_out)}"
+    name = guessing.judged if guessing.falls else "accuracy"
+    text = f"training {name} {guessing.said(score.mean)}, validation {guessing.said(held_out)}"
     if rising:
-        text += f", loss up from {best['val_loss']:.2f} at step {best['step']}"
+        text += f", loss up from {_nats(best['val_loss'])} at step {best['step']}"
     return f"{text}: overfitting; take checkpoints/best"
 
 
@@ -278,16 +349,18 @@ def falling_loss_scale(rows: Sequence[Row]) -> str | None:
 
 
 def noisier_is_easier(rows: Sequence[Row], guessing: Guessing) -> str | None:
-    """Return a line if accuracy is higher at more noise: then something is mixed up."""
+    """Return a line if more noise is easier: then something is mixed up."""
     now = recent(rows)
-    clean, noisy = _mean(now, _of(0, guessing)), _mean(now, _of(3, guessing))
-    if clean is None or noisy is None or len(now) < MIN_ROWS:
+    scores = _scores(now, guessing)
+    if not {0, 3} <= scores.keys() or len(now) < MIN_ROWS:
         return None
-    if not _apart(clean, _images(now, 0), noisy, _images(now, 3)):
+    clean, noisy = scores[0], scores[3]
+    if not _apart(noisy, clean, guessing):
         return None
+    name, side = (guessing.judged, "below") if guessing.falls else ("accuracy", "above")
     return (
-        f"accuracy {_percent(noisy)} in q3, most noise, above {_percent(clean)} in q0, least: odd, "
-        "since noise hides what an image shows"
+        f"{name} {guessing.said(noisy.mean)} in q3, most noise, {side} "
+        f"{guessing.said(clean.mean)} in q0, least: odd, since noise hides what an image shows"
     )
 
 
@@ -317,10 +390,6 @@ def windows(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield part
 
 
-def _of(quartile: int, guessing: Guessing) -> str:
-    return f"train_{guessing.metric}_q{quartile}"
-
-
 def _images(rows: Sequence[Row], quartile: int | None = None) -> float:
     """Return the number of images behind these rows; for one quartile of t the logged count, or a
     quarter of all if none was logged."""
@@ -344,35 +413,41 @@ def _mean(rows: Sequence[Row], key: str) -> float | None:
     return sum(n * row[key] for n, row in zip(counts, having, strict=True)) / sum(counts)
 
 
-def _uniform_accuracy(rows: Sequence[Row], guessing: Guessing) -> tuple[float | None, float]:
-    """Return the training accuracy under uniform t, as validation's is, and its standard error.
+def _uniform_score(rows: Sequence[Row], guessing: Guessing) -> Score | None:
+    """Return what is judged under uniform t, as validation's is; None if it is not known.
 
     Every quartile has the same weight, however often a schedule sampler draws it.
     """
-    means = [_mean(rows, _of(q, guessing)) for q in QUARTILES]
-    if None in means:
-        accuracy = _mean(rows, f"train_{guessing.metric}")
-        return accuracy, 0.0 if accuracy is None else _error(accuracy, _images(rows))
-    errors = [_error(mean, _images(rows, q)) for q, mean in enumerate(means)]
-    return sum(means) / len(means), math.hypot(*errors) / len(means)
+    scores = _scores(rows, guessing)
+    if len(scores) == len(QUARTILES):
+        mean = sum(score.mean for score in scores.values()) / len(scores)
+        return Score(mean, math.hypot(*(s.error for s in scores.values())) / len(scores), False)
+    key = f"train_{guessing.judged}"
+    if guessing.falls:
+        mean, error = _mean_and_error(rows, key) if guessing.chance is not None else (None, 0.0)
+    else:
+        mean = _mean(rows, key)
+        error = 0.0 if mean is None else _error(mean, _images(rows))
+    return None if mean is None else Score(mean, error, False)
 
 
-def _apart(low: float, low_images: float, high: float, high_images: float) -> bool:
-    """Return whether one share is above another by more than luck."""
-    error = math.hypot(_error(low, low_images), _error(high, high_images))
-    return high - low >= DEVIATIONS * error
+def _apart(better: Score, worse: Score, guessing: Guessing) -> bool:
+    """Return whether one score is better than another by more than luck."""
+    gain = better.mean - worse.mean
+    gain = -gain if guessing.falls else gain
+    return gain >= DEVIATIONS * math.hypot(better.error, worse.error)
 
 
 def _is_number(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _mean_and_error(rows: Sequence[Row]) -> tuple[float | None, float]:
-    """Return the mean loss and its standard error by the rows' scatter; (None, 0) for few rows."""
-    if len(rows) < MIN_ROWS:
+def _mean_and_error(rows: Sequence[Row], key: str = "train_loss") -> tuple[float | None, float]:
+    """Return a mean and its standard error by the rows' scatter; (None, 0) for few rows."""
+    values = [row[key] for row in rows if _is_number(row.get(key))]
+    if len(values) < MIN_ROWS:
         return None, 0.0
-    losses = [row["train_loss"] for row in rows]
-    return _mean(rows, "train_loss"), float(np.std(losses, ddof=1)) / math.sqrt(len(losses))
+    return _mean(rows, key), float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def _error(share: float, images: float) -> float:
@@ -383,3 +458,8 @@ def _error(share: float, images: float) -> float:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _nats(loss: float) -> str:
+    """Return a loss with two decimals, or, if it is small, with two digits."""
+    return f"{loss:.2f}" if abs(loss) >= 0.2 else f"{loss:.2g}"

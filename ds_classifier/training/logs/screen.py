@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_classifier import distributed
-from ds_classifier.common.text import count, duration, fitted, scientific
+from ds_classifier.common.text import count, duration, fitted, scientific, significant
 from ds_classifier.common.urls import shown
 from ds_classifier.config import CommandLine
 from ds_classifier.config.deepspeed_json import WARM_UP, Resolved
@@ -25,7 +25,7 @@ from ds_classifier.training.setup import Setup
 REPEAT = 20  # rows between two heads of the table
 LOG_COLUMNS = 100  # width of the table where stdout is not a terminal
 STEP = 7  # columns of a step's number, or of the space below it
-EXPLAINED = "q0..q3: accuracy by quarter of the timesteps, q0 nearly clean, q3 nearly noise"
+EXPLAINED = "q0..q3: {} by quarter of the timesteps, q0 nearly clean, q3 nearly noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +55,17 @@ class Table:
     """
 
     def __init__(self, *, num_classes: int, loss_scale: bool, targets: Targets = ONE_CLASS):
-        self._accuracy = metrics.accuracy_of(targets)
+        judged = metrics.judged_of(targets)
+        self._explained = EXPLAINED.format("accuracy" if judged.unit == "%" else judged.name)
+        self._headline = metrics.headline_of(targets)
         self._possible = _columns(num_classes, loss_scale=loss_scale, targets=targets)
         self._columns, self._width, self._rows = self._possible, LOG_COLUMNS, 0
 
     def begin(self) -> str:
         """Return the first head, and what it means."""
         head = self._head()
-        explained = any(column.head == _QUARTILES for column in self._columns)
-        return f"{head}\n{distributed.wrapped(EXPLAINED, indent=8)}" if explained else head
+        explained = any(column.head.split() == _QUARTILES for column in self._columns)
+        return f"{head}\n{distributed.wrapped(self._explained, indent=8)}" if explained else head
 
     def training_line(self, row: dict[str, Any], *, eta_seconds: float) -> str:
         """Return the line of a training row. Accuracies are in per cent."""
@@ -72,10 +74,11 @@ class Table:
 
     def validation_line(self, row: dict[str, Any]) -> str:
         """Return the line of a validation row: its means in their columns, then what is its own."""
-        metric = self._accuracy
+        best = self._headline
         line = self._cells(row, "val", [column for column in self._columns if column.metric])
-        at_0 = metric.text(row.get(f"val_{metric.name}_t0"))
-        rest = f"  at t=0 {at_0} %, {row['val_seconds']:.1f} s"
+        at_0 = best.text(row.get(f"val_{best.name}_t0"))
+        at_0 = f"{at_0} %" if best.name == "acc@1" else f"{best.head} {at_0}"
+        rest = f"  at t=0 {at_0}, {row['val_seconds']:.1f} s"
         line = self._under_head(line + rest * (len(line + rest) <= self._width))
         if bad := row.get("val_bad_samples", 0):
             lost = f"without {bad:,} that did not decode (verify --decode names them)"
@@ -104,19 +107,23 @@ class Table:
 
 
 _ALWAYS = 9
-_QUARTILES = " ".join(f"{f'q{q}':>3}" for q in range(metrics.QUARTILES))
+_QUARTILES = [f"q{q}" for q in range(metrics.QUARTILES)]
 
 
 def _quartiles(metric: metrics.Shown) -> Column:
-    """Return the column of a metric by quartile of t, in three characters each."""
+    """Return the column of a metric by quartile of t, in three characters each for per cents, and
+    in five for others."""
+    width = 3 if metric.unit == "%" else 5
 
     def quartile(row: dict[str, Any], split: str, q: int) -> str:
         value = row.get(f"{split}_{metric.name}_q{q}")  # None if it had no images
-        return fitted(None if value is None else metric.factor * value, 3, 0).rjust(3)
+        if value is None or metric.unit != "%":
+            return significant(value, width).rjust(width)
+        return fitted(metric.factor * value, width, 0).rjust(width)
 
     return Column(
-        head=_QUARTILES,
-        width=4 * metrics.QUARTILES - 1,
+        head=" ".join(q.rjust(width) for q in _QUARTILES),
+        width=(width + 1) * metrics.QUARTILES - 1,
         cell=lambda row, split: " ".join(quartile(row, split, q) for q in range(metrics.QUARTILES)),
         keep=6,
         metric=True,
@@ -125,8 +132,8 @@ def _quartiles(metric: metrics.Shown) -> Column:
 
 def _columns(num_classes: int, *, loss_scale: bool, targets: Targets) -> list[Column]:
     """Return all columns, from left to right."""
-    accuracy = metrics.accuracy_of(targets)
-    always = ("loss", accuracy.name, metrics.headline_of(targets).name)
+    judged = metrics.judged_of(targets).name
+    always = ("loss", metrics.accuracy_of(targets).name, metrics.headline_of(targets).name)
     columns = [
         Column(
             head="step",
@@ -146,8 +153,8 @@ def _columns(num_classes: int, *, loss_scale: bool, targets: Targets) -> list[Co
     for metric in metrics.measured_of(targets):
         if num_classes >= metric.classes:
             columns.append(_metric_column(metric, keep=_ALWAYS if metric.name in always else 1))
-        if metric is accuracy:
-            columns.append(_quartiles(accuracy))
+        if metric.name == judged:
+            columns.append(_quartiles(metric))
     columns += [
         _number("gnorm", 6, 5, lambda row: fitted(row["grad_norm"], 6, 2)),
         _number("lr", 7, 4, lambda row: scientific(row["lr"])),
@@ -165,6 +172,8 @@ def _metric_column(metric: metrics.Shown, *, keep: int) -> Column:
 
     def cell(row: dict[str, Any], split: str) -> str:
         value = row.get(f"{split}_{metric.name}")
+        if metric.digits is None:
+            return significant(value, width)
         return fitted(None if value is None else metric.factor * value, width, metric.digits)
 
     return Column(head=metric.name, width=width, cell=cell, keep=keep, metric=True)

@@ -209,13 +209,20 @@ def write_soft(kind: str) -> list[str]:
     columns = dict(zip(("p_a", "p_b", "p_c"), numbers.T, strict=True))
     if kind.endswith("csv"):
         write("a.csv", {"path": PATHS, "id": range(COUNT), **columns})
-        return ["a.csv", "--columns", "path=path,label=p_*"]
+        return ["a.csv", "--columns", "path=path,label=p*"]  # not the paths
     if kind.endswith("jsonl"):
         return [write("a.jsonl", {"path": PATHS, "label": numbers.tolist()})]
     if kind.endswith("text"):
         return [write("a.csv", {"path": PATHS, "label": [str(row) for row in numbers.tolist()]})]
     if kind.endswith("parquet"):
         return [as_parquet("a.parquet", {"teacher": pa.array(numbers.tolist())})]
+    if kind.endswith("found"):
+        write("a.csv", {"photo": PATHS, "pw": [1 + i for i in range(COUNT)], **columns})
+        return ["a.csv", "--columns", "label=p*,weight=pw"]
+    if kind.endswith("columns"):
+        parts = {name: pa.array(column) for name, column in columns.items()}
+        as_parquet("a.parquet", {"w": pa.array(range(1, 1 + COUNT)), **parts})
+        return ["a.parquet", "--columns", "label=*,weight=w"]
     images = np.stack([pixels(i) for i in range(COUNT)])
     if kind.endswith("npz"):
         np.savez("a.npz", images=images, labels=numbers.astype(np.float32))
@@ -227,14 +234,18 @@ def write_soft(kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["soft", "logits"])
-@pytest.mark.parametrize("form", ["csv", "jsonl", "text", "parquet", "npz", "npy"])
+@pytest.mark.parametrize(
+    "form", ["csv", "found", "columns", "jsonl", "text", "parquet", "npz", "npy"]
+)
 def test_probabilities_and_logits(place, kind, form):
     run(*write_soft(f"{kind} {form}"), "--targets", kind, "out", "--val", "20%")
     for number, (label, _) in both().items():
         np.testing.assert_allclose(label, SOFT[number], rtol=1e-5, atol=1e-7)
     split = open_shards("out/train")
     assert split.manifest.targets == Targets("soft")
-    assert split.manifest.classes == (["p_a", "p_b", "p_c"] if form == "csv" else ["0", "1", "2"])
+    assert split.manifest.classes == (
+        ["p_a", "p_b", "p_c"] if form in ("csv", "found", "columns") else ["0", "1", "2"]
+    )
     assert split.index["label"].tolist() == split.targets.argmax(axis=1).tolist()
     assert np.abs(split.targets.sum(axis=1, dtype=np.float64) - 1).max() < 1e-6
 
@@ -566,6 +577,7 @@ def test_what_arrays_cannot_hold_is_refused(place, capsys, labels, flags, words)
     np.savez("a.npz", images=np.stack([pixels(i) for i in range(COUNT)]), labels=labels)
     message = refused(capsys, str(place / "a.npz"), "out", *flags)
     assert words in message
+    assert f"{place / 'a.npz'}: labels" in message
     assert message.count("\n") == 1
 
 

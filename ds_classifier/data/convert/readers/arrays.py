@@ -126,7 +126,7 @@ def whole_set(
         if labels is not None:
             named = _labels_in(labels, targets)
         else:
-            named = _as_labels(_mapped(path, own), own, targets)
+            named = _as_labels(_mapped(path, own), f"{path}: {own}", targets)
         taken[split] = _samples(path, values, named)
         if weight:
             taken[split] = _weighted(taken[split], _mapped(path, weight), f"{path}: {weight}")

@@ -280,22 +280,18 @@ def _choose(
 ) -> _Columns:
     """Return the columns to read, by their names or by what the first row holds."""
     names = list(dict.fromkeys(name for _, row in rows[:100] for name in row))
-    labels = []
     for role, name in columns.items():
         if role not in ("path", "label", "weight"):
             raise ValueError(
                 f"--columns: got {role} with the list {path}; need path, label and weight"
             )
-        if role == "label":
-            labels = named_columns(name, names, str(path))
-            if len(labels) > 1 and targets in ("class", "values"):
-                raise several_for_one(labels)
-        elif name not in names:
+        if role != "label" and name not in names:
             raise ValueError(f"--columns: got {role}={name}; {path} has the columns {names}")
     first, places = rows[0][1], _places(path)
     image = columns.get("path") or ("path" if "path" in names else None)
+    named = columns.get("label", "")
     if image is None:
-        others = {*labels, columns.get("weight")}
+        others = {*named.split(","), columns.get("weight")}
         found = [name for name in _image_columns(places, first) if name not in others]
         if any(place.find(name) for place in places for name in found[:1]):
             raise ValueError(
@@ -311,8 +307,12 @@ def _choose(
         if len(found) > 1 and found[0] != "file_name":
             raise _unclear(path, names, "paths", found, f"path={found[0]},label=NAME")
         image = found[0]
-    weight = columns.get("weight", "")
-    if not labels and "label" in names:
+    weight, labels = columns.get("weight", ""), []
+    if "label" in columns:
+        labels = named_columns(named, names, str(path), others=(image, weight))
+        if len(labels) > 1 and targets in ("class", "values"):
+            raise several_for_one(labels)
+    elif "label" in names:
         labels = ["label"]
     if not labels:
         split, kinds = _split_column(rows)

@@ -352,7 +352,8 @@ def _choose(
                 f"--columns: got {role} with parquet ({path}); need image, label and weight"
             )
         if role == "label":
-            labels = named_columns(name, schema.names, str(path))
+            others = columns.get("image", "image"), columns.get("weight")
+            labels = named_columns(name, schema.names, str(path), others=others)
         elif name not in schema.names:
             raise ValueError(f"--columns: got {role}={name}; {path} has the columns {schema.names}")
     if len(labels) > 1 and targets in ("class", "values"):
