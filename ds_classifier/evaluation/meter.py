@@ -21,7 +21,8 @@ def describe_quartiles(diffusion: GaussianDiffusion) -> str:
     """Return the log-SNRs at which the quartiles of t begin and end."""
     steps = diffusion.num_timesteps
     last = [-(-steps * (q + 1) // QUARTILES) - 1 for q in range(QUARTILES)]
-    *borders, end = (f"{diffusion.log_snr[t]:.1f}" for t in (0, *last))
+    levels = (diffusion.log_snr[t].round(1) + 0.0 for t in (0, *last))  # + 0.0: no "-0.0"
+    *borders, end = (f"{level:.1f}" for level in levels)
     return f"q0 to q{QUARTILES - 1} lie between the log-SNRs {', '.join(borders)} and {end}"
 
 

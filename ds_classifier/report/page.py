@@ -6,6 +6,7 @@ section cannot be computed, because a file is damaged, it shows the error in its
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ def page(run: RunData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken_flags"] = unbroken_flags
     return environment.get_template("page.html").render(
         name=run.path.resolve().name,
         path=run.path,
@@ -75,6 +77,13 @@ def page(run: RunData) -> str:
         headline=_computed(headline, run),
         parts={key: _computed(compute, run) for key, (_, compute) in SECTIONS.items()},
     )
+
+
+def unbroken_flags(text: str) -> str:
+    """Return a text as HTML in which no line ends within the name of a flag, such as --lr."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"--\w+", r'<span class="flag">\g<0></span>', str(escape(text))))
 
 
 def _titles(run: RunData) -> dict[str, str]:

@@ -85,7 +85,7 @@ def _validating(run: RunData) -> list[Line]:
     guess = run.guessing
     known = guess is not None and guess.loss is not None
     if known and last - guess.least > (1 - KNOWS_LITTLE) * (guess.loss - guess.least):
-        return [(DOUBTFUL, f"{text}, little below guessing, {guess.loss:.3f}: train longer.")]
+        return [(DOUBTFUL, f"{text}. Guessing has {guess.loss:.3f}: train longer.")]
     return [(GOOD, f"{text}.")]
 
 

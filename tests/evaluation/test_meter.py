@@ -32,6 +32,8 @@ def test_quartiles_have_five_borders():
     flow = create_gaussian_diffusion(noise_schedule="flow")
     expected = "q0 to q3 lie between the log-SNRs 15.2, 2.2, 0.0, -2.2 and -15.2"
     assert describe_quartiles(flow) == expected
+    cosine = create_gaussian_diffusion(noise_schedule="cosine")
+    assert "10.1, 1.7, 0.0, -1.8 and -19.8" in describe_quartiles(cosine)  # not "-0.0"
 
 
 @pytest.mark.parametrize("classes", [3, 12])

@@ -18,7 +18,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.open, self.tags, self.texts, self.addresses = [], [], [], []
         self.sections = {}  # id -> text
-        self.feed(html)
+        self.feed(re.sub(r'<span class="flag">(.*?)</span>', r"\1", html))  # not texts of their own
         self.close()
         assert self.open == []
 

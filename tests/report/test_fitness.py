@@ -180,7 +180,7 @@ def test_a_toy_gets_no_tick_for_its_fitness(run):
     lines = [line for group in checks(read_run(run)) for line in group["lines"]]
     (validation,) = [line for line in lines if "Validation loss 1.520" in line["text"]]
     assert validation["sign"] == "?"
-    assert "little below guessing, 1.609: train longer" in validation["text"]
+    assert "Guessing has 1.609: train longer" in validation["text"]
     signs = [line["sign"] for line in lines]
     assert signs.count("✓") < 3
     assert signs.count("?") + signs.count("!") >= 4

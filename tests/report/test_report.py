@@ -30,7 +30,7 @@ from ds_classifier.evaluation.image_grid import (
 )
 from ds_classifier.evaluation.metrics import METRICS, Metric
 from ds_classifier.report.data import read_run
-from ds_classifier.report.page import page, write_report
+from ds_classifier.report.page import page, unbroken_flags, write_report
 from ds_classifier.training.logs.sanity import Guessing, SanityWatch
 from ds_classifier.training.run_dir import append_event, read_events
 
@@ -326,3 +326,8 @@ def test_a_new_metric_has_charts(run, monkeypatch):
     assert "Entropy, nats, by quartile of t" in parsed.sections["curves"]
     assert "training 0.5" in parsed.sections["curves"]
     assert "Entropy, nats" in parsed.sections["noise"]
+
+
+def test_no_line_ends_within_the_name_of_a_flag():
+    expected = 'try <span class="flag">--lr</span> &lt;x&gt;, not a - b'
+    assert unbroken_flags("try --lr <x>, not a - b") == expected
