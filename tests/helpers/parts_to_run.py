@@ -1,5 +1,6 @@
 """Parts for launch.benchmarks.parts.rows_of: one that ends, one that hangs, one that fails."""
 
+import atexit
 import os
 import subprocess
 import time
@@ -15,6 +16,18 @@ def hangs(path):
     path.write_text(str(sleeper.pid))
     yield {"number": 0}
     sleeper.wait()
+
+
+def hangs_at_its_end():
+    atexit.register(time.sleep, 600)
+    yield {"number": 0}
+
+
+class SlowToImport:
+    """An argument whose arrival takes a minute, as if the part's module imported much."""
+
+    def __reduce__(self):
+        return time.sleep, (60,)
 
 
 def fails():
