@@ -31,6 +31,7 @@ from ds_classifier.guidance.sampling import ReverseProcess, keyed_steps, sample,
 from ds_classifier.guidance.unet import create_unet
 from ds_classifier.model import EncoderUNetModel, create_classifier
 from ds_classifier.training.logs.flops import forward_flops, peak_flops, training_flops
+from ds_classifier.training.logs.profile import kernel_seconds
 
 from .inputs import decoding_rows, noise_rows
 from .measuring import seconds_of
@@ -299,7 +300,7 @@ def step_row(
     }
     if on_gpu:
         row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        if busy := kernel_seconds(step):  # 0 where the profiler is not allowed to see kernels
+        if busy := busy_seconds(step):  # 0 where the profiler is not allowed to see kernels
             row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
     del bench, step
     gc.collect()
@@ -308,13 +309,12 @@ def step_row(
     return row
 
 
-def kernel_seconds(step: Callable[[], object]) -> float:
+def busy_seconds(step: Callable[[], object]) -> float:
     """Return the seconds of a step for which kernels ran on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             step()
-    busy = sum(event.self_device_time_total for event in profiler.key_averages())
-    return busy / 1e6 / PROFILED
+    return kernel_seconds(profiler.key_averages()) / PROFILED
 
 
 def _speed(plan: Plan, px: int, rate: float, precision: str) -> Row:
