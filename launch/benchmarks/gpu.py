@@ -111,6 +111,7 @@ def fidelity(plan: Plan, known: list[Row]) -> Iterator[Row]:
     """Compare logits and input gradients with this CPU's in fp32, which the tests compare with the
     numbers recorded from guided-diffusion."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # NVIDIA's containers allow it
     px = plan.image_sizes[0]
     torch.manual_seed(0)
     model = create_classifier(**plan.settings(px).model_kwargs())
@@ -134,7 +135,7 @@ def fidelity(plan: Plan, known: list[Row]) -> Iterator[Row]:
     exact = answers(torch.device("cpu"), torch.float32)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     for precision, dtype in deepspeed_engine.DTYPES.items():
-        model.load_state_dict(weights)
+        model.float().load_state_dict(weights)  # float(): else fp16 gets what bf16 has rounded
         got = answers(_device(), dtype)
         errors = [
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)
@@ -151,12 +152,16 @@ def eager(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
         try:
             row = step_row(plan, px, micro)
         except torch.OutOfMemoryError:
+            row = None
+        if row is None:  # outside of the handler, which keeps the frames of the step and their GiB
             yield {"px": px, "micro-batch": micro, "note": "does not fit"}
             break
         yield row
         if best and row["images/s"] < ENOUGH * best["images/s"]:
             break
         best = row
+    if not best:
+        return
     micro = best["micro-batch"]
     yield step_row(plan, px, micro, layout="channels_last")
     yield step_row(plan, px, micro, precision="fp16")
@@ -279,6 +284,9 @@ def step_row(
 
     bare: the same model without DeepSpeed, noise and metrics, by AdamW.
     """
+    gc.collect()  # the engine before this one, also of a step that did not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     EncoderUNetModel.memory_format = LAYOUTS[layout]
     words = plan.words(px, micro, precision, compiled)
     bench = Bench.of([*words, "--num_classes", str(CLASSES)])
@@ -302,10 +310,6 @@ def step_row(
         row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
         if busy := busy_seconds(step):  # 0 where the profiler is not allowed to see kernels
             row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
-    del bench, step
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
     return row
 
 
