@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,33 +285,42 @@ def step_row(
 
     bare: the same model without DeepSpeed, noise and metrics, by AdamW.
     """
-    gc.collect()  # the engine before this one, also of a step that did not fit
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     EncoderUNetModel.memory_format = LAYOUTS[layout]
     words = plan.words(px, micro, precision, compiled)
-    bench = Bench.of([*words, "--num_classes", str(CLASSES)])
-    device = bench.engine.device
-    on_gpu = device.type == "cuda"
-    step = bench.bare_step() if bare else bench.trainer_step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    step()
-    first = time.perf_counter() - began
-    step()
-    seconds = seconds_of(step, device, plan.seconds)
-    row = _speed(plan, px, micro / seconds, precision) | {
-        "way": f"{'compiled' if compiled else 'eager'}, {layout}" + ", bare" * bare,
-        "micro-batch": micro,
-        "backend": "" if bare else torch.distributed.get_backend(),
-        "first step, s": first,
-    }
-    if on_gpu:
-        row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        if busy := busy_seconds(step):  # 0 where the profiler is not allowed to see kernels
-            row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
+    with built(words) as bench:
+        device = bench.engine.device
+        step = bench.bare_step() if bare else bench.trainer_step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        step()
+        first = time.perf_counter() - began
+        step()
+        seconds = seconds_of(step, device, plan.seconds)
+        row = _speed(plan, px, micro / seconds, precision) | {
+            "way": f"{'compiled' if compiled else 'eager'}, {layout}" + ", bare" * bare,
+            "micro-batch": micro,
+            "backend": "" if bare else torch.distributed.get_backend(),
+            "first step, s": first,
+        }
+        if device.type == "cuda":
+            row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+            if busy := busy_seconds(step):  # 0 where the profiler is not allowed to see kernels
+                row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
     return row
+
+
+@contextmanager
+def built(words: list[str]) -> Iterator[Bench]:
+    """Build what flags of launch/train.py describe, in the memory of what was built before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    bench = Bench.of([*words, "--num_classes", str(CLASSES)])
+    try:
+        yield bench
+    finally:
+        bench.engine.destroy()  # the hooks of its optimizer would hold it, and all its weights
 
 
 def busy_seconds(step: Callable[[], object]) -> float:

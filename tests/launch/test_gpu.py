@@ -3,10 +3,12 @@
 import time
 import weakref
 
+import parts_to_run
 import pytest
 import torch
 
 from launch.benchmarks import gpu, measuring
+from launch.benchmarks.parts import rows_of
 
 
 def test_fp16_is_compared_with_weights_that_bf16_has_not_rounded():
@@ -39,6 +41,12 @@ def test_a_step_that_does_not_fit_ends_the_search_and_is_forgotten(monkeypatch, 
     assert [row["micro-batch"] for row in rows if "note" in row] == [4] * (room == 0.5) + [2] * (
         room == 0
     )
+
+
+def test_no_engine_outlives_its_row():
+    """Its weights and Adam's moments would be in the GiB of all rows after it."""
+    rows = list(rows_of(parts_to_run.engines_held, (gpu.REHEARSAL,), 600))
+    assert rows == [{"engines": 0}, {"engines": 0}]
 
 
 def test_a_call_that_returns_early_is_waited_for_and_the_first_is_not_timed(monkeypatch):
