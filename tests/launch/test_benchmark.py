@@ -219,7 +219,7 @@ def test_a_part_whose_time_is_up_ends_with_the_programs_it_started(tmp_path):
 
 
 def test_a_part_whose_time_is_up_before_it_begins_is_ended():
-    """It has no process group of its own yet."""
+    """A part that still imports has no process group of its own."""
     began = time.monotonic()
     rows = list(rows_of(parts_to_run.ends, (parts_to_run.SlowToImport(),), 1.5))
     assert rows == [{"note": "stopped after 2 s"}]

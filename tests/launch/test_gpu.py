@@ -1,4 +1,4 @@
-"""What `benchmark.py gpu` measures, with a CPU or a made-up device in the GPU's place."""
+"""The parts of `benchmark.py gpu`, with a CPU or a made-up device in the GPU's place."""
 
 import time
 import weakref
@@ -12,7 +12,7 @@ from launch.benchmarks.parts import rows_of
 
 
 def test_fp16_is_compared_with_weights_that_bf16_has_not_rounded():
-    """It has three bits more, so its error is an eighth."""
+    """fp16 has three bits more than bf16, so its error is an eighth."""
     rows = {row["way"]: row for row in gpu.fidelity(gpu.REHEARSAL, [])}
     assert rows["fp16"]["error of logits"] < rows["bf16"]["error of logits"] / 3
     assert rows["fp16"]["of gradients"] < rows["bf16"]["of gradients"] / 3
@@ -44,13 +44,13 @@ def test_a_step_that_does_not_fit_ends_the_search_and_is_forgotten(monkeypatch, 
 
 
 def test_no_engine_outlives_its_row():
-    """Its weights and Adam's moments would be in the GiB of all rows after it."""
+    """The weights and moments of an engine would be in the GiB of all rows after it."""
     rows = list(rows_of(parts_to_run.engines_held, (gpu.REHEARSAL,), 600))
     assert rows == [{"engines": 0}, {"engines": 0}]
 
 
 def test_a_call_that_returns_early_is_waited_for_and_the_first_is_not_timed(monkeypatch):
-    """As on a GPU, where a call only starts its work."""
+    """A call only starts its work on a GPU."""
     started = []
 
     def synchronize(device):

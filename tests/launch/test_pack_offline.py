@@ -59,7 +59,7 @@ def test_needs_of_needs_are_packed_and_what_the_node_has_is_not(asked, python, m
 
 @pytest.mark.parametrize("torchvision", ["0.24.0a0", ""])
 def test_packages_of_nvidias_containers_are_not_packed_again(asked, torchvision):
-    """Their versions are pre-releases; torch has a local version too, which is cut off before."""
+    """The versions of torch and torchvision there are pre-releases."""
     node = NODE | {"torch": "2.9.0a0", "torchvision": torchvision}
     assert not {"torch", "torchvision"} & set(pack_offline.lacking_on(node, "3.12", []))
 
