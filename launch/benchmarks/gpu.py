@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ds_classifier.guidance.sampling import ReverseProcess, keyed_steps, sample,
 from ds_classifier.guidance.unet import create_unet
 from ds_classifier.model import EncoderUNetModel, create_classifier
 from ds_classifier.training.logs.flops import forward_flops, peak_flops, training_flops
+from ds_classifier.training.logs.profile import kernel_seconds
 
 from .inputs import decoding_rows, noise_rows
 from .measuring import seconds_of
@@ -110,6 +112,7 @@ def fidelity(plan: Plan, known: list[Row]) -> Iterator[Row]:
     """Compare logits and input gradients with this CPU's in fp32, which the tests compare with the
     numbers recorded from guided-diffusion."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # NVIDIA's containers allow it
     px = plan.image_sizes[0]
     torch.manual_seed(0)
     model = create_classifier(**plan.settings(px).model_kwargs())
@@ -133,7 +136,7 @@ def fidelity(plan: Plan, known: list[Row]) -> Iterator[Row]:
     exact = answers(torch.device("cpu"), torch.float32)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     for precision, dtype in deepspeed_engine.DTYPES.items():
-        model.load_state_dict(weights)
+        model.float().load_state_dict(weights)  # float(): else fp16 gets what bf16 has rounded
         got = answers(_device(), dtype)
         errors = [
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)
@@ -150,12 +153,16 @@ def eager(plan: Plan, known: list[Row], px: int) -> Iterator[Row]:
         try:
             row = step_row(plan, px, micro)
         except torch.OutOfMemoryError:
+            row = None
+        if row is None:  # outside of the handler, which keeps the frames of the step and their GiB
             yield {"px": px, "micro-batch": micro, "note": "does not fit"}
             break
         yield row
         if best and row["images/s"] < ENOUGH * best["images/s"]:
             break
         best = row
+    if not best:
+        return
     micro = best["micro-batch"]
     yield step_row(plan, px, micro, layout="channels_last")
     yield step_row(plan, px, micro, precision="fp16")
@@ -280,41 +287,48 @@ def step_row(
     """
     EncoderUNetModel.memory_format = LAYOUTS[layout]
     words = plan.words(px, micro, precision, compiled)
-    bench = Bench.of([*words, "--num_classes", str(CLASSES)])
-    device = bench.engine.device
-    on_gpu = device.type == "cuda"
-    step = bench.bare_step() if bare else bench.trainer_step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    step()
-    first = time.perf_counter() - began
-    step()
-    seconds = seconds_of(step, device, plan.seconds)
-    row = _speed(plan, px, micro / seconds, precision) | {
-        "way": f"{'compiled' if compiled else 'eager'}, {layout}" + ", bare" * bare,
-        "micro-batch": micro,
-        "backend": "" if bare else torch.distributed.get_backend(),
-        "first step, s": first,
-    }
-    if on_gpu:
-        row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        if busy := kernel_seconds(step):  # 0 where the profiler is not allowed to see kernels
-            row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
-    del bench, step
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
+    with built(words) as bench:
+        device = bench.engine.device
+        step = bench.bare_step() if bare else bench.trainer_step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        step()
+        first = time.perf_counter() - began
+        step()
+        seconds = seconds_of(step, device, plan.seconds)
+        row = _speed(plan, px, micro / seconds, precision) | {
+            "way": f"{'compiled' if compiled else 'eager'}, {layout}" + ", bare" * bare,
+            "micro-batch": micro,
+            "backend": "" if bare else torch.distributed.get_backend(),
+            "first step, s": first,
+        }
+        if device.type == "cuda":
+            row["GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+            if busy := busy_seconds(step):  # 0 where the profiler is not allowed to see kernels
+                row["GPU idle, %"] = 100 * max(0.0, 1 - busy / seconds)
     return row
 
 
-def kernel_seconds(step: Callable[[], object]) -> float:
+@contextmanager
+def built(words: list[str]) -> Iterator[Bench]:
+    """Build what flags of launch/train.py describe, in the memory of what was built before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    bench = Bench.of([*words, "--num_classes", str(CLASSES)])
+    try:
+        yield bench
+    finally:
+        bench.engine.destroy()  # the hooks of its optimizer would hold it, and all its weights
+
+
+def busy_seconds(step: Callable[[], object]) -> float:
     """Return the seconds of a step for which kernels ran on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             step()
-    busy = sum(event.self_device_time_total for event in profiler.key_averages())
-    return busy / 1e6 / PROFILED
+    return kernel_seconds(profiler.key_averages()) / PROFILED
 
 
 def _speed(plan: Plan, px: int, rate: float, precision: str) -> Row:

@@ -54,12 +54,17 @@ def interleaved(
 
 def seconds_of(call: Callable[[], object], device: torch.device, at_least: float) -> float:
     """Return the seconds of a call, the mean of as many as take `at_least` seconds."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     call()
+    wait()  # else the first call would be timed too
     began = time.perf_counter()
     for calls in itertools.count(1):
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait()
         seconds = time.perf_counter() - began
         if seconds >= at_least:
             return seconds / calls

@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.version import Version
 
 TREE = Path(__file__).resolve().parents[2]
 GLIBC = (17, 24, 26, 27, 28, 31, 34)  # of the wheels looked for: manylinux_2_N
@@ -91,6 +92,7 @@ def lacking_on(node: dict[str, str], python: str, target: list[object]) -> dict[
         ]
         if not todo:
             break
+        todo = [suited(need, node.get("torch", "")) for need in todo]
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.json")
             ask = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
@@ -104,8 +106,25 @@ def lacking_on(node: dict[str, str], python: str, target: list[object]) -> dict[
 
 
 def fits(need: Requirement, version: str | None) -> bool:
-    """Return whether the node has the package, in a version that will do if it is known."""
-    return version is not None and (not version or need.specifier.contains(version))
+    """Return whether the node has the package, in a version that will do if it is known.
+
+    Pre-releases count: torch in NVIDIA's containers is one, such as 2.9.0a0.
+    """
+    return version is not None and (
+        not version or need.specifier.contains(version, prereleases=True)
+    )
+
+
+def suited(need: Requirement, torch: str) -> Requirement:
+    """Return the requirement; of torchvision, the version made for the node's torch if it is known.
+
+    Each torchvision needs one torch alone, 0.(N + 15).P needs 2.N.P (its README has the table), so
+    that the newest torchvision would bring the newest torch.
+    """
+    if need.name != "torchvision" or not torch or Version(torch).major != 2:
+        return need
+    _, minor, patch = Version(torch).release
+    return Requirement(f"torchvision=={Version(f'0.{minor + 15}.{patch}')}")
 
 
 def pip(*words: object) -> None:

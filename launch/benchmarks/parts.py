@@ -8,9 +8,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from ds_classifier.distributed import processes
+
+LEAVING = 20.0  # seconds for a part to end after its last row, as it frees the GPU
 
 Row = dict[str, Any]
 Part = Callable[..., Iterator[Row]]
@@ -34,12 +37,14 @@ def rows_of(part: Part, arguments: tuple, seconds: float) -> Iterator[Row]:
             yield answers.recv()
         yield {"note": f"stopped after {seconds:.0f} s"}
     except EOFError:  # the part has ended
-        process.join()
+        process.join(LEAVING)
         if process.exitcode:
             yield {"note": f"ended with code {process.exitcode}"}
     finally:
         if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)  # with the programs that it has started
+            with suppress(ProcessLookupError):  # while it imports, it has no group of its own yet
+                os.killpg(process.pid, signal.SIGKILL)  # with the programs that it has started
+            process.kill()
             process.join()
 
 

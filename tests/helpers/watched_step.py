@@ -3,6 +3,8 @@
 Prints JSON: {"waits": [["ds_classifier/training/loop.py:60", "item"], ...], "launches": {"step:
 noise": 12, ...}}. Each wait is attributed to the innermost line of this package or of DeepSpeed.
 Copies to the host do nothing on a CPU, so calls such as .cpu() are watched, not their effect.
+DeepSpeed is told that the CPU works in the background as a GPU does: else it would leave out its
+own calls of synchronize.
 Launches are operations that compute, of which each starts a kernel on a GPU or several; they are
 counted by the step's marks for the profiler. Arguments: those of launch/train.py.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,10 +92,28 @@ class WatchCalls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class Stream:
+    """A stream of a device, which a CPU does not have."""
+
+    def wait_stream(self, other):
+        pass
+
+    def synchronize(self):
+        watch.waits.append([place(), "synchronize"])
+
+
+watch = Watch()
+accelerator = get_accelerator()
+accelerator.is_synchronized_device = lambda: False
+accelerator.current_stream = lambda device_index=None: Stream()
+accelerator.synchronize = lambda device_index=None: Stream().synchronize()
+type(accelerator).Stream = Stream
+torch.Tensor.record_stream = lambda tensor, stream: None
+
 bench = Bench.of([*sys.argv[1:], "--num_classes", "10"])
 step = bench.trainer_step()
 step()
-watch = Watch()
+watch.waits.clear()
 step_module.span = loss.span = watch.mark
 with watch, WatchCalls(watch.waits):
     step()

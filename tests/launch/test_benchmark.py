@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from running import ROOT, environment
 from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.shards import open_shards
-from launch.benchmarks import programs, quality
+from launch.benchmarks import parts, programs, quality
 from launch.benchmarks.parts import rows_of
 from launch.benchmarks.programs import shards_for, training_command
 
@@ -215,6 +216,19 @@ def test_a_part_whose_time_is_up_ends_with_the_programs_it_started(tmp_path):
     assert len(sleeper) == 1
     rows.close()  # as when the time is up
     assert psutil.wait_procs(sleeper, timeout=5)[1] == []
+
+
+def test_a_part_whose_time_is_up_before_it_begins_is_ended():
+    """A part that still imports has no process group of its own."""
+    began = time.monotonic()
+    rows = list(rows_of(parts_to_run.ends, (parts_to_run.SlowToImport(),), 1.5))
+    assert rows == [{"note": "stopped after 2 s"}]
+    assert time.monotonic() - began < 30
+
+
+def test_a_part_that_does_not_end_after_its_last_row_is_ended(monkeypatch):
+    monkeypatch.setattr(parts, "LEAVING", 1.0)
+    assert list(rows_of(parts_to_run.hangs_at_its_end, (), 600)) == [{"number": 0}]
 
 
 def _running(pid: int) -> list[psutil.Process]:

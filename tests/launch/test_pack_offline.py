@@ -1,6 +1,7 @@
 """The packages that a node without network lacks, by reports of pip that are made up here."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,18 @@ def asked(monkeypatch):
     calls = []
 
     def pip(*words):
-        named = [
-            w for w in map(str, words) if w.partition(">")[0].lower().replace("_", "-") in INDEX
-        ]
-        calls.append([w.partition(">")[0].lower().replace("_", "-") for w in named])
+        split = [re.split("(?=[=>])", str(word), maxsplit=1) for word in words]
+        named = {name.lower().replace("_", "-"): more for name, *more in split}
+        calls.append({name: more for name, more in named.items() if name in INDEX})
         found = [
-            {"metadata": {"name": name, "version": "9", "requires_dist": INDEX[name]}}
-            for name in calls[-1]
+            {
+                "metadata": {
+                    "name": name,
+                    "version": more[0][2:] if more and more[0].startswith("==") else "9",
+                    "requires_dist": INDEX[name],
+                }
+            }
+            for name, more in calls[-1].items()
         ]
         Path(words[words.index("--report") + 1]).write_text(json.dumps({"install": found}))
 
@@ -47,7 +53,20 @@ def test_needs_of_needs_are_packed_and_what_the_node_has_is_not(asked, python, m
     lacking = pack_offline.lacking_on(NODE, python, [])
     # The node's torchvision is too old. The version of its py-cpuinfo is not known.
     assert set(lacking) == {"torchvision", "deepspeed", "pydantic", "typing-inspection"} | more
-    assert set(lacking.values()) == {"9"}
+    assert {v for name, v in lacking.items() if name != "torchvision"} == {"9"}
+    assert lacking["torchvision"] == "0.26.0"  # the newest one would need another torch
+
+
+@pytest.mark.parametrize("torchvision", ["0.24.0a0", ""])
+def test_packages_of_nvidias_containers_are_not_packed_again(asked, torchvision):
+    """The versions of torch and torchvision there are pre-releases."""
+    node = NODE | {"torch": "2.9.0a0", "torchvision": torchvision}
+    assert not {"torch", "torchvision"} & set(pack_offline.lacking_on(node, "3.12", []))
+
+
+def test_a_torch_of_unknown_version_gets_the_newest_torchvision(asked):
+    lacking = pack_offline.lacking_on({"torch": ""}, "3.12", [])
+    assert lacking["torchvision"] == "9"
 
 
 def test_the_requirements_are_those_of_setup_cfg():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_run import losses, train
+from torch.autograd import DeviceType
 
 from ds_classifier.config.settings import Settings, check_settings
 from ds_classifier.training.logs.profile import Profile, dearest, shares
@@ -63,6 +64,14 @@ def test_writing_is_no_time_of_a_step(tmp_path):
     assert seen == [("writing the profile", False), 2]
 
 
+def on_device(device, seconds, part=False):
+    """Return what an event of the profiler says of its device.
+
+    An operation has the time of its kernels.
+    """
+    return dict(device_type=device, self_device_time_total=1e6 * seconds, is_user_annotation=part)
+
+
 def test_shares_are_those_of_the_events():
     """Each part is the time of its events; a part around another one is the difference."""
     seconds = {
@@ -78,12 +87,17 @@ def test_shares_are_those_of_the_events():
         "aten::mm": 4,
     }
     averages = [
-        SimpleNamespace(key=k, cpu_time_total=1e6 * v, self_device_time_total=1e5 * v)
+        SimpleNamespace(key=k, cpu_time_total=1e6 * v, **on_device(DeviceType.CPU, 0.1 * v))
         for k, v in seconds.items()
+    ]
+    averages += [  # the kernels, and the parts as they appear on the GPU
+        SimpleNamespace(key="gemm", cpu_time_total=0, **on_device(DeviceType.CUDA, 2)),
+        SimpleNamespace(key="Memcpy HtoD", cpu_time_total=0, **on_device(DeviceType.CUDA, 0.5)),
+        SimpleNamespace(key="step: noise", cpu_time_total=0, **on_device(DeviceType.CUDA, 2, True)),
     ]
     lines = shares(averages, 12.5, on_gpu=True)
     assert [float(line.split("%")[0]) for line in lines] == pytest.approx(
-        [8, 4, 20, 4, 32, 8, 12, 4, 2, 6, 16.6]  # the last: a tenth of all seconds of 12.5
+        [8, 4, 20, 4, 32, 8, 12, 4, 2, 6, 20]  # the last: 2.5 of 12.5 seconds
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from ds_classifier import distributed
 from ds_classifier.config.settings import PROFILED
@@ -111,6 +112,16 @@ def dearest(averages: Any, *, on_gpu: bool) -> str:
     )
 
 
+def kernel_seconds(averages: Any) -> float:
+    """Return the seconds for which kernels and copies ran on the GPU.
+
+    averages: what torch.profiler's `key_averages` returns. Each operation there has the time of its
+    kernels too, and each part the time from its first kernel to its last one.
+    """
+    kernels = (e for e in averages if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+    return sum(e.self_device_time_total for e in kernels) / 1e6
+
+
 def shares(averages: Any, wall: float, *, on_gpu: bool) -> list[str]:
     """Return lines that say how the wall time of the recorded steps divides.
 
@@ -139,6 +150,6 @@ def shares(averages: Any, wall: float, *, on_gpu: bool) -> list[str]:
     parts["the rest"] = wall - sum(parts.values())
     lines = [f"{100 * part / wall:6.1f} %  {name}" for name, part in parts.items()]
     if on_gpu:
-        busy = sum(e.self_device_time_total for e in averages) / 1e6
+        busy = kernel_seconds(averages)
         lines.append(f"{100 * busy / wall:6.1f} %  of the wall time, kernels ran on the GPU")
     return lines
