@@ -129,7 +129,7 @@ def test_several_classes_have_columns_of_their_own(terminal):
     validated |= {f"val_loss_q{q}": 0.7 for q in range(4)} | {"val_acc_t0": 0.8, "val_mAP_t0": 0.9}
     line = table.validation_line(validated)
     assert line.split()[2:9] == ["0.500", *["0.700"] * 4, "70.0", "60.0"]
-    assert "at t=0 mAP % 90.0" in line
+    assert "at t=0 mAP 90.0 %" in line
 
 
 @pytest.mark.parametrize(

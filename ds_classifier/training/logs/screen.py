@@ -77,7 +77,8 @@ class Table:
         best = self._headline
         line = self._cells(row, "val", [column for column in self._columns if column.metric])
         at_0 = best.text(row.get(f"val_{best.name}_t0"))
-        at_0 = f"{at_0} %" if best.name == "acc@1" else f"{best.head} {at_0}"
+        at_0 += " %" * (best.unit == "%")
+        at_0 = at_0 if best.name == "acc@1" else f"{best.name} {at_0}"
         rest = f"  at t=0 {at_0}, {row['val_seconds']:.1f} s"
         line = self._under_head(line + rest * (len(line + rest) <= self._width))
         if bad := row.get("val_bad_samples", 0):
