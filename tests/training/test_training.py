@@ -257,7 +257,7 @@ def test_the_screen_of_a_run(digits, tmp_path):
         assert line.split()[0] == kind
     rows = lines[len(kinds) :]
     assert [line.split()[0] for line in rows] == ["1", "2", "3", "4", "4", "4", "finished:"]
-    assert "= ln 10: nothing learnt yet" in rows[4]
+    assert ", near ln 10: nothing learnt yet" in rows[4]
     assert max(map(len, [*lines[len(kinds) - 2 : len(kinds)], *rows[:-1]])) <= 100, done.output
     assert "\x1b" not in done.output  # no live line outside a terminal
     run = tmp_path / "run"

@@ -196,9 +196,9 @@ def phase(rows: Sequence[Row], guessing: Guessing) -> tuple[int, str]:
     if None not in (loss, guessing.loss) and loss > guessing.loss - max(
         LITTLE * (guessing.loss - guessing.least), DEVIATIONS * error
     ):
-        relation = "=" if loss < 1.05 * guessing.loss else "above"
+        relation = "near" if loss < 1.05 * guessing.loss else "above"
         known = guessing.name() if relation == "above" else guessing.name().split(" = ")[0]
-        return NOTHING, f"loss {_nats(loss)} {relation} {known}: nothing learnt yet"
+        return NOTHING, f"loss {_nats(loss)}, {relation} {known}: nothing learnt yet"
     return UNKNOWN, ""
 
 
