@@ -50,6 +50,7 @@ from .programs import (
 # Sides of the square matrices whose product gives the device's peak: the fastest size counts.
 GEMM_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 PRODUCTS = 10  # matrix products per timed call
+SLOW_S = 1.0  # seconds of such a call after which no larger size is tried
 GEMM, TRAINER, REFERENCE = "matrix product", "whole trainer", "guided-diffusion, fp32"
 SAVING = "trainer's step while saving"
 
@@ -190,6 +191,23 @@ def gemm(
         return PRODUCTS * 2 * side**3
 
     return product
+
+
+def matrix_products(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], int]]:
+    """Return products of all sizes by their names, without those that would take long.
+
+    They would on CPUs that only emulate bf16: there the smallest size is as fast as any.
+    """
+    products = {}
+    for convolution in (False, True):
+        for side in GEMM_SIDES[device.type]:
+            product = waited_for(gemm(side, dtype, device, as_convolution=convolution), device)
+            products[f"{GEMM} {side}, {convolution}"] = product
+            began = time.perf_counter()
+            product()
+            if time.perf_counter() - began > SLOW_S:  # twice the side takes 8 times as long
+                break
+    return products
 
 
 def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], int]:
@@ -342,13 +360,7 @@ def layers_here(bench: Bench, steps: int) -> dict[str, Callable[[], float]]:
         began = time.perf_counter()
         return sum(step() for _ in range(steps)) / (time.perf_counter() - began)
 
-    layers = {
-        f"{GEMM} {side}, {convolution}": waited_for(
-            gemm(side, dtype, device, as_convolution=convolution), device
-        )
-        for side in GEMM_SIDES[device.type]
-        for convolution in (False, True)
-    }
+    layers = matrix_products(dtype, device)
     layers["bare model + AdamW"] = bench.bare_step()
     layers["engine"] = bench.engine_step()
     layers["trainer's step"] = bench.trainer_step()

@@ -21,7 +21,7 @@ from ds_classifier.data.convert.convert import convert
 from ds_classifier.data.convert.sources import open_source
 from ds_classifier.data.shards import open_shards
 from launch.benchmark import main
-from launch.benchmarks import parts, programs, quality
+from launch.benchmarks import parts, programs, quality, step
 from launch.benchmarks.parts import rows_of
 from launch.benchmarks.programs import shards_for, training_command
 
@@ -87,6 +87,14 @@ def test_step_and_its_layers(images, tmp_path):
         assert np.isclose(row["of GEMM peak"], row["GFLOP/s"] / peak["GFLOP/s"])
         if above is not None:
             assert np.isclose(row["of the layer above"], row["images/s"] / rows[above]["images/s"])
+
+
+def test_a_slow_matrix_product_is_not_tried_at_larger_sizes(monkeypatch):
+    """As where bf16 is emulated: 2048 x 2048 takes minutes there."""
+    monkeypatch.setattr(step, "SLOW_S", 0.0)
+    products = step.matrix_products(torch.float32, torch.device("cpu"))
+    assert list(products) == ["matrix product 512, False", "matrix product 512, True"]
+    assert all(product() == 10 * 2 * 512**3 for product in products.values())
 
 
 def test_step_beside_the_reference(images, tmp_path):
