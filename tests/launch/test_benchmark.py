@@ -90,7 +90,7 @@ def test_step_and_its_layers(images, tmp_path):
 
 
 def test_a_slow_matrix_product_is_not_tried_at_larger_sizes(monkeypatch):
-    """Where bf16 is emulated, a product of 2048 x 2048 takes minutes."""
+    """Leave out 2048 x 2048, which takes minutes where bf16 is emulated."""
     monkeypatch.setattr(step, "SLOW_S", 0.0)
     products = step.matrix_products(torch.float32, torch.device("cpu"))
     assert list(products) == ["matrix product 512, False", "matrix product 512, True"]
