@@ -89,7 +89,11 @@ def test_the_trunk_of_a_torchvision_network_is_all_but_its_last_layer_and_the_ti
     [
         (dict(freeze="trunk"), "trunk for a Own, whose head is not known; need patterns"),
         (dict(freeze="feature.*"), "--freeze: got 'feature.*', which matches no parameter; need"),
-        (dict(freeze="*"), "some that are; do: give patterns that leave some of"),
+        (
+            dict(freeze="*"),
+            "--freeze: got *, with which no parameter is trained; need some that are; do: give "
+            "patterns that leave some of",
+        ),
         (dict(lr_scale="head*"), "--lr_scale: got 'head*'; need PATTERN=FACTOR"),
         (dict(lr_scale="head*=0"), "'head*=0'; need PATTERN=FACTOR with a factor above 0"),
         (dict(lr_scale="head*=inf"), "'head*=inf'; need PATTERN"),
