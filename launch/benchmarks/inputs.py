@@ -24,7 +24,7 @@ from ds_classifier.common.keyed_random import stream_key
 from ds_classifier.data import images
 from ds_classifier.diffusion import stratified
 
-from .measuring import seconds_of
+from .measuring import seconds_of, wait_for
 from .parts import Row
 
 SIDES = (375, 500)  # rows and columns of most of ImageNet's images
@@ -51,8 +51,7 @@ def noise_rows(px: int, micro: int, device: torch.device, seconds: float) -> Ite
     compiled = torch.compile(draw, dynamic=False, fullgraph=True)
     began = time.perf_counter()
     numbers, noise = compiled(positions)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     first = time.perf_counter() - began
     took = seconds_of(lambda: compiled(positions), device, seconds)
     half = compiled(positions[: micro // 2])[1]  # as on twice the number of ranks

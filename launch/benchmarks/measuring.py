@@ -52,19 +52,20 @@ def interleaved(
     return {name: statistics.median(rates) for name, rates in in_turn(ways, repeats).items()}
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; on a CPU everything is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def seconds_of(call: Callable[[], object], device: torch.device, at_least: float) -> float:
     """Return the seconds of a call, the mean of as many as take `at_least` seconds."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     call()
-    wait()  # else the first call would be timed too
+    wait_for(device)  # else the first call would be timed too
     began = time.perf_counter()
     for calls in itertools.count(1):
         call()
-        wait()
+        wait_for(device)
         seconds = time.perf_counter() - began
         if seconds >= at_least:
             return seconds / calls

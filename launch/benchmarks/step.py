@@ -36,7 +36,7 @@ from ds_classifier.model import create_classifier
 from ds_classifier.training.logs.flops import forward_flops, training_flops
 from ds_classifier.training.step import Objective, train_step
 
-from .measuring import in_turn, spread
+from .measuring import in_turn, spread, wait_for
 from .programs import (
     check_reference,
     reference_images_per_sec,
@@ -215,8 +215,7 @@ def waited_for(step: Callable[[], int], device: torch.device) -> Callable[[], in
 
     def whole() -> int:
         done = step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return done
 
     return whole

@@ -21,7 +21,7 @@ import numpy as np
 
 from ds_classifier.common.text import significant
 from ds_classifier.data.labels.targets import ONE_CLASS, Targets
-from ds_classifier.evaluation.metrics import accuracy_of, scores_of_guessing
+from ds_classifier.evaluation.metrics import ANY_WIDTH, accuracy_of, scores_of_guessing
 
 Row = dict[str, Any]
 
@@ -92,7 +92,7 @@ class Guessing:
 
     def said(self, value: float) -> str:
         """Return a value of that mean in a sentence."""
-        return significant(value, 6) if self.falls else _percent(value)
+        return significant(value, ANY_WIDTH) if self.falls else _percent(value)
 
     def name(self) -> str:
         """Return 'ln 1000 = 6.91', or other words if classes are not equally frequent."""
