@@ -100,7 +100,11 @@ def build(
     checkpoint = None if start.state is None else Path(start.checkpoint)
     fixed = settle_fixed_state(classifier, checkpoint, device)
     engine = deepspeed_engine.create_engine(
-        module, trained.ds_config, lr_factor(settings, start.part_steps), groups
+        module,
+        trained.ds_config,
+        lr_factor(settings, start.part_steps),
+        groups,
+        muon_lr_scale=settings.muon_lr / settings.lr if settings.muon_lr else None,
     )
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")

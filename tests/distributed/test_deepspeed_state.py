@@ -15,7 +15,7 @@ SLOW = {  # the cells of a start, which takes longer than a cell
     "weights": ("1-fp32-adamw", "1-bf16-adamw", "2-fp32-adam", "3-fp16-adamw", "3p-fp32-adamw"),
     "optimizers": (
         *("2-bf16-muon", "3-bf16-muon", "2o-bf16-muon", "3p-bf16-cpuadam", "2o-fp32-lion"),
-        "2-bf16-muon-frozen",
+        *("2-bf16-muon-frozen", "1-fp32-muon"),
     ),
     "parts": (
         *("1-fp32-adamw-parts", "1-bf16-adamw-parts", "2-fp16-adamw-parts", "3-bf16-adamw-parts"),

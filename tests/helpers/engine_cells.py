@@ -90,7 +90,7 @@ def ds_config(cell: str) -> dict:
         "reduce_bucket_size": 50_000,
         "allgather_bucket_size": 50_000,
         "overlap_comm": stage[0] == "2",
-        "reduce_scatter": optimizer != "muon",
+        "reduce_scatter": stage[0] != "3" or optimizer != "muon",
     }
     if stage[0] == "3":
         zero["stage3_param_persistence_threshold"] = 100

@@ -1,11 +1,15 @@
 """Test which parameters --freeze, --lr_scale and --no_decay mean, and runs that use them."""
 
+import math
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import SMALL, SMALL_UNET, filled
 from tiny_run import assert_same_run, train
 from torch import nn
+from versions import complete_deepspeed
 
 from ds_classifier.config import Settings
 from ds_classifier.distributed.engine.deepspeed_engine import Group
@@ -157,6 +161,33 @@ def test_a_frozen_trunk_keeps_nothing_for_a_backward(recompute):
 
 FLAGS = ["--freeze", "input_blocks.*,time_embed.*", "--lr_scale", "out.*=0.3,middle_block.0.*=2"]
 FLAGS += ["--no_decay", "norms,biases", "--weight_decay", "0.1"]
+
+
+@complete_deepspeed
+def test_muon_by_a_flag_turns_matrices_at_its_rate_and_adam_the_rest(digits, tmp_path):
+    """The largest singular value of a matrix's update is the rate; Adam moves a number by about it.
+
+    Jordan et al. 2024: five Newton-Schulz steps bring all singular values to 0.7 .. 1.2.
+    """
+    flags = "--global_batch 16 --iterations 4 --save_interval 1 --keep_last 4 --lr 1e-3"
+    flags += " --muon_lr 0.02 --lr_schedule cosine --seed 3"
+    done = train(1, "zero1_fp32", digits, tmp_path / "run", *flags.split())
+    assert "lr 0.001, cosine to 0; 20 times that for the weights inside" in done.output
+    saved = [
+        load_file(tmp_path / f"run/checkpoints/step-{step:08}/model.safetensors") for step in (2, 3)
+    ]
+    moved = {name: saved[1][name] - saved[0][name] for name in saved[0]}
+    rate = 1e-3 * (1 + math.cos(math.pi * 2 / 4)) / 2  # of the third step
+    turned = [name for name in moved if re.match(r"middle_block.*(layers|qkv).*weight", name)]
+    turned = [name for name in turned if saved[0][name].dim() > 1]
+    assert len(turned) > 4
+    for name in turned:
+        update = moved[name].flatten(1)
+        tall = math.sqrt(max(1, len(update) / update.shape[1]))  # so a tall matrix is scaled
+        largest = torch.linalg.matrix_norm(update, 2)
+        assert 0.6 < largest / (20 * rate * tall) < 1.3, name
+    for name in ("input_blocks.0.0.weight", "time_embed.0.weight", "out.0.bias"):
+        assert 0.1 < moved[name].abs().max() / rate < 2, name
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ _OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": T
 
 def settle_optimizer(draft: Draft) -> None:
     """Check the optimizer's type and parameters, and complete them."""
+    if draft.settings.muon_lr > 0:
+        _take_muon(draft)
     _settle_type(draft)
     kind = draft.get("optimizer", "type")
     if not isinstance(draft.get(*SECTION, default={}), dict):
@@ -70,6 +72,27 @@ def settle_optimizer(draft: Draft) -> None:
         draft.refuse(("optimizer", "type"), f"got {kind!r}; {what}", "AdamW", advice=advice)
         _keep_common(draft)
     draft.takes_decay = "weight_decay" in takes
+
+
+def _take_muon(draft: Draft) -> None:
+    """Let Muon replace the JSON's AdamW, as --muon_lr asks."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    kind = draft.get("optimizer", "type") or "AdamW"
+    need = ""
+    if "muon" not in DEEPSPEED_OPTIMIZERS:
+        need = f"a newer DeepSpeed than {version()}, which has no Muon"
+    elif str(kind).lower() not in ("adam", "adamw", AUTO):
+        need = f"AdamW in the JSON, which Muon replaces, and not {shown(kind)}"
+    if need:
+        got = f"--muon_lr: got {draft.settings.muon_lr:g}"
+        draft.problems.append(f"{got}; need {need}; do: give --muon_lr 0")
+        return
+    draft.set("optimizer", "type", "Muon")
+    zero = draft.section("zero_optimization")
+    if zero.get("stage") == 1 and draft.get("bf16", "enabled"):
+        zero["stage"] = 2
+        draft.notes.append("ZeRO stage 1: run as stage 2, in which Muon's gradients are matrices")
 
 
 def _settle_type(draft: Draft) -> None:
