@@ -450,7 +450,9 @@ def test_muon_in_stage_1_with_bf16_needs_sums_in_bf16():
     assert words in problems(raw=changed(**muon, **bf16, data_types={"grad_accum_dtype": "fp32"}))
     for fine in (bf16, dict(zero_optimization__stage=2, **bf16), {}):
         assert resolved(raw=changed(**(muon | fine))).kernel == ""  # its Adam is torch's
-    assert "the norm in the log is large, and gradient_clipping" in notes(raw=changed(**muon))
+    words = "the norm in the log is large, and gradient_clipping"
+    assert words in notes(raw=changed(**muon, gradient_clipping=1.0))
+    assert words not in notes(raw=changed(**muon, gradient_clipping=0.0))
 
 
 @complete_deepspeed

@@ -59,9 +59,11 @@ def settle_optimizer(draft: Draft) -> None:
     if kind.lower() in ("adam", "adamw", "muon"):  # Muon has an Adam for some parameters
         _choose_adam(draft, params, offload)
     if kind.lower() == "muon":
+        clips = draft.get("gradient_clipping", default=1) != 0
         draft.notes.append(
             "Muon: DeepSpeed makes gradients of matrices orthogonal before it takes their norm, "
-            "so the norm in the log is large, and gradient_clipping shortens every step"
+            "so the norm in the log is large"
+            + (", and gradient_clipping shortens every step" if clips else "")
         )
     make, takes = _made(kind, params, offload)
     _check_params(draft, params, takes, muon=kind.lower() == "muon")
