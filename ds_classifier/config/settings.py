@@ -172,10 +172,10 @@ class TrainingSettings:
         fixed=False,
     )
     lr: float = _setting(3e-4, "peak learning rate")
-    muon_lr: float = _setting(
+    muon_lr_scale: float = _setting(
         0.0,
-        "train the weights inside the network by Muon, with this peak learning rate, and the rest "
-        "by Adam, with lr; in place of the JSON's AdamW (0: all by the JSON's optimizer)",
+        "train the weights inside the network by Muon, in place of the JSON's AdamW, at this many "
+        "times lr (0: all by the JSON's optimizer)",
     )
     weight_decay: float = _setting(
         0.0, "decoupled weight decay, on every parameter that --no_decay does not name"
@@ -451,8 +451,8 @@ def check_settings(settings: Settings) -> list[str]:
         )
     if not settings.lr > 0:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
-    if not settings.muon_lr >= 0:
-        problems.append(f"--muon_lr: got {settings.muon_lr}; need 0 or more")
+    if not 0 <= settings.muon_lr_scale < float("inf"):
+        problems.append(f"--muon_lr_scale: got {settings.muon_lr_scale}; need 0, or a factor above")
     if not settings.weight_decay >= 0:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
     if scheme(settings.run_dir):

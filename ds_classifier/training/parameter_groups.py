@@ -46,7 +46,7 @@ def divide_parameters(
     if (settings.lr_scale or settings.no_decay) and optimizer.lower() == "muon":
         problems.append(
             "--lr_scale, --no_decay: got them with Muon, which divides the parameters in its own "
-            "way; do: drop them, or use AdamW, with --muon_lr 0"
+            "way; do: drop them, or use AdamW, with --muon_lr_scale 0"
         )
     factors: dict[str, float] = {}
     for part in _words(settings.lr_scale):

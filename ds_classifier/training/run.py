@@ -104,7 +104,7 @@ def build(
         trained.ds_config,
         lr_factor(settings, start.part_steps),
         groups,
-        muon_lr_scale=settings.muon_lr / settings.lr if settings.muon_lr else None,
+        muon_lr_scale=settings.muon_lr_scale,
     )
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")

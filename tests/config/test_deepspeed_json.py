@@ -459,36 +459,37 @@ def test_muon_in_stage_1_with_bf16_needs_sums_in_bf16():
 def test_a_flag_puts_muon_in_the_place_of_adamw():
     """Its Adam keeps the JSON's numbers; the rate of the matrices is set by the engine."""
     own = changed(optimizer__params={"lr": "auto", "betas": [0.8, 0.9], "weight_decay": 0.1})
-    found = resolved("--muon_lr", "0.02", "--lr", "0.001", raw=own)
+    found = resolved("--muon_lr_scale", "20", "--lr", "0.001", raw=own)
     assert found.ds_config["optimizer"]["type"] == "Muon"
     kept = {"lr": 1e-3, "betas": [0.8, 0.9], "weight_decay": 0.1}
     params = found.ds_config["optimizer"]["params"]
     assert {key: params[key] for key in kept} == kept
-    assert "muon_lr" not in params
     assert found.peak_lr == 1e-3
     for raw in (changed(optimizer={}), changed(optimizer={"type": "auto"})):
-        assert resolved("--muon_lr", "0.02", raw=raw).ds_config["optimizer"]["type"] == "Muon"
-    assert resolved("--muon_lr", "0").ds_config["optimizer"]["type"] == "AdamW"
+        assert resolved("--muon_lr_scale", "20", raw=raw).ds_config["optimizer"]["type"] == "Muon"
+    assert resolved("--muon_lr_scale", "0").ds_config["optimizer"]["type"] == "AdamW"
 
 
 @complete_deepspeed
-def test_muon_by_a_flag_in_bf16_is_run_in_stage_2():
+def test_muon_by_a_flag_in_bf16_is_run_in_stage_2_where_gradients_are_summed():
     bf16 = dict(fp16={"enabled": False}, bf16={"enabled": True}, zero_optimization__stage=1)
     accumulated = changed(**bf16, train_micro_batch_size_per_gpu=2, train_batch_size=8)
-    found = resolved("--muon_lr", "0.02", raw=accumulated)
+    found = resolved("--muon_lr_scale", "20", raw=accumulated)
     assert found.ds_config["zero_optimization"]["stage"] == 2
     assert any(note.startswith("ZeRO stage 1: run as stage 2") for note in found.notes)
-    fp32 = changed(bf16={"enabled": False}, zero_optimization__stage=1)
-    assert resolved("--muon_lr", "0.02", raw=fp32).ds_config["zero_optimization"]["stage"] == 1
+    for other in (accumulated | {"bf16": {"enabled": False}}, changed(**bf16)):
+        found = resolved("--muon_lr_scale", "20", raw=other)
+        assert found.ds_config["zero_optimization"]["stage"] == 1
 
 
 @pytest.mark.parametrize("kind", ["Lion", "SGD", "Muon"])
 @complete_deepspeed
 def test_muon_by_a_flag_replaces_adamw_alone(kind):
     raw = changed(optimizer={"type": kind}, zero_optimization__offload_optimizer={"device": "cpu"})
-    words = f'--muon_lr: got 0.02; need AdamW in the JSON, which Muon replaces, and not "{kind}"'
-    assert f"{words}; do: give --muon_lr 0" in problems("--muon_lr", "0.02", raw=raw)
-    assert "--muon_lr: got -1.0; need 0 or more" in problems("--muon_lr", "-1")
+    message = problems("--muon_lr_scale", "20", raw=raw)
+    assert f'got 20; need AdamW in the JSON, which Muon replaces, and not "{kind}"; do' in message
+    assert "do: give --muon_lr_scale 0" in message
+    assert "--muon_lr_scale: got -1.0; need 0" in problems("--muon_lr_scale", "-1")
 
 
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])

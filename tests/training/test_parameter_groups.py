@@ -170,7 +170,7 @@ def test_muon_by_a_flag_turns_matrices_at_its_rate_and_adam_the_rest(digits, tmp
     Jordan et al. 2024: five Newton-Schulz steps bring all singular values to 0.7 .. 1.2.
     """
     flags = "--global_batch 16 --iterations 4 --save_interval 1 --keep_last 4 --lr 1e-3"
-    flags += " --muon_lr 0.02 --lr_schedule cosine --seed 3"
+    flags += " --muon_lr_scale 20 --lr_schedule cosine --seed 3"
     done = train(1, "zero1_fp32", digits, tmp_path / "run", *flags.split())
     assert "lr 0.001, cosine to 0; 20 times that for the weights inside" in done.output
     saved = [

@@ -105,7 +105,7 @@ def test_a_killed_run_continues_bit_equal(digits, tmp_path, config):
 @pytest.mark.slow
 def test_one_signalled_rank_stops_all_and_the_run_goes_on(digits, tmp_path):
     flags = ["--global_batch", "16", "--iterations", "20", "--schedule_sampler", "uniform"]
-    flags += ["--muon_lr", "0.01"]
+    flags += ["--muon_lr_scale", "10"]
     golden, stopped = tmp_path / "golden", tmp_path / "stopped"
     train(2, "zero1_fp32", digits, golden, *flags)
     done = train(

@@ -16,6 +16,11 @@ def check_clashes(draft: Draft, accumulation: int) -> None:
 
     accumulation: micro-batches per rank and step.
     """
+    if draft.settings.muon_lr_scale and _flattens_matrices(draft, accumulation):
+        draft.set("zero_optimization", "stage", 2)
+        draft.notes.append(
+            "ZeRO stage 1: run as stage 2, in which Muon can sum bf16 gradients in fp32"
+        )
     for path, message, mended in list(_clashes(draft, accumulation)):
         draft.refuse(path, message, mended)
 
@@ -33,7 +38,7 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
     if kind == "muon" and stage == 3 and scatters:
         key = ("zero_optimization", "reduce_scatter")
         yield key, "got true; need false with Muon in ZeRO stage 3", False
-    if kind == "muon" and stage == 1 and _sums_bf16_in_fp32(draft, accumulation):
+    if _flattens_matrices(draft, accumulation):
         key = ("zero_optimization", "stage")
         zero = draft.advised.get("zero_optimization")
         asked = int(zero.get("stage", 0) if isinstance(zero, dict) else bool(zero))
@@ -47,10 +52,16 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
     yield from _offloading(draft, stage)
 
 
-def _sums_bf16_in_fp32(draft: Draft, accumulation: int) -> bool:
-    """Return True if DeepSpeed takes its optimizer for bf16 in stage 1, with flat matrices only."""
+def _flattens_matrices(draft: Draft, accumulation: int) -> bool:
+    """Return True if Muon would get flat gradients, from DeepSpeed's optimizer for bf16.
+
+    That is the one of stage 1 where bf16 is summed in fp32.
+    """
     from deepspeed.runtime.config import DtypeEnum
 
+    stage, kind = draft.get("zero_optimization", "stage", default=0), draft.get("optimizer", "type")
+    if stage != 1 or kind.lower() != "muon":
+        return False
     if not draft.get("bf16", "enabled") or draft.section("zero_optimization", "offload_optimizer"):
         return False
     sums = draft.get("data_types", "grad_accum_dtype")

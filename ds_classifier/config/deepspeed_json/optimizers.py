@@ -42,7 +42,7 @@ _OF_ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": T
 
 def settle_optimizer(draft: Draft) -> None:
     """Check the optimizer's type and parameters, and complete them."""
-    if draft.settings.muon_lr > 0:
+    if draft.settings.muon_lr_scale > 0:
         _take_muon(draft)
     _settle_type(draft)
     kind = draft.get("optimizer", "type")
@@ -77,7 +77,7 @@ def settle_optimizer(draft: Draft) -> None:
 
 
 def _take_muon(draft: Draft) -> None:
-    """Let Muon replace the JSON's AdamW, as --muon_lr asks."""
+    """Let Muon replace the JSON's AdamW, as --muon_lr_scale asks."""
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     kind = draft.get("optimizer", "type") or "AdamW"
@@ -87,14 +87,10 @@ def _take_muon(draft: Draft) -> None:
     elif str(kind).lower() not in ("adam", "adamw", AUTO):
         need = f"AdamW in the JSON, which Muon replaces, and not {shown(kind)}"
     if need:
-        got = f"--muon_lr: got {draft.settings.muon_lr:g}"
-        draft.problems.append(f"{got}; need {need}; do: give --muon_lr 0")
+        got = f"--muon_lr_scale: got {draft.settings.muon_lr_scale:g}"
+        draft.problems.append(f"{got}; need {need}; do: give --muon_lr_scale 0")
         return
     draft.set("optimizer", "type", "Muon")
-    zero = draft.section("zero_optimization")
-    if zero.get("stage") == 1 and draft.get("bf16", "enabled"):
-        zero["stage"] = 2
-        draft.notes.append("ZeRO stage 1: run as stage 2, in which Muon's gradients are matrices")
 
 
 def _settle_type(draft: Draft) -> None:

@@ -144,7 +144,7 @@ def create_engine(
     lr_factor: Callable[[int], float] | None,
     groups: Sequence[Group] | None = None,
     *,
-    muon_lr_scale: float | None = None,
+    muon_lr_scale: float = 0.0,
 ):
     """Wrap the module in a DeepSpeed engine. Every rank must call it.
 
@@ -153,8 +153,8 @@ def create_engine(
     lr_factor: returns the learning rate of step k as a share of the peak; None: the JSON's
     scheduler sets it.
     groups: the parameters that are trained; None: all that have requires_grad, alike.
-    muon_lr_scale: what the learning rate is multiplied by for the weights that Muon trains; None:
-    the JSON's optimizer says it.
+    muon_lr_scale: what the learning rate is multiplied by for the weights that Muon trains; 0: the
+    JSON says their rate.
     """
     import deepspeed
     from torch.optim.lr_scheduler import LambdaLR
@@ -173,10 +173,10 @@ def create_engine(
             buffer.data = buffer.data.to(next(module.parameters()).dtype)
     if lr_factor is not None:  # not given to initialize: ZeRO replaces some optimizers
         engine.lr_scheduler = LambdaLR(engine.optimizer.optimizer, lr_factor)
-    if muon_lr_scale is not None:
+    if muon_lr_scale:
         for group in engine.optimizer.optimizer.param_groups:
             group["lr_scale"] = muon_lr_scale if group["use_muon"] else 1.0
-    if groups is not None or muon_lr_scale is not None:
+    if groups is not None or muon_lr_scale:
         _scale_after_each_step(engine)
     if getattr(engine.optimizer, "cpu_offload", False):
         _forget_gradients_of_skipped_steps(engine.optimizer)

@@ -236,8 +236,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"batch       {batch}; {shards.manifest.samples / batch.total:.1f} steps per epoch")
     say(f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}")
     rates = f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
-    if settings.muon_lr:
-        rates += f"; {settings.muon_lr / settings.lr:g} times that for the weights inside, by Muon"
+    if settings.muon_lr_scale:
+        rates += f"; {settings.muon_lr_scale:g} times that for the weights inside, by Muon"
     say(f"{'':12}{rates}")
     for line in describe(setup.groups or []):
         say(f"{'':12}{line}")
