@@ -482,6 +482,19 @@ def test_muon_by_a_flag_in_bf16_is_run_in_stage_2_where_gradients_are_summed():
         assert found.ds_config["zero_optimization"]["stage"] == 1
 
 
+@complete_deepspeed
+def test_muon_by_a_flag_does_not_scatter_gradients_in_stage_3():
+    """A JSON that was written for AdamW then needs no change; one that asks for Muon does."""
+    for zero in ({}, {"zero_optimization__reduce_scatter": True}):
+        raw = changed(zero_optimization__stage=3, **zero)
+        found = resolved("--muon_lr_scale", "20", raw=raw)
+        assert found.ds_config["zero_optimization"]["reduce_scatter"] is False
+        assert "reduce_scatter: run as false, since Muon" in " ".join(found.notes)
+        own = raw | {"optimizer": {"type": "Muon"}}
+        assert "reduce_scatter: got true; need false with Muon in ZeRO stage 3" in problems(raw=own)
+        assert "reduce_scatter" not in " ".join(resolved(raw=raw).notes)
+
+
 @pytest.mark.parametrize("kind", ["Lion", "SGD", "Muon"])
 @complete_deepspeed
 def test_muon_by_a_flag_replaces_adamw_alone(kind):
