@@ -457,7 +457,7 @@ def test_muon_in_stage_1_with_bf16_needs_sums_in_bf16():
 
 @complete_deepspeed
 def test_a_flag_puts_muon_in_the_place_of_adamw():
-    """Its Adam keeps the JSON's numbers; the rate of the matrices is set by the engine."""
+    """Adam keeps the JSON's numbers; the rate of the matrices is set by the engine."""
     own = changed(optimizer__params={"lr": "auto", "betas": [0.8, 0.9], "weight_decay": 0.1})
     found = resolved("--muon_lr_scale", "20", "--lr", "0.001", raw=own)
     assert found.ds_config["optimizer"]["type"] == "Muon"
@@ -502,6 +502,9 @@ def test_muon_by_a_flag_replaces_adamw_alone(kind):
     message = problems("--muon_lr_scale", "20", raw=raw)
     assert f'got 20; need AdamW in the JSON, which Muon replaces, and not "{kind}"; do' in message
     assert "do: give --muon_lr_scale 0" in message
+    two = changed(optimizer={"type": "AdamW", "params": {"lr": 1e-3, "muon_lr": 2e-2}})
+    message = problems("--muon_lr_scale", "20", raw=two)
+    assert "params.muon_lr: got 0.02; need none with --muon_lr_scale" in message
     assert "--muon_lr_scale: got -1.0; need 0" in problems("--muon_lr_scale", "-1")
 
 
