@@ -457,7 +457,7 @@ def test_muon_in_stage_1_with_bf16_needs_sums_in_bf16():
 
 @complete_deepspeed
 def test_a_flag_puts_muon_in_the_place_of_adamw():
-    """Its Adam keeps the JSON's numbers; the rate of the matrices is set by the engine."""
+    """Adam keeps the JSON's numbers; the rate of the matrices is set by the engine."""
     own = changed(optimizer__params={"lr": "auto", "betas": [0.8, 0.9], "weight_decay": 0.1})
     found = resolved("--muon_lr_scale", "20", "--lr", "0.001", raw=own)
     assert found.ds_config["optimizer"]["type"] == "Muon"
@@ -482,6 +482,19 @@ def test_muon_by_a_flag_in_bf16_is_run_in_stage_2_where_gradients_are_summed():
         assert found.ds_config["zero_optimization"]["stage"] == 1
 
 
+@complete_deepspeed
+def test_muon_by_a_flag_does_not_scatter_gradients_in_stage_3():
+    """A JSON that was written for AdamW then needs no change; one that asks for Muon does."""
+    for zero in ({}, {"zero_optimization__reduce_scatter": True}):
+        raw = changed(zero_optimization__stage=3, **zero)
+        found = resolved("--muon_lr_scale", "20", raw=raw)
+        assert found.ds_config["zero_optimization"]["reduce_scatter"] is False
+        assert "reduce_scatter: run as false, since Muon" in " ".join(found.notes)
+        own = raw | {"optimizer": {"type": "Muon"}}
+        assert "reduce_scatter: got true; need false with Muon in ZeRO stage 3" in problems(raw=own)
+        assert "reduce_scatter" not in " ".join(resolved(raw=raw).notes)
+
+
 @pytest.mark.parametrize("kind", ["Lion", "SGD", "Muon"])
 @complete_deepspeed
 def test_muon_by_a_flag_replaces_adamw_alone(kind):
@@ -489,6 +502,9 @@ def test_muon_by_a_flag_replaces_adamw_alone(kind):
     message = problems("--muon_lr_scale", "20", raw=raw)
     assert f'got 20; need AdamW in the JSON, which Muon replaces, and not "{kind}"; do' in message
     assert "do: give --muon_lr_scale 0" in message
+    two = changed(optimizer={"type": "AdamW", "params": {"lr": 1e-3, "muon_lr": 2e-2}})
+    message = problems("--muon_lr_scale", "20", raw=two)
+    assert "params.muon_lr: got 0.02; need none with --muon_lr_scale" in message
     assert "--muon_lr_scale: got -1.0; need 0" in problems("--muon_lr_scale", "-1")
 
 

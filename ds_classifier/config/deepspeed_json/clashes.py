@@ -16,13 +16,24 @@ def check_clashes(draft: Draft, accumulation: int) -> None:
 
     accumulation: micro-batches per rank and step.
     """
-    if draft.settings.muon_lr_scale and _flattens_matrices(draft, accumulation):
+    if draft.settings.muon_lr_scale:
+        _make_room_for_muon(draft, accumulation)
+    for path, message, mended in list(_clashes(draft, accumulation)):
+        draft.refuse(path, message, mended)
+
+
+def _make_room_for_muon(draft: Draft, accumulation: int) -> None:
+    """Change what Muon cannot run with in a JSON that was written for AdamW, and say so."""
+    if _flattens_matrices(draft, accumulation):
         draft.set("zero_optimization", "stage", 2)
         draft.notes.append(
             "ZeRO stage 1: run as stage 2, in which Muon can sum bf16 gradients in fp32"
         )
-    for path, message, mended in list(_clashes(draft, accumulation)):
-        draft.refuse(path, message, mended)
+    if _scatters_matrices(draft):
+        draft.set("zero_optimization", "reduce_scatter", False)
+        draft.notes.append(
+            "zero_optimization.reduce_scatter: run as false, since Muon needs whole gradients"
+        )
 
 
 def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
@@ -35,7 +46,7 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
             yield ("prescale_gradients",), f"got true; need false {without}", False
         if (factor := draft.get("gradient_predivide_factor", default=1)) != 1:
             yield ("gradient_predivide_factor",), f"got {factor}; need 1 {without}", 1
-    if kind == "muon" and stage == 3 and scatters:
+    if _scatters_matrices(draft):
         key = ("zero_optimization", "reduce_scatter")
         yield key, "got true; need false with Muon in ZeRO stage 3", False
     if _flattens_matrices(draft, accumulation):
@@ -50,6 +61,14 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
         need = f"missing; need true for {name}, which DeepSpeed has not tested under ZeRO"
         yield ("zero_allow_untested_optimizer",), need, True
     yield from _offloading(draft, stage)
+
+
+def _scatters_matrices(draft: Draft) -> bool:
+    """Return True if Muon would get parts of gradients, in stage 3."""
+    if draft.get("optimizer", "type").lower() != "muon":
+        return False
+    zero = draft.section("zero_optimization")
+    return zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True)
 
 
 def _flattens_matrices(draft: Draft, accumulation: int) -> bool:

@@ -90,6 +90,12 @@ def _take_muon(draft: Draft) -> None:
         got = f"--muon_lr_scale: got {draft.settings.muon_lr_scale:g}"
         draft.problems.append(f"{got}; need {need}; do: give --muon_lr_scale 0")
         return
+    for key in ("muon_lr", "adam_lr"):  # the flag owns the ratio of the two
+        if (value := draft.get(*SECTION, key)) is not None:
+            need = "none with --muon_lr_scale, which multiplies lr"
+            draft.refuse(
+                (*SECTION, key), f"got {shown(value)}; need {need}", advice="do: remove it"
+            )
     draft.set("optimizer", "type", "Muon")
 
 

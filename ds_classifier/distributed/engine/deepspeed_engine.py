@@ -225,6 +225,15 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
+def trained_by_muon(engine) -> int:
+    """Return the number of parameters that Muon trains, of an engine that has Muon."""
+    return sum(
+        whole_shape(parameter).numel()
+        for parameter in engine.module.parameters()
+        if parameter.requires_grad and getattr(parameter, "use_muon", False)
+    )
+
+
 def _scale_after_each_step(engine) -> None:
     """Multiply the rate of each group by its factor, now and after each step of the scheduler.
 

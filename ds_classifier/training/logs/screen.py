@@ -237,7 +237,8 @@ def announce(setup: Setup, command: CommandLine) -> None:
     say(f"engine      {way(setup)}, on {deepspeed_engine.describe_device(engine.device)}")
     rates = f"lr {resolved.peak_lr:g}, {schedule(resolved)}"
     if settings.muon_lr_scale:
-        rates += f"; {settings.muon_lr_scale:g} times that for the weights inside, by Muon"
+        inside = deepspeed_engine.trained_by_muon(engine)
+        rates += f"; {settings.muon_lr_scale:g} times that for {inside:,} parameters, by Muon"
     say(f"{'':12}{rates}")
     for line in describe(setup.groups or []):
         say(f"{'':12}{line}")
