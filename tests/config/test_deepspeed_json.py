@@ -471,6 +471,24 @@ def test_a_flag_puts_muon_in_the_place_of_adamw():
 
 
 @complete_deepspeed
+def test_muon_by_a_flag_sets_both_rates():
+    raw = changed(optimizer__params={"lr": 1e-3, "muon_lr": 0.02, "adam_lr": 5e-4})
+    message = problems("--muon_lr_scale", "20", raw=raw)
+    for key, rate in (("muon_lr", 0.02), ("adam_lr", 0.0005)):
+        assert f"optimizer.params.{key}: got {rate}; need none with --muon_lr_scale" in message
+
+
+@complete_deepspeed
+def test_what_only_adam_takes_is_said_to_be_ignored_with_muon():
+    """DeepSpeed hands none of it to the Adam inside Muon, so that no kernel is compiled for it."""
+    raw = changed(optimizer__params={"amsgrad": True, "bias_correction": False})
+    found = resolved("--muon_lr_scale", "20", raw=raw)
+    assert found.kernel == ""
+    words = "ignores optimizer.params.amsgrad, optimizer.params.bias_correction"
+    assert words in "\n".join(found.notes)
+
+
+@complete_deepspeed
 def test_muon_by_a_flag_in_bf16_is_run_in_stage_2_where_gradients_are_summed():
     bf16 = dict(fp16={"enabled": False}, bf16={"enabled": True}, zero_optimization__stage=1)
     accumulated = changed(**bf16, train_micro_batch_size_per_gpu=2, train_batch_size=8)
@@ -502,9 +520,6 @@ def test_muon_by_a_flag_replaces_adamw_alone(kind):
     message = problems("--muon_lr_scale", "20", raw=raw)
     assert f'got 20; need AdamW in the JSON, which Muon replaces, and not "{kind}"; do' in message
     assert "do: give --muon_lr_scale 0" in message
-    two = changed(optimizer={"type": "AdamW", "params": {"lr": 1e-3, "muon_lr": 2e-2}})
-    message = problems("--muon_lr_scale", "20", raw=two)
-    assert "params.muon_lr: got 0.02; need none with --muon_lr_scale" in message
     assert "--muon_lr_scale: got -1.0; need 0" in problems("--muon_lr_scale", "-1")
 
 
@@ -837,6 +852,16 @@ def test_what_a_scheduler_replaces_is_said():
     assert "optimizer.params.betas: [0.5, 0.9] have no effect, since OneCycle" in notes(raw=raw)
     raw["scheduler"]["params"]["cycle_momentum"] = False
     assert "betas" not in notes(raw=raw)
+
+
+@complete_deepspeed
+def test_onecycle_moves_no_momenta_of_muon():
+    """DeepSpeed looks for betas among the optimizer's defaults, where Muon has none."""
+    cycle = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}
+    raw = changed(scheduler=cycle, optimizer__params={"betas": [0.5, 0.9]})
+    said = notes("--muon_lr_scale", "20", raw=raw)
+    assert "betas" not in said
+    assert "OneCycle: it moves no momenta of Muon" in said
 
 
 @complete_deepspeed

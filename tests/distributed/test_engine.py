@@ -6,10 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from own_networks import write_module
 from running import ROOT, run_python
+from small_models import SMALL
+from torch import nn
 from versions import complete_deepspeed
 
+from ds_classifier.config import Settings
 from ds_classifier.distributed.engine import deepspeed_engine, deepspeed_versions
+from ds_classifier.loss import noised_classifier
+from ds_classifier.model import create_classifier
 
 LEARNT = {"cur_scale": 64.0, "cur_iter": 30, "last_overflow_iter": 12, "cur_hysteresis": 1}
 
@@ -189,6 +195,51 @@ def test_muon_is_not_compiled():
     grad = torch.randn(6, 2, 3, 3)
     update = original_muon.muon_update(grad.clone(), torch.zeros_like(grad), ns_method="standard")
     assert update.shape == grad.shape
+
+
+def turned_by_muon(**flags) -> list[str]:
+    """Return the names of the weights that Muon trains, as DeepSpeed asks for them."""
+    settings = Settings(**(SMALL | flags))
+    module = noised_classifier(create_classifier(**settings.model_kwargs()), settings)
+    for name, parameter in module.named_parameters():
+        parameter.use_muon = parameter.dim() > 1 and "embed" not in name  # as DeepSpeed tags them
+    list(deepspeed_engine._parameters(module))
+    named = module.classifier.named_parameters()
+    return [name for name, parameter in named if parameter.use_muon]
+
+
+def test_muon_trains_neither_the_first_layer_nor_the_head_of_any_network(tmp_path, monkeypatch):
+    assert turned_by_muon(classifier="torchvision:resnet18") == [
+        *(f"network.layer1.{block}.conv{n}.weight" for block in (0, 1) for n in (1, 2)),
+        *(
+            f"network.layer{stage}.{name}.weight"
+            for stage in (2, 3, 4)
+            for name in ("0.conv1", "0.conv2", "0.downsample.0", "1.conv1", "1.conv2")
+        ),
+    ]
+    write_module(tmp_path, "muons_net")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert turned_by_muon(classifier="muons_net:build") == ["time.weight"]
+    of_reference = turned_by_muon()
+    tops = {name.partition(".")[0] for name in of_reference}
+    assert tops == {"input_blocks", "middle_block"}
+    assert not any(name.startswith("input_blocks.0.") for name in of_reference)
+
+
+def test_muon_trains_matrices_not_tokens_and_scales():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.LayerNorm([8, 8]))
+            self.attention = nn.MultiheadAttention(8, 1)
+            self.head = nn.Linear(8, 2)
+
+    block = Block()
+    inside = deepspeed_engine._weights_inside(block)
+    names = {n for n, p in block.named_parameters() if p in inside and p.dim() > 1}
+    of_attention = {"attention.in_proj_weight", "attention.out_proj.weight"}
+    assert names == {"layers.1.weight"} | of_attention
 
 
 class Builder:

@@ -90,13 +90,11 @@ def _take_muon(draft: Draft) -> None:
         got = f"--muon_lr_scale: got {draft.settings.muon_lr_scale:g}"
         draft.problems.append(f"{got}; need {need}; do: give --muon_lr_scale 0")
         return
-    for key in ("muon_lr", "adam_lr"):  # the flag owns the ratio of the two
-        if (value := draft.get(*SECTION, key)) is not None:
-            need = "none with --muon_lr_scale, which multiplies lr"
-            draft.refuse(
-                (*SECTION, key), f"got {shown(value)}; need {need}", advice="do: remove it"
-            )
     draft.set("optimizer", "type", "Muon")
+    for key in ("muon_lr", "adam_lr"):
+        if (rate := draft.get(*SECTION, key)) is not None:
+            why = f"got {shown(rate)}; need none with --muon_lr_scale, which sets both rates"
+            draft.refuse((*SECTION, key), why, advice="do: remove it")
 
 
 def _settle_type(draft: Draft) -> None:
@@ -137,6 +135,7 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
     """
     if params.get("bias_correction") is True and params.get("torch_adam") is not False:
         del params["bias_correction"]  # torch's Adam always corrects
+    muon = draft.get("optimizer", "type").lower() == "muon"
     draft.check_type((*SECTION, "torch_adam"), BOOL)
     draft.check_type((*SECTION, "adam_w_mode"), BOOL)
     if params.get("torch_adam", AUTO) == AUTO:
@@ -144,8 +143,8 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
         own = params.keys() & _parameters(_own_adam(offload)).keys() - torchs
         # A part of the state on the GPU needs DeepSpeed's.
         ratio = draft.get("zero_optimization", "offload_optimizer", "ratio", default=1)
-        params["torch_adam"] = not own and ratio == 1
-    if params["torch_adam"] and draft.get("optimizer", "type").lower() != "muon":
+        params["torch_adam"] = ratio == 1 and (muon or not own)  # Muon hands none of those on
+    if params["torch_adam"] and not muon:
         params.pop("fp32_optimizer_states", None)
         if not params.get("foreach"):
             params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
@@ -176,8 +175,9 @@ def _made(kind: str, params: dict[str, Any], offload: bool) -> tuple[type | None
             return _torch_adam(params), _parameters(_torch_adam(params)) | _OF_ADAM
         return None, _parameters(_own_adam(offload)) | _OF_ADAM
     if name == "muon":
-        takes = _parameters(_own_adam(offload)) | _OF_ADAM | dict(ns_method=None, momentum=0.95)
-        return None, takes | dict(muon_lr=1e-3, adam_lr=1e-3)
+        adams = {key: _parameters(_own_adam(offload))[key] for key in COMMON}
+        own = dict(ns_method=None, momentum=0.95, muon_lr=1e-3, adam_lr=1e-3)
+        return None, adams | _OF_ADAM | own
     if name == "adagrad" and not offload:
         return optim.Adagrad, _parameters(optim.Adagrad)
     if name == "adagrad":

@@ -191,6 +191,10 @@ def _say_replaced(draft: Draft, kind: str) -> None:
             draft.notes.append(
                 f"optimizer.params.{key}: {rate} has no effect, since {kind} sets the rate"
             )
+    muon = draft.get("optimizer", "type").lower() == "muon"
+    if kind == "OneCycle" and muon and draft.get(*SECTION, "cycle_momentum", default=True):
+        draft.notes.append("OneCycle: it moves no momenta of Muon (cycle_momentum has no effect)")
+        return
     betas = draft.get(*OPTIMIZER, "betas")
     if kind == "OneCycle" and betas and draft.get(*SECTION, "cycle_momentum", default=True):
         draft.notes.append(

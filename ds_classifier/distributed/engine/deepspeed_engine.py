@@ -26,9 +26,11 @@ from ds_classifier.distributed.engine.deepspeed_versions import (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORM_ROW = 1 << 14  # numbers that are summed in fp32; rows are summed in fp64
 EMULATED_FP16 = 4  # CPU seconds of a step by those in fp32: 0.37 / 0.09 (32 px, width 32)
-# Weights that Muon is not for, by the begin of their names: those that read pixels or timesteps,
-# and the head (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-NOT_HIDDEN = ("classifier.input_blocks.0.", "classifier.time_embed.", "classifier.out.")
+# Layers that read timesteps, and the reference's head, by the begin of their names.
+OF_TIME = ("classifier.time_embed.", "classifier.scale_shift.")
+HEAD = "classifier.out."
+# Muon is for matrices; other weights of several dimensions, such as a ViT's token, are vectors.
+HAS_MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -218,9 +220,10 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
     DeepSpeed reads them after it has tagged them itself, by the names of language models.
     """
-    for name, parameter in module.named_parameters():
+    inside = _weights_inside(module)
+    for parameter in module.parameters():
         if getattr(parameter, "use_muon", False):
-            parameter.use_muon = not name.startswith(NOT_HIDDEN)
+            parameter.use_muon = parameter in inside
         if parameter.requires_grad:
             yield parameter
 
@@ -232,6 +235,18 @@ def trained_by_muon(engine) -> int:
         for parameter in engine.module.parameters()
         if parameter.requires_grad and getattr(parameter, "use_muon", False)
     )
+
+
+def _weights_inside(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of the linear layers and convolutions that Muon is for.
+
+    These are not those that read pixels or timesteps, nor the head (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon): in any network the first and the last that it holds.
+    """
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, HAS_MATRICES)}
+    names = [name for name in layers if not f"{name}.".startswith(OF_TIME)]
+    inside = [layers[name] for name in names[1:-1] if not name.startswith(HEAD)]
+    return {parameter for layer in inside for parameter in layer.parameters(recurse=False)}
 
 
 def _scale_after_each_step(engine) -> None:
