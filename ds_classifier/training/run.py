@@ -18,11 +18,14 @@ from ds_classifier.checkpoint.fixed_state import (
     trained_count,
 )
 from ds_classifier.checkpoint.writer import checkpoint_bytes
-from ds_classifier.config import CommandLine
+from ds_classifier.config import CommandLine, Settings
 from ds_classifier.config.deepspeed_json import Resolved
 from ds_classifier.data.augment import create_augmentation
 from ds_classifier.data.shards import ShardSet
 from ds_classifier.diffusion import (
+    GaussianDiffusion,
+    LossSecondMomentSampler,
+    UniformSampler,
     create_gaussian_diffusion,
     create_schedule_sampler,
     timestep_range,
@@ -100,18 +103,12 @@ def build(
     checkpoint = None if start.state is None else Path(start.checkpoint)
     fixed = settle_fixed_state(classifier, checkpoint, device)
     engine = deepspeed_engine.create_engine(
-        module,
-        trained.ds_config,
-        lr_factor(settings, start.part_steps),
-        groups,
+        *(module, trained.ds_config, lr_factor(settings, start.part_steps), groups),
         muon_lr_scale=settings.muon_lr_scale,
     )
     if trained.reports:  # not before, since DeepSpeed's kernels would print their parameters
         deepspeed_reports.send_to_file(Path(settings.run_dir) / "deepspeed.log")
-    levels = timestep_range(settings.t_range, module.diffusion)
-    sampler = create_schedule_sampler(
-        settings.schedule_sampler, module.diffusion.num_timesteps, device, levels=levels
-    )
+    sampler = _schedule_sampler(settings, module.diffusion, device)
     if checkpoint is not None:
         disk.load(checkpoint, start.state, engine=engine, sampler=sampler)
     watch.advice = MemoryAdvice(
@@ -119,6 +116,15 @@ def build(
     )
     vote = StopVote(requests)
     return Setup(resolved, shards, val_shards, start, groups, engine, fixed, sampler, vote, watch)
+
+
+def _schedule_sampler(
+    settings: Settings, diffusion: GaussianDiffusion, device: torch.device
+) -> UniformSampler | LossSecondMomentSampler:
+    levels = timestep_range(settings.t_range, diffusion)
+    return create_schedule_sampler(
+        settings.schedule_sampler, diffusion.num_timesteps, device, levels=levels
+    )
 
 
 def all_of(*parts: Callable[[], Any]) -> list[Any]:
