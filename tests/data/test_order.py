@@ -20,6 +20,9 @@ from ds_classifier.data.loader import ShardDataset, TrainingPositions, create_lo
 from ds_classifier.data.order import OPEN_LIMIT, SampleOrder, node_shards, share_of_rank
 from ds_classifier.data.shards import INDEX_DTYPE, Manifest, Shard, ShardSet
 
+settings.register_profile("of any duration", deadline=None)  # other jobs may keep the cores busy
+settings.load_profile("of any duration")
+
 layouts = st.fixed_dictionaries(
     {
         "shard_samples": st.lists(st.integers(1, 30), min_size=1, max_size=12),
@@ -171,14 +174,14 @@ def two_cuts(draw):
 resumed = dict(layout=layouts, cuts=two_cuts(), begin=st.integers(0, 3), first=st.integers(0, 60))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(**resumed)
 def test_the_loader_reads_the_same_stream_for_any_cut_and_resume(layout, cuts, begin, first):
     check_loaded(layout, cuts, (0, begin), first, workers=0)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
-@settings(deadline=None, max_examples=2)
+@settings(max_examples=2)
 @given(**resumed)
 def test_workers_read_the_same_stream_for_any_cut_and_resume(workers, layout, cuts, begin, first):
     check_loaded(layout, cuts, (0, begin), first, workers)
@@ -261,7 +264,7 @@ def test_a_lane_walks_through_its_shards_one_after_another():
 
 
 @pytest.mark.parametrize("shuffle_shards", [1, 4, None])
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 1000), sort=st.booleans())
 def test_neighbours_share_a_class_no_more_often_than_at_random(shuffle_shards, seed, sort):
     """The shards may be sorted by class or shuffled."""
