@@ -510,6 +510,9 @@ def test_muon_by_a_flag_does_not_scatter_gradients_in_stage_3():
         assert "reduce_scatter: run as false, since Muon" in " ".join(found.notes)
         own = raw | {"optimizer": {"type": "Muon"}}
         assert "reduce_scatter: got true; need false with Muon in ZeRO stage 3" in problems(raw=own)
+        both = problems("--muon_lr_scale", "20", raw=own)  # as if the flag were given up
+        assert "need AdamW in the JSON" in both
+        assert "reduce_scatter: got true; need false with Muon in ZeRO stage 3" in both
         assert "reduce_scatter" not in " ".join(resolved(raw=raw).notes)
 
 

@@ -65,10 +65,8 @@ def _clashes(draft: Draft, accumulation: int) -> Iterator[Clash]:
 
 def _scatters_matrices(draft: Draft) -> bool:
     """Return True if Muon would get parts of gradients, in stage 3."""
-    if draft.get("optimizer", "type").lower() != "muon":
-        return False
     zero = draft.section("zero_optimization")
-    return zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True)
+    return draft.has_muon and zero.get("stage") == 3 and zero.get("reduce_scatter", True)
 
 
 def _flattens_matrices(draft: Draft, accumulation: int) -> bool:
@@ -78,8 +76,7 @@ def _flattens_matrices(draft: Draft, accumulation: int) -> bool:
     """
     from deepspeed.runtime.config import DtypeEnum
 
-    stage, kind = draft.get("zero_optimization", "stage", default=0), draft.get("optimizer", "type")
-    if stage != 1 or kind.lower() != "muon":
+    if not draft.has_muon or draft.get("zero_optimization", "stage") != 1:
         return False
     if not draft.get("bf16", "enabled") or draft.section("zero_optimization", "offload_optimizer"):
         return False

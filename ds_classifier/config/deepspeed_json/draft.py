@@ -62,6 +62,11 @@ class Draft:
         *path, value = path_and_value
         _set(self.ds, path, value)
 
+    @property
+    def has_muon(self) -> bool:
+        """Shows whether Muon trains; for a JSON whose optimizer has its type."""
+        return self.get("optimizer", "type").lower() == "muon"
+
     def drop(self, *path: str) -> Any:
         """Remove a key and return its value; None where the JSON has none."""
         return self.section(*path[:-1]).pop(path[-1], None)

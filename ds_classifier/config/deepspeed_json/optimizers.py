@@ -58,7 +58,7 @@ def settle_optimizer(draft: Draft) -> None:
     offload = "offload_optimizer" in draft.section("zero_optimization")
     if kind.lower() in ("adam", "adamw", "muon"):  # Muon has an Adam for some parameters
         _choose_adam(draft, params, offload)
-    if kind.lower() == "muon":
+    if draft.has_muon:
         clips = draft.get("gradient_clipping", default=1) != 0
         draft.notes.append(
             "Muon: DeepSpeed makes gradients of matrices orthogonal before it takes their norm, "
@@ -66,7 +66,7 @@ def settle_optimizer(draft: Draft) -> None:
             + (", and gradient_clipping shortens every step" if clips else "")
         )
     make, takes = _made(kind, params, offload)
-    _check_params(draft, params, takes, muon=kind.lower() == "muon")
+    _check_params(draft, params, takes, muon=draft.has_muon)
     if make is not None:
         _try(draft, make, params)
     if missing := _missing_kernel(kind, params, offload):
@@ -89,6 +89,7 @@ def _take_muon(draft: Draft) -> None:
     if need:
         got = f"--muon_lr_scale: got {draft.settings.muon_lr_scale:g}"
         draft.problems.append(f"{got}; need {need}; do: give --muon_lr_scale 0")
+        draft.settings = draft.settings.replace(muon_lr_scale=0.0)  # as advised, for later checks
         return
     draft.set("optimizer", "type", "Muon")
     for key in ("muon_lr", "adam_lr"):
@@ -135,7 +136,6 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
     """
     if params.get("bias_correction") is True and params.get("torch_adam") is not False:
         del params["bias_correction"]  # torch's Adam always corrects
-    muon = draft.get("optimizer", "type").lower() == "muon"
     draft.check_type((*SECTION, "torch_adam"), BOOL)
     draft.check_type((*SECTION, "adam_w_mode"), BOOL)
     if params.get("torch_adam", AUTO) == AUTO:
@@ -143,8 +143,10 @@ def _choose_adam(draft: Draft, params: dict[str, Any], offload: bool) -> None:
         own = params.keys() & _parameters(_own_adam(offload)).keys() - torchs
         # A part of the state on the GPU needs DeepSpeed's.
         ratio = draft.get("zero_optimization", "offload_optimizer", "ratio", default=1)
-        params["torch_adam"] = ratio == 1 and (muon or not own)  # Muon hands none of those on
-    if params["torch_adam"] and not muon:
+        params["torch_adam"] = ratio == 1 and (
+            draft.has_muon or not own
+        )  # Muon hands none of those on
+    if params["torch_adam"] and not draft.has_muon:
         params.pop("fp32_optimizer_states", None)
         if not params.get("foreach"):
             params.setdefault("fused", True)  # one pass over the flat tensors instead of eight
@@ -175,7 +177,8 @@ def _made(kind: str, params: dict[str, Any], offload: bool) -> tuple[type | None
             return _torch_adam(params), _parameters(_torch_adam(params)) | _OF_ADAM
         return None, _parameters(_own_adam(offload)) | _OF_ADAM
     if name == "muon":
-        adams = {key: _parameters(_own_adam(offload))[key] for key in COMMON}
+        adam = _parameters(_own_adam(offload))
+        adams = {key: adam[key] for key in COMMON}
         own = dict(ns_method=None, momentum=0.95, muon_lr=1e-3, adam_lr=1e-3)
         return None, adams | _OF_ADAM | own
     if name == "adagrad" and not offload:

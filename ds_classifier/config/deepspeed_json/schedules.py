@@ -191,12 +191,11 @@ def _say_replaced(draft: Draft, kind: str) -> None:
             draft.notes.append(
                 f"optimizer.params.{key}: {rate} has no effect, since {kind} sets the rate"
             )
-    muon = draft.get("optimizer", "type").lower() == "muon"
-    if kind == "OneCycle" and muon and draft.get(*SECTION, "cycle_momentum", default=True):
-        draft.notes.append("OneCycle: it moves no momenta of Muon (cycle_momentum has no effect)")
+    if kind != "OneCycle" or not draft.get(*SECTION, "cycle_momentum", default=True):
         return
-    betas = draft.get(*OPTIMIZER, "betas")
-    if kind == "OneCycle" and betas and draft.get(*SECTION, "cycle_momentum", default=True):
+    if draft.has_muon:
+        draft.notes.append("OneCycle: it moves no momenta of Muon (cycle_momentum has no effect)")
+    elif betas := draft.get(*OPTIMIZER, "betas"):
         draft.notes.append(
             f"optimizer.params.betas: {betas} have no effect, since {kind} moves the first one "
             "and sets the second one to 0.99 (cycle_momentum)"
