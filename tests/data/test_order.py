@@ -264,19 +264,19 @@ def test_a_lane_walks_through_its_shards_one_after_another():
 
 
 @pytest.mark.parametrize("shuffle_shards", [1, 4, None])
-@settings(max_examples=5)
-@given(seed=st.integers(0, 1000), sort=st.booleans())
-def test_neighbours_share_a_class_no_more_often_than_at_random(shuffle_shards, seed, sort):
-    """The shards may be sorted by class or shuffled."""
-    n, classes = 16000, 100
+@pytest.mark.parametrize("sort", [True, False])
+def test_neighbours_share_a_class_no_more_often_than_at_random(shuffle_shards, sort):
+    """The shards may be sorted by class or shuffled. One order is luck, the mean of many is not."""
+    n, classes, seeds = 16000, 100, 16
     labels = np.repeat(np.arange(classes), n // classes)
-    if not sort:
-        labels = np.random.RandomState(seed).permutation(labels)
-    order = SampleOrder([125] * 128, seed=seed, lanes=64, shuffle_shards=shuffle_shards)
-    stream = labels[order.samples(np.arange(n))]
-    same_class = (stream[1:] == stream[:-1]).mean()
+    same_class = []
+    for seed in range(seeds):
+        order = SampleOrder([125] * 128, seed=seed, lanes=64, shuffle_shards=shuffle_shards)
+        shown = labels if sort else np.random.RandomState(seed).permutation(labels)
+        stream = shown[order.samples(np.arange(n))]
+        same_class.append((stream[1:] == stream[:-1]).mean())
     # Lanes read side by side lie in different shards: neighbours then share a class less often.
-    assert same_class < 1 / classes + 4 * np.sqrt(1 / classes / n)
+    assert np.mean(same_class) < 1 / classes + 4 * np.sqrt(1 / classes / n / seeds)
 
 
 def distinct_classes(shuffle_shards: int | None, seed: int) -> float:
