@@ -115,6 +115,12 @@ class RunData:
     state: str  # see state_of
 
     @property
+    def best_step(self) -> int | None:
+        """The step of checkpoints/best; None if there is none."""
+        step = self.best.partition(" ")[0].removeprefix("step-")
+        return int(step) if step.isdigit() else None
+
+    @property
     def step(self) -> int:
         """The last step that was logged."""
         logged = [self.training.last("step"), self.validation.last("step")]

@@ -52,12 +52,13 @@ def fitness(run: RunData) -> list[Line]:
     noisy = run.settings.get("schedule_sampler") != "noisy"
     train = "train longer" + ", or with --schedule_sampler noisy" * noisy
     train += ", or over a wider --t_range" * bool(run.settings.get("t_range"))
+    better = ["take checkpoints/best"] if run.best_step not in (None, record["step"]) else []
     judged = [
         *_recorded(run, record),
         *_not_finite(record["classifier"]["levels"]),
-        *_clean(record, rows, guessing),
+        *_clean(record, rows, guessing, better),
         *_reach(record, rows, guessing, train),
-        *_calibration(record, [row for row in rows if is_better(row, guessing)]),
+        *_calibration(record, [row for row in rows if is_better(row, guessing)], better),
         *_worse(record, rows, guessing, train),
     ]
     return measured + judged
@@ -137,8 +138,13 @@ def _not_finite(rows: Sequence[Row]) -> Iterator[Line]:
         )
 
 
-def _clean(record: dict[str, Any], rows: Sequence[Row], guessing: Guessing) -> Iterator[Line]:
-    """Yield a line on how much of the labels the least noisy images explain."""
+def _clean(
+    record: dict[str, Any], rows: Sequence[Row], guessing: Guessing, better: list[str]
+) -> Iterator[Line]:
+    """Yield a line on how much of the labels the least noisy images explain.
+
+    better: advice on a better checkpoint than the one that is judged, if there is one.
+    """
     if not rows:
         return
     row = rows[0]
@@ -168,10 +174,11 @@ def _clean(record: dict[str, Any], rows: Sequence[Row], guessing: Guessing) -> I
     if share < KNOWS_LITTLE and guessing.mae is not None and is_better(row, guessing):
         yield BAD, f"{text}: it knows little of the answer; do: train longer."
     elif share < KNOWS_LITTLE and above_chance(_accuracy(row), guessing.accuracy, images):
+        advice = ", ".join([*better, "train on more images", "or longer"])
         yield (
             BAD,
             f"{text}: it tells classes apart, but its probabilities are hardly better than none; "
-            "do: take checkpoints/best, train on more images, or longer.",
+            f"do: {advice}.",
         )
     elif share < KNOWS_LITTLE:
         yield BAD, f"{text}: it knows next to nothing; do: train longer, or try another --lr."
@@ -289,8 +296,11 @@ def _exact_gradients(record: dict[str, Any]) -> dict[int, float]:
     }
 
 
-def _calibration(record: dict[str, Any], rows: Sequence[Row]) -> Iterator[Line]:
-    """Yield a line on the calibration at the levels where the classifier is worth following."""
+def _calibration(record: dict[str, Any], rows: Sequence[Row], better: list[str]) -> Iterator[Line]:
+    """Yield a line on the calibration at the levels where the classifier is worth following.
+
+    better: see `_clean`.
+    """
     rows = [row for row in rows if row["ece"] is not None]
     if not rows:
         return
@@ -300,12 +310,13 @@ def _calibration(record: dict[str, Any], rows: Sequence[Row]) -> Iterator[Line]:
     luck, images = max(map(luck_of_calibration, rows)), high["samples"]
     if above:
         sure = _overconfidence(record)
-        advice = (
-            "take checkpoints/best, or sample with both temperatures below 1 (sample.py "
-            "--joint_temperature 0.8 --marginal_temperature 0.8)"
-            if sure > 0
-            else "train longer, or guide at a larger scale"
+        cooler = (
+            "sample with both temperatures below 1 (sample.py --joint_temperature 0.8 "
+            "--marginal_temperature 0.8)"
         )
+        advice = ", or ".join([*better, cooler])
+        if sure <= 0:
+            advice = "train longer, or guide at a larger scale"
         yield (
             BAD if max(row["ece"] for row in above) > MISCALIBRATED else DOUBTFUL,
             f"{text}, above {percent(CALIBRATED, 0)} at {_ranges(rows, above)}: it is too "

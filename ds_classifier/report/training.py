@@ -77,11 +77,10 @@ def _in_precision(run: RunData) -> str:
 
 def best_checkpoint(run: RunData) -> tuple[str, str, str]:
     """Return the step of checkpoints/best, what it is, and its validation loss."""
-    name, _, loss = run.best.partition(" val_loss ")
-    step = name.removeprefix("step-").lstrip("0")
-    if not name or not (step.isdigit() and loss):
+    loss = run.best.partition(" val_loss ")[2]
+    if run.best_step is None or not loss:
         return "-", "best checkpoint", "none is validated yet"
-    return f"{int(step):,}", "best checkpoint (step)", f"validation loss {float(loss):.4g}"
+    return f"{run.best_step:,}", "best checkpoint (step)", f"validation loss {float(loss):.4g}"
 
 
 def _loss(value: float | None) -> str:

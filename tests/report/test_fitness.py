@@ -254,6 +254,19 @@ def test_miscalibration_has_a_direction(run, right, word, advice):
     assert advice in text
 
 
+@pytest.mark.parametrize(("best", "advised"), [(250, True), (500, False), (None, False)])
+def test_another_checkpoint_is_advised_only_if_it_is_the_best(run, best, advised):
+    """The evaluation is of step 500."""
+    if best:
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "best").write_text(f"step-{best:08} val_loss 0.3\n")
+    off = [(*row[:4], 0.12, *row[5:]) for row in DIGITS]
+    bins = [{"bin": 11, "samples": 100, "correct": 30, "confidence": 0.75}]
+    _, text = sign_of(judged(run, evaluated(off, images=3600, bins=bins)), "calibration error")
+    advice = "do: take checkpoints/best, or sample with" if advised else "do: sample with"
+    assert advice in text
+
+
 def test_few_images_do_not_show_the_calibration(run):
     lines = judged(run, evaluated(DIGITS[:5], images=50))
     sign, text = sign_of(lines, "calibration error")
