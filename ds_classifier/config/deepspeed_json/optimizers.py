@@ -87,7 +87,7 @@ def _take_muon(draft: Draft) -> None:
     elif str(kind).lower() not in ("adam", "adamw", AUTO):
         need = f"AdamW in the JSON, which Muon replaces, and not {shown(kind)}"
     if need:
-        got = f"--muon_lr_scale: got {draft.settings.muon_lr_scale:g}"
+        got = f"{draft.owners['muon_lr_scale']}: got {draft.settings.muon_lr_scale:g}"
         draft.problems.append(f"{got}; need {need}; do: give --muon_lr_scale 0")
         draft.settings = draft.settings.replace(muon_lr_scale=0.0)  # as advised, for later checks
         return
