@@ -14,6 +14,7 @@ from ds_classifier.diffusion import (
     UniformSampler,
     create_gaussian_diffusion,
     create_schedule_sampler,
+    high_noise_weights,
     stratified,
     timestep_range,
 )
@@ -318,6 +319,19 @@ def test_loss_second_moment_leaves_the_mean_loss_unchanged():
     t, weights = sampler.sample(keyed_uniform(0, {"t": torch.arange(200_000)})[0])
     assert (t > 10).float().mean() > 0.7  # it prefers large losses
     assert abs((weights * loss_of_t[t]).mean() / loss_of_t.mean() - 1) < 0.01
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "flow", "edm"])
+@pytest.mark.parametrize("numbers", [1024, 3 * 256**2])
+def test_high_noise_counts_more_the_fewer_numbers_an_image_has(schedule, numbers):
+    """By hand at each level, from alpha and sigma. A level without a signal counts the most."""
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule)
+    weights = high_noise_weights(diffusion, numbers, 10).tolist()
+    alphas, sigmas = diffusion.scales(torch.arange(diffusion.num_timesteps))
+    for weight, alpha, sigma in zip(weights, alphas.tolist(), sigmas.tolist(), strict=True):
+        signal = numbers * alpha**2 / 2
+        assert weight == pytest.approx((signal + 10 * sigma**2) / (signal + sigma**2), rel=1e-3)
+    assert weights == sorted(weights)
 
 
 def test_sampler_state_round_trip_and_names():

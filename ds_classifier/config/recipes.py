@@ -79,5 +79,5 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Made-up images of a known distribution (`convert gaussians`), to measure choices on. They are
     # not cropped or mirrored, which would change the distribution.
     "gaussians32": _small(random_crop=False, iterations=1000, save_interval=500)
-    | dict(schedule_sampler="uniform"),
+    | dict(schedule_sampler="uniform", high_noise_weight=100),
 }

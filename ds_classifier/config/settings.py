@@ -198,6 +198,11 @@ class TrainingSettings:
         "train on the class posterior over this many of the last training images, in place of the "
         "label (0: on the label)",
     )
+    high_noise_weight: float = _setting(
+        1.0,
+        "how much the loss counts at timesteps where noise hides the whole image (1: as at the "
+        "others); for training with --posterior_images",
+    )
     global_batch: int = _setting(0, "images per step over all ranks (default: batch_size x ranks)")
     batch_size: int = _setting(
         0,
@@ -453,6 +458,10 @@ def check_settings(settings: Settings) -> list[str]:
         problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
     if not 0 <= settings.muon_lr_scale < float("inf"):
         problems.append(f"--muon_lr_scale: got {settings.muon_lr_scale}; need 0, or a factor above")
+    if not 1 <= settings.high_noise_weight < float("inf"):
+        problems.append(
+            f"--high_noise_weight: got {settings.high_noise_weight}; need 1, or a factor above"
+        )
     if not settings.weight_decay >= 0:
         problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
     if scheme(settings.run_dir):

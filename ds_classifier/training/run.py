@@ -55,7 +55,7 @@ from ds_classifier.training.rehearsal.overfit import overfit
 from ds_classifier.training.run_dir import DONE, append_event, last_logged_step
 from ds_classifier.training.setup import Setup, facts_of, lr_factor
 from ds_classifier.training.start import open_run
-from ds_classifier.training.step import Objective, remember
+from ds_classifier.training.step import remember
 
 
 def build(
@@ -270,7 +270,7 @@ def assemble(setup: Setup) -> loop.Run:
         ),
         engine=engine,
         batches=batches,
-        objective=Objective(setup.sampler, settings.seed, settings.noised, recent, setup.balance),
+        objective=setup.objective(recent),
         meter=meter,
         log=log,
         lost=lost,

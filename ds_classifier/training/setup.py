@@ -27,6 +27,7 @@ from ds_classifier.data.loader import (
 )
 from ds_classifier.data.order import SampleOrder, node_shards
 from ds_classifier.data.shards import ShardSet
+from ds_classifier.diffusion import high_noise_weights
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.distributed.engine.deepspeed_engine import Group
 from ds_classifier.distributed.stopping import StopVote
@@ -42,6 +43,7 @@ from ds_classifier.training.logs.flops import (
 )
 from ds_classifier.training.logs.sanity import Guessing
 from ds_classifier.training.start import Start
+from ds_classifier.training.step import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,17 @@ class Setup:
             device=self.engine.device,
             dtype=torch.uint8 if pixels else torch.float32,
             vectors=self.targets.vectors,
+        )
+
+    def objective(self, recent: RecentImages | None) -> Objective:
+        """Return the choices of a step's loss. recent: see `recent_images`."""
+        settings, weights = self.resolved.settings, None
+        if settings.high_noise_weight != 1:
+            numbers = settings.image_size**2 * settings.in_channels
+            diffusion, device = self.engine.module.diffusion, self.engine.device
+            weights = high_noise_weights(diffusion, numbers, settings.high_noise_weight).to(device)
+        return Objective(
+            self.sampler, settings.seed, settings.noised, recent, weights, self.balance
         )
 
     def steps_to_know(self, recent: RecentImages | None) -> int:

@@ -33,6 +33,7 @@ class Objective:
     seed: keys the timesteps and the noise, together with the position of a sample.
     noised: False trains on clean images, which the network sees at t = 0.
     recent: the images over which targets are posteriors; None: the labels are the targets.
+    level_weights: [T] fp32, how much the loss at each timestep counts; None: all count the same.
     balance: how much each image counts; None: all count the same.
     """
 
@@ -40,6 +41,7 @@ class Objective:
     seed: int
     noised: bool
     recent: RecentImages | None = None
+    level_weights: torch.Tensor | None = None
     balance: Balance | None = None
 
 
@@ -81,6 +83,8 @@ def train_step(engine, batches: Iterator[Batch], objective: Objective, meter: Me
                 importance = torch.ones_like(batch.weights)
         with span("step: forward"):
             losses, logits = engine(batch.images, batch.labels, t, noise, objective.recent)
+        if objective.level_weights is not None:
+            importance = importance * objective.level_weights[t]
         if objective.balance is not None:
             importance = importance * objective.balance.weights(batch)
         # A bad sample adds nothing; dividing by all keeps the step the same on any number of ranks.

@@ -122,11 +122,13 @@ class Engine:
         pass
 
 
-def test_the_loss_is_weighted_and_the_log_is_not(monkeypatch):
-    """The mean over the micro-batch, of which a bad sample adds nothing but its place."""
+def one_step(monkeypatch, **weights):
+    """Return the loss of a step, its mean loss in the log, and the timesteps of the samples.
+
+    The last sample did not decode. weights: of `Objective`.
+    """
     monkeypatch.setattr(deepspeed_engine, "learning_rate", lambda engine: 0.0)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor)
-    found, _ = of(LABELS, OWN, measure(shards(LABELS, OWN), "sqrt"))
     batch = Batch(
         images=torch.zeros(10, 8, 8, 3, dtype=torch.uint8),
         labels=torch.tensor(LABELS),
@@ -136,13 +138,31 @@ def test_the_loss_is_weighted_and_the_log_is_not(monkeypatch):
         bad=[],
     )
     engine, meter = Engine(), Meter(50, "cpu")
-    train_step(engine, iter([batch]), Objective(UniformSampler(50), 0, True, balance=found), meter)
+    objective = Objective(UniformSampler(50), 0, True, **weights)
+    trained = train_step(engine, iter([batch]), objective, meter)
+    return engine.loss, meter.read().means["loss"], trained.samples[0, 1].tolist()
+
+
+def test_the_loss_is_weighted_and_the_log_is_not(monkeypatch):
+    """The mean over the micro-batch, of which a bad sample adds nothing but its place."""
+    found, _ = of(LABELS, OWN, measure(shards(LABELS, OWN), "sqrt"))
+    loss, logged, _ = one_step(monkeypatch, balance=found)
     expected = by_hand("sqrt", LABELS, OWN)
     losses = [k + 1.0 for k in LABELS]
-    assert engine.loss == pytest.approx(
+    assert loss == pytest.approx(
         sum(w * x for w, x in zip(expected[:9], losses[:9], strict=True)) / 10
     )
-    assert meter.read().means["loss"] == pytest.approx(sum(losses[:9]) / 9)
+    assert logged == pytest.approx(sum(losses[:9]) / 9)
+
+
+def test_a_sample_counts_by_its_timestep_too(monkeypatch):
+    found, _ = of(LABELS, OWN, measure(shards(LABELS, OWN), "sqrt"))
+    of_levels = torch.linspace(1, 99, 50)
+    loss, logged, timesteps = one_step(monkeypatch, balance=found, level_weights=of_levels)
+    both = [w * (1 + 2 * t) for w, t in zip(by_hand("sqrt", LABELS, OWN), timesteps, strict=True)]
+    losses = [k + 1.0 for k in LABELS]
+    assert loss == pytest.approx(sum(w * x for w, x in zip(both[:9], losses[:9], strict=True)) / 10)
+    assert logged == pytest.approx(sum(losses[:9]) / 9)
 
 
 @pytest.mark.parametrize("own", [[0.0] * 10, [1.0] * 9 + [np.inf]])
