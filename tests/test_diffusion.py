@@ -324,7 +324,7 @@ def test_loss_second_moment_leaves_the_mean_loss_unchanged():
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "flow", "edm"])
 @pytest.mark.parametrize("numbers", [1024, 3 * 256**2])
 def test_high_noise_counts_more_the_fewer_numbers_an_image_has(schedule, numbers):
-    """By hand at each level, from alpha and sigma. A level without a signal counts the most."""
+    """Compare with a count by hand at each level. A level without a signal counts the most."""
     diffusion = create_gaussian_diffusion(noise_schedule=schedule)
     weights = high_noise_weights(diffusion, numbers, 10).tolist()
     alphas, sigmas = diffusion.scales(torch.arange(diffusion.num_timesteps))

@@ -454,16 +454,7 @@ def check_settings(settings: Settings) -> list[str]:
             f"--wandb: got {settings.wandb!r}; need the package wandb; do: pip install "
             "'ds-classifier[wandb]', or drop the flag"
         )
-    if not settings.lr > 0:
-        problems.append(f"--lr: got {settings.lr}; need a positive learning rate")
-    if not 0 <= settings.muon_lr_scale < float("inf"):
-        problems.append(f"--muon_lr_scale: got {settings.muon_lr_scale}; need 0, or a factor above")
-    if not 1 <= settings.high_noise_weight < float("inf"):
-        problems.append(
-            f"--high_noise_weight: got {settings.high_noise_weight}; need 1, or a factor above"
-        )
-    if not settings.weight_decay >= 0:
-        problems.append(f"--weight_decay: got {settings.weight_decay}; need 0 or more")
+    problems += _rates_and_weights(settings)
     if scheme(settings.run_dir):
         problems.append(
             f"--run_dir: got {without_logins(settings.run_dir)}; need a directory; do: copy it to "
@@ -484,6 +475,22 @@ def check_settings(settings: Settings) -> list[str]:
     if settings.microbatch == 0 or settings.microbatch < -1:
         problems.append(f"--microbatch: got {settings.microbatch}; need a positive number, or -1")
     return problems
+
+
+def _rates_and_weights(settings: Settings) -> list[str]:
+    """Return the problems with the learning rates and the weights of the loss."""
+    infinite = float("inf")
+    allowed = {
+        "lr": (settings.lr > 0, "a positive learning rate"),
+        "muon_lr_scale": (0 <= settings.muon_lr_scale < infinite, "0, or a factor above"),
+        "high_noise_weight": (1 <= settings.high_noise_weight < infinite, "1, or a factor above"),
+        "weight_decay": (settings.weight_decay >= 0, "0 or more"),
+    }
+    return [
+        f"--{name}: got {getattr(settings, name)}; need {need}"
+        for name, (fine, need) in allowed.items()
+        if not fine
+    ]
 
 
 def _sampling_problems(settings: Settings) -> list[str]:

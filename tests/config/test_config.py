@@ -364,3 +364,17 @@ def test_what_a_resumed_run_may_change():
     changes = config.changed_settings(before, other)
     assert len(changes) == 2
     assert "lr: 0.001 in the checkpoint, 0.002 now" in changes
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "need"),
+    [
+        ("lr", "0", "a positive learning rate"),
+        ("weight_decay", "nan", "0 or more"),
+        ("muon_lr_scale", "inf", "0, or a factor above"),
+        ("high_noise_weight", "0.5", "1, or a factor above"),
+        ("high_noise_weight", "nan", "1, or a factor above"),
+    ],
+)
+def test_rates_and_weights_out_of_their_ranges_are_refused(flag, value, need):
+    assert f"--{flag}: got {float(value)}; need {need}" in problems(f"--{flag}", value)
