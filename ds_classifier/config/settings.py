@@ -200,8 +200,8 @@ class TrainingSettings:
     )
     high_noise_weight: float = _setting(
         1.0,
-        "how much the loss counts at timesteps where noise hides the whole image (1: as at the "
-        "others); for training with --posterior_images",
+        "how many times as much the loss counts at timesteps where noise hides the whole image "
+        "(1: as at the others); for training with --posterior_images",
     )
     global_batch: int = _setting(0, "images per step over all ranks (default: batch_size x ranks)")
     batch_size: int = _setting(

@@ -91,19 +91,21 @@ def stratified(seed: int, positions: Tensor, global_batch: int) -> Tensor:
 
 
 def high_noise_weights(diffusion: GaussianDiffusion, numbers: int, highest: float) -> Tensor:
-    """Return the weights of the losses at all timesteps, [T] fp32, from 1 to the highest.
+    """Return the weights of the losses at all timesteps, [T] fp32, of which the mean is 1.
 
-    w(t) = 1 + (highest - 1) / (1 + D SNR(t) / 2) for images of D numbers is half way where the
-    energy of the signal, of numbers that have a variance of 1 / 2, is that of one number of the
-    noise. At less signal p(class | x_t) hardly differs from the class frequencies: a classifier
-    that is a little worse than these, with a gradient ten times too long, has next to no loss, and
-    stays so. The weights do not move the minimum of the loss at any timestep. On labels they also
-    enlarge its variance, since a label is luck there; a posterior is not.
+    They are proportional to 1 + (highest - 1) / (1 + D SNR(t) / 2) for images of D numbers. This
+    rises from 1 to `highest`, and is half way where the energy of the signal, of numbers that have
+    a variance of 1 / 2, is that of one number of the noise. At less signal p(class | x_t) hardly
+    differs from the class frequencies: a classifier that is a little worse than these, with a
+    gradient ten times too long, has next to no loss, and stays so. The weights do not move the
+    minimum of the loss at any timestep. On labels they also enlarge its variance, since a label is
+    luck there; a posterior is not.
     """
     import torch
 
     snr = torch.from_numpy(diffusion.log_snr).exp()
-    return (1 + (highest - 1) / (1 + numbers * snr / 2)).float()
+    weights = 1 + (highest - 1) / (1 + numbers * snr / 2)
+    return (weights / weights.mean()).float()
 
 
 class UniformSampler:

@@ -521,6 +521,7 @@ def test_muon_by_a_flag_does_not_scatter_gradients_in_stage_3():
 def test_muon_by_a_flag_replaces_adamw_alone(kind):
     raw = changed(optimizer={"type": kind}, zero_optimization__offload_optimizer={"device": "cpu"})
     message = problems("--muon_lr_scale", "20", raw=raw)
+    assert "--muon_lr_scale (flag, file or recipe): got 20" in message
     assert f'got 20; need AdamW in the JSON, which Muon replaces, and not "{kind}"; do' in message
     assert "do: give --muon_lr_scale 0" in message
     assert "--muon_lr_scale: got -1.0; need 0" in problems("--muon_lr_scale", "-1")

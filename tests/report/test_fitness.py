@@ -265,6 +265,9 @@ def test_another_checkpoint_is_advised_only_if_it_is_the_best(run, best, advised
     _, text = sign_of(judged(run, evaluated(off, images=3600, bins=bins)), "calibration error")
     advice = "do: take checkpoints/best, or sample with" if advised else "do: sample with"
     assert advice in text
+    weak = [(*row[:3], 2.2, *row[4:]) for row in DIGITS]
+    _, text = sign_of(judged(run, evaluated(weak)), "hardly better than none")
+    assert ("checkpoints/best" in text) == advised
 
 
 def test_few_images_do_not_show_the_calibration(run):

@@ -13,11 +13,16 @@ from ds_classifier.data.labels.targets import Targets
 from ds_classifier.data.loader import Batch
 from ds_classifier.data.shards import INDEX_DTYPE
 from ds_classifier.data.splits import settled_by_data
-from ds_classifier.diffusion import UniformSampler
+from ds_classifier.diffusion import (
+    UniformSampler,
+    create_gaussian_diffusion,
+    high_noise_weights,
+)
 from ds_classifier.distributed.engine import deepspeed_engine
 from ds_classifier.evaluation.meter import Meter
 from ds_classifier.training import balance
 from ds_classifier.training.balance import Balance, measure
+from ds_classifier.training.setup import Setup
 from ds_classifier.training.step import Objective, train_step
 
 LABELS = [0] * 6 + [1] * 3 + [3]  # of four classes, of which class 2 has no image
@@ -169,3 +174,19 @@ def test_a_sample_counts_by_its_timestep_too(monkeypatch):
 def test_weights_that_have_no_mean_are_refused(own):
     with pytest.raises(ValueError, match=r"weights of the data: got a sum of (0|inf), the"):
         measure(shards(LABELS, own), "")
+
+
+@pytest.mark.parametrize(("weight", "even"), [(1.0, True), (10.0, False)])
+def test_a_run_weighs_its_timesteps_as_its_images_and_process_ask(weight, even):
+    """Images of 8 x 8 x 3 numbers have 192."""
+    settings = Settings(image_size=8, in_channels=3, high_noise_weight=weight)
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine")
+    setup = SimpleNamespace(
+        resolved=SimpleNamespace(settings=settings),
+        engine=SimpleNamespace(module=SimpleNamespace(diffusion=diffusion), device="cpu"),
+        sampler=None,
+        balance=None,
+    )
+    found = Setup.objective(setup, None).level_weights
+    assert (found is None) == even
+    assert even or torch.equal(found, high_noise_weights(diffusion, 192, weight))

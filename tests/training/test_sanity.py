@@ -120,7 +120,10 @@ def test_values_are_overfitted_when_the_errors_part():
     ]
     validated = {"step": 25, "val_loss": 2.0, "val_acc@1": 0.3, "val_mae": 30.0}
     *_, said = watched([*trained, validated], guessing)
-    assert said == "25 training mae 5.00, validation 30.0: overfitting; take checkpoints/best"
+    assert said == "25 training mae 5.00, validation 30.0: overfitting"
+    earlier = validated | {"step": 24, "val_loss": 1.95, "val_mae": 5.0}
+    *_, said = watched([*trained[:-1], earlier, trained[-1], validated], guessing)
+    assert said.endswith("validation 30.0: overfitting; take checkpoints/best")
 
 
 def test_several_classes_under_a_loss_of_the_users_are_not_judged():

@@ -319,7 +319,8 @@ def overfitting(rows: Sequence[Row], guessing: Guessing, val_samples: int) -> st
     text = f"training {name} {guessing.said(score.mean)}, validation {guessing.said(held_out)}"
     if rising:
         text += f", loss up from {_nats(best['val_loss'])} at step {best['step']}"
-    return f"{text}: overfitting; take checkpoints/best"
+    better = "; take checkpoints/best" if best["step"] != last["step"] else ""
+    return f"{text}: overfitting{better}"
 
 
 def falling_loss_scale(rows: Sequence[Row]) -> str | None:

@@ -281,6 +281,16 @@ def _of_objective(setup: Setup) -> list[str]:
     if setup.balance is not None:
         by = f"--class_balance {settings.class_balance}" if settings.class_balance else "the data"
         lines.append(f"weights     by {by}: {setup.balance}")
+    if settings.high_noise_weight != 1:
+        lines.append(
+            f"weights     up to {settings.high_noise_weight:g} times as much for the noisiest "
+            "timesteps (--high_noise_weight)"
+        )
+        if not (settings.posterior_images or setup.targets.vectors):
+            lines.append(
+                "  NOTE      on labels, which are luck at high noise, this was not tried; do: add "
+                "--posterior_images, or --high_noise_weight 1"
+            )
     if settings.augment:
         lines.append(f"augment     {settings.augment}, of training images alone")
     if settings.loss:
