@@ -310,13 +310,13 @@ def _calibration(record: dict[str, Any], rows: Sequence[Row], better: list[str])
     luck, images = max(map(luck_of_calibration, rows)), high["samples"]
     if above:
         sure = _overconfidence(record)
-        cooler = (
-            "sample with both temperatures below 1 (sample.py --joint_temperature 0.8 "
-            "--marginal_temperature 0.8)"
-        )
-        advice = ", or ".join([*better, cooler])
-        if sure <= 0:
-            advice = "train longer, or guide at a larger scale"
+        advice = "train longer, or guide at a larger scale"
+        if sure > 0:
+            cooler = (
+                "sample with both temperatures below 1 (sample.py --joint_temperature 0.8 "
+                "--marginal_temperature 0.8)"
+            )
+            advice = ", or ".join([*better, cooler])
         yield (
             BAD if max(row["ece"] for row in above) > MISCALIBRATED else DOUBTFUL,
             f"{text}, above {percent(CALIBRATED, 0)} at {_ranges(rows, above)}: it is too "
