@@ -91,7 +91,11 @@ def test_alarms_of_the_log_are_in_the_report(run):
     started = {"time": 1.0, "event": "start", "val_samples": 1000}
     (run / "events.jsonl").write_text(json.dumps(started) + "\n")
     text = opened(run).text
-    for text_part in ("worse than guessing; do: lower --lr", "diverging", "overfitting; take"):
+    for text_part in (
+        "worse than guessing; do: lower --lr",
+        "diverging",
+        "validation 10 %: overfitting",
+    ):
         assert text_part in text
 
 
