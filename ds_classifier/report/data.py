@@ -117,8 +117,12 @@ class RunData:
     @property
     def best_step(self) -> int | None:
         """The step of checkpoints/best; None if there is none."""
-        step = self.best.partition(" ")[0].removeprefix("step-")
-        return int(step) if step.isdigit() else None
+        return _step_named(self.best.partition(" ")[0])
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of checkpoints/latest; None if there is none."""
+        return _step_named(self.latest)
 
     @property
     def step(self) -> int:
@@ -320,6 +324,12 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _step_named(checkpoint: str) -> int | None:
+    """Return the step in the name of a checkpoint; None for another name."""
+    step = checkpoint.removeprefix("step-")
+    return int(step) if step.isdigit() else None
 
 
 def _text(path: Path) -> str:

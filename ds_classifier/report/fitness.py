@@ -111,13 +111,12 @@ def _gain(row: Row, guessing: Guessing) -> float:
 
 def _recorded(run: RunData, record: dict[str, Any]) -> Iterator[Line]:
     """Yield lines if the evaluation is not of the newest checkpoint, or in 16 bits."""
-    newest = run.latest.removeprefix("step-").lstrip("0")
-    again = f"do: ds-classifier evaluate {run.named}"
-    if newest.isdigit() and record["step"] is not None and record["step"] < int(newest):
+    newest, again = run.latest_step, f"do: ds-classifier evaluate {run.named}"
+    if newest is not None and record["step"] is not None and record["step"] < newest:
         yield (
             DOUBTFUL,
             f"The newest evaluation is of step {record['step']:,}, the newest checkpoint of step "
-            f"{int(newest):,}; {again}",
+            f"{newest:,}; {again}",
         )
     elif record["precision"] != PRECISIONS[0]:
         yield (
